@@ -1,0 +1,95 @@
+"""The seam between the engine and a device: ints and dataclasses go in, ints and floats come out.
+
+A runner is one loaded model on one device, owned by one thread. It keeps the KV cache in numbered slots, one
+sequence each, and what sampling needs to remember of each slot. Arrays never cross this seam, apart from
+`logits()`, which hands numpy to evaluation code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..config import ModelConfig
+from ..sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one slot does in one step.
+
+    slot: 0 <= slot < Limits.slots. A slot stands once in a step.
+    start: position of the first token, which must be the slot's length so far; 0 begins a new sequence.
+    tokens: the ids to feed; None feeds back what this slot sampled in the step before, still on the device.
+    sampling: how to choose the next token after the last one; None chooses none (a prefill chunk but the last).
+    prompt: on a request's first sampled row, its whole prompt: penalties start from it and the random stream is
+        reseeded. None afterwards.
+    """
+
+    slot: int
+    start: int
+    tokens: tuple[int, ...] | None
+    sampling: Sampling | None = None
+    prompt: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One chosen token. `logprob` and `top` are natural logarithms under the raw logits (temperature 1, no
+    penalties); `top` lists (id, logprob), likeliest first, Sampling.logprobs of them."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """slots: sequences at once. max_context: tokens in one slot. chunk: most tokens of one row in one step."""
+
+    slots: int
+    max_context: int
+    chunk: int
+
+
+class Pending(Protocol):
+    """A step under way on the device."""
+
+    def wait(self) -> list[Sampled | None]:
+        """Block until the step is done; one entry a row, None where the row sampled nothing."""
+        ...
+
+
+class Runner(Protocol):
+    """One loaded model on one device. All calls come from the thread that made it."""
+
+    config: ModelConfig
+    limits: Limits
+
+    def submit(self, rows: Sequence[Row]) -> Pending:
+        """Start one step and return at once. Steps run in the order they were submitted."""
+        ...
+
+    def release(self, slot: int) -> None:
+        """Forget the slot's sequence. Its memory may be reused by the next one."""
+        ...
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Teacher-forced logits [T, V] of one sequence; no slot is touched."""
+        ...
+
+    def peak_memory(self) -> int:
+        """Most bytes the device held at once since loading."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Backend(Protocol):
+    """A module that can load a checkpoint onto a device: `load(checkpoint, options) -> Runner`."""
+
+    def load(self, checkpoint: Any, *, device: str | None, dtype: str | None, limits: Limits) -> Runner: ...

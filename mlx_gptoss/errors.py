@@ -1,0 +1,23 @@
+"""The errors a user can meet. Each message names what is wrong and what to do next."""
+
+from __future__ import annotations
+
+
+class GptOssError(Exception):
+    """Anything mlx-gptoss refuses or cannot do. The command line prints it as one line and exits with 1."""
+
+
+class CheckpointError(GptOssError):
+    """A checkpoint that cannot be read: damaged, incomplete, hostile, or of an unknown layout."""
+
+
+class DoesNotFit(GptOssError):
+    """A model, context or request that needs more memory than there is; the message carries the numbers."""
+
+
+class InvalidRequest(GptOssError):
+    """A request that cannot be honoured: an empty prompt, a prompt longer than the context, a bad option."""
+
+
+class BackendUnavailable(GptOssError):
+    """The backend asked for is not installed or has no device here; the message names the extra to install."""

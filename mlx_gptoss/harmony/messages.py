@@ -1,0 +1,57 @@
+"""What a conversation is made of, before it becomes tokens. Plain frozen data; knows no tokenizer and no model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+Effort = Literal["low", "medium", "high"]
+
+IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
+KNOWLEDGE_CUTOFF = "2024-06"
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message as Harmony knows it.
+
+    role: who speaks; a tool's message also has `name` (for a function, "functions.NAME").
+    channel: "analysis", "commentary" or "final" for the assistant; "commentary" for tool results.
+    recipient: whom it is addressed to when not everybody, such as "functions.get_weather" or "assistant".
+    content_type: what stands after <|constrain|> or in its place, such as "json".
+    """
+
+    role: Role
+    content: str
+    channel: str | None = None
+    recipient: str | None = None
+    content_type: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function that the model may call. `parameters` is a JSON schema of type object, or None for no arguments."""
+
+    name: str
+    description: str = ""
+    parameters: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """All that the model is shown: the system message's fields, the developer's, then the turns.
+
+    instructions: the developer message's text (what other formats call the system prompt).
+    date: the "Current date" line, YYYY-MM-DD; None leaves the line out.
+    """
+
+    messages: tuple[Message, ...] = ()
+    reasoning: Effort = "medium"
+    instructions: str | None = None
+    functions: tuple[Function, ...] = ()
+    date: str | None = None
+    identity: str = IDENTITY
+    knowledge_cutoff: str | None = KNOWLEDGE_CUTOFF

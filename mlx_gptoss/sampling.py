@@ -1,0 +1,99 @@
+"""How the next token is chosen. One frozen, validated description that every backend implements alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .errors import InvalidRequest
+
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling parameters of one request.
+
+    The chain, in this order (the order of OpenAI's API and of vLLM):
+    logits -> + logit_bias -> repetition, presence and frequency penalties -> / temperature
+    -> top_k -> top_p -> min_p -> draw. Reported log-probabilities are those of the raw logits.
+
+    temperature: 0 is greedy; otherwise logits are divided by it. [0, 2]
+    top_p: smallest set of tokens whose probability reaches top_p. (0, 1]
+    top_k: keep the k likeliest tokens; 0 keeps all.
+    min_p: drop tokens less likely than min_p times the likeliest. [0, 1)
+    repetition_penalty: Keskar et al. 2019: positive logits of tokens in prompt or output are divided by it,
+        negative ones multiplied. 1 is off.
+    presence_penalty, frequency_penalty: subtracted once, and per occurrence, for tokens in the output. [-2, 2]
+    logit_bias: {token id: addend}, addends in [-100, 100].
+    seed: the same seed gives the same text, whatever else runs beside it. None draws a fresh one.
+    stop: strings that end the text; they are not part of it.
+    logprobs: report this many likeliest alternatives a token, 0 to 20.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        _number("temperature", self.temperature, 0.0, 2.0)
+        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _integer("top_k", self.top_k, 0)
+        _number("min_p", self.min_p, 0.0, 1.0, open_high=True)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 10.0, open_low=True)
+        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.seed is not None:
+            _integer("seed", self.seed, 0, 2**64 - 1)
+        object.__setattr__(self, "stop", _strings("stop", self.stop))
+        for token, bias in (self.logit_bias or {}).items():
+            _integer("logit_bias token id", token, 0)
+            _number(f"logit_bias[{token}]", bias, -100.0, 100.0)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def penalized(self) -> bool:
+        """Whether the choice depends on which tokens came before."""
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+def _number(
+    name: str, value: object, low: float, high: float, *, open_low: bool = False, open_high: bool = False
+) -> None:
+    ok = (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and (low < value if open_low else low <= value)
+        and (value < high if open_high else value <= high)
+    )
+    if not ok:
+        span = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+        raise InvalidRequest(f"{name} must be a number in {span}, not {value!r}")
+
+
+def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
+    if not ok:
+        span = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise InvalidRequest(f"{name} must be an integer {span}, not {value!r}")
+
+
+def _strings(name: str, value: object) -> tuple[str, ...]:
+    values = (value,) if isinstance(value, str) else value
+    if not isinstance(values, (tuple, list)) or not all(isinstance(v, str) and v for v in values):
+        raise InvalidRequest(f"{name} must be a string or a list of non-empty strings, not {value!r}")
+    return tuple(values)
