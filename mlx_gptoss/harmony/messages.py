@@ -20,7 +20,7 @@ class Message:
     role: who speaks; a tool's message also has `name` (for a function, "functions.NAME").
     channel: "analysis", "commentary" or "final" for the assistant; "commentary" for tool results.
     recipient: whom it is addressed to when not everybody, such as "functions.get_weather" or "assistant".
-    content_type: what stands after <|constrain|> or in its place, such as "json".
+    content_type: "<|constrain|>json" for a call's arguments as the model writes them; plain "json" also occurs.
     """
 
     role: Role

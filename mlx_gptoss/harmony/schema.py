@@ -1,0 +1,155 @@
+"""JSON schema -> the TypeScript that the model was shown in training: the "# Tools" section of a developer message.
+
+The layout, down to its oddities (what is quoted, where a comment stands, `anyOf` is `any`), is that of
+openai-harmony 0.0.8; the tests hold the two together byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from .messages import Function
+
+_Kind = TypeVar("_Kind")
+_TYPES = {"string": "string", "number": "number", "integer": "number", "boolean": "boolean"}
+
+
+def tools_section(functions: Sequence[Function]) -> str:
+    """The "# Tools" section that declares `functions` in the namespace of the same name."""
+    lines = ["# Tools\n\n## functions\n", "namespace functions {\n"]
+    for function in functions:
+        lines += [f"// {line}" for line in _lines(function.description)]
+        argument = "" if function.parameters is None else f"_: {type_of(function.parameters)}"
+        lines.append(f"type {function.name} = ({argument}) => any;\n")
+    return "\n".join([*lines, "} // namespace functions"])
+
+
+def type_of(schema: Any, indent: str = "") -> str:
+    """The TypeScript type of a JSON schema. What is not understood is `any`; `indent` begins every further line."""
+    variants = _get(schema, "oneOf", list)
+    if variants is not None:
+        return "".join(f"\n{indent} | {_variant(variant, indent)}" for variant in variants)
+    names = [name for name in _get(schema, "type", list) or () if isinstance(name, str)]
+    if names:
+        return " | ".join("number" if name == "integer" else name for name in names)
+    kind = _get(schema, "type", str) or "any"
+    if kind == "object":
+        return _object(schema, indent)
+    if kind == "array":
+        return f"{type_of(schema['items'], indent)}[]" if "items" in schema else "Array<any>"
+    choices = [f'"{choice}"' for choice in _get(schema, "enum", list) or () if isinstance(choice, str)]
+    if kind == "string" and choices:
+        return " | ".join(choices)
+    return _TYPES.get(kind, "any")
+
+
+def _variant(schema: Any, indent: str) -> str:
+    """One line of a union that is not a property itself."""
+    comments = [_get(schema, "description", str)]
+    if "default" in _mapping(schema):
+        comments.append(f"default: {_default(schema, bare_choice=False)}")
+    return _nullable(schema, f"{indent}   ") + _trailing(comments)
+
+
+def _object(schema: Any, indent: str) -> str:
+    description = _get(schema, "description", str)
+    head = "" if description is None else f"{indent}// {description}\n"
+    required = _get(schema, "required", list) or ()
+    properties = _get(schema, "properties", Mapping) or {}
+    body = "".join(_property(name, value, name in required, indent) for name, value in properties.items())
+    return f"{head}{{\n{body}{indent}}}"
+
+
+def _property(name: str, schema: Any, required: bool, indent: str) -> str:
+    key = name if required else f"{name}?"
+    comments = "".join(f"{indent}//{comment}\n" for comment in _leading(schema))
+    variants = _get(schema, "oneOf", list)
+    if variants is not None:
+        return comments + _union_property(key, schema, variants, indent)
+    trailing = ""
+    if "default" in _mapping(schema) and "oneOf" not in schema:
+        trailing = f" // default: {_default(schema)}"
+    return f"{comments}{indent}{key}: {_nullable(schema, f'{indent}    ')},{trailing}\n"
+
+
+def _leading(schema: Any) -> list[str]:
+    """The comments above a property: title, description (a union's stands elsewhere), examples."""
+    comments = []
+    title, description = _get(schema, "title", str), _get(schema, "description", str)
+    if title is not None:
+        comments += [f" {title}", ""]
+    if description is not None and "oneOf" not in schema:
+        comments.append(f" {description}")
+    examples = _get(schema, "examples", list)
+    if examples:
+        comments.append(" Examples:")
+        comments += [f' - "{example}"' for example in examples if isinstance(example, str)]
+    return comments
+
+
+def _union_property(key: str, schema: Any, variants: list[Any], indent: str) -> str:
+    """A property given by `oneOf`: one line a variant; a description that the first variant repeats stands once."""
+    description = _get(schema, "description", str)
+    above = description is not None and not (variants and _get(variants[0], "description", str) == description)
+    lines = [f"{indent}// {description}"] if above else []
+    if "default" in schema:
+        lines.append(f"{indent}// default: {_default(schema)}")
+    lines.append(f"{indent}{key}:")
+    for place, variant in enumerate(variants):
+        comments = [_get(variant, "description", str)]
+        if comments[0] == description or (above and place == 0):
+            comments = []
+        if "default" in _mapping(variant):
+            comments.append(f"default: {_default(variant)}")
+        lines.append(f"{indent} | {_nullable(variant, f'{indent}   ')}{_trailing(comments)}")
+    return "\n".join([*lines, f"{indent},\n"])
+
+
+def _nullable(schema: Any, indent: str) -> str:
+    """The type, with `| null` when the schema is OpenAPI's nullable and the type does not say so already."""
+    written = type_of(schema, indent)
+    return f"{written} | null" if _get(schema, "nullable", bool) and "null" not in written else written
+
+
+def _trailing(comments: Sequence[str | None]) -> str:
+    present = [comment for comment in comments if comment is not None]
+    return f" // {' '.join(present)}" if present else ""
+
+
+def _default(schema: Any, bare_choice: bool = True) -> str:
+    """A default as its comment shows it: a string in quotes, unescaped; bare when it is one of an enum's choices."""
+    default = schema["default"]
+    if not isinstance(default, str):
+        return compact_json(default)
+    if not _get(schema, "enum", list):
+        return f'"{default}"'
+    return default if bare_choice else compact_json(default)
+
+
+def compact_json(value: Any) -> str:
+    """JSON as serde_json writes it: no spaces, no ASCII escapes, exponents without plus sign or zeros."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{compact_json(str(key))}:{compact_json(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(compact_json, value)) + "]"
+    if isinstance(value, float):
+        return re.sub(r"e\+?(-?)0*(\d)", r"e\1\2", repr(value))
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _get(schema: Any, key: str, kind: type[_Kind]) -> _Kind | None:
+    value = _mapping(schema).get(key)
+    return value if isinstance(value, kind) else None
+
+
+def _mapping(schema: Any) -> Mapping[str, Any]:
+    return schema if isinstance(schema, Mapping) else {}
+
+
+def _lines(text: str) -> list[str]:
+    """Lines that end in LF or CRLF, and in nothing else that Unicode calls a line's end."""
+    lines = re.split(r"\r?\n", text)
+    return lines[:-1] if not lines[-1] else lines

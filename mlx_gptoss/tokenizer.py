@@ -1,0 +1,190 @@
+"""Text to ids and back: byte-level BPE of a tokenizer.json, with Harmony's special tokens kept apart from text.
+
+Knows special tokens by name only; their ids are the file's (199998.. in the published models, others in small ones).
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as BPE
+
+STARTOFTEXT = "<|startoftext|>"
+ENDOFTEXT = "<|endoftext|>"
+RETURN = "<|return|>"
+CONSTRAIN = "<|constrain|>"
+CHANNEL = "<|channel|>"
+START = "<|start|>"
+END = "<|end|>"
+MESSAGE = "<|message|>"
+CALL = "<|call|>"
+
+SPECIALS = (STARTOFTEXT, ENDOFTEXT, RETURN, CONSTRAIN, CHANNEL, START, END, MESSAGE, CALL)
+"""Every special token that this program writes or reads. A file may hold more (reserved ones): they are never text."""
+
+
+class Tokenizer:
+    """One vocabulary. Immutable; may be shared between threads.
+
+    specials: name -> id of every special token of the file.
+    vocab_size: one more than the largest id. The model's own vocabulary is often padded beyond it.
+    """
+
+    def __init__(self, bpe: BPE) -> None:
+        """`bpe` is taken over: it is set to leave special tokens in text unparsed.
+
+        Raises CheckpointError when its decoder is not byte-level: only then are tokens bytes.
+        """
+        if "ByteLevel" not in str(bpe.decoder):
+            raise CheckpointError("the tokenizer is not byte-level BPE: a gpt-oss tokenizer.json is needed")
+        added = bpe.get_added_tokens_decoder()
+        # A special token that the file fails to flag as one would be parsed out of users' text.
+        bpe.add_special_tokens([token.content for token in added.values() if token.content in SPECIALS])
+        bpe.encode_special_tokens = True
+        self._bpe = bpe
+        self._added = {id: token.content for id, token in added.items()}
+        self._bytes: dict[int, bytes] = {}
+        self.specials: Mapping[str, int] = MappingProxyType(
+            {token.content: id for id, token in added.items() if token.special or token.content in SPECIALS}
+        )
+        self._special_ids = frozenset(self.specials.values())
+        longest_first = sorted(self.specials, key=len, reverse=True)
+        self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self.vocab_size: int = max([bpe.get_vocab_size(with_added_tokens=False), *(id + 1 for id in added)])
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> Tokenizer:
+        """Read `tokenizer.json` in a checkpoint's folder; beside an `original/` folder when that is the checkpoint.
+
+        Raises CheckpointError when it is missing or broken.
+        """
+        folder = Path(path)
+        file = folder / "tokenizer.json"
+        if not file.is_file() and folder.name == "original":
+            file = folder.parent / "tokenizer.json"
+        if not file.is_file():
+            raise CheckpointError(f"no tokenizer.json in {folder}: copy it there from the model's original repository")
+        return cls.from_file(file)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Tokenizer:
+        """Read one tokenizer.json, whatever its name. Raises CheckpointError when it cannot be read."""
+        from tokenizers import Tokenizer as BPE
+
+        try:
+            bpe = BPE.from_file(str(path))
+        except Exception as error:  # the library raises nothing more specific
+            raise CheckpointError(f"cannot read the tokenizer {path} ({error}): download the file again") from error
+        return cls(bpe)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text. Special tokens written in it are text like any other: nobody can inject one.
+
+        Lone surrogates, which have no UTF-8, become U+FFFD.
+        """
+        return self._bpe.encode(_scalar_text(text), add_special_tokens=False).ids
+
+    def encode_with_specials(self, text: str) -> list[int]:
+        """Ids of a raw prompt in which special tokens are written out and meant."""
+        ids: list[int] = []
+        end = 0
+        for match in self._special_pattern.finditer(text):
+            ids += self.encode(text[end : match.start()])
+            ids.append(self.specials[match.group()])
+            end = match.end()
+        return ids + self.encode(text[end:])
+
+    def decode(self, ids: Iterable[int], *, specials: bool = False) -> str:
+        """Text of ids; special tokens are left out, or written out with `specials`.
+
+        Bytes that are not UTF-8 become U+FFFD; ids that the vocabulary does not have (padding rows) become nothing.
+        """
+        decoder = self.decoder(specials=specials)
+        return "".join([*map(decoder.push, ids), decoder.flush()])
+
+    def decoder(self, *, specials: bool = False) -> IncrementalDecoder:
+        """A decoder for one stream; what it gives adds up to `decode` of all its ids."""
+        return IncrementalDecoder(self, specials)
+
+    def special(self, name: str) -> int:
+        """Id of the special token `name`. Raises CheckpointError when the file has none of that name."""
+        try:
+            return self.specials[name]
+        except KeyError:
+            raise CheckpointError(
+                f"the tokenizer has no special token {name}: Harmony needs it; use a gpt-oss tokenizer.json"
+            ) from None
+
+    def is_special(self, id: int) -> bool:
+        return id in self._special_ids
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes that a token stands for, perhaps part of a character; b"" for an id outside the vocabulary.
+
+        A special token gives its name.
+        """
+        known = self._bytes.get(id)
+        if known is None:
+            known = self._bytes[id] = self._look_up(id)
+        return known
+
+    def _look_up(self, id: int) -> bytes:
+        if id in self._added:
+            return self._added[id].encode()
+        token = self._bpe.id_to_token(id) if 0 <= id < self.vocab_size else None
+        if not token:
+            return b""
+        if any(character not in _BYTE_OF for character in token):  # not byte-level: it stands for itself
+            return token.encode()
+        return bytes(_BYTE_OF[character] for character in token)
+
+
+class IncrementalDecoder:
+    """Text of one stream of ids as it arrives, in linear time: a character is given once all its bytes are there."""
+
+    def __init__(self, tokenizer: Tokenizer, specials: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._write_specials = specials
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, id: int) -> str:
+        """Text that this id completes. A special token ends a character that it interrupts (U+FFFD)."""
+        if not self._tokenizer.is_special(id):
+            return self._utf8.decode(self._tokenizer.token_bytes(id))
+        text = self.flush()
+        return text + self._tokenizer.token_bytes(id).decode() if self._write_specials else text
+
+    def flush(self) -> str:
+        """U+FFFD when the stream ended within a character, else nothing. The decoder is then as new."""
+        text = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return text
+
+
+def _scalar_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character that byte-level BPE (GPT-2's) writes for each byte, inverted.
+
+    Printable Latin-1 bytes stand for themselves; the others, in order, are U+0100, U+0101, ...
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
