@@ -1,0 +1,142 @@
+"""The engine as callers see it: submit a request, iterate over its tokens."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from functools import partial
+from types import TracebackType
+from typing import TypeVar, cast
+
+from ..backends.base import Runner
+from ..errors import InvalidRequest
+from .loop import Loop, Ticket
+from .request import Finished, Request, Token
+from .scheduler import room
+
+T = TypeVar("T")
+
+EXIT_GRACE_S = 5.0  # how long an engine that nobody closed may hold up the end of the process
+
+
+class Engine:
+    """One runner on one thread of its own, serving any number of callers at once.
+
+    make_runner: called on the engine thread, where the runner then stays. What it raises is raised here.
+
+    A single stream costs what a bare loop costs, for the next step is submitted before the last one is read. An
+    error inside a step fails the streams that were in it, with that error, and the engine goes on; an error that
+    leaves the runner in doubt (in release, or a result that does not match its step) closes the engine.
+    """
+
+    def __init__(self, make_runner: Callable[[], Runner]) -> None:
+        self._loop = Loop()
+        ready: Future[Runner] = Future()
+        self._thread = threading.Thread(
+            target=self._loop.run, args=(make_runner, ready), name="mlx-gptoss engine", daemon=True
+        )
+        self._thread.start()
+        # Also runs at exit: a thread in native code while the interpreter goes down can crash the process.
+        self._abandoned = weakref.finalize(self, _stop, self._loop, self._thread, EXIT_GRACE_S)
+        try:
+            runner = ready.result()
+        except BaseException:  # Ctrl-C while loading, too: then the thread closes the runner as soon as it has it
+            self._abandoned.detach()
+            self._loop.post(self._loop.close)
+            raise
+        self.config = runner.config
+        self.limits = runner.limits
+
+    def submit(self, request: Request) -> Stream:
+        """Queue a request and return at once.
+
+        Raises InvalidRequest if the prompt leaves no room in the context or an id is not in the vocabulary, and
+        GptOssError if the engine is closed.
+        """
+        room(request, self.limits)
+        self._check_ids("the prompt", request.prompt)
+        self._check_ids("logit_bias", request.sampling.logit_bias or ())
+        ticket = Ticket(request)
+        self._loop.post_unless_closed(partial(self._loop.admit, ticket))
+        return Stream(self, ticket, partial(self._loop.post, partial(self._loop.cancel, ticket)))
+
+    def call(self, function: Callable[[Runner], T]) -> T:
+        """function(runner) on the engine thread, between two steps: for runner.logits and runner.peak_memory.
+
+        Returns or raises what it does; GptOssError if the engine is closed. Not to be called on the engine thread.
+        """
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("Engine.call would wait for itself; use the runner that the outer call was given")
+        result: Future[object] = Future()
+        self._loop.post_unless_closed(partial(self._loop.call, function, result))
+        return cast(T, result.result())
+
+    def close(self) -> None:
+        """Fail open streams, close the runner, and wait for the thread. Raises what closing the runner raised."""
+        first = self._abandoned.detach() is not None
+        _stop(self._loop, self._thread, None)
+        if first and self._loop.failure is not None:
+            raise self._loop.failure
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _check_ids(self, what: str, ids: Iterable[int]) -> None:
+        size = self.config.vocab_size
+        wrong = next((i for i in (min(ids, default=0), max(ids, default=0)) if not 0 <= i < size), None)
+        if wrong is not None:
+            raise InvalidRequest(f"{what} holds the token id {wrong}; this model's ids go from 0 to {size - 1}")
+
+
+class Stream(Iterator[Token]):
+    """The tokens of one request, as they arrive. Ends after the last one; then `finished` says why and how fast.
+
+    Raises what failed the request, on every further next(). A stream that is garbage-collected before its end is
+    cancelled. Any thread may iterate or cancel.
+    """
+
+    def __init__(self, engine: Engine, ticket: Ticket, cancel: Callable[[], None]) -> None:
+        self._engine = engine  # an open stream keeps its engine
+        self._ticket = ticket
+        self._cancel = cancel
+        self.finished: Finished | None = None
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> Token:
+        item = self._ticket.box.get()
+        if isinstance(item, Token):
+            return item
+        self._ticket.box.put(item)  # stays for the next call, of this thread or another
+        if isinstance(item, BaseException):
+            raise item
+        self.finished = item
+        raise StopIteration
+
+    def cancel(self) -> None:
+        """End the stream within one step. Tokens that were read before remain; does nothing to an ended stream."""
+        self._cancel()
+
+    def drain(self) -> Finished:
+        """Skip to the end of the stream and return how it ended."""
+        for _ in self:
+            pass
+        assert self.finished is not None
+        return self.finished
+
+    def __del__(self) -> None:
+        if self.finished is None:
+            self._cancel()
+
+
+def _stop(loop: Loop, thread: threading.Thread, timeout: float | None) -> None:
+    """End the engine thread. Holds on to no Engine, so that a forgotten one can be collected."""
+    loop.post(loop.close)
+    if thread is not threading.current_thread():
+        thread.join(timeout)

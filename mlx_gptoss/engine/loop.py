@@ -1,0 +1,225 @@
+"""The engine's own thread: it makes the runner and is the only one that ever touches it.
+
+Callers post functions to an inbox, which the thread runs between two steps. While step k is computed, step k+1 is
+already planned and submitted; then the thread waits for step k and hands out its tokens.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from time import perf_counter
+
+from ..backends.base import Pending, Runner
+from ..errors import GptOssError
+from .request import Finished, FinishReason, Request, Token
+from .scheduler import Output, Scheduler, Step, Track
+
+CLOSED = "the engine is closed; load the model again"
+
+
+@dataclass(eq=False)
+class Ticket:
+    """What the caller's side and the engine thread share of one request. The times are perf_counter seconds."""
+
+    request: Request
+    box: SimpleQueue[Token | Finished | BaseException] = field(default_factory=SimpleQueue)
+    submitted: float = field(default_factory=perf_counter)
+    started: float | None = None
+    first: float | None = None
+    last: float | None = None
+    track: Track | None = None
+
+    def finish(self, reason: FinishReason) -> None:
+        now = perf_counter()
+        started = self.started or now
+        first = self.first or (now if self.started else started)
+        self.box.put(
+            Finished(
+                reason,
+                prompt_tokens=len(self.request.prompt),
+                completion_tokens=self.track.delivered if self.track else 0,
+                queue_s=started - self.submitted,
+                prefill_s=first - started,
+                decode_s=(self.last or first) - first,
+            )
+        )
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A step that the runner is computing."""
+
+    step: Step
+    pending: Pending
+
+
+class Loop:
+    """Runs on the engine thread, apart from post() and post_unless_closed(), which any thread may call."""
+
+    def __init__(self) -> None:
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._closing = False
+        self._runner: Runner
+        self._scheduler: Scheduler
+        self._in_flight: InFlight | None = None
+        self._open: dict[Track, Ticket] = {}
+        self.failure: BaseException | None = None
+
+    def post(self, message: Callable[[], None]) -> None:
+        """Have `message` run on the engine thread; dropped if that has ended. Takes no lock, so finalizers may call
+        it wherever the garbage collector happens to run."""
+        self._inbox.put(message)
+
+    def post_unless_closed(self, message: Callable[[], None]) -> None:
+        """post(), or GptOssError if the engine thread has ended or is about to."""
+        with self._lock:
+            if self._closed:
+                raise self._closed_error()
+            self._inbox.put(message)
+
+    def run(self, make_runner: Callable[[], Runner], ready: Future[Runner]) -> None:
+        """The body of the thread: make the runner, pump steps until close(), close the runner."""
+        try:
+            self._runner = make_runner()
+        except BaseException as error:
+            self._shut()
+            ready.set_exception(error)
+            return
+        self._scheduler = Scheduler(self._runner.limits, self._runner.release)
+        ready.set_result(self._runner)
+        try:
+            self._pump()
+        except BaseException as error:
+            self.failure = error
+        finally:
+            self._shut()
+            self._close_runner()
+
+    # Messages: what callers post.
+
+    def admit(self, ticket: Ticket) -> None:
+        if self._closed:
+            ticket.box.put(self._closed_error())
+            return
+        ticket.track = self._scheduler.add(ticket.request)
+        self._open[ticket.track] = ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        if ticket.track in self._open:
+            self._scheduler.end(ticket.track)
+            self._finish(ticket.track, "cancelled")
+
+    def call(self, function: Callable[[Runner], object], result: Future[object]) -> None:
+        if self._closed:
+            result.set_exception(self._closed_error())
+            return
+        try:
+            result.set_result(function(self._runner))
+        except BaseException as error:
+            result.set_exception(error)
+
+    def close(self) -> None:
+        self._closing = True
+
+    # Steps.
+
+    def _pump(self) -> None:
+        while True:
+            if self._in_flight is None and self._scheduler.idle:
+                self._inbox.get()()
+            while not self._inbox.empty():
+                self._inbox.get()()
+            if self._closing:
+                return
+            ahead = self._submit()
+            self._read()
+            self._in_flight = ahead
+
+    def _submit(self) -> InFlight | None:
+        """Plan the next step and start it. If the runner refuses, its requests fail and the engine goes on."""
+        step = self._scheduler.plan()
+        if step is None:
+            return None
+        now = perf_counter()
+        for track in step.tracks:
+            ticket = self._open[track]
+            if ticket.started is None:
+                ticket.started = now
+        try:
+            return InFlight(step, self._runner.submit(step.rows))
+        except Exception as error:
+            self._lose(step, error)
+            return None
+
+    def _read(self) -> None:
+        """Wait for the step in flight, if any, and hand out its tokens."""
+        flight, self._in_flight = self._in_flight, None
+        if flight is None:
+            return
+        try:
+            results = flight.pending.wait()
+        except Exception as error:
+            self._lose(flight.step, error)
+            return
+        now = perf_counter()
+        for output in self._scheduler.read(flight.step, results):
+            self._deliver(output, now)
+
+    def _deliver(self, output: Output, now: float) -> None:
+        ticket, sampled = self._open[output.track], output.sampled
+        if ticket.first is None:
+            ticket.first = now
+        ticket.last = now
+        ticket.box.put(Token(sampled.token, sampled.logprob, sampled.top))
+        if output.ended is not None:
+            self._finish(output.track, output.ended)
+
+    def _finish(self, track: Track, reason: FinishReason) -> None:
+        self._open.pop(track).finish(reason)
+
+    def _lose(self, step: Step, error: Exception) -> None:
+        """The step failed: so do the requests that were in it. What they still have in flight is dropped later."""
+        for track in step.tracks:
+            ticket = self._open.pop(track, None)
+            if ticket is not None:
+                ticket.box.put(error)
+        self._scheduler.lose(step)
+
+    # The end.
+
+    def _shut(self) -> None:
+        """Refuse new messages and fail whatever is open, so that nobody waits for a thread that is gone."""
+        with self._lock:
+            self._closed = True
+        while not self._inbox.empty():
+            self._inbox.get()()
+        for ticket in self._open.values():
+            ticket.box.put(self._closed_error())
+        self._open.clear()
+
+    def _close_runner(self) -> None:
+        try:
+            if self._in_flight is not None:
+                self._in_flight.pending.wait()
+        except Exception as error:
+            self.failure = self.failure or error
+        finally:
+            self._in_flight = None
+            try:
+                self._runner.close()
+            except Exception as error:
+                self.failure = self.failure or error
+            del self._runner, self._scheduler
+
+    def _closed_error(self) -> GptOssError:
+        if self.failure is None:
+            return GptOssError(CLOSED)
+        error = GptOssError(f"the engine stopped after an error ({self.failure!r}); load the model again")
+        error.__cause__ = self.failure
+        return error

@@ -1,0 +1,203 @@
+"""Which rows go into the next step. Policy over ints: knows no device, no thread and no clock.
+
+A sequence waits (first come, first served) for a slot, prefills in chunks, decodes one token a step, and ends.
+Steps are planned ahead of the results of the step before, so a sequence may end while a later row of it is in
+flight; its slot is freed only when no step in flight touches it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ..backends.base import Limits, Row, Sampled
+from ..errors import InvalidRequest
+from .request import Request
+
+
+@dataclass(eq=False)
+class Track:
+    """One request's way through the scheduler.
+
+    room: tokens it may sample. length: tokens fed to its slot by the rows planned so far. sampled: tokens that
+    the rows planned so far choose. delivered: tokens that were read and belong to the request. in_flight: steps
+    planned and not yet read that carry a row of it. ended: no more rows, and whatever is still in flight is dropped.
+    """
+
+    request: Request
+    room: int
+    slot: int = -1
+    length: int = 0
+    sampled: int = 0
+    delivered: int = 0
+    in_flight: int = 0
+    ended: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """Rows of one step; tracks[i] is the track of rows[i]."""
+
+    rows: tuple[Row, ...]
+    tracks: tuple[Track, ...]
+
+
+@dataclass(frozen=True)
+class Output:
+    """A token that belongs to a track, and the reason if the track ended with it."""
+
+    track: Track
+    sampled: Sampled
+    ended: Literal["stop", "length"] | None
+
+
+def room(request: Request, limits: Limits) -> int:
+    """Tokens that `request` may generate: max_tokens, or what its prompt leaves of the context.
+
+    Raises InvalidRequest if the prompt leaves no room at all.
+    """
+    left = limits.max_context - len(request.prompt)
+    if left < 1:
+        raise InvalidRequest(
+            f"the prompt has {len(request.prompt)} tokens and the context holds {limits.max_context}, so there is no "
+            "room for an answer; shorten the prompt or load the model with a larger max_context"
+        )
+    return min(request.max_tokens, left)
+
+
+class Scheduler:
+    """Plans steps and reads their results. The caller runs every planned step, in order, and hands each one to
+    exactly one of read() and lose().
+
+    release: called with a slot whose sequence ended, once no step in flight touches it.
+    """
+
+    def __init__(self, limits: Limits, release: Callable[[int], None]) -> None:
+        self._limits = limits
+        self._release = release
+        self._free = deque(range(limits.slots))
+        self._waiting: deque[Track] = deque()
+        self._prefilling: deque[Track] = deque()
+        self._decoding: list[Track] = []
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is no row to plan until something is added or freed."""
+        return not (self._decoding or self._prefilling or (self._waiting and self._free))
+
+    def add(self, request: Request) -> Track:
+        """Queue a request. Raises InvalidRequest if its prompt does not fit into the context."""
+        track = Track(request, room(request, self._limits))
+        self._waiting.append(track)
+        return track
+
+    def end(self, track: Track) -> None:
+        """Plan no more of this track and drop what is in flight. Ending twice does nothing."""
+        if track.ended:
+            return
+        track.ended = True
+        for queue in (self._waiting, self._prefilling, self._decoding):
+            if track in queue:
+                queue.remove(track)
+        self._free_slot(track)
+
+    def plan(self) -> Step | None:
+        """The next step: every decoding sequence, and up to `chunk` prompt tokens. None if there is no row."""
+        while self._waiting and self._free:
+            track = self._waiting.popleft()
+            track.slot = self._free.popleft()
+            self._prefilling.append(track)
+        # Decoding rows are listed before the prefill, which adds sequences that decode from the next step on.
+        tracks = list(self._decoding)
+        rows = [self._decode(track) for track in tracks]
+        if tracks:
+            self._decoding = [track for track in tracks if track.sampled < track.room]
+        for track in self._next_chunks():
+            tracks.append(track)
+            rows.append(self._prefill(track))
+        if not rows:
+            return None
+        for track in tracks:
+            track.in_flight += 1
+        return Step(tuple(rows), tuple(tracks))
+
+    def read(self, step: Step, results: Sequence[Sampled | None]) -> list[Output]:
+        """Take in the results of a step; tokens of ended tracks are dropped."""
+        outputs = []
+        for track, row, sampled in zip(step.tracks, step.rows, results, strict=True):
+            track.in_flight -= 1
+            if track.ended:
+                self._free_slot(track)
+            elif row.sampling is not None:
+                outputs.append(self._deliver(track, sampled))
+        return outputs
+
+    def lose(self, step: Step) -> None:
+        """The step failed: end its tracks."""
+        for track in step.tracks:
+            track.in_flight -= 1
+            if track.ended:
+                self._free_slot(track)
+            else:
+                self.end(track)
+
+    def _deliver(self, track: Track, sampled: Sampled | None) -> Output:
+        if sampled is None:
+            raise RuntimeError(f"the runner sampled no token for slot {track.slot}, whose row asked for one")
+        track.delivered += 1
+        ended: Literal["stop", "length"] | None = None
+        if sampled.token in track.request.stop_ids:
+            ended = "stop"
+        elif track.delivered == track.room:
+            ended = "length"
+        if ended:
+            self.end(track)
+        return Output(track, sampled, ended)
+
+    def _next_chunks(self) -> list[Track]:
+        """Sequences that prefill a chunk in this step: as many whole chunks as fit into `chunk` tokens.
+
+        A chunk is never cut short to fill a step, so where a prompt is cut depends on the prompt alone and not on
+        what runs beside it. Served sequences go to the back: a long prompt does not hold up the short ones behind
+        it. The one at the front always fits, so none starves.
+        """
+        budget = self._limits.chunk
+        served = []
+        for track in self._prefilling:
+            size = min(self._limits.chunk, len(track.request.prompt) - track.length)
+            if size <= budget:
+                budget -= size
+                served.append(track)
+            if not budget:
+                break
+        for track in served:
+            self._prefilling.remove(track)
+        return served
+
+    def _prefill(self, track: Track) -> Row:
+        """The row that feeds the next chunk of the prompt; the last one samples the first token."""
+        request, start = track.request, track.length
+        tokens = request.prompt[start : start + self._limits.chunk]
+        track.length += len(tokens)
+        if track.length < len(request.prompt):
+            self._prefilling.append(track)
+            return Row(track.slot, start, tokens)
+        track.sampled = 1
+        if track.sampled < track.room:
+            self._decoding.append(track)
+        return Row(track.slot, start, tokens, request.sampling, prompt=request.prompt)
+
+    def _decode(self, track: Track) -> Row:
+        """The row that feeds back the last sampled token and samples the next one."""
+        start = track.length
+        track.length += 1
+        track.sampled += 1
+        return Row(track.slot, start, None, track.request.sampling)
+
+    def _free_slot(self, track: Track) -> None:
+        if track.slot >= 0 and track.in_flight == 0:
+            slot, track.slot = track.slot, -1
+            self._free.append(slot)
+            self._release(slot)

@@ -1,0 +1,180 @@
+"""The scheduler's policy, without threads or devices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_gptoss.backends.base import Limits, Row, Sampled
+from mlx_gptoss.engine.request import Request
+from mlx_gptoss.engine.scheduler import Output, Scheduler, Step, room
+from mlx_gptoss.errors import InvalidRequest
+from mlx_gptoss.sampling import Sampling
+
+GREEDY = Sampling(temperature=0)
+
+
+def prompt(length: int, max_tokens: int = 4, stop: Sequence[int] = ()) -> Request:
+    return Request(tuple(range(length)), max_tokens, GREEDY, frozenset(stop))
+
+
+def plan(scheduler: Scheduler) -> Step:
+    step = scheduler.plan()
+    assert step is not None
+    return step
+
+
+def answer(scheduler: Scheduler, step: Step, token: int = 1) -> list[Output]:
+    return scheduler.read(step, [Sampled(token, 0.0) if row.sampling else None for row in step.rows])
+
+
+def shape(step: Step) -> list[tuple[int, int, int | None]]:
+    """(slot, start, prompt tokens or None for feedback) of each row."""
+    return [(row.slot, row.start, None if row.tokens is None else len(row.tokens)) for row in step.rows]
+
+
+def test_a_prompt_is_cut_into_chunks_and_then_feeds_back() -> None:
+    released: list[int] = []
+    scheduler = Scheduler(Limits(2, 100, 4), released.append)
+    request = prompt(10, max_tokens=3)
+    scheduler.add(request)
+    steps = [plan(scheduler) for _ in range(5)]
+    assert [step.rows[0] for step in steps] == [
+        Row(0, 0, (0, 1, 2, 3)),
+        Row(0, 4, (4, 5, 6, 7)),
+        Row(0, 8, (8, 9), GREEDY, prompt=request.prompt),
+        Row(0, 10, None, GREEDY),
+        Row(0, 11, None, GREEDY),
+    ]
+    assert scheduler.plan() is None and scheduler.idle  # three tokens are asked for: no row beyond
+    ended = [output.ended for step in steps for output in answer(scheduler, step)]
+    assert ended == [None, None, "length"]
+    assert released == [0]
+
+
+def test_short_prompts_share_a_step_and_chunks_are_never_cut_to_fill_one() -> None:
+    scheduler = Scheduler(Limits(4, 100, 8), lambda slot: None)
+    for length in (3, 4, 4, 1):
+        scheduler.add(prompt(length))
+    assert shape(plan(scheduler)) == [(0, 0, 3), (1, 0, 4), (3, 0, 1)]  # 4 more would not fit; 1 does
+    assert shape(plan(scheduler)) == [(0, 3, None), (1, 4, None), (3, 1, None), (2, 0, 4)]
+
+
+def test_a_long_prompt_does_not_hold_up_a_short_one_nor_the_streams() -> None:
+    scheduler = Scheduler(Limits(3, 1000, 8), lambda slot: None)
+    scheduler.add(prompt(2, max_tokens=50))
+    plan(scheduler)
+    scheduler.add(prompt(80))
+    scheduler.add(prompt(8))
+    assert shape(plan(scheduler)) == [(0, 2, None), (1, 0, 8)]
+    assert shape(plan(scheduler)) == [(0, 3, None), (2, 0, 8)]
+    assert shape(plan(scheduler)) == [(0, 4, None), (2, 8, None), (1, 8, 8)]
+
+
+def test_slots_go_to_the_longest_waiting() -> None:
+    scheduler = Scheduler(Limits(1, 100, 8), lambda slot: None)
+    tracks = [scheduler.add(prompt(2, max_tokens=1)) for _ in range(3)]
+    for track in tracks:
+        step = plan(scheduler)
+        assert step.tracks == (track,)
+        assert scheduler.plan() is None
+        answer(scheduler, step)
+
+
+def test_a_slot_is_released_only_when_no_step_in_flight_touches_it() -> None:
+    released: list[int] = []
+    scheduler = Scheduler(Limits(1, 100, 8), released.append)
+    scheduler.add(prompt(2, max_tokens=10, stop=(7,)))
+    first, second = plan(scheduler), plan(scheduler)
+    waiting = scheduler.add(prompt(2))
+    assert [output.ended for output in answer(scheduler, first, token=7)] == ["stop"]
+    assert released == [] and scheduler.plan() is None
+    assert answer(scheduler, second) == []  # the token behind the stop id is dropped
+    assert released == [0]
+    assert plan(scheduler).tracks == (waiting,)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+def test_ending_a_track_at_any_point_frees_its_slot_once(steps: int) -> None:
+    released: list[int] = []
+    scheduler = Scheduler(Limits(1, 100, 4), released.append)
+    track = scheduler.add(prompt(6, max_tokens=10))
+    planned = [plan(scheduler) for _ in range(steps)]
+    scheduler.end(track)
+    scheduler.end(track)
+    assert scheduler.plan() is None and scheduler.idle
+    for step in planned:
+        assert released == []
+        assert answer(scheduler, step) == []
+    assert released == ([0] if steps else [])
+
+
+def test_a_lost_step_ends_its_tracks_and_spares_the_rest() -> None:
+    released: list[int] = []
+    scheduler = Scheduler(Limits(2, 100, 4), released.append)
+    lost = scheduler.add(prompt(2, max_tokens=10))
+    first = plan(scheduler)
+    spared = scheduler.add(prompt(4))
+    second = plan(scheduler)
+    assert second.tracks == (lost, spared)
+    scheduler.lose(first)
+    assert lost.ended and released == []
+    assert [output.track for output in answer(scheduler, second)] == [spared]
+    assert released == [0]
+    assert plan(scheduler).tracks == (spared,)
+
+
+def test_results_that_do_not_match_the_step_are_an_error() -> None:
+    scheduler = Scheduler(Limits(1, 100, 4), lambda slot: None)
+    scheduler.add(prompt(2))
+    step = plan(scheduler)
+    with pytest.raises(ValueError):
+        scheduler.read(step, [])
+    scheduler = Scheduler(Limits(1, 100, 4), lambda slot: None)
+    scheduler.add(prompt(2))
+    with pytest.raises(RuntimeError, match="sampled no token"):
+        scheduler.read(plan(scheduler), [None])
+
+
+def test_room() -> None:
+    limits = Limits(1, 10, 4)
+    assert room(prompt(4, max_tokens=3), limits) == 3
+    assert room(prompt(4, max_tokens=30), limits) == 6
+    assert room(prompt(9, max_tokens=30), limits) == 1
+    with pytest.raises(InvalidRequest, match="10 tokens and the context holds 10"):
+        room(prompt(10), limits)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), slots=st.integers(1, 4), chunk=st.integers(1, 9))
+def test_any_interleaving_serves_everything_and_leaks_no_slot(data: st.DataObject, slots: int, chunk: int) -> None:
+    """Plan up to two steps ahead, read, add and end at random: what is not ended early gets all its tokens."""
+    released: list[int] = []
+    scheduler = Scheduler(Limits(slots, 40, chunk), released.append)
+    flying: list[Step] = []
+    tracks = []
+    stalls = 0
+    for _ in range(data.draw(st.integers(0, 60))):
+        action = data.draw(st.sampled_from(("add", "plan", "read", "end")))
+        if action == "add":
+            tracks.append(scheduler.add(prompt(data.draw(st.integers(1, 30)), data.draw(st.integers(1, 12)))))
+        elif action == "plan" and len(flying) < 2:
+            flying += [step for step in [scheduler.plan()] if step]
+        elif action == "read" and flying:
+            answer(scheduler, flying.pop(0))
+        elif action == "end" and tracks:
+            scheduler.end(data.draw(st.sampled_from(tracks)))
+    while flying or not scheduler.idle:
+        step = scheduler.plan()
+        flying += [step] if step else []
+        if flying:
+            answer(scheduler, flying.pop(0))
+        stalls += 1
+        assert stalls < 2000
+    assert all(track.ended and track.slot == -1 and track.in_flight == 0 for track in tracks)
+    started = [track for track in tracks if track.length]
+    assert len(released) >= len(started)
+    assert all(track.delivered <= track.room for track in tracks)
