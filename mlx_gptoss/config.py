@@ -82,22 +82,6 @@ class ModelConfig:
         return self.layer_types.count(SLIDING)
 
 
-GPT_OSS_20B = ModelConfig()
-GPT_OSS_120B = ModelConfig(num_hidden_layers=36, num_local_experts=128)
-TINY = ModelConfig(
-    num_hidden_layers=4,
-    hidden_size=192,
-    intermediate_size=128,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    num_local_experts=8,
-    vocab_size=320,
-    eos_token_id=(312,),
-    pad_token_id=311,
-)
-PRESETS: Mapping[str, ModelConfig] = {"20b": GPT_OSS_20B, "120b": GPT_OSS_120B, "tiny": TINY}
-
-
 def read_config(data: object) -> ModelConfig:
     """ModelConfig from a parsed config.json: the published dialect, transformers 5's, or OpenAI's `original/`.
 
@@ -266,3 +250,19 @@ def _check(c: ModelConfig) -> None:
         raise CheckpointError(f"{c.num_experts_per_tok} experts a token of only {c.num_local_experts}")
     if c.head_dim % 2:
         raise CheckpointError(f"head_dim {c.head_dim} is odd; rotary embeddings need an even one")
+
+
+GPT_OSS_20B = ModelConfig()
+GPT_OSS_120B = ModelConfig(num_hidden_layers=36, num_local_experts=128)
+TINY = ModelConfig(
+    num_hidden_layers=4,
+    hidden_size=192,
+    intermediate_size=128,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_local_experts=8,
+    vocab_size=320,
+    eos_token_id=(312,),
+    pad_token_id=311,
+)
+PRESETS: Mapping[str, ModelConfig] = {"20b": GPT_OSS_20B, "120b": GPT_OSS_120B, "tiny": TINY}

@@ -1,0 +1,60 @@
+"""The MLX backend: `load(checkpoint, ...) -> MlxRunner`. Read model.py first."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ...errors import BackendUnavailable, InvalidRequest
+from ...weights.checkpoint import Checkpoint
+from ..base import Limits
+from .load import load_model
+from ...memory import system_available
+from .runner import MlxRunner
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+def load(checkpoint: Checkpoint, *, device: str | None, dtype: str | None, limits: Limits) -> MlxRunner:
+    """Load onto `device` ("cpu", "gpu" or None for MLX's default) with activations of `dtype`; both as below."""
+    where = pick_device(device)
+    with mx.stream(where):
+        model = load_model(checkpoint, DTYPES[dtype_name(device, dtype)])
+        return MlxRunner(model, limits, where)
+
+
+def dtype_name(device: str | None, dtype: str | None) -> str:
+    """The activations' dtype. None is bfloat16 on a GPU and float32 on a CPU, where bfloat16 products are slower and
+    less accurate."""
+    name = dtype or ("bfloat16" if _on_gpu(device) else "float32")
+    if name not in DTYPES:
+        raise InvalidRequest(f"dtype must be one of {', '.join(DTYPES)}, not {name!r}")
+    return name
+
+
+def prefill_chunk(device: str | None) -> int:
+    """Tokens of one prefill step: enough rows for a GPU's matrix units; a CPU gains nothing from more."""
+    return 2048 if _on_gpu(device) else 512
+
+
+def available_memory(device: str | None) -> int:
+    """Bytes that a model may take: Metal's recommended working set, or the free memory of a CUDA device or the RAM."""
+    if not _on_gpu(device):
+        return system_available()
+    info = mx.device_info(pick_device(device))
+    return int(info.get("max_recommended_working_set_size") or info.get("free_memory") or info["memory_size"])
+
+
+def _on_gpu(device: str | None) -> bool:
+    return bool(pick_device(device).type == mx.gpu)
+
+
+def pick_device(device: str | None) -> mx.Device:
+    if device is None:
+        return mx.default_device()
+    if device == "cpu":
+        return mx.Device(mx.cpu)
+    if device in ("gpu", "metal"):
+        if not mx.is_available(mx.Device(mx.gpu)):
+            raise BackendUnavailable("MLX finds no GPU here; leave --device out, or use --device cpu")
+        return mx.Device(mx.gpu)
+    raise InvalidRequest(f"device must be cpu or gpu for the mlx backend, not {device!r}")

@@ -1,0 +1,133 @@
+"""mlx-gptoss chat: a conversation at the terminal."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from .options import HARMONY_OPTIONS, MODEL_OPTIONS, SAMPLING_OPTIONS, load, options, sampling
+
+if TYPE_CHECKING:
+    from mlx_gptoss import Conversation, Model, Sampling
+
+HELP = """\
+/help                          this list
+/reset                         forget the conversation
+/reasoning low|medium|high     how much the model thinks before it answers
+/system TEXT                   instructions to the model; none removes them
+/stats                         token counts and speeds after each answer, on or off
+/quit                          leave (Ctrl-D does, too)
+Ctrl-C stops an answer; what was said so far stays in the conversation."""
+
+
+@click.command()
+@options(MODEL_OPTIONS, SAMPLING_OPTIONS, HARMONY_OPTIONS)
+@click.option("--stats", is_flag=True, help="Print token counts and speeds after each answer.")
+def chat(
+    model: str | None,
+    backend: str,
+    device: str | None,
+    dtype: str | None,
+    max_context: int | None,
+    max_tokens: int | None,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    seed: int | None,
+    reasoning: Literal["low", "medium", "high"],
+    system: str | None,
+    hide_reasoning: bool,
+    stats: bool,
+) -> None:
+    """Talk with the model. /help lists the commands inside."""
+    how = sampling(temperature, top_p, top_k, min_p, seed)
+    with load(model, backend, device, dtype, max_context) as loaded:
+        Session(loaded, how, max_tokens, reasoning, system, not hide_reasoning, stats).run()
+
+
+class Session:
+    """One conversation and its settings."""
+
+    def __init__(
+        self,
+        model: Model,
+        sampling: Sampling,
+        max_tokens: int | None,
+        reasoning: Literal["low", "medium", "high"],
+        system: str | None,
+        show_reasoning: bool,
+        stats: bool,
+    ) -> None:
+        from mlx_gptoss.api import as_conversation
+
+        self.model = model
+        self.sampling = sampling
+        self.max_tokens = max_tokens
+        self.show_reasoning = show_reasoning
+        self.stats = stats
+        opening = as_conversation("-", reasoning=reasoning, system=system)
+        self.conversation: Conversation = replace(opening, messages=())
+
+    def run(self) -> None:
+        if sys.stdin.isatty():
+            import readline  # noqa: F401 - line editing and history for input()
+
+            click.echo(f"{self.model.name} ({self.model.format}, {self.model.backend}). /help lists commands.", err=True)
+        while (line := _read_line()) is not None:
+            if line in ("/quit", "/exit"):
+                return
+            if line.startswith("/"):
+                self.command(line)
+            elif line:
+                self.turn(line)
+
+    def command(self, line: str) -> None:
+        """A line that begins with a slash."""
+        name, _, argument = line[1:].partition(" ")
+        argument = argument.strip()
+        if name == "help":
+            click.echo(HELP, err=True)
+        elif name == "reset":
+            self.conversation = replace(self.conversation, messages=())
+        elif name == "reasoning" and argument in ("low", "medium", "high"):
+            self.conversation = replace(self.conversation, reasoning=argument)  # type: ignore[arg-type]
+        elif name == "system":
+            self.conversation = replace(self.conversation, instructions=argument or None)
+        elif name == "stats":
+            self.stats = not self.stats
+        else:
+            click.echo(f"no such command: {line}. /help lists them.", err=True)
+
+    def turn(self, line: str) -> None:
+        """One question and its answer. A question that cannot be answered is taken back."""
+        from mlx_gptoss import GptOssError, Message
+
+        from .printer import show_events, stats_line
+
+        asked = replace(self.conversation, messages=(*self.conversation.messages, Message("user", line)))
+        text: list[str] = []
+        try:
+            events = self.model.stream(asked, sampling=self.sampling, max_tokens=self.max_tokens)
+            finished = show_events(events, reasoning=self.show_reasoning, text=text)
+        except GptOssError as error:
+            click.echo(f"error: {error}", err=True)
+            return
+        except KeyboardInterrupt:
+            said = Message("assistant", "".join(text), channel="final")
+            self.conversation = replace(asked, messages=(*asked.messages, said))
+            return
+        self.conversation = replace(asked, messages=asked.messages + finished.messages)
+        if self.stats:
+            click.echo(stats_line(finished, self.model.load_s), err=True)
+
+
+def _read_line() -> str | None:
+    """The next line without its ends; None at the end of input. Ctrl-C at the prompt leaves."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None

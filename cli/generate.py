@@ -1,0 +1,99 @@
+"""mlx-gptoss generate: one prompt, one answer."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from .options import HARMONY_OPTIONS, MODEL_OPTIONS, SAMPLING_OPTIONS, load, options, sampling
+
+if TYPE_CHECKING:
+    from mlx_gptoss import Event, Model
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@options(MODEL_OPTIONS, SAMPLING_OPTIONS, HARMONY_OPTIONS)
+@click.option("--raw", is_flag=True, help="Continue PROMPT as it stands, without Harmony; special tokens are meant.")
+@click.option("--stats", is_flag=True, help="Print token counts and speeds to stderr.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
+def generate(
+    prompt: str | None,
+    model: str | None,
+    backend: str,
+    device: str | None,
+    dtype: str | None,
+    max_context: int | None,
+    max_tokens: int | None,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    seed: int | None,
+    reasoning: Literal["low", "medium", "high"],
+    system: str | None,
+    hide_reasoning: bool,
+    raw: bool,
+    stats: bool,
+    as_json: bool,
+) -> None:
+    """Answer PROMPT, or what comes on stdin when PROMPT is - or left out.
+
+    The answer streams to stdout, the model's reasoning dimmed to stderr.
+    """
+    text = _prompt(prompt)
+    how = sampling(temperature, top_p, top_k, min_p, seed)
+    with load(model, backend, device, dtype, max_context) as loaded:
+        if raw:
+            ids = loaded.tokenizer.encode_with_specials(text)
+            events = loaded.stream_raw(ids, sampling=how, max_tokens=max_tokens)
+        else:
+            events = loaded.stream(text, sampling=how, max_tokens=max_tokens, reasoning=reasoning, system=system)
+        if as_json:
+            click.echo(json.dumps(_report(loaded, events), ensure_ascii=False))
+        else:
+            _print(loaded, events, reasoning=not hide_reasoning, stats=stats)
+
+
+def _prompt(argument: str | None) -> str:
+    if argument is None and sys.stdin.isatty():
+        raise click.UsageError("give a PROMPT, or - to read it from stdin")
+    text = click.get_text_stream("stdin", errors="replace").read() if argument in (None, "-") else argument
+    assert text is not None
+    if not text.strip():
+        raise click.UsageError("the prompt is empty; write a question")
+    return text
+
+
+def _print(model: Model, events: Iterator[Event], *, reasoning: bool, stats: bool) -> None:
+    from .printer import show_events, stats_line
+
+    finished = show_events(events, reasoning=reasoning)
+    if stats and finished is not None:
+        click.echo(stats_line(finished, model.load_s), err=True)
+
+
+def _report(model: Model, events: Iterator[Event]) -> dict[str, Any]:
+    from mlx_gptoss.api import fold
+
+    reasoning, text, calls, finished = fold(events)
+    return {
+        "text": text,
+        "reasoning": reasoning,
+        "tool_calls": [vars(call) for call in calls],
+        "finish_reason": finished.finish_reason,
+        "ids": [token.id for token in finished.tokens],
+        "usage": vars(finished.usage),
+        "timings": {
+            "load_s": model.load_s,
+            **vars(finished.timings),
+            "peak_memory_bytes": model.peak_memory(),
+        },
+        "model": model.name,
+        "backend": model.backend,
+        "format": model.format,
+    }

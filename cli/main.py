@@ -1,0 +1,68 @@
+"""The command group: finds a command by name, imports it when used, and turns errors into one line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.metadata import version
+
+import click
+
+COMMANDS = {
+    "generate": "Answer one prompt.",
+    "chat": "Talk, turn by turn.",
+    "convert": "Write a checkpoint in another format.",
+    "show": "Format, sizes and memory plan of a checkpoint.",
+}
+
+
+class Commands(click.Group):
+    """Commands by name; `--help` lists them without importing any."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = getattr(import_module(f".{cmd_name}", __package__), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        click.echo(f"mlx-gptoss {version('mlx-gptoss')}")
+        ctx.exit()
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Print it.")
+def group() -> None:
+    """Run OpenAI's gpt-oss models on this machine.
+
+    Without --model, commands use the small model that is bundled with the program.
+    """
+
+
+def main() -> None:
+    """Exit codes: 0; 1 with one line on stderr; 2 for usage; 130 for Ctrl-C."""
+    from mlx_gptoss.errors import GptOssError
+
+    try:
+        group.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read the output has gone; there is no one to tell
+        sys.exit(1)
+    except (GptOssError, OSError) as error:
+        click.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(1)

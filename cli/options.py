@@ -1,0 +1,63 @@
+"""Options that several commands share, and what they become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from mlx_gptoss import Model, Sampling
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+MODEL_OPTIONS = (
+    click.option("--model", metavar="PATH|REPO", help="A folder, or a hub id such as openai/gpt-oss-20b."),
+    click.option("--backend", default="auto", metavar="auto|mlx", show_default=True, help="What computes."),
+    click.option("--device", metavar="cpu|gpu", help="Where; the backend's best by default."),
+    click.option("--dtype", metavar="NAME", help="Of activations: float32, bfloat16 or float16."),
+    click.option("--max-context", type=click.IntRange(min=1), metavar="N", help="Tokens of prompt and answer together."),
+)
+SAMPLING_OPTIONS = (
+    click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Most tokens to generate."),
+    click.option("--temperature", type=float, default=1.0, metavar="T", show_default=True, help="0 is greedy."),
+    click.option("--top-p", type=float, default=1.0, metavar="P", help="Keep the likeliest tokens that reach P."),
+    click.option("--top-k", type=int, default=0, metavar="K", help="Keep the K likeliest tokens."),
+    click.option("--min-p", type=float, default=0.0, metavar="P", help="Drop tokens below P times the likeliest."),
+    click.option("--seed", type=int, metavar="S", help="The same seed gives the same text."),
+)
+HARMONY_OPTIONS = (
+    click.option("--reasoning", type=click.Choice(["low", "medium", "high"]), default="medium", show_default=True),
+    click.option("--system", metavar="TEXT", help="Instructions to the model."),
+    click.option("--hide-reasoning", is_flag=True, help="Show the answer only."),
+)
+
+
+def options(*groups: tuple[Callable[[Command], Command], ...]) -> Callable[[Command], Command]:
+    """All options of the groups, in order."""
+
+    def add(command: Command) -> Command:
+        for option in reversed([option for group in groups for option in group]):
+            command = option(command)
+        return command
+
+    return add
+
+
+def sampling(temperature: float, top_p: float, top_k: int, min_p: float, seed: int | None) -> Sampling:
+    from mlx_gptoss import Sampling
+
+    return Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
+
+
+def load(
+    model: str | None, backend: str, device: str | None, dtype: str | None, max_context: int | None
+) -> Model:
+    """The model, with a spinner on a terminal's stderr while it loads."""
+    from rich.console import Console
+
+    import mlx_gptoss
+
+    with Console(stderr=True).status(f"Loading {model or 'the bundled model'}"):
+        return mlx_gptoss.load(model, backend=backend, device=device, dtype=dtype, max_context=max_context)

@@ -1,0 +1,81 @@
+"""mlx-gptoss show: what a checkpoint is, and whether it fits here."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from mlx_gptoss.memory import MemoryPlan
+    from mlx_gptoss.weights.checkpoint import Summary
+
+
+@click.command()
+@click.argument("model", required=False)
+@click.option("--context", type=click.IntRange(min=1), metavar="N", help="Plan for N tokens; the model's most by default.")
+@click.option("--backend", default="auto", metavar="auto|mlx", help="Plan for this backend.")
+@click.option("--device", metavar="cpu|gpu", help="Plan for this device.")
+@click.option("--dtype", metavar="NAME", help="Plan for activations of this dtype.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def show(
+    model: str | None, context: int | None, backend: str, device: str | None, dtype: str | None, as_json: bool
+) -> None:
+    """Format, sizes and bits per weight of MODEL (a folder or a hub id), and the memory it needs here.
+
+    Reads headers only. Without MODEL it shows the bundled one.
+    """
+    from mlx_gptoss import api
+
+    checkpoint = api.open_checkpoint(model)
+    plan = api.memory_plan(checkpoint, api.find_backend(backend)[0], device=device, dtype=dtype, max_context=context)
+    summary = checkpoint.summary()
+    if as_json:
+        click.echo(json.dumps(_report(summary, plan)))
+    else:
+        _print(model or "the bundled nano model", summary, plan)
+
+
+def _report(summary: Summary, plan: MemoryPlan) -> dict[str, Any]:
+    return {
+        "format": summary.format,
+        "parameters": summary.parameters,
+        "size_bytes": summary.size_bytes,
+        "bits_per_weight": summary.bits_per_weight,
+        "roles": summary.roles,
+        "memory": {
+            "weights_bytes": plan.weights_bytes,
+            "kv_bytes_per_token": plan.kv_bytes_per_token,
+            "ring_bytes": plan.ring_bytes,
+            "working_bytes": plan.working_bytes,
+            "context": plan.context,
+            "needed_bytes": plan.needed_bytes,
+            "available_bytes": plan.available_bytes,
+            "fits": plan.fits,
+        },
+    }
+
+
+def _print(name: str, summary: Summary, plan: MemoryPlan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mlx_gptoss.memory import gigabytes
+
+    console = Console(highlight=False)
+    console.print(f"[bold]{name}[/bold]: {summary.format}, {summary.parameters / 1e9:.3g} billion parameters, "
+                  f"{gigabytes(summary.size_bytes)}, {summary.bits_per_weight:.2f} bits per weight")
+    table = Table("part", "stored as", "bits per weight", box=None, header_style="bold")
+    for role, stored in summary.roles.items():
+        table.add_row(role, str(stored["format"]), f"{stored['bits']:.2f}")
+    console.print(table)
+    verdict = "[green]fits[/green]" if plan.fits else "[red]does not fit[/red]"
+    console.print(
+        f"Memory for {plan.context} tokens: {gigabytes(plan.needed_bytes)} needed "
+        f"(weights {gigabytes(plan.weights_bytes)}, KV cache {gigabytes(plan.context * plan.kv_bytes_per_token)}, "
+        f"working space {gigabytes(plan.working_bytes + plan.ring_bytes)}), "
+        f"{gigabytes(plan.available_bytes)} available: {verdict}"
+    )
+    if not plan.fits and plan.largest_context:
+        console.print(f"It fits with a context of {plan.largest_context} tokens (--max-context).")

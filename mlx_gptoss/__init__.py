@@ -1,0 +1,59 @@
+"""Run OpenAI's gpt-oss models on your own machine. See README.md; `mlx_gptoss.load()` opens the bundled model.
+
+Names are imported when first used, so that `import mlx_gptoss` costs nothing and needs no backend.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import Completion as Completion
+    from .api import Model as Model
+    from .api import Reply as Reply
+    from .api import describe as describe
+    from .api import load as load
+    from .chat import Event as Event
+    from .chat import Finished as Finished
+    from .chat import ReasoningDelta as ReasoningDelta
+    from .chat import TextDelta as TextDelta
+    from .chat import ToolCall as ToolCall
+    from .config import ModelConfig as ModelConfig
+    from .errors import GptOssError as GptOssError
+    from .harmony.messages import Conversation as Conversation
+    from .harmony.messages import Function as Function
+    from .harmony.messages import Message as Message
+    from .sampling import Sampling as Sampling
+    from .api import convert as convert
+
+_HOME = {
+    "Completion": "api",
+    "Model": "api",
+    "Reply": "api",
+    "convert": "api",
+    "describe": "api",
+    "load": "api",
+    "Event": "chat",
+    "Finished": "chat",
+    "ReasoningDelta": "chat",
+    "TextDelta": "chat",
+    "ToolCall": "chat",
+    "ModelConfig": "config",
+    "GptOssError": "errors",
+    "Conversation": "harmony.messages",
+    "Function": "harmony.messages",
+    "Message": "harmony.messages",
+    "Sampling": "sampling",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'mlx_gptoss' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,143 @@
+"""The pieces model.py is made of: matrices as they are stored, linear layers and experts over them.
+
+A matrix is never re-quantized or widened as a whole: MLX multiplies by the codes, and a dense matrix that is
+narrower than the activations (bfloat16 weights, float32 activations on a CPU) is widened block by block.
+
+Legend: D in, N out, E experts, T tokens, A experts active per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import mlx.core as mx
+
+WIDEN_ELEMENTS = 1 << 24  # elements of a dense matrix widened at once: 64 MB in float32
+
+
+@dataclass(frozen=True)
+class DenseMatrix:
+    """weight: [N, D] or [E, N, D] in the dtype it is stored in."""
+
+    weight: mx.array
+
+    def matmul(self, x: mx.array) -> mx.array:
+        """x [..., D] -> [..., N]"""
+        if self.weight.dtype == x.dtype:
+            return x @ self.weight.T
+        rows = max(1, WIDEN_ELEMENTS // self.weight.shape[-1])
+        blocks = [self.weight[i : i + rows] for i in range(0, self.weight.shape[0], rows)]
+        return mx.concatenate([x @ block.astype(x.dtype).T for block in blocks], axis=-1)
+
+    def gather(self, x: mx.array, experts: mx.array, *, sorted_experts: bool) -> mx.array:
+        """x [T, A or 1, 1, D] with experts [T, A], or x [T, 1, D] with experts [T] -> [..., 1, N]"""
+        if self.weight.dtype == x.dtype:
+            return mx.gather_mm(x, self.weight.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=sorted_experts)
+        return self._gather_widened(x, experts)
+
+    def _gather_widened(self, x: mx.array, experts: mx.array) -> mx.array:
+        """One product per expert in use, each expert widened alone: a CPU with float32 activations and bfloat16
+        experts. It waits for the router's choice, which costs a CPU nothing."""
+        chosen = experts.flatten().tolist()
+        order = sorted(range(len(chosen)), key=chosen.__getitem__)
+        pairs = mx.broadcast_to(x, (*experts.shape, *x.shape[-2:])).reshape(len(chosen), x.shape[-1])
+        products = [
+            pairs[mx.array(list(mine))] @ self.weight[expert].astype(x.dtype).T
+            for expert, mine in groupby(order, key=chosen.__getitem__)
+        ]
+        y = mx.concatenate(products)[mx.argsort(mx.array(order))]
+        return y.reshape(*experts.shape, 1, -1)
+
+    def rows(self, ids: mx.array, dtype: mx.Dtype) -> mx.array:
+        """ids [...] -> [..., D]"""
+        return self.weight[ids].astype(dtype)
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """codes uint32 [..., N, D * bits / 32], scales [..., N, D / group], biases like scales for mode "affine" only.
+
+    outer: a factor on the output: [] for the whole matrix, [N] per row, [E, 1] or [E, N] for experts; None is 1.
+    """
+
+    codes: mx.array
+    scales: mx.array
+    biases: mx.array | None
+    outer: mx.array | None
+    mode: str
+    group: int
+    bits: int
+
+    def matmul(self, x: mx.array) -> mx.array:
+        """x [..., D] -> [..., N]"""
+        y = mx.quantized_matmul(x, self.codes, self.scales, self.biases, transpose=True, **self._format)
+        return (y if self.outer is None else y * self.outer).astype(x.dtype)
+
+    def gather(self, x: mx.array, experts: mx.array, *, sorted_experts: bool) -> mx.array:
+        """x [T, A or 1, 1, D] with experts [T, A], or x [T, 1, D] with experts [T] -> [..., 1, N]"""
+        y = mx.gather_qmm(
+            x,
+            self.codes,
+            self.scales,
+            self.biases,
+            rhs_indices=experts,
+            transpose=True,
+            sorted_indices=sorted_experts,
+            **self._format,
+        )
+        if self.outer is not None:
+            y = y * (self.outer if self.outer.ndim == 0 else self.outer[experts][..., None, :])
+        return y.astype(x.dtype)
+
+    def rows(self, ids: mx.array, dtype: mx.Dtype) -> mx.array:
+        """ids [...] -> [..., D], decoded in float32"""
+        scales = self.scales[ids]
+        biases = None if self.biases is None else self.biases[ids].astype(mx.float32)
+        scales = scales.astype(mx.float32) if self.mode == "affine" else scales
+        w = mx.dequantize(self.codes[ids], scales, biases, **self._format).astype(mx.float32)
+        if self.outer is not None:
+            w = w * (self.outer if self.outer.ndim == 0 else self.outer[ids][..., None])
+        return w.astype(dtype)
+
+    @property
+    def _format(self) -> dict[str, object]:
+        return {"group_size": self.group, "bits": self.bits, "mode": self.mode}
+
+
+Matrix = DenseMatrix | QuantizedMatrix
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Matrices side by side that share their input, fused into one where their storage allows it.
+
+    matrices: one after load's fusion, more when the parts are stored differently (a 6-bit v beside a 4-bit q).
+    bias: [N] over all of them together.
+    """
+
+    matrices: tuple[Matrix, ...]
+    bias: mx.array | None = None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """x [..., D] -> [..., N]"""
+        parts = [matrix.matmul(x) for matrix in self.matrices]
+        y = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+        return y if self.bias is None else y + self.bias
+
+
+@dataclass(frozen=True)
+class ExpertLinear:
+    """The same for a bank of experts: each token's rows go through the matrices of its own experts.
+
+    bias: [E, N].
+    """
+
+    matrices: tuple[Matrix, ...]
+    bias: mx.array
+
+    def __call__(self, x: mx.array, experts: mx.array, *, sorted_experts: bool) -> mx.array:
+        """x [T, A or 1, 1, D] with experts [T, A], or x [T, 1, D] with experts [T] -> [..., 1, N]"""
+        parts = [matrix.gather(x, experts, sorted_experts=sorted_experts) for matrix in self.matrices]
+        y = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+        return y + self.bias[experts][..., None, :]

@@ -1,0 +1,146 @@
+"""The sampler: sampling.py's chain on the device, for all rows of a step at once.
+
+Legend: B rows, V vocabulary. Rows of different requests sit in one batch; each stage runs only when a row needs it,
+and leaves the other rows as they were, so that a request draws the same token alone and in company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ...sampling import Sampling
+
+
+@dataclass
+class History:
+    """What one slot's sampler remembers. key: of the slot's random stream, uint32 [2].
+
+    seen (prompt or output) bool [V], counts (output) float32 [V]: kept only for penalized requests.
+    """
+
+    key: mx.array
+    seen: mx.array | None = None
+    counts: mx.array | None = None
+
+    @staticmethod
+    def begin(sampling: Sampling, prompt: Sequence[int], seed: int, vocabulary: int) -> History:
+        # Hashed once, so that nearby seeds do not give streams that are shifted copies of each other.
+        history = History(mx.random.split(mx.random.key(seed))[0])
+        if sampling.penalized:
+            seen = mx.zeros((vocabulary,), dtype=mx.bool_)
+            seen[mx.array(list(prompt))] = True
+            history.seen, history.counts = seen, mx.zeros((vocabulary,), dtype=mx.float32)
+        return history
+
+    def add(self, token: mx.array) -> None:
+        """token: int32 scalar, just sampled."""
+        if self.seen is not None and self.counts is not None:
+            self.seen[token] = True
+            self.counts = self.counts.at[token].add(1.0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """tokens int32 [B]; logprobs float32 [B]; top ids and logprobs [B, n], n the most that any row asked for."""
+
+    tokens: mx.array
+    logprobs: mx.array
+    top_ids: mx.array | None
+    top_logprobs: mx.array | None
+
+
+def choose(
+    logits: mx.array, samplings: Sequence[Sampling], histories: Sequence[History], positions: Sequence[int]
+) -> Choice:
+    """One token a row from raw logits, float32 [B, V]. `positions` number the draws of each row's random stream."""
+    shaped = _penalize(_bias(logits, samplings), samplings, histories)
+    tokens = mx.argmax(shaped, axis=-1)
+    if not all(s.greedy for s in samplings):
+        drawn = mx.argmax(_noisy(_filter(shaped, samplings), samplings, histories, positions), axis=-1)
+        tokens = mx.where(_column(samplings, "temperature")[:, 0] > 0, drawn, tokens)
+    tokens = tokens.astype(mx.int32)
+    for row, history in enumerate(histories):
+        history.add(tokens[row])
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    chosen = mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    most = max(s.logprobs for s in samplings)
+    if not most:
+        return Choice(tokens, chosen, None, None)
+    ids = mx.argpartition(-logprobs, kth=most - 1, axis=-1)[:, :most]
+    values = mx.take_along_axis(logprobs, ids, axis=-1)
+    order = mx.argsort(-values, axis=-1)
+    return Choice(
+        tokens, chosen, mx.take_along_axis(ids, order, axis=-1), mx.take_along_axis(values, order, axis=-1)
+    )
+
+
+def _bias(logits: mx.array, samplings: Sequence[Sampling]) -> mx.array:
+    entries = [(row, t, b) for row, s in enumerate(samplings) for t, b in (s.logit_bias or {}).items()]
+    if not entries:
+        return logits
+    rows, tokens, biases = zip(*entries, strict=True)
+    return logits.at[mx.array(rows), mx.array(tokens)].add(mx.array(biases, dtype=mx.float32))
+
+
+def _penalize(logits: mx.array, samplings: Sequence[Sampling], histories: Sequence[History]) -> mx.array:
+    if not any(s.penalized for s in samplings):
+        return logits
+    rows = [_penalize_row(row, s, h) for row, s, h in zip(logits, samplings, histories, strict=True)]
+    return mx.stack(rows)
+
+
+def _penalize_row(logits: mx.array, sampling: Sampling, history: History) -> mx.array:
+    if history.seen is None or history.counts is None:
+        return logits
+    repeated = mx.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
+    logits = mx.where(history.seen, repeated, logits)
+    return logits - sampling.presence_penalty * (history.counts > 0) - sampling.frequency_penalty * history.counts
+
+
+def _filter(logits: mx.array, samplings: Sequence[Sampling]) -> mx.array:
+    """Logits over temperature, with everything outside top_k, top_p and min_p at -inf."""
+    temperature = _column(samplings, "temperature")
+    logits = logits / mx.where(temperature > 0, temperature, 1.0)
+    if any(s.top_k or s.top_p < 1.0 for s in samplings):
+        logits = _top(logits, samplings)
+    if any(s.min_p for s in samplings):
+        probabilities = mx.softmax(logits, axis=-1)
+        floor = _column(samplings, "min_p") * probabilities.max(axis=-1, keepdims=True)
+        logits = mx.where(probabilities < floor, -mx.inf, logits)
+    return logits
+
+
+def _top(logits: mx.array, samplings: Sequence[Sampling]) -> mx.array:
+    """top_k, then top_p of what is left: a token stays when those likelier than it hold less than top_p."""
+    vocabulary = logits.shape[-1]
+    order = mx.argsort(-logits, axis=-1)
+    ranked = mx.take_along_axis(logits, order, axis=-1)
+    top_k = mx.array([[s.top_k or vocabulary] for s in samplings])
+    ranked = mx.where(mx.arange(vocabulary) < top_k, ranked, -mx.inf)
+    probabilities = mx.softmax(ranked, axis=-1)
+    before = mx.cumsum(probabilities, axis=-1) - probabilities
+    top_p = _column(samplings, "top_p")
+    ranked = mx.where((before < top_p) | (top_p >= 1.0), ranked, -mx.inf)
+    return mx.put_along_axis(logits, order, ranked, axis=-1)
+
+
+def _noisy(
+    logits: mx.array, samplings: Sequence[Sampling], histories: Sequence[History], positions: Sequence[int]
+) -> mx.array:
+    """Adding Gumbel noise makes the argmax a draw from the softmax. Each row's noise hangs on its own key and
+    position alone, so that a seed gives the same draw in any batch."""
+    noise = [
+        mx.zeros(logits.shape[-1:])
+        if sampling.greedy
+        else mx.random.gumbel(logits.shape[-1:], key=history.key + mx.array([0, position], dtype=mx.uint32))
+        for sampling, history, position in zip(samplings, histories, positions, strict=True)
+    ]
+    return logits + mx.stack(noise)
+
+
+def _column(samplings: Sequence[Sampling], name: str) -> mx.array:
+    """One field of every row, float32 [B, 1]."""
+    return mx.array([[float(getattr(s, name))] for s in samplings])

@@ -1,0 +1,135 @@
+"""The memory plan: what a model needs at a given context against what the device has, before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from .config import ModelConfig
+from .errors import DoesNotFit
+
+SMALLEST_CONTEXT = 2048  # a default context is not cut below this; with less room the model is refused
+RUNTIME_BYTES = 300 << 20  # interpreter, libraries, tokenizer and allocator slack (measured: 210 MB with MLX on a CPU)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that a loaded model takes.
+
+    kv_bytes_per_token: of one slot, in the full layers. ring_bytes: of one slot's sliding layers together.
+    working_bytes: activations of one prefill chunk, logits, and the runtime itself.
+    available_bytes: what the device has to give: Metal's recommended working set, or the free memory elsewhere.
+    """
+
+    context: int
+    slots: int
+    weights_bytes: int
+    kv_bytes_per_token: int
+    ring_bytes: int
+    working_bytes: int
+    available_bytes: int
+
+    @property
+    def needed_bytes(self) -> int:
+        cache = self.slots * (self.context * self.kv_bytes_per_token + self.ring_bytes)
+        return self.weights_bytes + cache + self.working_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.needed_bytes <= self.available_bytes
+
+    @property
+    def largest_context(self) -> int:
+        """The longest context that fits, in whole 256 tokens; 0 when none does."""
+        room = self.available_bytes - self.weights_bytes - self.working_bytes - self.slots * self.ring_bytes
+        return max(0, room // (self.slots * max(self.kv_bytes_per_token, 1)) // 256 * 256)
+
+
+def plan_memory(
+    config: ModelConfig,
+    weights_bytes: int,
+    available_bytes: int,
+    *,
+    activation_bytes: int,
+    context: int | None = None,
+    slots: int = 1,
+    chunk: int = 2048,
+) -> MemoryPlan:
+    """The plan for `context` tokens a slot; None takes the model's longest, or what fits of it.
+
+    activation_bytes: 2 or 4, the size of an activation and of a K/V entry. chunk: tokens of one prefill step.
+    """
+    entry = 2 * config.kv_size * activation_bytes  # one key and one value, all heads
+    plan = MemoryPlan(
+        context=context or config.max_position_embeddings,
+        slots=slots,
+        weights_bytes=weights_bytes,
+        kv_bytes_per_token=entry * config.full_layers,
+        ring_bytes=entry * config.sliding_layers * config.sliding_window,
+        working_bytes=RUNTIME_BYTES + working_space(config, chunk, slots, activation_bytes),
+        available_bytes=available_bytes,
+    )
+    if context is None and not plan.fits and plan.largest_context >= SMALLEST_CONTEXT:
+        return MemoryPlan(**{**vars(plan), "context": plan.largest_context})
+    return plan
+
+
+def working_space(config: ModelConfig, chunk: int, slots: int, activation_bytes: int) -> int:
+    """The largest set of arrays alive at once in a forward pass: one layer's MoE, or its attention, or the logits."""
+    active = config.num_experts_per_tok
+    experts = chunk * active * (2 * config.hidden_size + 4 * config.intermediate_size)
+    attention = chunk * 3 * (config.q_size + 2 * config.kv_size)
+    stream = 3 * chunk * config.hidden_size
+    logits = 4 * slots * config.vocab_size * 4
+    return (stream + max(experts, attention)) * activation_bytes + logits
+
+
+def require_fit(plan: MemoryPlan, name: str, smaller_formats: dict[str, int]) -> None:
+    """Raise DoesNotFit with the numbers and with what would fit. smaller_formats: name -> weight bytes."""
+    if plan.fits:
+        return
+    advice = []
+    if plan.largest_context >= SMALLEST_CONTEXT:
+        advice.append(f"use --max-context {plan.largest_context}")
+    spare = plan.available_bytes - (plan.needed_bytes - plan.weights_bytes)
+    fitting = {fmt: size for fmt, size in smaller_formats.items() if size <= spare}
+    if fitting:
+        best = max(fitting, key=fitting.__getitem__)
+        advice.append(f"convert it with --to {best} ({gigabytes(fitting[best])} of weights)")
+    if not advice:
+        smallest = min([plan.weights_bytes, *smaller_formats.values()])
+        advice.append(f"close other programs, or use a machine with more memory (at least {gigabytes(smallest)} free)")
+    raise DoesNotFit(
+        f"{name} needs {gigabytes(plan.needed_bytes)} (weights {gigabytes(plan.weights_bytes)}, "
+        f"KV cache {gigabytes(plan.slots * plan.context * plan.kv_bytes_per_token)} for {plan.context} tokens"
+        f"{f' in each of {plan.slots} slots' if plan.slots > 1 else ''}, "
+        f"working space {gigabytes(plan.working_bytes + plan.slots * plan.ring_bytes)}) "
+        f"and {gigabytes(plan.available_bytes)} are available: {', or '.join(advice)}"
+    )
+
+
+def system_available() -> int:
+    """Bytes of RAM that a new program can take without swapping: Linux's MemAvailable within the control group's
+    limit; elsewhere all physical memory less an eighth for the system."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 7 // 8
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    return min(available, _cgroup_room())
+
+
+def _cgroup_room(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """What control group version 2 leaves this process."""
+    limit, current = root / "memory.max", root / "memory.current"
+    if not limit.exists() or not current.exists() or limit.read_text().strip() == "max":
+        return 2**63 - 1
+    used = int(current.read_text())
+    stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+    return int(limit.read_text()) - used + int(stat.get("inactive_file", 0))
+
+
+def gigabytes(size: int) -> str:
+    """In decimal units, as model sizes are quoted: 13.8 GB, 850 MB."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
