@@ -30,7 +30,10 @@ def render_reply(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]
     """What the model would have to say after `render` to add these assistant messages: a trainer's target.
 
     It begins after `<|start|>assistant` and ends in `<|call|>` for a call, else in `<|return|>`.
+    Raises InvalidRequest unless there is a message and all are the assistant's.
     """
+    if not messages or any(message.role != "assistant" or message.name for message in messages):
+        raise InvalidRequest("a reply is at least one message, and all of them the assistant's, without a name")
     ids = render_messages(messages, tokenizer)
     if messages[-1].recipient is None:
         ids[-1] = tokenizer.special(RETURN)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any, TypeVar
 
 from .messages import Function
@@ -130,14 +131,23 @@ def _default(schema: Any, bare_choice: bool = True) -> str:
 
 
 def compact_json(value: Any) -> str:
-    """JSON as serde_json writes it: no spaces, no ASCII escapes, exponents without plus sign or zeros."""
+    """JSON as serde_json writes it: no spaces, no ASCII escapes, its own number format."""
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{compact_json(str(key))}:{compact_json(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(compact_json, value)) + "]"
+    if isinstance(value, int) and not -(2**63) <= value < 2**64 and abs(value) < 10**308:
+        value = float(value)
     if isinstance(value, float):
-        return re.sub(r"e\+?(-?)0*(\d)", r"e\1\2", repr(value))
+        return _number(value)
     return json.dumps(value, ensure_ascii=False)
+
+
+def _number(value: float) -> str:
+    """Shortest digits; an exponent below 1e-5 and from 1e16 on, written without plus sign and leading zeros."""
+    if 1e-5 <= abs(value) < 1e-4:
+        return format(Decimal(repr(value)), "f")
+    return re.sub(r"e\+?(-?)0*", r"e\1", repr(value))
 
 
 def _get(schema: Any, key: str, kind: type[_Kind]) -> _Kind | None:

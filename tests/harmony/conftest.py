@@ -1,0 +1,119 @@
+"""Two tokenizers: a small one made here, and the published vocabulary with openai-harmony's encoding of it as judge."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Regex, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as BPE
+
+from mlx_gptoss.tokenizer import SPECIALS, Tokenizer
+
+VOCABULARY = Path(__file__).parents[2] / ".." / "shared" / "o200k_base.tiktoken"
+PUBLISHED_IDS = {
+    "<|startoftext|>": 199998,
+    "<|endoftext|>": 199999,
+    "<|reserved_200000|>": 200000,
+    "<|reserved_200001|>": 200001,
+    "<|return|>": 200002,
+    "<|constrain|>": 200003,
+    "<|reserved_200004|>": 200004,
+    "<|channel|>": 200005,
+    "<|start|>": 200006,
+    "<|end|>": 200007,
+    "<|message|>": 200008,
+    "<|reserved_200009|>": 200009,
+    "<|reserved_200010|>": 200010,
+    "<|reserved_200011|>": 200011,
+    "<|call|>": 200012,
+}
+PIECES = "|".join(
+    [
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+
+
+def alphabet() -> list[str]:
+    """The character of each byte, in the order of bytes."""
+    others = iter(range(0x100, 0x200))
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def byte_level(ids: dict[bytes, int], merges: list[tuple[bytes, bytes]], specials: dict[str, int]) -> Tokenizer:
+    letters = alphabet()
+
+    def written(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    bpe = BPE(
+        models.BPE(
+            vocab={written(token): id for token, id in ids.items()},
+            merges=[(written(left), written(right)) for left, right in merges],
+            ignore_merges=True,
+        )
+    )
+    split = pre_tokenizers.Split(Regex(PIECES), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(list(specials))
+    assert all(bpe.token_to_id(name) == id for name, id in specials.items())
+    return Tokenizer(bpe)
+
+
+@pytest.fixture(scope="session")
+def small() -> Tokenizer:
+    """256 bytes, a few words, Harmony's specials."""
+    ids = {bytes([byte]): byte for byte in range(256)}
+    merges = []
+    for word in (b"as", b"sis", b"tan", b"fin", b"al", b"\xf0\x9f", b" to"):
+        for end in range(2, len(word) + 1):
+            if word[:end] not in ids:
+                ids[word[:end]] = len(ids)
+                merges.append((word[: end - 1], word[end - 1 : end]))
+    return byte_level(ids, merges, {name: len(ids) + place for place, name in enumerate(SPECIALS)})
+
+
+@pytest.fixture(scope="session")
+def vocabulary_file() -> Path:
+    if not VOCABULARY.is_file():
+        pytest.skip("the published vocabulary o200k_base.tiktoken is not in ../shared")
+    return VOCABULARY
+
+
+@pytest.fixture(scope="session")
+def published(vocabulary_file: Path) -> Tokenizer:
+    """The published vocabulary, its ranks turned into merges."""
+    rows = (line.split() for line in vocabulary_file.read_bytes().splitlines())
+    ids = {base64.b64decode(token): int(rank) for token, rank in rows}
+    merges = [halves(token, ids) for token in ids if len(token) > 1]
+    return byte_level(ids, merges, PUBLISHED_IDS)
+
+
+def halves(token: bytes, ids: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The last merge that makes `token`: merge its bytes, lowest rank first, until two parts are left."""
+    parts = [token[place : place + 1] for place in range(len(token))]
+    while len(parts) > 2:
+        ranked = ((ids.get(parts[at] + parts[at + 1], len(ids)), at) for at in range(len(parts) - 1))
+        _, at = min(ranked)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts[0], parts[1]
+
+
+@pytest.fixture(scope="session")
+def judge(vocabulary_file: Path) -> Any:
+    """openai-harmony's encoding, fed the same file so that it does not fetch one."""
+    openai_harmony = pytest.importorskip("openai_harmony", reason="openai-harmony comes with the `test` extra")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TIKTOKEN_ENCODINGS_BASE", str(vocabulary_file.parent))
+        return openai_harmony.load_harmony_encoding(openai_harmony.HarmonyEncodingName.HARMONY_GPT_OSS)
