@@ -1,0 +1,33 @@
+"""What several test files share: the small checkpoints in tests/data, and where the bigger ones may be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+DATA = Path(__file__).parent / "data"
+SHARED = Path(__file__).parents[1] / ".." / "shared"
+
+
+@pytest.fixture(scope="session")
+def mini() -> Path:
+    """Tiny checkpoints that the reference tools wrote, with their reference logits beside them."""
+    return DATA / "mini"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Files that are too big for the repository; tests that need one skip where it is absent."""
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def relative_error():
+    """Largest error over each position's vocabulary, relative to the position's largest logit; the worst position."""
+
+    def worst(got: np.ndarray, wanted: np.ndarray) -> float:
+        return float((np.abs(got - wanted).max(axis=-1) / np.abs(wanted).max(axis=-1)).max())
+
+    return worst

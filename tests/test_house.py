@@ -1,0 +1,121 @@
+"""The house rules: who may import whom, what stays out of `import mlx_gptoss`, and what --help may cost."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LEVEL_0 = {"config", "errors", "sampling", "rope", "tokenizer", "hub", "memory"}
+BACKEND = LEVEL_0 | {"backends.base", "weights.tensor", "weights.codecs", "weights.checkpoint"}
+MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it may import, besides its own package
+    "memory": {"config", "errors"},
+    "config": {"errors"},
+    "rope": {"config"},
+    "sampling": {"errors"},
+    "tokenizer": {"errors"},
+    "hub": {"errors"},
+    "errors": set(),
+    "weights": LEVEL_0,
+    "harmony": LEVEL_0,
+    "backends.base": LEVEL_0,
+    "engine": {"backends.base", "sampling", "errors"},
+    "backends.mlx": BACKEND,
+    "backends.cuda": BACKEND,
+    "chat": LEVEL_0 | {"engine", "harmony"},
+    "api": LEVEL_0 | {"engine", "harmony", "chat", "weights", "backends.base"},
+    "server": LEVEL_0 | {"api", "chat", "harmony"},
+    "nano": set(),
+    "backends": set(),
+}
+ONLY_IN = {  # outside packages -> the only modules that may import them
+    "mlx": ("backends.mlx",),
+    "torch": ("backends.cuda",),
+    "triton": ("backends.cuda",),
+    "huggingface_hub": ("hub",),
+    "tokenizers": ("tokenizer",),
+    "click": (),
+    "rich": (),
+    "mlx_lm": (),
+    "transformers": (),
+    "pickle": (),
+}
+
+
+def modules() -> dict[str, Path]:
+    package = ROOT / "mlx_gptoss"
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def imports(name: str, path: Path) -> list[str]:
+    """Absolute names of everything that a module imports, relative imports resolved."""
+    package = name.split(".") if path.name == "__init__.py" and name else name.split(".")[:-1]
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*(["mlx_gptoss"] if node.level else []), *above, *(node.module or "").split(".")]).strip(".")
+            found += [base, *(f"{base}.{alias.name}" for alias in node.names)] if node.level else [base]
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if name])
+def test_imports_point_down(name):
+    path = modules()[name]
+    law = max((prefix for prefix in MAY_IMPORT if within(name, prefix)), key=len, default=None)
+    assert law is not None, f"{name} has no place in the house: add it to MAY_IMPORT"
+    known = modules()
+    for imported in imports(name, path):
+        if not within(imported, "mlx_gptoss"):
+            for package, homes in ONLY_IN.items():
+                assert not within(imported, package) or any(within(name, home) for home in homes), (
+                    f"{name} imports {imported}, which only {homes or 'cli'} may"
+                )
+            continue
+        inner = imported.removeprefix("mlx_gptoss").strip(".")
+        if inner not in known or not inner:  # a name inside a module, or the package itself
+            continue
+        own = law if "." not in law or law.startswith("backends") else law.split(".")[0]
+        allowed = within(inner, own) or any(within(inner, prefix) for prefix in MAY_IMPORT[law])
+        packages = {".".join(prefix.split(".")[:n]) for prefix in MAY_IMPORT[law] for n in range(1, prefix.count(".") + 1)}
+        assert allowed or inner in packages, f"{name} imports {inner}"
+
+
+def test_importing_the_package_loads_no_backend():
+    code = "import sys, mlx_gptoss; print([m for m in ('mlx.core', 'torch', 'numpy', 'tokenizers') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_the_api_needs_no_backend():
+    code = "import sys, mlx_gptoss; mlx_gptoss.load; print([m for m in ('mlx.core', 'torch') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_only_known_things_at_the_top():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode:
+        pytest.skip("not a git checkout")
+    top = {line.split("/")[0] for line in tracked.stdout.splitlines() if not line.startswith(".")}
+    assert top <= {"pyproject.toml", "README.md", "LICENSE", "mlx_gptoss", "cli", "tests", "examples"}
+
+
+@pytest.mark.parametrize("tool", [["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"]], ids=" ".join)
+def test_linters_are_content(tool):
+    out = subprocess.run([sys.executable, "-m", *tool], cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 0, out.stdout + out.stderr
