@@ -1,0 +1,234 @@
+"""A checkpoint opened for reading: its format told from its headers, its weights handed over lazily, one by one.
+
+Files are trusted with nothing: a checkpoint consists of its folder's direct children, which may be links only into the
+folder itself or into a hub cache's `blobs` (`../../blobs`, as huggingface-hub lays it out); names in an index must be
+plain file names; config.json and the index are limited in size; a pickle is never opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import ModelConfig, read_config, token_ids
+from ..errors import CheckpointError
+from . import codecs
+from .formats import Binding, bind
+from .formats.base import Stored
+from .params import Param, Role, parameters
+from .safetensors import MappedFile, TensorInfo, parse_json
+from .tensor import Array, Dense, Spec, Weight
+
+INDEX = "model.safetensors.index.json"
+MAX_JSON = 32 * 2**20
+ROLES: tuple[Role, ...] = ("attention", "experts", "router", "embed", "lm_head")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What headers alone tell. roles: of each role's matrices, {"format": name, "bits": bits a weight}."""
+
+    format: str
+    parameters: int
+    size_bytes: int
+    bits_per_weight: float
+    roles: Mapping[str, Mapping[str, Any]]
+
+
+class Checkpoint:
+    """One checkpoint on disk. Weights are views of mapped files until something computes with them."""
+
+    def __init__(self, folder: Path, config: ModelConfig, files: Iterable[MappedFile], raw: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.config = config
+        self._files = tuple(files)
+        self._holder = _one_file_each(self._files)
+        self.tensors: Mapping[str, TensorInfo] = {n: f.header.tensors[n] for n, f in self._holder.items()}
+        _check_plausible(config, len(self.tensors))
+        self.params: tuple[Param, ...] = parameters(config)
+        self._by_name = {param.name: param for param in self.params}
+        self._binding: Binding = bind(Stored(self.tensors, config, raw), self.params)
+        self.format = self._binding.name
+        self.size_bytes = sum(info.nbytes for info in self.tensors.values())
+        self.stop_ids = _stop_ids(self.tokenizer_folder, config)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where tokenizer.json and generation_config.json are: for OpenAI's `original/`, one folder up."""
+        parent = self.folder.parent
+        above = not (self.folder / "tokenizer.json").exists() and (parent / "tokenizer.json").exists()
+        return parent if above and self.format == "mxfp4-original" else self.folder
+
+    def read(self, name: str) -> Weight:
+        """The weight of a parameter by its canonical name, exact; its scales are read and checked, its codes not.
+
+        Raises CheckpointError if a scale is NaN, KeyError for a name that no parameter has.
+        """
+        weight = self._binding.sources[name].load(self._get)
+        codecs.check_scales(weight, name)
+        return weight
+
+    def weights(self) -> Iterator[tuple[Param, Weight]]:
+        """Every parameter with its weight, in network order."""
+        for param in self.params:
+            yield param, self.read(param.name)
+
+    def release(self, weight: Weight | None = None) -> None:
+        """Drop the pages of a weight that has been copied (or all that are resident), so that a loader's peak stays
+        near the size of its own copy. What is touched later is read from the file again."""
+        if weight is None:
+            for file in self._files:
+                file.release_all()
+            return
+        arrays = [weight.values] if isinstance(weight, Dense) else [weight.codes, weight.scale, weight.bias]
+        for array in arrays:
+            if array is not None:
+                for file in self._files:
+                    file.release_array(array)
+
+    def summary(self) -> Summary:
+        """Format, sizes and bits a weight, over all and by role; from headers only."""
+        count = sum(param.size for param in self.params)
+        return Summary(
+            format=self.format,
+            parameters=count,
+            size_bytes=self.size_bytes,
+            bits_per_weight=8 * self.size_bytes / count,
+            roles={role: self._role(role) for role in ROLES},
+        )
+
+    def _role(self, role: Role) -> dict[str, Any]:
+        matrices = [param for param in self.params if param.role == role and param.is_matrix]
+        sources = [self._binding.sources[param.name] for param in matrices]
+        names = {want.name for source in sources for want in source.wants}
+        size = sum(self.tensors[name].nbytes for name in names)
+        kinds = sorted({_kind(source.spec, self.tensors[source.wants[0].name]) for source in sources})
+        return {"format": "+".join(kinds), "bits": 8 * size / sum(param.size for param in matrices)}
+
+    def _get(self, name: str) -> Array:
+        return self._holder[name].get(name)
+
+
+def open(path: Path | str) -> Checkpoint:
+    """Open the checkpoint in a folder: its own tensors, or those of its `original/` folder if it has none.
+
+    Raises CheckpointError, before any weight is read, for a folder that is not a whole gpt-oss checkpoint.
+    """
+    folder = _folder_of(Path(path))
+    raw = read_json(folder, "config.json")
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{folder / 'config.json'} is not a JSON object; download the checkpoint again")
+    config = read_config(raw)
+    files = []
+    listed = _index(folder)
+    for name in _shard_names(folder, listed):
+        files.append(MappedFile(_inside(folder, name)))
+    if listed is not None:
+        _hold_against_index(listed, files)
+    return Checkpoint(folder, config, files, raw)
+
+
+def read_json(folder: Path, name: str) -> Any:
+    """A JSON file of a checkpoint's folder, parsed. Raises CheckpointError if it is missing, huge or not JSON."""
+    path = _inside(folder, name)
+    if path.stat().st_size > MAX_JSON:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; no checkpoint's {name} is that long")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def _folder_of(path: Path) -> Path:
+    if not path.is_dir():
+        what = "is a file; give the folder that it is in" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {what}")
+    path = path.resolve()
+    for folder in (path, path / "original"):
+        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+            return folder
+    if (path / "config.json").is_file():
+        raise CheckpointError(f"{path} has a config.json but no .safetensors file; download the weights too")
+    raise CheckpointError(f"{path} is not a checkpoint: it has no config.json with .safetensors files beside it")
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The path of a direct child; a link must end in the folder itself or in a hub cache's `blobs`."""
+    if not name or "/" in name or "\\" in name or name in (".", "..") or "\0" in name:
+        raise CheckpointError(f"{folder}: {name!r} is not a plain file name; the checkpoint may be hostile")
+    path = folder / name
+    if not path.exists():
+        raise CheckpointError(f"{folder} lacks {name}; download the checkpoint again")
+    target = path.resolve()
+    homes = [folder, *(parent / "blobs" for parent in list(folder.parents)[1:3])]
+    if not target.is_file() or not any(target.is_relative_to(home) for home in homes):
+        raise CheckpointError(f"{path} is not a file of its folder (it leads to {target}); copy the file there")
+    return path
+
+
+def _index(folder: Path) -> dict[str, str] | None:
+    """The index's weight_map, or None without an index."""
+    if not (folder / INDEX).exists():
+        return None
+    data = read_json(folder, INDEX)
+    listed = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()) or not listed:
+        raise CheckpointError(f"{folder / INDEX} has no weight_map of names; download the file again")
+    return listed
+
+
+def _shard_names(folder: Path, listed: Mapping[str, str] | None) -> list[str]:
+    if listed is not None:
+        return sorted(set(listed.values()))
+    if (folder / "model.safetensors").exists():
+        return ["model.safetensors"]
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+def _hold_against_index(listed: Mapping[str, str], files: Iterable[MappedFile]) -> None:
+    found = {name: file.path.name for file in files for name in file.header.tensors}
+    wrong = sorted(name for name in listed.keys() | found.keys() if listed.get(name) != found.get(name))
+    if wrong:
+        raise CheckpointError(
+            f"the index and the shards disagree about {len(wrong)} tensors ({', '.join(wrong[:4])}...); "
+            "they belong to different downloads: download the checkpoint again"
+        )
+
+
+def _one_file_each(files: Iterable[MappedFile]) -> dict[str, MappedFile]:
+    found: dict[str, MappedFile] = {}
+    for file in files:
+        for name in file.header.tensors:
+            if name in found:
+                both = f"{found[name].path.name} and {file.path.name}"
+                raise CheckpointError(f"{name} is in both {both}; remove the file that does not belong")
+            found[name] = file
+    return found
+
+
+def _check_plausible(config: ModelConfig, tensors: int) -> None:
+    """Every layout stores well over ten tensors a layer; so a hostile config.json cannot ask for endless work."""
+    if config.num_hidden_layers * 10 > tensors:
+        raise CheckpointError(
+            f"config.json says {config.num_hidden_layers} layers but there are only {tensors} tensors; "
+            "a shard is missing or config.json belongs to another checkpoint"
+        )
+
+
+def _stop_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
+    """Where generation ends: generation_config.json's eos_token_id, else config.json's."""
+    if (folder / "generation_config.json").is_file():
+        data = read_json(folder, "generation_config.json")
+        ids = token_ids(data.get("eos_token_id") if isinstance(data, dict) else None, "eos_token_id")
+        if ids:
+            return ids
+    return config.eos_token_id
+
+
+_KINDS = {("e2m1", "e8m0"): "mxfp4", ("e2m1", "e4m3"): "nvfp4", ("e4m3", "e8m0"): "mxfp8", ("e4m3", "none"): "fp8"}
+
+
+def _kind(spec: Spec | None, first: TensorInfo) -> str:
+    """A short name of how numbers are stored: bf16, mxfp4, affine4-g64."""
+    if spec is None:
+        return first.dtype.lower()
+    return _KINDS.get((spec.element, spec.scale)) or f"int{spec.bits}-g{spec.group}"

@@ -1,0 +1,311 @@
+"""Codes to numbers and back: value tables, packing, `dequantize` and `quantize` for every Spec.
+
+All work goes block by block, a block being small enough that its float32 copies stay in the processor's cache; so a
+[32, 5760, 2880] tensor needs a few MB beside its input and output. Sources: OCP Microscaling v1.0 for e2m1, e4m3 and
+e8m0; MLX's `quantize` for the affine, mxfp8 and nvfp4 recipes, with which these agree bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import product
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import CheckpointError
+from .tensor import Array, Dense, Element, Quantized, ScaleKind, Spec, Weight
+
+Floats = NDArray[Any]  # float32
+Bytes = NDArray[Any]  # uint8
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+BLOCK = 2**18  # values a working block: 1 MB of float32
+
+E2M1: Floats = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+E4M3: Floats = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+E8M0: Floats = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32(np.nan)).astype(np.float32)
+
+
+def _pairs(nibbles: Floats) -> NDArray[np.complex64]:
+    """A table from a byte to its two values, low nibble first; a complex64 is two float32 side by side."""
+    byte = np.arange(256)
+    return np.stack([nibbles[byte & 15], nibbles[byte >> 4]], axis=-1).view(np.complex64)[:, 0]
+
+
+_E2M1_PAIRS = _pairs(E2M1)
+_UINT4_PAIRS = _pairs(np.arange(16, dtype=np.float32))
+_UINT8 = np.arange(256, dtype=np.float32)
+_VALUES: Mapping[tuple[Element, int], Callable[[Bytes], Floats]] = {
+    ("e2m1", 4): lambda codes: _E2M1_PAIRS.take(codes).view(np.float32),
+    ("uint", 4): lambda codes: _UINT4_PAIRS.take(codes).view(np.float32),
+    ("uint", 8): lambda codes: _UINT8.take(codes),
+    ("e4m3", 8): lambda codes: E4M3.take(codes),
+}
+_SCALES: Mapping[ScaleKind, Callable[[Array], Floats]] = {
+    "e8m0": lambda scale: E8M0.take(scale),
+    "e4m3": lambda scale: E4M3.take(scale),
+    "float": lambda scale: scale.astype(np.float32),
+}
+
+
+def shape(weight: Weight) -> tuple[int, ...]:
+    """The shape of the decoded weight, [..., N, K]."""
+    if isinstance(weight, Dense):
+        return weight.values.shape
+    return (*weight.codes.shape[:-1], weight.codes.shape[-1] * 8 // weight.spec.bits)
+
+
+def rows(weight: Weight, start: int, stop: int) -> Weight:
+    """The part [start, stop) of a weight's first axis, as views."""
+    if isinstance(weight, Dense):
+        return Dense(weight.values[start:stop])
+    outer = weight.outer
+    if outer is not None:
+        outer = np.broadcast_to(outer, (*weight.codes.shape[:-1], 1))[start:stop]
+    scale = None if weight.scale is None else weight.scale[start:stop]
+    bias = None if weight.bias is None else weight.bias[start:stop]
+    return Quantized(weight.spec, weight.codes[start:stop], scale, bias, outer)
+
+
+def unpack(codes: Bytes, bits: int) -> Bytes:
+    """[..., n] bytes -> [..., n * 8 / bits] codes, one a byte, low nibble first."""
+    if bits == 8:
+        return codes
+    return np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
+
+
+def pack(codes: Bytes, bits: int) -> Bytes:
+    """The inverse of `unpack`; [..., n] with n even."""
+    if bits == 8:
+        return codes
+    pair = np.ascontiguousarray(codes).view("<u2")
+    packed: Bytes = (pair | pair >> 4).astype(np.uint8)
+    return packed
+
+
+def dequantize(weight: Weight) -> Floats:
+    """float32 [..., N, K]: `(value(code) * scale + bias) * outer`, never rounded further."""
+    out = np.empty(shape(weight), np.float32)
+    for at, part in _blocks(weight):
+        out[at] = _decode(part)
+    return out
+
+
+def to_bfloat16(weight: Weight) -> Array:
+    """bfloat16 [..., N, K], rounded to nearest even; the values themselves if they are bfloat16 already."""
+    if isinstance(weight, Dense) and weight.values.dtype == BFLOAT16:
+        return weight.values
+    out = np.empty(shape(weight), BFLOAT16)
+    for at, part in _blocks(weight):
+        out[at] = _decode(part)
+    return out
+
+
+def quantize(values: Array, spec: Spec, scale_dtype: np.dtype[np.generic] = BFLOAT16) -> Quantized:
+    """Floats [..., N, K] as `spec` stores them, K a multiple of the group. `scale_dtype` is that of affine scales."""
+    return convert(Dense(values), spec, scale_dtype)
+
+
+def convert(weight: Weight, spec: Spec, scale_dtype: np.dtype[np.generic] = BFLOAT16) -> Quantized:
+    """The weight as `spec` stores it: itself, bit for bit, if it is stored so already, else quantized anew.
+
+    Raises CheckpointError if K is no multiple of the group or a value is NaN or infinite.
+    """
+    if isinstance(weight, Quantized) and weight.spec == spec and weight.outer is None:
+        return weight
+    *lead, width = shape(weight)
+    if width % spec.group:
+        raise CheckpointError(f"rows of {width} values cannot be cut into groups of {spec.group}")
+    encode = _ENCODERS[spec.element, spec.scale]
+    floats = spec.scale == "float"
+    codes = np.empty((*lead, width * spec.bits // 8), np.uint8)
+    scale = np.empty((*lead, width // spec.group), scale_dtype if floats else np.uint8)
+    bias = np.empty_like(scale) if floats else None
+    for at, part in _blocks(weight):
+        block = _decode(part)
+        found, scale_block, bias_block = encode(block.reshape(-1, spec.group), spec)
+        codes[at] = pack(found, spec.bits).reshape(codes[at].shape)
+        scale[at] = scale_block.reshape(scale[at].shape)
+        if bias is not None and bias_block is not None:
+            bias[at] = bias_block.reshape(bias[at].shape)
+    return Quantized(spec, codes, scale, bias)
+
+
+def check_scales(weight: Weight, name: str) -> None:
+    """Raise CheckpointError if a scale, bias or outer scale is NaN or infinite. Reads the scales, not the codes."""
+    if isinstance(weight, Dense):
+        return
+    kind, scale = weight.spec.scale, weight.scale
+    if scale is not None and kind == "e8m0":
+        bad = scale.size > 0 and int(scale.max()) == 255
+    elif scale is not None and kind == "e4m3":
+        bad = bool(((scale & 127) == 127).any())
+    else:
+        bad = scale is not None and not _finite(scale)
+    if bad or any(array is not None and not _finite(array) for array in (weight.bias, weight.outer)):
+        raise CheckpointError(f"{name} has a scale that is not a number; the checkpoint is damaged, download it again")
+
+
+def _finite(array: Array) -> bool:
+    rows = np.atleast_1d(array)
+    return all(bool(np.isfinite(rows[at : at + 64].astype(np.float32)).all()) for at in range(0, len(rows), 64))
+
+
+def _blocks(weight: Weight) -> Iterator[tuple[tuple[int | slice, ...], Weight]]:
+    """Cut a weight into 2-D blocks of about BLOCK values (a vector is one block): (index, part) each."""
+    whole = shape(weight)
+    if len(whole) < 2:
+        yield (slice(None),), weight
+        return
+    *lead, count, width = whole
+    step = max(1, BLOCK // max(width, 1))
+    for index in product(*(range(length) for length in lead)):
+        matrix = _matrix(weight, index)
+        for start in range(0, count, step):
+            yield (*index, slice(start, start + step)), rows(matrix, start, min(start + step, count))
+
+
+def _matrix(weight: Weight, index: tuple[int, ...]) -> Weight:
+    for at in index:
+        part = rows(weight, at, at + 1)
+        if isinstance(part, Dense):
+            weight = Dense(part.values[0])
+        else:
+            scale, bias, outer = (None if x is None else x[0] for x in (part.scale, part.bias, part.outer))
+            weight = Quantized(part.spec, part.codes[0], scale, bias, outer)
+    return weight
+
+
+def _decode(weight: Weight) -> Floats:
+    """One block as float32, in memory order."""
+    if isinstance(weight, Dense):
+        return straight(weight.values).astype(np.float32)
+    spec = weight.spec
+    values = _VALUES[spec.element, spec.bits](np.ascontiguousarray(weight.codes))
+    if weight.scale is not None:
+        grouped = values.reshape(*values.shape[:-1], -1, spec.group)
+        grouped *= _SCALES[spec.scale](weight.scale)[..., None]
+        if weight.bias is not None:
+            grouped += weight.bias.astype(np.float32)[..., None]
+    if weight.outer is not None:
+        values *= weight.outer.astype(np.float32)
+    return values
+
+
+def straight(values: Array) -> Array:
+    """[..., R, C] in memory order, itself if it is already: a transposed matrix is copied tile by tile, so that each
+    cache line is fetched once."""
+    if values.ndim < 2 or values.strides[-1] == values.itemsize:
+        return values
+    out = np.empty(values.shape, values.dtype)
+    words = np.dtype(f"u{values.itemsize}")  # copying bfloat16 as such goes one value at a time
+    source, target = values.view(words), out.view(words)
+    for row in range(0, values.shape[-2], 64):
+        for column in range(0, values.shape[-1], 64):
+            tile = (..., slice(row, row + 64), slice(column, column + 64))
+            target[tile] = source[tile]
+    return out
+
+
+def _amax(groups: Floats) -> Floats:
+    """The largest magnitude of each group, [n, g] -> [n]; refuses NaN and infinity."""
+    low, high = _extremes(groups)
+    return np.maximum(high, -low)
+
+
+def _extremes(groups: Floats) -> tuple[Floats, Floats]:
+    flat = groups.reshape(-1)
+    starts = np.arange(0, flat.size, groups.shape[1])
+    low, high = np.minimum.reduceat(flat, starts), np.maximum.reduceat(flat, starts)
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise CheckpointError("a weight is NaN or infinite and cannot be quantized; the checkpoint is damaged")
+    return low, high
+
+
+def _affine(groups: Floats, spec: Spec) -> tuple[Bytes, Floats, Floats]:
+    """MLX's affine recipe: the edge of larger magnitude is a multiple of the scale, so that zero stays zero."""
+    top = np.float32(2**spec.bits - 1)
+    low, high = _extremes(groups)
+    side = np.abs(low) > np.abs(high)
+    scale = np.maximum((high - low) / top, np.float32(1e-7))
+    scale = np.where(side, scale, -scale)
+    edge = np.where(side, low, high)
+    steps = np.rint(edge / scale)
+    scale = np.divide(edge, steps, out=scale, where=steps != 0)
+    bias = np.where(steps != 0, edge, np.float32(0))
+    work = groups - bias[:, None]
+    work /= scale[:, None]
+    np.rint(work, out=work)
+    np.clip(work, 0, top, out=work)
+    return work.astype(np.uint8), scale, bias
+
+
+def _mxfp4(groups: Floats, spec: Spec) -> tuple[Bytes, Bytes, None]:
+    """OCP MX: scale 2^(floor(log2(amax)) - 2), so that the largest code of a group is 6 or 7 (4.0 or 6.0).
+
+    Values that came from MXFP4 fit exactly, and -0 stays code 8. A group of zeros gets scale 1.
+    """
+    amax = _amax(groups)
+    exponent = np.frexp(amax)[1] - 3
+    scale = np.where(amax > 0, np.clip(exponent + 127, 0, 254), 127).astype(np.uint8)
+    scaled = groups * E8M0.take(254 - scale)[:, None]
+    return _e2m1(np.abs(scaled)) | (np.signbit(groups).view(np.uint8) << 3), scale, None
+
+
+def _nvfp4(groups: Floats, spec: Spec) -> tuple[Bytes, Bytes, None]:
+    """MLX's nvfp4 without a tensor-wide scale: e4m3(amax / 6). As its CPU code does (the files mlx-lm wrote show it),
+    ties go to the smaller magnitude and what rounds to zero is +0."""
+    scale = _e4m3(_amax(groups) / np.float32(6))
+    step = E4M3.take(scale)[:, None]
+    scaled = np.divide(groups, step, out=np.zeros_like(groups), where=step != 0)
+    magnitude = _e2m1(np.abs(scaled), _half_down)
+    return magnitude | ((np.signbit(groups) & (magnitude != 0)).view(np.uint8) << 3), scale, None
+
+
+def _mxfp8(groups: Floats, spec: Spec) -> tuple[Bytes, Bytes, None]:
+    """MLX's mxfp8: scale 2^ceil(log2(amax / 448)), so that nothing saturates. A group of zeros gets scale 1."""
+    amax = _amax(groups)
+    mantissa, exponent = np.frexp(amax / np.float32(448))
+    power = exponent - (mantissa == 0.5)
+    scale = np.where(amax > 0, np.clip(power + 127, 0, 254), 127).astype(np.uint8)
+    scaled = groups * E8M0.take(254 - scale)[:, None]
+    return _e4m3(np.abs(scaled)) | (np.signbit(groups).view(np.uint8) << 7), scale, None
+
+
+def _half_down(values: Floats) -> Floats:
+    """The nearest integer, ties to the smaller."""
+    down: Floats = np.ceil(values - np.float32(0.5))
+    return down
+
+
+def _e2m1(magnitude: Floats, nearest: Callable[[Floats], Floats] = np.rint) -> Bytes:
+    """Nearest code 0..7 of non-negative values; ties to the even code unless `nearest` rounds otherwise.
+
+    Code and value are related by 2a below 2, a + 2 below 4, then a / 2 + 4: the least of the three everywhere. As
+    rounding keeps order, the least of the three rounded is the rounded least, and no sum loses a bit before it.
+    """
+    code = nearest(magnitude + magnitude)
+    np.minimum(code, nearest(magnitude) + np.float32(2), out=code)
+    np.minimum(code, nearest(magnitude * np.float32(0.5)) + np.float32(4), out=code)
+    return np.clip(code, 0, 7, out=code).astype(np.uint8)
+
+
+def _e4m3(magnitude: Floats) -> Bytes:
+    """Nearest code 0..126 of non-negative values, ties to even, saturating at 448."""
+    bits = np.minimum(magnitude, np.float32(448)).view(np.int32)
+    normal = (bits + 0x7FFFF + ((bits >> 20) & 1) >> 20) - (120 << 3)
+    subnormal = np.rint(magnitude * np.float32(512))
+    code: Bytes = np.where(magnitude < np.float32(2**-6), subnormal.astype(np.int32), normal).astype(np.uint8)
+    return code
+
+
+_Encode = Callable[[Floats, Spec], tuple[Bytes, Array, Array | None]]
+_ENCODERS: Mapping[tuple[Element, ScaleKind], _Encode] = {
+    ("uint", "float"): _affine,
+    ("e2m1", "e8m0"): _mxfp4,
+    ("e2m1", "e4m3"): _nvfp4,
+    ("e4m3", "e8m0"): _mxfp8,
+}

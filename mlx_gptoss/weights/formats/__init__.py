@@ -1,0 +1,102 @@
+"""The table of formats, and what follows from it: which one a checkpoint has, and which can be written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ...errors import CheckpointError
+from ..params import Param
+from ..safetensors import TensorInfo
+from . import bf16, mlx, mxfp4, original
+from .base import Format, Recipe, Source, Stored, Want, plain_name
+
+# Asked in this order where a parameter lies; bf16 is last as it also takes what is plain.
+FORMATS: tuple[Format, ...] = (original.FORMAT, mlx.FORMAT, mxfp4.FORMAT, bf16.FORMAT)
+WRITERS: Mapping[str, Format] = {name: form for form in FORMATS if form.writes for name in form.recipes}
+
+# Names that a known tool writes by mistake or that are not read: (what a name contains or ends in, why)
+_REFUSED = (
+    ("$", "names that end in $ come from a transformers 5.14 bug (loading mxfp4, then saving); the tensors are lost "
+     "behind them: save again with another release, or use the original checkpoint"),
+)
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Where every parameter lies in one checkpoint, and the name of its format."""
+
+    name: str
+    sources: Mapping[str, Source]  # by canonical name
+
+
+def bind(stored: Stored, params: Sequence[Param]) -> Binding:
+    """Find every parameter and account for every tensor, from headers alone.
+
+    Raises CheckpointError that lists what is missing, unknown, or of a wrong shape or dtype.
+    """
+    for ending, why in _REFUSED:
+        names = [name for name in stored.tensors if name.endswith(ending)]
+        if names:
+            raise CheckpointError(f"{_some(names)}: {why}")
+    sources: dict[str, Source] = {}
+    problems: dict[str, list[str]] = {"missing": [], "of a wrong shape": [], "of a wrong dtype": [], "unknown": []}
+    used: set[str] = set()
+    for param in params:
+        source = next(filter(None, (form.find(param, stored) for form in FORMATS)), None)
+        if source is None:
+            problems["missing"].append(plain_name(param))
+            continue
+        sources[param.name] = source
+        for want in source.wants:
+            if want.name not in used:
+                used.add(want.name)
+                _compare(want, stored.tensors.get(want.name), problems)
+    problems["unknown"] = sorted(set(stored.tensors) - used)
+    if any(problems.values()):
+        what = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names)
+        raise CheckpointError(f"the tensors do not make a gpt-oss model of config.json's sizes: {what}")
+    return Binding(_name(sources, params), sources)
+
+
+def recipe_of(name: str) -> tuple[Format, Recipe]:
+    """The writer of a format name. Raises CheckpointError that lists the names there are."""
+    if name not in WRITERS:
+        read_only = any(name in form.recipes for form in FORMATS)
+        why = "is only read, not written" if read_only else "is not a format"
+        raise CheckpointError(f"{name!r} {why}; choose one of {', '.join(sorted(WRITERS))}")
+    return WRITERS[name], WRITERS[name].recipes[name]
+
+
+def _compare(want: Want, info: TensorInfo | None, problems: dict[str, list[str]]) -> None:
+    if info is None:
+        problems["missing"].append(want.name)
+    elif info.shape != want.shape:
+        problems["of a wrong shape"].append(f"{want.name} {list(info.shape)} instead of {list(want.shape)}")
+    elif info.dtype not in want.dtypes:
+        problems["of a wrong dtype"].append(f"{want.name} {info.dtype} instead of {' or '.join(want.dtypes)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
+
+
+def _name(sources: Mapping[str, Source], params: Sequence[Param]) -> str:
+    """The name whose recipe every matrix follows. Else that of the family alone, if there is one, or `mixed`."""
+    matrices = [param for param in params if param.is_matrix]
+    for form in FORMATS:
+        for name, recipe in form.recipes.items():
+            if all(_follows(sources[param.name], recipe, param) for param in matrices):
+                return name
+    families = {sources[param.name].family for param in matrices} - {"plain"}
+    return families.pop() if len(families) == 1 else "mixed"
+
+
+def _follows(source: Source, recipe: Recipe, param: Param) -> bool:
+    family, spec = recipe[param.role]
+    if family == "mlx" and param.role == "router" and source.family in ("mlx", "plain"):
+        return True  # mlx-lm's releases differ in the router's bits
+    if spec is not None and param.shape[-1] % spec.group:
+        return source.spec is None and source.family in (family, "plain")
+    return (source.family, source.spec) == (family, spec)

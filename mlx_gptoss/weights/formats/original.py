@@ -1,0 +1,68 @@
+"""`mxfp4-original`: the `original/` folder of OpenAI's releases. The values of `mxfp4` under other names, with q, k
+and v in one `qkv` tensor. Read only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...errors import CheckpointError
+from ..params import Param
+from ..tensor import MXFP4, Dense
+from .base import FLOATS, Recipe, Source, Stored, Unit, Want, doubled, matrix_recipe, rows_of
+from .mxfp4 import blocks_source
+
+_NAMES = {
+    "embed.weight": "embedding.weight",
+    "norm.weight": "norm.scale",
+    "lm_head.weight": "unembedding.weight",
+    "attention_norm.weight": "attn.norm.scale",
+    "mlp_norm.weight": "mlp.norm.scale",
+    "attention.sinks": "attn.sinks",
+    "attention.o.weight": "attn.out.weight",
+    "attention.o.bias": "attn.out.bias",
+    "router.weight": "mlp.gate.weight",
+    "router.bias": "mlp.gate.bias",
+}
+_EXPERTS = {"gate": "mlp1", "up": "mlp1", "down": "mlp2"}
+
+
+class Original:
+    family = "original"
+    writes = False
+    recipes: Mapping[str, Recipe] = {"mxfp4-original": matrix_recipe("original", None, experts=("original", MXFP4))}
+
+    def find(self, param: Param, stored: Stored) -> Source | None:
+        if not stored.has("embedding.weight", "unembedding.weight", "norm.scale", "block.0.attn.qkv.weight"):
+            return None
+        prefix = "" if param.layer is None else f"block.{param.layer}."
+        if param.kind in _NAMES:
+            name = prefix + _NAMES[param.kind]
+            return Source("original", None, (Want(name, FLOATS, param.shape),), lambda get: Dense(get(name)))
+        _, part, kind = param.kind.split(".")
+        if param.role == "attention":
+            return _slice_of_qkv(f"{prefix}attn.qkv.{kind}", part, param, stored)
+        base = f"{prefix}mlp.{_EXPERTS[part]}"
+        if kind == "weight":
+            return blocks_source("original", f"{base}_weight.blocks", f"{base}_weight.scales", param)
+        name, rows = f"{base}_bias", rows_of(part)
+        shape = param.shape if part == "down" else doubled(param.shape, 1)
+        return Source("original", None, (Want(name, FLOATS, shape),), lambda get: Dense(get(name)[:, rows]))
+
+    def units(self, target: str, params: Sequence[Param], dtypes: Mapping[str, str]) -> list[Unit]:
+        raise CheckpointError(f"{target} is only read; convert to mxfp4, the same values under Hugging Face's names")
+
+    def describe(self, target: str, params: Sequence[Param]) -> dict[str, Any]:
+        raise CheckpointError(f"{target} is only read; convert to mxfp4, the same values under Hugging Face's names")
+
+
+def _slice_of_qkv(name: str, part: str, param: Param, stored: Stored) -> Source:
+    """Rows q | k | v of one tensor."""
+    q, kv = stored.config.q_size, stored.config.kv_size
+    start = {"q": 0, "k": q, "v": q + kv}[part]
+    rows = slice(start, start + param.shape[0])
+    want = Want(name, FLOATS, (q + 2 * kv, *param.shape[1:]))
+    return Source("original", None, (want,), lambda get: Dense(get(name)[rows]))
+
+
+FORMAT = Original()

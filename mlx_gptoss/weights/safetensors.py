@@ -1,0 +1,206 @@
+"""The safetensors container: a header reader that trusts nothing, lazily mapped tensors, and a streaming writer.
+
+A file is eight bytes (the header's length, little-endian), the header (JSON: name -> dtype, shape, data_offsets) and
+the tensors' bytes without gaps. Nothing but headers is read until a tensor's values are touched.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ..errors import CheckpointError
+from .tensor import Array
+
+MAX_HEADER = 16 * 2**20  # the largest real one, 120b with every expert's tensors named, takes 8 MB
+SHARD_BYTES = 5 * 10**9
+
+# float8 tensors are handed over as their bit patterns
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "F8_E4M3": np.dtype("u1"),
+    "F8_E5M2": np.dtype("u1"),
+    "F8_E8M0": np.dtype("u1"),
+    "BOOL": np.dtype("u1"),
+    "U8": np.dtype("u1"),
+    "I8": np.dtype("i1"),
+    "U16": np.dtype("<u2"),
+    "I16": np.dtype("<i2"),
+    "U32": np.dtype("<u4"),
+    "I32": np.dtype("<i4"),
+    "U64": np.dtype("<u8"),
+    "I64": np.dtype("<i8"),
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as a header names it: safetensors' dtype (a key of DTYPES) and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        total = 1
+        for length in self.shape:
+            total *= length
+        return total
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Header:
+    """One file's header. `offsets` count from the start of the file."""
+
+    tensors: Mapping[str, TensorInfo]
+    offsets: Mapping[str, int]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """The header of one safetensors file, held against the file's length.
+
+    Raises CheckpointError for a truncated file, a header that is too long or not JSON, a duplicate name, an unknown
+    dtype, a shape that does not fit its bytes, and offsets that are negative, overlap or leave gaps.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or 8 + length > size:
+                raise _bad(path, "is truncated: it ends inside its header")
+            if length > MAX_HEADER:
+                raise _bad(path, f"has a header of {length} bytes; no gpt-oss checkpoint needs {MAX_HEADER}")
+            entries = parse_json(file.read(length), str(path.name))
+    except OSError as error:
+        raise _bad(path, f"cannot be read ({error.strerror})") from error
+    if not isinstance(entries, dict):
+        raise _bad(path, "has a header that is not a JSON object")
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _bad(path, "has __metadata__ that is not a map of strings")
+    spans = [_entry(path, name, entry) for name, entry in entries.items()]
+    _check_spans(path, spans, size - 8 - length)
+    return Header(
+        tensors={info.name: info for info, _, _ in spans},
+        offsets={info.name: 8 + length + begin for info, begin, _ in spans},
+        metadata=metadata,
+    )
+
+
+class MappedFile:
+    """One open safetensors file; tensors are read-only views of its mapping, possibly unaligned."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.header = read_header(path)
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._start = np.frombuffer(self._map, np.uint8).ctypes.data
+
+    def get(self, name: str) -> Array:
+        """The tensor [its shape] as a view; pages are read when values are touched."""
+        info = self.header.tensors[name]
+        view: Array = np.ndarray(info.shape, DTYPES[info.dtype], self._map, self.header.offsets[name])
+        return view
+
+    def release(self, start: int, stop: int) -> None:
+        """Drop the resident pages that lie wholly within the addresses [start, stop); touching them reads again."""
+        page = mmap.PAGESIZE
+        first = -(-max(start - self._start, 0) // page) * page
+        last = min(stop - self._start, len(self._map)) // page * page
+        if stop - self._start >= len(self._map):
+            last = len(self._map)
+        if first < last and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def release_all(self) -> None:
+        self.release(self._start, self._start + len(self._map))
+
+    def release_array(self, array: Array) -> None:
+        """Drop the resident pages of a view into this file; other arrays are left alone."""
+        start, stop = byte_bounds(array)
+        if self._start <= start < self._start + len(self._map):
+            self.release(start, stop)
+
+
+def byte_bounds(array: Array) -> tuple[int, int]:
+    """First address and the one past the last of an array with any strides."""
+    start = stop = array.ctypes.data
+    for length, stride in zip(array.shape, array.strides, strict=True):
+        start += min(0, (length - 1) * stride)
+        stop += max(0, (length - 1) * stride)
+    return start, stop + array.itemsize
+
+
+def parse_json(data: bytes, name: str) -> Any:
+    """JSON without duplicate keys. Raises CheckpointError for anything else."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise CheckpointError(f"{name} names {twice!r} twice; download the file again")
+        return found
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{name} is not UTF-8 text; download the file again") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name} is not valid JSON ({str(error)[:80]}); download the file again") from error
+
+
+def _bad(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{path} {what}; download the file again")
+
+
+def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _bad(path, f"describes {name!r} without exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise _bad(path, f"gives {name!r} the unknown dtype {dtype!r}")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise _bad(path, f"gives {name!r} a shape or offsets that are not lists of natural numbers")
+    if len(shape) > 8:
+        raise _bad(path, f"gives {name!r} {len(shape)} dimensions")
+    info = TensorInfo(name, dtype, tuple(shape))
+    begin, end = offsets
+    if end - begin != info.nbytes:
+        raise _bad(path, f"gives {name!r} {end - begin} bytes where {dtype} {list(shape)} takes {info.nbytes}")
+    return info, begin, end
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def _check_spans(path: Path, spans: list[tuple[TensorInfo, int, int]], data: int) -> None:
+    at = 0
+    for info, begin, end in sorted(spans, key=lambda span: span[1:]):
+        if begin != at:
+            raise _bad(path, f"has a gap or an overlap before {info.name!r} (byte {begin} where {at} is due)")
+        at = end
+    if at > data:
+        raise _bad(path, f"is truncated: {data} of {at} bytes of tensors are there")
+    if at < data:
+        raise _bad(path, f"has {data - at} bytes that belong to no tensor")
