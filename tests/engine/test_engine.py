@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import os
 import random
@@ -10,9 +11,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,11 +25,20 @@ from hypothesis import strategies as st
 from mlx_gptoss.backends.base import Limits, Row, Sampled
 from mlx_gptoss.config import TINY
 from mlx_gptoss.engine import Engine, Finished, Request, Stream, Token
+from mlx_gptoss.engine.loop import Loop, Ticket
 from mlx_gptoss.errors import GptOssError, InvalidRequest
 from mlx_gptoss.sampling import Sampling
 
 VOCAB = TINY.vocab_size
 LIMITS = Limits(slots=3, max_context=64, chunk=8)
+
+
+@pytest.fixture(autouse=True)
+def no_hang() -> Iterator[None]:
+    """A test that hangs ends the run with every thread's stack."""
+    faulthandler.dump_traceback_later(60, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 def next_id(history: Sequence[int], seed: int | None) -> int:
@@ -519,6 +530,21 @@ def test_submitting_while_closing_never_hangs() -> None:
             engine.close()
             for job in jobs:
                 job.result(timeout=10)
+
+
+def test_a_request_that_slips_in_while_the_thread_ends_is_failed() -> None:
+    def make() -> MockRunner:
+        raise GptOssError("no such checkpoint")
+
+    loop = Loop()
+    ticket = Ticket(request())
+    result: Future[object] = Future()
+    loop.post_unless_closed(partial(loop.admit, ticket))
+    loop.post_unless_closed(partial(loop.call, lambda r: 1, result))
+    loop.run(make, Future())
+    assert "closed" in str(ticket.box.get_nowait())
+    with pytest.raises(GptOssError, match="closed"):
+        result.result(timeout=0)
 
 
 def test_call_runs_on_the_engine_thread_and_passes_errors_on() -> None:

@@ -1,0 +1,175 @@
+"""From what a user names a model by, a path or a hub id, to a local path. Downloads only what is needed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError, GptOssError
+
+NEEDED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config*.json",
+    "generation_config.json",
+    "quantization_config.json",
+    "hf_quant_config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "chat_template*",
+    "*.tiktoken",
+)
+NOT_NEEDED = ("*/*",)  # folders: original/ and metal/ hold the same weights once more
+
+AGAIN = "run the same command again; what is complete is kept"
+REPO_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?", re.ASCII)
+
+
+def resolve(path_or_repo_id: str | os.PathLike[str], *, progress: bool = True) -> Path:
+    """The local folder (or .gguf file) of a model, downloaded first if need be.
+
+    An existing folder or .gguf file is returned as it is. `org/name` or `org/name@revision` is looked up on the
+    Hugging Face hub: files that are in its cache are not fetched again, a connection that breaks is resumed, and
+    without a network the cached copy is used. Progress bars go to stderr, and only if that is a terminal.
+
+    Raises CheckpointError for a path that is not there or not a model; GptOssError for whatever keeps the download
+    from succeeding.
+    """
+    if not path_or_repo_id:
+        raise CheckpointError("the model's name is empty; give a folder or a hub id such as openai/gpt-oss-20b")
+    path = Path(path_or_repo_id).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path} is neither a folder nor a .gguf file; name the folder that holds config.json")
+    name = path_or_repo_id
+    if not isinstance(name, str) or _looks_like_a_path(name):
+        raise CheckpointError(f"there is no folder or .gguf file {str(name)!r}; check the path")
+    match = REPO_ID.fullmatch(name)
+    if match is None:
+        raise CheckpointError(
+            f"there is no folder {name!r} here, and a model on the hub is named org/name or org/name@revision, "
+            "for example openai/gpt-oss-20b"
+        )
+    return _download(match["repo"], match["revision"], progress)
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or "\\" in name or name.split("@")[0].count("/") > 1
+
+
+def _download(repo: str, revision: str | None, progress: bool) -> Path:
+    import huggingface_hub
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=list(NEEDED),
+            ignore_patterns=list(NOT_NEEDED),
+            tqdm_class=None if progress else _silent_bars(),
+        )
+    except Exception as error:  # what can go wrong here is the hub's, the network's, the disk's: all for the user
+        raise GptOssError(_explain(repo, revision, error)) from error
+    path = Path(folder)
+    if not path.is_dir() or not any(path.glob("*.safetensors")):
+        raise _without_weights(repo, revision)
+    return path
+
+
+def _silent_bars() -> type[Any]:
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Silent(tqdm):  # type: ignore[misc, type-arg, unused-ignore]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call, unused-ignore]
+
+    return Silent
+
+
+def _explain(repo: str, revision: str | None, error: Exception) -> str:
+    """One line: what kept the download from succeeding and what to do."""
+    from huggingface_hub import errors
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if _disk_is_full(error):
+        folder = _cache()
+        return f"the disk is full: {repo} does not fit into {folder}; free some space there or set HF_HOME, and {AGAIN}"
+    if isinstance(error, errors.GatedRepoError):
+        return f"{repo} is gated: ask for access at {_page(repo)}, then log in with `hf auth login`"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo} has no revision {revision!r}; {_page(repo)} lists its branches, tags and commits"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"there is no folder {repo!r} here and no such model at {_page(repo)}; check the spelling, "
+            "and if it is private, log in with `hf auth login`"
+        )
+    if isinstance(error, errors.HFValidationError):
+        return f"{repo!r} is not a hub id: {_first_line(error)}"
+    if status in (401, 403):
+        return f"the hub refused access to {repo} ({status}); log in again with `hf auth login`"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return _unreachable(repo, error.__cause__ or error)
+    return f"downloading {repo} failed ({type(error).__name__}: {_first_line(error)}); {AGAIN}"
+
+
+def _unreachable(repo: str, error: BaseException) -> str:
+    return (
+        f"{repo} is not, or not completely, in the cache at {_cache()}, and the hub cannot be reached "
+        f"({_first_line(error)}); check the connection and HF_HUB_OFFLINE, and {AGAIN}"
+    )
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Whether a full disk is behind the error. The native downloader says so only in its message."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _without_weights(repo: str, revision: str | None) -> GptOssError:
+    """Why a repository from which no weights came is of no use."""
+    import huggingface_hub
+
+    try:
+        names = huggingface_hub.list_repo_files(repo, revision=revision)
+    except Exception as error:  # offline, with a part of it in the cache
+        return GptOssError(_unreachable(repo, error))
+    ggufs = [name for name in names if name.endswith(".gguf")]
+    if ggufs:
+        return CheckpointError(
+            f"{repo} holds only GGUF files ({_some(ggufs)}); fetch one with `hf download {repo} {ggufs[0]}` "
+            "and give the path of that file"
+        )
+    weights = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".npz"))]
+    has = f"only {_some(weights)}" if weights else "and no other weights"
+    return CheckpointError(f"{repo} has no *.safetensors file at its top level, {has}; choose another repository")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _page(repo: str) -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{repo}"
+
+
+def _cache() -> str:
+    """The folder that downloads are kept in."""
+    from huggingface_hub import constants
+
+    return str(constants.HF_HUB_CACHE)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
