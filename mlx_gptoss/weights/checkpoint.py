@@ -124,7 +124,7 @@ def open(path: Path | str) -> Checkpoint:
     files = []
     listed = _index(folder)
     for name in _shard_names(folder, listed):
-        files.append(MappedFile(_inside(folder, name)))
+        files.append(MappedFile(child(folder, name)))
     if listed is not None:
         _hold_against_index(listed, files)
     return Checkpoint(folder, config, files, raw)
@@ -132,7 +132,7 @@ def open(path: Path | str) -> Checkpoint:
 
 def read_json(folder: Path, name: str) -> Any:
     """A JSON file of a checkpoint's folder, parsed. Raises CheckpointError if it is missing, huge or not JSON."""
-    path = _inside(folder, name)
+    path = child(folder, name)
     if path.stat().st_size > MAX_JSON:
         raise CheckpointError(f"{path} has {path.stat().st_size} bytes; no checkpoint's {name} is that long")
     return parse_json(path.read_bytes(), str(path))
@@ -151,7 +151,7 @@ def _folder_of(path: Path) -> Path:
     raise CheckpointError(f"{path} is not a checkpoint: it has no config.json with .safetensors files beside it")
 
 
-def _inside(folder: Path, name: str) -> Path:
+def child(folder: Path, name: str) -> Path:
     """The path of a direct child; a link must end in the folder itself or in a hub cache's `blobs`."""
     if not name or "/" in name or "\\" in name or name in (".", "..") or "\0" in name:
         raise CheckpointError(f"{folder}: {name!r} is not a plain file name; the checkpoint may be hostile")
@@ -231,4 +231,4 @@ def _kind(spec: Spec | None, first: TensorInfo) -> str:
     """A short name of how numbers are stored: bf16, mxfp4, affine4-g64."""
     if spec is None:
         return first.dtype.lower()
-    return _KINDS.get((spec.element, spec.scale)) or f"int{spec.bits}-g{spec.group}"
+    return _KINDS.get((spec.element, spec.scale)) or f"affine{spec.bits}-g{spec.group}"

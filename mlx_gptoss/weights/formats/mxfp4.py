@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ...errors import CheckpointError
 from .. import codecs
 from ..params import Param
 from ..safetensors import TensorInfo
@@ -67,6 +68,8 @@ class Mxfp4:
         experts, _, width = params[0].shape
         height = sum(param.shape[1] for param in params)
         base = experts_prefix(params[0]) + ("gate_up_proj" if len(params) == 2 else "down_proj")
+        if width % 32:
+            raise CheckpointError(f"{base} has rows of {width} values, which MXFP4 cannot cut into groups of 32")
         blocks = TensorInfo(f"{base}_blocks", "U8", (experts, height, width // 32, 16))
         scales = TensorInfo(f"{base}_scales", "U8", (experts, height, width // 32))
 

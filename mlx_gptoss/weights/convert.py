@@ -1,0 +1,295 @@
+"""Write a checkpoint in another format: plan, stream, verify, rename.
+
+Everything about the result but its values is planned from headers. Then the weights pass through in chunks of about
+CHUNK values (one expert of 20b), each read from the mapped source, re-coded, written to its place and let go, one
+chunk a worker thread. So the memory needed is `Report.working_bytes`, whatever the size of the model, beside at most
+one parameter's pages of the source. The result grows in a hidden folder beside the destination, is read back, and is
+renamed at the end; after an error or an interruption nothing of it is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..config import SWIGLU_ALPHA, published
+from ..errors import CheckpointError, GptOssError
+from . import checkpoint as checkpoints
+from . import codecs
+from .checkpoint import Checkpoint
+from .formats import recipe_of
+from .formats.base import Unit
+from .safetensors import TensorInfo, Writer, write_text
+from .tensor import Dense
+
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
+
+CHUNK = 2**23
+BYTES_A_VALUE = 12  # of a chunk in work: decoded blocks, the re-coded rows, and their rearranged copy
+MAX_WORKERS = 8
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did. working_bytes: the memory bound that it kept, beside the source's mapped pages."""
+
+    source: Path
+    destination: Path
+    source_format: str
+    format: str
+    source_bytes: int
+    bytes: int
+    tensors: int
+    parameters: int
+    seconds: float
+    working_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All of the result but the values."""
+
+    units: tuple[Unit, ...]
+    config: Mapping[str, Any]
+    metadata: Mapping[str, str]
+
+    @property
+    def tensors(self) -> list[TensorInfo]:
+        return [info for unit in self.units for info in unit.tensors]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors)
+
+
+def convert(
+    source: Path | str,
+    destination: Path | str,
+    to: str = "mlx-4bit",
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Write the checkpoint in the folder `source` to the folder `destination` in the format `to` (CONTRACT.md's names).
+
+    What is stored as the target stores it stays so, bit for bit; the rest is decoded exactly and quantized once.
+    `progress` is called in this thread. With `overwrite`, an old checkpoint at the destination stays until the new one
+    is whole. Raises CheckpointError for a source that cannot be read, GptOssError for an unknown format, a destination
+    in the way, a full disk or a write that fails.
+    """
+    started = time.perf_counter()
+    recipe_of(to)
+    target = _destination(Path(source), Path(destination), overwrite)
+    checkpoint = checkpoints.open(source)
+    plan = make_plan(checkpoint, to)
+    with _errors_of(target), _temporary(target) as folder:
+        _check_space(target.parent, plan.size_bytes)
+        working = _stream(checkpoint, plan, folder, progress or (lambda done, total, what: None))
+        _companions(checkpoint.tokenizer_folder, folder)
+        write_text(folder / "config.json", json.dumps(plan.config, indent=2) + "\n")
+        _verify(folder, to, plan)
+        _install(folder, target)
+    return Report(
+        source=checkpoint.folder,
+        destination=target,
+        source_format=checkpoint.format,
+        format=to,
+        source_bytes=checkpoint.size_bytes,
+        bytes=plan.size_bytes,
+        tensors=len(plan.tensors),
+        parameters=sum(param.size for param in checkpoint.params),
+        seconds=time.perf_counter() - started,
+        working_bytes=working,
+    )
+
+
+def make_plan(checkpoint: Checkpoint, to: str) -> Plan:
+    """Names, dtypes and shapes of the result, and its config.json. Of the source, only vectors are read."""
+    form, _ = recipe_of(to)
+    config = checkpoint.config
+    if not config.eos_token_id:  # `original/config.json` has none
+        config = replace(config, eos_token_id=checkpoint.stop_ids)
+    content = published(config) | form.describe(to, checkpoint.params)
+    if not config.eos_token_id:
+        del content["eos_token_id"]
+    if config.swiglu_alpha != SWIGLU_ALPHA:
+        content["swiglu_alpha"] = config.swiglu_alpha
+    units = form.units(to, checkpoint.params, _vector_dtypes(checkpoint))
+    return Plan(tuple(units), content, {"format": "mlx" if form.family == "mlx" else "pt"})
+
+
+def _vector_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
+    """Norms, sinks and biases become bfloat16 where that is exact, else stay wider: float32."""
+    found = {}
+    for param in checkpoint.params:
+        if not param.is_matrix:
+            weight = checkpoint.read(param.name)
+            exact = codecs.dequantize(Dense(codecs.to_bfloat16(weight))) == codecs.dequantize(weight)
+            found[param.name] = "BF16" if exact.all() else "F32"
+    return found
+
+
+def _stream(checkpoint: Checkpoint, plan: Plan, folder: Path, progress: Progress) -> int:
+    """Write all tensors and read them back; returns the bound on working memory, in bytes."""
+    workers = min(MAX_WORKERS, _cores())
+    writer = Writer(folder, plan.tensors, plan.metadata)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        done = 0
+        for written in _in_parallel(pool, workers, _jobs(checkpoint, plan.units, writer)):
+            done += written
+            progress(done, plan.size_bytes, "writing")
+        writer.finish()
+        done = 0
+        for length in _in_parallel(pool, workers, writer.checks()):
+            done += length
+            progress(done, plan.size_bytes, "verifying")
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        writer.close()
+    largest = max(_rows_a_chunk(unit) * unit.values // unit.rows for unit in plan.units)
+    return workers * largest * BYTES_A_VALUE
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _rows_a_chunk(unit: Unit) -> int:
+    return min(unit.rows, max(1, CHUNK * unit.rows // unit.values))
+
+
+def _jobs(checkpoint: Checkpoint, units: Iterable[Unit], writer: Writer) -> Iterator[Callable[[], int]]:
+    """The chunks of all units in order, each a function that writes one and returns the bytes written."""
+    for unit in units:
+        weights = [checkpoint.read(param.name) for param in unit.params]
+        encode = unit.encode(weights)
+        step = _rows_a_chunk(unit)
+        for start in range(0, unit.rows, step):
+            stop = min(start + step, unit.rows)
+
+            def job(start: int = start, stop: int = stop, encode: Any = encode, weights: Any = weights) -> int:
+                written = sum(writer.write(name, row, array) for name, row, array in encode(start, stop))
+                for weight in weights:
+                    checkpoint.release(codecs.rows(weight, start, stop))
+                return written
+
+            yield job
+
+
+def _in_parallel(pool: ThreadPoolExecutor, workers: int, jobs: Iterator[Callable[[], int]]) -> Iterator[int]:
+    """Run jobs, few in flight at a time, yielding results as they come."""
+    pending: set[Future[int]] = {pool.submit(job) for job in islice(jobs, workers + 1)}
+    while pending:
+        finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+        for future in finished:
+            yield future.result()
+        pending |= {pool.submit(job) for job in islice(jobs, len(finished))}
+
+
+def _companions(source: Path, folder: Path) -> None:
+    """Copy the tokenizer and what else belongs beside weights."""
+    for name in COMPANIONS:
+        if (source / name).exists():
+            (folder / name).write_bytes(checkpoints.child(source, name).read_bytes())
+
+
+def _verify(folder: Path, to: str, plan: Plan) -> None:
+    """Open the result as any reader would; its bytes have been compared already."""
+    found = checkpoints.open(folder)
+    if found.format != to or found.size_bytes != plan.size_bytes:
+        raise CheckpointError(
+            f"what was written as {to} reads back as {found.format}, {found.size_bytes} bytes; please report this"
+        )
+
+
+def _destination(source: Path, destination: Path, overwrite: bool) -> Path:
+    """The folder to write, made absolute. Refuses what is in the way."""
+    target, origin = destination.absolute(), source.resolve()
+    real = target.resolve()
+    if real == origin or real.is_relative_to(origin) or origin.is_relative_to(real):
+        raise GptOssError(f"{destination} is, holds or lies in the source; choose a folder beside it")
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise GptOssError(f"{destination} exists and is not a folder; choose another destination")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise GptOssError(f"{destination} exists already; choose another destination or ask to overwrite it")
+        if not (target / "config.json").exists():
+            raise GptOssError(f"{destination} is not a checkpoint, so it is not overwritten; remove it first")
+    return target
+
+
+def _check_space(parent: Path, needed: int) -> None:
+    free = shutil.disk_usage(parent).free
+    if needed + 2**20 > free:
+        raise GptOssError(
+            f"the result takes {needed / 1e9:.2f} GB but only {free / 1e9:.2f} GB are free in {parent}; "
+            "free some space or choose another disk"
+        )
+
+
+@contextlib.contextmanager
+def _errors_of(target: Path) -> Iterator[None]:
+    """Say of a failed write what failed and that nothing is left."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise GptOssError(f"{target} could not be written ({why}); nothing of it was left behind") from error
+
+
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    """A new hidden folder beside the target; removed on the way out unless it was renamed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.parent / f".{target.name}.{os.getpid()}.partial"
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        if folder.exists():
+            shutil.rmtree(folder)
+
+
+def _install(folder: Path, target: Path) -> None:
+    """Rename the finished folder into place; what was there before goes last, or comes back."""
+    _sync(folder)
+    old = folder.with_suffix(".old")
+    replaced = target.exists()
+    if replaced:
+        target.rename(old)
+    try:
+        folder.rename(target)
+    except BaseException:
+        if replaced:
+            old.rename(target)
+        raise
+    _sync(target.parent)
+    if replaced:
+        shutil.rmtree(old)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
