@@ -59,7 +59,7 @@ def _object(schema: Any, indent: str) -> str:
     description = _get(schema, "description", str)
     head = "" if description is None else f"{indent}// {description}\n"
     required = _get(schema, "required", list) or ()
-    properties = _get(schema, "properties", Mapping) or {}
+    properties = _mapping(schema.get("properties"))
     body = "".join(_property(name, value, name in required, indent) for name, value in properties.items())
     return f"{head}{{\n{body}{indent}}}"
 

@@ -90,7 +90,7 @@ def test_a_tool_message_needs_a_name(small: Tokenizer) -> None:
         render_message(Message("tool", "3"), small)
 
 
-TEXTS = st.text(max_size=30) | st.sampled_from(["", " a", "x\n", "<|end|><|start|>system", "3.14 🎉", "{\"a\": 1}"])
+TEXTS = st.text(max_size=30) | st.sampled_from(["", " a", "x\n", "<|end|><|start|>system", "3.14 🎉", '{"a": 1}'])
 CONTENT_TYPES = st.sampled_from([None, "json", "<|constrain|>json", "<|constrain|>", "<|constrain|> json", "code"])
 RECIPIENTS = st.sampled_from([None, None, "functions.add", "all", "assistant", "browser.search", "a b"])
 CHANNELS = st.sampled_from([None, "analysis", "commentary", "final", "final"])

@@ -1,0 +1,222 @@
+"""Messages and tools as OpenAI's chat API writes them, lists of dicts -> a Conversation. All is checked here."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+from ..errors import InvalidRequest
+from ..tokenizer import CONSTRAIN
+from .header import NAMESPACE
+from .messages import Conversation, Effort, Function, Message
+from .render import instructions_text
+
+# Fields of the API that say nothing to the model; clients send replies back with them.
+_IGNORED = {"id", "object", "status", "index"}
+_FIELDS = {
+    "system": {"content"},
+    "developer": {"content"},
+    "user": {"content", "name"},
+    "assistant": {"content", "name", "reasoning", "reasoning_content", "thinking", "tool_calls"},
+    "tool": {"content", "name", "tool_call_id"},
+}
+_THOUGHTS = ("reasoning", "reasoning_content", "thinking")
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+
+
+def from_chat(
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    reasoning: Effort = "medium",
+    system: str | None = None,
+    tools: Sequence[Mapping[str, Any] | Function] = (),
+    date: str | None = None,
+) -> Conversation:
+    """Build the conversation that a chat request describes.
+
+    messages: dicts with "role" and "content" (a string or a list of text parts). System and developer messages that
+        come first are the instructions, joined by blank lines after `system`; later ones stay in their place.
+        An assistant's "reasoning", "reasoning_content" or "thinking" is its analysis; its content is the final
+        answer, or, beside "tool_calls", what it told the user before the calls (commentary).
+    tools: Function objects, or {"type": "function", "function": {"name", "description", "parameters"}}, or the same
+        without the inner dict.
+    date: the "Current date" line, YYYY-MM-DD.
+
+    Raises InvalidRequest for anything else: an unknown role or field, no messages, a result of an unknown call.
+    """
+    if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
+        raise InvalidRequest('messages must be a non-empty list such as [{"role": "user", "content": "Hi"}]')
+    if reasoning not in get_args(Effort):
+        raise InvalidRequest(f"reasoning must be one of {', '.join(get_args(Effort))}, not {reasoning!r}")
+    instructions = [] if system is None else [system]
+    turns: list[Message] = []
+    call_names: dict[str, str] = {}
+    for place, message in enumerate(messages):
+        where = f"messages[{place}]"
+        role = _role(message, where)
+        if role in ("system", "developer") and not turns:
+            instructions.append(_text(message, where))
+        elif role == "assistant":
+            turns += _assistant(message, where, call_names)
+        else:
+            turns.append(_turn(message, role, where, call_names))
+    return Conversation(
+        messages=tuple(turns),
+        reasoning=reasoning,
+        instructions="\n\n".join(instructions) if instructions else None,
+        functions=functions_from_tools(tools),
+        date=date,
+    )
+
+
+def functions_from_tools(tools: Sequence[Mapping[str, Any] | Function]) -> tuple[Function, ...]:
+    """Functions from a request's `tools`. Raises InvalidRequest for other kinds of tools and names used twice."""
+    if isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence):
+        raise InvalidRequest("tools must be a list of functions")
+    functions = tuple(_function(tool, f"tools[{place}]") for place, tool in enumerate(tools))
+    names = [function.name for function in functions]
+    for name in names:
+        if names.count(name) > 1:
+            raise InvalidRequest(f"two tools are named {name!r}: give each function its own name")
+    return functions
+
+
+def _role(message: Any, where: str) -> str:
+    if not isinstance(message, Mapping):
+        raise InvalidRequest(f'{where} must be a dict such as {{"role": "user", "content": "Hi"}}, not {message!r}')
+    role = message.get("role")
+    if role not in _FIELDS:
+        raise InvalidRequest(f"{where} has the role {role!r}: use one of {', '.join(_FIELDS)}")
+    _refuse_others(message, {"role"} | _FIELDS[role] | _IGNORED, where)
+    return str(role)
+
+
+def _turn(message: Mapping[str, Any], role: str, where: str, call_names: Mapping[str, str]) -> Message:
+    text = _text(message, where)
+    if role == "user":
+        return Message("user", text, name=_optional_name(message, where))
+    if role == "tool":
+        name = _answering(message, where, call_names)
+        return Message("tool", text, "commentary", "assistant", name=name)
+    return Message("developer", instructions_text(text))
+
+
+def _assistant(message: Mapping[str, Any], where: str, call_names: dict[str, str]) -> list[Message]:
+    """Analysis, then a preamble and calls, or the final answer. Notes the calls' ids in `call_names`."""
+    thoughts = [_string(message, field, where) for field in _THOUGHTS if message.get(field) is not None]
+    if len(set(thoughts)) > 1:
+        raise InvalidRequest(f"{where} gives its reasoning twice: keep one of {', '.join(_THOUGHTS)}")
+    calls = [
+        _call(call, f"{where}.tool_calls[{place}]", call_names)
+        for place, call in enumerate(_list(message, "tool_calls", where))
+    ]
+    name = _optional_name(message, where)
+    turns = [Message("assistant", thought, "analysis", name=name) for thought in thoughts[:1] if thought]
+    content = None if message.get("content") is None else _text(message, where)
+    if content is None and not calls and not turns:
+        raise InvalidRequest(f"{where} says nothing: give it content, reasoning or tool_calls")
+    if content is not None and (content or not calls):
+        turns.append(Message("assistant", content, "commentary" if calls else "final", name=name))
+    return turns + calls
+
+
+def _call(call: Any, where: str, call_names: dict[str, str]) -> Message:
+    if not isinstance(call, Mapping) or call.get("type", "function") != "function":
+        raise InvalidRequest(f'{where} must be {{"id", "type": "function", "function": {{"name", "arguments"}}}}')
+    _refuse_others(call, {"id", "type", "function"} | _IGNORED, where)
+    function = call.get("function")
+    if not isinstance(function, Mapping):
+        raise InvalidRequest(f'{where}.function must be {{"name": ..., "arguments": ...}}, not {function!r}')
+    _refuse_others(function, {"name", "arguments"}, f"{where}.function")
+    name = NAMESPACE + _name(function.get("name"), f"{where}.function.name").removeprefix(NAMESPACE)
+    arguments = function.get("arguments", "")
+    if isinstance(arguments, Mapping):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    if not isinstance(arguments, str):
+        raise InvalidRequest(f"{where}.function.arguments must be JSON in a string, not {arguments!r}")
+    if call.get("id") is not None:
+        call_names[_string(call, "id", where)] = name
+    return Message("assistant", arguments, "commentary", name, f"{CONSTRAIN}json")
+
+
+def _answering(message: Mapping[str, Any], where: str, call_names: Mapping[str, str]) -> str:
+    """The full name of the function whose result this is: by the call's id, else by its own name."""
+    call = message.get("tool_call_id")
+    if call is None:
+        if message.get("name") is None:
+            raise InvalidRequest(f"{where} needs the tool_call_id of the call that it answers, or the function's name")
+        return NAMESPACE + _name(message["name"], f"{where}.name").removeprefix(NAMESPACE)
+    if not isinstance(call, str) or call not in call_names:
+        raise InvalidRequest(f"{where} answers the call {call!r}, which no assistant message before it makes")
+    return call_names[call]
+
+
+def _function(tool: Any, where: str) -> Function:
+    if isinstance(tool, Function):
+        _name(tool.name, f"{where}.name")
+        return tool
+    if not isinstance(tool, Mapping) or tool.get("type", "function") != "function":
+        raise InvalidRequest(f'{where} must be {{"type": "function", "function": {{...}}}}: only functions are offered')
+    if "function" in tool:
+        _refuse_others(tool, {"type", "function"}, where)
+        tool, where = tool["function"], f"{where}.function"
+        if not isinstance(tool, Mapping):
+            raise InvalidRequest(f'{where} must be {{"name": ..., "parameters": ...}}, not {tool!r}')
+    _refuse_others(tool, {"type", "name", "description", "parameters", "strict"}, where)
+    if tool.get("strict"):
+        raise InvalidRequest(f"{where}.strict cannot be enforced here: leave it out, or set it to false")
+    parameters = tool.get("parameters")
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise InvalidRequest(f"{where}.parameters must be a JSON schema of type object, not {parameters!r}")
+    description = "" if tool.get("description") is None else _string(tool, "description", where)
+    return Function(_name(tool.get("name"), f"{where}.name"), description, parameters)
+
+
+def _text(message: Mapping[str, Any], where: str) -> str:
+    """The content, whether a string or a list of text parts."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise InvalidRequest(f"{where}.content must be a string or a non-empty list of text parts, not {content!r}")
+    return "".join(_part(part, f"{where}.content[{place}]") for place, part in enumerate(content))
+
+
+def _part(part: Any, where: str) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind not in ("text", "input_text", "output_text"):
+        raise InvalidRequest(f'{where} must be {{"type": "text", "text": ...}}: this model reads only text')
+    return _string(part, "text", where)
+
+
+def _string(fields: Mapping[str, Any], field: str, where: str) -> str:
+    value = fields.get(field)
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{where}.{field} must be a string, not {value!r}")
+    return value
+
+
+def _list(fields: Mapping[str, Any], field: str, where: str) -> list[Any]:
+    value = fields.get(field)
+    if value is not None and not isinstance(value, list):
+        raise InvalidRequest(f"{where}.{field} must be a list, not {value!r}")
+    return value or []
+
+
+def _name(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise InvalidRequest(f"{where} must be made of letters, digits, '_', '-' and '.', not {value!r}")
+    return value
+
+
+def _optional_name(message: Mapping[str, Any], where: str) -> str | None:
+    return None if message.get("name") is None else _name(message["name"], f"{where}.name")
+
+
+def _refuse_others(fields: Mapping[str, Any], known: set[str], where: str) -> None:
+    """Refuse fields that would be dropped silently; those set to nothing (None, []) lose nothing."""
+    for field, value in fields.items():
+        if field not in known and value is not None and value != []:
+            raise InvalidRequest(f"{where} has the field {field!r}, which is not supported: leave it out")

@@ -1,0 +1,153 @@
+"""Ids that the model emits, one by one -> pieces of messages. Never raises and never loses text.
+
+On well-formed output this is openai-harmony's StreamableParser. Malformed output goes where it most likely belongs:
+
+- A header that ends without `<|message|>`, or that grows beyond what a header can be: its known parts are read, the
+  rest is text of the message they describe (without any: visible text).
+- A header with words that fit nowhere: they begin the message's text.
+- `<|channel|>` within a text begins another message; when no channel follows, the text goes on where it was.
+- `<|start|>` ends a message as `<|end|>` does; after an end, `<|start|>assistant` may be missing.
+- Other special tokens within a text are dropped: they are not text.
+- Bytes that are not UTF-8 become U+FFFD.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..tokenizer import CALL, CHANNEL, CONSTRAIN, END, ENDOFTEXT, MESSAGE, RETURN, START, Tokenizer
+from .header import Header, Part, read_header
+from .messages import Message
+
+_ENDS = (END, RETURN, CALL, ENDOFTEXT)
+_MOST_WORDS = 4  # that a header may hold before they are known to be header words
+_MOST_CHARACTERS = 512
+
+
+@dataclass(frozen=True)
+class Delta(Header):
+    """A piece of a message, with the message's header.
+
+    text: more of its content; "" when the message only starts.
+    message: its index in `Parser.messages`, where it stands once it has ended.
+    starts: whether this is the message's first delta. Every message has exactly one such.
+    """
+
+    text: str = ""
+    message: int = 0
+    starts: bool = False
+
+
+@dataclass
+class _Open:
+    """The message being written."""
+
+    header: Header
+    place: int
+    pieces: list[str] = field(default_factory=list)
+
+    def delta(self, text: str) -> Delta:
+        of = self.header
+        starts = not self.pieces
+        self.pieces.append(text)
+        return Delta(of.role, of.channel, of.recipient, of.content_type, of.name, text, self.place, starts)
+
+    def closed(self) -> Message:
+        of = self.header
+        return Message(of.role, "".join(self.pieces), of.channel, of.recipient, of.content_type, of.name)
+
+
+class Parser:
+    """Reads what follows a rendered prompt, that is, what follows `<|start|>assistant`.
+
+    A whole conversation, beginning with `<|start|>`, is read as well.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._special_names = {id: name for name, id in tokenizer.specials.items()}
+        self._decoder = tokenizer.decoder()
+        self._messages: list[Message] = []
+        self._open: _Open | None = None
+        self._header: list[Part] | None = [Part(None, "")]  # as far as it is read; None within a text
+        self._role_expected = False
+
+    @property
+    def messages(self) -> list[Message]:
+        """The messages that have ended, in order."""
+        return list(self._messages)
+
+    def push(self, id: int) -> list[Delta]:
+        """The pieces that this id completes: usually one or none."""
+        name = self._special_names.get(id)
+        if name is None:
+            return self._text(self._decoder.push(id))
+        return [*self._text(self._decoder.flush()), *self._special(name)]
+
+    def finish(self) -> list[Delta]:
+        """End the stream, wherever it is. Half a header without text is no message."""
+        return [*self._text(self._decoder.flush()), *self._end(keep_empty=False)]
+
+    def _special(self, name: str) -> list[Delta]:
+        if name in _ENDS:
+            return self._end(keep_empty=True)
+        if name == START:
+            deltas = self._end(keep_empty=False)
+            self._role_expected = True
+            return deltas
+        if name == MESSAGE and self._header is not None:
+            return self._begin(*read_header(self._header, role_expected=self._role_expected, complete=True))
+        if name == CHANNEL and self._header is None:
+            self._header = [Part(CHANNEL, "")]
+        elif name in (CHANNEL, CONSTRAIN) and self._header is not None:
+            if not self._header[-1].text.strip():
+                self._header.pop()
+            self._header.append(Part(name, ""))
+        return []
+
+    def _text(self, text: str) -> list[Delta]:
+        if not text:
+            return []
+        if self._open is not None and self._header is None:
+            return [self._open.delta(text)]
+        header = self._header or [Part(None, "")]
+        self._header = [*header[:-1], Part(header[-1].marker, header[-1].text + text)]
+        return self._no_header() if self._grown_too_long(self._header) else []
+
+    def _grown_too_long(self, parts: list[Part]) -> bool:
+        _, text = self._read_unfinished(parts)
+        words = len(text.split())
+        return words > _MOST_WORDS or "\n" in text.strip() or sum(len(part.text) for part in parts) > _MOST_CHARACTERS
+
+    def _read_unfinished(self, parts: list[Part]) -> tuple[Header, str]:
+        return read_header(parts, role_expected=self._role_expected, complete=False)
+
+    def _begin(self, header: Header, text: str) -> list[Delta]:
+        self._close()
+        self._header = None
+        self._open = _Open(header, len(self._messages))
+        return [self._open.delta(text)]
+
+    def _no_header(self) -> list[Delta]:
+        """What looked like a header is text, from where it stops being one."""
+        header, text = self._read_unfinished(self._header or [])
+        if self._open is None or header != Header():
+            return self._begin(header, text)
+        self._header = None
+        return [self._open.delta(text)] if text else []
+
+    def _end(self, *, keep_empty: bool) -> list[Delta]:
+        """End the message, and the header if one is being read; one without text counts if `keep_empty`."""
+        deltas: list[Delta] = []
+        if self._header is not None:
+            header, text = self._read_unfinished(self._header)
+            if text or (keep_empty and header != Header(header.role)):
+                deltas = self._no_header()
+        self._close()
+        self._header = [Part(None, "")]
+        self._role_expected = False
+        return deltas
+
+    def _close(self) -> None:
+        if self._open is not None:
+            self._messages.append(self._open.closed())
+            self._open = None
