@@ -12,7 +12,9 @@ from .options import HARMONY_OPTIONS, MODEL_OPTIONS, SAMPLING_OPTIONS, load, opt
 
 if TYPE_CHECKING:
     from mlx_gptoss import Conversation, Model, Sampling
+    from mlx_gptoss.harmony.messages import Effort
 
+EFFORTS: dict[str, Effort] = {"low": "low", "medium": "medium", "high": "high"}
 HELP = """\
 /help                          this list
 /reset                         forget the conversation
@@ -76,7 +78,9 @@ class Session:
         if sys.stdin.isatty():
             import readline  # noqa: F401 - line editing and history for input()
 
-            click.echo(f"{self.model.name} ({self.model.format}, {self.model.backend}). /help lists commands.", err=True)
+            click.echo(
+                f"{self.model.name} ({self.model.format}, {self.model.backend}). /help lists commands.", err=True
+            )
         while (line := _read_line()) is not None:
             if line in ("/quit", "/exit"):
                 return
@@ -93,8 +97,8 @@ class Session:
             click.echo(HELP, err=True)
         elif name == "reset":
             self.conversation = replace(self.conversation, messages=())
-        elif name == "reasoning" and argument in ("low", "medium", "high"):
-            self.conversation = replace(self.conversation, reasoning=argument)  # type: ignore[arg-type]
+        elif name == "reasoning" and argument in EFFORTS:
+            self.conversation = replace(self.conversation, reasoning=EFFORTS[argument])
         elif name == "system":
             self.conversation = replace(self.conversation, instructions=argument or None)
         elif name == "stats":
@@ -105,22 +109,22 @@ class Session:
     def turn(self, line: str) -> None:
         """One question and its answer. A question that cannot be answered is taken back."""
         from mlx_gptoss import GptOssError, Message
+        from mlx_gptoss.chat import answered
 
         from .printer import show_events, stats_line
 
         asked = replace(self.conversation, messages=(*self.conversation.messages, Message("user", line)))
-        text: list[str] = []
+        said: list[str] = []
         try:
             events = self.model.stream(asked, sampling=self.sampling, max_tokens=self.max_tokens)
-            finished = show_events(events, reasoning=self.show_reasoning, text=text)
+            finished = show_events(events, reasoning=self.show_reasoning, said=said)
         except GptOssError as error:
             click.echo(f"error: {error}", err=True)
             return
         except KeyboardInterrupt:
-            said = Message("assistant", "".join(text), channel="final")
-            self.conversation = replace(asked, messages=(*asked.messages, said))
+            self.conversation = answered(asked, (Message("assistant", "".join(said), channel="final"),))
             return
-        self.conversation = replace(asked, messages=asked.messages + finished.messages)
+        self.conversation = answered(asked, finished.messages)
         if self.stats:
             click.echo(stats_line(finished, self.model.load_s), err=True)
 

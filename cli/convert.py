@@ -8,20 +8,28 @@ import click
 @click.command()
 @click.argument("source")
 @click.argument("destination", metavar="DEST")
-@click.option("--to", required=True, metavar="NAME", help="The format to write: mxfp4, bf16, mlx-4bit, mlx-mxfp4-q8, ...")
+@click.option(
+    "--to", required=True, metavar="NAME", help="The format to write: mxfp4, bf16, mlx-4bit, mlx-mxfp4-q8, ..."
+)
 @click.option("--overwrite", is_flag=True, help="Replace DEST if it exists, once the new one is complete.")
 def convert(source: str, destination: str, to: str, overwrite: bool) -> None:
     """Write SOURCE (a folder or a hub id) to the folder DEST in another format.
 
     Streams: at most one layer is in memory. DEST appears when it is complete and verified, or not at all.
     """
+    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from mlx_gptoss import api
     from mlx_gptoss.memory import gigabytes
-    from rich.console import Console
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("Converting", total=None)
         report = api.convert(

@@ -62,8 +62,10 @@ def generate(
 def _prompt(argument: str | None) -> str:
     if argument is None and sys.stdin.isatty():
         raise click.UsageError("give a PROMPT, or - to read it from stdin")
-    text = click.get_text_stream("stdin", errors="replace").read() if argument in (None, "-") else argument
-    assert text is not None
+    if argument is None or argument == "-":
+        text = sys.stdin.buffer.read().decode("utf-8", errors="replace")
+    else:
+        text = argument
     if not text.strip():
         raise click.UsageError("the prompt is empty; write a question")
     return text
@@ -73,7 +75,7 @@ def _print(model: Model, events: Iterator[Event], *, reasoning: bool, stats: boo
     from .printer import show_events, stats_line
 
     finished = show_events(events, reasoning=reasoning)
-    if stats and finished is not None:
+    if stats:
         click.echo(stats_line(finished, model.load_s), err=True)
 
 

@@ -17,7 +17,9 @@ MODEL_OPTIONS = (
     click.option("--backend", default="auto", metavar="auto|mlx", show_default=True, help="What computes."),
     click.option("--device", metavar="cpu|gpu", help="Where; the backend's best by default."),
     click.option("--dtype", metavar="NAME", help="Of activations: float32, bfloat16 or float16."),
-    click.option("--max-context", type=click.IntRange(min=1), metavar="N", help="Tokens of prompt and answer together."),
+    click.option(
+        "--max-context", type=click.IntRange(min=1), metavar="N", help="Tokens of prompt and answer together."
+    ),
 )
 SAMPLING_OPTIONS = (
     click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Most tokens to generate."),
@@ -51,9 +53,7 @@ def sampling(temperature: float, top_p: float, top_k: int, min_p: float, seed: i
     return Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
 
 
-def load(
-    model: str | None, backend: str, device: str | None, dtype: str | None, max_context: int | None
-) -> Model:
+def load(model: str | None, backend: str, device: str | None, dtype: str | None, max_context: int | None) -> Model:
     """The model, with a spinner on a terminal's stderr while it loads."""
     from rich.console import Console
 

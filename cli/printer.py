@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 import click
 
 from mlx_gptoss.chat import Event, Finished, ReasoningDelta, TextDelta, ToolCall
+from mlx_gptoss.errors import GptOssError
 
 
-def show_events(events: Iterator[Event], *, reasoning: bool) -> Finished | None:
-    """Print a reply while it is generated, and return its last event; None when it was cut short."""
+def show_events(events: Iterator[Event], *, reasoning: bool, said: list[str] | None = None) -> Finished:
+    """Print a reply while it is generated and return its last event. The text also goes to `said`, piece by piece, so
+    that it is not lost when the reply is cut short."""
     shown = ""  # which kind of text the cursor stands behind
     try:
         for event in events:
@@ -22,6 +23,8 @@ def show_events(events: Iterator[Event], *, reasoning: bool) -> Finished | None:
                 case TextDelta():
                     shown = _switch(shown, "text")
                     click.echo(event.text, nl=False)
+                    if said is not None:
+                        said.append(event.text)
                 case ToolCall():
                     shown = _switch(shown, "call")
                     click.echo(f"{event.name}({event.arguments})", nl=False)
@@ -29,8 +32,7 @@ def show_events(events: Iterator[Event], *, reasoning: bool) -> Finished | None:
                     return event
     finally:
         _switch(shown, "")
-        sys.stdout.flush()
-    return None
+    raise GptOssError("the stream ended early: its engine was closed")
 
 
 def _switch(shown: str, to: str) -> str:

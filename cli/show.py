@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", required=False)
-@click.option("--context", type=click.IntRange(min=1), metavar="N", help="Plan for N tokens; the model's most by default.")
+@click.option(
+    "--context", type=click.IntRange(min=1), metavar="N", help="Plan for N tokens; the model's most by default."
+)
 @click.option("--backend", default="auto", metavar="auto|mlx", help="Plan for this backend.")
 @click.option("--device", metavar="cpu|gpu", help="Plan for this device.")
 @click.option("--dtype", metavar="NAME", help="Plan for activations of this dtype.")
@@ -64,8 +66,10 @@ def _print(name: str, summary: Summary, plan: MemoryPlan) -> None:
     from mlx_gptoss.memory import gigabytes
 
     console = Console(highlight=False)
-    console.print(f"[bold]{name}[/bold]: {summary.format}, {summary.parameters / 1e9:.3g} billion parameters, "
-                  f"{gigabytes(summary.size_bytes)}, {summary.bits_per_weight:.2f} bits per weight")
+    console.print(
+        f"[bold]{name}[/bold]: {summary.format}, {summary.parameters / 1e9:.3g} billion parameters, "
+        f"{gigabytes(summary.size_bytes)}, {summary.bits_per_weight:.2f} bits per weight"
+    )
     table = Table("part", "stored as", "bits per weight", box=None, header_style="bold")
     for role, stored in summary.roles.items():
         table.add_row(role, str(stored["format"]), f"{stored['bits']:.2f}")

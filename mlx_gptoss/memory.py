@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .config import ModelConfig
@@ -56,7 +56,8 @@ def plan_memory(
     slots: int = 1,
     chunk: int = 2048,
 ) -> MemoryPlan:
-    """The plan for `context` tokens a slot; None takes the model's longest, or what fits of it.
+    """The plan for `context` tokens a slot; None takes the model's longest, or what fits of it
+    (but no less than SMALLEST_CONTEXT, at which a model that is too big is refused).
 
     activation_bytes: 2 or 4, the size of an activation and of a K/V entry. chunk: tokens of one prefill step.
     """
@@ -70,9 +71,9 @@ def plan_memory(
         working_bytes=RUNTIME_BYTES + working_space(config, chunk, slots, activation_bytes),
         available_bytes=available_bytes,
     )
-    if context is None and not plan.fits and plan.largest_context >= SMALLEST_CONTEXT:
-        return MemoryPlan(**{**vars(plan), "context": plan.largest_context})
-    return plan
+    if context is not None or plan.fits:
+        return plan
+    return replace(plan, context=min(plan.context, max(plan.largest_context, SMALLEST_CONTEXT)))
 
 
 def working_space(config: ModelConfig, chunk: int, slots: int, activation_bytes: int) -> int:

@@ -68,7 +68,9 @@ def imports(name: str, path: Path) -> list[str]:
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else []
-            base = ".".join([*(["mlx_gptoss"] if node.level else []), *above, *(node.module or "").split(".")]).strip(".")
+            base = ".".join([*(["mlx_gptoss"] if node.level else []), *above, *(node.module or "").split(".")]).strip(
+                "."
+            )
             found += [base, *(f"{base}.{alias.name}" for alias in node.names)] if node.level else [base]
     return found
 
@@ -91,12 +93,16 @@ def test_imports_point_down(name):
             continue
         own = law if "." not in law or law.startswith("backends") else law.split(".")[0]
         allowed = within(inner, own) or any(within(inner, prefix) for prefix in MAY_IMPORT[law])
-        packages = {".".join(prefix.split(".")[:n]) for prefix in MAY_IMPORT[law] for n in range(1, prefix.count(".") + 1)}
+        packages = {
+            ".".join(prefix.split(".")[:n]) for prefix in MAY_IMPORT[law] for n in range(1, prefix.count(".") + 1)
+        }
         assert allowed or inner in packages, f"{name} imports {inner}"
 
 
 def test_importing_the_package_loads_no_backend():
-    code = "import sys, mlx_gptoss; print([m for m in ('mlx.core', 'torch', 'numpy', 'tokenizers') if m in sys.modules])"
+    code = (
+        "import sys, mlx_gptoss; print([m for m in ('mlx.core', 'torch', 'numpy', 'tokenizers') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 

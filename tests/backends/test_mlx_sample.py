@@ -17,7 +17,7 @@ def logits_for(seed: int) -> np.ndarray:
 
 
 def begin(sampling: Sampling, prompt=(1, 2), seed: int | None = None) -> History:
-    return History.begin(sampling, prompt, sampling.seed if seed is None else seed, VOCABULARY)
+    return History.begin(sampling, prompt, seed or sampling.seed or 0, VOCABULARY)
 
 
 def draw(logits: np.ndarray, sampling: Sampling, history: History, position: int = 0) -> int:
@@ -68,13 +68,25 @@ def test_draws_follow_the_chain(sampling):
 def test_greedy_is_argmax_and_ignores_the_seed():
     logits = logits_for(2)
     for seed in range(5):
-        assert draw(logits, Sampling(temperature=0, seed=seed), begin(Sampling(temperature=0, seed=seed))) == logits.argmax()
+        assert (
+            draw(logits, Sampling(temperature=0, seed=seed), begin(Sampling(temperature=0, seed=seed)))
+            == logits.argmax()
+        )
 
 
 def test_a_seed_gives_the_same_draws_alone_and_in_company():
-    options = [Sampling(seed=3), Sampling(temperature=0), Sampling(seed=4, top_p=0.5), Sampling(seed=3, frequency_penalty=1)]
+    options = [
+        Sampling(seed=3),
+        Sampling(temperature=0),
+        Sampling(seed=4, top_p=0.5),
+        Sampling(seed=3, frequency_penalty=1),
+    ]
     logits = np.stack([logits_for(i) for i in range(4)])
-    alone = [[draw(logits[i], s, h, p) for p in range(20)] for i, s in enumerate(options) for h in [begin(s, seed=s.seed or 0)]]
+    alone = [
+        [draw(logits[i], s, h, p) for p in range(20)]
+        for i, s in enumerate(options)
+        for h in [begin(s, seed=s.seed or 0)]
+    ]
     histories = [begin(s, seed=s.seed or 0) for s in options]
     together = [choose(mx.array(logits), options, histories, [p] * 4).tokens.tolist() for p in range(20)]
     assert [list(column) for column in zip(*together, strict=True)] == alone

@@ -5,10 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ...errors import BackendUnavailable, InvalidRequest
+from ...memory import system_available
 from ...weights.checkpoint import Checkpoint
 from ..base import Limits
 from .load import load_model
-from ...memory import system_available
 from .runner import MlxRunner
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}

@@ -66,7 +66,7 @@ class FullCache:
             slot, start = span.slots[0], span.starts[0]
             self._keys[slot : slot + 1, :, start : span.end] = k
             self._values[slot : slot + 1, :, start : span.end] = v
-            mask = "causal" if span.length > 1 else None
+            mask: mx.array | str | None = "causal" if span.length > 1 else None
         else:
             slots = mx.array(span.slots)
             self._keys[slots, :, span.offsets] = k[:, :, 0]
@@ -122,11 +122,11 @@ class RingCache:
         both = []
         for ring, new in ((self._keys, k), (self._values, v)):
             # Rolled so that the oldest position, start - W, comes first.
-            past = mx.roll(ring[slot : slot + 1], -(start % w), axis=2)
+            past = mx.roll(ring[slot : slot + 1], -(start % w), 2)
             joined = mx.concatenate([past, new], axis=2)
             both.append(joined)
             last = joined[:, :, -w:]
-            ring[slot : slot + 1] = mx.roll(last, span.end % w, axis=2)
+            ring[slot : slot + 1] = mx.roll(last, span.end % w, 2)
         return both[0], both[1]
 
 

@@ -57,8 +57,9 @@ def _block(place: _Placer, config: ModelConfig, layer: int, rotary: Rotary) -> B
         gate_up=place.experts([f"{at}.experts.gate", f"{at}.experts.up"]),
         down=place.experts([f"{at}.experts.down"]),
     )
-    return Block(config, place.vector(f"{at}.attention_norm.weight"), attention,
-                 place.vector(f"{at}.mlp_norm.weight"), mlp)
+    return Block(
+        config, place.vector(f"{at}.attention_norm.weight"), attention, place.vector(f"{at}.mlp_norm.weight"), mlp
+    )
 
 
 class _Placer:

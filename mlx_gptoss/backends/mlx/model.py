@@ -29,9 +29,7 @@ class Rotary:
     def __call__(self, x: mx.array, offsets: mx.array) -> mx.array:
         """x [B, heads, L, 64], offsets [B]"""
         dims = x.shape[-1]
-        return mx.fast.rope(
-            x, dims, traditional=False, base=None, scale=1.0, offset=offsets, freqs=self.frequencies
-        )
+        return mx.fast.rope(x, dims, traditional=False, base=None, scale=1.0, offset=offsets, freqs=self.frequencies)
 
 
 @dataclass(frozen=True)

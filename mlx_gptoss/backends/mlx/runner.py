@@ -22,11 +22,17 @@ CLEAR_EVERY = 512  # steps between emptying MLX's buffer cache, which otherwise 
 
 @dataclass(frozen=True)
 class Step:
-    """A step under way: for each row of the step, which entry of which choice is its own."""
+    """A step under way: for each row of the step, which entry of which choice is its own.
+
+    last: what the step computes last; waiting for it keeps a prefill, which samples nothing, from running far ahead
+    of the device.
+    """
 
     rows: tuple[tuple[Choice, int, Sampling] | None, ...]
+    last: mx.array
 
     def wait(self) -> list[Sampled | None]:
+        mx.eval(self.last)
         return [None if row is None else _sampled(*row) for row in self.rows]
 
 
@@ -50,10 +56,9 @@ class MlxRunner:
             single.sort(key=lambda i: rows[i].slot)
             groups = [single] if single else []
             groups += [[i] for i in range(len(rows)) if i not in set(single)]
-            for group in groups:
-                self._forward([rows[i] for i in group], group, results)
-            self._start(results)
-            return Step(tuple(results))
+            last = [self._forward([rows[i] for i in group], group, results) for group in groups][-1]
+            self._start(results, last)
+            return Step(tuple(results), last)
 
     def release(self, slot: int) -> None:
         self._last.pop(slot, None)
@@ -81,14 +86,14 @@ class MlxRunner:
 
     def _forward(
         self, rows: Sequence[Row], places: Sequence[int], results: list[tuple[Choice, int, Sampling] | None]
-    ) -> None:
-        """Either any number of one-token rows, or one row of several tokens."""
+    ) -> mx.array:
+        """Either any number of one-token rows, or one row of several tokens. Returns what is computed last."""
         ids = mx.stack([self._tokens(row) for row in rows])  # [B, L]
         span = Span.of([row.slot for row in rows], [row.start for row in rows], ids.shape[1])
         hidden = self._model(ids, self._cache, span)
         wanted = [(b, row, row.sampling) for b, row in enumerate(rows) if row.sampling is not None]
         if not wanted:
-            return
+            return hidden[:, -1]
         last = hidden[:, -1] if len(wanted) == len(rows) else hidden[mx.array([b for b, _, _ in wanted]), -1]
         samplings = [sampling for _, _, sampling in wanted]
         histories = [self._history(row, sampling) for _, row, sampling in wanted]
@@ -97,6 +102,7 @@ class MlxRunner:
         for n, (b, row, sampling) in enumerate(wanted):
             self._last[row.slot] = choice.tokens[n : n + 1]
             results[places[b]] = (choice, n, sampling)
+        return choice.tokens
 
     def _tokens(self, row: Row) -> mx.array:
         return self._last[row.slot] if row.tokens is None else mx.array(row.tokens, dtype=mx.int32)
@@ -107,12 +113,12 @@ class MlxRunner:
             self._histories[row.slot] = History.begin(sampling, row.prompt, seed, self.config.vocab_size)
         return self._histories[row.slot]
 
-    def _start(self, results: Sequence[tuple[Choice, int, Sampling] | None]) -> None:
+    def _start(self, results: Sequence[tuple[Choice, int, Sampling] | None], last: mx.array) -> None:
         """Everything this step changes is put under way now; a prefill chunk has nothing but the cache."""
         choices = {id(entry[0]): entry[0] for entry in results if entry is not None}
         arrays = [a for choice in choices.values() for a in vars(choice).values() if a is not None]
         kept = [a for h in self._histories.values() for a in (h.seen, h.counts) if a is not None]
-        mx.async_eval(arrays, kept, self._cache.arrays)
+        mx.async_eval(arrays, kept, last, self._cache.arrays)  # type: ignore[no-untyped-call]
         self._steps += 1
         if self._steps % CLEAR_EVERY == 0:
             mx.clear_cache()
@@ -121,7 +127,6 @@ class MlxRunner:
 def _sampled(choice: Choice, n: int, sampling: Sampling) -> Sampled:
     top: tuple[tuple[int, float], ...] = ()
     if sampling.logprobs and choice.top_ids is not None and choice.top_logprobs is not None:
-        ids = choice.top_ids[n, : sampling.logprobs].tolist()
-        values = choice.top_logprobs[n, : sampling.logprobs].tolist()
-        top = tuple(zip(ids, values, strict=True))
-    return Sampled(int(choice.tokens[n].item()), float(choice.logprobs[n].item()), top)
+        ids, values = np.array(choice.top_ids[n]), np.array(choice.top_logprobs[n])
+        top = tuple((int(i), float(v)) for i, v in zip(ids, values, strict=True))[: sampling.logprobs]
+    return Sampled(int(np.array(choice.tokens[n])), float(np.array(choice.logprobs[n])), top)

@@ -72,9 +72,7 @@ def choose(
     ids = mx.argpartition(-logprobs, kth=most - 1, axis=-1)[:, :most]
     values = mx.take_along_axis(logprobs, ids, axis=-1)
     order = mx.argsort(-values, axis=-1)
-    return Choice(
-        tokens, chosen, mx.take_along_axis(ids, order, axis=-1), mx.take_along_axis(values, order, axis=-1)
-    )
+    return Choice(tokens, chosen, mx.take_along_axis(ids, order, axis=-1), mx.take_along_axis(values, order, axis=-1))
 
 
 def _bias(logits: mx.array, samplings: Sequence[Sampling]) -> mx.array:

@@ -1,0 +1,377 @@
+"""The Python API: load() a checkpoint onto a backend, then generate, stream, complete, or look at the logits."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+from . import hub
+from .backends.base import Limits
+from .chat import (
+    Event,
+    Finished,
+    FinishReason,
+    ReasoningDelta,
+    TextDelta,
+    Timings,
+    ToolCall,
+    Usage,
+    answered,
+    stream_chat,
+    stream_raw,
+)
+from .config import ModelConfig
+from .engine import Engine, Token
+from .errors import BackendUnavailable, CheckpointError, GptOssError, InvalidRequest
+from .harmony.messages import Conversation, Effort
+from .harmony.openai import from_chat
+from .memory import MemoryPlan, plan_memory, require_fit
+from .sampling import Sampling
+from .tokenizer import Tokenizer
+from .weights import checkpoint as checkpoints
+from .weights import convert as conversion
+from .weights.formats import WRITERS
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+BACKENDS = ("mlx",)
+NANO = Path(__file__).parent / "nano"  # the bundled model
+ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+Prompt = str | Sequence[Mapping[str, Any]] | Conversation
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A raw continuation. ids: with the stop id, if one ended it. logprobs: natural logarithms under the raw logits.
+    top: per token the (id, logprob) alternatives that Sampling.logprobs asked for."""
+
+    ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    top: tuple[tuple[tuple[int, float], ...], ...]
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One assistant turn. ids: all tokens produced, Harmony's included. conversation: with this turn appended."""
+
+    text: str
+    reasoning: str
+    tool_calls: tuple[ToolCall, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    ids: tuple[int, ...]
+    logprobs: tuple[Token, ...]
+    conversation: Conversation
+
+
+class Model:
+    """A loaded model. Made by load(); a context manager. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        checkpoint: checkpoints.Checkpoint,
+        tokenizer: Tokenizer | None,
+        engine: Engine,
+        backend: str,
+        plan: MemoryPlan,
+        name: str,
+        load_s: float,
+    ) -> None:
+        self.config: ModelConfig = checkpoint.config
+        self._tokenizer = tokenizer
+        self.backend = backend
+        self.format: str = checkpoint.format
+        self.plan = plan
+        self.name = name
+        self.load_s = load_s
+        self._engine = engine
+        self._stop_ids = frozenset(checkpoint.stop_ids)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises CheckpointError if the checkpoint came without one, as OpenAI's `original/` folder does alone."""
+        if self._tokenizer is None:
+            raise CheckpointError(
+                f"{self.name} has no tokenizer.json: copy it there from the model's repository, or use token ids"
+            )
+        return self._tokenizer
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Teacher-forced logits, float32 [T, V], of one sequence of T ids. No cache is kept."""
+        ids = self._checked(ids)
+        if len(ids) > self._engine.limits.max_context:
+            raise InvalidRequest(f"{len(ids)} tokens exceed the context of {self._engine.limits.max_context}")
+        return self._engine.call(lambda runner: runner.logits(ids))
+
+    def complete(self, ids: Sequence[int], *, max_tokens: int, sampling: Sampling | None = None) -> Completion:
+        """Continue raw token ids, up to and including a stop id of the checkpoint."""
+        _, text, _, finished = fold(self.stream_raw(ids, max_tokens=max_tokens, sampling=sampling))
+        tokens = finished.tokens
+        return Completion(
+            ids=tuple(t.id for t in tokens),
+            logprobs=tuple(t.logprob for t in tokens),
+            top=tuple(t.top for t in tokens),
+            text=text,
+            finish_reason=finished.finish_reason,
+            usage=finished.usage,
+            timings=finished.timings,
+        )
+
+    def stream_raw(
+        self, ids: Sequence[int], *, max_tokens: int | None = None, sampling: Sampling | None = None
+    ) -> Iterator[Event]:
+        """The same as it arrives: TextDelta events, then Finished."""
+        return stream_raw(
+            self._engine,
+            self._tokenizer,
+            self._checked(ids),
+            stop_ids=self._stop_ids,
+            sampling=sampling,
+            max_tokens=max_tokens,
+        )
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        sampling: Sampling | None = None,
+        max_tokens: int | None = None,
+        reasoning: Effort | None = None,
+        system: str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        response_format: Mapping[str, Any] | None = None,
+    ) -> Reply:
+        """One assistant turn, whole: stream() folded, with the same options."""
+        conversation = as_conversation(prompt, reasoning=reasoning, system=system, tools=tools)
+        events = self.stream(conversation, sampling=sampling, max_tokens=max_tokens, response_format=response_format)
+        thoughts, text, calls, finished = fold(events)
+        return Reply(
+            text=text,
+            reasoning=thoughts,
+            tool_calls=calls,
+            finish_reason=finished.finish_reason,
+            usage=finished.usage,
+            timings=finished.timings,
+            ids=tuple(t.id for t in finished.tokens),
+            logprobs=finished.tokens,
+            conversation=answered(conversation, finished.messages),
+        )
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        sampling: Sampling | None = None,
+        max_tokens: int | None = None,
+        reasoning: Effort | None = None,
+        system: str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
+        response_format: Mapping[str, Any] | None = None,
+    ) -> Iterator[Event]:
+        """One assistant turn as it arrives: ReasoningDelta, TextDelta and ToolCall events, then Finished.
+
+        prompt: a question; a list of {"role", "content", ...} as OpenAI's API takes them; or a Conversation, which
+            brings its own reasoning, system and tools.
+        max_tokens: None generates until the model stops or the context is full.
+        reasoning: "low", "medium" (the default) or "high". system: instructions to the model.
+        tools: functions in OpenAI's form, {"type": "function", "function": {"name", "description", "parameters"}}.
+        response_format: None or {"type": "text"}; a schema cannot be enforced yet and is refused.
+        Closing the iterator ends the generation. Raises InvalidRequest for what cannot be honoured.
+        """
+        if response_format is not None and response_format.get("type") != "text":
+            raise InvalidRequest(
+                f"response_format {response_format.get('type')!r} cannot be enforced; leave it out and say in the "
+                "prompt what form the answer should have"
+            )
+        return stream_chat(
+            self._engine,
+            self.tokenizer,
+            as_conversation(prompt, reasoning=reasoning, system=system, tools=tools),
+            stop_ids=self._stop_ids,
+            sampling=sampling,
+            max_tokens=max_tokens,
+        )
+
+    def peak_memory(self) -> int:
+        """Most bytes the device held at once since loading."""
+        return self._engine.call(lambda runner: runner.peak_memory())
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _checked(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Token ids as the engine takes them; InvalidRequest for none, or one outside the vocabulary."""
+        checked = tuple(int(i) for i in ids)
+        if not checked:
+            raise InvalidRequest("the prompt is empty; give at least one token id")
+        if any(not 0 <= i < self.config.vocab_size for i in checked):
+            raise InvalidRequest(f"token ids must be from 0 to {self.config.vocab_size - 1}")
+        return checked
+
+
+def load(
+    path_or_repo_id: str | Path | None = None,
+    *,
+    backend: str = "auto",
+    device: str | None = None,
+    dtype: str | None = None,
+    max_context: int | None = None,
+    slots: int = 1,
+    quantize: str | None = None,
+) -> Model:
+    """Open a checkpoint and load it onto a device.
+
+    path_or_repo_id: a folder in any format of the README's table, a hub id such as "openai/gpt-oss-20b" (downloaded
+        once), or None for the bundled nano model.
+    backend: "auto" or "mlx". device: "cpu" or "gpu"; None is the backend's best.
+    dtype: of activations and KV cache, "float32", "bfloat16" or "float16"; None is bfloat16 on a GPU, float32 on a CPU.
+    max_context: tokens a sequence may have; None is the model's longest, or what fits into memory of it.
+    slots: sequences that are generated at once; more wait.
+    Raises CheckpointError, DoesNotFit (before anything is loaded), BackendUnavailable or InvalidRequest.
+    """
+    started = time.perf_counter()
+    if quantize is not None:
+        raise InvalidRequest(
+            f"quantize={quantize!r} is not available when loading; convert the checkpoint first: "
+            "mlx-gptoss convert SOURCE DEST --to mlx-4bit"
+        )
+    if slots < 1:
+        raise InvalidRequest(f"slots must be at least 1, not {slots}")
+    name = "the bundled model" if path_or_repo_id is None else str(path_or_repo_id)
+    module, backend = find_backend(backend)
+    checkpoint = open_checkpoint(path_or_repo_id)
+    folder = checkpoint.tokenizer_folder
+    tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
+    plan = memory_plan(checkpoint, module, device=device, dtype=dtype, max_context=max_context, slots=slots)
+    require_fit(plan, name, sizes_in_other_formats(checkpoint))
+    limits = Limits(slots=slots, max_context=plan.context, chunk=module.prefill_chunk(device))
+    engine = Engine(lambda: module.load(checkpoint, device=device, dtype=dtype, limits=limits))
+    return Model(checkpoint, tokenizer, engine, backend, plan, name, load_s=time.perf_counter() - started)
+
+
+def open_checkpoint(path_or_repo_id: str | Path | None) -> checkpoints.Checkpoint:
+    """The checkpoint with its headers read and checked, and no weight touched. None is the bundled model."""
+    return checkpoints.open(NANO if path_or_repo_id is None else hub.resolve(path_or_repo_id))
+
+
+def memory_plan(
+    checkpoint: checkpoints.Checkpoint,
+    backend: ModuleType,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    max_context: int | None = None,
+    slots: int = 1,
+) -> MemoryPlan:
+    """What the checkpoint will take on this backend's device, and what the device has."""
+    config = checkpoint.config
+    if max_context is not None and not 1 <= max_context <= config.max_position_embeddings:
+        raise InvalidRequest(f"max_context must be from 1 to {config.max_position_embeddings}, not {max_context}")
+    return plan_memory(
+        config,
+        checkpoint.size_bytes,
+        backend.available_memory(device),
+        activation_bytes=ACTIVATION_BYTES[backend.dtype_name(device, dtype)],
+        context=max_context,
+        slots=slots,
+        chunk=backend.prefill_chunk(device),
+    )
+
+
+def sizes_in_other_formats(checkpoint: checkpoints.Checkpoint) -> dict[str, int]:
+    """Bytes of the same model in each format that can be written, from its layout alone."""
+    dtypes = {param.name: "BF16" for param in checkpoint.params}
+    return {
+        name: sum(info.nbytes for unit in form.units(name, checkpoint.params, dtypes) for info in unit.tensors)
+        for name, form in WRITERS.items()
+    }
+
+
+def as_conversation(
+    prompt: Prompt,
+    *,
+    reasoning: Effort | None = None,
+    system: str | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> Conversation:
+    """A prompt of any of the three kinds as a Conversation, dated today unless it is one already."""
+    if isinstance(prompt, Conversation):
+        if reasoning is not None or system is not None or tools:
+            raise InvalidRequest("a Conversation has its own reasoning, instructions and functions; set them there")
+        return prompt
+    if isinstance(prompt, str) and not prompt.strip():
+        raise InvalidRequest("the prompt is empty; write a question")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return from_chat(
+        messages,
+        reasoning=reasoning or "medium",
+        system=system,
+        tools=tools,
+        date=datetime.date.today().isoformat(),
+    )
+
+
+def fold(events: Iterable[Event]) -> tuple[str, str, tuple[ToolCall, ...], Finished]:
+    """A stream's reasoning, text, tool calls and last event."""
+    reasoning, text, calls = [], [], []
+    for event in events:
+        match event:
+            case ReasoningDelta():
+                reasoning.append(event.text)
+            case TextDelta():
+                text.append(event.text)
+            case ToolCall():
+                calls.append(event)
+            case Finished():
+                return "".join(reasoning), "".join(text), tuple(calls), event
+    raise GptOssError("the stream ended early: its engine was closed")
+
+
+def describe(path_or_repo_id: str | Path | None = None) -> checkpoints.Summary:
+    """Format, sizes and bits per weight of a checkpoint, from its headers alone."""
+    return open_checkpoint(path_or_repo_id).summary()
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    to: str = "mlx-4bit",
+    *,
+    overwrite: bool = False,
+    progress: conversion.Progress | None = None,
+) -> conversion.Report:
+    """Write `source` (a folder or a hub id) to the folder `destination` in the format `to`. See weights.convert."""
+    return conversion.convert(hub.resolve(source), Path(destination), to, overwrite=overwrite, progress=progress)
+
+
+def find_backend(name: str) -> tuple[ModuleType, str]:
+    """The backend's module, imported now. "auto" takes the first that is installed."""
+    if name not in ("auto", *BACKENDS):
+        raise InvalidRequest(f"backend must be auto or {' or '.join(BACKENDS)}, not {name!r}")
+    chosen = BACKENDS[0] if name == "auto" else name
+    try:
+        return import_module(f".backends.{chosen}", __package__), chosen
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"the {chosen} backend cannot be imported ({error}): pip install mlx-gptoss"
+        ) from error

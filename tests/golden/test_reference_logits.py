@@ -1,0 +1,80 @@
+"""Checkpoints that the reference tools wrote give the logits and the greedy text that transformers computed, float32.
+
+The weights are random and sharp: a wrong convention anywhere shows as an error of tens of percent.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import mlx_gptoss
+from mlx_gptoss.backends.base import Limits, Row
+from mlx_gptoss.sampling import Sampling
+from mlx_gptoss.weights import checkpoint as checkpoints
+
+REFERENCE = {  # folder -> the file beside it that holds its logits
+    "mxfp4": "reference",
+    "mxfp4-original": "reference",
+    "bf16": "reference",
+    "mlx-mxfp4": "reference",
+    **{
+        name: f"{name}.reference"
+        for name in ("mlx-4bit", "mlx-8bit", "mlx-mxfp8", "mlx-nvfp4", "mlx-mxfp4-all", "mlx-mxfp4-q4", "mlx-mxfp4-q8")
+    },
+}
+GREEDY = Sampling(temperature=0)
+SMALLEST_MARGIN = 1e-3
+
+
+@pytest.fixture(params=REFERENCE)
+def case(request, mini, shared):
+    """(folder, reference tensors), from tests/data or else from the bigger collection."""
+    for root in (mini, shared / "fixtures" / "mini"):
+        if (root / request.param).is_dir():
+            return root / request.param, load_file(root / f"{REFERENCE[request.param]}.safetensors")
+    pytest.skip(f"the {request.param} fixture is not in tests/data, and there is no ../shared")
+
+
+def until_close_call(reference) -> int:
+    """How many greedy tokens are beyond doubt."""
+    close = np.flatnonzero(reference["margin"] < SMALLEST_MARGIN)
+    return int(close[0]) if close.size else len(reference["greedy"])
+
+
+def test_logits(case, relative_error):
+    folder, reference = case
+    with mlx_gptoss.load(folder, dtype="float32") as model:
+        logits = model.logits(reference["prompt"].tolist())
+    assert logits.dtype == np.float32
+    assert relative_error(logits, reference["logits"]) < 1e-4
+
+
+def test_cached_generation(case):
+    folder, reference = case
+    with mlx_gptoss.load(folder, dtype="float32") as model:
+        done = model.complete(reference["prompt"].tolist(), max_tokens=48, sampling=GREEDY)
+    sure = min(until_close_call(reference), len(done.ids))
+    assert sure > 8
+    assert list(done.ids[:sure]) == reference["greedy"][:sure].tolist()
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 7, 8, 9, 16, 17, 95, 96])
+def test_prefill_chunks_that_do_not_divide_the_window(mini, relative_error, chunk):
+    from mlx_gptoss.backends import mlx as backend
+
+    reference = load_file(mini / "reference.safetensors")
+    prompt = tuple(reference["prompt"].tolist())
+    checkpoint = checkpoints.open(mini / "mxfp4")
+    runner = backend.load(checkpoint, device="cpu", dtype="float32", limits=Limits(3, 200, chunk))
+    assert relative_error(runner.logits(prompt), reference["logits"]) < 1e-4
+    for start in range(0, len(prompt), chunk):
+        piece = prompt[start : start + chunk]
+        last = start + len(piece) == len(prompt)
+        row = Row(1, start, piece, GREEDY if last else None, prompt if last else None)
+        pending = runner.submit([row])
+    ids = [pending.wait()[0].token]
+    ids += [runner.submit([Row(1, len(prompt) + i, None, GREEDY)]).wait()[0].token for i in range(47)]
+    sure = until_close_call(reference)
+    assert ids[:sure] == reference["greedy"][:sure].tolist()

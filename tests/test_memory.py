@@ -1,0 +1,64 @@
+"""The memory plan is the arithmetic that PERFORMANCE figures give, and a refusal carries numbers and a way out."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlx_gptoss.config import GPT_OSS_20B, GPT_OSS_120B
+from mlx_gptoss.errors import DoesNotFit
+from mlx_gptoss.memory import plan_memory, require_fit, system_available
+
+GB = 10**9
+
+
+def plan(available, *, config=GPT_OSS_20B, weights=13_800_000_000, context=None, slots=1):
+    return plan_memory(config, weights, available, activation_bytes=2, context=context, slots=slots)
+
+
+def test_kv_bytes_of_the_published_models():
+    twenty, hundred = plan(100 * GB), plan(100 * GB, config=GPT_OSS_120B)
+    assert (twenty.kv_bytes_per_token, twenty.ring_bytes) == (24576, 24576 * 128)
+    assert hundred.kv_bytes_per_token == 36864
+
+
+def test_131k_context_of_20b_fits_in_its_budget():
+    full = plan(100 * GB)
+    assert full.context == 131072
+    assert full.needed_bytes <= full.weights_bytes + 3.3 * GB + 1 * GB
+
+
+def test_the_default_context_shrinks_to_what_fits():
+    tight = plan(16 * GB)
+    assert tight.fits and 2048 <= tight.context < 131072
+    assert tight.context % 256 == 0
+    assert not plan(16 * GB, context=tight.context + 256).fits
+
+
+def test_an_asked_context_is_never_shrunk():
+    asked = plan(16 * GB, context=131072)
+    assert asked.context == 131072 and not asked.fits
+    with pytest.raises(DoesNotFit, match=rf"--max-context {asked.largest_context}"):
+        require_fit(asked, "20b", {})
+
+
+def test_a_refusal_names_a_format_that_fits():
+    with pytest.raises(DoesNotFit, match=r"needs 14\..* GB .*13\.8 GB.* and 12\.5 GB are available.*--to mlx-4bit"):
+        require_fit(plan(12_500_000_000), "20b", {"mlx-4bit": 11_000_000_000, "mlx-8bit": 22_000_000_000})
+
+
+def test_a_refusal_without_a_way_out_says_what_it_takes():
+    with pytest.raises(DoesNotFit, match=r"at least 11\.0 GB"):
+        require_fit(plan(4 * GB), "20b", {"mlx-4bit": 11_000_000_000})
+
+
+def test_slots_multiply_the_cache():
+    one, four = plan(100 * GB, context=4096), plan(100 * GB, context=4096, slots=4)
+    cache = one.context * one.kv_bytes_per_token + one.ring_bytes
+    logits = 3 * 4 * GPT_OSS_20B.vocab_size * 4
+    assert four.needed_bytes - one.needed_bytes == 3 * cache + logits
+
+
+def test_available_memory_is_plausible():
+    import psutil
+
+    assert 0 < system_available() <= psutil.virtual_memory().total
