@@ -67,6 +67,7 @@ class Plan:
 
     units: tuple[Unit, ...]
     config: Mapping[str, Any]
+    extra_files: Mapping[str, Any]  # JSON files beside config.json
     metadata: Mapping[str, str]
 
     @property
@@ -102,7 +103,8 @@ def convert(
         _check_space(target.parent, plan.size_bytes)
         working = _stream(checkpoint, plan, folder, progress or (lambda done, total, what: None))
         _companions(checkpoint.tokenizer_folder, folder)
-        write_text(folder / "config.json", json.dumps(plan.config, indent=2) + "\n")
+        for name, content in {**plan.extra_files, "config.json": plan.config}.items():
+            write_text(folder / name, json.dumps(content, indent=2) + "\n")
         _verify(folder, to, plan)
         _install(folder, target)
     return Report(
@@ -131,7 +133,8 @@ def make_plan(checkpoint: Checkpoint, to: str) -> Plan:
     if config.swiglu_alpha != SWIGLU_ALPHA:
         content["swiglu_alpha"] = config.swiglu_alpha
     units = form.units(to, checkpoint.params, _vector_dtypes(checkpoint))
-    return Plan(tuple(units), content, {"format": "mlx" if form.family == "mlx" else "pt"})
+    extra = form.extra_files(to, checkpoint.params)
+    return Plan(tuple(units), content, extra, {"format": "mlx" if form.family == "mlx" else "pt"})
 
 
 def _vector_dtypes(checkpoint: Checkpoint) -> dict[str, str]:

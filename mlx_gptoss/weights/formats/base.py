@@ -114,6 +114,10 @@ class Format(Protocol):
     def describe(self, target: str, params: Sequence[Param]) -> dict[str, Any]:
         """What the target adds to config.json: its quantization block."""
 
+    def extra_files(self, target: str, params: Sequence[Param]) -> Mapping[str, Any]:
+        """JSON files that the target's tools want beside config.json: name -> content."""
+        return {}
+
 
 def matrix_recipe(family: str, spec: Spec | None, **others: tuple[str, Spec | None]) -> Recipe:
     """A recipe that stores the matrices of all roles alike, except those named."""

@@ -16,6 +16,7 @@ from ..tensor import Dense, Weight
 from .base import (
     FLOATS,
     Encoder,
+    Format,
     Piece,
     Recipe,
     Source,
@@ -32,7 +33,7 @@ from .base import (
 )
 
 
-class Bf16:
+class Bf16(Format):
     family = "bf16"
     writes = True
     recipes: Mapping[str, Recipe] = {"bf16": matrix_recipe("plain", None, experts=("bf16", None))}

@@ -17,6 +17,7 @@ from ..tensor import AFFINE4, AFFINE8, MXFP4, MXFP8, NVFP4, Quantized, Spec, Wei
 from .base import (
     FLOATS,
     Encoder,
+    Format,
     Get,
     Piece,
     Recipe,
@@ -39,7 +40,7 @@ _MODES: Mapping[str, tuple[Spec, ...]] = {
 _NVFP4_TOP = 448 * 6  # MLX's global_scale is the amax that scale 448 and code 6.0 stand for
 
 
-class Mlx:
+class Mlx(Format):
     family = "mlx"
     writes = True
     recipes: Mapping[str, Recipe] = {

@@ -16,6 +16,7 @@ from ..safetensors import TensorInfo
 from ..tensor import MXFP4, Quantized, Weight
 from .base import (
     Encoder,
+    Format,
     Get,
     Piece,
     Recipe,
@@ -48,7 +49,7 @@ def blocks_source(family: str, blocks: str, scales: str, param: Param) -> Source
     return Source(family, MXFP4, wants, load)
 
 
-class Mxfp4:
+class Mxfp4(Format):
     family = "mxfp4"
     writes = True
     recipes: Mapping[str, Recipe] = {"mxfp4": matrix_recipe("plain", None, experts=("mxfp4", MXFP4))}

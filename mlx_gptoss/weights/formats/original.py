@@ -9,7 +9,7 @@ from typing import Any
 from ...errors import CheckpointError
 from ..params import Param
 from ..tensor import MXFP4, Dense
-from .base import FLOATS, Recipe, Source, Stored, Unit, Want, doubled, matrix_recipe, rows_of
+from .base import FLOATS, Format, Recipe, Source, Stored, Unit, Want, doubled, matrix_recipe, rows_of
 from .mxfp4 import blocks_source
 
 _NAMES = {
@@ -27,7 +27,7 @@ _NAMES = {
 _EXPERTS = {"gate": "mlp1", "up": "mlp1", "down": "mlp2"}
 
 
-class Original:
+class Original(Format):
     family = "original"
     writes = False
     recipes: Mapping[str, Recipe] = {"mxfp4-original": matrix_recipe("original", None, experts=("original", MXFP4))}
