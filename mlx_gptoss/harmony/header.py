@@ -77,6 +77,11 @@ def read_header(parts: Sequence[Part], *, role_expected: bool, complete: bool) -
     return header, "".join(text for text in left if text.strip())
 
 
+def is_half_a_word(text: str) -> bool:
+    """Whether `text`, at which a stream was cut off, is the beginning of a word that headers are made of."""
+    return any(word.startswith(text.strip()) for word in (*CHANNELS, "to=", "assistant", "json"))
+
+
 class _Reading:
     """The fields found so far. Each `_take_...` says whether it could use the word."""
 

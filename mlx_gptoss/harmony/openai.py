@@ -50,6 +50,8 @@ def from_chat(
         raise InvalidRequest('messages must be a non-empty list such as [{"role": "user", "content": "Hi"}]')
     if reasoning not in get_args(Effort):
         raise InvalidRequest(f"reasoning must be one of {', '.join(get_args(Effort))}, not {reasoning!r}")
+    if system is not None and not isinstance(system, str):
+        raise InvalidRequest(f"system must be a string, not {system!r}")
     instructions = [] if system is None else [system]
     turns: list[Message] = []
     call_names: dict[str, str] = {}
@@ -87,10 +89,10 @@ def _role(message: Any, where: str) -> str:
     if not isinstance(message, Mapping):
         raise InvalidRequest(f'{where} must be a dict such as {{"role": "user", "content": "Hi"}}, not {message!r}')
     role = message.get("role")
-    if role not in _FIELDS:
+    if not isinstance(role, str) or role not in _FIELDS:
         raise InvalidRequest(f"{where} has the role {role!r}: use one of {', '.join(_FIELDS)}")
     _refuse_others(message, {"role"} | _FIELDS[role] | _IGNORED, where)
-    return str(role)
+    return role
 
 
 def _turn(message: Mapping[str, Any], role: str, where: str, call_names: Mapping[str, str]) -> Message:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..tokenizer import CALL, CHANNEL, CONSTRAIN, END, ENDOFTEXT, MESSAGE, RETURN, START, Tokenizer
-from .header import Header, Part, read_header
+from .header import Header, Part, is_half_a_word, read_header
 from .messages import Message
 
 _ENDS = (END, RETURN, CALL, ENDOFTEXT)
@@ -85,13 +85,13 @@ class Parser:
 
     def finish(self) -> list[Delta]:
         """End the stream, wherever it is. Half a header without text is no message."""
-        return [*self._text(self._decoder.flush()), *self._end(keep_empty=False)]
+        return [*self._text(self._decoder.flush()), *self._end(cut_off=True)]
 
     def _special(self, name: str) -> list[Delta]:
         if name in _ENDS:
-            return self._end(keep_empty=True)
+            return self._end()
         if name == START:
-            deltas = self._end(keep_empty=False)
+            deltas = self._end(cut_off=True)
             self._role_expected = True
             return deltas
         if name == MESSAGE and self._header is not None:
@@ -135,12 +135,12 @@ class Parser:
         self._header = None
         return [self._open.delta(text)] if text else []
 
-    def _end(self, *, keep_empty: bool) -> list[Delta]:
-        """End the message, and the header if one is being read; one without text counts if `keep_empty`."""
+    def _end(self, *, cut_off: bool = False) -> list[Delta]:
+        """End the message, and the header if one is being read: without text it counts unless it was cut off."""
         deltas: list[Delta] = []
         if self._header is not None:
             header, text = self._read_unfinished(self._header)
-            if text or (keep_empty and header != Header(header.role)):
+            if not is_half_a_word(text) if cut_off else text or header != Header(header.role):
                 deltas = self._no_header()
         self._close()
         self._header = [Part(None, "")]

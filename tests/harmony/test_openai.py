@@ -1,0 +1,166 @@
+"""Chat requests as dicts -> conversations; what is refused, and that the refusal says what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mlx_gptoss.errors import InvalidRequest
+from mlx_gptoss.harmony.messages import Conversation, Function, Message
+from mlx_gptoss.harmony.openai import from_chat, functions_from_tools
+
+USER = {"role": "user", "content": "Hi"}
+ADD = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+
+
+def test_a_conversation_with_everything() -> None:
+    conversation = from_chat(
+        [
+            {"role": "system", "content": "Be kind."},
+            {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]},
+            {"role": "user", "content": "1+1?", "name": "bob"},
+            {"role": "assistant", "content": "Let me see.", "reasoning_content": "hm", "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "c1", "content": "2"},
+            {"role": "assistant", "content": "2", "refusal": None, "annotations": [], "tool_calls": None},
+            {"role": "system", "content": "Now rhyme."},
+            {"role": "user", "content": [{"type": "input_text", "text": "Again"}]},
+        ],
+        reasoning="high",
+        system="First.",
+        tools=[{"type": "function", "function": ADD}],
+        date="2025-06-28",
+    )
+    assert conversation == Conversation(
+        (
+            Message("user", "1+1?", name="bob"),
+            Message("assistant", "hm", "analysis"),
+            Message("assistant", "Let me see.", "commentary"),
+            Message("assistant", '{"a": 1}', "commentary", "functions.add", "<|constrain|>json"),
+            Message("tool", "2", "commentary", "assistant", name="functions.add"),
+            Message("assistant", "2", "final"),
+            Message("developer", "# Instructions\n\nNow rhyme."),
+            Message("user", "Again"),
+        ),
+        reasoning="high",
+        instructions="First.\n\nBe kind.\n\nBe brief.",
+        functions=(Function("add", "Adds.", {"type": "object", "properties": {}}),),
+        date="2025-06-28",
+    )
+
+
+def test_defaults() -> None:
+    assert from_chat([USER]) == Conversation((Message("user", "Hi"),))
+
+
+@pytest.mark.parametrize(
+    "tool", [ADD, {"type": "function", **ADD}, {"type": "function", "function": {**ADD, "strict": False}}]
+)
+def test_tools_in_each_form(tool: dict[str, Any]) -> None:
+    expected = (Function("add", "Adds.", {"type": "object", "properties": {}}),)
+    assert functions_from_tools([tool]) == expected
+    assert functions_from_tools(expected) == expected
+    assert functions_from_tools([{"name": "stop", "description": None}]) == (Function("stop"),)
+
+
+@pytest.mark.parametrize("field", ["reasoning", "reasoning_content", "thinking"])
+def test_reasoning_under_each_name(field: str) -> None:
+    turns = from_chat([USER, {"role": "assistant", field: "hm", "content": "2"}]).messages[1:]
+    assert turns == (Message("assistant", "hm", "analysis"), Message("assistant", "2", "final"))
+
+
+def test_calls_in_variants() -> None:
+    call = {"function": {"name": "functions.add", "arguments": {"a": "é"}}, "index": 0}
+    turns = from_chat(
+        [
+            USER,
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "name": "add", "content": "2"},
+        ]
+    ).messages
+    assert turns[1:] == (
+        Message("assistant", '{"a": "é"}', "commentary", "functions.add", "<|constrain|>json"),
+        Message("tool", "2", "commentary", "assistant", name="functions.add"),
+    )
+    empty = from_chat([USER, {"role": "assistant", "content": ""}]).messages
+    assert empty[1:] == (Message("assistant", "", "final"),)
+
+
+def after_user(message: Any) -> list[Any]:
+    return [USER, message]
+
+
+def calling(call: Any) -> list[Any]:
+    return after_user({"role": "assistant", "content": None, "tool_calls": call})
+
+
+@pytest.mark.parametrize(
+    ("messages", "complaint"),
+    [
+        ([], "non-empty list"),
+        ("Hi", "non-empty list"),
+        (USER, "non-empty list"),
+        (["Hi"], r"messages\[0\] must be a dict"),
+        ([{"content": "Hi"}], "role None"),
+        ([{"role": "robot", "content": "Hi"}], "role 'robot': use one of system, developer"),
+        ([{"role": ["user"], "content": "Hi"}], "use one of"),
+        ([{"role": "user", "content": "Hi", "mood": "good"}], "'mood', which is not supported"),
+        ([{"role": "user", "content": "Hi", "tool_calls": [CALL]}], "'tool_calls'"),
+        ([{"role": "user"}], "content must be a string"),
+        ([{"role": "user", "content": None}], "content must be a string"),
+        ([{"role": "user", "content": []}], "non-empty list of text parts"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "reads only text"),
+        ([{"role": "user", "content": ["Hi"]}], "reads only text"),
+        ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "text must be a string"),
+        ([{"role": "user", "content": "Hi", "name": "a b"}], "made of letters"),
+        (after_user({"role": "assistant", "content": None}), "says nothing"),
+        (after_user({"role": "assistant", "tool_calls": []}), "says nothing"),
+        (after_user({"role": "assistant", "content": "a", "reasoning": "b", "thinking": "c"}), "reasoning twice"),
+        (after_user({"role": "assistant", "content": "a", "function_call": {"name": "f"}}), "'function_call'"),
+        (calling("add"), "tool_calls must be a list"),
+        (calling(["add"]), r"tool_calls\[0\] must be"),
+        (calling([{"id": "c1", "type": "custom"}]), "must be"),
+        (calling([{"id": "c1", "function": {"name": "a b"}}]), "made of letters"),
+        (calling([{"id": "c1", "function": {"name": "add", "arguments": 3}}]), "JSON in a string"),
+        (calling([{"id": "c1", "function": None}]), "function must be"),
+        (after_user({"role": "tool", "content": "2"}), "tool_call_id"),
+        (after_user({"role": "tool", "content": "2", "tool_call_id": "c9"}), "which no assistant message"),
+        (after_user({"role": "tool", "content": "2", "tool_call_id": {}}), "which no assistant message"),
+    ],
+)
+def test_refusals_of_messages(messages: Any, complaint: str) -> None:
+    with pytest.raises(InvalidRequest, match=complaint):
+        from_chat(messages)
+
+
+@pytest.mark.parametrize(
+    ("tools", "complaint"),
+    [
+        (ADD, "list of functions"),
+        ([3], "only functions"),
+        ([{"type": "web_search"}], "only functions"),
+        ([{"type": "function", "function": "add"}], "function must be"),
+        ([{"type": "function", "function": {}}], "name must be made of letters"),
+        ([{**ADD, "parameters": "none"}], "JSON schema"),
+        ([{**ADD, "description": 3}], "description must be a string"),
+        ([{**ADD, "strict": True}], "cannot be enforced"),
+        ([{**ADD, "color": "red"}], "'color'"),
+        ([ADD, ADD], "two tools are named 'add'"),
+        ([Function("a b")], "made of letters"),
+    ],
+)
+def test_refusals_of_tools(tools: Any, complaint: str) -> None:
+    with pytest.raises(InvalidRequest, match=complaint):
+        from_chat([USER], tools=tools)
+
+
+@pytest.mark.parametrize("effort", ["none", "", None, ["high"]])
+def test_refusal_of_an_effort(effort: Any) -> None:
+    with pytest.raises(InvalidRequest, match="low, medium, high"):
+        from_chat([USER], reasoning=effort)
+
+
+def test_refusal_of_instructions() -> None:
+    with pytest.raises(InvalidRequest, match="system must be a string"):
+        from_chat([USER], system=3)  # type: ignore[arg-type]
