@@ -30,7 +30,8 @@ def convert(source: str, destination: str, to: str, overwrite: bool) -> None:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Converting", total=None)
         report = api.convert(
             source,

@@ -132,5 +132,7 @@ def _cgroup_room(root: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def gigabytes(size: int) -> str:
-    """In decimal units, as model sizes are quoted: 13.8 GB, 850 MB."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+    """In decimal units, as model sizes are quoted: 13.8 GB, 850 MB, 3.1 MB."""
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if size >= u), (1e3, "kB"))
+    value = size / unit
+    return f"{value:.1f} {name}" if value < 100 else f"{value:.0f} {name}"

@@ -1,0 +1,149 @@
+"""The command line as a user types it: real processes, exit codes, and what goes to which stream."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+CLI = [sys.executable, "-m", "mlx_gptoss_cli"]
+
+
+@pytest.fixture
+def run(mini):
+    def run(*words, stdin=None):
+        words = [str(mini / "mxfp4") if w == "MINI" else str(w) for w in words]
+        return subprocess.run([*CLI, *words], input=stdin, capture_output=True, text=True, timeout=120)
+
+    return run
+
+
+def test_help_answers_at_once():
+    def seconds():
+        started = time.perf_counter()
+        out = subprocess.run([*CLI, "--help"], capture_output=True, text=True, check=True)
+        assert "generate" in out.stdout
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(5)) < 0.3
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "convert", "show"])
+def test_every_command_has_help_and_imports_nothing_heavy_for_it(command):
+    code = (
+        "import sys; sys.argv = ['mlx-gptoss', sys.argv[1], '--help']\n"
+        "from mlx_gptoss_cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('numpy', 'mlx.core', 'rich', 'tokenizers', 'huggingface_hub') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code, command], capture_output=True, text=True, check=True)
+    assert out.stdout.startswith("Usage:") and out.stdout.rstrip().endswith("[]")
+
+
+def test_generate_streams_text_to_stdout_and_stats_to_stderr(run):
+    out = run("generate", "Hi", "--model", "MINI", "--seed", 1, "--max-tokens", 12, "--raw", "--stats")
+    assert out.returncode == 0
+    assert out.stdout.strip()
+    assert "tok/s" in out.stderr and "tok/s" not in out.stdout
+
+
+def test_generate_json_is_one_object_with_the_promised_fields(run):
+    out = run("generate", "-", "--model", "MINI", "--seed", 1, "--max-tokens", 12, "--json", stdin="Hi")
+    report = json.loads(out.stdout)
+    assert set(report) == {
+        "text", "reasoning", "tool_calls", "finish_reason", "ids", "usage", "timings", "model", "backend", "format",
+    }  # fmt: skip
+    assert set(report["usage"]) == {"prompt_tokens", "completion_tokens", "cached_tokens"}
+    assert set(report["timings"]) == {"load_s", "ttft_s", "prefill_tok_s", "decode_tok_s", "peak_memory_bytes"}
+    assert (report["finish_reason"], report["backend"], report["format"]) == ("length", "mlx", "mxfp4")
+    assert len(report["ids"]) == 12
+
+
+def test_a_seed_reproduces(run):
+    words = ("generate", "Hi", "--model", "MINI", "--seed", 3, "--max-tokens", 20, "--raw")
+    assert run(*words).stdout == run(*words).stdout
+
+
+def test_show_json_has_the_promised_fields(run):
+    report = json.loads(run("show", "MINI", "--json", "--context", 4096).stdout)
+    assert {"format", "parameters", "size_bytes", "bits_per_weight", "roles", "memory"} <= set(report)
+    assert set(report["roles"]) == {"attention", "experts", "router", "embed", "lm_head"}
+    memory = report["memory"]
+    assert memory["needed_bytes"] == (
+        memory["weights_bytes"] + 4096 * memory["kv_bytes_per_token"] + memory["ring_bytes"] + memory["working_bytes"]
+    )
+    assert memory["fits"] is True
+    assert "fits" in run("show", "MINI").stdout
+
+
+def test_convert_then_generate(run, tmp_path):
+    out = run("convert", "MINI", tmp_path / "q", "--to", "mlx-4bit")
+    assert out.returncode == 0 and "mlx-4bit" in out.stdout
+    again = run("convert", "MINI", tmp_path / "q", "--to", "mlx-8bit")
+    assert again.returncode == 1 and "overwrite" in again.stderr
+    assert run("convert", "MINI", tmp_path / "q", "--to", "mlx-8bit", "--overwrite").returncode == 0
+    report = json.loads(run("generate", "x", "--model", tmp_path / "q", "--max-tokens", 2, "--json").stdout)
+    assert report["format"] == "mlx-8bit"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("generate", "x", "--model", "./nowhere"), "nowhere"),
+        (("generate", "x", "--model", "MINI", "--temperature", "9"), "temperature"),
+        (("generate", "x", "--model", "MINI", "--backend", "abacus"), "backend"),
+        (("generate", "x", "--model", "MINI", "--max-context", "4"), "context"),
+        (("show", "./nowhere"), "nowhere"),
+        (("convert", "MINI", "out", "--to", "mlx-3bit"), "mlx-3bit"),
+    ],
+)
+def test_errors_are_one_line_and_exit_with_1(run, words, message):
+    out = run(*words)
+    assert out.returncode == 1
+    lines = out.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("generate", ""), ("generate", "x", "--max-tokens", "0"), ("generate", "--no-such"), ("nonsense",), ("convert",)],
+)
+def test_usage_errors_exit_with_2(run, words):
+    out = run(*words, stdin="")
+    assert out.returncode == 2
+    assert "Usage:" in out.stderr
+
+
+def test_ctrl_c_keeps_the_text_so_far(mini):
+    words = ["generate", "x", "--model", str(mini / "mxfp4"), "--raw", "--temperature", "0", "--max-context", "100000"]
+    env = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen([*CLI, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+    first = process.stdout.read(1)
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert first and b"Traceback" not in errors
+
+
+def test_a_reader_that_leaves_is_no_traceback(mini):
+    words = ["generate", "x", "--model", str(mini / "mxfp4"), "--raw", "--temperature", "0"]
+    process = subprocess.Popen([*CLI, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(1)
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(timeout=60) != 0
+    assert b"Traceback" not in errors
+
+
+def test_chat_holds_a_conversation(run):
+    lines = "/help\nHi\n/stats\nAnd again\n/reasoning low\n/system Be brief.\n/nonsense\n/reset\n/quit\n"
+    out = run("chat", "--model", "MINI", "--seed", 1, "--max-tokens", 8, stdin=lines)
+    assert out.returncode == 0, out.stderr
+    assert "/reset" in out.stderr and "no such command: /nonsense" in out.stderr
+    assert out.stderr.count("first token after") == 1

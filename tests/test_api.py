@@ -1,0 +1,212 @@
+"""The Python API on a tiny checkpoint: what streams is what is returned, and what cannot be honoured is refused."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+
+import numpy as np
+import pytest
+
+import mlx_gptoss
+from mlx_gptoss import Finished, Message, ReasoningDelta, Sampling, TextDelta, ToolCall
+from mlx_gptoss.api import NANO, as_conversation
+from mlx_gptoss.chat import answered
+from mlx_gptoss.errors import BackendUnavailable, CheckpointError, DoesNotFit, GptOssError, InvalidRequest
+
+SEEDED = Sampling(seed=5)
+
+
+@pytest.fixture(scope="module")
+def model(request):
+    with mlx_gptoss.load(request.getfixturevalue("mini") / "mxfp4", max_context=512, slots=3) as loaded:
+        yield loaded
+
+
+def test_what_a_model_says_of_itself(model):
+    assert (model.backend, model.format) == ("mlx", "mxfp4")
+    assert model.config.sliding_window == 8
+    assert model.tokenizer.decode(model.tokenizer.encode("héllo")) == "héllo"
+
+
+def test_generate_is_the_fold_of_stream(model):
+    reply = model.generate("Hi", sampling=SEEDED, max_tokens=60)
+    events = list(model.stream("Hi", sampling=SEEDED, max_tokens=60))
+    assert reply.text == "".join(e.text for e in events if isinstance(e, TextDelta))
+    assert reply.reasoning == "".join(e.text for e in events if isinstance(e, ReasoningDelta))
+    assert [c.name for c in reply.tool_calls] == [e.name for e in events if isinstance(e, ToolCall)]
+    last = events[-1]
+    assert isinstance(last, Finished)
+    assert reply.ids == tuple(t.id for t in last.tokens)
+    assert reply.usage == last.usage
+    assert reply.usage.completion_tokens == len(reply.ids)
+
+
+def test_complete_folds_the_raw_stream(model):
+    prompt = model.tokenizer.encode("abc")
+    done = model.complete(prompt, max_tokens=12, sampling=Sampling(temperature=0, logprobs=2))
+    assert len(done.ids) == len(done.logprobs) == len(done.top) <= 12
+    logits = model.logits([*prompt, *done.ids])[len(prompt) - 1 : -1]
+    assert logits.argmax(axis=-1).tolist() == list(done.ids)
+    raw = logits.astype(np.float64)
+    expected = raw.max(axis=-1) - np.log(np.exp(raw).sum(axis=-1))
+    assert np.allclose(done.logprobs, expected, atol=1e-4)
+    assert [top[0][0] for top in done.top] == list(done.ids)
+
+
+def test_a_stop_string_ends_the_text_wherever_token_borders_fall(model):
+    prompt = model.tokenizer.encode("xyz")
+    free = model.complete(prompt, max_tokens=40, sampling=Sampling(temperature=0)).text
+    stop = free[5:8]
+    done = model.complete(prompt, max_tokens=40, sampling=Sampling(temperature=0, stop=stop))
+    assert done.text == free[: free.index(stop)]
+    assert done.finish_reason == "stop"
+
+
+def test_length_and_usage(model):
+    done = model.complete((1, 2, 3), max_tokens=4, sampling=Sampling(temperature=0))
+    assert (done.finish_reason, done.usage.prompt_tokens, done.usage.completion_tokens) == ("length", 3, 4)
+
+
+def test_a_stop_id_ends_the_text_and_is_its_last_id(model):
+    stop = model.tokenizer.special("<|return|>")
+    done = model.complete((1, 2, 3), max_tokens=9, sampling=Sampling(temperature=0, logit_bias={stop: 100.0}))
+    assert (done.ids, done.finish_reason) == ((stop,), "stop")
+
+
+def test_threads_share_a_model(model):
+    alone = [model.complete((7, i), max_tokens=20, sampling=Sampling(temperature=0)).ids for i in range(6)]
+    got = [None] * 6
+
+    def run(i):
+        got[i] = model.complete((7, i), max_tokens=20, sampling=Sampling(temperature=0)).ids
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == alone
+
+
+def test_an_abandoned_stream_frees_its_slot(model):
+    for _ in range(8):
+        stream = model.stream("Tell me", sampling=SEEDED)
+        next(stream)
+        stream.close()
+    assert model.complete((1,), max_tokens=1).usage.completion_tokens == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.generate(""), "empty"),
+        (lambda m: m.generate("  \n"), "empty"),
+        (lambda m: m.generate([]), "messages"),
+        (lambda m: m.generate([{"role": "robot", "content": "x"}]), "role"),
+        (lambda m: m.generate("x", reasoning="extreme"), "reasoning"),
+        (lambda m: m.generate("x", max_tokens=0), "max_tokens"),
+        (lambda m: m.generate("x", response_format={"type": "json_schema"}), "cannot be enforced"),
+        (lambda m: m.generate("word " * 600), "512"),
+        (lambda m: m.generate(mlx_gptoss.Conversation(messages=(Message("user", "x"),)), system="y"), "Conversation"),
+        (lambda m: m.complete([], max_tokens=1), "empty"),
+        (lambda m: m.complete([10**6], max_tokens=1), "token ids"),
+        (lambda m: m.logits([-1]), "token ids"),
+        (lambda m: m.logits([1] * 513), "context"),
+    ],
+)
+def test_bad_requests_are_refused(model, call, message):
+    with pytest.raises(InvalidRequest, match=message):
+        call(model)
+
+
+def test_streaming_refuses_before_the_first_event(model):
+    with pytest.raises(InvalidRequest):
+        model.stream("")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"backend": "tpu"}, InvalidRequest, "backend"),
+        ({"dtype": "int8"}, InvalidRequest, "dtype"),
+        ({"device": "quantum"}, InvalidRequest, "device"),
+        ({"max_context": 0}, InvalidRequest, "max_context"),
+        ({"max_context": 10**7}, InvalidRequest, "max_context"),
+        ({"slots": 0}, InvalidRequest, "slots"),
+        ({"quantize": "mlx-4bit"}, InvalidRequest, "convert"),
+    ],
+)
+def test_bad_options_of_load_are_refused(mini, options, error, message):
+    with pytest.raises(error, match=message):
+        mlx_gptoss.load(mini / "mxfp4", **options)
+
+
+def test_load_of_what_is_not_there(tmp_path):
+    with pytest.raises(CheckpointError):
+        mlx_gptoss.load(tmp_path / "nothing")
+    with pytest.raises(CheckpointError):
+        mlx_gptoss.load(tmp_path)
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_loads(mini, monkeypatch):
+    monkeypatch.setattr("mlx_gptoss.backends.mlx.system_available", lambda: 50 << 20)
+    monkeypatch.setattr("mlx_gptoss.backends.mlx.load_model", lambda *a: pytest.fail("it was loaded"))
+    with pytest.raises(DoesNotFit, match=r"needs .* are available"):
+        mlx_gptoss.load(mini / "mxfp4", device="cpu")
+
+
+def test_a_missing_backend_names_the_remedy(mini, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "mlx_gptoss.backends.mlx", None)
+    with pytest.raises(BackendUnavailable, match="pip install"):
+        mlx_gptoss.load(mini / "mxfp4")
+
+
+def test_a_checkpoint_without_a_tokenizer_still_takes_ids(mini, tmp_path):
+    folder = tmp_path / "bare"
+    shutil.copytree(mini / "mxfp4", folder)
+    (folder / "tokenizer.json").unlink()
+    with mlx_gptoss.load(folder, max_context=64) as model:
+        assert len(model.complete((1, 2), max_tokens=3, sampling=Sampling(temperature=0)).ids) == 3
+        with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+            model.generate("Hi")
+        with pytest.raises(InvalidRequest, match="stop strings"):
+            model.complete((1, 2), max_tokens=3, sampling=Sampling(stop="x"))
+
+
+def test_a_closed_model_says_so(mini):
+    model = mlx_gptoss.load(mini / "mxfp4", max_context=64)
+    model.close()
+    with pytest.raises(GptOssError, match="closed"):
+        model.complete((1,), max_tokens=1)
+
+
+def test_prompts_of_three_kinds():
+    text = as_conversation("Hi", reasoning="high", system="Be brief.")
+    chat = as_conversation(
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}], reasoning="high"
+    )
+    assert text == chat
+    assert as_conversation(text) is text
+
+
+def test_an_answer_drops_its_reasoning_from_the_history_and_a_call_keeps_it():
+    asked = as_conversation("Hi")
+    thought = Message("assistant", "hm", channel="analysis")
+    final = Message("assistant", "Hello", channel="final")
+    call = Message("assistant", "{}", channel="commentary", recipient="functions.f")
+    assert answered(asked, (thought, final)).messages == (*asked.messages, final)
+    assert answered(asked, (thought, call)).messages == (*asked.messages, thought, call)
+
+
+def test_describe_and_convert(mini, tmp_path):
+    assert mlx_gptoss.describe(mini / "mxfp4").format == "mxfp4"
+    report = mlx_gptoss.convert(mini / "mxfp4", tmp_path / "out", to="mlx-mxfp4")
+    assert report.format == "mlx-mxfp4"
+    assert mlx_gptoss.describe(tmp_path / "out").format == "mlx-mxfp4"
+
+
+def test_the_bundled_model_is_small():
+    assert sum(path.stat().st_size for path in NANO.iterdir() if path.is_file()) <= 4_000_000
