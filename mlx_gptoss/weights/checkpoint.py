@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..config import ModelConfig, read_config, token_ids
 from ..errors import CheckpointError
 from . import codecs
 from .formats import Binding, bind
-from .formats.base import Stored
+from .formats.base import Source, Stored
 from .params import Param, Role, parameters
 from .safetensors import MappedFile, TensorInfo, parse_json
 from .tensor import Array, Dense, Spec, Weight
@@ -66,9 +68,16 @@ class Checkpoint:
 
         Raises CheckpointError if a scale is NaN, KeyError for a name that no parameter has.
         """
-        weight = self._binding.sources[name].load(self._get)
+        source = self._binding.sources[name]
+        weight = source.load(self._get)
         codecs.check_scales(weight, name)
+        self._release_copied(source, weight)
         return weight
+
+    def stored_as(self, name: str) -> tuple[Spec | None, str | None]:
+        """The spec of a parameter's numbers and the dtype of its float scales, if it has such; from headers only."""
+        source = self._binding.sources[name]
+        return source.spec, self.tensors[source.scales].dtype if source.scales else None
 
     def weights(self) -> Iterator[tuple[Param, Weight]]:
         """Every parameter with its weight, in network order."""
@@ -82,11 +91,9 @@ class Checkpoint:
             for file in self._files:
                 file.release_all()
             return
-        arrays = [weight.values] if isinstance(weight, Dense) else [weight.codes, weight.scale, weight.bias]
-        for array in arrays:
-            if array is not None:
-                for file in self._files:
-                    file.release_array(array)
+        for array in _arrays(weight):
+            for file in self._files:
+                file.release_array(array)
 
     def summary(self) -> Summary:
         """Format, sizes and bits a weight, over all and by role; from headers only."""
@@ -106,6 +113,14 @@ class Checkpoint:
         size = sum(self.tensors[name].nbytes for name in names)
         kinds = sorted({_kind(source.spec, self.tensors[source.wants[0].name]) for source in sources})
         return {"format": "+".join(kinds), "bits": 8 * size / sum(param.size for param in matrices)}
+
+    def _release_copied(self, source: Source, weight: Weight) -> None:
+        """Drop the pages of the stored tensors that the weight is not a view of, such as those of single experts."""
+        arrays = _arrays(weight)
+        for want in source.wants:
+            stored = self._get(want.name)
+            if not any(np.may_share_memory(stored, array) for array in arrays):
+                self._holder[want.name].release_array(stored)
 
     def _get(self, name: str) -> Array:
         return self._holder[name].get(name)
@@ -136,6 +151,11 @@ def read_json(folder: Path, name: str) -> Any:
     if path.stat().st_size > MAX_JSON:
         raise CheckpointError(f"{path} has {path.stat().st_size} bytes; no checkpoint's {name} is that long")
     return parse_json(path.read_bytes(), str(path))
+
+
+def _arrays(weight: Weight) -> list[Array]:
+    parts = [weight.values] if isinstance(weight, Dense) else [weight.codes, weight.scale, weight.bias, weight.outer]
+    return [array for array in parts if array is not None]
 
 
 def _folder_of(path: Path) -> Path:

@@ -27,7 +27,7 @@ from . import checkpoint as checkpoints
 from . import codecs
 from .checkpoint import Checkpoint
 from .formats import recipe_of
-from .formats.base import Unit
+from .formats.base import Recipe, Unit
 from .safetensors import TensorInfo, Writer, write_text
 from .tensor import Dense
 
@@ -123,7 +123,7 @@ def convert(
 
 def make_plan(checkpoint: Checkpoint, to: str) -> Plan:
     """Names, dtypes and shapes of the result, and its config.json. Of the source, only vectors are read."""
-    form, _ = recipe_of(to)
+    form, recipe = recipe_of(to)
     config = checkpoint.config
     if not config.eos_token_id:  # `original/config.json` has none
         config = replace(config, eos_token_id=checkpoint.stop_ids)
@@ -132,7 +132,7 @@ def make_plan(checkpoint: Checkpoint, to: str) -> Plan:
         del content["eos_token_id"]
     if config.swiglu_alpha != SWIGLU_ALPHA:
         content["swiglu_alpha"] = config.swiglu_alpha
-    units = form.units(to, checkpoint.params, _vector_dtypes(checkpoint))
+    units = form.units(to, checkpoint.params, _vector_dtypes(checkpoint) | _scale_dtypes(checkpoint, recipe))
     extra = form.extra_files(to, checkpoint.params)
     return Plan(tuple(units), content, extra, {"format": "mlx" if form.family == "mlx" else "pt"})
 
@@ -145,6 +145,16 @@ def _vector_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
             weight = checkpoint.read(param.name)
             exact = codecs.dequantize(Dense(codecs.to_bfloat16(weight))) == codecs.dequantize(weight)
             found[param.name] = "BF16" if exact.all() else "F32"
+    return found
+
+
+def _scale_dtypes(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str]:
+    """Float scales of matrices that are stored as the target stores them stay as they are."""
+    found = {}
+    for param in checkpoint.params:
+        spec, dtype = checkpoint.stored_as(param.name)
+        if param.is_matrix and dtype is not None and spec == recipe[param.role][1]:
+            found[param.name] = dtype
     return found
 
 

@@ -64,12 +64,14 @@ class Source:
         which every family but `original` shares.
     spec: how its numbers are stored; None when dense.
     load: makes the Weight; lazy views wherever the layout allows, and never a change of a value.
+    scales: the first tensor of its scales if they are floats, whose dtype then matters to whoever copies them.
     """
 
     family: str
     spec: Spec | None
     wants: tuple[Want, ...]
     load: Callable[[Get], Weight]
+    scales: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,8 @@ class Format(Protocol):
         """Where the parameter lies if this family stores it here, else None. Shapes are checked by the caller."""
 
     def units(self, target: str, params: Sequence[Param], dtypes: Mapping[str, str]) -> list[Unit]:
-        """How the target format is written; `dtypes` gives the dtype of each vector (norms, sinks, biases)."""
+        """How the target format is written; `dtypes` gives the dtype of each vector (norms, sinks, biases), and that
+        of the float scales of each matrix which the source stores in the target's spec."""
 
     def describe(self, target: str, params: Sequence[Param]) -> dict[str, Any]:
         """What the target adds to config.json: its quantization block."""

@@ -12,7 +12,7 @@ import numpy as np
 from ...errors import CheckpointError
 from .. import codecs
 from ..params import Param
-from ..safetensors import TensorInfo
+from ..safetensors import DTYPES, TensorInfo
 from ..tensor import AFFINE4, AFFINE8, MXFP4, MXFP8, NVFP4, Quantized, Spec, Weight
 from .base import (
     FLOATS,
@@ -67,7 +67,8 @@ class Mlx(Format):
 
         def unit(param: Param) -> Unit:
             spec = specs.get(param.name)
-            return _quantized_unit(param, spec) if spec else dense_unit(param, dtypes, plain_name(param))
+            scales = dtypes.get(param.name, "BF16")
+            return _quantized_unit(param, spec, scales) if spec else dense_unit(param, dtypes, plain_name(param))
 
         return [unit(param) for param in params]
 
@@ -112,7 +113,8 @@ def _quantized(module: str, param: Param, stored: Stored) -> Source:
     affine = spec.scale == "float"
     wants.append(Want(names["scales"], FLOATS if affine else ("U8",), grouped))
     if affine:
-        wants.append(Want(names["biases"], FLOATS, grouped))
+        same = stored.dtype(names["scales"])
+        wants.append(Want(names["biases"], (same,) if same in FLOATS else FLOATS, grouped))
     with_global = spec == NVFP4 and stored.has(names["global_scale"])
     if with_global:
         wants.append(Want(names["global_scale"], ("F32",), lead[:1] if param.role == "experts" else ()))
@@ -124,7 +126,7 @@ def _quantized(module: str, param: Param, stored: Stored) -> Source:
             outer = (get(names["global_scale"]) / np.float32(_NVFP4_TOP)).reshape(*lead[:-1], 1, 1)
         return Quantized(spec, codes, get(names["scales"]), get(names["biases"]) if affine else None, outer)
 
-    return Source("mlx", spec, tuple(wants), load)
+    return Source("mlx", spec, tuple(wants), load, scales=names["scales"] if affine else None)
 
 
 def _infer(module: str, param: Param, stored: Stored) -> Spec:
@@ -164,18 +166,19 @@ def _hold_against_config(module: str, spec: Spec, raw: Mapping[str, Any]) -> Non
         )
 
 
-def _quantized_unit(param: Param, spec: Spec) -> Unit:
+def _quantized_unit(param: Param, spec: Spec, dtype: str) -> Unit:
+    """`dtype` is that of affine scales and biases."""
     module = plain_name(param).rpartition(".")[0]
     lead, width = param.shape[:-1], param.shape[-1]
     grouped = (*lead, width // spec.group)
     affine = spec.scale == "float"
     codes = TensorInfo(f"{module}.weight", "U32", (*lead, width * spec.bits // 32))
-    scales = TensorInfo(f"{module}.scales", "BF16" if affine else "U8", grouped)
-    biases = TensorInfo(f"{module}.biases", "BF16", grouped)
+    scales = TensorInfo(f"{module}.scales", dtype if affine else "U8", grouped)
+    biases = TensorInfo(f"{module}.biases", dtype, grouped)
 
     def encode(weights: Sequence[Weight]) -> Encoder:
         def pieces(start: int, stop: int) -> list[Piece]:
-            part = codecs.convert(codecs.rows(weights[0], start, stop), spec)
+            part = codecs.convert(codecs.rows(weights[0], start, stop), spec, DTYPES[dtype])
             found: list[Piece] = [(codes.name, start, part.codes)]
             for info, array in ((scales, part.scale), (biases, part.bias)):
                 if array is not None:
