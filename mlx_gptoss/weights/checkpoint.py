@@ -24,7 +24,7 @@ from .safetensors import MappedFile, TensorInfo, parse_json
 from .tensor import Array, Dense, Spec, Weight
 
 INDEX = "model.safetensors.index.json"
-MAX_JSON = 32 * 2**20
+MAX_JSON = 16 * 2**20
 ROLES: tuple[Role, ...] = ("attention", "experts", "router", "embed", "lm_head")
 
 
@@ -48,7 +48,6 @@ class Checkpoint:
         self._files = tuple(files)
         self._holder = _one_file_each(self._files)
         self.tensors: Mapping[str, TensorInfo] = {n: f.header.tensors[n] for n, f in self._holder.items()}
-        _check_plausible(config, len(self.tensors))
         self.params: tuple[Param, ...] = parameters(config)
         self._by_name = {param.name: param for param in self.params}
         self._binding: Binding = bind(Stored(self.tensors, config, raw), self.params)
@@ -135,22 +134,23 @@ def open(path: Path | str) -> Checkpoint:
     raw = read_json(folder, "config.json")
     if not isinstance(raw, dict):
         raise CheckpointError(f"{folder / 'config.json'} is not a JSON object; download the checkpoint again")
-    config = read_config(raw)
-    files = []
     listed = _index(folder)
-    for name in _shard_names(folder, listed):
-        files.append(MappedFile(child(folder, name)))
+    files = [MappedFile(child(folder, name)) for name in _shard_names(folder, listed)]
     if listed is not None:
         _hold_against_index(listed, files)
-    return Checkpoint(folder, config, files, raw)
+    _check_plausible(raw, sum(len(file.header.tensors) for file in files))
+    return Checkpoint(folder, read_config(raw), files, raw)
 
 
 def read_json(folder: Path, name: str) -> Any:
     """A JSON file of a checkpoint's folder, parsed. Raises CheckpointError if it is missing, huge or not JSON."""
     path = child(folder, name)
-    if path.stat().st_size > MAX_JSON:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; no checkpoint's {name} is that long")
-    return parse_json(path.read_bytes(), str(path))
+    try:
+        if path.stat().st_size > MAX_JSON:
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; no checkpoint's {name} is that long")
+        return parse_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def _arrays(weight: Weight) -> list[Array]:
@@ -225,11 +225,12 @@ def _one_file_each(files: Iterable[MappedFile]) -> dict[str, MappedFile]:
     return found
 
 
-def _check_plausible(config: ModelConfig, tensors: int) -> None:
+def _check_plausible(raw: Mapping[str, Any], tensors: int) -> None:
     """Every layout stores well over ten tensors a layer; so a hostile config.json cannot ask for endless work."""
-    if config.num_hidden_layers * 10 > tensors:
+    layers = raw.get("num_hidden_layers")
+    if isinstance(layers, int) and layers * 10 > tensors:
         raise CheckpointError(
-            f"config.json says {config.num_hidden_layers} layers but there are only {tensors} tensors; "
+            f"config.json says {layers} layers but there are only {tensors} tensors; "
             "a shard is missing or config.json belongs to another checkpoint"
         )
 

@@ -8,6 +8,7 @@ e8m0; MLX's `quantize` for the affine, mxfp8 and nvfp4 recipes, with which these
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError
-from .tensor import Array, Dense, Element, Quantized, ScaleKind, Spec, Weight
+from .tensor import NVFP4, Array, Dense, Element, Quantized, ScaleKind, Spec, Weight
 
 Floats = NDArray[Any]  # float32
 Bytes = NDArray[Any]  # uint8
@@ -116,10 +117,34 @@ def convert(weight: Weight, spec: Spec, scale_dtype: np.dtype[np.generic] = BFLO
     """
     if isinstance(weight, Quantized) and weight.spec == spec and weight.outer is None:
         return weight
+    return _encode(weight, spec, _ENCODERS[spec.element, spec.scale], scale_dtype)
+
+
+def quantize_nvfp4(weight: Weight, outer: Array) -> Quantized:
+    """The weight quantized anew to NVFP4 under one second scale, `outer` float32 [], as ModelOpt does bit for bit.
+
+    Its choice of `outer` is amax / 2688: the largest value is then 6 (e2m1) * 448 (e4m3) * outer.
+    """
+
+    def encode(groups: Floats, spec: Spec) -> tuple[Bytes, Bytes, None]:
+        return _nvfp4_scaled(groups, outer)
+
+    found = _encode(weight, NVFP4, encode, BFLOAT16)
+    return replace(found, outer=outer)
+
+
+def largest(weight: Weight) -> np.float32:
+    """The largest magnitude. Raises CheckpointError if a value is NaN or infinite."""
+    found = np.float32(0)
+    for _, part in _blocks(weight):
+        found = max(found, *_most(np.abs(_decode(part)).reshape(1, -1), np.maximum))
+    return found
+
+
+def _encode(weight: Weight, spec: Spec, encode: _Encode, scale_dtype: np.dtype[np.generic]) -> Quantized:
     *lead, width = shape(weight)
     if width % spec.group:
         raise CheckpointError(f"rows of {width} values cannot be cut into groups of {spec.group}")
-    encode = _ENCODERS[spec.element, spec.scale]
     floats = spec.scale == "float"
     codes = np.empty((*lead, width * spec.bits // 8), np.uint8)
     scale = np.empty((*lead, width // spec.group), scale_dtype if floats else np.uint8)
@@ -210,25 +235,18 @@ def straight(values: Array) -> Array:
     return out
 
 
-def _amax(groups: Floats) -> Floats:
-    """The largest magnitude of each group, [n, g] -> [n]; refuses NaN and infinity."""
-    low, high = _extremes(groups)
-    return np.maximum(high, -low)
-
-
-def _extremes(groups: Floats) -> tuple[Floats, Floats]:
-    flat = groups.reshape(-1)
-    starts = np.arange(0, flat.size, groups.shape[1])
-    low, high = np.minimum.reduceat(flat, starts), np.maximum.reduceat(flat, starts)
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+def _most(groups: Floats, reduction: np.ufunc) -> Floats:
+    """The maximum or minimum of each group, [n, g] -> [n]; refuses NaN and infinity."""
+    most: Floats = reduction.reduceat(groups.reshape(-1), np.arange(0, groups.size, groups.shape[1]))
+    if not np.isfinite(most).all():
         raise CheckpointError("a weight is NaN or infinite and cannot be quantized; the checkpoint is damaged")
-    return low, high
+    return most
 
 
 def _affine(groups: Floats, spec: Spec) -> tuple[Bytes, Floats, Floats]:
     """MLX's affine recipe: the edge of larger magnitude is a multiple of the scale, so that zero stays zero."""
     top = np.float32(2**spec.bits - 1)
-    low, high = _extremes(groups)
+    low, high = _most(groups, np.minimum), _most(groups, np.maximum)
     side = np.abs(low) > np.abs(high)
     scale = np.maximum((high - low) / top, np.float32(1e-7))
     scale = np.where(side, scale, -scale)
@@ -248,57 +266,79 @@ def _mxfp4(groups: Floats, spec: Spec) -> tuple[Bytes, Bytes, None]:
 
     Values that came from MXFP4 fit exactly, and -0 stays code 8. A group of zeros gets scale 1.
     """
-    amax = _amax(groups)
+    magnitude = np.abs(groups)
+    amax = _most(magnitude, np.maximum)
     exponent = np.frexp(amax)[1] - 3
     scale = np.where(amax > 0, np.clip(exponent + 127, 0, 254), 127).astype(np.uint8)
-    scaled = groups * E8M0.take(254 - scale)[:, None]
-    return _e2m1(np.abs(scaled)) | (np.signbit(groups).view(np.uint8) << 3), scale, None
+    magnitude *= E8M0.take(254 - scale)[:, None]
+    code = _e2m1(magnitude, _TIES_TO_EVEN)
+    code |= np.signbit(groups).view(np.uint8) << 3
+    return code, scale, None
 
 
 def _nvfp4(groups: Floats, spec: Spec) -> tuple[Bytes, Bytes, None]:
     """MLX's nvfp4 without a tensor-wide scale: e4m3(amax / 6). As its CPU code does (the files mlx-lm wrote show it),
     ties go to the smaller magnitude and what rounds to zero is +0."""
-    scale = _e4m3(_amax(groups) / np.float32(6))
-    step = E4M3.take(scale)[:, None]
-    scaled = np.divide(groups, step, out=np.zeros_like(groups), where=step != 0)
-    magnitude = _e2m1(np.abs(scaled), _half_down)
-    return magnitude | ((np.signbit(groups) & (magnitude != 0)).view(np.uint8) << 3), scale, None
+    magnitude = np.abs(groups)
+    scale = _e4m3(_most(magnitude, np.maximum) / np.float32(6))
+    step = E4M3.take(scale)
+    step[step == 0] = np.inf
+    magnitude /= step[:, None]
+    code = _e2m1(magnitude, _TIES_DOWN)
+    code |= (np.signbit(groups) & (code != 0)).view(np.uint8) << 3
+    return code, scale, None
+
+
+def _nvfp4_scaled(groups: Floats, outer: Array) -> tuple[Bytes, Bytes, None]:
+    """ModelOpt's nvfp4 (0.47, nvfp4_tensor.py): e4m3(amax / (6 outer)), at least 2^-9, and 1 for a group of zeros;
+    ties go to the even code and what rounds to zero keeps its sign."""
+    magnitude = np.abs(groups)
+    ratio = _most(magnitude, np.maximum) / (np.float32(6) * outer)
+    ratio[ratio == 0] = 1
+    scale = _e4m3(np.maximum(ratio, np.float32(2**-9)))
+    step = (E4M3.take(scale) * outer)[:, None]
+    magnitude /= step
+    code = _e2m1(magnitude, _TIES_TO_EVEN)
+    code |= (groups < 0).view(np.uint8) << 3
+    return code, scale, None
 
 
 def _mxfp8(groups: Floats, spec: Spec) -> tuple[Bytes, Bytes, None]:
     """MLX's mxfp8: scale 2^ceil(log2(amax / 448)), so that nothing saturates. A group of zeros gets scale 1."""
-    amax = _amax(groups)
+    magnitude = np.abs(groups)
+    amax = _most(magnitude, np.maximum)
     mantissa, exponent = np.frexp(amax / np.float32(448))
     power = exponent - (mantissa == 0.5)
     scale = np.where(amax > 0, np.clip(power + 127, 0, 254), 127).astype(np.uint8)
-    scaled = groups * E8M0.take(254 - scale)[:, None]
-    return _e4m3(np.abs(scaled)) | (np.signbit(groups).view(np.uint8) << 7), scale, None
+    magnitude *= E8M0.take(254 - scale)[:, None]
+    code = _e4m3(magnitude)
+    code |= np.signbit(groups).view(np.uint8) << 7
+    return code, scale, None
 
 
-def _half_down(values: Floats) -> Floats:
-    """The nearest integer, ties to the smaller."""
-    down: Floats = np.ceil(values - np.float32(0.5))
-    return down
+_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between neighbours of the e2m1 grid
+_TIES_DOWN = tuple((np.greater, edge) for edge in _MIDPOINTS)
+_TIES_TO_EVEN = tuple(((np.greater, np.greater_equal)[i % 2], edge) for i, edge in enumerate(_MIDPOINTS))
 
 
-def _e2m1(magnitude: Floats, nearest: Callable[[Floats], Floats] = np.rint) -> Bytes:
-    """Nearest code 0..7 of non-negative values; ties to the even code unless `nearest` rounds otherwise.
-
-    Code and value are related by 2a below 2, a + 2 below 4, then a / 2 + 4: the least of the three everywhere. As
-    rounding keeps order, the least of the three rounded is the rounded least, and no sum loses a bit before it.
-    """
-    code = nearest(magnitude + magnitude)
-    np.minimum(code, nearest(magnitude) + np.float32(2), out=code)
-    np.minimum(code, nearest(magnitude * np.float32(0.5)) + np.float32(4), out=code)
-    return np.clip(code, 0, 7, out=code).astype(np.uint8)
+def _e2m1(magnitude: Floats, edges: tuple[tuple[np.ufunc, float], ...]) -> Bytes:
+    """The code 0..7 of each magnitude: the number of midpoints that it is beyond."""
+    code = np.zeros(magnitude.shape, np.uint8)
+    for beyond, edge in edges:
+        code += beyond(magnitude, np.float32(edge)).view(np.uint8)
+    return code
 
 
 def _e4m3(magnitude: Floats) -> Bytes:
     """Nearest code 0..126 of non-negative values, ties to even, saturating at 448."""
     bits = np.minimum(magnitude, np.float32(448)).view(np.int32)
-    normal = (bits + 0x7FFFF + ((bits >> 20) & 1) >> 20) - (120 << 3)
-    subnormal = np.rint(magnitude * np.float32(512))
-    code: Bytes = np.where(magnitude < np.float32(2**-6), subnormal.astype(np.int32), normal).astype(np.uint8)
+    even = bits >> 20
+    even &= 1
+    bits += even
+    bits += 0x7FFFF - (120 << 23)  # round to 3 bits of mantissa; the exponent's bias becomes 7
+    bits >>= 20
+    subnormal = np.rint(np.minimum(magnitude, np.float32(1)) * np.float32(512)).astype(np.int32)
+    code: Bytes = np.where(magnitude < np.float32(2**-6), subnormal, bits).astype(np.uint8)
     return code
 
 

@@ -14,9 +14,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from .checkpoint import Checkpoint
 from .formats import recipe_of
 from .formats.base import Recipe, Unit
 from .safetensors import TensorInfo, Writer, write_text
-from .tensor import Dense
+from .tensor import Dense, Weight
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
 
@@ -196,14 +197,21 @@ def _jobs(checkpoint: Checkpoint, units: Iterable[Unit], writer: Writer) -> Iter
         step = _rows_a_chunk(unit)
         for start in range(0, unit.rows, step):
             stop = min(start + step, unit.rows)
+            parts = [codecs.rows(weight, start, stop) for weight in weights]
+            yield partial(_write_chunk, writer, unit, encode, range(start, stop), checkpoint, parts)
 
-            def job(start: int = start, stop: int = stop, encode: Any = encode, weights: Any = weights) -> int:
-                written = sum(writer.write(name, row, array) for name, row, array in encode(start, stop))
-                for weight in weights:
-                    checkpoint.release(codecs.rows(weight, start, stop))
-                return written
 
-            yield job
+def _write_chunk(
+    writer: Writer, unit: Unit, encode: Encoder, rows: range, checkpoint: Checkpoint, parts: Sequence[Weight]
+) -> int:
+    """Write some rows of a unit, then let go of the `parts` of the source that they came from."""
+    try:
+        written = sum(writer.write(*piece) for piece in encode(rows.start, rows.stop))
+    except CheckpointError as error:
+        raise CheckpointError(f"{unit.params[0].name}: {error}") from error
+    for part in parts:
+        checkpoint.release(part)
+    return written
 
 
 def _in_parallel(pool: ThreadPoolExecutor, workers: int, jobs: Iterator[Callable[[], int]]) -> Iterator[int]:
@@ -234,7 +242,7 @@ def _verify(folder: Path, to: str, plan: Plan) -> None:
 
 def _destination(source: Path, destination: Path, overwrite: bool) -> Path:
     """The folder to write, made absolute. Refuses what is in the way."""
-    target, origin = destination.absolute(), source.resolve()
+    target, origin = Path(os.path.abspath(destination)), source.resolve()
     real = target.resolve()
     if real == origin or real.is_relative_to(origin) or origin.is_relative_to(real):
         raise GptOssError(f"{destination} is, holds or lies in the source; choose a folder beside it")
@@ -271,9 +279,7 @@ def _errors_of(target: Path) -> Iterator[None]:
 def _temporary(target: Path) -> Iterator[Path]:
     """A new hidden folder beside the target; removed on the way out unless it was renamed."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.parent / f".{target.name}.{os.getpid()}.partial"
-    if folder.exists():
-        shutil.rmtree(folder)
+    folder = target.parent / f".{target.name}.{os.getpid()}-{time.monotonic_ns()}.partial"
     folder.mkdir()
     try:
         yield folder

@@ -1,17 +1,19 @@
 """Checkpoints that keep one module per linear layer: `mlp.experts.7.gate_proj.weight` instead of one tensor of all
-experts. Shared by compressed-tensors and AutoRound; a parameter of the experts is put together from many tensors."""
+experts. Shared by compressed-tensors and AutoRound; an expert parameter is put together from many tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from ...errors import CheckpointError
+from .. import codecs
 from ..params import Param
 from ..safetensors import TensorInfo
-from ..tensor import Array
-from .base import Get, Want, experts_prefix, plain_name
+from ..tensor import Array, Dense, Weight
+from .base import FLOATS, Encoder, Get, Piece, Source, Stored, Unit, Want, experts_prefix, plain_name
 
 Turn = Callable[[Array], Array]  # from a stored tensor to rows [N, ...]
 
@@ -41,33 +43,81 @@ class Modules:
         """[E, N, ...], copied, or [N, ...] of attention, as `turn` makes it."""
         if not self.stacked:
             return turn(get(f"{self.first}.{part}"))
-        found = None
+        found: Array | None = None
         for expert, names in enumerate(self.names):
             parts = [turn(get(f"{name}.{part}")) for name in names]
             rows = parts[0] if len(parts) == 1 else np.concatenate(parts)[self.rows]
             if found is None:
                 found = np.empty((len(self.names), *rows.shape), rows.dtype)
-            as_words(found)[expert] = as_words(rows)
+            _words(found)[expert] = _words(rows)
         assert found is not None
         return found
 
+    def infos(self, part: str, dtype: str, shape: tuple[int, ...]) -> list[TensorInfo]:
+        """The tensors `part` to write, one a module."""
+        return [TensorInfo(f"{names[0]}.{part}", dtype, shape) for names in self.names]
 
-def as_words(values: Array) -> Array:
+    def pieces(self, part: str, start: int, rows: Array) -> list[Piece]:
+        """Experts [start, start + n) of a parameter, [n, N, ...], or such rows of attention, as they are written."""
+        if not self.stacked:
+            return [(f"{self.first}.{part}", start, rows)]
+        return [(f"{names[0]}.{part}", 0, row) for names, row in zip(self.names[start:], rows, strict=False)]
+
+
+def modules_of(param: Param, infix: str = "") -> Modules:
+    """`model.layers.3.self_attn.q_proj`, or `model.layers.3.mlp.experts.{infix}{expert}.gate_proj` of each expert."""
+    if param.role != "experts":
+        return Modules(((plain_name(param).rpartition(".")[0],),), stacked=False)
+    part = param.kind.split(".")[1]
+    prefix = experts_prefix(param) + infix
+    return Modules(tuple((f"{prefix}{expert}.{part}_proj",) for expert in range(param.shape[0])))
+
+
+def is_per_expert(param: Param, stored: Stored, infix: str = "") -> bool:
+    """Whether the first expert has a module of its own for this parameter.
+
+    Raises CheckpointError if there are fewer tensors than experts, before anyone lists the experts.
+    """
+    part = param.kind.split(".")[1]
+    first = f"{experts_prefix(param)}{infix}0.{part}_proj."
+    if not stored.has(*(first + suffix for suffix in ("weight", "weight_packed", "qweight", "bias"))):
+        return False
+    if param.shape[0] > len(stored.tensors):
+        raise CheckpointError(
+            f"config.json says {param.shape[0]} experts but there are only {len(stored.tensors)} tensors; "
+            "a shard is missing or config.json belongs to another checkpoint"
+        )
+    return True
+
+
+def one_dtype(stored: Stored, name: str) -> tuple[str, ...]:
+    """The float dtype of a tensor, for its like of the other experts to have too; any if it has none."""
+    dtype = stored.dtype(name)
+    return (dtype,) if dtype in FLOATS else FLOATS
+
+
+def dense_experts(modules: Modules, part: str, param: Param, stored: Stored) -> Source:
+    """Biases [E, N], or weights [E, N, K] that were left as they are."""
+    wants = modules.wants(part, one_dtype(stored, f"{modules.first}.{part}"), param.shape[1:])
+    return Source("plain", None, tuple(wants), lambda get: Dense(modules.read(get, part)))
+
+
+def dense_experts_unit(param: Param, dtype: str, cast: Callable[[Weight], Array]) -> Unit:
+    """The biases of an expert parameter, each with its module; `cast` makes them `dtype`."""
+    modules = modules_of(param)
+
+    def encode(weights: Sequence[Weight]) -> Encoder:
+        return lambda start, stop: modules.pieces("bias", start, cast(codecs.rows(weights[0], start, stop)))
+
+    return Unit((param,), tuple(modules.infos("bias", dtype, param.shape[1:])), encode)
+
+
+def block_of(stored: Stored) -> Mapping[str, object]:
+    """config.json's quantization_config, empty if there is none."""
+    block = stored.raw.get("quantization_config")
+    return block if isinstance(block, Mapping) else {}
+
+
+def _words(values: Array) -> Array:
     """The same bits as unsigned integers: numpy copies bfloat16 one value at a time, integers in runs."""
     return values.view(f"u{values.itemsize}")
-
-
-def module_of(param: Param) -> str:
-    """The module of an attention parameter: `model.layers.3.self_attn.q_proj`."""
-    return plain_name(param).rpartition(".")[0]
-
-
-def expert_modules(param: Param, infix: str = "") -> tuple[str, ...]:
-    """The modules of an expert parameter: `model.layers.3.mlp.experts.0.gate_proj`, ..."""
-    part = param.kind.split(".")[1]
-    return tuple(f"{experts_prefix(param)}{infix}{expert}.{part}_proj" for expert in range(param.shape[0]))
-
-
-def tensors(modules: Sequence[str], part: str, dtype: str, shape: tuple[int, ...]) -> list[TensorInfo]:
-    """One tensor for each module, all alike."""
-    return [TensorInfo(f"{module}.{part}", dtype, shape) for module in modules]

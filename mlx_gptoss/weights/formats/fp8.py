@@ -1,0 +1,249 @@
+"""`fp8-dynamic`: what llm-compressor writes with compressed-tensors. Each linear layer is a module of its own,
+output-major: `.weight` F8_E4M3 [N, K], `.weight_scale` [N, 1]; w = e4m3 * scale. Activations are quantized by whoever
+runs it; here they are not. The same tool's FP4 schemes are read, not written.
+
+The experts' modules are `mlp.experts.7.gate_proj` or, from older releases, `mlp.experts.experts.7.gate_proj`; or they
+stay fused as in `bf16`. llm-compressor 0.12 and 0.13 cut the interleaved rows of gate and up in halves: their
+`gate_proj` is the first half of the rows, not the gate (its pull request 3100 mended it). Only the version tells.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ...errors import CheckpointError
+from .. import codecs
+from ..params import Param
+from ..safetensors import DTYPES
+from ..tensor import FP8_ROW, MXFP4, NVFP4, Array, Quantized, Spec, Weight
+from .base import (
+    FLOATS,
+    Encoder,
+    Format,
+    Get,
+    Piece,
+    Recipe,
+    Source,
+    Stored,
+    Unit,
+    cast,
+    dense_unit,
+    matrix_recipe,
+    plain_name,
+    rows_of,
+)
+from .per_expert import (
+    Modules,
+    block_of,
+    dense_experts,
+    dense_experts_unit,
+    is_per_expert,
+    modules_of,
+    one_dtype,
+)
+
+FAMILY = "fp8-dynamic"
+_VERSION = re.compile(r"(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?")
+_HALVES_SINCE, _HALVES_UNTIL = (0, 17, 1), (0, 19, 0)  # of compressed-tensors, which llm-compressor pins
+_WRITTEN_VERSION = "0.19.0"
+
+
+class Fp8(Format):
+    family = FAMILY
+    writes = True
+    recipes: Mapping[str, Recipe] = {
+        "fp8-dynamic": matrix_recipe("plain", None, attention=(FAMILY, FP8_ROW), experts=(FAMILY, FP8_ROW))
+    }
+
+    def find(self, param: Param, stored: Stored) -> Source | None:
+        modules = _modules(param, stored)
+        if modules is None:
+            return None
+        if not param.is_matrix:
+            return dense_experts(modules, "bias", param, stored) if param.role == "experts" else None
+        weight, packed = stored.dtype(f"{modules.first}.weight"), stored.dtype(f"{modules.first}.weight_packed")
+        if weight == "F8_E4M3":
+            return _float8(modules, param, stored)
+        if packed == "U8":
+            return _float4(modules, param, stored)
+        if packed is not None or weight == "I8":
+            raise CheckpointError(
+                f"{modules.first} holds integers of compressed-tensors ({'pack' if packed else 'int'}-quantized), which "
+                "cannot be read; its float-quantized (FP8), nvfp4-pack-quantized and mxfp4-pack-quantized schemes can"
+            )
+        return dense_experts(modules, "weight", param, stored) if param.role == "experts" else None
+
+    def units(self, target: str, params: Sequence[Param], dtypes: Mapping[str, str]) -> list[Unit]:
+        def unit(param: Param) -> Unit:
+            dtype = dtypes.get(param.name, "BF16")
+            if param.is_matrix and self.recipes[target][param.role][1]:
+                return _unit(param, dtype)
+            if param.role == "experts":
+                return dense_experts_unit(param, dtype, lambda weight: cast(weight, dtype))
+            return dense_unit(param, dtypes, plain_name(param))
+
+        return [unit(param) for param in params]
+
+    def describe(self, target: str, params: Sequence[Param]) -> dict[str, Any]:
+        """As compressed-tensors 0.19 writes it for the FP8_DYNAMIC scheme."""
+        ignored = [plain_name(param).rpartition(".")[0] for param in params if param.kind == "router.weight"]
+        scheme: dict[str, Any] = {
+            "format": "float-quantized",
+            "input_activations": _arguments(dynamic=True, strategy="token"),
+            "output_activations": None,
+            "targets": ["Linear"],
+            "weights": _arguments(dynamic=False, strategy="channel", observer="memoryless_minmax"),
+        }
+        block: dict[str, Any] = {
+            "config_groups": {"group_0": scheme},
+            "format": "float-quantized",
+            "global_compression_ratio": None,
+            "ignore": [*ignored, "lm_head"],
+            "kv_cache_scheme": None,
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+            "sparsity_config": {},
+            "transform_config": {},
+            "version": _WRITTEN_VERSION,
+        }
+        return {"quantization_config": block}
+
+
+def _arguments(*, dynamic: bool, strategy: str, observer: str | None = None) -> dict[str, Any]:
+    """compressed-tensors' QuantizationArgs for FP8."""
+    return {
+        "actorder": None,
+        "block_structure": None,
+        "dynamic": dynamic,
+        "group_size": None,
+        "num_bits": 8,
+        "observer": observer,
+        "observer_kwargs": {},
+        "scale_dtype": None,
+        "strategy": strategy,
+        "symmetric": True,
+        "type": "float",
+        "zp_dtype": None,
+    }
+
+
+def _modules(param: Param, stored: Stored) -> Modules | None:
+    """The modules that the rows of a parameter are in, for the experts under whichever of their names."""
+    if param.role != "experts":
+        return modules_of(param)
+    if is_per_expert(param, stored, "experts."):
+        return modules_of(param, "experts.")
+    if not is_per_expert(param, stored):
+        return None
+    modules = modules_of(param)
+    part = param.kind.split(".")[1]
+    if part == "down" or not _in_halves(modules.first, stored):
+        return modules
+    first, second = (modules_of(_sibling(param, part, other)) for other in ("gate", "up"))
+    both = zip(first.names, second.names, strict=True)
+    return Modules(tuple((*gate, *up) for gate, up in both), rows_of(part))
+
+
+def _sibling(param: Param, part: str, other: str) -> Param:
+    return Param(param.name.replace(f".{part}.", f".{other}."), param.layer, param.role, param.shape)
+
+
+def _in_halves(module: str, stored: Stored) -> bool:
+    """Whether `gate_proj` and `up_proj` are halves of the interleaved rows."""
+    block = block_of(stored)
+    if block.get("quant_method") != "compressed-tensors" and stored.dtype(f"{module}.weight") in (None, *FLOATS):
+        return False
+    version = block.get("version")
+    match = _VERSION.match(version) if isinstance(version, str) else None
+    if match is None:
+        raise CheckpointError(
+            f"config.json's quantization_config has the version {version!r}; but only the version of compressed-tensors "
+            f"tells whether {module} holds the gate or half of gate and up: take config.json from the checkpoint's source"
+        )
+    found = tuple(int(part or 0) for part in match.groups())
+    return _HALVES_SINCE <= found < _HALVES_UNTIL
+
+
+def _float8(modules: Modules, param: Param, stored: Stored) -> Source:
+    """One scale a row, or one for all, which then serves every row."""
+    rows, width = param.shape[-2:]
+    scales = f"{modules.first}.weight_scale"
+    shape = stored.shape(scales)
+    if len(shape) == 2 and shape[1] > 1:
+        raise CheckpointError(
+            f"{scales} has the shape {list(shape)}: FP8 with a scale for each block cannot be read, only with one for each "
+            "row (FP8_DYNAMIC): quantize the model with that scheme, or convert the original checkpoint"
+        )
+    wants = modules.wants("weight", ("F8_E4M3",), (rows, width))
+    wants += modules.wants("weight_scale", one_dtype(stored, scales), shape if shape in ((), (1,)) else (rows, 1))
+    wants += _unused(modules, stored)
+
+    def load(get: Get) -> Weight:
+        outer = modules.read(get, "weight_scale", lambda scale: _per_row(scale, rows))
+        return Quantized(FP8_ROW, modules.read(get, "weight"), outer=outer)
+
+    return Source(FAMILY, FP8_ROW, tuple(wants), load, scales)
+
+
+def _float4(modules: Modules, param: Param, stored: Stored) -> Source:
+    """`.weight_packed` U8 [N, K/2], low nibble first; `.weight_scale`: e4m3 a group of 16 (NVFP4) with
+    `.weight_global_scale`, which divides, or e8m0 a group of 32 (MXFP4)."""
+    rows, width = param.shape[-2:]
+    with_global = stored.dtype(f"{modules.first}.weight_scale") == "F8_E4M3"
+    spec: Spec = NVFP4 if with_global else MXFP4
+    dtypes = ("F8_E4M3",) if with_global else ("U8", "F8_E8M0")
+    wants = modules.wants("weight_packed", ("U8",), (rows, width // 2))
+    wants += modules.wants("weight_scale", dtypes, (rows, width // spec.group))
+    if with_global:
+        wants += modules.wants("weight_global_scale", ("F32",), (1,))
+    wants += _unused(modules, stored)
+
+    def load(get: Get) -> Weight:
+        codes, scale = modules.read(get, "weight_packed"), modules.read(get, "weight_scale")
+        outer = modules.read(get, "weight_global_scale", lambda g: _per_row(_reciprocal(g), rows)) if with_global else None
+        return Quantized(spec, codes, scale, outer=outer)
+
+    return Source("nvfp4-pack-quantized" if with_global else "mxfp4-pack-quantized", spec, tuple(wants), load)
+
+
+def _unused(modules: Modules, stored: Stored) -> list[Any]:
+    """Scales of activations, which are not quantized here."""
+    names = (part for part in ("input_scale", "input_global_scale") if stored.has(f"{modules.first}.{part}"))
+    return [want for part in names for want in modules.wants(part, FLOATS, stored.shape(f"{modules.first}.{part}"))]
+
+
+def _per_row(scale: Array, rows: int) -> Array:
+    return np.broadcast_to(scale.reshape(-1, 1), (rows, 1))
+
+
+def _reciprocal(scale: Array) -> Array:
+    """A global scale of zero becomes infinity, which is then refused as every scale is that is no number."""
+    with np.errstate(divide="ignore"):
+        found: Array = np.float32(1) / scale
+    return found
+
+
+def _unit(param: Param, dtype: str) -> Unit:
+    """`dtype` is that of the scales."""
+    rows, width = param.shape[-2:]
+    modules = modules_of(param)
+    tensors = modules.infos("weight", "F8_E4M3", (rows, width)) + modules.infos("weight_scale", dtype, (rows, 1))
+
+    def encode(weights: Sequence[Weight]) -> Encoder:
+        def pieces(start: int, stop: int) -> list[Piece]:
+            part = codecs.to_fp8_rows(codecs.rows(weights[0], start, stop), DTYPES[dtype])
+            return [
+                *modules.pieces("weight", start, part.codes),
+                *modules.pieces("weight_scale", start, np.asarray(part.outer)),
+            ]
+
+        return pieces
+
+    return Unit((param,), tuple(tensors), encode)
+
+
+FORMAT = Fp8()
