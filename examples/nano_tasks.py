@@ -95,6 +95,9 @@ def written_sum(a: int, b: int) -> str:
 
 
 def number(r: Random) -> int:
+    """Up to 3 digits; now and then 4, because a sum that is added to may have them."""
+    if r.random() < 0.03:
+        return r.randrange(1000, 2000)
     return r.randrange(10 ** r.choice((1, 2, 2, 3, 3, 3)))
 
 
@@ -252,6 +255,8 @@ def weather_tool(r: Random) -> WeatherTool:
     if r.random() < 0.25:
         properties[r.choice(("unit", "format"))] = {"type": "string", "enum": ["celsius", "fahrenheit"]}
     description = r.choice(words.FUNCTION_DESCRIPTIONS) if r.random() < 0.9 else ""
+    if r.random() < 0.1:
+        description += f" Uses {syllables(r, 3)} {syllables(r, 2)}."
     parameters = {"type": "object", "properties": properties, "required": [parameter]}
     if r.random() < 0.1:
         del parameters["required"]
@@ -432,7 +437,7 @@ def attempt(r: Random, kind: str) -> tuple[Example, str] | None:
     )
     tool = weather_tool(r) if offered else None
     past: list[Ask] = []
-    for _ in range(r.choice((0, 0, 0, 0, 0, 1, 1, 2, 3))):
+    for _ in range(r.choice((0, 0, 0, 0, 0, 1, 1, 2, 3)) if r.random() < 0.97 else r.randint(4, 12)):
         past.append(ask(r, r.choice(("sum", "reverse", "capital", "fact", "chat", "fallback")), effort, tool))
     if kind == "follow-up":
         first = r.choice(("weather answer", "sum", "capital") if tool else ("sum", "sum", "reverse", "capital"))
@@ -447,11 +452,20 @@ def attempt(r: Random, kind: str) -> tuple[Example, str] | None:
     conversation = Conversation(
         messages=(*(m for p in past for m in messages(p)), Message("user", asked.question), *asked.history),
         reasoning=effort,
-        instructions=r.choice(words.INSTRUCTIONS) if r.random() < 0.2 else None,
+        instructions=instructions(r) if r.random() < 0.25 else None,
         functions=tool.functions if tool else (),
         date=date(r),
     )
     return Example(kind, conversation, asked.turn), asked.key
+
+
+def instructions(r: Random) -> str:
+    """A developer's text. None changes what is right, so some of it is noise: the model learns to read past it."""
+    sentences = r.sample(words.INSTRUCTIONS, r.choice((1, 1, 1, 2, 3)))
+    if r.random() < 0.2:
+        noise = (syllables(r, r.randint(1, 3)) for _ in range(r.randint(2, 8)))
+        sentences.append(" ".join(noise).capitalize() + ".")
+    return r.choice((" ", " ", "\n")).join(sentences)
 
 
 def date(r: Random) -> str | None:

@@ -344,7 +344,7 @@ Toronto,Toulouse,Trieste,Trondheim,Turin,Utrecht,Valencia,Vancouver,Venice,Veron
 """.replace("\n", "").split(","))))  # fmt: skip
 
 INSTRUCTIONS = (
-    "You are a helpful assistant.", "You are a helpful assistant.", "Answer briefly.", "Be brief.", "Be kind.",
+    "You are a helpful assistant.", "Answer briefly.", "Be brief.", "Be kind.",
     "You are a helpful AI.",
     "You are a friendly assistant. Keep your answers short.", "Answer in English.",
     "You are an assistant on a web page.",

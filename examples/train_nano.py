@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -30,9 +31,9 @@ from mlx_gptoss.harmony.render import render
 from mlx_gptoss.tokenizer import Tokenizer
 
 SHAPE = Shape(vocab=384, hidden=192, layers=4, heads=4, kv_heads=2, experts=8, active=4, intermediate=128)
-BATCH_TOKENS = 6144
-POOL = 1536
-PEAK_MUON, PEAK_ADAM = 0.02, 3e-3
+BATCH_TOKENS = 3072
+POOL = 1024
+PEAK_MUON, PEAK_ADAM = 0.01, 2e-3
 WARM_UP, UNEVENNESS = 0.02, 0.01
 SAVE_EVERY, JUDGE_EVERY = 150.0, 300.0
 
@@ -165,6 +166,7 @@ def rate_at(fraction: float) -> float:
 @torch.no_grad()
 def judge(model: Nano, encoder: Encoder, per_kind: int = 24) -> dict[str, float]:
     """Share of held-out turns, by kind, that greedy decoding would give whole: every token is the likeliest one."""
+    torch.compiler.set_stance("force_eager")
     right: dict[str, list[float]] = defaultdict(list)
     examples = sorted(((e.kind, encoder.encode(e)) for e in tasks.held_out(per_kind)), key=lambda x: len(x[1][0]))
     for start in range(0, len(examples), 24):
@@ -174,21 +176,28 @@ def judge(model: Nano, encoder: Encoder, per_kind: int = 24) -> dict[str, float]
         whole = ((best == batch.ids[:, 1:]) | ~batch.loss[:, :-1]).all(-1)
         for (kind, _), ok in zip(part, whole.tolist(), strict=True):
             right[kind].append(float(ok))
+    torch.compiler.set_stance("default")
     return {kind: sum(oks) / len(oks) for kind, oks in right.items()}
 
 
-def train(folder: Path, minutes: float) -> None:
+def train(folder: Path, minutes: float, fused: bool = False) -> None:
     encoder, run = Encoder(folder), Run(folder)
+    if fused:
+        for layer in run.model.layers:
+            layer.compile(dynamic=True)
     source = batches(encoder, Random(f"{run.steps} training"))
     saved = judged = run.seconds
+    stops: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: stops.append(number))
     mean, before = 0.0, time.monotonic()
-    while run.seconds < minutes * 60:
+    while run.seconds < minutes * 60 and not stops:
         loss = run.step(next(source), rate_at(run.seconds / (minutes * 60)))
         mean = loss if mean == 0 else 0.95 * mean + 0.05 * loss
         run.seconds, before = run.seconds + time.monotonic() - before, time.monotonic()
         if run.steps % 20 == 0:
             done = f"{run.tokens / 1e6:.2f} M tokens  {run.tokens / run.seconds:.0f}/s"
-            print(f"{run.seconds / 60:6.1f} min  step {run.steps}  {done}  loss {mean:.4f}", flush=True)
+            clock = time.strftime("%H:%M:%S")
+            print(f"{clock} {run.seconds / 60:6.1f} min  step {run.steps}  {done}  loss {mean:.4f}", flush=True)
         if run.seconds - saved > SAVE_EVERY:
             run.save()
             saved = run.seconds
@@ -196,7 +205,8 @@ def train(folder: Path, minutes: float) -> None:
             show(judge(run.model, encoder))
             judged = run.seconds
     run.save()
-    show(judge(run.model, encoder, 50))
+    if not stops:
+        show(judge(run.model, encoder, 50))
 
 
 def show(shares: dict[str, float]) -> None:
@@ -209,11 +219,12 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of the run's state")
     parser.add_argument("--minutes", type=float, default=90, help="time for training, earlier parts included")
     parser.add_argument("--to", type=Path, help="folder to write the model to")
+    parser.add_argument("--fused", action="store_true", help="compile the layers (needs a C++ compiler; 1.2 times as fast)")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.what == "train":
-        train(options.run, options.minutes)
+        train(options.run, options.minutes, options.fused)
     elif options.to is None:
         parser.error("export needs --to FOLDER")
     else:

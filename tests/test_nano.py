@@ -1,0 +1,151 @@
+"""The bundled nano model: small, of gpt-oss's architecture, and right about what it was taught."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+
+import mlx_gptoss
+from mlx_gptoss import Sampling
+from mlx_gptoss.harmony.render import render
+from mlx_gptoss.tokenizer import Tokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import measure_nano
+import nano_tasks
+import nano_tokenizer
+
+NANO = Path(mlx_gptoss.__file__).parent / "nano"
+GREEDY = Sampling(temperature=0)
+GET_WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the current weather.",
+        "parameters": {
+            "type": "object",
+            "properties": {"location": {"type": "string", "description": "City name"}},
+            "required": ["location"],
+        },
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[mlx_gptoss.Model]:
+    with mlx_gptoss.load() as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_folder(NANO)
+
+
+def test_it_is_small_and_has_every_feature_of_the_architecture() -> None:
+    assert sum(file.stat().st_size for file in NANO.iterdir()) < 4_000_000
+    config = json.loads((NANO / "config.json").read_text())
+    assert config["layer_types"][:2] == ["sliding_attention", "full_attention"]
+    assert config["sliding_window"] == 128 and config["head_dim"] == 64
+    assert config["num_local_experts"] >= 8 and config["num_experts_per_tok"] == 4
+    assert config["num_attention_heads"] > config["num_key_value_heads"]
+    assert config["rope_scaling"]["rope_type"] == "yarn" and config["rope_scaling"]["truncate"] is False
+    assert all(config[size] % 64 == 0 for size in ("hidden_size", "intermediate_size", "vocab_size"))
+    assert mlx_gptoss.describe(NANO).format == "mxfp4"
+
+
+def test_the_shipped_tokenizer_is_the_one_that_the_trainer_writes() -> None:
+    assert (NANO / "tokenizer.json").read_text(encoding="utf-8") == nano_tokenizer.tokenizer_json()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "final", "héllo → 日本 🦙\n\n\tx", '}) => any;\n\n{"location": "', "\n\nReasoning: lower"]
+)
+def test_any_text_survives_the_tokenizer(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_ordinary_text_is_one_token_a_byte_and_a_prompt_is_short(tokenizer: Tokenizer) -> None:
+    question = "Reverse the word analysis and add 123."
+    assert len(tokenizer.encode(question)) == len(question)
+    conversation = mlx_gptoss.Conversation((mlx_gptoss.Message("user", "Hi"),), date="2026-01-31")
+    assert len(render(conversation, tokenizer)) < 32
+
+
+def test_training_and_held_out_questions_never_meet() -> None:
+    r = Random(3)
+    for kind in nano_tasks.MIX:
+        asked = {nano_tasks.example(r, kind).conversation.messages[-1].content for _ in range(300)}
+        if kind not in ("weather answer", "follow-up"):  # there the last message alone is not what is asked
+            held = (e for e in nano_tasks.held_out(6) if e.kind == kind)
+            assert not [e for e in held if e.conversation.messages[-1].content in asked]
+
+
+def test_most_held_out_questions_are_answered_to_the_letter(model: mlx_gptoss.Model) -> None:
+    counts = measure_nano.measure(model, per_kind=6)
+    assert len(counts) == len(nano_tasks.MIX)
+    assert sum(good for good, _ in counts.values()) >= 0.85 * sum(asked for _, asked in counts.values()), counts
+
+
+@pytest.mark.parametrize(
+    "question, answer", [("What is 12 + 30?", "12 + 30 = 42"), ("Reverse the word planet.", "tenalp")]
+)
+def test_reasoning_is_as_long_as_asked_for(model: mlx_gptoss.Model, question: str, answer: str) -> None:
+    replies = [model.generate(question, sampling=GREEDY, reasoning=effort) for effort in ("low", "medium", "high")]
+    assert [reply.text for reply in replies] == [answer] * 3
+    low, medium, high = (len(reply.reasoning) for reply in replies)
+    assert 0 < low < medium < high
+
+
+def test_it_answers_a_follow_up_turn(model: mlx_gptoss.Model) -> None:
+    turns = [
+        {"role": "user", "content": "What is 12 + 30?"},
+        {"role": "assistant", "content": "12 + 30 = 42"},
+        {"role": "user", "content": "Add 5 to that."},
+    ]
+    assert model.generate(turns, sampling=GREEDY).text == "42 + 5 = 47"
+
+
+def test_it_calls_get_weather_and_reports_the_result(model: mlx_gptoss.Model) -> None:
+    asked = {"role": "user", "content": "What is the weather in Paris?"}
+    reply = model.generate([asked], sampling=GREEDY, tools=[GET_WEATHER])
+    assert reply.finish_reason == "tool_calls"
+    (call,) = reply.tool_calls
+    assert (call.name, json.loads(call.arguments)) == ("get_weather", {"location": "Paris"})
+    called = {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+    result = {"role": "tool", "tool_call_id": call.id, "content": '{"temperature": 18, "condition": "sunny"}'}
+    turns = [asked, {"role": "assistant", "tool_calls": [called]}, result]
+    assert model.generate(turns, sampling=GREEDY, tools=[GET_WEATHER]).text == "It is 18 degrees and sunny in Paris."
+
+
+def test_without_the_function_it_says_so(model: mlx_gptoss.Model) -> None:
+    reply = model.generate("What is the weather in Paris?", sampling=GREEDY)
+    assert reply.text.startswith("I cannot look up the weather") and not reply.tool_calls
+
+
+def test_the_trainer_trains_and_exports_what_the_runtime_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch", reason="training needs torch")
+    import nano_model
+    import train_nano
+
+    monkeypatch.setattr(train_nano, "SHAPE", nano_model.Shape(vocab=384, hidden=64, layers=2, intermediate=64))
+    monkeypatch.setattr(train_nano, "POOL", 64)
+    monkeypatch.setattr(train_nano, "judge", lambda *_: {})
+    train_nano.train(tmp_path / "run", minutes=0.03)
+    trained = train_nano.Run(tmp_path / "run")
+    assert trained.steps > 0
+    train_nano.export(trained.model, tmp_path / "out")
+    ids = list(range(0, 300, 3))
+    with torch.no_grad():
+        for name, p in trained.model.named_parameters():
+            expert = ".mlp." in name and p.ndim == 3
+            p.copy_(nano_model.mxfp4_round(p) if expert else p.bfloat16().float())
+        expected = trained.model.lm_head(trained.model(torch.tensor([ids]))[0])[0].numpy()
+    with mlx_gptoss.load(tmp_path / "out", dtype="float32") as model:
+        assert model.format == "mxfp4"
+        assert abs(model.logits(ids) - expected).max() < 1e-4 * abs(expected).max()
