@@ -28,7 +28,7 @@ from . import checkpoint as checkpoints
 from . import codecs
 from .checkpoint import Checkpoint
 from .formats import recipe_of
-from .formats.base import Recipe, Unit
+from .formats.base import Encoder, Recipe, Unit
 from .safetensors import TensorInfo, Writer, write_text
 from .tensor import Dense, Weight
 
