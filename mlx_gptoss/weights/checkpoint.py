@@ -30,13 +30,17 @@ ROLES: tuple[Role, ...] = ("attention", "experts", "router", "embed", "lm_head")
 
 @dataclass(frozen=True)
 class Summary:
-    """What headers alone tell. roles: of each role's matrices, {"format": name, "bits": bits a weight}."""
+    """What headers alone tell. roles: of each role's matrices, {"format": name, "bits": bits a weight}.
+
+    note: what else a user should know, in one line; mostly nothing.
+    """
 
     format: str
     parameters: int
     size_bytes: int
     bits_per_weight: float
     roles: Mapping[str, Mapping[str, Any]]
+    note: str = ""
 
 
 class Checkpoint:
@@ -53,7 +57,8 @@ class Checkpoint:
         self._binding: Binding = bind(Stored(self.tensors, config, raw), self.params)
         self.format = self._binding.name
         self.size_bytes = sum(info.nbytes for info in self.tensors.values())
-        self.stop_ids = _stop_ids(self.tokenizer_folder, config)
+        self.generation: Mapping[str, Any] = _generation_config(self.tokenizer_folder)
+        self.stop_ids = token_ids(self.generation.get("eos_token_id"), "eos_token_id") or config.eos_token_id
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -103,6 +108,7 @@ class Checkpoint:
             size_bytes=self.size_bytes,
             bits_per_weight=8 * self.size_bytes / count,
             roles={role: self._role(role) for role in ROLES},
+            note=self._binding.note,
         )
 
     def _role(self, role: Role) -> dict[str, Any]:
@@ -235,14 +241,12 @@ def _check_plausible(raw: Mapping[str, Any], tensors: int) -> None:
         )
 
 
-def _stop_ids(folder: Path, config: ModelConfig) -> tuple[int, ...]:
-    """Where generation ends: generation_config.json's eos_token_id, else config.json's."""
-    if (folder / "generation_config.json").is_file():
-        data = read_json(folder, "generation_config.json")
-        ids = token_ids(data.get("eos_token_id") if isinstance(data, dict) else None, "eos_token_id")
-        if ids:
-            return ids
-    return config.eos_token_id
+def _generation_config(folder: Path) -> Mapping[str, Any]:
+    """generation_config.json, which says where generation ends and how the model is sampled; {} without one."""
+    data = read_json(folder, "generation_config.json") if (folder / "generation_config.json").is_file() else {}
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{folder / 'generation_config.json'} is not a JSON object; download it again")
+    return data
 
 
 _KINDS = {("e2m1", "e8m0"): "mxfp4", ("e2m1", "e4m3"): "nvfp4", ("e4m3", "e8m0"): "mxfp8", ("e4m3", "none"): "fp8"}

@@ -183,7 +183,7 @@ class Writer:
         """Put rows [n, ...] of a tensor at `row` of its first axis; returns their size in bytes."""
         info, file, start = self._places[name]
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-        offset = start + row * (info.nbytes // info.shape[0])
+        offset = start + row * (info.nbytes // (info.shape[0] if info.shape else 1))
         if row < 0 or offset + len(data) > start + info.nbytes:
             raise ValueError(f"rows from {row} of {name} lie outside its shape {info.shape}")
         self._checksums.append((file, offset, len(data), _checksum(data)))

@@ -37,13 +37,19 @@ MXFP8 = Spec("e4m3", 8, 32, "e8m0")
 FP8_ROW = Spec("e4m3", 8, 0, "none")
 AFFINE4 = Spec("uint", 4, 64, "float")
 AFFINE8 = Spec("uint", 8, 64, "float")
+AFFINE8_G32 = Spec("uint", 8, 32, "float")
 
 
 @dataclass(frozen=True)
 class Dense:
-    """Values as stored: bfloat16 (ml_dtypes), float16 or float32. Matrices are [..., N, K]: output-major."""
+    """Values as stored: bfloat16 (ml_dtypes), float16 or float32. Matrices are [..., N, K]: output-major.
+
+    input_scale: what kernels with 4-bit activations divide this matrix's input by, if a checkpoint says so; carried
+        from one checkpoint into the next, used by nothing else.
+    """
 
     values: Array
+    input_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class Quantized:
     bias: like scale, float dtype; None is 0.
     outer: float32 or as stored, broadcastable to [..., N, 1]: per tensor [], per expert [E, 1, 1], per row [..., N, 1];
         None is 1.
+    input_scale: as in Dense.
     """
 
     spec: Spec
@@ -60,6 +67,7 @@ class Quantized:
     scale: Array | None = None
     bias: Array | None = None
     outer: Array | None = None
+    input_scale: float | None = None
 
 
 Weight = Dense | Quantized

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from ...errors import CheckpointError
 from ..params import Param
 from ..safetensors import TensorInfo
-from . import bf16, mlx, mxfp4, original
+from . import bf16, mlx, modelopt, mxfp4, original
 from .base import Format, Recipe, Source, Stored, Want, plain_name
 
 # Asked in this order where a parameter lies; bf16 is last as it also takes what is plain.
-FORMATS: tuple[Format, ...] = (original.FORMAT, mlx.FORMAT, mxfp4.FORMAT, bf16.FORMAT)
+FORMATS: tuple[Format, ...] = (original.FORMAT, mlx.FORMAT, mxfp4.FORMAT, modelopt.FORMAT, bf16.FORMAT)
 WRITERS: Mapping[str, Format] = {name: form for form in FORMATS if form.writes for name in form.recipes}
 
 # Names that a known tool writes by mistake or that are not read: (what a name contains or ends in, why)
@@ -24,10 +24,11 @@ _REFUSED = (
 
 @dataclass(frozen=True)
 class Binding:
-    """Where every parameter lies in one checkpoint, and the name of its format."""
+    """Where every parameter lies in one checkpoint, the name of its format, and what is to be known of it."""
 
     name: str
     sources: Mapping[str, Source]  # by canonical name
+    note: str
 
 
 def bind(stored: Stored, params: Sequence[Param]) -> Binding:
@@ -56,7 +57,8 @@ def bind(stored: Stored, params: Sequence[Param]) -> Binding:
     if any(problems.values()):
         what = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names)
         raise CheckpointError(f"the tensors do not make a gpt-oss model of config.json's sizes: {what}")
-    return Binding(_name(sources, params), sources)
+    note = "; ".join(sorted({source.note for source in sources.values()} - {""}))
+    return Binding(_name(sources, params), sources, note)
 
 
 def recipe_of(name: str) -> tuple[Format, Recipe]:

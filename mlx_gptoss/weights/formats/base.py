@@ -65,6 +65,7 @@ class Source:
     spec: how its numbers are stored; None when dense.
     load: makes the Weight; lazy views wherever the layout allows, and never a change of a value.
     scales: the first tensor of its scales if they are floats, whose dtype then matters to whoever copies them.
+    note: what a user should know of weights stored so, in one line.
     """
 
     family: str
@@ -72,6 +73,7 @@ class Source:
     wants: tuple[Want, ...]
     load: Callable[[Get], Weight]
     scales: str | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
