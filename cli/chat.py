@@ -35,10 +35,10 @@ def chat(
     dtype: str | None,
     max_context: int | None,
     max_tokens: int | None,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    min_p: float,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
     seed: int | None,
     reasoning: Literal["low", "medium", "high"],
     system: str | None,
@@ -46,8 +46,8 @@ def chat(
     stats: bool,
 ) -> None:
     """Talk with the model. /help lists the commands inside."""
-    how = sampling(temperature, top_p, top_k, min_p, seed)
     with load(model, backend, device, dtype, max_context) as loaded:
+        how = sampling(loaded, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
         Session(loaded, how, max_tokens, reasoning, system, not hide_reasoning, stats).run()
 
 

@@ -29,10 +29,10 @@ def generate(
     dtype: str | None,
     max_context: int | None,
     max_tokens: int | None,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-    min_p: float,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
     seed: int | None,
     reasoning: Literal["low", "medium", "high"],
     system: str | None,
@@ -46,8 +46,8 @@ def generate(
     The answer streams to stdout, the model's reasoning dimmed to stderr.
     """
     text = _prompt(prompt)
-    how = sampling(temperature, top_p, top_k, min_p, seed)
     with load(model, backend, device, dtype, max_context) as loaded:
+        how = sampling(loaded, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
         if raw:
             ids = loaded.tokenizer.encode_with_specials(text)
             events = loaded.stream_raw(ids, sampling=how, max_tokens=max_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -23,10 +24,10 @@ MODEL_OPTIONS = (
 )
 SAMPLING_OPTIONS = (
     click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Most tokens to generate."),
-    click.option("--temperature", type=float, default=1.0, metavar="T", show_default=True, help="0 is greedy."),
-    click.option("--top-p", type=float, default=1.0, metavar="P", help="Keep the likeliest tokens that reach P."),
-    click.option("--top-k", type=int, default=0, metavar="K", help="Keep the K likeliest tokens."),
-    click.option("--min-p", type=float, default=0.0, metavar="P", help="Drop tokens below P times the likeliest."),
+    click.option("--temperature", type=float, metavar="T", help="0 is greedy; the model's own by default (1)."),
+    click.option("--top-p", type=float, metavar="P", help="Keep the likeliest tokens that reach P."),
+    click.option("--top-k", type=int, metavar="K", help="Keep the K likeliest tokens."),
+    click.option("--min-p", type=float, metavar="P", help="Drop tokens below P times the likeliest."),
     click.option("--seed", type=int, metavar="S", help="The same seed gives the same text."),
 )
 HARMONY_OPTIONS = (
@@ -47,10 +48,9 @@ def options(*groups: tuple[Callable[[Command], Command], ...]) -> Callable[[Comm
     return add
 
 
-def sampling(temperature: float, top_p: float, top_k: int, min_p: float, seed: int | None) -> Sampling:
-    from mlx_gptoss import Sampling
-
-    return Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
+def sampling(model: Model, **given: Any) -> Sampling:
+    """The model's own sampling with what was given on the command line in its place."""
+    return replace(model.default_sampling, **{name: value for name, value in given.items() if value is not None})
 
 
 def load(model: str | None, backend: str, device: str | None, dtype: str | None, max_context: int | None) -> Model:

@@ -24,7 +24,7 @@ def export(model: Nano, folder: Path) -> None:
     start, pad = specials["<|startoftext|>"], specials["<|endoftext|>"]
     write_json(
         folder / "generation_config.json",
-        {"bos_token_id": start, "do_sample": True, "eos_token_id": stops, "pad_token_id": pad},
+        {"bos_token_id": start, "do_sample": False, "eos_token_id": stops, "pad_token_id": pad},
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -73,9 +73,9 @@ class Reply:
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
-    ids: tuple[int, ...]
-    logprobs: tuple[Token, ...]
-    conversation: Conversation
+    ids: tuple[int, ...] = field(repr=False)
+    logprobs: tuple[Token, ...] = field(repr=False)
+    conversation: Conversation = field(repr=False)
 
 
 class Model:
@@ -100,6 +100,7 @@ class Model:
         self.load_s = load_s
         self._engine = engine
         self._stop_ids = frozenset(checkpoint.stop_ids)
+        self.default_sampling = default_sampling(checkpoint.generation)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -140,7 +141,7 @@ class Model:
             self._tokenizer,
             self._checked(ids),
             stop_ids=self._stop_ids,
-            sampling=sampling,
+            sampling=sampling or self.default_sampling,
             max_tokens=max_tokens,
         )
 
@@ -186,6 +187,7 @@ class Model:
 
         prompt: a question; a list of {"role", "content", ...} as OpenAI's API takes them; or a Conversation, which
             brings its own reasoning, system and tools.
+        sampling: None samples as the checkpoint's generation_config.json says, for gpt-oss at temperature 1.
         max_tokens: None generates until the model stops or the context is full.
         reasoning: "low", "medium" (the default) or "high". system: instructions to the model.
         tools: functions in OpenAI's form, {"type": "function", "function": {"name", "description", "parameters"}}.
@@ -202,7 +204,7 @@ class Model:
             self.tokenizer,
             as_conversation(prompt, reasoning=reasoning, system=system, tools=tools),
             stop_ids=self._stop_ids,
-            sampling=sampling,
+            sampling=sampling or self.default_sampling,
             max_tokens=max_tokens,
         )
 
@@ -296,6 +298,14 @@ def memory_plan(
         slots=slots,
         chunk=backend.prefill_chunk(device),
     )
+
+
+def default_sampling(generation: Mapping[str, Any]) -> Sampling:
+    """The sampling that a generation_config.json asks for; greedy where it says `do_sample: false`."""
+    if generation.get("do_sample") is False:
+        return Sampling(temperature=0.0)
+    fields = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    return Sampling(**{name: generation[name] for name in fields if generation.get(name) is not None})
 
 
 def sizes_in_other_formats(checkpoint: checkpoints.Checkpoint) -> dict[str, int]:

@@ -10,7 +10,7 @@ import pytest
 
 import mlx_gptoss
 from mlx_gptoss import Finished, Message, ReasoningDelta, Sampling, TextDelta, ToolCall
-from mlx_gptoss.api import NANO, as_conversation
+from mlx_gptoss.api import NANO, as_conversation, default_sampling
 from mlx_gptoss.chat import answered
 from mlx_gptoss.errors import BackendUnavailable, CheckpointError, DoesNotFit, GptOssError, InvalidRequest
 
@@ -210,3 +210,11 @@ def test_describe_and_convert(mini, tmp_path):
 
 def test_the_bundled_model_is_small():
     assert sum(path.stat().st_size for path in NANO.iterdir() if path.is_file()) <= 4_000_000
+
+
+def test_the_checkpoint_says_how_it_is_sampled():
+    assert default_sampling({}) == Sampling()
+    assert default_sampling({"do_sample": False, "temperature": 0.7}) == Sampling(temperature=0)
+    assert default_sampling({"do_sample": True, "temperature": 0.7, "top_p": 0.9, "eos_token_id": 3}) == Sampling(
+        temperature=0.7, top_p=0.9
+    )
