@@ -1,0 +1,199 @@
+"""The container: hostile headers are refused with one clear error; the safetensors package reads what is written."""
+
+from __future__ import annotations
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from mlx_gptoss.errors import CheckpointError
+from mlx_gptoss.weights import safetensors
+from mlx_gptoss.weights.safetensors import MappedFile, TensorInfo, Writer, read_header
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def file_bytes(header, data=b"\0" * 8, length=None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+TWICE = b'{"a":%s,"a":%s}' % (json.dumps(entry()).encode(), json.dumps(entry()).encode())
+ATTACKS = {
+    "an empty file": (b"", "truncated"),
+    "half a length": (b"\x08\0\0", "truncated"),
+    "a length past the end": (file_bytes({"a": entry()}, length=10**6), "truncated"),
+    "the largest length": (file_bytes({"a": entry()}, length=2**64 - 1), "truncated"),
+    "a header of 100 MB": (file_bytes(b"{" + b" " * 100 * 2**20 + b"}"), "has a header of"),
+    "a million items": (file_bytes(b'{"a":[' + b"1," * 10**6 + b"1]}"), "more items"),
+    "nesting without end": (file_bytes(b"[" * 10**6), "not valid JSON"),
+    "no JSON": (file_bytes(b"{oops"), "not valid JSON"),
+    "a list": (file_bytes([entry()]), "not a JSON object"),
+    "bytes that are no text": (file_bytes(b'{"\xff\xfe": 1}'), "not UTF-8"),
+    "a name twice": (file_bytes(TWICE), "'a' twice"),
+    "metadata of numbers": (file_bytes({"__metadata__": {"format": 1}, "a": entry()}), "__metadata__"),
+    "an entry that is no object": (file_bytes({"a": [1, 2]}), "exactly dtype, shape and data_offsets"),
+    "an entry without offsets": (file_bytes({"a": {"dtype": "F32", "shape": [2]}}), "exactly dtype"),
+    "an unknown dtype": (file_bytes({"a": entry("F128")}), "unknown dtype 'F128'"),
+    "a dtype that is no text": (file_bytes({"a": entry(["F32"])}), "unknown dtype"),
+    "a negative size": (file_bytes({"a": entry(shape=(-2,))}), "natural numbers"),
+    "a fractional size": (file_bytes({"a": entry(shape=(2.0,))}), "natural numbers"),
+    "a size that is no number": (file_bytes({"a": entry(shape=(True,))}), "natural numbers"),
+    "a size beyond 64 bits": (file_bytes({"a": entry(shape=(2**64,))}), "natural numbers"),
+    "sizes that overflow 64 bits": (file_bytes({"a": entry(shape=(2**40, 2**40))}), "bytes where"),
+    "many dimensions": (file_bytes({"a": entry(shape=(1,) * 100)}), "100 dimensions"),
+    "a negative offset": (file_bytes({"a": entry(offsets=(-8, 0))}), "natural numbers"),
+    "offsets the wrong way round": (file_bytes({"a": entry(offsets=(8, 0))}), "bytes where"),
+    "offsets of another size": (file_bytes({"a": entry(offsets=(0, 4))}, b"\0" * 4), "4 bytes where F32 .2. takes 8"),
+    "offsets past the end": (file_bytes({"a": entry(offsets=(0, 8))}, b"\0" * 7), "truncated: 7 of 8"),
+    "a gap": (file_bytes({"a": entry(offsets=(8, 16))}, b"\0" * 16), "gap or an overlap before 'a'"),
+    "an overlap": (file_bytes({"a": entry(), "b": entry(offsets=(4, 12))}, b"\0" * 12), "overlap before 'b'"),
+    "bytes of no tensor": (file_bytes({"a": entry()}, b"\0" * 12), "4 bytes that belong to no tensor"),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_hostile_files_are_refused(attack, tmp_path):
+    data, message = ATTACKS[attack]
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_header(tmp_path / "model.safetensors")
+    assert len(str(caught.value)) < 500 + len(str(tmp_path))
+
+
+def test_the_plain_file_of_the_attacks_is_good(tmp_path):
+    entries = {"__metadata__": {"format": "pt"}, "a": entry(), "none": entry("U8", (0,), (8, 8))}
+    (tmp_path / "a").write_bytes(file_bytes(entries))
+    header = read_header(tmp_path / "a")
+    assert header.metadata == {"format": "pt"}
+    assert header.tensors["a"] == TensorInfo("a", "F32", (2,))
+    assert MappedFile(tmp_path / "a").get("none").shape == (0,)
+
+
+def test_a_missing_file_is_one_error(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_header(tmp_path / "nowhere.safetensors")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.integers(0, 400), byte=st.integers(0, 255), cut=st.integers(0, 60))
+def test_a_damaged_file_is_read_or_refused(tmp_path, place, byte, cut):
+    """Any one byte changed and the end cut off: either tensors come back or a CheckpointError."""
+    entries = {"__metadata__": {"format": "mlx"}, "a": entry(), "b": entry("U8", (3, 1), (8, 11))}
+    data = bytearray(file_bytes(entries, bytes(range(11))))
+    data[place % len(data)] = byte
+    (tmp_path / "damaged").write_bytes(data[: len(data) - cut])
+    try:
+        file = MappedFile(tmp_path / "damaged")
+    except CheckpointError:
+        return
+    for name, info in file.header.tensors.items():
+        assert file.get(name).nbytes == info.nbytes
+
+
+INFOS = [
+    TensorInfo("byte", "U8", (3,)),
+    TensorInfo("half", "BF16", (5, 3)),
+    TensorInfo("word", "U32", (4, 2)),
+    TensorInfo("single", "F32", (2, 3, 4)),
+    TensorInfo("scalar", "F32", ()),
+]
+
+
+def filled(info: TensorInfo) -> np.ndarray:
+    rng = np.random.default_rng(len(info.name))
+    return rng.integers(0, 100, info.shape).astype(safetensors.DTYPES[info.dtype])
+
+
+def write(folder, limit=10**9):
+    writer = Writer(folder, INFOS, {"format": "pt"}, limit)
+    for info in reversed(INFOS):
+        values = filled(info)
+        half = len(values) // 2 if info.shape else 0
+        if half:
+            writer.write(info.name, half, values[half:])
+            writer.write(info.name, 0, values[:half])
+        else:
+            writer.write(info.name, 0, values)
+    return writer
+
+
+@pytest.mark.parametrize(("limit", "files"), [(10**9, 1), (100, 2)])
+def test_what_is_written_the_safetensors_package_reads(tmp_path, limit, files):
+    writer = write(tmp_path, limit)
+    writer.finish()
+    assert sum(check() for check in writer.checks()) == sum(info.nbytes for info in INFOS)
+    writer.close()
+    paths = sorted(tmp_path.glob("*.safetensors"))
+    assert len(paths) == files
+    found = {}
+    for path in paths:
+        file = MappedFile(path)
+        with safe_open(path, "numpy") as reader:
+            assert reader.metadata() == {"format": "pt"}
+            for name in reader.keys():  # noqa: SIM118
+                found[name] = path.name
+                if name != "half":  # the package has no bfloat16 for numpy
+                    assert np.array_equal(reader.get_tensor(name), file.get(name))
+        for name, info in file.header.tensors.items():
+            assert np.array_equal(file.get(name), filled(info))
+            assert file.get(name).flags.aligned
+            assert not file.get(name).flags.writeable
+    if files > 1:
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        assert index["weight_map"] == found
+        assert paths[0].name == "model-00001-of-00002.safetensors"
+
+
+def test_missing_rows_are_noticed(tmp_path):
+    writer = Writer(tmp_path, INFOS[:2], {})
+    writer.write("byte", 0, filled(INFOS[0]))
+    with pytest.raises(ValueError, match="3 of 33 bytes"):
+        writer.finish()
+    writer.close()
+
+
+def test_rows_outside_a_tensor_are_refused(tmp_path):
+    writer = Writer(tmp_path, INFOS, {})
+    with pytest.raises(ValueError, match="outside its shape"):
+        writer.write("half", 4, np.zeros((2, 3), BF16))
+    writer.close()
+
+
+def test_bytes_that_change_on_the_disk_are_noticed(tmp_path):
+    writer = write(tmp_path)
+    writer.finish()
+    path = tmp_path / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    with path.open("r+b") as file:
+        file.write(data)
+    with pytest.raises(OSError, match="other bytes"):
+        for check in writer.checks():
+            check()
+    writer.close()
+
+
+def test_released_pages_are_read_again(tmp_path):
+    values = np.arange(300_000, dtype=np.float32).reshape(3, -1)
+    writer = Writer(tmp_path, [TensorInfo("a", "F32", values.shape)], {})
+    writer.write("a", 0, values)
+    writer.finish()
+    writer.close()
+    file = MappedFile(tmp_path / "model.safetensors")
+    view = file.get("a")
+    assert np.array_equal(view, values)
+    file.release_array(view[1:2])
+    file.release_array(view.T)
+    file.release_array(values)  # not of this file: left alone
+    file.release_all()
+    assert np.array_equal(view, values)
