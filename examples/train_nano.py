@@ -219,7 +219,9 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder of the run's state")
     parser.add_argument("--minutes", type=float, default=90, help="time for training, earlier parts included")
     parser.add_argument("--to", type=Path, help="folder to write the model to")
-    parser.add_argument("--fused", action="store_true", help="compile the layers (needs a C++ compiler; 1.2 times as fast)")
+    parser.add_argument(
+        "--fused", action="store_true", help="compile the layers (needs a C++ compiler; 1.2 times as fast)"
+    )
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
