@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError
-from .tensor import NVFP4, Array, Dense, Element, Quantized, ScaleKind, Spec, Weight
+from .tensor import AFFINE4, FP8_ROW, NVFP4, Array, Dense, Element, Quantized, ScaleKind, Spec, Weight
 
 Floats = NDArray[Any]  # float32
 Bytes = NDArray[Any]  # uint8
@@ -131,6 +131,32 @@ def quantize_nvfp4(weight: Weight, outer: Array) -> Quantized:
 
     found = _encode(weight, NVFP4, encode, BFLOAT16)
     return replace(found, outer=outer)
+
+
+def quantize_fp8_rows(weight: Weight) -> Quantized:
+    """The weight quantized anew to e4m3 codes with one bfloat16 scale a row, as compressed-tensors does bit for bit."""
+    group = replace(FP8_ROW, group=shape(weight)[-1], scale="float")
+    found = _encode(weight, group, _fp8_row, BFLOAT16)
+    return Quantized(FP8_ROW, found.codes, outer=found.scale)
+
+
+def quantize_symmetric(weight: Weight) -> Quantized:
+    """The weight quantized anew to 4-bit integers around 8 with a float16 scale a group of 64, as AutoRound rounds to
+    nearest, bit for bit. Raises CheckpointError for a value that float16 cannot scale."""
+    return _encode(weight, AFFINE4, _symmetric, np.dtype(np.float16))
+
+
+def symmetric_bias(scale: Array) -> Array:
+    """-8 * scale: what code 0 stands for where 8 is zero; exact in the scale's own dtype unless it is too large, which
+    raises CheckpointError. NaN and infinity pass."""
+    with np.errstate(over="ignore"):
+        bias: Array = scale * scale.dtype.type(-8)
+    if np.any(np.isinf(bias) & np.isfinite(scale)):
+        raise CheckpointError(
+            f"a scale is too large for 8 steps of it to be a {scale.dtype.name}; the checkpoint is damaged, or needs a "
+            "format with wider scales, such as mlx-4bit"
+        )
+    return bias
 
 
 def largest(weight: Weight) -> np.float32:
@@ -303,6 +329,33 @@ def _nvfp4_scaled(groups: Floats, outer: Array) -> tuple[Bytes, Bytes, None]:
     return code, scale, None
 
 
+def _fp8_row(groups: Floats, spec: Spec) -> tuple[Bytes, Array, None]:
+    """compressed-tensors 0.19 on bfloat16 weights: scale bf16(amax / 448), 2^-7 for a row of zeros; the quotient is
+    rounded to bfloat16 before it is to e4m3, and -0 becomes +0."""
+    scale = (_most(np.abs(groups), np.maximum) / np.float32(448)).astype(BFLOAT16)
+    scale[scale == 0] = 2**-7
+    quotient = (groups / scale.astype(np.float32)[:, None]).astype(BFLOAT16)
+    return _E4M3_OF_BFLOAT16.take(quotient.view(np.uint16)), scale, None
+
+
+def _symmetric(groups: Floats, spec: Spec) -> tuple[Bytes, Array, Array]:
+    """AutoRound 0.16's int_sym: the element of largest magnitude gets code 0, so the scale has the opposite of its
+    sign; scales are at least float16(1e-5) in magnitude."""
+    low = np.minimum(_most(groups, np.minimum), 0)
+    high = np.maximum(_most(groups, np.maximum), 0)
+    least = np.float16(1e-5)
+    with np.errstate(over="ignore"):
+        scale = (np.where(high < -low, -low, -high) / np.float32(8)).astype(np.float16)
+    if not np.isfinite(scale).all():
+        raise CheckpointError("a weight is too large for the float16 scales of int4-autoround; choose another format")
+    scale = np.where(scale < 0, np.minimum(scale, -least), np.maximum(scale, least))
+    work = groups / scale.astype(np.float32)[:, None]
+    np.rint(work, out=work)
+    work += np.float32(8)
+    np.clip(work, 0, 15, out=work)
+    return work.astype(np.uint8), scale, symmetric_bias(scale)
+
+
 def _mxfp8(groups: Floats, spec: Spec) -> tuple[Bytes, Bytes, None]:
     """MLX's mxfp8: scale 2^ceil(log2(amax / 448)), so that nothing saturates. A group of zeros gets scale 1."""
     magnitude = np.abs(groups)
@@ -341,6 +394,15 @@ def _e4m3(magnitude: Floats) -> Bytes:
     code: Bytes = np.where(magnitude < np.float32(2**-6), subnormal, bits).astype(np.uint8)
     return code
 
+
+def _e4m3_of_bfloat16() -> Bytes:
+    """The nearest e4m3 code of every bfloat16 by its bits, saturating; +0 for both zeros."""
+    values = np.arange(2**15, dtype=np.uint16).view(BFLOAT16).astype(np.float32)
+    codes = _e4m3(np.nan_to_num(values, nan=448))
+    return np.concatenate([codes, codes[:1], codes[1:] | 128])
+
+
+_E4M3_OF_BFLOAT16 = _e4m3_of_bfloat16()
 
 _Encode = Callable[[Floats, Spec], tuple[Bytes, Array, Array | None]]
 _ENCODERS: Mapping[tuple[Element, ScaleKind], _Encode] = {

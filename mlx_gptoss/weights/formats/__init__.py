@@ -8,11 +8,20 @@ from dataclasses import dataclass
 from ...errors import CheckpointError
 from ..params import Param
 from ..safetensors import TensorInfo
-from . import bf16, mlx, modelopt, mxfp4, original
+from . import autoround, bf16, fp8, mlx, modelopt, mxfp4, original
 from .base import Format, Recipe, Source, Stored, Want, plain_name
 
-# Asked in this order where a parameter lies; bf16 is last as it also takes what is plain.
-FORMATS: tuple[Format, ...] = (original.FORMAT, mlx.FORMAT, mxfp4.FORMAT, modelopt.FORMAT, bf16.FORMAT)
+# Asked in this order where a parameter lies; bf16 is last as it also takes what is plain, and autoround before mlx as
+# both name tensors `.scales`.
+FORMATS: tuple[Format, ...] = (
+    original.FORMAT,
+    autoround.FORMAT,
+    fp8.FORMAT,
+    mlx.FORMAT,
+    mxfp4.FORMAT,
+    modelopt.FORMAT,
+    bf16.FORMAT,
+)
 WRITERS: Mapping[str, Format] = {name: form for form in FORMATS if form.writes for name in form.recipes}
 
 # Names that a known tool writes by mistake or that are not read: (what a name contains or ends in, why)
@@ -85,13 +94,13 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _name(sources: Mapping[str, Source], params: Sequence[Param]) -> str:
-    """The name whose recipe every matrix follows. Else that of the family alone, if there is one, or `mixed`."""
+    """The name whose recipe every matrix follows. Else that of the only family that quantizes, or `mixed`."""
     matrices = [param for param in params if param.is_matrix]
     for form in FORMATS:
         for name, recipe in form.recipes.items():
             if all(_follows(sources[param.name], recipe, param) for param in matrices):
                 return name
-    families = {sources[param.name].family for param in matrices} - {"plain"}
+    families = {sources[param.name].family for param in matrices if sources[param.name].spec is not None}
     return families.pop() if len(families) == 1 else "mixed"
 
 
@@ -99,6 +108,6 @@ def _follows(source: Source, recipe: Recipe, param: Param) -> bool:
     family, spec = recipe[param.role]
     if family == "mlx" and param.role == "router" and source.family in ("mlx", "plain"):
         return True  # mlx-lm's releases differ in the router's bits
-    if spec is not None and param.shape[-1] % spec.group:
+    if spec is not None and spec.group and param.shape[-1] % spec.group:
         return source.spec is None and source.family in (family, "plain")
     return (source.family, source.spec) == (family, spec)

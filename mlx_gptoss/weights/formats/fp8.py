@@ -18,7 +18,6 @@ import numpy as np
 from ...errors import CheckpointError
 from .. import codecs
 from ..params import Param
-from ..safetensors import DTYPES
 from ..tensor import FP8_ROW, MXFP4, NVFP4, Array, Quantized, Spec, Weight
 from .base import (
     FLOATS,
@@ -30,7 +29,6 @@ from .base import (
     Source,
     Stored,
     Unit,
-    cast,
     dense_unit,
     matrix_recipe,
     plain_name,
@@ -71,9 +69,10 @@ class Fp8(Format):
         if packed == "U8":
             return _float4(modules, param, stored)
         if packed is not None or weight == "I8":
+            scheme = "pack-quantized" if packed else "int-quantized"
             raise CheckpointError(
-                f"{modules.first} holds integers of compressed-tensors ({'pack' if packed else 'int'}-quantized), which "
-                "cannot be read; its float-quantized (FP8), nvfp4-pack-quantized and mxfp4-pack-quantized schemes can"
+                f"{modules.first} is {scheme} (integers of compressed-tensors), which cannot be read; float-quantized "
+                "(FP8), nvfp4-pack-quantized and mxfp4-pack-quantized can; take one of those or the original checkpoint"
             )
         return dense_experts(modules, "weight", param, stored) if param.role == "experts" else None
 
@@ -83,7 +82,7 @@ class Fp8(Format):
             if param.is_matrix and self.recipes[target][param.role][1]:
                 return _unit(param, dtype)
             if param.role == "experts":
-                return dense_experts_unit(param, dtype, lambda weight: cast(weight, dtype))
+                return dense_experts_unit(param, dtype)
             return dense_unit(param, dtypes, plain_name(param))
 
         return [unit(param) for param in params]
@@ -161,8 +160,8 @@ def _in_halves(module: str, stored: Stored) -> bool:
     match = _VERSION.match(version) if isinstance(version, str) else None
     if match is None:
         raise CheckpointError(
-            f"config.json's quantization_config has the version {version!r}; but only the version of compressed-tensors "
-            f"tells whether {module} holds the gate or half of gate and up: take config.json from the checkpoint's source"
+            f"config.json's quantization_config has the version {version!r}, but only compressed-tensors' version "
+            f"tells whether {module} is the gate or half of gate and up; take config.json from the checkpoint's source"
         )
     found = tuple(int(part or 0) for part in match.groups())
     return _HALVES_SINCE <= found < _HALVES_UNTIL
@@ -175,8 +174,8 @@ def _float8(modules: Modules, param: Param, stored: Stored) -> Source:
     shape = stored.shape(scales)
     if len(shape) == 2 and shape[1] > 1:
         raise CheckpointError(
-            f"{scales} has the shape {list(shape)}: FP8 with a scale for each block cannot be read, only with one for each "
-            "row (FP8_DYNAMIC): quantize the model with that scheme, or convert the original checkpoint"
+            f"{scales} has the shape {list(shape)}: FP8 with a scale for each block cannot be read, only with one for "
+            "each row (FP8_DYNAMIC); quantize the model with that scheme, or convert the original checkpoint"
         )
     wants = modules.wants("weight", ("F8_E4M3",), (rows, width))
     wants += modules.wants("weight_scale", one_dtype(stored, scales), shape if shape in ((), (1,)) else (rows, 1))
@@ -204,7 +203,9 @@ def _float4(modules: Modules, param: Param, stored: Stored) -> Source:
 
     def load(get: Get) -> Weight:
         codes, scale = modules.read(get, "weight_packed"), modules.read(get, "weight_scale")
-        outer = modules.read(get, "weight_global_scale", lambda g: _per_row(_reciprocal(g), rows)) if with_global else None
+        outer = None
+        if with_global:
+            outer = modules.read(get, "weight_global_scale", lambda scale: _per_row(_reciprocal(scale), rows))
         return Quantized(spec, codes, scale, outer=outer)
 
     return Source("nvfp4-pack-quantized" if with_global else "mxfp4-pack-quantized", spec, tuple(wants), load)
@@ -227,6 +228,13 @@ def _reciprocal(scale: Array) -> Array:
     return found
 
 
+def _as_rows(weight: Weight) -> Quantized:
+    """The weight as it is stored if it is FP8 already, else quantized anew."""
+    if isinstance(weight, Quantized) and weight.spec == FP8_ROW:
+        return weight
+    return codecs.quantize_fp8_rows(weight)
+
+
 def _unit(param: Param, dtype: str) -> Unit:
     """`dtype` is that of the scales."""
     rows, width = param.shape[-2:]
@@ -235,7 +243,7 @@ def _unit(param: Param, dtype: str) -> Unit:
 
     def encode(weights: Sequence[Weight]) -> Encoder:
         def pieces(start: int, stop: int) -> list[Piece]:
-            part = codecs.to_fp8_rows(codecs.rows(weights[0], start, stop), DTYPES[dtype])
+            part = _as_rows(codecs.rows(weights[0], start, stop))
             return [
                 *modules.pieces("weight", start, part.codes),
                 *modules.pieces("weight_scale", start, np.asarray(part.outer)),

@@ -4,14 +4,14 @@ experts. Shared by compressed-tensors and AutoRound; an expert parameter is put 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from ...errors import CheckpointError
 from .. import codecs
 from ..params import Param
-from ..safetensors import TensorInfo
+from ..safetensors import DTYPES, TensorInfo
 from ..tensor import Array, Dense, Weight
 from .base import FLOATS, Encoder, Get, Piece, Source, Stored, Unit, Want, experts_prefix, plain_name
 
@@ -28,7 +28,7 @@ class Modules:
     """
 
     names: tuple[tuple[str, ...], ...]
-    rows: slice = slice(None)
+    rows: slice = field(default_factory=lambda: slice(None))
     stacked: bool = True
 
     @property
@@ -102,12 +102,12 @@ def dense_experts(modules: Modules, part: str, param: Param, stored: Stored) -> 
     return Source("plain", None, tuple(wants), lambda get: Dense(modules.read(get, part)))
 
 
-def dense_experts_unit(param: Param, dtype: str, cast: Callable[[Weight], Array]) -> Unit:
-    """The biases of an expert parameter, each with its module; `cast` makes them `dtype`."""
+def dense_experts_unit(param: Param, dtype: str) -> Unit:
+    """The biases of an expert parameter, each beside its module's weight."""
     modules = modules_of(param)
 
     def encode(weights: Sequence[Weight]) -> Encoder:
-        return lambda start, stop: modules.pieces("bias", start, cast(codecs.rows(weights[0], start, stop)))
+        return lambda start, stop: modules.pieces("bias", start, _cast(codecs.rows(weights[0], start, stop), dtype))
 
     return Unit((param,), tuple(modules.infos("bias", dtype, param.shape[1:])), encode)
 
@@ -116,6 +116,17 @@ def block_of(stored: Stored) -> Mapping[str, object]:
     """config.json's quantization_config, empty if there is none."""
     block = stored.raw.get("quantization_config")
     return block if isinstance(block, Mapping) else {}
+
+
+def _cast(weight: Weight, dtype: str) -> Array:
+    if dtype == "BF16":
+        return codecs.to_bfloat16(weight)
+    values = codecs.dequantize(weight)
+    with np.errstate(over="ignore"):
+        found: Array = values.astype(DTYPES[dtype])
+    if not np.isfinite(found).all():
+        raise CheckpointError(f"a bias is not a finite {found.dtype.name}; choose another format than int4-autoround")
+    return found
 
 
 def _words(values: Array) -> Array:
