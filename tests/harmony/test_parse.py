@@ -143,12 +143,20 @@ def test_thought_then_answer(small: Tokenizer, text: str) -> None:
     assert read(small, text) == [said("a", "analysis"), said("b", "final")]
 
 
-@pytest.mark.parametrize(
-    "text", ["", "<|channel|>", "<|channel|>analysis", " to=functions.f<|channel|>comm", "<|end|>"]
-)
+HALVES = [
+    "",
+    "<|channel|>",
+    "<|channel|>analysis",
+    " to=functions.f<|channel|>comm",
+    "<|channel|>commentary to",
+    " ass",
+]
+
+
+@pytest.mark.parametrize("text", HALVES)
 def test_half_a_header_is_no_message(small: Tokenizer, text: str) -> None:
-    assert [message.content for message in read(small, text)] in ([], ["comm"])
-    assert read(small, THINK + text)[0] == said("hm", "analysis")
+    assert read(small, text) == []
+    assert read(small, THINK + text) == [said("hm", "analysis")]
 
 
 @pytest.mark.parametrize(
@@ -189,12 +197,18 @@ def test_a_header_without_end_is_read_in_linear_time(small: Tokenizer) -> None:
     assert read(small, "to=" + "a" * 20_000) == [said("to=" + "a" * 20_000)]
 
 
-# Every word is written once, so that each can be looked for.
-WORDS = st.integers(0, 9999).map(lambda number: f" w{number:04}")
 GLUED = st.sampled_from(
-    [*SPECIALS, *SPECIALS[2:], " to=functions.f", " json", "assistant", "user", "final", "analysis"]
+    [*SPECIALS, *SPECIALS[2:], " to=functions.f ", " json", "assistant", "user", "final", "analysis"]
 )
-STREAMS = st.lists(WORDS | GLUED | st.sampled_from(["\n", " ", "🎉"]), max_size=25).map("".join)
+PLAIN = st.sampled_from(["W", " W", " W", "\n", " ", "🎉"])
+
+
+def numbered(pieces: list[str]) -> str:
+    """Every word is another one, so that each can be looked for."""
+    return "".join(piece.replace("W", f"w{place:04}") for place, piece in enumerate(pieces))
+
+
+STREAMS = st.lists(PLAIN | GLUED, max_size=25).map(numbered)
 
 
 @settings(max_examples=1500, deadline=None)
@@ -208,7 +222,7 @@ def test_no_word_is_lost_or_said_twice(small: Tokenizer, text: str) -> None:
         if part
     )
     for word in re.findall(r"w\d{4}", text):
-        assert told.count(word) == text.count(word), (word, messages)
+        assert told.count(word) == 1, (word, messages)
 
 
 @settings(max_examples=500, deadline=None)
