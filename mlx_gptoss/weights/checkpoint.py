@@ -179,7 +179,8 @@ def _folder_of(path: Path) -> Path:
 
 def child(folder: Path, name: str) -> Path:
     """The path of a direct child; a link must end in the folder itself or in a hub cache's `blobs`."""
-    if not name or "/" in name or "\\" in name or name in (".", "..") or "\0" in name:
+    plain = name.isprintable() and 0 < len(name) < 200 and not {"/", "\\"} & set(name) and name not in (".", "..")
+    if not plain:
         raise CheckpointError(f"{folder}: {name!r} is not a plain file name; the checkpoint may be hostile")
     path = folder / name
     if not path.exists():
@@ -215,7 +216,7 @@ def _hold_against_index(listed: Mapping[str, str], files: Iterable[MappedFile]) 
     wrong = sorted(name for name in listed.keys() | found.keys() if listed.get(name) != found.get(name))
     if wrong:
         raise CheckpointError(
-            f"the index and the shards disagree about {len(wrong)} tensors ({', '.join(wrong[:4])}...); "
+            f"the index and the shards disagree about {len(wrong)} tensors ({', '.join(map(repr, wrong[:4]))}...); "
             "they belong to different downloads: download the checkpoint again"
         )
 

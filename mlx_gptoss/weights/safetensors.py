@@ -304,6 +304,8 @@ def _bad(path: Path, what: str) -> CheckpointError:
 
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
+    if not name.isprintable():
+        raise _bad(path, f"has the tensor name {name!r}, which cannot be printed")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _bad(path, f"describes {name!r} without exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
