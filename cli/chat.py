@@ -113,7 +113,7 @@ class Session:
 
         from .printer import show_events, stats_line
 
-        asked = replace(self.conversation, messages=(*self.conversation.messages, Message("user", line)))
+        asked = self.conversation.with_user(line)
         said: list[str] = []
         try:
             events = self.model.stream(asked, sampling=self.sampling, max_tokens=self.max_tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -55,3 +55,13 @@ class Conversation:
     date: str | None = None
     identity: str = IDENTITY
     knowledge_cutoff: str | None = KNOWLEDGE_CUTOFF
+
+    def with_user(self, text: str) -> Conversation:
+        """The conversation with the user's next turn."""
+        return replace(self, messages=(*self.messages, Message("user", text)))
+
+    def with_result(self, function: str, result: str) -> Conversation:
+        """The conversation with what a called function returned, as text (usually JSON)."""
+        name = function if function.startswith("functions.") else f"functions.{function}"
+        answer = Message("tool", result, channel="commentary", recipient="assistant", name=name)
+        return replace(self, messages=(*self.messages, answer))

@@ -1,0 +1,32 @@
+"""The examples run as they stand, on the bundled model, and say what they promise."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("stream_reply.py", ["384", "tokens/s"]),
+        ("conversation.py", ["123", "128", "elppa"]),
+        ("weather_tool.py", ["get_weather", "Paris", "18", "sunny"]),
+    ],
+)
+def test_example(name, expected):
+    out = subprocess.run([sys.executable, EXAMPLES / name], capture_output=True, text=True, timeout=120)
+    assert out.returncode == 0, out.stderr
+    for words in expected:
+        assert words in out.stdout
+
+
+def test_examples_are_short():
+    for path in EXAMPLES.glob("*.py"):
+        if "nano" not in path.name:
+            assert len(path.read_text().splitlines()) <= 40, path.name
