@@ -94,13 +94,16 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _name(sources: Mapping[str, Source], params: Sequence[Param]) -> str:
-    """The name whose recipe every matrix follows. Else that of the only family that quantizes, or `mixed`."""
+    """The name whose recipe every matrix follows. Else the only family that quantizes or, when none
+    does, that keeps experts its own way; else `mixed`."""
     matrices = [param for param in params if param.is_matrix]
     for form in FORMATS:
         for name, recipe in form.recipes.items():
             if all(_follows(sources[param.name], recipe, param) for param in matrices):
                 return name
-    families = {sources[param.name].family for param in matrices if sources[param.name].spec is not None}
+    found = [sources[param.name] for param in matrices]
+    families = {source.family for source in found if source.spec is not None}
+    families = families or {source.family for source in found} - {"plain"}
     return families.pop() if len(families) == 1 else "mixed"
 
 
