@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, cast
 
 from . import hub
-from .backends.base import Limits
+from .backends.base import Backend, Limits
 from .chat import (
     Event,
     Finished,
@@ -37,6 +37,7 @@ from .tokenizer import Tokenizer
 from .weights import checkpoint as checkpoints
 from .weights import convert as conversion
 from .weights.formats import WRITERS
+from .weights.requantize import Requantized
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,6 +85,7 @@ class Model:
     def __init__(
         self,
         checkpoint: checkpoints.Checkpoint,
+        stored_as: str,
         tokenizer: Tokenizer | None,
         engine: Engine,
         backend: str,
@@ -94,7 +96,7 @@ class Model:
         self.config: ModelConfig = checkpoint.config
         self._tokenizer = tokenizer
         self.backend = backend
-        self.format: str = checkpoint.format
+        self.format = stored_as
         self.plan = plan
         self.name = name
         self.load_s = load_s
@@ -249,26 +251,35 @@ def load(
     dtype: of activations and KV cache, "float32", "bfloat16" or "float16"; None is bfloat16 on a GPU, float32 on a CPU.
     max_context: tokens a sequence may have; None is the model's longest, or what fits into memory of it.
     slots: sequences that are generated at once; more wait.
+    quantize: the name of an MLX format ("mlx-4bit", "mlx-mxfp4-q8", ...) to quantize to while loading; None, the
+        default, computes on the weights as they are stored.
     Raises CheckpointError, DoesNotFit (before anything is loaded), BackendUnavailable or InvalidRequest.
     """
     started = time.perf_counter()
-    if quantize is not None:
-        raise InvalidRequest(
-            f"quantize={quantize!r} is not available when loading; convert the checkpoint first: "
-            "mlx-gptoss convert SOURCE DEST --to mlx-4bit"
-        )
     if slots < 1:
         raise InvalidRequest(f"slots must be at least 1, not {slots}")
     name = "the bundled model" if path_or_repo_id is None else str(path_or_repo_id)
     module, backend = find_backend(backend)
     checkpoint = open_checkpoint(path_or_repo_id)
+    weights = checkpoint if quantize is None else Requantized(checkpoint, quantize)
     folder = checkpoint.tokenizer_folder
     tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
-    plan = memory_plan(checkpoint, module, device=device, dtype=dtype, max_context=max_context, slots=slots)
-    require_fit(plan, name, sizes_in_other_formats(checkpoint))
+    sizes = sizes_in_other_formats(checkpoint)
+    size = checkpoint.size_bytes if quantize is None else sizes[quantize]
+    plan = memory_plan(checkpoint, module, size, device=device, dtype=dtype, max_context=max_context, slots=slots)
+    require_fit(plan, name, sizes)
     limits = Limits(slots=slots, max_context=plan.context, chunk=module.prefill_chunk(device))
-    engine = Engine(lambda: module.load(checkpoint, device=device, dtype=dtype, limits=limits))
-    return Model(checkpoint, tokenizer, engine, backend, plan, name, load_s=time.perf_counter() - started)
+    engine = Engine(lambda: module.load(weights, device=device, dtype=dtype, limits=limits))
+    return Model(
+        checkpoint,
+        quantize or checkpoint.format,
+        tokenizer,
+        engine,
+        backend,
+        plan,
+        name,
+        load_s=time.perf_counter() - started,
+    )
 
 
 def open_checkpoint(path_or_repo_id: str | Path | None) -> checkpoints.Checkpoint:
@@ -278,20 +289,22 @@ def open_checkpoint(path_or_repo_id: str | Path | None) -> checkpoints.Checkpoin
 
 def memory_plan(
     checkpoint: checkpoints.Checkpoint,
-    backend: ModuleType,
+    backend: Backend,
+    weights_bytes: int | None = None,
     *,
     device: str | None = None,
     dtype: str | None = None,
     max_context: int | None = None,
     slots: int = 1,
 ) -> MemoryPlan:
-    """What the checkpoint will take on this backend's device, and what the device has."""
+    """What the checkpoint will take on this backend's device, and what the device has. weights_bytes: where that is
+    not the checkpoint's own size, for it is quantized on the way."""
     config = checkpoint.config
     if max_context is not None and not 1 <= max_context <= config.max_position_embeddings:
         raise InvalidRequest(f"max_context must be from 1 to {config.max_position_embeddings}, not {max_context}")
     return plan_memory(
         config,
-        checkpoint.size_bytes,
+        checkpoint.size_bytes if weights_bytes is None else weights_bytes,
         backend.available_memory(device),
         activation_bytes=ACTIVATION_BYTES[backend.dtype_name(device, dtype)],
         context=max_context,
@@ -374,13 +387,13 @@ def convert(
     return conversion.convert(hub.resolve(source), Path(destination), to, overwrite=overwrite, progress=progress)
 
 
-def find_backend(name: str) -> tuple[ModuleType, str]:
+def find_backend(name: str) -> tuple[Backend, str]:
     """The backend's module, imported now. "auto" takes the first that is installed."""
     if name not in ("auto", *BACKENDS):
         raise InvalidRequest(f"backend must be auto or {' or '.join(BACKENDS)}, not {name!r}")
     chosen = BACKENDS[0] if name == "auto" else name
     try:
-        return import_module(f".backends.{chosen}", __package__), chosen
+        return cast(Backend, import_module(f".backends.{chosen}", __package__)), chosen
     except ImportError as error:
         raise BackendUnavailable(
             f"the {chosen} backend cannot be imported ({error}): pip install mlx-gptoss"

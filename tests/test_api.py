@@ -134,7 +134,8 @@ def test_streaming_refuses_before_the_first_event(model):
         ({"max_context": 0}, InvalidRequest, "max_context"),
         ({"max_context": 10**7}, InvalidRequest, "max_context"),
         ({"slots": 0}, InvalidRequest, "slots"),
-        ({"quantize": "mlx-4bit"}, InvalidRequest, "convert"),
+        ({"quantize": "int3"}, InvalidRequest, "quantize must be one of .*mlx-4bit"),
+        ({"quantize": "bf16"}, InvalidRequest, "quantize"),
     ],
 )
 def test_bad_options_of_load_are_refused(mini, options, error, message):
@@ -218,3 +219,12 @@ def test_the_checkpoint_says_how_it_is_sampled():
     assert default_sampling({"do_sample": True, "temperature": 0.7, "top_p": 0.9, "eos_token_id": 3}) == Sampling(
         temperature=0.7, top_p=0.9
     )
+
+
+@pytest.mark.parametrize("name", ["mlx-4bit", "mlx-8bit", "mlx-nvfp4", "mlx-mxfp4", "mlx-mxfp4-q8"])
+def test_quantizing_while_loading_is_converting_first(mini, tmp_path, name):
+    mlx_gptoss.convert(mini / "mxfp4", tmp_path / "out", to=name)
+    with mlx_gptoss.load(tmp_path / "out") as converted, mlx_gptoss.load(mini / "mxfp4", quantize=name) as quantized:
+        assert quantized.format == converted.format == name
+        assert quantized.plan.weights_bytes == converted.plan.weights_bytes
+        assert (quantized.logits((1, 2, 3)) == converted.logits((1, 2, 3))).all()

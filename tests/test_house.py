@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVEL_0 = {"config", "errors", "sampling", "rope", "tokenizer", "hub", "memory"}
-BACKEND = LEVEL_0 | {"backends.base", "weights.tensor", "weights.codecs", "weights.checkpoint"}
+BACKEND = LEVEL_0 | {"backends.base", "weights.tensor", "weights.codecs"}
 MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it may import, besides its own package
     "memory": {"config", "errors"},
     "config": {"errors"},
@@ -22,12 +22,14 @@ MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it ma
     "errors": set(),
     "weights": LEVEL_0,
     "harmony": LEVEL_0,
-    "backends.base": LEVEL_0,
+    "backends.base": LEVEL_0 | {"weights.tensor"},
     "engine": {"backends.base", "sampling", "errors"},
     "backends.mlx": BACKEND,
     "backends.cuda": BACKEND,
     "chat": LEVEL_0 | {"engine", "harmony"},
     "api": LEVEL_0 | {"engine", "harmony", "chat", "weights", "backends.base"},
+    "evaluation": LEVEL_0 | {"api", "weights.checkpoint", "weights.requantize"},
+    "plot": {"errors", "evaluation"},
     "server": LEVEL_0 | {"api", "chat", "harmony"},
     "nano": set(),
     "backends": set(),
@@ -38,6 +40,7 @@ ONLY_IN = {  # outside packages -> the only modules that may import them
     "triton": ("backends.cuda",),
     "huggingface_hub": ("hub",),
     "tokenizers": ("tokenizer",),
+    "matplotlib": ("plot",),
     "click": (),
     "rich": (),
     "mlx_lm": (),

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..config import ModelConfig
 from ..sampling import Sampling
+
+if TYPE_CHECKING:
+    from ..weights.tensor import Weights
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,10 @@ class Pending(Protocol):
 
 
 class Runner(Protocol):
-    """One loaded model on one device. All calls come from the thread that made it."""
+    """One loaded model on one device. All calls come from the thread that made it.
+
+    The rows of one step may run in any order; `release` is called when no step under way touches the slot.
+    """
 
     config: ModelConfig
     limits: Limits
@@ -90,6 +96,20 @@ class Runner(Protocol):
 
 
 class Backend(Protocol):
-    """A module that can load a checkpoint onto a device: `load(checkpoint, options) -> Runner`."""
+    """What the module of a backend offers. `device` and `dtype` None are the backend's best and its own default."""
 
-    def load(self, checkpoint: Any, *, device: str | None, dtype: str | None, limits: Limits) -> Runner: ...
+    def load(self, checkpoint: Weights, *, device: str | None, dtype: str | None, limits: Limits) -> Runner:
+        """The whole model on the device."""
+        ...
+
+    def dtype_name(self, device: str | None, dtype: str | None) -> str:
+        """The name of the activations' dtype. Raises InvalidRequest for one that there is not."""
+        ...
+
+    def prefill_chunk(self, device: str | None) -> int:
+        """Tokens that one prefill step should have."""
+        ...
+
+    def available_memory(self, device: str | None) -> int:
+        """Bytes that a model may take there."""
+        ...

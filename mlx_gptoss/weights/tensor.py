@@ -6,9 +6,11 @@ One formula covers every format: `w = (value(code) * scale + bias) * outer`, eva
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from numpy.typing import NDArray
+
+from ..config import ModelConfig
 
 Array = NDArray[Any]
 Element = Literal["e2m1", "e4m3", "uint"]
@@ -71,3 +73,17 @@ class Quantized:
 
 
 Weight = Dense | Quantized
+
+
+class Weights(Protocol):
+    """Where a backend's loader gets a model from: a checkpoint, or one that is quantized as it is read."""
+
+    config: ModelConfig
+
+    def read(self, name: str) -> Weight:
+        """The weight of a parameter by its canonical name (params.py)."""
+        ...
+
+    def release(self) -> None:
+        """Drop what has been read from memory; it can be read again."""
+        ...

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from ...errors import BackendUnavailable, InvalidRequest
 from ...memory import system_available
-from ...weights.checkpoint import Checkpoint
+from ...weights.tensor import Weights
 from ..base import Limits
 from .load import load_model
 from .runner import MlxRunner
@@ -14,7 +14,7 @@ from .runner import MlxRunner
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
-def load(checkpoint: Checkpoint, *, device: str | None, dtype: str | None, limits: Limits) -> MlxRunner:
+def load(checkpoint: Weights, *, device: str | None, dtype: str | None, limits: Limits) -> MlxRunner:
     """Load onto `device` ("cpu", "gpu" or None for MLX's default) with activations of `dtype`; both as below."""
     where = pick_device(device)
     with mx.stream(where):

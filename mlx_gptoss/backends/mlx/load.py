@@ -14,8 +14,20 @@ import numpy as np
 from ...config import ModelConfig
 from ...errors import CheckpointError
 from ...rope import yarn_concentration, yarn_frequencies
-from ...weights.checkpoint import Checkpoint
-from ...weights.tensor import AFFINE4, AFFINE8, FP8_ROW, MXFP4, MXFP8, NVFP4, Array, Dense, Quantized, Spec, Weight
+from ...weights.tensor import (
+    AFFINE4,
+    AFFINE8,
+    FP8_ROW,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    Array,
+    Dense,
+    Quantized,
+    Spec,
+    Weight,
+    Weights,
+)
 from .layers import DenseMatrix, ExpertLinear, Linear, Matrix, QuantizedMatrix
 from .model import Attention, Block, GptOss, MixtureOfExperts, Rotary
 
@@ -29,7 +41,7 @@ MODES: dict[Spec, str] = {
 UNIT_E8M0 = 127  # the e8m0 byte for 2^0
 
 
-def load_model(checkpoint: Checkpoint, dtype: mx.Dtype) -> GptOss:
+def load_model(checkpoint: Weights, dtype: mx.Dtype) -> GptOss:
     """The whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight once."""
     place = _Placer(checkpoint, dtype)
     config = checkpoint.config
@@ -65,7 +77,7 @@ def _block(place: _Placer, config: ModelConfig, layer: int, rotary: Rotary) -> B
 class _Placer:
     """Reads weights by canonical name and puts them on the device."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype) -> None:
+    def __init__(self, checkpoint: Weights, dtype: mx.Dtype) -> None:
         self._checkpoint = checkpoint
         self._dtype = dtype
 
