@@ -262,8 +262,7 @@ def load(
     module, backend = find_backend(backend)
     checkpoint = open_checkpoint(path_or_repo_id)
     weights = checkpoint if quantize is None else Requantized(checkpoint, quantize)
-    folder = checkpoint.tokenizer_folder
-    tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
+    tokenizer = checkpoint.tokenizer()
     sizes = sizes_in_other_formats(checkpoint)
     size = checkpoint.size_bytes if quantize is None else sizes[quantize]
     plan = memory_plan(checkpoint, module, size, device=device, dtype=dtype, max_context=max_context, slots=slots)

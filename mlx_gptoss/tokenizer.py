@@ -77,12 +77,21 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
         """Read one tokenizer.json, whatever its name. Raises CheckpointError when it cannot be read."""
+        try:
+            text = Path(path).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"cannot read the tokenizer {path} ({error}): download the file again") from error
+        return cls.from_text(text, str(path))
+
+    @classmethod
+    def from_text(cls, text: str, name: str) -> Tokenizer:
+        """Read the content of a tokenizer.json; `name` is what errors call it."""
         from tokenizers import Tokenizer as BPE
 
         try:
-            bpe = BPE.from_file(str(path))
+            bpe = BPE.from_str(text)
         except Exception as error:  # the library raises nothing more specific
-            raise CheckpointError(f"cannot read the tokenizer {path} ({error}): download the file again") from error
+            raise CheckpointError(f"cannot read the tokenizer {name} ({error}): download the file again") from error
         return cls(bpe)
 
     def encode(self, text: str) -> list[int]:

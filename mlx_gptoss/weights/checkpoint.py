@@ -7,7 +7,8 @@ plain file names; config.json and the index are limited in size; a pickle is nev
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ import numpy as np
 
 from ..config import ModelConfig, read_config, token_ids
 from ..errors import CheckpointError
-from . import codecs
+from ..tokenizer import Tokenizer
+from . import codecs, gguf
 from .formats import Binding, bind
+from .formats import gguf as gguf_format
 from .formats.base import Source, Stored
+from .formats.modelopt import fake_quantized_note
 from .params import Param, Role, parameters
 from .safetensors import MappedFile, TensorInfo, parse_json
 from .tensor import Array, Dense, Spec, Weight
@@ -44,11 +48,22 @@ class Summary:
 
 
 class Checkpoint:
-    """One checkpoint on disk. Weights are views of mapped files until something computes with them."""
+    """One checkpoint on disk. Weights are views of mapped files until something computes with them.
 
-    def __init__(self, folder: Path, config: ModelConfig, files: Iterable[MappedFile], raw: Mapping[str, Any]) -> None:
+    embedded: makes the files (tokenizer.json, ...; name -> text) that a GGUF file has inside; None if they are beside.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        files: Iterable[MappedFile],
+        raw: Mapping[str, Any],
+        embedded: Callable[[], Mapping[str, str]] | None = None,
+    ) -> None:
         self.folder = folder
         self.config = config
+        self.embedded = embedded
         self._files = tuple(files)
         self._holder = _one_file_each(self._files)
         self.tensors: Mapping[str, TensorInfo] = {n: f.header.tensors[n] for n, f in self._holder.items()}
@@ -57,7 +72,7 @@ class Checkpoint:
         self._binding: Binding = bind(Stored(self.tensors, config, raw), self.params)
         self.format = self._binding.name
         self.size_bytes = sum(info.nbytes for info in self.tensors.values())
-        self.generation: Mapping[str, Any] = _generation_config(self.tokenizer_folder)
+        self.generation: Mapping[str, Any] = {} if embedded else _generation_config(self.tokenizer_folder)
         self.stop_ids = token_ids(self.generation.get("eos_token_id"), "eos_token_id") or config.eos_token_id
 
     @property
@@ -66,6 +81,14 @@ class Checkpoint:
         parent = self.folder.parent
         above = not (self.folder / "tokenizer.json").exists() and (parent / "tokenizer.json").exists()
         return parent if above and self.format == "mxfp4-original" else self.folder
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that came with the weights; None if none did. Raises CheckpointError if it cannot be read."""
+        if self.embedded is None:
+            folder = self.tokenizer_folder
+            return Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
+        text = self.embedded().get("tokenizer.json")
+        return None if text is None else Tokenizer.from_text(text, f"of {self._files[0].path}")
 
     def read(self, name: str) -> Weight:
         """The weight of a parameter by its canonical name, exact; its scales are read and checked, its codes not.
@@ -108,7 +131,7 @@ class Checkpoint:
             size_bytes=self.size_bytes,
             bits_per_weight=8 * self.size_bytes / count,
             roles={role: self._role(role) for role in ROLES},
-            note=self._binding.note,
+            note=self._binding.note or fake_quantized_note(self.format, self.folder),
         )
 
     def _role(self, role: Role) -> dict[str, Any]:
@@ -132,11 +155,16 @@ class Checkpoint:
 
 
 def open(path: Path | str) -> Checkpoint:
-    """Open the checkpoint in a folder: its own tensors, or those of its `original/` folder if it has none.
+    """Open the checkpoint in a folder: its own tensors, or those of its `original/` folder if it has none; or a GGUF
+    file, by its path or that of its folder.
 
-    Raises CheckpointError, before any weight is read, for a folder that is not a whole gpt-oss checkpoint.
+    Raises CheckpointError, before any weight is read, for what is not a whole gpt-oss checkpoint.
     """
-    folder = _folder_of(Path(path))
+    path = Path(path)
+    single = path if path.suffix == ".gguf" and path.is_file() else _gguf_of(path)
+    if single is not None:
+        return _open_gguf(single)
+    folder = _folder_of(path)
     raw = read_json(folder, "config.json")
     if not isinstance(raw, dict):
         raise CheckpointError(f"{folder / 'config.json'} is not a JSON object; download the checkpoint again")
@@ -164,9 +192,39 @@ def _arrays(weight: Weight) -> list[Array]:
     return [array for array in parts if array is not None]
 
 
+def _open_gguf(path: Path) -> Checkpoint:
+    """A GGUF file, or all files of a split one by the path of any of them."""
+    paths, folder = [path], path.parent.resolve()
+    split = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
+    if split and int(split[2]):
+        paths = [child(folder, f"{split[1]}-{n + 1:05d}-of-{split[2]}.gguf") for n in range(int(split[2]))]
+    headers = [gguf.read_header(part) for part in paths]
+    files = [MappedFile(part, header.tensors) for part, header in zip(paths, headers, strict=True)]
+    tensors = {name: info for header in headers for name, info in header.tensors.tensors.items()}
+    metadata = headers[0].metadata
+    try:
+        raw = gguf_format.config(metadata, tensors)
+        _check_plausible(raw, len(tensors))
+        config = read_config(raw)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}, by its metadata: {error}") from error
+    return Checkpoint(folder, config, files, raw, lambda: gguf_format.files(gguf.read_header(paths[0]).metadata))
+
+
+def _gguf_of(path: Path) -> Path | None:
+    """The GGUF file in a folder that holds no other checkpoint; of a split one, the first."""
+    if not path.is_dir() or any(path.glob("*.safetensors")) or (path / "original").is_dir():
+        return None
+    found = sorted(part for part in path.glob("*.gguf") if not re.search(r"-(?!00001)\d{5}-of-\d{5}$", part.stem))
+    if len(found) > 1:
+        names = ", ".join(part.name for part in found[:4])
+        raise CheckpointError(f"{path} holds {len(found)} GGUF models ({names}); give the path of one file")
+    return child(path.resolve(), found[0].name) if found else None
+
+
 def _folder_of(path: Path) -> Path:
     if not path.is_dir():
-        what = "is a file; give the folder that it is in" if path.exists() else "does not exist"
+        what = "is a file; give the folder that it is in, or a .gguf file" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {what}")
     path = path.resolve()
     for folder in (path, path / "original"):

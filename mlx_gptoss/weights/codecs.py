@@ -161,9 +161,9 @@ def symmetric_bias(scale: Array) -> Array:
 
 def largest(weight: Weight) -> np.float32:
     """The largest magnitude. Raises CheckpointError if a value is NaN or infinite."""
-    found = np.float32(0)
+    found: np.float32 = np.float32(0)
     for _, part in _blocks(weight):
-        found = max(found, *_most(np.abs(_decode(part)).reshape(1, -1), np.maximum))
+        found = max(found, _most(np.abs(_decode(part)).reshape(1, -1), np.maximum)[0])
     return found
 
 

@@ -100,10 +100,11 @@ def convert(
     target = _destination(Path(source), Path(destination), overwrite)
     checkpoint = checkpoints.open(source)
     plan = make_plan(checkpoint, to)
+    embedded = checkpoint.embedded() if checkpoint.embedded else None
     with _errors_of(target), _temporary(target) as folder:
         _check_space(target.parent, plan.size_bytes)
         working = _stream(checkpoint, plan, folder, progress or (lambda done, total, what: None))
-        _companions(checkpoint.tokenizer_folder, folder)
+        _companions(checkpoint.tokenizer_folder, embedded, folder)
         for name, content in {**plan.extra_files, "config.json": plan.config}.items():
             write_text(folder / name, json.dumps(content, indent=2) + "\n")
         _verify(folder, to, plan)
@@ -224,10 +225,12 @@ def _in_parallel(pool: ThreadPoolExecutor, workers: int, jobs: Iterator[Callable
         pending |= {pool.submit(job) for job in islice(jobs, len(finished))}
 
 
-def _companions(source: Path, folder: Path) -> None:
-    """Copy the tokenizer and what else belongs beside weights."""
+def _companions(source: Path, embedded: Mapping[str, str] | None, folder: Path) -> None:
+    """Copy the tokenizer and what else belongs beside weights, or write those that a GGUF file had inside."""
+    for name, text in (embedded or {}).items():
+        write_text(folder / name, text)
     for name in COMPANIONS:
-        if (source / name).exists():
+        if embedded is None and (source / name).exists():
             (folder / name).write_bytes(checkpoints.child(source, name).read_bytes())
 
 

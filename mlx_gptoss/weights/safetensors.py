@@ -112,9 +112,10 @@ def read_header(path: Path) -> Header:
 class MappedFile:
     """One open safetensors file; tensors are read-only views of its mapping, possibly unaligned."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, header: Header | None = None) -> None:
+        """`header` is that of a file of another kind, whose tensors lie in it likewise."""
         self.path = path
-        self.header = read_header(path)
+        self.header = header or read_header(path)
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._start = np.frombuffer(self._map, np.uint8).ctypes.data

@@ -17,6 +17,7 @@ from ...rope import yarn_concentration, yarn_frequencies
 from ...weights.tensor import (
     AFFINE4,
     AFFINE8,
+    AFFINE8_G32,
     FP8_ROW,
     MXFP4,
     MXFP8,
@@ -37,6 +38,7 @@ MODES: dict[Spec, str] = {
     MXFP8: "mxfp8",
     AFFINE4: "affine",
     AFFINE8: "affine",
+    AFFINE8_G32: "affine",
 }
 UNIT_E8M0 = 127  # the e8m0 byte for 2^0
 

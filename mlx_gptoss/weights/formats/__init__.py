@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from ...errors import CheckpointError
 from ..params import Param
 from ..safetensors import TensorInfo
-from . import autoround, bf16, fp8, mlx, modelopt, mxfp4, original
+from . import autoround, bf16, fp8, gguf, mlx, modelopt, mxfp4, original
 from .base import Format, Recipe, Source, Stored, Want, plain_name
 
 # Asked in this order where a parameter lies; bf16 is last as it also takes what is plain, and autoround before mlx as
 # both name tensors `.scales`.
 FORMATS: tuple[Format, ...] = (
     original.FORMAT,
+    gguf.FORMAT,
     autoround.FORMAT,
     fp8.FORMAT,
     mlx.FORMAT,

@@ -5,8 +5,8 @@ underscores: `gate_up_proj` U8 [E, H/2, 2I], `gate_up_proj_weight_scale` F8_E4M3
 
 Input scales serve kernels with 4-bit activations: nothing here computes with them, but a conversion carries them.
 
-A ModelOpt model saved without its export is BF16 with the rounded values, and `*_quantizer._amax` scalars beside them:
-it reads as `bf16`, with a note, and converting it to `nvfp4` gives what ModelOpt's export would have given.
+A ModelOpt model saved without its export ("fake-quantized") is BF16 with `*_quantizer._amax` scalars, or a pickle,
+beside it: it reads as `bf16`, with a note, and converting it to `nvfp4` gives what ModelOpt's export would have given.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,8 @@ from .base import (
     rows_of,
 )
 
-NOTE = "fake-quantized NVFP4: bfloat16 values on an NVFP4 grid; convert --to nvfp4 stores them in a third of the space"
+NOTE = "a fake-quantized NVFP4 checkpoint: bfloat16 weights; convert --to nvfp4 makes it real, and a third as large"
+STATE = "modelopt_state.pth"  # a pickle, never opened
 
 _log = logging.getLogger(__name__)
 _TOP = np.float32(6 * 448)  # the largest e2m1 times the largest e4m3
@@ -198,6 +200,11 @@ def _fake_quantized(param: Param, names: _Names, stored: Stored) -> Source | Non
         return replace(weight, input_scale=float(get(names.amax("input")).astype(np.float32) / _TOP))
 
     return replace(dense, wants=(*dense.wants, *(Want(name, FLOATS, ()) for name in found)), load=load, note=NOTE)
+
+
+def fake_quantized_note(name: str, folder: Path) -> str:
+    """What there is to know of a checkpoint of the format `name` that has ModelOpt's state beside it."""
+    return NOTE if name == "bf16" and (folder / STATE).exists() else ""
 
 
 @dataclass(frozen=True)
