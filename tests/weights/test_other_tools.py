@@ -1,0 +1,101 @@
+"""transformers and mlx-lm load what convert writes; each runs in a process of its own, as importing them is slow."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from mlx_gptoss.config import ModelConfig, published
+from mlx_gptoss.weights import checkpoint, codecs
+from mlx_gptoss.weights.convert import convert
+from mlx_gptoss.weights.formats import recipe_of
+from mlx_gptoss.weights.params import parameters
+from mlx_gptoss.weights.safetensors import DTYPES, Writer
+
+TRANSFORMERS = """
+import sys, numpy as np, torch
+from transformers import GptOssForCausalLM, Mxfp4Config
+options = {"quantization_config": Mxfp4Config(dequantize=True)} if sys.argv[2] == "mxfp4" else {}
+model = GptOssForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, attn_implementation="eager", **options)
+with torch.no_grad():
+    np.save(sys.argv[4], model(torch.tensor(np.load(sys.argv[3]))[None].long()).logits[0].numpy())
+"""
+MLX_LM = """
+import sys, numpy as np, mlx.core as mx
+from pathlib import Path
+from mlx_lm.utils import load_model, dequantize_model
+from mlx.utils import tree_flatten
+mx.set_default_device(mx.cpu)
+model, _ = load_model(Path(sys.argv[1]))
+model = dequantize_model(model)
+weights = {name: np.array(array.astype(mx.float32)) for name, array in tree_flatten(model.parameters())}
+np.savez(sys.argv[2], **weights)
+"""
+
+
+def run(code: str, *arguments) -> None:
+    words = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("transformers"), reason="transformers is not installed")
+@pytest.mark.parametrize("name", ["mxfp4", "bf16"])
+def test_transformers_computes_the_reference_logits(mini, tmp_path, relative_error, name):
+    convert(mini / "mxfp4-original", tmp_path / name, name)
+    reference = load_file(mini / "reference.safetensors")
+    np.save(tmp_path / "prompt.npy", reference["prompt"])
+    run(TRANSFORMERS, tmp_path / name, name, tmp_path / "prompt.npy", tmp_path / "logits.npy")
+    assert relative_error(np.load(tmp_path / "logits.npy"), reference["logits"]) < 1e-4
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("mlx_lm"), reason="mlx-lm is not installed")
+def test_mlx_lm_loads_modules_that_stay_dense(tmp_path):
+    """Rows of 96 and 160 values cannot be cut into groups of 64, so those modules are not quantized."""
+    config = ModelConfig(
+        num_hidden_layers=2, hidden_size=96, intermediate_size=160, num_attention_heads=2, num_key_value_heads=1,
+        num_local_experts=4, vocab_size=100,
+    )  # fmt: skip
+    source = tmp_path / "source"
+    source.mkdir()
+    form, _ = recipe_of("bf16")
+    infos = [info for unit in form.units("bf16", parameters(config), {}) for info in unit.tensors]
+    writer, rng = Writer(source, infos, {"format": "pt"}), np.random.default_rng(0)
+    for info in infos:
+        writer.write(info.name, 0, rng.standard_normal(info.shape, np.float32).astype(DTYPES[info.dtype]))
+    writer.finish()
+    writer.close()
+    (source / "config.json").write_text(json.dumps(published(config)))
+    convert(source, tmp_path / "mlx", "mlx-4bit")
+    run(MLX_LM, tmp_path / "mlx", tmp_path / "weights.npz")
+    theirs = np.load(tmp_path / "weights.npz")
+    ours = checkpoint.open(tmp_path / "mlx")
+    names = {
+        "layers.1.attention.o.weight": "model.layers.1.self_attn.o_proj.weight",
+        "layers.0.experts.down.weight": "model.layers.0.mlp.experts.down_proj.weight",
+        "layers.0.router.weight": "model.layers.0.mlp.router.weight",
+        "embed.weight": "model.embed_tokens.weight",
+    }
+    for name, stored in names.items():
+        ours_decoded = codecs.dequantize(ours.read(name))
+        assert np.allclose(theirs[stored], ours_decoded, rtol=0, atol=0.03), name  # theirs: steps of bfloat16
+
+
+def test_a_global_scale_means_what_it_means_to_mlx():
+    mx = pytest.importorskip("mlx.core")
+    values = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
+    amax = np.abs(values).max()
+    packed, scales = mx.quantize(mx.array(values), mode="nvfp4", global_scale=mx.array(amax), stream=mx.cpu)
+    wanted = mx.dequantize(
+        packed, scales, mode="nvfp4", global_scale=mx.array(amax), dtype=mx.float32, stream=mx.cpu
+    )
+    outer = np.float32(amax / 2688)
+    codes = np.array(packed).view(np.uint8)
+    ours = codecs.dequantize(codecs.Quantized(codecs.NVFP4, codes, np.array(scales), outer=outer))
+    assert np.allclose(ours, np.array(wanted), rtol=1e-6)
