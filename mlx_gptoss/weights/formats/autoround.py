@@ -38,6 +38,8 @@ _GROUP = AFFINE4.group
 _CODES_A_WORD = 8
 _NIBBLES = 0x11111111  # times a nibble: a word of eight of it
 _ZERO = 7  # as written
+_OLD_NAMES = ("gate_up_projs", "down_projs")
+_ADVICE = "quantize the model symmetrically with 4 bits, groups of 64 and no reordering, or use the original checkpoint"
 
 
 class AutoRound(Format):
@@ -100,9 +102,6 @@ def _refuse_old_names(param: Param, stored: Stored) -> None:
         )
 
 
-_OLD_NAMES = ("gate_up_projs", "down_projs")
-
-
 def _integers(modules: Modules, param: Param, stored: Stored) -> Source:
     rows, width = param.shape[-2:]
     _check_layout(modules.first, rows, width, stored)
@@ -121,13 +120,10 @@ def _integers(modules: Modules, param: Param, stored: Stored) -> Source:
             if ordered and not np.array_equal(get(f"{name}.g_idx"), np.arange(width) // _GROUP):
                 raise CheckpointError(f"{name}.g_idx reorders the groups (act-order), which cannot be read: {_ADVICE}")
         codes = modules.read(get, "qweight", lambda words: codecs.straight(words.T).view(np.uint8))
-        scale = modules.read(get, "scales", lambda stored: codecs.straight(stored.T))
+        scale = modules.read(get, "scales", lambda found: codecs.straight(found.T))
         return Quantized(AFFINE4, codes, scale, codecs.symmetric_bias(scale))
 
     return Source(FAMILY, AFFINE4, tuple(wants), load, scales)
-
-
-_ADVICE = "quantize the model symmetrically with 4 bits, groups of 64 and no reordering, or use the original checkpoint"
 
 
 def _check_layout(module: str, rows: int, width: int, stored: Stored) -> None:
@@ -173,15 +169,16 @@ def _unit(param: Param) -> Unit:
             f"{param.name} has {rows} rows of {width} values; int4-autoround needs multiples of {_CODES_A_WORD} and of "
             f"{_GROUP}: choose another format"
         )
-    shapes = {"qweight": (width // 8, rows), "qzeros": (width // _GROUP, rows // 8), "scales": (width // _GROUP, rows)}
-    dtypes = {"qweight": "I32", "qzeros": "I32", "scales": "F16"}
-    tensors = [info for part, shape in shapes.items() for info in modules.infos(part, dtypes[part], shape)]
+    groups = width // _GROUP
+    tensors = modules.infos("qweight", "I32", (width // _CODES_A_WORD, rows))
+    tensors += modules.infos("qzeros", "I32", (groups, rows // _CODES_A_WORD))
+    tensors += modules.infos("scales", "F16", (groups, rows))
 
     def encode(weights: Sequence[Weight]) -> Encoder:
         def pieces(start: int, stop: int) -> list[Piece]:
             part = _as_symmetric(codecs.rows(weights[0], start, stop))
             words = np.ascontiguousarray(part.codes).view(np.int32)
-            zeros = np.full((stop - start, *shapes["qzeros"]), _ZERO * _NIBBLES, np.int32)
+            zeros = np.full((stop - start, groups, rows // _CODES_A_WORD), _ZERO * _NIBBLES, np.int32)
             return [
                 *modules.pieces("qweight", start, codecs.straight(words.swapaxes(1, 2))),
                 *modules.pieces("qzeros", start, zeros),
