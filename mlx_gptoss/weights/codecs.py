@@ -168,6 +168,7 @@ def largest(weight: Weight) -> np.float32:
 
 
 def _encode(weight: Weight, spec: Spec, encode: _Encode, scale_dtype: np.dtype[np.generic]) -> Quantized:
+    """Decode and encode block by block; `encode` may overwrite the float32 [n, group] that it is given."""
     *lead, width = shape(weight)
     if width % spec.group:
         raise CheckpointError(f"rows of {width} values cannot be cut into groups of {spec.group}")
@@ -280,11 +281,11 @@ def _affine(groups: Floats, spec: Spec) -> tuple[Bytes, Floats, Floats]:
     steps = np.rint(edge / scale)
     scale = np.divide(edge, steps, out=scale, where=steps != 0)
     bias = np.where(steps != 0, edge, np.float32(0))
-    work = groups - bias[:, None]
-    work /= scale[:, None]
-    np.rint(work, out=work)
-    np.clip(work, 0, top, out=work)
-    return work.astype(np.uint8), scale, bias
+    groups -= bias[:, None]
+    groups /= scale[:, None]
+    np.rint(groups, out=groups)
+    np.clip(groups, 0, top, out=groups)
+    return groups.astype(np.uint8), scale, bias
 
 
 def _mxfp4(groups: Floats, spec: Spec) -> tuple[Bytes, Bytes, None]:
@@ -292,26 +293,28 @@ def _mxfp4(groups: Floats, spec: Spec) -> tuple[Bytes, Bytes, None]:
 
     Values that came from MXFP4 fit exactly, and -0 stays code 8. A group of zeros gets scale 1.
     """
-    magnitude = np.abs(groups)
+    sign = np.signbit(groups).view(np.uint8)
+    magnitude = np.abs(groups, out=groups)
     amax = _most(magnitude, np.maximum)
     exponent = np.frexp(amax)[1] - 3
     scale = np.where(amax > 0, np.clip(exponent + 127, 0, 254), 127).astype(np.uint8)
     magnitude *= E8M0.take(254 - scale)[:, None]
     code = _e2m1(magnitude, _TIES_TO_EVEN)
-    code |= np.signbit(groups).view(np.uint8) << 3
+    code |= sign << 3
     return code, scale, None
 
 
 def _nvfp4(groups: Floats, spec: Spec) -> tuple[Bytes, Bytes, None]:
     """MLX's nvfp4 without a tensor-wide scale: e4m3(amax / 6). As its CPU code does (the files mlx-lm wrote show it),
     ties go to the smaller magnitude and what rounds to zero is +0."""
-    magnitude = np.abs(groups)
+    sign = np.signbit(groups)
+    magnitude = np.abs(groups, out=groups)
     scale = _e4m3(_most(magnitude, np.maximum) / np.float32(6))
     step = E4M3.take(scale)
     step[step == 0] = np.inf
     magnitude /= step[:, None]
     code = _e2m1(magnitude, _TIES_DOWN)
-    code |= (np.signbit(groups) & (code != 0)).view(np.uint8) << 3
+    code |= (sign & (code != 0)).view(np.uint8) << 3
     return code, scale, None
 
 
@@ -358,14 +361,15 @@ def _symmetric(groups: Floats, spec: Spec) -> tuple[Bytes, Array, Array]:
 
 def _mxfp8(groups: Floats, spec: Spec) -> tuple[Bytes, Bytes, None]:
     """MLX's mxfp8: scale 2^ceil(log2(amax / 448)), so that nothing saturates. A group of zeros gets scale 1."""
-    magnitude = np.abs(groups)
+    sign = np.signbit(groups).view(np.uint8)
+    magnitude = np.abs(groups, out=groups)
     amax = _most(magnitude, np.maximum)
     mantissa, exponent = np.frexp(amax / np.float32(448))
     power = exponent - (mantissa == 0.5)
     scale = np.where(amax > 0, np.clip(power + 127, 0, 254), 127).astype(np.uint8)
     magnitude *= E8M0.take(254 - scale)[:, None]
     code = _e4m3(magnitude)
-    code |= np.signbit(groups).view(np.uint8) << 7
+    code |= sign << 7
     return code, scale, None
 
 
