@@ -173,9 +173,7 @@ class IncrementalDecoder:
 
     def flush(self) -> str:
         """U+FFFD when the stream ended within a character, else nothing. The decoder is then as new."""
-        text = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return text
+        return self._utf8.decode(b"", final=True)
 
 
 def _scalar_text(text: str) -> str:

@@ -159,6 +159,20 @@ def test_half_a_header_is_no_message(small: Tokenizer, text: str) -> None:
     assert read(small, THINK + text) == [said("hm", "analysis")]
 
 
+def test_text_without_a_header_does_not_wait_for_its_end(small: Tokenizer) -> None:
+    parser = Parser(small)
+    deltas = [parser.push(id) for id in small.encode("I say this without any header")]
+    early = "".join(delta.text for pushed in deltas for delta in pushed)
+    assert early == "I say this without any header"
+    assert sum(map(bool, deltas)) > 5
+
+
+def test_only_start_is_followed_by_a_role(small: Tokenizer) -> None:
+    turn = "<|start|>user<|message|>q<|end|>"
+    assert read(small, f"{turn}user hi<|return|>") == [Message("user", "q"), said("user hi")]
+    assert read(small, f"{turn}<|start|>user hi<|return|>") == [Message("user", "q"), Message("user", " hi")]
+
+
 @pytest.mark.parametrize(
     ("header", "kind", "function"),
     [
