@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .api import Completion as Completion
     from .api import Model as Model
     from .api import Reply as Reply
+    from .api import convert as convert
     from .api import describe as describe
     from .api import load as load
     from .chat import Event as Event
@@ -21,11 +22,13 @@ if TYPE_CHECKING:
     from .chat import ToolCall as ToolCall
     from .config import ModelConfig as ModelConfig
     from .errors import GptOssError as GptOssError
+    from .evaluation import Divergence as Divergence
+    from .evaluation import Evaluation as Evaluation
+    from .evaluation import evaluate as evaluate
     from .harmony.messages import Conversation as Conversation
     from .harmony.messages import Function as Function
     from .harmony.messages import Message as Message
     from .sampling import Sampling as Sampling
-    from .api import convert as convert
 
 _HOME = {
     "Completion": "api",
@@ -41,6 +44,9 @@ _HOME = {
     "ToolCall": "chat",
     "ModelConfig": "config",
     "GptOssError": "errors",
+    "Divergence": "evaluation",
+    "Evaluation": "evaluation",
+    "evaluate": "evaluation",
     "Conversation": "harmony.messages",
     "Function": "harmony.messages",
     "Message": "harmony.messages",

@@ -1,0 +1,164 @@
+"""mlx-gptoss eval: how well checkpoints predict a text, and how far they are from a reference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+if TYPE_CHECKING:
+    from mlx_gptoss.evaluation import Divergence, Evaluation
+
+
+@click.command()
+@click.argument("models", metavar="[MODEL]...", nargs=-1)
+@click.option("--against", multiple=True, metavar="MODEL", help="A reference to compare with; may be repeated.")
+@click.option("--text", type=Path, metavar="FILE", help="UTF-8; special tokens written in it are meant.")
+@click.option(
+    "--score",
+    type=click.Choice(["all", "replies"]),
+    help="Count all tokens (the default with --text), or only the assistant's replies at the ends of documents.",
+)
+@click.option("--context", type=click.IntRange(min=1), metavar="N", help="Most tokens that a prediction is made from.")
+@click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Stop after N predictions.")
+@click.option("--plot", type=Path, metavar="FILE.png", help="Draw KL by position, and by format for several models.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, or a list for several comparisons.")
+@click.option("--backend", default="auto", metavar="auto|mlx", show_default=True, help="What computes.")
+@click.option("--device", metavar="cpu|gpu", help="Where; the backend's best by default.")
+@click.option("--dtype", metavar="NAME", help="Of activations: float32, bfloat16 or float16.")
+def eval(
+    models: tuple[str, ...],
+    against: tuple[str, ...],
+    text: Path | None,
+    score: Literal["all", "replies"] | None,
+    context: int | None,
+    max_tokens: int | None,
+    plot: Path | None,
+    as_json: bool,
+    **where: str | None,
+) -> None:
+    """Perplexity of each MODEL on a text and, with --against, how far its predictions are from those of a reference:
+    KL(reference || MODEL) in nats, and how often both find the same token the likeliest.
+
+    `<|endoftext|>` in the text ends a document. Without --text, a sample of what the bundled model was taught is used,
+    which says little about other models. A reference's predictions take 4 bytes times the vocabulary a token on disk.
+    """
+    if plot and not against:
+        raise click.UsageError("--plot draws the divergence from a reference: give one with --against")
+    if plot:
+        from mlx_gptoss.plot import check_plot
+
+        check_plot(plot)
+    results = _evaluate(
+        models,
+        against=against,
+        text=None if text is None else _read(text),
+        score=score,
+        context=context,
+        max_tokens=max_tokens,
+        **where,
+    )
+    if as_json:
+        reports = [_report(result, divergence) for result in results for divergence in result.against or (None,)]
+        click.echo(json.dumps(reports if len(reports) > 1 else reports[0]))
+    else:
+        _print(results)
+    if plot:
+        from mlx_gptoss.plot import plot_divergences
+
+        plot_divergences(results, plot)
+
+
+def _read(file: Path) -> str:
+    from mlx_gptoss.errors import InvalidRequest
+
+    try:
+        return file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{file} is not UTF-8 ({error.reason} at byte {error.start}); convert it first") from None
+
+
+def _evaluate(models: tuple[str, ...], **options: Any) -> tuple[Evaluation, ...]:
+    """evaluate(), with a bar on a terminal's stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from mlx_gptoss.evaluation import evaluate
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("Evaluating", total=None)
+        return evaluate(
+            *models,
+            progress=lambda done, total, model: bar.update(task, completed=done, total=total, description=model),
+            **options,
+        )
+
+
+def _report(result: Evaluation, divergence: Divergence | None) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "perplexity": result.perplexity,
+        "tokens": result.tokens,
+        "model": result.model,
+        "format": result.format,
+        "size_bytes": result.size_bytes,
+        "bits_per_weight": result.bits_per_weight,
+        "context": result.context,
+    }
+    if divergence is not None:
+        report |= {
+            "kl_mean": divergence.kl_mean,
+            "kl_median": divergence.kl_median,
+            "kl_p99": divergence.kl_p99,
+            "kl_max": divergence.kl_max,
+            "top1_agreement": divergence.top1_agreement,
+            "against": divergence.reference.model,
+            "against_format": divergence.reference.format,
+            "against_perplexity": divergence.reference.perplexity,
+        }
+    return report
+
+
+def _print(results: tuple[Evaluation, ...]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from mlx_gptoss.memory import gigabytes
+
+    console = Console(highlight=False)
+    first = results[0]
+    console.print(f"{first.tokens} tokens predicted, each from at most {first.context} before it")
+    table = Table(box=None, header_style="bold")
+    table.add_column("model", overflow="fold")
+    table.add_column("format", no_wrap=True)
+    for column in ("size", "bits per weight", "perplexity"):
+        table.add_column(column, justify="right")
+    for result in (*(divergence.reference for divergence in first.against), *results):
+        bits = f"{result.bits_per_weight:.2f}"
+        table.add_row(escape(result.model), result.format, gigabytes(result.size_bytes), bits, f"{result.perplexity:.4f}")
+    console.print(table)
+    for place, divergence in enumerate(first.against):
+        reference = divergence.reference
+        console.print(f"\nKL in nats against [bold]{escape(reference.model)}[/bold], {reference.format}:")
+        console.print(_divergences(results, place))
+
+
+def _divergences(results: tuple[Evaluation, ...], place: int) -> Any:
+    """A table of every model against one reference."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    table.add_column("model", overflow="fold")
+    table.add_column("format", no_wrap=True)
+    for column in ("KL mean", "median", "p99", "max", "top-1 agreement"):
+        table.add_column(column, justify="right")
+    for result in results:
+        kl = result.against[place]
+        numbers = [f"{value:.3g}" for value in (kl.kl_mean, kl.kl_median, kl.kl_p99, kl.kl_max)]
+        table.add_row(escape(result.model), result.format, *numbers, f"{kl.top1_agreement:.2%}")
+    return table

@@ -1,0 +1,194 @@
+"""PNG plots of evaluations: KL divergence along the text and, for several comparisons, against bits per weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import GptOssError, InvalidRequest
+from .evaluation import Divergence, Evaluation
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+NOTHING = 1e-9  # nats: what is below is rounding alone, and has no place on a logarithmic axis
+SMOOTH = 1 / 15  # of the text
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c564b")
+STYLES = ("-", (0, (4, 1.5)), (0, (1, 1)))  # for every further round of colors
+FONT, GAP = 8.0, 7.0  # points: of labels, and between a point and its label
+
+
+@dataclass(frozen=True)
+class Line:
+    """One model against one reference. bits: per weight, of whichever of the two varies."""
+
+    label: str
+    bits: float
+    divergence: Divergence
+
+    @property
+    def differs(self) -> bool:
+        return self.divergence.kl_mean >= NOTHING
+
+
+def check_plot(path: Path) -> None:
+    """Raise what plot_divergences would, before there is work to lose."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise GptOssError("plots need matplotlib: pip install 'mlx-gptoss[bench]'") from None
+    if path.suffix.lower() != ".png":
+        raise InvalidRequest(f"the plot {path} must be named as a PNG, such as {path.with_suffix('.png')}")
+    if not path.parent.is_dir():
+        raise InvalidRequest(f"the folder {path.parent} for the plot does not exist; make it first")
+
+
+def plot_divergences(results: Sequence[Evaluation], path: Path) -> None:
+    """Write the comparisons in `results` to a PNG.
+
+    Raises GptOssError without matplotlib, and InvalidRequest for a path that is no PNG in a folder that exists, or
+    when nothing was compared.
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    drawn = comparisons(results)
+    if not drawn:
+        raise InvalidRequest("nothing was compared with a reference, so there is nothing to plot")
+    several = len(drawn) > 1
+    figure = Figure(figsize=(13.5, 5.6) if several else (8, 5), dpi=150, layout="constrained")
+    columns = figure.subplots(1, 1 + several, squeeze=False)[0]
+    _by_position(columns[0], drawn)
+    figure.legend(
+        loc="outside lower center", ncols=min(6, len(drawn)), title="mean over the text", fontsize=FONT,
+        title_fontsize=FONT, frameon=False,
+    )  # fmt: skip
+    if several:
+        points = _by_bits(columns[1], drawn)
+        figure.draw_without_rendering()  # only now is it known where in the figure a point lies
+        _label(columns[1], drawn, points, figure.dpi)
+    figure.savefig(path, format="png")
+
+
+def comparisons(results: Sequence[Evaluation]) -> list[Line]:
+    """Every comparison, the most divergent first. Checkpoints are called by their formats, or by their folders' names
+    where formats repeat."""
+    references = [divergence.reference for divergence in results[0].against] if results else []
+    name_of = _names([*results, *references])
+    out = []
+    for result in results:
+        for divergence in result.against:
+            varying = divergence.reference if len(results) == 1 and len(references) > 1 else result
+            label = name_of[result.model]
+            if len(references) > 1 or len(results) == 1:
+                label += f" against {name_of[divergence.reference.model]}"
+            out.append(Line(label, varying.bits_per_weight, divergence))
+    return sorted(out, key=lambda line: line.divergence.kl_mean, reverse=True)
+
+
+def rolling_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    """The means of every run of `width` values, [N - width + 1]."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    means: NDArray[np.float64] = (sums[width:] - sums[:-width]) / width
+    return means
+
+
+def _names(evaluations: Sequence[Evaluation]) -> dict[str, str]:
+    formats = {evaluation.model: evaluation.format for evaluation in evaluations}
+    return formats if len(set(formats.values())) == len(formats) else {model: Path(model).name for model in formats}
+
+
+def _look(place: int) -> tuple[str, Any]:
+    """Color and line style of the comparison at a place."""
+    return COLORS[place % len(COLORS)], STYLES[place // len(COLORS) % len(STYLES)]
+
+
+def _by_position(axes: Axes, drawn: Sequence[Line]) -> None:
+    count = len(drawn[0].divergence.kl)
+    width = max(1, round(count * SMOOTH / 2))
+    for place, line in enumerate(drawn):
+        color, style = _look(place)
+        if len(drawn) == 1 and line.differs:
+            kl = line.divergence.kl
+            axes.plot(np.arange(1, count + 1), np.where(kl > NOTHING, kl, np.nan), ".", color="#c3d5e2", ms=2)
+        means = rolling_mean(rolling_mean(line.divergence.kl, width), width)
+        means[means < NOTHING] = np.nan
+        mean = f"{line.divergence.kl_mean:.2g}" if line.differs else "no difference"
+        axes.plot(np.arange(len(means)) + width, means, ls=style, color=color, lw=1.4, label=f"{line.label}: {mean}")
+    axes.set_xlim(1, max(2, count))
+    if not any(line.differs for line in drawn):
+        axes.set_ylim(NOTHING, 1)
+    smoothed = f", smoothed over {2 * width - 1} tokens" if width > 1 else ""
+    _dress(axes, f"KL by position{smoothed}", "predicted token, in the order of the text")
+
+
+def _by_bits(axes: Axes, drawn: Sequence[Line]) -> list[tuple[float, float]]:
+    """Mean and 99th percentile of each comparison over bits per weight; at the foot, those without a difference.
+    Returns the points to label."""
+    foot = min((line.divergence.kl_mean for line in drawn if line.differs), default=1e-3) / 6
+    points = []
+    for place, line in enumerate(drawn):
+        color, kl = _look(place)[0], line.divergence
+        if line.differs:
+            axes.plot([line.bits] * 2, [kl.kl_mean, kl.kl_p99], color=color, lw=1, alpha=0.5)
+            axes.plot(line.bits, kl.kl_p99, "o", color="white", mec=color, ms=4.5, zorder=3)
+            axes.plot(line.bits, kl.kl_mean, "o", color=color, ms=6, zorder=3)
+        else:
+            axes.plot(line.bits, foot, "D", color="white", mec=color, ms=5, zorder=3)
+        points.append((line.bits, kl.kl_mean if line.differs else foot))
+    _dress(axes, "KL by size: mean (full) to 99th percentile (open)", "bits per weight")
+    axes.set_ylim(bottom=foot / 3)
+    left, right = axes.get_xlim()
+    axes.set_xlim(left, right + 0.2 * (right - left))  # labels stand to the right of their points
+    return points
+
+
+def _label(axes: Axes, drawn: Sequence[Line], points: Sequence[tuple[float, float]], dpi: float) -> None:
+    labels = [line.label if line.differs else f"{line.label} (no difference)" for line in drawn]
+    places = axes.transData.transform(points) * 72 / dpi
+    for place, (label, point, shift) in enumerate(zip(labels, points, _shifts(labels, places), strict=True)):
+        color = _look(place)[0]
+        leader: dict[str, Any] | None = {"arrowstyle": "-", "color": color, "lw": 0.5} if shift else None
+        axes.annotate(
+            label, point, (GAP, shift), textcoords="offset points", fontsize=FONT, color=color, va="center",
+            arrowprops=leader,
+        )  # fmt: skip
+
+
+def _shifts(labels: Sequence[str], points: NDArray[np.float64]) -> list[float]:
+    """How far to move each label up or down from its point, [n, 2] in points, so that none covers another's."""
+    line, letter = 1.4 * FONT, 0.6 * FONT
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in points]
+    shifts = []
+    for label, (x, y) in zip(labels, points, strict=True):
+        steps = sorted(range(-len(labels), len(labels) + 1), key=abs)
+        boxes = {
+            step * line: (x + GAP, y + (step - 0.5) * line, x + GAP + letter * len(label), y + (step + 0.5) * line)
+            for step in steps
+        }
+        shift = next((s for s, box in boxes.items() if not any(_overlap(box, other) for other in taken)), 0.0)
+        taken.append(boxes[shift])
+        shifts.append(shift)
+    return shifts
+
+
+Box = tuple[float, float, float, float]  # left, bottom, right, top
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _dress(axes: Axes, title: str, x: str) -> None:
+    axes.set_yscale("log")
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.set_xlabel(x)
+    axes.set_ylabel("KL(reference || model), nats")
+    axes.grid(axis="y", color="#e4e4e4", lw=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
