@@ -160,10 +160,10 @@ class _Cursor:
             raise self.bad(f"has an array of {count} strings; no vocabulary is that large")
         starts, at, last = array("q"), self.at, len(self.data) - 8
         for _ in range(count):
-            starts.append(at)
             if at > last:
                 at += 8
                 break
+            starts.append(at)
             at += 8 + _LENGTH.unpack_from(self.data, at)[0]
         self.take(at - self.at)
         return Strings(self.data, starts)

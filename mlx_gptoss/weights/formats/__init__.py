@@ -59,6 +59,10 @@ def bind(stored: Stored, params: Sequence[Param]) -> Binding:
             problems["missing"].append(plain_name(param))
             continue
         sources[param.name] = source
+        group = source.spec.group if source.spec else 0
+        if group and param.shape[-1] % group:
+            wrong = f"{source.wants[0].name} (rows of {param.shape[-1]} in groups of {group})"
+            problems["of a wrong shape"].append(wrong)
         for want in source.wants:
             if want.name not in used:
                 used.add(want.name)
