@@ -68,7 +68,6 @@ class Checkpoint:
         self._holder = _one_file_each(self._files)
         self.tensors: Mapping[str, TensorInfo] = {n: f.header.tensors[n] for n, f in self._holder.items()}
         self.params: tuple[Param, ...] = parameters(config)
-        self._by_name = {param.name: param for param in self.params}
         self._binding: Binding = bind(Stored(self.tensors, config, raw), self.params)
         self.format = self._binding.name
         self.size_bytes = sum(info.nbytes for info in self.tensors.values())

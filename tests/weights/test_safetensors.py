@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -35,7 +38,8 @@ ATTACKS = {
     "the largest length": (file_bytes({"a": entry()}, length=2**64 - 1), "truncated"),
     "a header of 100 MB": (file_bytes(b"{" + b" " * 100 * 2**20 + b"}"), "has a header of"),
     "a million items": (file_bytes(b'{"a":[' + b"1," * 10**6 + b"1]}"), "more items"),
-    "nesting without end": (file_bytes(b"[" * 10**6), "not valid JSON"),
+    "many small lists": (file_bytes(b'{"a":[' + b"[[[[[]]]]]," * 10**5 + b"1]}" + b" " * 9), "more items"),
+    "nesting without end": (file_bytes(b"[" * 10**5), "not valid JSON"),
     "no JSON": (file_bytes(b"{oops"), "not valid JSON"),
     "a list": (file_bytes([entry()]), "not a JSON object"),
     "bytes that are no text": (file_bytes(b'{"\xff\xfe": 1}'), "not UTF-8"),
@@ -68,6 +72,33 @@ def test_hostile_files_are_refused(attack, tmp_path):
     with pytest.raises(CheckpointError, match=message) as caught:
         read_header(tmp_path / "model.safetensors")
     assert len(str(caught.value)) < 500 + len(str(tmp_path))
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from mlx_gptoss.weights.safetensors import read_header
+def peak():
+    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = peak()
+try:
+    read_header(Path(sys.argv[1]))
+except Exception as error:
+    print(type(error).__name__, peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+@pytest.mark.parametrize("item", ['"%07d":0', '"%07d":{}', '"%07d":[[]]', '"%07d":[[[[]]]]'])
+def test_the_largest_headers_take_little_memory(tmp_path, item):
+    """As many items as are let through, whatever they are: under 200 MB."""
+    count = safetensors.MAX_ITEMS // (1 + item.count("{") + item.count("[")) - 2
+    (tmp_path / "large").write_bytes(file_bytes(("{" + ",".join(item % i for i in range(count)) + "}").encode()))
+    arguments = [sys.executable, "-c", PEAK, str(tmp_path / "large")]
+    done = subprocess.run(arguments, check=True, capture_output=True, text=True)
+    error, peak = done.stdout.split()
+    assert error == "CheckpointError"
+    assert int(peak) < 170e6
 
 
 def test_the_plain_file_of_the_attacks_is_good(tmp_path):
