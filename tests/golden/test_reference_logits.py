@@ -14,15 +14,14 @@ from mlx_gptoss.backends.base import Limits, Row
 from mlx_gptoss.sampling import Sampling
 from mlx_gptoss.weights import checkpoint as checkpoints
 
-REFERENCE = {  # folder -> the file beside it that holds its logits
-    "mxfp4": "reference",
-    "mxfp4-original": "reference",
-    "bf16": "reference",
-    "mlx-mxfp4": "reference",
-    **{
-        name: f"{name}.reference"
-        for name in ("mlx-4bit", "mlx-8bit", "mlx-mxfp8", "mlx-nvfp4", "mlx-mxfp4-all", "mlx-mxfp4-q4", "mlx-mxfp4-q8")
-    },
+OWN = "mlx-4bit mlx-8bit mlx-mxfp8 mlx-nvfp4 mlx-mxfp4-all mlx-mxfp4-q4 mlx-mxfp4-q8".split()
+OWN += "fp8-attention-only fp8-dynamic int4-autoround nvfp4".split()
+REFERENCE = {  # folder or file -> the file that holds its logits
+    **{name: "reference" for name in ("mxfp4", "mxfp4-original", "bf16", "mlx-mxfp4", "nvfp4-bf16", "gguf/model.gguf")},
+    **{name: f"{name}.reference" for name in OWN},
+    "fp8-doubled-names": "fp8-dynamic.reference",
+    "fp8-half-split": "fp8-dynamic.reference",
+    "gguf/model-q8_0.gguf": "gguf-q8_0.reference",
 }
 GREEDY = Sampling(temperature=0)
 SMALLEST_MARGIN = 1e-3
@@ -30,9 +29,9 @@ SMALLEST_MARGIN = 1e-3
 
 @pytest.fixture(params=REFERENCE)
 def case(request, mini, shared):
-    """(folder, reference tensors), from tests/data or else from the bigger collection."""
+    """(checkpoint, reference tensors), from tests/data or else from the bigger collection."""
     for root in (mini, shared / "fixtures" / "mini"):
-        if (root / request.param).is_dir():
+        if (root / request.param).exists():
             return root / request.param, load_file(root / f"{REFERENCE[request.param]}.safetensors")
     pytest.skip(f"the {request.param} fixture is not in tests/data, and there is no ../shared")
 
