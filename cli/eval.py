@@ -138,8 +138,8 @@ def _print(results: tuple[Evaluation, ...]) -> None:
     for column in ("size", "bits per weight", "perplexity"):
         table.add_column(column, justify="right")
     for result in (*(divergence.reference for divergence in first.against), *results):
-        bits = f"{result.bits_per_weight:.2f}"
-        table.add_row(escape(result.model), result.format, gigabytes(result.size_bytes), bits, f"{result.perplexity:.4f}")
+        numbers = (gigabytes(result.size_bytes), f"{result.bits_per_weight:.2f}", f"{result.perplexity:.4f}")
+        table.add_row(escape(result.model), result.format, *numbers)
     console.print(table)
     for place, divergence in enumerate(first.against):
         reference = divergence.reference

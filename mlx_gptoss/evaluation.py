@@ -10,14 +10,13 @@ rows in float64. A reference's logits wait for the models in a temporary file, 4
 
 from __future__ import annotations
 
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,13 +24,13 @@ from numpy.typing import NDArray
 from . import api
 from .errors import GptOssError, InvalidRequest
 from .memory import gigabytes
-from .tokenizer import ENDOFTEXT, START, Tokenizer
+from .passages import Score, Window, read_documents, windows
+from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from .weights.checkpoint import Checkpoint
 
 Source = str | Path | None  # as load() takes it
-Score = Literal["all", "replies"]
 Progress = Callable[[int, int, str], None]  # predictions done, predictions in all, the model at work
 Doubles = NDArray[np.float64]
 Logits = NDArray[np.float32]
@@ -127,6 +126,8 @@ def evaluate(
     Each reference runs once, then each model once. Raises InvalidRequest for a text with nothing to predict or
     vocabularies that differ, GptOssError for a disk too full or logits that are not finite, and what load() raises.
     """
+    if max_tokens is not None and max_tokens < 1:
+        raise InvalidRequest(f"max_tokens must be at least 1, not {max_tokens}")
     subjects = [_Subject.open(model) for model in models or (None,)]
     references = [_Subject.open(one) for one in ([against] if isinstance(against, (str, Path)) else against)]
     _require_one_vocabulary([*references, *subjects])
@@ -145,68 +146,6 @@ def evaluate(
         {"backend": backend, "device": device, "dtype": dtype},
     )
     return run.passes(subjects, references, progress or (lambda done, total, model: None))
-
-
-# ---- the text ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Document:
-    """ids[first:] count; first is at least 1."""
-
-    ids: tuple[int, ...]
-    first: int
-
-
-@dataclass(frozen=True)
-class Window:
-    """One run of the model: the logits after each of the last len(targets) of `inputs` predict `targets`."""
-
-    inputs: tuple[int, ...]
-    targets: tuple[int, ...]
-
-
-def read_documents(text: str, tokenizer: Tokenizer, score: Score = "all") -> list[Document]:
-    """The documents of a text that have something to predict. Raises InvalidRequest if there are none."""
-    if score not in ("all", "replies"):
-        raise InvalidRequest(f"score must be all or replies, not {score!r}")
-    parts = [part for part in re.split(re.escape(ENDOFTEXT) + r"\r?\n?", text) if part]
-    documents = []
-    for number, part in enumerate(parts, 1):
-        prompt, rest = ("", part) if score == "all" else _split_at_reply(part, number)
-        before = tokenizer.encode_with_specials(prompt)
-        ids = (*before, *tokenizer.encode_with_specials(rest))
-        if len(ids) > 1:
-            documents.append(Document(ids, max(1, len(before))))
-    if not documents:
-        raise InvalidRequest("the text holds nothing to predict; it needs at least two tokens")
-    return documents
-
-
-def _split_at_reply(document: str, number: int) -> tuple[str, str]:
-    """The prompt, up to and with `<|start|>assistant`, and what the assistant says to it."""
-    messages = document.split(START)  # the first is what stands before any message
-    last_of_others = max(i for i, message in enumerate(messages) if i == 0 or not message.startswith("assistant"))
-    if last_of_others + 1 == len(messages):
-        raise InvalidRequest(
-            f"document {number} of the text ends without a reply ({START}assistant...); score all tokens instead"
-        )
-    end = len(START.join(messages[: last_of_others + 1])) + len(START + "assistant")
-    return document[:end], document[end:]
-
-
-def windows(documents: Iterable[Document], context: int, max_tokens: int | None = None) -> Iterator[Window]:
-    """Windows of at most `context` inputs that predict every token that counts once, up to max_tokens of them."""
-    left = max_tokens
-    for document in documents:
-        ids, start = document.ids, document.first
-        while start < len(ids) and left != 0:
-            end = min(len(ids), max(context + 1, start + max(1, context // 2)))
-            if left is not None:
-                end = min(end, start + left)
-                left -= end - start
-            yield Window(ids[max(0, end - 1 - context) : end - 1], ids[start:end])
-            start = end
 
 
 def _context(wanted: int | None, vocab: int, longest: int) -> int:

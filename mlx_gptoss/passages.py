@@ -1,0 +1,78 @@
+"""A text as a model is judged on it: documents, and windows that predict every token that counts once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import InvalidRequest
+from .tokenizer import ENDOFTEXT, START, Tokenizer
+
+Score = Literal["all", "replies"]
+
+
+@dataclass(frozen=True)
+class Document:
+    """ids[first:] count; first is at least 1."""
+
+    ids: tuple[int, ...]
+    first: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """One run of the model: the logits after each of the last len(targets) of `inputs` predict `targets`."""
+
+    inputs: tuple[int, ...]
+    targets: tuple[int, ...]
+
+
+def read_documents(text: str, tokenizer: Tokenizer, score: Score = "all") -> list[Document]:
+    """The documents of a text that have something to predict; special tokens written in it are meant.
+
+    score: whether "all" tokens but a document's first count, or only "replies": what the assistant says after the last
+        message of somebody else. What it said before that is history, stripped of its reasoning, and not how a model
+        would say it.
+    Raises InvalidRequest if there are none, or for "replies" if a document has none.
+    """
+    if score not in ("all", "replies"):
+        raise InvalidRequest(f"score must be all or replies, not {score!r}")
+    parts = [part for part in re.split(re.escape(ENDOFTEXT) + r"\r?\n?", text) if part]
+    documents = []
+    for number, part in enumerate(parts, 1):
+        prompt, rest = ("", part) if score == "all" else _split_at_reply(part, number)
+        before = tokenizer.encode_with_specials(prompt)
+        document = Document((*before, *tokenizer.encode_with_specials(rest)), max(1, len(before)))
+        if len(document.ids) > document.first:
+            documents.append(document)
+    if not documents:
+        raise InvalidRequest("the text holds nothing to predict; it needs at least two tokens")
+    return documents
+
+
+def _split_at_reply(document: str, number: int) -> tuple[str, str]:
+    """The prompt, up to and with `<|start|>assistant`, and what the assistant says to it."""
+    messages = document.split(START)  # the first is what stands before any message
+    last_of_others = max(i for i, message in enumerate(messages) if i == 0 or not message.startswith("assistant"))
+    if last_of_others + 1 == len(messages):
+        raise InvalidRequest(
+            f"document {number} of the text ends without a reply ({START}assistant...); score all tokens instead"
+        )
+    end = len(START.join(messages[: last_of_others + 1])) + len(START + "assistant")
+    return document[:end], document[end:]
+
+
+def windows(documents: Iterable[Document], context: int, max_tokens: int | None = None) -> Iterator[Window]:
+    """Windows of at most `context` inputs that predict every token that counts once, up to max_tokens of them."""
+    left = max_tokens
+    for document in documents:
+        ids, start = document.ids, document.first
+        while start < len(ids) and left != 0:
+            end = min(len(ids), max(context + 1, start + max(1, context // 2)))
+            if left is not None:
+                end = min(end, start + left)
+                left -= end - start
+            yield Window(ids[max(0, end - 1 - context) : end - 1], ids[start:end])
+            start = end
