@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,7 @@ from .chat import (
 from .config import ModelConfig
 from .engine import Engine, Token
 from .errors import BackendUnavailable, CheckpointError, GptOssError, InvalidRequest
-from .harmony.messages import Conversation, Effort
+from .harmony.messages import Conversation, Effort, without_old_reasoning
 from .harmony.openai import from_chat
 from .memory import MemoryPlan, plan_memory, require_fit
 from .sampling import Sampling
@@ -336,7 +336,8 @@ def as_conversation(
     system: str | None = None,
     tools: Sequence[Mapping[str, Any]] = (),
 ) -> Conversation:
-    """A prompt of any of the three kinds as a Conversation, dated today unless it is one already."""
+    """A prompt of any of the three kinds as a Conversation, dated today and without the reasoning that led to earlier
+    answers, unless it is one already."""
     if isinstance(prompt, Conversation):
         if reasoning is not None or system is not None or tools:
             raise InvalidRequest("a Conversation has its own reasoning, instructions and functions; set them there")
@@ -344,13 +345,14 @@ def as_conversation(
     if isinstance(prompt, str) and not prompt.strip():
         raise InvalidRequest("the prompt is empty; write a question")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return from_chat(
+    conversation = from_chat(
         messages,
         reasoning=reasoning or "medium",
         system=system,
         tools=tools,
         date=datetime.date.today().isoformat(),
     )
+    return replace(conversation, messages=without_old_reasoning(conversation.messages))
 
 
 def fold(events: Iterable[Event]) -> tuple[str, str, tuple[ToolCall, ...], Finished]:

@@ -13,7 +13,7 @@ from typing import Literal
 from .engine import Engine, Request, Stream, Token
 from .engine.stop import StopStrings
 from .errors import InvalidRequest
-from .harmony.messages import Conversation, Message
+from .harmony.messages import Conversation, Message, without_old_reasoning
 from .harmony.parse import Delta, Parser
 from .harmony.render import render
 from .sampling import Sampling
@@ -149,8 +149,9 @@ class _Turn:
             yield from self._route(self.parser.finish())
             if held := self.stops.flush():
                 yield TextDelta(held)
-            yield from self._end_call()
             reason: FinishReason = "stop" if self.stops.matched is not None else _reason(self.stream)
+            if reason != "length":  # half a call is none; its text is in Finished.messages
+                yield from self._end_call()
             if self.called and reason == "stop":
                 reason = "tool_calls"
             yield _finished(self.stream, self.tokens, reason, tuple(self.parser.messages))
@@ -222,8 +223,5 @@ def _finished(stream: Stream, tokens: list[Token], reason: FinishReason, message
 
 
 def answered(conversation: Conversation, reply: tuple[Message, ...]) -> Conversation:
-    """The conversation with a reply appended. Once a reply has its final answer, its reasoning is dropped: the model
-    was trained not to see it again. Between a call and its result it stays."""
-    if any(message.channel == "final" for message in reply):
-        reply = tuple(message for message in reply if message.channel != "analysis")
-    return replace(conversation, messages=conversation.messages + reply)
+    """The conversation with a reply appended, ready for the next turn: reasoning that led to an answer is dropped."""
+    return replace(conversation, messages=without_old_reasoning(conversation.messages + reply))

@@ -228,3 +228,18 @@ def test_quantizing_while_loading_is_converting_first(mini, tmp_path, name):
         assert quantized.format == converted.format == name
         assert quantized.plan.weights_bytes == converted.plan.weights_bytes
         assert (quantized.logits((1, 2, 3)) == converted.logits((1, 2, 3))).all()
+
+
+def test_old_reasoning_of_a_chat_is_dropped_and_that_of_a_pending_call_is_kept():
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    chat = [
+        {"role": "user", "content": "1"},
+        {"role": "assistant", "content": "one", "reasoning": "old"},
+        {"role": "user", "content": "2"},
+        {"role": "assistant", "content": "two", "reasoning": "old too"},
+        {"role": "user", "content": "3"},
+        {"role": "assistant", "content": None, "reasoning": "pending", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "3"},
+    ]
+    analysis = [m.content for m in as_conversation(chat).messages if m.channel == "analysis"]
+    assert analysis == ["pending"]
