@@ -43,7 +43,7 @@ def eval(
     KL(reference || MODEL) in nats, and how often both find the same token the likeliest.
 
     `<|endoftext|>` in the text ends a document. Without --text, a sample of what the bundled model was taught is used,
-    which says little about other models. A reference's predictions take 4 bytes times the vocabulary a token on disk.
+    which says little about other models. A reference's predictions wait on disk: 4 bytes a token and vocabulary entry.
     """
     if plot and not against:
         raise click.UsageError("--plot draws the divergence from a reference: give one with --against")
