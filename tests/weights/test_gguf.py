@@ -225,6 +225,8 @@ def test_a_folder_with_one_file_is_that_file(mini, tmp_path, model):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7}')  # of something else
     assert checkpoint.open(tmp_path).format == "gguf"
     assert 7 not in checkpoint.open(tmp_path).stop_ids
+    convert(tmp_path, tmp_path.parent / f"{tmp_path.name}.new", "mxfp4")
+    assert 7 not in checkpoint.open(tmp_path.parent / f"{tmp_path.name}.new").stop_ids
     written(tmp_path / "b.gguf", model)
     with pytest.raises(CheckpointError, match=r"holds 2 GGUF models \(a\.gguf, b\.gguf\); give the path of one"):
         checkpoint.open(tmp_path)
