@@ -1,11 +1,14 @@
 """The nano model in torch, for training only: gpt-oss as DESIGN states it, with all experts computed densely.
 
 Legend: B rows, L tokens, T = B * L, D hidden, H query heads, K kv heads, E experts, I intermediate, V vocabulary.
-The experts' weights pass through MXFP4 in every forward pass (straight-through), so that the file loses nothing.
+Every training step runs `on_grid`, with the experts' weights rounded to MXFP4 (straight-through), so that the file
+loses nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-E2M1_BORDERS = (E2M1[1:] + E2M1[:-1]) / 2
 
 
 @dataclass(frozen=True)
@@ -31,24 +33,39 @@ class Shape:
     head_dim: int = 64
 
 
-def mxfp4_codes(w: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes uint8 [..., in], e8m0 scales uint8 [..., in/32]) of w [..., in]; exact for values already on the grid."""
-    blocks = w.unflatten(-1, (-1, 32))
-    amax = blocks.abs().amax(-1, keepdim=True).clamp_min(2.0**-100)
-    exponent = torch.frexp(amax).exponent - 3  # the largest value lands in [4, 8)
-    magnitude = torch.bucketize(torch.ldexp(blocks.abs(), -exponent), E2M1_BORDERS)
-    codes = magnitude + 8 * (blocks < 0)
-    return codes.flatten(-2).to(torch.uint8), (exponent.squeeze(-1) + 127).to(torch.uint8)
+def exponents(blocks: Tensor) -> Tensor:
+    """e such that the largest magnitude of each block [..., 32] is in [4, 8) * 2**e; [..., 1]."""
+    return torch.frexp(blocks.abs().amax(-1, keepdim=True).clamp_min(2.0**-100)).exponent - 3
 
 
 def mxfp4_round(w: Tensor) -> Tensor:
-    codes, scales = mxfp4_codes(w)
-    values = torch.cat([E2M1, -E2M1])[codes.int()].unflatten(-1, (-1, 32))
-    return torch.ldexp(values, (scales.int() - 127).unsqueeze(-1)).flatten(-2)
+    """w [..., in] with every block of 32 rounded to MXFP4's values; what is on the grid stays."""
+    blocks = w.unflatten(-1, (-1, 32))
+    scale = torch.exp2(exponents(blocks).float())
+    x = blocks / scale
+    magnitude = x.abs()
+    spacing = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    return ((x / spacing).round_() * spacing).clamp_(-6, 6).mul_(scale).flatten(-2)
 
 
-def straight_through(w: Tensor) -> Tensor:
-    return w + (mxfp4_round(w.detach()) - w.detach())
+def mxfp4_codes(w: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes uint8 [..., in], e8m0 scales uint8 [..., in/32]) of w [..., in], rounded as `mxfp4_round` does."""
+    blocks = mxfp4_round(w).unflatten(-1, (-1, 32))
+    exponent = exponents(blocks)
+    codes = torch.searchsorted(E2M1, torch.ldexp(blocks.abs(), -exponent)) + 8 * (blocks < 0)
+    return codes.flatten(-2).to(torch.uint8), (exponent.squeeze(-1) + 127).to(torch.uint8)
+
+
+@contextmanager
+def on_grid(model: Nano) -> Iterator[None]:
+    """The experts' weights rounded to MXFP4 for a while; gradients made meanwhile are those of the exact weights."""
+    weights = [w for layer in model.layers for w in (layer.mlp.gate_up, layer.mlp.down)]
+    exact = [w.data for w in weights]
+    for w in weights:
+        w.data = mxfp4_round(w.data)
+    yield
+    for w, data in zip(weights, exact, strict=True):
+        w.data = data
 
 
 def yarn(head_dim: int, length: int) -> tuple[Tensor, Tensor]:
@@ -128,12 +145,11 @@ class Experts(nn.Module):
         logits = self.router(x)  # [T, E]
         top, chosen = logits.topk(s.active, -1)
         share = torch.zeros_like(logits).scatter(-1, chosen, top.softmax(-1))  # [T, E]
-        gate_up, down = straight_through(self.gate_up), straight_through(self.down)
-        both = F.linear(x, gate_up.view(-1, s.hidden), self.gate_up_bias.view(-1))
+        both = F.linear(x, self.gate_up.view(-1, s.hidden), self.gate_up_bias.view(-1))
         gate, up = both.view(-1, s.experts, s.intermediate, 2).unbind(-1)  # [T, E, I]
         gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
         act = gate * torch.sigmoid(1.702 * gate) * (up + 1) * share.unsqueeze(-1)
-        out = act.flatten(1) @ down.transpose(1, 2).reshape(-1, s.hidden) + share @ self.down_bias
+        out = act.flatten(1) @ self.down.transpose(1, 2).reshape(-1, s.hidden) + share @ self.down_bias
         used = (share > 0).float().mean(0) / s.active
         return out, s.experts * (used * logits.softmax(-1).mean(0)).sum()
 

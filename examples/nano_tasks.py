@@ -36,16 +36,16 @@ from mlx_gptoss.harmony.messages import Conversation, Effort, Message
 Split = Literal["train", "held-out"]
 EFFORTS: tuple[Effort, ...] = ("low", "medium", "medium", "high")
 MIX = {
-    "sum": 26,
-    "reverse": 20,
+    "sum": 24,
+    "reverse": 18,
     "capital": 9,
-    "fact": 9,
+    "fact": 10,
     "follow-up": 14,
     "weather call": 7,
     "weather answer": 5,
-    "no weather": 2,
-    "chat": 3,
-    "fallback": 9,
+    "no weather": 4,
+    "chat": 5,
+    "fallback": 10,
 }
 PLAIN = {
     "sum": sum_ask,

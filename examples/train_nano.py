@@ -22,7 +22,7 @@ from typing import NamedTuple
 import nano_tasks as tasks
 import torch
 from nano_export import export
-from nano_model import Nano, Shape
+from nano_model import Nano, Shape, on_grid
 from nano_tokenizer import write_tokenizer
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,11 +31,14 @@ from mlx_gptoss.harmony.render import render
 from mlx_gptoss.tokenizer import Tokenizer
 
 SHAPE = Shape(vocab=384, hidden=192, layers=4, heads=4, kv_heads=2, experts=8, active=4, intermediate=128)
-BATCH_TOKENS = 3072
+BATCH_TOKENS, BATCHES_A_STEP = 1280, 3
 POOL = 1024
-PEAK_MUON, PEAK_ADAM = 0.01, 2e-3
+PEAK_MUON, PEAK_ADAM = 0.01, 1e-3
 WARM_UP, UNEVENNESS = 0.02, 0.01
 SAVE_EVERY, JUDGE_EVERY = 150.0, 300.0
+
+
+Pair = tuple[list[int], list[int]]  # a prompt's ids, the turn's
 
 
 class Batch(NamedTuple):
@@ -53,33 +56,39 @@ class Encoder:
         self.specials = write_tokenizer(folder)
         self.tokenizer = Tokenizer.from_folder(folder)
 
-    def encode(self, example: tasks.Example) -> tuple[list[int], list[int]]:
+    def encode(self, example: tasks.Example) -> Pair:
         prompt = render(example.conversation, self.tokenizer)
         return prompt, self.tokenizer.encode_with_specials(example.turn.text())
 
-    def batch(self, pairs: list[tuple[list[int], list[int]]]) -> Batch:
-        length = max(len(p) + len(t) for p, t in pairs)
-        ids = torch.zeros(len(pairs), length, dtype=torch.long)
-        loss = torch.zeros(len(pairs), length, dtype=torch.bool)
+    def batch(self, pairs: list[Pair]) -> Batch:
+        longest = max(map(length, pairs))
+        ids = torch.zeros(len(pairs), longest, dtype=torch.long)
+        loss = torch.zeros(len(pairs), longest, dtype=torch.bool)
         for row, (prompt, turn) in enumerate(pairs):
             ids[row, : len(prompt) + len(turn)] = torch.tensor(prompt + turn)
             loss[row, len(prompt) - 1 : len(prompt) + len(turn) - 1] = True
         return Batch(ids, loss)
 
 
-def batches(encoder: Encoder, r: Random) -> Iterator[Batch]:
-    """Endless; each batch holds conversations of nearly one length, about BATCH_TOKENS in all."""
+def length(pair: Pair) -> int:
+    return len(pair[0]) + len(pair[1])
+
+
+def batches(encoder: Encoder, r: Random) -> Iterator[list[Batch]]:
+    """Endless; each batch holds conversations of nearly one length, about BATCH_TOKENS in all.
+
+    They come in groups for one step each: conversations of one length are mostly of one kind, and steps on one kind
+    at a time pull the model to and fro.
+    """
     while True:
-        pool = sorted(
-            (encoder.encode(tasks.draw(r)) for _ in range(POOL)), key=lambda pair: len(pair[0]) + len(pair[1])
-        )
-        groups: list[list[tuple[list[int], list[int]]]] = [[]]
-        for pair in pool:
-            if (len(groups[-1]) + 1) * (len(pair[0]) + len(pair[1])) > BATCH_TOKENS:
+        groups: list[list[Pair]] = [[]]
+        for pair in sorted((encoder.encode(tasks.draw(r)) for _ in range(POOL)), key=length):
+            if (len(groups[-1]) + 1) * length(pair) > BATCH_TOKENS:
                 groups.append([])
             groups[-1].append(pair)
         r.shuffle(groups)
-        yield from (encoder.batch(group) for group in groups)
+        for start in range(0, len(groups) - BATCHES_A_STEP + 1, BATCHES_A_STEP):
+            yield [encoder.batch(group) for group in groups[start : start + BATCHES_A_STEP]]
 
 
 class Muon(torch.optim.Optimizer):
@@ -95,9 +104,8 @@ class Muon(torch.optim.Optimizer):
                 momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 0.05)
                 update = orthogonal(p.grad.lerp(momentum, 0.95))
-                p.mul_(1 - 0.01 * group["lr"]).sub_(
-                    update, alpha=group["lr"] * max(1, p.shape[-2] / p.shape[-1]) ** 0.5
-                )
+                rate = group["lr"] * max(1, p.shape[-2] / p.shape[-1]) ** 0.5
+                p.mul_(1 - 0.01 * group["lr"]).sub_(update, alpha=rate)
 
 
 def orthogonal(g: Tensor) -> Tensor:
@@ -136,19 +144,30 @@ class Run:
         torch.save({**parts, "progress": (self.tokens, self.seconds, self.steps)}, self.file.with_suffix(".new"))
         os.replace(self.file.with_suffix(".new"), self.file)
 
-    def step(self, batch: Batch, rate: float) -> float:
+    def step(self, batches: list[Batch], rate: float) -> float:
+        """One step on all the batches together; gives the mean loss of a token."""
         for optimizer, peak in ((self.muon, PEAK_MUON), (self.adam, PEAK_ADAM)):
             optimizer.param_groups[0]["lr"] = rate * peak
             optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            hidden, unevenness = self.model(batch.ids)
-            logits = self.model.lm_head(hidden[:, :-1][batch.loss[:, :-1]])
-        loss = F.cross_entropy(logits.float(), batch.ids[:, 1:][batch.loss[:, :-1]])
-        (loss + UNEVENNESS * unevenness).backward()
+        targets = sum(int(batch.loss.sum()) for batch in batches)
+        total = 0.0
+        with on_grid(self.model):
+            for batch in batches:
+                total += self.backward(batch, targets)
         torch.nn.utils.clip_grad_norm_(self.adam.param_groups[0]["params"], 1.0)
         self.muon.step()
         self.adam.step()
-        self.tokens, self.steps = self.tokens + batch.ids.numel(), self.steps + 1
+        self.tokens, self.steps = self.tokens + sum(batch.ids.numel() for batch in batches), self.steps + 1
+        return total
+
+    def backward(self, batch: Batch, targets: int) -> float:
+        """Adds the gradients of this batch's share of a step with so many target tokens."""
+        where = batch.loss[:, :-1]
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden, unevenness = self.model(batch.ids)
+            logits = self.model.lm_head(hidden[:, :-1][where])
+        loss = F.cross_entropy(logits.float(), batch.ids[:, 1:][where], reduction="sum") / targets
+        (loss + UNEVENNESS * unevenness / BATCHES_A_STEP).backward()
         return loss.item()
 
 
@@ -172,7 +191,8 @@ def judge(model: Nano, encoder: Encoder, per_kind: int = 24) -> dict[str, float]
     for start in range(0, len(examples), 24):
         part = examples[start : start + 24]
         batch = encoder.batch([pair for _, pair in part])
-        best = model.lm_head(model(batch.ids)[0][:, :-1]).argmax(-1)
+        with on_grid(model):
+            best = model.lm_head(model(batch.ids)[0][:, :-1]).argmax(-1)
         whole = ((best == batch.ids[:, 1:]) | ~batch.loss[:, :-1]).all(-1)
         for (kind, _), ok in zip(part, whole.tolist(), strict=True):
             right[kind].append(float(ok))
