@@ -64,15 +64,14 @@ def choose(
     tokens = tokens.astype(mx.int32)
     for row, history in enumerate(histories):
         history.add(tokens[row])
-    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    chosen = mx.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    normalizer = mx.logsumexp(logits, axis=-1, keepdims=True)
+    chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1) - normalizer
     most = max(s.logprobs for s in samplings)
     if not most:
-        return Choice(tokens, chosen, None, None)
-    ids = mx.argpartition(-logprobs, kth=most - 1, axis=-1)[:, :most]
-    values = mx.take_along_axis(logprobs, ids, axis=-1)
-    order = mx.argsort(-values, axis=-1)
-    return Choice(tokens, chosen, mx.take_along_axis(ids, order, axis=-1), mx.take_along_axis(values, order, axis=-1))
+        return Choice(tokens, chosen[:, 0], None, None)
+    ids = mx.argpartition(-logits, kth=most - 1, axis=-1)[:, :most]
+    ids = mx.take_along_axis(ids, mx.argsort(-mx.take_along_axis(logits, ids, axis=-1), axis=-1), axis=-1)
+    return Choice(tokens, chosen[:, 0], ids, mx.take_along_axis(logits, ids, axis=-1) - normalizer)
 
 
 def _bias(logits: mx.array, samplings: Sequence[Sampling]) -> mx.array:
