@@ -1,0 +1,70 @@
+"""The CUDA backend, in torch, which also runs on a CPU: `load(checkpoint, ...) -> CudaRunner`. Read model.py first."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from ...errors import BackendUnavailable, InvalidRequest
+from ...memory import system_available
+from ...weights.tensor import Weights
+from ..base import Limits
+from .load import load_model
+from .runner import CudaRunner
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(checkpoint: Weights, *, device: str | None, dtype: str | None, limits: Limits) -> CudaRunner:
+    """Load onto `device` ("cpu", "cuda", "cuda:1" or None for a GPU where there is one) with activations of `dtype`;
+    both as below."""
+    where = pick_device(device)
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+    with torch.inference_mode():
+        model = load_model(checkpoint, DTYPES[dtype_name(device, dtype)], where)
+    return CudaRunner(model, limits, where)
+
+
+def dtype_name(device: str | None, dtype: str | None) -> str:
+    """The activations' dtype. None is bfloat16 on a GPU and float32 on a CPU, where narrow products are slower."""
+    name = dtype or ("bfloat16" if pick_device(device).type == "cuda" else "float32")
+    if name not in DTYPES:
+        raise InvalidRequest(f"dtype must be one of {', '.join(DTYPES)}, not {name!r}")
+    return name
+
+
+def prefill_chunk(device: str | None) -> int:
+    """Tokens of one prefill step: enough for each decoded expert to serve many."""
+    return 2048 if pick_device(device).type == "cuda" else 512
+
+
+def available_memory(device: str | None) -> int:
+    """Bytes that a model may take: the free memory of the GPU, or the RAM."""
+    where = pick_device(device)
+    if where.type == "cpu":
+        return system_available()
+    free, _ = torch.cuda.mem_get_info(where)
+    return free
+
+
+def has_gpu() -> bool:
+    """Whether this torch finds a CUDA device."""
+    return torch.cuda.is_available()
+
+
+def pick_device(device: str | None) -> torch.device:
+    if device == "cpu" or (device is None and not has_gpu()):
+        return torch.device("cpu")
+    name = "cuda" if device in (None, "gpu") else str(device)
+    if not re.fullmatch(r"cuda(:\d+)?", name):
+        raise InvalidRequest(f"device must be cpu, cuda or cuda:N for the cuda backend, not {device!r}")
+    found = torch.cuda.device_count() if has_gpu() else 0
+    index = int(name.partition(":")[2] or 0)
+    if index >= found:
+        raise BackendUnavailable(
+            f"torch {torch.__version__} finds {found or 'no'} CUDA device{'s' * (found > 1)} here; leave --device out, "
+            "use --device cpu, or install a torch built for your driver (pip install 'mlx-gptoss[cuda]')"
+        )
+    return torch.device("cuda", index)

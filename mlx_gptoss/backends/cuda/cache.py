@@ -1,0 +1,161 @@
+"""The KV cache: growing tensors for full layers, rings for sliding ones. Every layer holds all slots.
+
+Legend: S slots, B rows in this step, K kv heads, L tokens, C capacity, W window.
+A row's keys are stored rotated; positions are absolute from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...config import FULL, ModelConfig
+
+GROWTH = 256  # full layers grow by multiples of this many tokens
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where this forward pass writes: either one slot and any number of tokens, or B slots and one token each.
+
+    slots, starts: [B] host integers, ascending slots. length: tokens a row. offsets: starts on the device, int64 [B].
+    """
+
+    slots: tuple[int, ...]
+    starts: tuple[int, ...]
+    length: int
+    offsets: Tensor
+
+    @staticmethod
+    def of(slots: Sequence[int], starts: Sequence[int], length: int, device: torch.device) -> Span:
+        return Span(tuple(slots), tuple(starts), length, torch.tensor(starts, dtype=torch.int64, device=device))
+
+    @property
+    def end(self) -> int:
+        """One past the last position that any row of this pass writes."""
+        return max(self.starts) + self.length
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 [B, L]"""
+        return self.offsets[:, None] + torch.arange(self.length, device=self.offsets.device)
+
+
+@dataclass(frozen=True)
+class Visible:
+    """What one-token queries attend to: keys, values [B, K, C, 64]; mask bool [B, 1, 1, C], or None for all of them."""
+
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
+
+
+class FullCache:
+    """Keys and values of every position so far, [S, K, C, 64]; C grows in steps of GROWTH up to max_context."""
+
+    def __init__(
+        self, slots: int, heads: int, head_dim: int, max_context: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._max_context = max_context
+        self._keys = torch.zeros((slots, heads, 0, head_dim), dtype=dtype, device=device)
+        self._values = torch.zeros((slots, heads, 0, head_dim), dtype=dtype, device=device)
+
+    def append(self, k: Tensor, v: Tensor, span: Span) -> Visible:
+        """Store one token a row, k, v [B, K, 1, 64], and return all keys up to them."""
+        self._grow(span.end)
+        slots = _indices(span)
+        self._keys[slots, :, span.offsets] = k[:, :, 0]
+        self._values[slots, :, span.offsets] = v[:, :, 0]
+        rows = _rows(span)
+        mask = None if len(set(span.starts)) == 1 else _until(span.offsets, span.end)
+        return Visible(self._keys[rows, :, : span.end], self._values[rows, :, : span.end], mask)
+
+    def extend(self, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Store one slot's next L tokens, k, v [1, K, L, 64], and return all up to them, [1, K, start + L, 64]."""
+        self._grow(span.end)
+        slot, start = span.slots[0], span.starts[0]
+        self._keys[slot, :, start : span.end] = k[0]
+        self._values[slot, :, start : span.end] = v[0]
+        return self._keys[slot : slot + 1, :, : span.end], self._values[slot : slot + 1, :, : span.end]
+
+    def _grow(self, needed: int) -> None:
+        slots, heads, capacity, dim = self._keys.shape
+        if needed <= capacity:
+            return
+        # Growing by a quarter keeps the copies few; the memory plan counts max_context.
+        wanted = max(needed, capacity + capacity // 4)
+        more = min(-(-wanted // GROWTH) * GROWTH, max(self._max_context, needed)) - capacity
+        pad = self._keys.new_zeros((slots, heads, more, dim))
+        self._keys = torch.cat([self._keys, pad], dim=2)
+        self._values = torch.cat([self._values, pad], dim=2)
+
+
+class RingCache:
+    """The last W positions of each slot, [S, K, W, 64]; position p stands at p % W."""
+
+    def __init__(
+        self, slots: int, heads: int, head_dim: int, window: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.window = window
+        self._keys = torch.zeros((slots, heads, window, head_dim), dtype=dtype, device=device)
+        self._values = torch.zeros((slots, heads, window, head_dim), dtype=dtype, device=device)
+
+    def append(self, k: Tensor, v: Tensor, span: Span) -> Visible:
+        """Store one token a row, k, v [B, K, 1, 64]; order within a ring does not matter to softmax."""
+        slots, places = _indices(span), span.offsets % self.window
+        self._keys[slots, :, places] = k[:, :, 0]
+        self._values[slots, :, places] = v[:, :, 0]
+        filled = min(span.end, self.window)
+        everywhere = min(span.starts) + 1 >= filled
+        rows = _rows(span)
+        mask = None if everywhere else _until(span.offsets, filled)
+        return Visible(self._keys[rows, :, :filled], self._values[rows, :, :filled], mask)
+
+    def extend(self, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        """Store one slot's next L tokens, k, v [1, K, L, 64], and return them after the W positions before them:
+        [1, K, W + L, 64]. What stands for positions before 0 is to be masked."""
+        slot, start, w = span.slots[0], span.starts[0], self.window
+        both = []
+        for ring, new in ((self._keys, k), (self._values, v)):
+            # Rolled so that the oldest position, start - W, comes first.
+            past = torch.roll(ring[slot : slot + 1], -(start % w), 2)
+            joined = torch.cat([past, new], dim=2)
+            both.append(joined)
+            ring[slot : slot + 1] = torch.roll(joined[:, :, -w:], span.end % w, 2)
+        return both[0], both[1]
+
+
+LayerCache = FullCache | RingCache
+
+
+class Cache:
+    """One FullCache or RingCache a layer, for `slots` sequences of at most max_context tokens."""
+
+    def __init__(
+        self, config: ModelConfig, slots: int, max_context: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        heads, dim = config.num_key_value_heads, config.head_dim
+        self.layers: list[LayerCache] = [
+            FullCache(slots, heads, dim, max_context, dtype, device)
+            if kind == FULL
+            else RingCache(slots, heads, dim, config.sliding_window, dtype, device)
+            for kind in config.layer_types
+        ]
+
+
+def _indices(span: Span) -> Tensor:
+    return torch.tensor(span.slots, device=span.offsets.device)
+
+
+def _rows(span: Span) -> slice | Tensor:
+    """Adjacent slots as a view; others have to be gathered."""
+    first, last = span.slots[0], span.slots[-1]
+    return slice(first, last + 1) if last - first + 1 == len(span.slots) else _indices(span)
+
+
+def _until(offsets: Tensor, end: int) -> Tensor:
+    """Boolean [B, 1, 1, end]: row b sees places up to and including offsets[b]."""
+    return torch.arange(end, device=offsets.device) <= offsets[:, None, None, None]

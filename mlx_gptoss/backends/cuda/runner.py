@@ -1,0 +1,153 @@
+"""One loaded model on one device, behind the seam of backends/base.py. All calls come from one thread."""
+
+from __future__ import annotations
+
+import resource
+import secrets
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...sampling import Sampling
+from ..base import Limits, Row, Sampled
+from .cache import Cache, Span
+from .model import GptOss
+from .sample import Choice, History, choose
+
+LOGITS_ROWS = 256  # positions of the vocabulary-wide output held at once by logits()
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step under way: for each row of the step, which entry of which choice, on the host, is its own.
+
+    done: set once the copies to the host are complete; None where there is nothing to wait for.
+    """
+
+    rows: tuple[tuple[Choice, int, Sampling] | None, ...]
+    done: torch.cuda.Event | None
+
+    def wait(self) -> list[Sampled | None]:
+        if self.done is not None:
+            self.done.synchronize()
+        return [None if row is None else _sampled(*row) for row in self.rows]
+
+
+class CudaRunner:
+    """`submit` starts the step's kernels and the copy of what it chose; only `wait` and `logits` wait for that."""
+
+    def __init__(self, model: GptOss, limits: Limits, device: torch.device) -> None:
+        self.config = model.config
+        self.limits = limits
+        self._model = model
+        self._device = device
+        with torch.inference_mode():
+            self._cache = Cache(model.config, limits.slots, limits.max_context, model.dtype, device)
+        self._last: dict[int, Tensor] = {}  # slot -> the token it sampled last, int64 [1]
+        self._histories: dict[int, History] = {}
+
+    @torch.inference_mode()
+    def submit(self, rows: Sequence[Row]) -> Step:
+        results: list[tuple[Choice, int, Sampling] | None] = [None] * len(rows)
+        single = [i for i, row in enumerate(rows) if row.tokens is None or len(row.tokens) == 1]
+        single.sort(key=lambda i: rows[i].slot)
+        groups = [single] if single else []
+        groups += [[i] for i in range(len(rows)) if i not in set(single)]
+        for group in groups:
+            self._forward([rows[i] for i in group], group, results)
+        return Step(tuple(results), self._mark())
+
+    def release(self, slot: int) -> None:
+        self._last.pop(slot, None)
+        self._histories.pop(slot, None)
+
+    @torch.inference_mode()
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        cache = Cache(self.config, 1, len(ids), self._model.dtype, self._device)
+        out = np.empty((len(ids), self.config.vocab_size), dtype=np.float32)
+        step = min(self.limits.chunk, LOGITS_ROWS)
+        for start in range(0, len(ids), step):
+            piece = self._ids([ids[start : start + step]])
+            hidden = self._model(piece, cache, Span.of([0], [start], piece.shape[1], self._device))
+            out[start : start + step] = self._model.logits(hidden[0]).cpu().numpy()
+        return out
+
+    def peak_memory(self) -> int:
+        """On a CPU, of the whole process since it began: torch does not count there."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def close(self) -> None:
+        del self._model, self._cache
+        self._last.clear()
+        self._histories.clear()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _forward(
+        self, rows: Sequence[Row], places: Sequence[int], results: list[tuple[Choice, int, Sampling] | None]
+    ) -> None:
+        """Either any number of one-token rows, or one row of several tokens."""
+        ids = torch.cat([self._tokens(row) for row in rows])  # [B, L]
+        span = Span.of([row.slot for row in rows], [row.start for row in rows], ids.shape[1], self._device)
+        hidden = self._model(ids, self._cache, span)
+        wanted = [(b, row, row.sampling) for b, row in enumerate(rows) if row.sampling is not None]
+        if not wanted:
+            return
+        last = hidden[:, -1] if len(wanted) == len(rows) else hidden[[b for b, _, _ in wanted], -1]
+        samplings = [sampling for _, _, sampling in wanted]
+        histories = [self._history(row, sampling) for _, row, sampling in wanted]
+        positions = [row.start + span.length for _, row, _ in wanted]
+        choice = choose(self._model.logits(last), samplings, histories, positions)
+        on_host = self._fetch(choice)
+        for n, (b, row, sampling) in enumerate(wanted):
+            self._last[row.slot] = choice.tokens[n : n + 1]
+            results[places[b]] = (on_host, n, sampling)
+
+    def _tokens(self, row: Row) -> Tensor:
+        """int64 [1, L]"""
+        return self._last[row.slot][None] if row.tokens is None else self._ids([row.tokens])
+
+    def _ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(ids, dtype=torch.int64, device=self._device)
+
+    def _history(self, row: Row, sampling: Sampling) -> History:
+        if row.prompt is not None:
+            seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+            self._histories[row.slot] = History.begin(
+                sampling, row.prompt, seed, self.config.vocab_size, self._device
+            )
+        return self._histories[row.slot]
+
+    def _fetch(self, choice: Choice) -> Choice:
+        """The choice on the host, once the step's event is done. Reading it from the device later would also wait for
+        the next step, which is submitted by then."""
+
+        def fetch(values: Tensor | None) -> Tensor | None:
+            if values is None or self._device.type == "cpu":
+                return values
+            return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+
+        return Choice(*(fetch(values) for values in vars(choice).values()))
+
+    def _mark(self) -> torch.cuda.Event | None:
+        if self._device.type == "cpu":
+            return None
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(self._device))
+        return done
+
+
+def _sampled(choice: Choice, n: int, sampling: Sampling) -> Sampled:
+    top: tuple[tuple[int, float], ...] = ()
+    if sampling.logprobs and choice.top_ids is not None and choice.top_logprobs is not None:
+        ids, values = choice.top_ids[n].tolist(), choice.top_logprobs[n].tolist()
+        top = tuple(zip(ids, values, strict=True))[: sampling.logprobs]
+    return Sampled(int(choice.tokens[n]), float(choice.logprobs[n]), top)

@@ -1,0 +1,174 @@
+"""The sampler: sampling.py's chain on the device, for all rows of a step at once.
+
+Legend: B rows, V vocabulary. Rows of different requests sit in one batch; each stage runs only when a row needs it,
+and leaves the other rows as they were, so that a request draws the same token alone and in company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...sampling import Sampling
+
+# SplitMix64 (Steele, Lea and Flood 2014), as its public domain reference: the step between states, and two factors.
+GOLDEN = 0x9E3779B97F4A7C15
+MIX_1 = 0xBF58476D1CE4E5B9
+MIX_2 = 0x94D049BB133111EB
+UNIFORM_BITS = 40
+
+
+@dataclass
+class History:
+    """What one slot's sampler remembers. seed: of the slot's random stream, 64 bits.
+
+    seen (prompt or output) bool [V], counts (output) float32 [V]: kept only for penalized requests.
+    """
+
+    seed: int
+    seen: Tensor | None = None
+    counts: Tensor | None = None
+
+    @staticmethod
+    def begin(
+        sampling: Sampling, prompt: Sequence[int], seed: int, vocabulary: int, device: torch.device | str = "cpu"
+    ) -> History:
+        history = History(seed)
+        if sampling.penalized:
+            history.seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+            history.seen[torch.tensor(prompt, device=device)] = True
+            history.counts = torch.zeros(vocabulary, dtype=torch.float32, device=device)
+        return history
+
+    def add(self, token: Tensor) -> None:
+        """token: int64 [1], just sampled."""
+        if self.seen is not None and self.counts is not None:
+            self.seen.index_fill_(0, token, True)
+            self.counts.index_add_(0, token, torch.ones_like(token, dtype=torch.float32))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """tokens int64 [B]; logprobs float32 [B]; top ids and logprobs [B, n], n the most that any row asked for."""
+
+    tokens: Tensor
+    logprobs: Tensor
+    top_ids: Tensor | None
+    top_logprobs: Tensor | None
+
+
+def choose(
+    logits: Tensor, samplings: Sequence[Sampling], histories: Sequence[History], positions: Sequence[int]
+) -> Choice:
+    """One token a row from raw logits, float32 [B, V]. `positions` number the draws of each row's random stream."""
+    shaped = _penalize(_bias(logits, samplings), samplings, histories)
+    tokens = shaped.argmax(dim=-1)
+    if not all(s.greedy for s in samplings):
+        noise = gumbel([h.seed for h in histories], positions, logits.shape[-1], logits.device)
+        drawn = (_filter(shaped, samplings) + noise).argmax(dim=-1)
+        tokens = torch.where(_column(samplings, "temperature", logits)[:, 0] > 0, drawn, tokens)
+    for row, history in enumerate(histories):
+        history.add(tokens[row : row + 1])
+    logprobs = logits - logits.logsumexp(dim=-1, keepdim=True)
+    chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
+    most = max(s.logprobs for s in samplings)
+    if not most:
+        return Choice(tokens, chosen, None, None)
+    values, ids = logprobs.topk(most, dim=-1)
+    return Choice(tokens, chosen, ids, values)
+
+
+def gumbel(seeds: Sequence[int], positions: Sequence[int], vocabulary: int, device: torch.device) -> Tensor:
+    """Standard Gumbel noise, float32 [B, V]: added to logits, it makes their argmax a draw from their softmax.
+
+    Each number hangs on its row's seed and position and on its token alone, on any device, so that a seed gives the
+    same draw in any batch.
+    """
+    keys = [_signed(_mixed(_mixed(seed) + position * GOLDEN)) for seed, position in zip(seeds, positions, strict=True)]
+    steps = torch.arange(vocabulary, device=device) * _signed(GOLDEN)
+    bits = _mix(torch.tensor(keys, device=device)[:, None] + steps)
+    uniform = (_shift(bits, 64 - UNIFORM_BITS).float() + 0.5) * 2.0**-UNIFORM_BITS
+    # log1p keeps small numbers exact: they are the large noise, which decides.
+    return -torch.log(-torch.log1p(-uniform))
+
+
+def _mix(z: Tensor) -> Tensor:
+    """SplitMix64's finalizer on int64, which wraps as unsigned integers do."""
+    z = (z ^ _shift(z, 30)) * _signed(MIX_1)
+    z = (z ^ _shift(z, 27)) * _signed(MIX_2)
+    return z ^ _shift(z, 31)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """To the right, filling with zeros; torch's own copies the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mixed(z: int) -> int:
+    """_mix of one Python integer, unsigned."""
+    z &= 2**64 - 1
+    z = (z ^ z >> 30) * MIX_1 & 2**64 - 1
+    z = (z ^ z >> 27) * MIX_2 & 2**64 - 1
+    return z ^ z >> 31
+
+
+def _signed(z: int) -> int:
+    """The int64 of the same 64 bits."""
+    return z - 2**64 if z >= 2**63 else z
+
+
+def _bias(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    entries = [(row, t, b) for row, s in enumerate(samplings) for t, b in (s.logit_bias or {}).items()]
+    if not entries:
+        return logits
+    rows, tokens, biases = (torch.tensor(column, device=logits.device) for column in zip(*entries, strict=True))
+    return logits.index_put((rows, tokens), biases.to(logits.dtype), accumulate=True)
+
+
+def _penalize(logits: Tensor, samplings: Sequence[Sampling], histories: Sequence[History]) -> Tensor:
+    if not any(s.penalized for s in samplings):
+        return logits
+    return torch.stack([_penalize_row(*row) for row in zip(logits, samplings, histories, strict=True)])
+
+
+def _penalize_row(logits: Tensor, sampling: Sampling, history: History) -> Tensor:
+    if history.seen is None or history.counts is None:
+        return logits
+    repeated = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
+    logits = torch.where(history.seen, repeated, logits)
+    said = (history.counts > 0).float()
+    return logits - sampling.presence_penalty * said - sampling.frequency_penalty * history.counts
+
+
+def _filter(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """Logits over temperature, with everything outside top_k, top_p and min_p at -inf."""
+    temperature = _column(samplings, "temperature", logits)
+    logits = logits / torch.where(temperature > 0, temperature, 1.0)
+    if any(s.top_k or s.top_p < 1.0 for s in samplings):
+        logits = _top(logits, samplings)
+    if any(s.min_p for s in samplings):
+        probabilities = logits.softmax(dim=-1)
+        floor = _column(samplings, "min_p", logits) * probabilities.amax(dim=-1, keepdim=True)
+        logits = logits.masked_fill(probabilities < floor, -torch.inf)
+    return logits
+
+
+def _top(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """top_k, then top_p of what is left: a token stays when those likelier than it hold less than top_p."""
+    vocabulary = logits.shape[-1]
+    ranked, order = logits.sort(dim=-1, descending=True, stable=True)
+    top_k = torch.tensor([[s.top_k or vocabulary] for s in samplings], device=logits.device)
+    ranked = ranked.masked_fill(torch.arange(vocabulary, device=logits.device) >= top_k, -torch.inf)
+    probabilities = ranked.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    top_p = _column(samplings, "top_p", logits)
+    ranked = ranked.masked_fill((before >= top_p) & (top_p < 1.0), -torch.inf)
+    return torch.empty_like(logits).scatter_(-1, order, ranked)
+
+
+def _column(samplings: Sequence[Sampling], name: str, like: Tensor) -> Tensor:
+    """One field of every row, float32 [B, 1]."""
+    return torch.tensor([[float(getattr(s, name))] for s in samplings], dtype=torch.float32, device=like.device)
