@@ -15,7 +15,8 @@ import click
 def convert(source: str, destination: str, to: str, overwrite: bool) -> None:
     """Write SOURCE (a folder or a hub id) to the folder DEST in another format.
 
-    Streams: at most one layer is in memory. DEST appears when it is complete and verified, or not at all.
+    Streams: at most one layer is in memory. DEST appears when it is complete and verified, or not at all. After an
+    interruption the same command continues after the last whole shard (2 GB), kept in a hidden folder beside DEST.
     """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -33,14 +34,20 @@ def convert(source: str, destination: str, to: str, overwrite: bool) -> None:
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Converting", total=None)
-        report = api.convert(
-            source,
-            destination,
-            to,
-            overwrite=overwrite,
-            progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
-        )
+        try:
+            report = api.convert(
+                source,
+                destination,
+                to,
+                overwrite=overwrite,
+                progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
+            )
+        except KeyboardInterrupt as stop:
+            bar.stop()
+            click.echo(f"interrupted; {stop or 'nothing was written'}", err=True)
+            raise SystemExit(130) from None
+    resumed = f" after {gigabytes(report.resumed_bytes)} of an earlier run" if report.resumed_bytes else ""
     click.echo(
-        f"{report.source_format} -> {report.format}: {gigabytes(report.bytes)} in {report.seconds:.1f} s, "
+        f"{report.source_format} -> {report.format}: {gigabytes(report.bytes)} in {report.seconds:.1f} s{resumed}, "
         f"written to {report.destination}"
     )

@@ -7,6 +7,7 @@ plain file names; config.json and the index are limited in size; a pickle is nev
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -120,6 +121,17 @@ class Checkpoint:
         for array in _arrays(weight):
             for file in self._files:
                 file.release_array(array)
+
+    def fingerprint(self) -> list[list[Any]]:
+        """Name, size, time of the last change and the header's SHA-256 of each file, as JSON: another download or an
+        edit makes another one."""
+        found = []
+        for file in self._files:
+            state, header = file.path.stat(), file.header
+            text = repr(sorted((name, repr(info), header.offsets[name]) for name, info in header.tensors.items()))
+            digest = hashlib.sha256(text.encode()).hexdigest()
+            found.append([file.path.name, state.st_size, state.st_mtime_ns, digest])
+        return found
 
     def summary(self) -> Summary:
         """Format, sizes and bits a weight, over all and by role; from headers only."""

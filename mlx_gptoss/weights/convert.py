@@ -4,12 +4,13 @@ Everything about the result but its values is planned from headers. Then the wei
 CHUNK values (one expert of 20b), each read from the mapped source, re-coded, written to its place and let go, one
 chunk a worker thread. So the memory needed is `Report.working_bytes`, whatever the size of the model, beside at most
 one parameter's pages of the source. The result grows in a hidden folder beside the destination, is read back, and is
-renamed at the end; after an error or an interruption nothing of it is left.
+renamed at the end. After an interruption only shards that are whole stay there, for the same conversion to go on after
+them (journal.py); the destination itself only ever appears whole.
 """
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,8 +31,10 @@ from . import codecs
 from .checkpoint import Checkpoint
 from .formats import recipe_of
 from .formats.base import Encoder, Recipe, Unit
-from .safetensors import TensorInfo, Writer, write_text
+from .journal import Workspace, recover, workspace
+from .safetensors import TensorInfo
 from .tensor import Dense, Weight
+from .writer import SHARD_BYTES, Writer, write_text
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
 
@@ -48,7 +52,11 @@ COMPANIONS = (
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did. working_bytes: the memory bound that it kept, beside the source's mapped pages."""
+    """What a conversion did.
+
+    resumed_bytes: of the result, what an interrupted run had left. working_bytes: the memory bound that it kept, beside
+    the source's mapped pages.
+    """
 
     source: Path
     destination: Path
@@ -59,6 +67,7 @@ class Report:
     tensors: int
     parameters: int
     seconds: float
+    resumed_bytes: int
     working_bytes: int
 
 
@@ -79,6 +88,13 @@ class Plan:
     def size_bytes(self) -> int:
         return sum(info.nbytes for info in self.tensors)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that is planned."""
+        tensors = [(info.name, info.dtype, info.shape) for info in self.tensors]
+        text = json.dumps([tensors, self.config, self.extra_files, self.metadata], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
 
 def convert(
     source: Path | str,
@@ -92,8 +108,8 @@ def convert(
 
     What is stored as the target stores it stays so, bit for bit; the rest is decoded exactly and quantized once.
     `progress` is called in this thread. With `overwrite`, an old checkpoint at the destination stays until the new one
-    is whole. Raises CheckpointError for a source that cannot be read, GptOssError for an unknown format, a destination
-    in the way, a full disk or a write that fails.
+    is whole. A run that was interrupted is continued by the same call. Raises CheckpointError for a source that cannot
+    be read, GptOssError for an unknown format, a destination in the way, a full disk or a write that fails.
     """
     started = time.perf_counter()
     recipe_of(to)
@@ -101,14 +117,15 @@ def convert(
     checkpoint = checkpoints.open(source)
     plan = make_plan(checkpoint, to)
     embedded = checkpoint.embedded() if checkpoint.embedded else None
-    with _errors_of(target), _temporary(target) as folder:
-        _check_space(target.parent, plan.size_bytes)
-        working = _stream(checkpoint, plan, folder, progress or (lambda done, total, what: None))
-        _companions(checkpoint.tokenizer_folder, embedded, folder)
+    with workspace(target, _identity(checkpoint, plan)) as space:
+        writer = Writer(space.folder, plan.tensors, plan.metadata, SHARD_BYTES, space)
+        _check_space(target.parent, plan.size_bytes - writer.kept)
+        working = _stream(checkpoint, plan, writer, progress or (lambda done, total, what: None))
+        _companions(checkpoint.tokenizer_folder, embedded, space.folder)
         for name, content in {**plan.extra_files, "config.json": plan.config}.items():
-            write_text(folder / name, json.dumps(content, indent=2) + "\n")
-        _verify(folder, to, plan)
-        _install(folder, target)
+            write_text(space.folder / name, json.dumps(content, indent=2) + "\n")
+        _verify(space, to, plan)
+        space.install()
     return Report(
         source=checkpoint.folder,
         destination=target,
@@ -119,6 +136,7 @@ def convert(
         tensors=len(plan.tensors),
         parameters=sum(param.size for param in checkpoint.params),
         seconds=time.perf_counter() - started,
+        resumed_bytes=writer.kept,
         working_bytes=working,
     )
 
@@ -160,13 +178,26 @@ def _scale_dtypes(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str]:
     return found
 
 
-def _stream(checkpoint: Checkpoint, plan: Plan, folder: Path, progress: Progress) -> int:
+def _identity(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """All that the bytes of the result depend on, as JSON."""
+    try:
+        program = metadata.version("mlx-gptoss")
+    except metadata.PackageNotFoundError:
+        program = "not installed"
+    return {
+        "program": program,
+        "source": checkpoint.fingerprint(),
+        "plan": plan.digest,
+        "shard_bytes": SHARD_BYTES,
+    }
+
+
+def _stream(checkpoint: Checkpoint, plan: Plan, writer: Writer, progress: Progress) -> int:
     """Write all tensors and read them back; returns the bound on working memory, in bytes."""
     workers = min(MAX_WORKERS, _cores())
-    writer = Writer(folder, plan.tensors, plan.metadata)
     pool = ThreadPoolExecutor(workers)
     try:
-        done = 0
+        done = writer.kept
         for written in _in_parallel(pool, workers, _jobs(checkpoint, plan.units, writer)):
             done += written
             progress(done, plan.size_bytes, "writing")
@@ -191,8 +222,11 @@ def _rows_a_chunk(unit: Unit) -> int:
 
 
 def _jobs(checkpoint: Checkpoint, units: Iterable[Unit], writer: Writer) -> Iterator[Callable[[], int]]:
-    """The chunks of all units in order, each a function that writes one and returns the bytes written."""
+    """The chunks in order of all units that are not written yet, each a function that writes one and returns the bytes
+    written."""
     for unit in units:
+        if writer.is_written([info.name for info in unit.tensors]):
+            continue
         weights = [checkpoint.read(param.name) for param in unit.params]
         encode = unit.encode(weights)
         step = _rows_a_chunk(unit)
@@ -234,9 +268,9 @@ def _companions(source: Path, embedded: Mapping[str, str] | None, folder: Path) 
             (folder / name).write_bytes(checkpoints.child(source, name).read_bytes())
 
 
-def _verify(folder: Path, to: str, plan: Plan) -> None:
+def _verify(space: Workspace, to: str, plan: Plan) -> None:
     """Open the result as any reader would; its bytes have been compared already."""
-    found = checkpoints.open(folder)
+    found = checkpoints.open(space.folder)
     if found.format != to or found.size_bytes != plan.size_bytes:
         raise CheckpointError(
             f"what was written as {to} reads back as {found.format}, {found.size_bytes} bytes; please report this"
@@ -246,6 +280,7 @@ def _verify(folder: Path, to: str, plan: Plan) -> None:
 def _destination(source: Path, destination: Path, overwrite: bool) -> Path:
     """The folder to write, made absolute. Refuses what is in the way."""
     target, origin = Path(os.path.abspath(destination)), source.resolve()
+    recover(target)
     real = target.resolve()
     if real == origin or real.is_relative_to(origin) or origin.is_relative_to(real):
         raise GptOssError(f"{destination} is, holds or lies in the source; choose a folder beside it")
@@ -253,7 +288,10 @@ def _destination(source: Path, destination: Path, overwrite: bool) -> Path:
         raise GptOssError(f"{destination} exists and is not a folder; choose another destination")
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
-            raise GptOssError(f"{destination} exists already; choose another destination or ask to overwrite it")
+            raise GptOssError(
+                f"{destination} exists already; choose another destination, or replace it with --overwrite "
+                "(overwrite=True in Python)"
+            )
         if not (target / "config.json").exists():
             raise GptOssError(f"{destination} is not a checkpoint, so it is not overwritten; remove it first")
     return target
@@ -266,52 +304,3 @@ def _check_space(parent: Path, needed: int) -> None:
             f"the result takes {needed / 1e9:.2f} GB but only {free / 1e9:.2f} GB are free in {parent}; "
             "free some space or choose another disk"
         )
-
-
-@contextlib.contextmanager
-def _errors_of(target: Path) -> Iterator[None]:
-    """Say of a failed write what failed and that nothing is left."""
-    try:
-        yield
-    except OSError as error:
-        why = error.strerror or error
-        raise GptOssError(f"{target} could not be written ({why}); nothing of it was left behind") from error
-
-
-@contextlib.contextmanager
-def _temporary(target: Path) -> Iterator[Path]:
-    """A new hidden folder beside the target; removed on the way out unless it was renamed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.parent / f".{target.name}.{os.getpid()}-{time.monotonic_ns()}.partial"
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        if folder.exists():
-            shutil.rmtree(folder)
-
-
-def _install(folder: Path, target: Path) -> None:
-    """Rename the finished folder into place; what was there before goes last, or comes back."""
-    _sync(folder)
-    old = folder.with_suffix(".old")
-    replaced = target.exists()
-    if replaced:
-        target.rename(old)
-    try:
-        folder.rename(target)
-    except BaseException:
-        if replaced:
-            old.rename(target)
-        raise
-    _sync(target.parent)
-    if replaced:
-        shutil.rmtree(old)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

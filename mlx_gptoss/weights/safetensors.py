@@ -1,4 +1,4 @@
-"""The safetensors container: a header reader that trusts nothing, lazily mapped tensors, and a streaming writer.
+"""The safetensors container: a header reader that trusts nothing, and lazily mapped tensors.
 
 A file is eight bytes (the header's length, little-endian), the header (JSON: name -> dtype, shape, data_offsets) and
 the tensors' bytes without gaps. Nothing but headers is read until a tensor's values are touched.
@@ -6,13 +6,11 @@ the tensors' bytes without gaps. Nothing but headers is read until a tensor's va
 
 from __future__ import annotations
 
-import errno
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,6 @@ from .tensor import Array
 
 MAX_HEADER = 16 * 2**20  # the largest real one, 120b with every expert's tensors named, takes 8 MB
 MAX_ITEMS = 600_000  # commas and brackets in a JSON file; that one has 450,000. Bounds what parsing takes to 150 MB
-SHARD_BYTES = 5 * 10**9
-_READ = 2**20
 
 # float8 tensors are handed over as their bit patterns
 DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -144,130 +140,6 @@ class MappedFile:
         start, stop = byte_bounds(array)
         if self._start <= start < self._start + len(self._map):
             self.release(start, stop)
-
-
-class Writer:
-    """Writes safetensors files whose tensors are all known beforehand, rows in any order and from any thread.
-
-    A single `model.safetensors`, or, beyond `limit` bytes, shards cut at tensor borders and an index. Tensors of wide
-    dtypes come first in each file, so that every tensor is aligned.
-    """
-
-    def __init__(
-        self, folder: Path, tensors: Sequence[TensorInfo], metadata: Mapping[str, str], limit: int = SHARD_BYTES
-    ) -> None:
-        self._folder = folder
-        self._places: dict[str, tuple[TensorInfo, int, int]] = {}  # name -> tensor, file descriptor, offset
-        self._checksums: list[tuple[int, int, int, int]] = []  # file descriptor, offset, length, checksum
-        self._index: dict[str, str] = {}
-        self._files: list[int] = []
-        self.total = sum(info.nbytes for info in tensors)
-        shards = split_shards(tensors, limit)
-        for number, shard in enumerate(shards, 1):
-            single = len(shards) == 1
-            name = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            self._create(name, sorted(shard, key=lambda t: (-DTYPES[t.dtype].itemsize, t.name)), metadata)
-
-    def _create(self, name: str, tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> None:
-        header = encode_header(tensors, metadata)
-        file = os.open(self._folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        self._files.append(file)
-        _write_all(file, memoryview(header), 0)
-        at = len(header)
-        for info in tensors:
-            self._places[info.name] = (info, file, at)
-            self._index[info.name] = name
-            at += info.nbytes
-        os.ftruncate(file, at)
-
-    def write(self, name: str, row: int, array: Array) -> int:
-        """Put rows [n, ...] of a tensor at `row` of its first axis; returns their size in bytes."""
-        info, file, start = self._places[name]
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-        offset = start + row * (info.nbytes // (info.shape[0] if info.shape else 1))
-        if row < 0 or offset + len(data) > start + info.nbytes:
-            raise ValueError(f"rows from {row} of {name} lie outside its shape {info.shape}")
-        self._checksums.append((file, offset, len(data), _checksum(data)))
-        _write_all(file, data, offset)
-        return len(data)
-
-    def finish(self) -> None:
-        """Write the index and bring everything to the disk. Raises ValueError if rows are missing."""
-        written = sum(length for _, _, length, _ in self._checksums)
-        if written != self.total:
-            raise ValueError(f"{written} of {self.total} bytes were written")
-        if len(self._files) > 1:
-            data = {"metadata": {"total_size": self.total}, "weight_map": dict(sorted(self._index.items()))}
-            write_text(self._folder / "model.safetensors.index.json", json.dumps(data, indent=2) + "\n")
-        for file in self._files:
-            os.fsync(file)
-
-    def checks(self) -> Iterator[Callable[[], int]]:
-        """For each run of rows, a function that reads it back and returns its length; it raises OSError if the bytes
-        differ from those written."""
-        for record in self._checksums:
-            yield partial(_read_back, *record)
-
-    def close(self) -> None:
-        for file in self._files:
-            os.close(file)
-        self._files.clear()
-
-
-def split_shards(tensors: Sequence[TensorInfo], limit: int) -> list[list[TensorInfo]]:
-    """Cut a list of tensors, in order, into runs of at most `limit` bytes (or one tensor that is larger)."""
-    shards: list[list[TensorInfo]] = [[]]
-    size = 0
-    for info in tensors:
-        if shards[-1] and size + info.nbytes > limit:
-            shards.append([])
-            size = 0
-        shards[-1].append(info)
-        size += info.nbytes
-    return shards
-
-
-def encode_header(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> bytes:
-    """The bytes before the data: the length and the header, padded with spaces so that the data is 8-aligned."""
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    at = 0
-    for info in tensors:
-        entries[info.name] = {"dtype": info.dtype, "shape": info.shape, "data_offsets": (at, at + info.nbytes)}
-        at += info.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file and bring it to the disk."""
-    with path.open("x", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _checksum(data: bytes | memoryview) -> int:
-    """The sum of the 64-bit words modulo 2^64: parts of multiples of 8 bytes add up, and no flipped, lost or zeroed
-    bytes go unnoticed. As fast as memory, where a CRC would take longer than the writing."""
-    even = len(data) // 8 * 8
-    words = np.frombuffer(data, np.uint64, even // 8)
-    return (int(words.sum(dtype=np.uint64)) + int.from_bytes(data[even:], "little")) % 2**64
-
-
-def _write_all(file: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(file, data[done:], offset + done)
-
-
-def _read_back(file: int, offset: int, length: int, checksum: int) -> int:
-    found = 0
-    for start in range(0, length, _READ):
-        found += _checksum(os.pread(file, min(_READ, length - start), offset + start))
-    if found % 2**64 != checksum:
-        raise OSError(errno.EIO, "the disk returned other bytes than were written")
-    return length
 
 
 def byte_bounds(array: Array) -> tuple[int, int]:

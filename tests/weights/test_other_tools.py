@@ -16,7 +16,8 @@ from mlx_gptoss.weights import checkpoint, codecs
 from mlx_gptoss.weights.convert import convert
 from mlx_gptoss.weights.formats import recipe_of
 from mlx_gptoss.weights.params import parameters
-from mlx_gptoss.weights.safetensors import DTYPES, Writer
+from mlx_gptoss.weights.safetensors import DTYPES
+from mlx_gptoss.weights.writer import Writer
 
 TRANSFORMERS = """
 import sys, numpy as np, torch
@@ -92,9 +93,7 @@ def test_a_global_scale_means_what_it_means_to_mlx():
     values = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
     amax = np.abs(values).max()
     packed, scales = mx.quantize(mx.array(values), mode="nvfp4", global_scale=mx.array(amax), stream=mx.cpu)
-    wanted = mx.dequantize(
-        packed, scales, mode="nvfp4", global_scale=mx.array(amax), dtype=mx.float32, stream=mx.cpu
-    )
+    wanted = mx.dequantize(packed, scales, mode="nvfp4", global_scale=mx.array(amax), dtype=mx.float32, stream=mx.cpu)
     outer = np.float32(amax / 2688)
     codes = np.array(packed).view(np.uint8)
     ours = codecs.dequantize(codecs.Quantized(codecs.NVFP4, codes, np.array(scales), outer=outer))

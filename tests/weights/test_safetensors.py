@@ -16,7 +16,8 @@ from safetensors import safe_open
 
 from mlx_gptoss.errors import CheckpointError
 from mlx_gptoss.weights import safetensors
-from mlx_gptoss.weights.safetensors import MappedFile, TensorInfo, Writer, read_header
+from mlx_gptoss.weights.safetensors import MappedFile, TensorInfo, read_header
+from mlx_gptoss.weights.writer import Writer
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
