@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 @click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Stop after N predictions.")
 @click.option("--plot", type=Path, metavar="FILE.png", help="Draw KL by position, and by format for several models.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, or a list for several comparisons.")
-@click.option("--backend", default="auto", metavar="auto|mlx", show_default=True, help="What computes.")
-@click.option("--device", metavar="cpu|gpu", help="Where; the backend's best by default.")
+@click.option("--backend", default="auto", metavar="auto|mlx|cuda", show_default=True, help="What computes.")
+@click.option("--device", metavar="cpu|gpu|cuda:N", help="Where; the backend's best by default.")
 @click.option("--dtype", metavar="NAME", help="Of activations: float32, bfloat16 or float16.")
 def eval(
     models: tuple[str, ...],

@@ -15,8 +15,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 MODEL_OPTIONS = (
     click.option("--model", metavar="PATH|REPO", help="A folder, or a hub id such as openai/gpt-oss-20b."),
-    click.option("--backend", default="auto", metavar="auto|mlx", show_default=True, help="What computes."),
-    click.option("--device", metavar="cpu|gpu", help="Where; the backend's best by default."),
+    click.option("--backend", default="auto", metavar="auto|mlx|cuda", show_default=True, help="What computes."),
+    click.option("--device", metavar="cpu|gpu|cuda:N", help="Where; the backend's best by default."),
     click.option("--dtype", metavar="NAME", help="Of activations: float32, bfloat16 or float16."),
     click.option(
         "--max-context", type=click.IntRange(min=1), metavar="N", help="Tokens of prompt and answer together."

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 @click.option(
     "--context", type=click.IntRange(min=1), metavar="N", help="Plan for N tokens; the model's most by default."
 )
-@click.option("--backend", default="auto", metavar="auto|mlx", help="Plan for this backend.")
-@click.option("--device", metavar="cpu|gpu", help="Plan for this device.")
+@click.option("--backend", default="auto", metavar="auto|mlx|cuda", help="Plan for this backend.")
+@click.option("--device", metavar="cpu|gpu|cuda:N", help="Plan for this device.")
 @click.option("--dtype", metavar="NAME", help="Plan for activations of this dtype.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def show(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
 from . import hub
@@ -43,7 +45,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-BACKENDS = ("mlx",)
+BACKENDS = ("mlx", "cuda")
+INSTALL = {"mlx": "pip install mlx-gptoss", "cuda": "pip install 'mlx-gptoss[cuda]'"}
+# Where the NVIDIA driver shows itself on Linux and in WSL: what tells without torch, which takes seconds to import.
+NVIDIA_DRIVER = (Path("/proc/driver/nvidia/version"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
 NANO = Path(__file__).parent / "nano"  # the bundled model
 ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -247,7 +252,8 @@ def load(
 
     path_or_repo_id: a folder in any format of the README's table, a hub id such as "openai/gpt-oss-20b" (downloaded
         once), or None for the bundled nano model.
-    backend: "auto" or "mlx". device: "cpu" or "gpu"; None is the backend's best.
+    backend: "mlx"; "cuda", which is torch, on a CPU too; or "auto": cuda where torch finds a GPU, else mlx.
+    device: "cpu", "gpu" or, for cuda, "cuda:1"; None is the backend's best.
     dtype: of activations and KV cache, "float32", "bfloat16" or "float16"; None is bfloat16 on a GPU, float32 on a CPU.
     max_context: tokens a sequence may have; None is the model's longest, or what fits into memory of it.
     slots: sequences that are generated at once; more wait.
@@ -381,21 +387,40 @@ def convert(
     destination: str | Path,
     to: str = "mlx-4bit",
     *,
+    search: str | None = None,
     overwrite: bool = False,
     progress: conversion.Progress | None = None,
 ) -> conversion.Report:
     """Write `source` (a folder or a hub id) to the folder `destination` in the format `to`. See weights.convert."""
-    return conversion.convert(hub.resolve(source), Path(destination), to, overwrite=overwrite, progress=progress)
+    return conversion.convert(
+        hub.resolve(source), Path(destination), to, search=search, overwrite=overwrite, progress=progress
+    )
 
 
 def find_backend(name: str) -> tuple[Backend, str]:
-    """The backend's module, imported now. "auto" takes the first that is installed."""
+    """The backend's module, imported now, and its name. "auto" takes the best for this machine."""
     if name not in ("auto", *BACKENDS):
-        raise InvalidRequest(f"backend must be auto or {' or '.join(BACKENDS)}, not {name!r}")
-    chosen = BACKENDS[0] if name == "auto" else name
+        raise InvalidRequest(f"backend must be auto, {' or '.join(BACKENDS)}, not {name!r}")
+    chosen = best_backend() if name == "auto" else name
+    return cast(Backend, _backend_module(chosen)), chosen
+
+
+def best_backend() -> str:
+    """Metal -> mlx; a GPU that the installed torch can use -> cuda; otherwise mlx on the CPU.
+
+    torch is imported only on a machine that has the NVIDIA driver.
+    """
+    if sys.platform == "darwin":
+        return "mlx"
+    driver = any(path.exists() for path in NVIDIA_DRIVER)
+    if driver and find_spec("torch") is not None and _backend_module("cuda").has_gpu():
+        return "cuda"
+    # Neither Metal nor CUDA: torch on the CPU has its place here once it is measured to be the faster one.
+    return "mlx"
+
+
+def _backend_module(name: str) -> ModuleType:
     try:
-        return cast(Backend, import_module(f".backends.{chosen}", __package__)), chosen
+        return import_module(f".backends.{name}", __package__)
     except ImportError as error:
-        raise BackendUnavailable(
-            f"the {chosen} backend cannot be imported ({error}): pip install mlx-gptoss"
-        ) from error
+        raise BackendUnavailable(f"the {name} backend cannot be imported ({error}): {INSTALL[name]}") from error

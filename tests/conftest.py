@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
+from typing import cast
 
 import numpy as np
 import pytest
+
+from mlx_gptoss.api import find_backend
+from mlx_gptoss.errors import BackendUnavailable
 
 DATA = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[1] / ".." / "shared"
@@ -21,6 +26,19 @@ def mini() -> Path:
 def shared() -> Path:
     """Files that are too big for the repository; tests that need one skip where it is absent."""
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def backend_module():
+    """A backend's module by its name; the test skips where that cannot be imported."""
+
+    def find(name: str) -> ModuleType:
+        try:
+            return cast(ModuleType, find_backend(name)[0])
+        except BackendUnavailable as error:
+            pytest.skip(str(error))
+
+    return find
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
-"""Checkpoints that the reference tools wrote give the logits and the greedy text that transformers computed, float32.
+"""Checkpoints that the reference tools wrote give the logits and the greedy text that transformers computed in float32,
+on every backend.
 
 The weights are random and sharp: a wrong convention anywhere shows as an error of tens of percent.
 """
@@ -10,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import mlx_gptoss
+from mlx_gptoss.api import BACKENDS
 from mlx_gptoss.backends.base import Limits, Row
 from mlx_gptoss.sampling import Sampling
 from mlx_gptoss.weights import checkpoint as checkpoints
@@ -36,23 +38,29 @@ def case(request, mini, shared):
     pytest.skip(f"the {request.param} fixture is not in tests/data, and there is no ../shared")
 
 
+@pytest.fixture(params=BACKENDS)
+def backend(request, backend_module):
+    backend_module(request.param)
+    return request.param
+
+
 def until_close_call(reference) -> int:
     """How many greedy tokens are beyond doubt."""
     close = np.flatnonzero(reference["margin"] < SMALLEST_MARGIN)
     return int(close[0]) if close.size else len(reference["greedy"])
 
 
-def test_logits(case, relative_error):
+def test_logits(case, backend, relative_error):
     folder, reference = case
-    with mlx_gptoss.load(folder, dtype="float32") as model:
+    with mlx_gptoss.load(folder, backend=backend, device="cpu", dtype="float32") as model:
         logits = model.logits(reference["prompt"].tolist())
     assert logits.dtype == np.float32
     assert relative_error(logits, reference["logits"]) < 1e-4
 
 
-def test_cached_generation(case):
+def test_cached_generation(case, backend):
     folder, reference = case
-    with mlx_gptoss.load(folder, dtype="float32") as model:
+    with mlx_gptoss.load(folder, backend=backend, device="cpu", dtype="float32") as model:
         done = model.complete(reference["prompt"].tolist(), max_tokens=48, sampling=GREEDY)
     sure = min(until_close_call(reference), len(done.ids))
     assert sure > 8
@@ -60,13 +68,11 @@ def test_cached_generation(case):
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 7, 8, 9, 16, 17, 95, 96])
-def test_prefill_chunks_that_do_not_divide_the_window(mini, relative_error, chunk):
-    from mlx_gptoss.backends import mlx as backend
-
+def test_prefill_chunks_that_do_not_divide_the_window(mini, backend, backend_module, relative_error, chunk):
     reference = load_file(mini / "reference.safetensors")
     prompt = tuple(reference["prompt"].tolist())
     checkpoint = checkpoints.open(mini / "mxfp4")
-    runner = backend.load(checkpoint, device="cpu", dtype="float32", limits=Limits(3, 200, chunk))
+    runner = backend_module(backend).load(checkpoint, device="cpu", dtype="float32", limits=Limits(3, 200, chunk))
     assert relative_error(runner.logits(prompt), reference["logits"]) < 1e-4
     for start in range(0, len(prompt), chunk):
         piece = prompt[start : start + chunk]

@@ -9,7 +9,7 @@ Legend: D in, N out, E experts, T tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -146,7 +146,7 @@ def _scales(scale: Tensor, kind: ScaleKind) -> Tensor:
     return _scale_table(kind, scale.device).index_select(0, scale.flatten().int()).view(scale.shape)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _value_table(element: Element, bits: int, device: torch.device) -> Tensor:
     """From a byte to its value, float32 [256], or to its two, low nibble first, as complex64 [256]."""
     if bits == 8:
@@ -156,7 +156,7 @@ def _value_table(element: Element, bits: int, device: torch.device) -> Tensor:
     return torch.complex(nibbles[byte & 15], nibbles[byte >> 4]).to(device)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _scale_table(kind: ScaleKind, device: torch.device) -> Tensor:
     """From a byte to the scale it stands for, float32 [256]."""
     return torch.from_numpy(E8M0 if kind == "e8m0" else E4M3).to(device)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...config import ModelConfig
-from .cache import Cache, FullCache, LayerCache, RingCache, Span
+from .cache import Cache, FullCache, LayerCache, Span
 from .layers import ExpertLinear, Linear, Matrix
 
 # Attention scores held at once: 64 MB of float32, or 1 GB, which is what a GPU needs to be busy.
@@ -62,7 +62,7 @@ class Attention:
     def __call__(self, x: Tensor, cache: LayerCache, span: Span, turn: Turn) -> Tensor:
         c = self.config
         B, L, _ = x.shape
-        q, k, v = self.qkv(x).split([c.q_size, c.kv_size, c.kv_size], dim=-1)
+        q, k, v = torch.split(self.qkv(x), [c.q_size, c.kv_size, c.kv_size], dim=-1)
         q = turn(self._heads(q, c.num_attention_heads))  # [B, H, L, 64]
         k = turn(self._heads(k, c.num_key_value_heads))  # [B, K, L, 64]
         v = self._heads(v, c.num_key_value_heads)

@@ -121,26 +121,27 @@ class CudaRunner:
     def _history(self, row: Row, sampling: Sampling) -> History:
         if row.prompt is not None:
             seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-            self._histories[row.slot] = History.begin(
-                sampling, row.prompt, seed, self.config.vocab_size, self._device
-            )
+            self._histories[row.slot] = History.begin(sampling, row.prompt, seed, self.config.vocab_size, self._device)
         return self._histories[row.slot]
 
     def _fetch(self, choice: Choice) -> Choice:
         """The choice on the host, once the step's event is done. Reading it from the device later would also wait for
         the next step, which is submitted by then."""
 
-        def fetch(values: Tensor | None) -> Tensor | None:
-            if values is None or self._device.type == "cpu":
-                return values
+        if self._device.type == "cpu":
+            return choice
+
+        def fetch(values: Tensor) -> Tensor:
             return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
 
-        return Choice(*(fetch(values) for values in vars(choice).values()))
+        top_ids = None if choice.top_ids is None else fetch(choice.top_ids)
+        top_logprobs = None if choice.top_logprobs is None else fetch(choice.top_logprobs)
+        return Choice(fetch(choice.tokens), fetch(choice.logprobs), top_ids, top_logprobs)
 
     def _mark(self) -> torch.cuda.Event | None:
         if self._device.type == "cpu":
             return None
-        done = torch.cuda.Event()
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record(torch.cuda.current_stream(self._device))
         return done
 
