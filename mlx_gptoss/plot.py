@@ -142,7 +142,12 @@ def _by_bits(axes: Axes, drawn: Sequence[Line]) -> list[tuple[float, float]]:
             axes.plot(line.bits, foot, "D", color="white", mec=color, ms=5, zorder=3)
         points.append((line.bits, kl.kl_mean if line.differs else foot))
     _dress(axes, "KL by size: mean (full) to 99th percentile (open)", "bits per weight")
-    axes.set_ylim(bottom=foot / 3)
+    if not all(line.differs for line in drawn):
+        axes.axhline(foot, color="#999999", lw=0.8, ls=":", zorder=0)
+        top = axes.get_ylim()[1]
+        for minor in (False, True):  # the foot stands for 0, so the scale ends above it
+            axes.set_yticks([tick for tick in axes.get_yticks(minor=minor) if tick > 2 * foot], minor=minor)
+        axes.set_ylim(foot / 3, top)
     left, right = axes.get_xlim()
     axes.set_xlim(left, right + 0.2 * (right - left))  # labels stand to the right of their points
     return points
@@ -156,7 +161,7 @@ def _label(axes: Axes, drawn: Sequence[Line], points: Sequence[tuple[float, floa
         leader: dict[str, Any] | None = {"arrowstyle": "-", "color": color, "lw": 0.5} if shift else None
         axes.annotate(
             label, point, (GAP, shift), textcoords="offset points", fontsize=FONT, color=color, va="center",
-            arrowprops=leader,
+            arrowprops=leader, bbox={"fc": "white", "ec": "none", "pad": 0.5}, zorder=2,
         )  # fmt: skip
 
 
