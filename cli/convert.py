@@ -11,8 +11,11 @@ import click
 @click.option(
     "--to", required=True, metavar="NAME", help="The format to write: mxfp4, bf16, mlx-4bit, mlx-mxfp4-q8, ..."
 )
+@click.option(
+    "--search", type=click.Choice(["mse"]), help="Look for 4-bit affine scales of least squared error; takes longer."
+)
 @click.option("--overwrite", is_flag=True, help="Replace DEST if it exists, once the new one is complete.")
-def convert(source: str, destination: str, to: str, overwrite: bool) -> None:
+def convert(source: str, destination: str, to: str, search: str | None, overwrite: bool) -> None:
     """Write SOURCE (a folder or a hub id) to the folder DEST in another format.
 
     Streams: at most one layer is in memory. DEST appears when it is complete and verified, or not at all. After an
@@ -39,6 +42,7 @@ def convert(source: str, destination: str, to: str, overwrite: bool) -> None:
                 source,
                 destination,
                 to,
+                search=search,
                 overwrite=overwrite,
                 progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
             )

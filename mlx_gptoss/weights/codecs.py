@@ -117,7 +117,7 @@ def convert(weight: Weight, spec: Spec, scale_dtype: np.dtype[np.generic] = BFLO
     """
     if isinstance(weight, Quantized) and weight.spec == spec and weight.outer is None:
         return weight
-    return _encode(weight, spec, _ENCODERS[spec.element, spec.scale], scale_dtype)
+    return recode(weight, spec, _ENCODERS[spec.element, spec.scale], scale_dtype)
 
 
 def quantize_nvfp4(weight: Weight, outer: Array) -> Quantized:
@@ -129,21 +129,21 @@ def quantize_nvfp4(weight: Weight, outer: Array) -> Quantized:
     def encode(groups: Floats, spec: Spec) -> tuple[Bytes, Bytes, None]:
         return _nvfp4_scaled(groups, outer)
 
-    found = _encode(weight, NVFP4, encode, BFLOAT16)
+    found = recode(weight, NVFP4, encode, BFLOAT16)
     return replace(found, outer=outer)
 
 
 def quantize_fp8_rows(weight: Weight) -> Quantized:
     """The weight quantized anew to e4m3 codes with one bfloat16 scale a row, as compressed-tensors does bit for bit."""
     group = replace(FP8_ROW, group=shape(weight)[-1], scale="float")
-    found = _encode(weight, group, _fp8_row, BFLOAT16)
+    found = recode(weight, group, _fp8_row, BFLOAT16)
     return Quantized(FP8_ROW, found.codes, outer=found.scale)
 
 
 def quantize_symmetric(weight: Weight) -> Quantized:
     """The weight quantized anew to 4-bit integers around 8 with a float16 scale a group of 64, as AutoRound rounds to
     nearest, bit for bit. Raises CheckpointError for a value that float16 cannot scale."""
-    return _encode(weight, AFFINE4, _symmetric, np.dtype(np.float16))
+    return recode(weight, AFFINE4, _symmetric, np.dtype(np.float16))
 
 
 def symmetric_bias(scale: Array) -> Array:
@@ -167,8 +167,11 @@ def largest(weight: Weight) -> np.float32:
     return found
 
 
-def _encode(weight: Weight, spec: Spec, encode: _Encode, scale_dtype: np.dtype[np.generic]) -> Quantized:
-    """Decode and encode block by block; `encode` may overwrite the float32 [n, group] that it is given."""
+def recode(weight: Weight, spec: Spec, encode: Encode, scale_dtype: np.dtype[np.generic]) -> Quantized:
+    """Decode and encode block by block; `encode` may overwrite the float32 [n, group] that it is given.
+
+    It returns codes [n, group] as uint8, scales [n], and biases [n] or None.
+    """
     *lead, width = shape(weight)
     if width % spec.group:
         raise CheckpointError(f"rows of {width} values cannot be cut into groups of {spec.group}")
@@ -270,7 +273,7 @@ def _most(groups: Floats, reduction: np.ufunc) -> Floats:
     return most
 
 
-def _affine(groups: Floats, spec: Spec) -> tuple[Bytes, Floats, Floats]:
+def affine(groups: Floats, spec: Spec) -> tuple[Bytes, Floats, Floats]:
     """MLX's affine recipe: the edge of larger magnitude is a multiple of the scale, so that zero stays zero."""
     top = np.float32(2**spec.bits - 1)
     low, high = _most(groups, np.minimum), _most(groups, np.maximum)
@@ -408,9 +411,9 @@ def _e4m3_of_bfloat16() -> Bytes:
 
 _E4M3_OF_BFLOAT16 = _e4m3_of_bfloat16()
 
-_Encode = Callable[[Floats, Spec], tuple[Bytes, Array, Array | None]]
-_ENCODERS: Mapping[tuple[Element, ScaleKind], _Encode] = {
-    ("uint", "float"): _affine,
+Encode = Callable[[Floats, Spec], tuple[Bytes, Array, Array | None]]
+_ENCODERS: Mapping[tuple[Element, ScaleKind], Encode] = {
+    ("uint", "float"): affine,
     ("e2m1", "e8m0"): _mxfp4,
     ("e2m1", "e4m3"): _nvfp4,
     ("e4m3", "e8m0"): _mxfp8,

@@ -101,23 +101,26 @@ def convert(
     destination: Path | str,
     to: str = "mlx-4bit",
     *,
+    search: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Write the checkpoint in the folder `source` to the folder `destination` in the format `to` (CONTRACT.md's names).
 
     What is stored as the target stores it stays so, bit for bit; the rest is decoded exactly and quantized once.
-    `progress` is called in this thread. With `overwrite`, an old checkpoint at the destination stays until the new one
-    is whole. A run that was interrupted is continued by the same call. Raises CheckpointError for a source that cannot
-    be read, GptOssError for an unknown format, a destination in the way, a full disk or a write that fails.
+    search: None quantizes as the reference tools do; "mse" looks, for 4-bit affine weights, for scales and biases of
+    least squared error, in the same storage (search.py). `progress` is called in this thread. With `overwrite`, an old
+    checkpoint at the destination stays until the new one is whole. A run that was interrupted is continued by the same
+    call. Raises CheckpointError for a source that cannot be read or an unknown format, GptOssError for a destination in
+    the way, a full disk or a write that fails.
     """
     started = time.perf_counter()
-    recipe_of(to)
+    recipe_of(to, search)
     target = _destination(Path(source), Path(destination), overwrite)
     checkpoint = checkpoints.open(source)
-    plan = make_plan(checkpoint, to)
+    plan = make_plan(checkpoint, to, search)
     embedded = checkpoint.embedded() if checkpoint.embedded else None
-    with workspace(target, _identity(checkpoint, plan)) as space:
+    with workspace(target, _identity(checkpoint, plan, search)) as space:
         writer = Writer(space.folder, plan.tensors, plan.metadata, SHARD_BYTES, space)
         _check_space(target.parent, plan.size_bytes - writer.kept)
         working = _stream(checkpoint, plan, writer, progress or (lambda done, total, what: None))
@@ -141,9 +144,9 @@ def convert(
     )
 
 
-def make_plan(checkpoint: Checkpoint, to: str) -> Plan:
+def make_plan(checkpoint: Checkpoint, to: str, search: str | None = None) -> Plan:
     """Names, dtypes and shapes of the result, and its config.json. Of the source, only vectors are read."""
-    form, recipe = recipe_of(to)
+    form, recipe = recipe_of(to, search)
     config = checkpoint.config
     if not config.eos_token_id:  # `original/config.json` has none
         config = replace(config, eos_token_id=checkpoint.stop_ids)
@@ -178,7 +181,7 @@ def _scale_dtypes(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str]:
     return found
 
 
-def _identity(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+def _identity(checkpoint: Checkpoint, plan: Plan, search: str | None) -> dict[str, Any]:
     """All that the bytes of the result depend on, as JSON."""
     try:
         program = metadata.version("mlx-gptoss")
@@ -188,6 +191,7 @@ def _identity(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
         "program": program,
         "source": checkpoint.fingerprint(),
         "plan": plan.digest,
+        "search": search,
         "shard_bytes": SHARD_BYTES,
     }
 

@@ -52,7 +52,7 @@ def stop_after(part: float, what: str = "writing"):
 
 def interrupted(source: Path, out: Path, to: str = "bf16", **options) -> dict[str, tuple[int, int]]:
     """Interrupt a conversion in the middle; inode and time of the last change of each shard that it left."""
-    with pytest.raises(KeyboardInterrupt, match=r"the same command continues after the \d+ whole shards kept in"):
+    with pytest.raises(KeyboardInterrupt, match=r"the same command continues after the \d+ whole shards? kept in"):
         convert(source, out, to, progress=stop_after(0.5), **options)
     kept = {path.name: path.stat() for path in (out.parent / ".out.partial" / "checkpoint").iterdir()}
     return {name: (state.st_ino, state.st_mtime_ns) for name, state in kept.items()}
@@ -153,21 +153,22 @@ def test_a_killed_process_is_continued(source, tmp_path, wanted, torn):
     assert beside(out) == {"out"}
 
 
-@pytest.mark.parametrize("change", ["target", "time", "tensors", "program", "shards"])
+@pytest.mark.parametrize("change", ["target", "search", "time", "config", "program", "shards"])
 def test_another_conversion_does_not_continue(source, tmp_path, monkeypatch, change):
     out = tmp_path / "out"
-    interrupted(source, out)
-    to = "mlx-8bit" if change == "target" else "bf16"
+    first = "mlx-4bit" if change == "search" else "bf16"
+    interrupted(source, out, first)
+    to = "mlx-8bit" if change == "target" else first
     if change == "time":
         os.utime(source / "model-00001-of-00003.safetensors", ns=(1, 1))
-    elif change == "tensors":
+    elif change == "config":
         config = json.loads((source / "config.json").read_text())
         (source / "config.json").write_text(json.dumps(config | {"swiglu_limit": 6.5}))
     elif change == "program":
         monkeypatch.setattr(conversion.metadata, "version", lambda name: "9.9")
     elif change == "shards":
         monkeypatch.setattr(conversion, "SHARD_BYTES", LIMIT + 8)
-    assert convert(source, out, to).resumed_bytes == 0
+    assert convert(source, out, to, search="mse" if change == "search" else None).resumed_bytes == 0
     assert checkpoint.open(out).format == to
     assert beside(out) == {"out"}
 

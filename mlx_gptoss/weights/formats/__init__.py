@@ -27,8 +27,11 @@ WRITERS: Mapping[str, Format] = {name: form for form in FORMATS if form.writes f
 
 # Names that a known tool writes by mistake or that are not read: (what a name contains or ends in, why)
 _REFUSED = (
-    ("$", "names that end in $ come from a transformers 5.14 bug (loading mxfp4, then saving); the tensors are lost "
-     "behind them: save again with another release, or use the original checkpoint"),
+    (
+        "$",
+        "names that end in $ come from a transformers 5.14 bug (loading mxfp4, then saving); the tensors are lost "
+        "behind them: save again with another release, or use the original checkpoint",
+    ),
 )
 
 
@@ -75,13 +78,22 @@ def bind(stored: Stored, params: Sequence[Param]) -> Binding:
     return Binding(_name(sources, params), sources, note)
 
 
-def recipe_of(name: str) -> tuple[Format, Recipe]:
-    """The writer of a format name. Raises CheckpointError that lists the names there are."""
+def recipe_of(name: str, search: str | None = None) -> tuple[Format, Recipe]:
+    """The writer of a format name; search: "mse" for one that looks for better scales (search.py).
+
+    Raises CheckpointError that lists the names there are.
+    """
     if name not in WRITERS:
         read_only = any(name in form.recipes for form in FORMATS)
         why = "is only read, not written" if read_only else "is not a format"
         raise CheckpointError(f"{name!r} {why}; choose one of {', '.join(sorted(WRITERS))}")
-    return WRITERS[name], WRITERS[name].recipes[name]
+    if search is None:
+        return WRITERS[name], WRITERS[name].recipes[name]
+    if search != "mse" or name not in mlx.SEARCHABLE:
+        raise CheckpointError(
+            f"search {search!r} cannot be had for {name}; search 'mse' can, for {' and '.join(mlx.SEARCHABLE)}"
+        )
+    return mlx.SEARCHED, mlx.SEARCHED.recipes[name]
 
 
 def _compare(want: Want, info: TensorInfo | None, problems: dict[str, list[str]]) -> None:

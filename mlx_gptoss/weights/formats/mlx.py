@@ -4,13 +4,13 @@ a mode of its own, told by dtypes and shapes; config.json's `quantization` must 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ...errors import CheckpointError
-from .. import codecs
+from .. import codecs, search
 from ..params import Param
 from ..safetensors import DTYPES, TensorInfo
 from ..tensor import AFFINE4, AFFINE8, MXFP4, MXFP8, NVFP4, Quantized, Spec, Weight
@@ -40,7 +40,13 @@ _MODES: Mapping[str, tuple[Spec, ...]] = {
 _NVFP4_TOP = 448 * 6  # MLX's global_scale is the amax that scale 448 and code 6.0 stand for
 
 
+Quantizer = Callable[[Weight, Spec, np.dtype[Any]], Quantized]
+
+
 class Mlx(Format):
+    """quantize: what makes a weight that is stored otherwise into a quantized one, bit for bit as it is if it is so
+    already."""
+
     family = "mlx"
     writes = True
     recipes: Mapping[str, Recipe] = {
@@ -52,6 +58,9 @@ class Mlx(Format):
         "mlx-mxfp4-q8": matrix_recipe("mlx", AFFINE8, experts=("mlx", MXFP4)),
         "mlx-mxfp4-q4": matrix_recipe("mlx", AFFINE4, experts=("mlx", MXFP4), router=("mlx", AFFINE8)),
     }
+
+    def __init__(self, quantize: Quantizer = codecs.convert) -> None:
+        self._quantize = quantize
 
     def find(self, param: Param, stored: Stored) -> Source | None:
         name = plain_name(param)
@@ -68,7 +77,9 @@ class Mlx(Format):
         def unit(param: Param) -> Unit:
             spec = specs.get(param.name)
             scales = dtypes.get(param.name, "BF16")
-            return _quantized_unit(param, spec, scales) if spec else dense_unit(param, dtypes, plain_name(param))
+            if spec is None:
+                return dense_unit(param, dtypes, plain_name(param))
+            return _quantized_unit(param, spec, scales, self._quantize)
 
         return [unit(param) for param in params]
 
@@ -166,7 +177,7 @@ def _hold_against_config(module: str, spec: Spec, raw: Mapping[str, Any]) -> Non
         )
 
 
-def _quantized_unit(param: Param, spec: Spec, dtype: str) -> Unit:
+def _quantized_unit(param: Param, spec: Spec, dtype: str, quantize: Quantizer) -> Unit:
     """`dtype` is that of affine scales and biases."""
     module = plain_name(param).rpartition(".")[0]
     lead, width = param.shape[:-1], param.shape[-1]
@@ -178,7 +189,7 @@ def _quantized_unit(param: Param, spec: Spec, dtype: str) -> Unit:
 
     def encode(weights: Sequence[Weight]) -> Encoder:
         def pieces(start: int, stop: int) -> list[Piece]:
-            part = codecs.convert(codecs.rows(weights[0], start, stop), spec, DTYPES[dtype])
+            part = quantize(codecs.rows(weights[0], start, stop), spec, DTYPES[dtype])
             found: list[Piece] = [(codes.name, start, part.codes)]
             for info, array in ((scales, part.scale), (biases, part.bias)):
                 if array is not None:
@@ -191,3 +202,5 @@ def _quantized_unit(param: Param, spec: Spec, dtype: str) -> Unit:
 
 
 FORMAT = Mlx()
+SEARCHED = Mlx(search.convert)
+SEARCHABLE = tuple(name for name, recipe in Mlx.recipes.items() if AFFINE4 in [spec for _, spec in recipe.values()])
