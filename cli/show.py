@@ -9,6 +9,7 @@ import click
 
 if TYPE_CHECKING:
     from mlx_gptoss.memory import MemoryPlan
+    from mlx_gptoss.recommend import Recommendation
     from mlx_gptoss.weights.checkpoint import Summary
 
 
@@ -26,26 +27,46 @@ def show(
 ) -> None:
     """Format, sizes and bits per weight of MODEL (a folder or a hub id), and the memory it needs here.
 
-    Reads headers only. Without MODEL it shows the bundled one.
+    Reads headers and a few rows. Without MODEL it shows the bundled one.
     """
     from mlx_gptoss import api
+    from mlx_gptoss.recommend import recommend
 
     checkpoint = api.open_checkpoint(model)
     plan = api.memory_plan(checkpoint, api.find_backend(backend)[0], device=device, dtype=dtype, max_context=context)
+    best = recommend(checkpoint, plan, api.sizes_in_other_formats(checkpoint), context)
     summary = checkpoint.summary()
     if as_json:
-        click.echo(json.dumps(_report(summary, plan)))
+        click.echo(json.dumps(_report(summary, plan, best)))
     else:
         _print(model or "the bundled nano model", summary, plan)
+        click.echo(_advice(best, model or "MODEL"))
 
 
-def _report(summary: Summary, plan: MemoryPlan) -> dict[str, Any]:
+def _advice(best: Recommendation | None, model: str) -> str:
+    from mlx_gptoss.memory import gigabytes
+    from mlx_gptoss.recommend import WHAT_IT_DOES
+
+    if best is None:
+        return "Recommended here: a machine with more memory; in no format does it fit"
+    if best.as_is:
+        return "Recommended here: run it as it is"
+    search = " --search mse" if best.format == "mlx-4bit" else ""
+    return (
+        f"Recommended here: {best.format} ({gigabytes(best.size_bytes)}; {WHAT_IT_DOES[best.format]}): "
+        f"mlx-gptoss convert {model} DEST --to {best.format}{search}"
+    )
+
+
+def _report(summary: Summary, plan: MemoryPlan, best: Recommendation | None) -> dict[str, Any]:
     return {
         "format": summary.format,
         "parameters": summary.parameters,
         "size_bytes": summary.size_bytes,
         "bits_per_weight": summary.bits_per_weight,
         "roles": summary.roles,
+        "note": summary.note,
+        "recommended": best and best.format,
         "memory": {
             "weights_bytes": plan.weights_bytes,
             "kv_bytes_per_token": plan.kv_bytes_per_token,
@@ -70,6 +91,8 @@ def _print(name: str, summary: Summary, plan: MemoryPlan) -> None:
         f"[bold]{name}[/bold]: {summary.format}, {summary.parameters / 1e9:.3g} billion parameters, "
         f"{gigabytes(summary.size_bytes)}, {summary.bits_per_weight:.2f} bits per weight"
     )
+    if summary.note:
+        console.print(summary.note)
     table = Table("part", "stored as", "bits per weight", box=None, header_style="bold")
     for role, stored in summary.roles.items():
         table.add_row(role, str(stored["format"]), f"{stored['bits']:.2f}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import sys
 import time
@@ -327,12 +328,14 @@ def default_sampling(generation: Mapping[str, Any]) -> Sampling:
 
 
 def sizes_in_other_formats(checkpoint: checkpoints.Checkpoint) -> dict[str, int]:
-    """Bytes of the same model in each format that can be written, from its layout alone."""
+    """Bytes of the same model in each format that can hold it, from its layout alone."""
     dtypes = {param.name: "BF16" for param in checkpoint.params}
-    return {
-        name: sum(info.nbytes for unit in form.units(name, checkpoint.params, dtypes) for info in unit.tensors)
-        for name, form in WRITERS.items()
-    }
+    sizes = {}
+    for name, form in WRITERS.items():
+        with contextlib.suppress(CheckpointError):  # groups that do not divide this model's rows
+            units = form.units(name, checkpoint.params, dtypes)
+            sizes[name] = sum(info.nbytes for unit in units for info in unit.tensors)
+    return sizes
 
 
 def as_conversation(

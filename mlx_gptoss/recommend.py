@@ -1,0 +1,84 @@
+"""Which format to run a checkpoint in on this machine: the rule, in one place.
+
+Preferred is what loses least, read with as few bytes as that allows:
+
+- MXFP4 experts, also those that were only decoded to bfloat16, are kept bit for bit; the rest is taken to 8 bits
+  (`mlx-mxfp4-q8`), which no measurement tells from bfloat16, or to 4 if memory is short (`mlx-mxfp4-q4`).
+- Weights trained in bfloat16 are taken to 8 bits (`mlx-8bit`), or to 4 (`mlx-4bit`).
+- What is quantized otherwise runs as it is, or is taken to 4 bits (`mlx-4bit`).
+- What is no smaller than the checkpoint gains nothing: it runs as it is.
+
+The first of these that fits with a comfortable context is recommended, else the first that fits at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .memory import SMALLEST_CONTEXT, MemoryPlan
+from .weights import codecs
+from .weights.checkpoint import Checkpoint
+from .weights.tensor import MXFP4, Dense
+
+COMFORTABLE_CONTEXT = 8192
+_PREFERRED: Mapping[str, Sequence[str]] = {
+    "mxfp4": ("mlx-mxfp4-q8", "mlx-mxfp4-q4"),
+    "dense": ("mlx-8bit", "mlx-4bit"),
+    "other": ("mlx-4bit",),
+}
+WHAT_IT_DOES: Mapping[str, str] = {
+    "mlx-mxfp4-q8": "experts bit for bit, the rest in 8 bits",
+    "mlx-mxfp4-q4": "experts bit for bit, the rest in 4 bits",
+    "mlx-8bit": "8 bits a weight",
+    "mlx-4bit": "4 bits a weight",
+}
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """as_is: the checkpoint should run as it is; `format` and `size_bytes` are then its own. context: tokens for which
+    that fits."""
+
+    format: str
+    size_bytes: int
+    context: int
+    as_is: bool
+
+
+def recommend(
+    checkpoint: Checkpoint, plan: MemoryPlan, sizes: Mapping[str, int], context: int | None = None
+) -> Recommendation | None:
+    """The format to run the checkpoint in, or None if none fits.
+
+    plan: of the checkpoint as it is. sizes: bytes in the formats that it can be written in. context: tokens that must
+    fit; None asks for COMFORTABLE_CONTEXT or, failing that, SMALLEST_CONTEXT. Reads some rows of bfloat16 experts.
+    """
+    most = checkpoint.config.max_position_embeddings
+    for wanted in [context] if context else [min(COMFORTABLE_CONTEXT, most), min(SMALLEST_CONTEXT, most)]:
+        for name, size in _candidates(checkpoint, sizes):
+            if replace(plan, weights_bytes=size, context=wanted).fits:
+                return Recommendation(name, size, wanted, as_is=size == checkpoint.size_bytes)
+    return None
+
+
+def _candidates(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> list[tuple[str, int]]:
+    """Formats with their sizes, the best first."""
+    kind, own = _kind(checkpoint), (checkpoint.format, checkpoint.size_bytes)
+    smaller = [name for name in _PREFERRED[kind] if name in sizes and sizes[name] < checkpoint.size_bytes]
+    first = [] if kind != "other" and _PREFERRED[kind][0] in smaller else [own]
+    return first + [(name, sizes[name]) for name in smaller]
+
+
+def _kind(checkpoint: Checkpoint) -> str:
+    """How the experts are stored, judged by those of the first layer: a key of _PREFERRED."""
+    weight = checkpoint.read("layers.0.experts.down.weight")
+    if not isinstance(weight, Dense):
+        return "mxfp4" if weight.spec == MXFP4 else "other"
+    some = Dense(codecs.straight(weight.values[0, :32]))
+    if some.values.shape[-1] % MXFP4.group:
+        return "dense"
+    decoded = codecs.dequantize(codecs.convert(some, MXFP4))
+    return "mxfp4" if np.array_equal(decoded, codecs.dequantize(some)) else "dense"
