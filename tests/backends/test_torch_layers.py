@@ -9,15 +9,17 @@ from itertools import product as every
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'mlx-gptoss[cuda]')")
+pytest.importorskip("torch", reason="torch is not installed (pip install 'mlx-gptoss[cuda]')")
 
-from mlx_gptoss.backends import cuda as backend  # noqa: E402
-from mlx_gptoss.backends.cuda import layers  # noqa: E402
-from mlx_gptoss.backends.cuda.load import fuse  # noqa: E402
-from mlx_gptoss.backends.cuda.model import Rotary  # noqa: E402
-from mlx_gptoss.errors import BackendUnavailable, InvalidRequest  # noqa: E402
-from mlx_gptoss.weights import codecs  # noqa: E402
-from mlx_gptoss.weights.tensor import FP8_ROW, MXFP4, MXFP8, NVFP4, Dense, Quantized, Spec  # noqa: E402
+import torch
+
+from mlx_gptoss.backends import cuda as backend
+from mlx_gptoss.backends.cuda import layers
+from mlx_gptoss.backends.cuda.load import fuse
+from mlx_gptoss.backends.cuda.model import Rotary
+from mlx_gptoss.errors import BackendUnavailable, InvalidRequest
+from mlx_gptoss.weights import codecs
+from mlx_gptoss.weights.tensor import FP8_ROW, MXFP4, MXFP8, NVFP4, Dense, Quantized, Spec
 
 CPU = torch.device("cpu")
 AFFINE = [Spec("uint", bits, group, "float") for bits, group in every((4, 8), (32, 64, 128))]
@@ -52,6 +54,17 @@ def test_every_format_decodes_bit_for_bit(spec):
     assert matrix.at(ids).decode(torch.float32).numpy().tobytes() == decoded[ids.numpy()].tobytes()
 
 
+def test_weights_that_are_views_of_a_file_lie_straight_on_the_device():
+    """Transposed as ModelOpt has them, and every other row as OpenAI has gate and up."""
+    weight = any_codes(NVFP4, 3, 40)
+    codes = np.ascontiguousarray(weight.codes.swapaxes(-1, -2)).swapaxes(-1, -2)
+    gate, up = (Quantized(NVFP4, codes[:, i::2], weight.scale[:, i::2], None, weight.outer[:, i::2]) for i in (0, 1))
+    matrix = fuse([gate, up], CPU)
+    assert matrix.codes.is_contiguous() and matrix.scale.is_contiguous()
+    wanted = codecs.dequantize(weight)
+    assert np.array_equal(matrix.decode(torch.float32), np.concatenate([wanted[:, ::2], wanted[:, 1::2]], axis=1))
+
+
 def test_every_scale_byte_is_what_it_stands_for():
     codes = np.full((255, 16), 0x22, dtype=np.uint8)  # all 1.0
     scale = np.arange(255, dtype=np.uint8)[:, None]
@@ -72,14 +85,15 @@ def test_fused_rows_keep_their_own_factors(outers):
 @pytest.mark.parametrize("spec", [MXFP4, AFFINE[1], None], ids=str)
 @pytest.mark.parametrize("block", [1, 256 * 7, 1 << 20])
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_products_in_blocks(monkeypatch, spec, block, tokens):
+@pytest.mark.parametrize("threads", [1, 3])
+def test_products_in_blocks(monkeypatch, spec, block, tokens, threads):
     """Blocks that do not divide the rows; one row at a time; dense bfloat16 under float32."""
     monkeypatch.setattr(layers, "CPU_BLOCK", block)
     weight = (
         Dense(codecs.dequantize(any_codes(MXFP4, 40)).astype(codecs.BFLOAT16)) if spec is None else any_codes(spec, 40)
     )
     x = np.random.default_rng(3).normal(size=(tokens, 256)).astype(np.float32)
-    y = layers.product(torch.from_numpy(x), fuse([weight], CPU)).numpy()
+    y = layers.Crew(threads).product(torch.from_numpy(x), fuse([weight], CPU)).numpy()
     wanted = x.astype(np.float64) @ codecs.dequantize(weight).astype(np.float64).T
     assert np.allclose(y, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
@@ -87,7 +101,7 @@ def test_products_in_blocks(monkeypatch, spec, block, tokens):
 def test_linear_parts_that_are_stored_differently_stand_side_by_side():
     parts = [any_codes(MXFP4, 24, seed=1), any_codes(AFFINE[0], 8, seed=2)]
     bias = torch.arange(32.0)
-    linear = layers.Linear(tuple(fuse([part], CPU) for part in parts), bias)
+    linear = layers.Linear(tuple(fuse([part], CPU) for part in parts), bias, layers.Crew(1))
     x = torch.ones(2, 3, 256)
     wanted = np.concatenate([codecs.dequantize(part).sum(axis=1) for part in parts]) + np.arange(32)
     assert linear(x).shape == (2, 3, 32)

@@ -1,13 +1,14 @@
 """The pieces model.py is made of: matrices as they are stored, linear layers and experts over them.
 
 A matrix stays in device memory as the checkpoint stores it. A product decodes it block by block, in float32 and by
-the one formula of weights/tensor.py, into operands of the activations' dtype.
+the one formula of weights/tensor.py, into operands of the activations' dtype. On a CPU, threads share the blocks.
 
 Legend: D in, N out, E experts, T tokens.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -84,17 +85,38 @@ class QuantizedMatrix:
 Matrix = DenseMatrix | QuantizedMatrix
 
 
-def product(x: Tensor, matrix: Matrix) -> Tensor:
-    """x [T, D] times a matrix [N, D], transposed -> [T, N]"""
-    if isinstance(matrix, DenseMatrix) and matrix.weight.dtype == x.dtype:
-        return x @ matrix.weight.mT
-    count, width = matrix.shape
-    step = max(1, (CPU_BLOCK if x.device.type == "cpu" else GPU_BLOCK) // width)
-    y = x.new_empty((x.shape[0], count))
-    for start in range(0, count, step):
-        rows = slice(start, start + step)
-        torch.mm(x, matrix.at(rows).decode(x.dtype).mT, out=y[:, rows])
-    return y
+class Crew:
+    """Multiplies by matrices that have to be decoded first: block by block, each block by one of `threads` threads.
+
+    A block's decoding is a chain of small operations, some of which torch runs on one core; so whole blocks are what
+    is shared, and each thread's own operations stay on its core.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, "gptoss-product", torch.set_num_threads, (1,)) if threads > 1 else None
+
+    def product(self, x: Tensor, matrix: Matrix) -> Tensor:
+        """x [T, D] times a matrix [N, D], transposed -> [T, N]"""
+        if isinstance(matrix, DenseMatrix) and matrix.weight.dtype == x.dtype:
+            return x @ matrix.weight.mT
+        count, width = matrix.shape
+        step = max(1, (CPU_BLOCK if x.device.type == "cpu" else GPU_BLOCK) // width)
+        starts = range(0, count, step)
+        y = x.new_empty((x.shape[0], count))
+
+        def work(first: int, stride: int) -> None:
+            with torch.inference_mode():
+                for start in starts[first::stride]:
+                    rows = slice(start, start + step)
+                    torch.mm(x, matrix.at(rows).decode(x.dtype).mT, out=y[:, rows])
+
+        if self._pool is None or len(starts) == 1:
+            work(0, 1)
+        else:
+            for done in [self._pool.submit(work, n, self._threads) for n in range(min(self._threads, len(starts)))]:
+                done.result()
+        return y
 
 
 @dataclass(frozen=True)
@@ -106,12 +128,13 @@ class Linear:
     """
 
     matrices: tuple[Matrix, ...]
-    bias: Tensor | None = None
+    bias: Tensor | None
+    crew: Crew
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., N]"""
         flat = x.reshape(-1, x.shape[-1])
-        parts = [product(flat, matrix) for matrix in self.matrices]
+        parts = [self.crew.product(flat, matrix) for matrix in self.matrices]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         if self.bias is not None:
             y += self.bias
@@ -124,39 +147,46 @@ class ExpertLinear:
 
     matrices: tuple[Matrix, ...]
     bias: Tensor
+    crew: Crew
 
     def expert(self, index: int) -> Linear:
         """One expert's layer, as views."""
-        return Linear(tuple(matrix.at(index) for matrix in self.matrices), self.bias[index])
+        return Linear(tuple(matrix.at(index) for matrix in self.matrices), self.bias[index], self.crew)
 
 
 def _values(codes: Tensor, spec: Spec) -> Tensor:
     """What the codes mean, float32 [..., D]"""
     if spec.element == "uint" and spec.bits == 8:
         return codes.float()
-    table = _value_table(spec.element, spec.bits, codes.device)
-    found = table.index_select(0, codes.flatten().int())
-    return found.view(torch.float32).view(*codes.shape[:-1], -1)
+    if spec.bits == 8:
+        return _bytes("e4m3", codes)
+    # Four codes a look-up: look-ups are what decoding on a CPU spends its time on.
+    words = codes.view(torch.int16).flatten().int().add_(1 << 15)
+    found = _quads(spec.element, codes.device).index_select(0, words)
+    return found.view(torch.float16).view(*codes.shape[:-1], -1).float()
 
 
 def _scales(scale: Tensor, kind: ScaleKind) -> Tensor:
     """float32, as `scale` is shaped"""
-    if kind == "float":
-        return scale.float()
-    return _scale_table(kind, scale.device).index_select(0, scale.flatten().int()).view(scale.shape)
+    return scale.float() if kind == "float" else _bytes(kind, scale)
+
+
+def _bytes(kind: str, codes: Tensor) -> Tensor:
+    """e8m0 or e4m3 codes to float32"""
+    return _byte_table(kind, codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 @cache
-def _value_table(element: Element, bits: int, device: torch.device) -> Tensor:
-    """From a byte to its value, float32 [256], or to its two, low nibble first, as complex64 [256]."""
-    if bits == 8:
-        return torch.from_numpy(E4M3).to(device)
+def _quads(element: Element, device: torch.device) -> Tensor:
+    """From 16 bits, as int16 + 2^15, to the values of their four codes, lowest first: [65536] int64, each of which is
+    four float16. They hold every e2m1 value and every integer to 15 exactly."""
     nibbles = torch.from_numpy(E2M1) if element == "e2m1" else torch.arange(16, dtype=torch.float32)
-    byte = torch.arange(256)
-    return torch.complex(nibbles[byte & 15], nibbles[byte >> 4]).to(device)
+    words = torch.arange(-(1 << 15), 1 << 15)
+    quads = torch.stack([nibbles[words >> shift & 15] for shift in (0, 4, 8, 12)], dim=-1)
+    return quads.half().view(torch.int64)[:, 0].contiguous().to(device)
 
 
 @cache
-def _scale_table(kind: ScaleKind, device: torch.device) -> Tensor:
-    """From a byte to the scale it stands for, float32 [256]."""
+def _byte_table(kind: str, device: torch.device) -> Tensor:
+    """float32 [256]"""
     return torch.from_numpy(E8M0 if kind == "e8m0" else E4M3).to(device)

@@ -15,8 +15,9 @@ from torch import Tensor
 from ...config import ModelConfig
 from ...errors import CheckpointError
 from ...rope import yarn_concentration, yarn_frequencies
+from ...weights.codecs import straight
 from ...weights.tensor import Array, Dense, Quantized, Weight, Weights
-from .layers import DenseMatrix, ExpertLinear, Linear, Matrix, QuantizedMatrix
+from .layers import Crew, DenseMatrix, ExpertLinear, Linear, Matrix, QuantizedMatrix
 from .model import Attention, Block, GptOss, MixtureOfExperts, Norm, Rotary
 
 
@@ -26,7 +27,7 @@ def load_model(checkpoint: Weights, dtype: torch.dtype, device: torch.device) ->
     config = checkpoint.config
     # The two largest come first, while there is room to read one beside its copy.
     embed = place.matrix("embed.weight")
-    lm_head = Linear((place.matrix("lm_head.weight"),))
+    lm_head = Linear((place.matrix("lm_head.weight"),), None, place.crew)
     frequencies = torch.from_numpy(yarn_frequencies(config.yarn, config.head_dim)).to(device)
     rotary = Rotary(frequencies, config.head_dim**-0.5 * yarn_concentration(config.yarn) ** 2)
     blocks = tuple(_block(place, config, layer, rotary.score_scale) for layer in range(config.num_hidden_layers))
@@ -59,6 +60,7 @@ class _Placer:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
+        self.crew = Crew(torch.get_num_threads() if device.type == "cpu" else 1)
 
     def vector(self, name: str) -> Tensor:
         """Norms, sinks and biases, in the activation dtype."""
@@ -72,11 +74,11 @@ class _Placer:
 
     def linear(self, names: Sequence[str]) -> Linear:
         bias = self._vectors([f"{n}.bias" for n in names])
-        return Linear(self._matrices([f"{n}.weight" for n in names]), bias)
+        return Linear(self._matrices([f"{n}.weight" for n in names]), bias, self.crew)
 
     def experts(self, names: Sequence[str]) -> ExpertLinear:
         bias = self._vectors([f"{n}.bias" for n in names])
-        return ExpertLinear(self._matrices([f"{n}.weight" for n in names]), bias)
+        return ExpertLinear(self._matrices([f"{n}.weight" for n in names]), bias, self.crew)
 
     def _vectors(self, names: Sequence[str]) -> Tensor:
         return _tensor([self._dense(name) for name in names], -1, self._device).to(self._dtype)
@@ -135,7 +137,7 @@ def _outer(parts: Sequence[Quantized], device: torch.device) -> Tensor | None:
 def _tensor(arrays: Sequence[Array], axis: int, device: torch.device) -> Tensor:
     """Mapped numpy arrays, one behind the other, as one tensor of its own memory (bfloat16 by its bits, which torch
     does not take from numpy)."""
-    values = np.concatenate(arrays, axis=axis)
+    values = np.ascontiguousarray(np.concatenate([straight(array) for array in arrays], axis=axis))
     if values.dtype.name == "bfloat16":
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).to(device)
     return torch.from_numpy(values).to(device)
