@@ -64,7 +64,7 @@ class Session:
         show_reasoning: bool,
         stats: bool,
     ) -> None:
-        from mlx_gptoss.api import as_conversation
+        from mlx_gptoss.chat import as_conversation
 
         self.model = model
         self.sampling = sampling

@@ -80,7 +80,7 @@ def _print(model: Model, events: Iterator[Event], *, reasoning: bool, stats: boo
 
 
 def _report(model: Model, events: Iterator[Event]) -> dict[str, Any]:
-    from mlx_gptoss.api import fold
+    from mlx_gptoss.chat import fold
 
     reasoning, text, calls, finished = fold(events)
     return {

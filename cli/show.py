@@ -30,10 +30,11 @@ def show(
     Reads headers and a few rows. Without MODEL it shows the bundled one.
     """
     from mlx_gptoss import api
+    from mlx_gptoss.backends import find_backend
     from mlx_gptoss.recommend import recommend
 
     checkpoint = api.open_checkpoint(model)
-    plan = api.memory_plan(checkpoint, api.find_backend(backend)[0], device=device, dtype=dtype, max_context=context)
+    plan = api.memory_plan(checkpoint, find_backend(backend)[0], device=device, dtype=dtype, max_context=context)
     best = recommend(checkpoint, plan, api.sizes_in_other_formats(checkpoint), context)
     summary = checkpoint.summary()
     if as_json:

@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from . import hub
+from .backends import find_backend
 from .backends.base import Backend, Limits
 from .chat import (
     Event,
-    Finished,
     FinishReason,
-    ReasoningDelta,
-    TextDelta,
+    Prompt,
     Timings,
     ToolCall,
     Usage,
     answered,
+    as_conversation,
+    fold,
     stream_chat,
     stream_raw,
 )
 from .config import ModelConfig
 from .engine import Engine, Token
-from .errors import BackendUnavailable, CheckpointError, GptOssError, InvalidRequest
-from .harmony.messages import Conversation, Effort, without_old_reasoning
-from .harmony.openai import from_chat
+from .errors import CheckpointError, InvalidRequest
+from .harmony.messages import Conversation, Effort
 from .memory import MemoryPlan, plan_memory, require_fit
-from .sampling import Sampling
+from .sampling import Sampling, default_sampling
 from .tokenizer import Tokenizer
 from .weights import checkpoint as checkpoints
 from .weights import convert as conversion
@@ -46,14 +42,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-BACKENDS = ("mlx", "cuda")
-INSTALL = {"mlx": "pip install mlx-gptoss", "cuda": "pip install 'mlx-gptoss[cuda]'"}
-# Where the NVIDIA driver shows itself on Linux and in WSL: what tells without torch, which takes seconds to import.
-NVIDIA_DRIVER = (Path("/proc/driver/nvidia/version"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
 NANO = Path(__file__).parent / "nano"  # the bundled model
 ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-Prompt = str | Sequence[Mapping[str, Any]] | Conversation
 
 
 @dataclass(frozen=True)
@@ -319,14 +309,6 @@ def memory_plan(
     )
 
 
-def default_sampling(generation: Mapping[str, Any]) -> Sampling:
-    """The sampling that a generation_config.json asks for; greedy where it says `do_sample: false`."""
-    if generation.get("do_sample") is False:
-        return Sampling(temperature=0.0)
-    fields = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    return Sampling(**{name: generation[name] for name in fields if generation.get(name) is not None})
-
-
 def sizes_in_other_formats(checkpoint: checkpoints.Checkpoint) -> dict[str, int]:
     """Bytes of the same model in each format that can hold it, from its layout alone."""
     dtypes = {param.name: "BF16" for param in checkpoint.params}
@@ -336,48 +318,6 @@ def sizes_in_other_formats(checkpoint: checkpoints.Checkpoint) -> dict[str, int]
             units = form.units(name, checkpoint.params, dtypes)
             sizes[name] = sum(info.nbytes for unit in units for info in unit.tensors)
     return sizes
-
-
-def as_conversation(
-    prompt: Prompt,
-    *,
-    reasoning: Effort | None = None,
-    system: str | None = None,
-    tools: Sequence[Mapping[str, Any]] = (),
-) -> Conversation:
-    """A prompt of any of the three kinds as a Conversation, dated today and without the reasoning that led to earlier
-    answers, unless it is one already."""
-    if isinstance(prompt, Conversation):
-        if reasoning is not None or system is not None or tools:
-            raise InvalidRequest("a Conversation has its own reasoning, instructions and functions; set them there")
-        return prompt
-    if isinstance(prompt, str) and not prompt.strip():
-        raise InvalidRequest("the prompt is empty; write a question")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    conversation = from_chat(
-        messages,
-        reasoning=reasoning or "medium",
-        system=system,
-        tools=tools,
-        date=datetime.date.today().isoformat(),
-    )
-    return replace(conversation, messages=without_old_reasoning(conversation.messages))
-
-
-def fold(events: Iterable[Event]) -> tuple[str, str, tuple[ToolCall, ...], Finished]:
-    """A stream's reasoning, text, tool calls and last event."""
-    reasoning, text, calls = [], [], []
-    for event in events:
-        match event:
-            case ReasoningDelta():
-                reasoning.append(event.text)
-            case TextDelta():
-                text.append(event.text)
-            case ToolCall():
-                calls.append(event)
-            case Finished():
-                return "".join(reasoning), "".join(text), tuple(calls), event
-    raise GptOssError("the stream ended early: its engine was closed")
 
 
 def describe(path_or_repo_id: str | Path | None = None) -> checkpoints.Summary:
@@ -398,32 +338,3 @@ def convert(
     return conversion.convert(
         hub.resolve(source), Path(destination), to, search=search, overwrite=overwrite, progress=progress
     )
-
-
-def find_backend(name: str) -> tuple[Backend, str]:
-    """The backend's module, imported now, and its name. "auto" takes the best for this machine."""
-    if name not in ("auto", *BACKENDS):
-        raise InvalidRequest(f"backend must be auto, {' or '.join(BACKENDS)}, not {name!r}")
-    chosen = best_backend() if name == "auto" else name
-    return cast(Backend, _backend_module(chosen)), chosen
-
-
-def best_backend() -> str:
-    """Metal -> mlx; a GPU that the installed torch can use -> cuda; otherwise mlx on the CPU.
-
-    torch is imported only on a machine that has the NVIDIA driver.
-    """
-    if sys.platform == "darwin":
-        return "mlx"
-    driver = any(path.exists() for path in NVIDIA_DRIVER)
-    if driver and find_spec("torch") is not None and _backend_module("cuda").has_gpu():
-        return "cuda"
-    # Neither Metal nor CUDA: torch on the CPU has its place here once it is measured to be the faster one.
-    return "mlx"
-
-
-def _backend_module(name: str) -> ModuleType:
-    try:
-        return import_module(f".backends.{name}", __package__)
-    except ImportError as error:
-        raise BackendUnavailable(f"the {name} backend cannot be imported ({error}): {INSTALL[name]}") from error

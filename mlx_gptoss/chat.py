@@ -5,15 +5,17 @@ Knows the engine (ids), the tokenizer (text) and Harmony (what the text means); 
 
 from __future__ import annotations
 
+import datetime
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from .engine import Engine, Request, Stream, Token
 from .engine.stop import StopStrings
-from .errors import InvalidRequest
-from .harmony.messages import Conversation, Message, without_old_reasoning
+from .errors import GptOssError, InvalidRequest
+from .harmony.messages import Conversation, Effort, Message, without_old_reasoning
+from .harmony.openai import from_chat
 from .harmony.parse import Delta, Parser
 from .harmony.render import render
 from .sampling import Sampling
@@ -76,6 +78,35 @@ class Finished:
 
 
 Event = ReasoningDelta | TextDelta | ToolCall | Finished
+
+
+Prompt = str | Sequence[Mapping[str, Any]] | Conversation
+
+
+def as_conversation(
+    prompt: Prompt,
+    *,
+    reasoning: Effort | None = None,
+    system: str | None = None,
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> Conversation:
+    """A prompt of any of the three kinds as a Conversation, dated today and without the reasoning that led to earlier
+    answers, unless it is one already."""
+    if isinstance(prompt, Conversation):
+        if reasoning is not None or system is not None or tools:
+            raise InvalidRequest("a Conversation has its own reasoning, instructions and functions; set them there")
+        return prompt
+    if isinstance(prompt, str) and not prompt.strip():
+        raise InvalidRequest("the prompt is empty; write a question")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    conversation = from_chat(
+        messages,
+        reasoning=reasoning or "medium",
+        system=system,
+        tools=tools,
+        date=datetime.date.today().isoformat(),
+    )
+    return replace(conversation, messages=without_old_reasoning(conversation.messages))
 
 
 def stream_chat(
@@ -225,3 +256,19 @@ def _finished(stream: Stream, tokens: list[Token], reason: FinishReason, message
 def answered(conversation: Conversation, reply: tuple[Message, ...]) -> Conversation:
     """The conversation with a reply appended, ready for the next turn: reasoning that led to an answer is dropped."""
     return replace(conversation, messages=without_old_reasoning(conversation.messages + reply))
+
+
+def fold(events: Iterable[Event]) -> tuple[str, str, tuple[ToolCall, ...], Finished]:
+    """A stream's reasoning, text, tool calls and last event."""
+    reasoning, text, calls = [], [], []
+    for event in events:
+        match event:
+            case ReasoningDelta():
+                reasoning.append(event.text)
+            case TextDelta():
+                text.append(event.text)
+            case ToolCall():
+                calls.append(event)
+            case Finished():
+                return "".join(reasoning), "".join(text), tuple(calls), event
+    raise GptOssError("the stream ended early: its engine was closed")

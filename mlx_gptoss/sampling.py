@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import InvalidRequest
 
@@ -68,6 +69,14 @@ class Sampling:
     def penalized(self) -> bool:
         """Whether the choice depends on which tokens came before."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+
+def default_sampling(generation: Mapping[str, Any]) -> Sampling:
+    """The sampling that a generation_config.json asks for; greedy where it says `do_sample: false`."""
+    if generation.get("do_sample") is False:
+        return Sampling(temperature=0.0)
+    fields = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    return Sampling(**{name: generation[name] for name in fields if generation.get(name) is not None})
 
 
 def _number(

@@ -9,7 +9,7 @@ from typing import cast
 import numpy as np
 import pytest
 
-from mlx_gptoss.api import find_backend
+from mlx_gptoss.backends import find_backend
 from mlx_gptoss.errors import BackendUnavailable
 
 DATA = Path(__file__).parent / "data"

@@ -27,14 +27,14 @@ MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it ma
     "backends.mlx": BACKEND,
     "backends.cuda": BACKEND,
     "chat": LEVEL_0 | {"engine", "harmony"},
-    "api": LEVEL_0 | {"engine", "harmony", "chat", "weights", "backends.base"},
+    "api": LEVEL_0 | {"engine", "harmony", "chat", "weights", "backends"},
     "recommend": {"memory", "weights"},
     "passages": {"errors", "tokenizer"},
     "evaluation": LEVEL_0 | {"api", "passages", "weights.checkpoint"},
     "plot": {"errors", "evaluation"},
     "server": LEVEL_0 | {"api", "chat", "harmony"},
     "nano": set(),
-    "backends": set(),
+    "backends": {"errors"},
 }
 ONLY_IN = {  # outside packages -> the only modules that may import them
     "mlx": ("backends.mlx",),

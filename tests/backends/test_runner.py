@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from mlx_gptoss.api import BACKENDS
+from mlx_gptoss.backends import BACKENDS
 from mlx_gptoss.backends.base import Limits, Row
 from mlx_gptoss.sampling import Sampling
 from mlx_gptoss.weights import checkpoint as checkpoints

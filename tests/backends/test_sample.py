@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_gptoss.api import BACKENDS
+from mlx_gptoss.backends import BACKENDS
 from mlx_gptoss.sampling import Sampling
 
 VOCABULARY = 24

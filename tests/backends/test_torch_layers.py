@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product as every
 
 import numpy as np
@@ -106,6 +107,23 @@ def test_linear_parts_that_are_stored_differently_stand_side_by_side():
     wanted = np.concatenate([codecs.dequantize(part).sum(axis=1) for part in parts]) + np.arange(32)
     assert linear(x).shape == (2, 3, 32)
     assert np.allclose(linear(x)[1, 2].numpy(), wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_a_crew_leaves_the_threads_of_others_alone():
+    def threads_here() -> int:
+        with ThreadPoolExecutor(1) as fresh:
+            return fresh.submit(torch.get_num_threads).result()
+
+    before = threads_here()
+    torch.set_num_threads(3)
+    try:
+        crew = layers.Crew(3)
+        assert torch.get_num_threads() == threads_here() == 3
+        weight = any_codes(MXFP4, 40)
+        crew.product(torch.ones(1, 256), fuse([weight], CPU))
+        assert torch.get_num_threads() == threads_here() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_far_positions_are_turned_exactly():

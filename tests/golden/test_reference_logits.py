@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import mlx_gptoss
-from mlx_gptoss.api import BACKENDS
+from mlx_gptoss.backends import BACKENDS
 from mlx_gptoss.backends.base import Limits, Row
 from mlx_gptoss.sampling import Sampling
 from mlx_gptoss.weights import checkpoint as checkpoints

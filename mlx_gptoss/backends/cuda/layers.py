@@ -11,6 +11,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
+from threading import Barrier
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ class Crew:
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
-        self._pool = ThreadPoolExecutor(threads, "gptoss-product", torch.set_num_threads, (1,)) if threads > 1 else None
+        self._pool = _hire(threads) if threads > 1 else None
 
     def product(self, x: Tensor, matrix: Matrix) -> Tensor:
         """x [T, D] times a matrix [N, D], transposed -> [T, N]"""
@@ -117,6 +118,21 @@ class Crew:
             for done in [self._pool.submit(work, n, self._threads) for n in range(min(self._threads, len(starts)))]:
                 done.result()
         return y
+
+
+def _hire(threads: int) -> ThreadPoolExecutor:
+    """A pool whose threads keep their own operations on one core. torch takes that setting for the thread that makes
+    it and for all that start later; for the latter it is undone."""
+    pool, everyone = ThreadPoolExecutor(threads, "gptoss-product"), Barrier(threads)
+
+    def settle() -> None:
+        torch.set_num_threads(1)
+        everyone.wait()
+
+    for done in [pool.submit(settle) for _ in range(threads)]:
+        done.result()
+    torch.set_num_threads(threads)
+    return pool
 
 
 @dataclass(frozen=True)
