@@ -126,7 +126,7 @@ def test_ctrl_c_keeps_the_text_so_far(mini):
     process = subprocess.Popen([*CLI, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
     first = process.stdout.read(1)
     process.send_signal(signal.SIGINT)
-    rest, errors = process.communicate(timeout=60)
+    _rest, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert first and b"Traceback" not in errors
 

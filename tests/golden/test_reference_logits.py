@@ -16,10 +16,10 @@ from mlx_gptoss.backends.base import Limits, Row
 from mlx_gptoss.sampling import Sampling
 from mlx_gptoss.weights import checkpoint as checkpoints
 
-OWN = "mlx-4bit mlx-8bit mlx-mxfp8 mlx-nvfp4 mlx-mxfp4-all mlx-mxfp4-q4 mlx-mxfp4-q8".split()
-OWN += "fp8-attention-only fp8-dynamic int4-autoround nvfp4".split()
+OWN = ["mlx-4bit", "mlx-8bit", "mlx-mxfp8", "mlx-nvfp4", "mlx-mxfp4-all", "mlx-mxfp4-q4", "mlx-mxfp4-q8"]
+OWN += ["fp8-attention-only", "fp8-dynamic", "int4-autoround", "nvfp4"]
 REFERENCE = {  # folder or file -> the file that holds its logits
-    **{name: "reference" for name in ("mxfp4", "mxfp4-original", "bf16", "mlx-mxfp4", "nvfp4-bf16", "gguf/model.gguf")},
+    **dict.fromkeys(("mxfp4", "mxfp4-original", "bf16", "mlx-mxfp4", "nvfp4-bf16", "gguf/model.gguf"), "reference"),
     **{name: f"{name}.reference" for name in OWN},
     "fp8-doubled-names": "fp8-dynamic.reference",
     "fp8-half-split": "fp8-dynamic.reference",
