@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,6 +14,7 @@ FULL: LayerKind = "full_attention"
 
 SWIGLU_ALPHA = 1.702  # openai/gpt-oss, gpt_oss/torch/model.py: swiglu(alpha=1.702)
 MAX_SIZE = 2**24  # no gpt-oss dimension comes near it; keeps hostile configs from asking for terabytes
+MAX_REAL = 1e30  # float32 holds it
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def _max_context(data: Mapping[str, Any]) -> int:
     if "max_position_embeddings" in data:
         return _size(data, "max_position_embeddings")
     yarn = _yarn(data)
-    return int(yarn.original_context * max(yarn.factor, 1.0))
+    return int(min(yarn.original_context * max(yarn.factor, 1.0), MAX_SIZE - 1))
 
 
 def _layer_types(value: object, layers: int) -> tuple[LayerKind, ...]:
@@ -234,7 +234,7 @@ def _size(data: Mapping[str, Any], *names: str, default: int | None = None) -> i
 
 def _real(data: Mapping[str, Any], name: str, default: float) -> float:
     value = data.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < MAX_REAL:
         raise CheckpointError(f"config.json: {name} must be a positive number, not {value!r}")
     return float(value)
 

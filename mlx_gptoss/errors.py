@@ -10,6 +10,10 @@ class GptOssError(Exception):
 class CheckpointError(GptOssError):
     """A checkpoint that cannot be read: damaged, incomplete, hostile, or of an unknown layout."""
 
+    def __init__(self, message: str) -> None:
+        """A hostile file may have names of megabytes: the middle of such a message is left out."""
+        super().__init__(message if len(message) <= 2000 else f"{message[:1200]} ... {message[-600:]}")
+
 
 class DoesNotFit(GptOssError):
     """A model, context or request that needs more memory than there is; the message carries the numbers."""

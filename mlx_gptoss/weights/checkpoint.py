@@ -30,6 +30,7 @@ from .tensor import Array, Dense, Spec, Weight
 
 INDEX = "model.safetensors.index.json"
 MAX_JSON = 16 * 2**20
+MAX_TENSORS = 100_000  # 120b with five tensors for each module of each expert has 70,000
 ROLES: tuple[Role, ...] = ("attention", "experts", "router", "embed", "lm_head")
 
 
@@ -180,7 +181,7 @@ def open(path: Path | str) -> Checkpoint:
     if not isinstance(raw, dict):
         raise CheckpointError(f"{folder / 'config.json'} is not a JSON object; download the checkpoint again")
     listed = _index(folder)
-    files = [MappedFile(child(folder, name)) for name in _shard_names(folder, listed)]
+    files = _map(folder, _shard_names(folder, listed))
     if listed is not None:
         _hold_against_index(listed, files)
     _check_plausible(raw, sum(len(file.header.tensors) for file in files))
@@ -278,6 +279,18 @@ def _shard_names(folder: Path, listed: Mapping[str, str] | None) -> list[str]:
     if (folder / "model.safetensors").exists():
         return ["model.safetensors"]
     return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+def _map(folder: Path, names: Iterable[str]) -> list[MappedFile]:
+    """The shards, mapped; refuses more tensors than MAX_TENSORS before it reads on."""
+    files, tensors = [], 0
+    for name in names:
+        file = MappedFile(child(folder, name))
+        tensors += len(file.header.tensors)
+        if tensors > MAX_TENSORS:
+            raise CheckpointError(f"{folder} has more than {MAX_TENSORS} tensors; no gpt-oss checkpoint does")
+        files.append(file)
+    return files
 
 
 def _hold_against_index(listed: Mapping[str, str], files: Iterable[MappedFile]) -> None:

@@ -112,8 +112,11 @@ class MappedFile:
         """`header` is that of a file of another kind, whose tensors lie in it likewise."""
         self.path = path
         self.header = header or read_header(path)
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be mapped ({error.strerror})") from error
         self._start = np.frombuffer(self._map, np.uint8).ctypes.data
 
     def get(self, name: str) -> Array:

@@ -350,6 +350,27 @@ def test_the_source_is_never_the_destination(mini, tmp_path):
     assert checkpoint.open(source).format == "mxfp4"
 
 
+def test_a_source_in_a_hub_cache_of_links(mini, tools, tmp_path):
+    """huggingface-hub: snapshots/<revision>/<file> -> ../../blobs/<hash>; the result has no links."""
+    snapshot, blobs = tmp_path / "hub" / "snapshots" / "abc", tmp_path / "hub" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted((mini / "mxfp4").iterdir())):
+        shutil.copyfile(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    convert(snapshot, tmp_path / "out", "mlx-mxfp4-q8")
+    assert digests(tmp_path / "out") == tools["mlx-mxfp4-q8"]
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (mini / "mxfp4" / "tokenizer.json").read_bytes()
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+def test_a_format_into_itself_is_a_verified_copy(mini, tools, tmp_path):
+    seen = set()
+    convert(mini / "mxfp4", tmp_path / "out", "mxfp4", progress=lambda done, total, what: seen.add(what))
+    assert digests(tmp_path / "out") == tools["mxfp4"]
+    assert "verifying" in seen
+
+
 @pytest.mark.parametrize(("name", "why"), [("mlx-5bit", "is not a format"), ("mxfp4-original", "only read")])
 def test_unknown_targets_are_refused_with_the_list(mini, tmp_path, name, why):
     with pytest.raises(GptOssError, match=f"{why}.*mlx-4bit"):
