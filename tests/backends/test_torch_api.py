@@ -1,0 +1,102 @@
+"""What api.load() does with the torch backend: which one auto picks, and what it says where torch is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import mlx_gptoss
+from mlx_gptoss import Sampling, backends
+from mlx_gptoss.backends.base import Limits
+
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture
+def torch_backend(backend_module):
+    return backend_module("cuda")
+
+
+def python(code: str, *words: str) -> str:
+    out = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    return out.stdout.strip()
+
+
+def test_the_bundled_model_says_the_same_on_both(torch_backend, backend_module):
+    backend_module("mlx")
+    prompts = ["Sort these numbers: 3 1 2", "Hello"]
+    said = []
+    for backend in ("mlx", "cuda"):
+        with mlx_gptoss.load(backend=backend, device="cpu", max_context=1024) as model:
+            assert model.backend == backend
+            said.append([model.generate(prompt, sampling=GREEDY, max_tokens=40).ids for prompt in prompts])
+    assert said[0] == said[1]
+
+
+def test_seeds_and_memory_through_the_api(torch_backend, mini):
+    with mlx_gptoss.load(mini / "mxfp4", backend="cuda", device="cpu", max_context=256, slots=2) as model:
+        texts = [model.complete((1, 2, 3), max_tokens=20, sampling=Sampling(seed=5)).ids for _ in range(2)]
+        other = model.complete((1, 2, 3), max_tokens=20, sampling=Sampling(seed=6)).ids
+        assert texts[0] == texts[1] != other
+        assert model.peak_memory() > 1 << 20
+
+
+def test_quantized_while_loading(torch_backend, mini, relative_error):
+    logits = []
+    for backend in ("mlx", "cuda"):
+        with mlx_gptoss.load(mini / "mxfp4", backend=backend, device="cpu", quantize="mlx-4bit") as model:
+            logits.append(model.logits(range(50)))
+    assert relative_error(logits[1], logits[0]) < 1e-4
+
+
+def test_auto_takes_the_gpu_that_torch_finds(torch_backend, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(backends, "NVIDIA_DRIVER", (tmp_path / "nothing", tmp_path))
+    monkeypatch.setattr(torch_backend, "has_gpu", lambda: True)
+    assert backends.best_backend() == "cuda"
+    monkeypatch.setattr(torch_backend, "has_gpu", lambda: False)  # a torch built for CPUs
+    assert backends.best_backend() == "mlx"
+
+
+@pytest.mark.parametrize("missing", ["driver", "torch", "everything but Metal"])
+def test_auto_takes_mlx_elsewhere(monkeypatch, tmp_path, missing):
+    monkeypatch.setattr(sys, "platform", "darwin" if missing == "everything but Metal" else "linux")
+    monkeypatch.setattr(backends, "NVIDIA_DRIVER", (tmp_path / "nothing" if missing == "driver" else tmp_path,))
+    monkeypatch.setattr(backends, "find_spec", lambda name: None if missing == "torch" else name)
+    monkeypatch.setattr(backends, "_backend_module", lambda name: pytest.fail("torch was imported"))
+    assert backends.best_backend() == "mlx"
+
+
+def test_auto_imports_torch_only_where_the_driver_is():
+    code = "import sys; from pathlib import Path; from mlx_gptoss import backends; backends.NVIDIA_DRIVER = (Path('/nothing'),)\n"
+    assert python(code + "print(backends.find_backend('auto')[1], 'torch' in sys.modules)") == "mlx False"
+
+
+def test_without_torch_the_extra_is_named():
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import mlx_gptoss\n"
+        "try: mlx_gptoss.load(backend='cuda')\n"
+        "except mlx_gptoss.GptOssError as error: print(type(error).__name__, error)"
+    )
+    said = python(code)
+    assert said.startswith("BackendUnavailable") and "pip install 'mlx-gptoss[cuda]'" in said
+
+
+@pytest.mark.cuda
+def test_the_gpu_agrees_with_the_cpu(torch_backend, mini, relative_error):
+    """float32 on both; and in bfloat16 the default lands on the GPU."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("torch finds no GPU")
+    logits = []
+    for device in ("cpu", "cuda"):
+        with mlx_gptoss.load(mini / "mxfp4", backend="cuda", device=device, dtype="float32") as model:
+            logits.append(model.logits(range(200)))
+    assert relative_error(logits[1], logits[0]) < 1e-4
+    runner = torch_backend.load(
+        mlx_gptoss.api.open_checkpoint(mini / "mxfp4"), device=None, dtype=None, limits=Limits(1, 64, 64)
+    )
+    assert runner.peak_memory() > 0 and torch_backend.dtype_name(None, None) == "bfloat16"
