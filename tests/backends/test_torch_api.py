@@ -70,8 +70,12 @@ def test_auto_takes_mlx_elsewhere(monkeypatch, tmp_path, missing):
 
 
 def test_auto_imports_torch_only_where_the_driver_is():
-    code = "import sys; from pathlib import Path; from mlx_gptoss import backends; backends.NVIDIA_DRIVER = (Path('/nothing'),)\n"
-    assert python(code + "print(backends.find_backend('auto')[1], 'torch' in sys.modules)") == "mlx False"
+    code = (
+        "import sys; from pathlib import Path; from mlx_gptoss import backends\n"
+        "backends.NVIDIA_DRIVER = (Path('/nothing'),)\n"
+        "print(backends.find_backend('auto')[1], 'torch' in sys.modules)"
+    )
+    assert python(code) == "mlx False"
 
 
 def test_without_torch_the_extra_is_named():
