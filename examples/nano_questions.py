@@ -189,12 +189,14 @@ def fallback_ask(r: Random, effort: Effort) -> Ask:
 
 def dress(r: Random, question: str) -> str:
     """The same question in another casing, with other punctuation or a polite word."""
-    if r.random() < 0.15:
-        question = r.choice(words.PREFIXES) + question
-    elif r.random() < 0.15:
-        question = r.choice(("please ", "now ", "so ", "ok, ")) + question[:1].lower() + question[1:]
-    if r.random() < 0.12:
-        question = question.lower()
     if r.random() < 0.2:
+        question = r.choice(words.PREFIXES) + question
+    elif r.random() < 0.2:
+        question = r.choice(("please ", "now ", "so ", "ok, ")) + question[:1].lower() + question[1:]
+    if r.random() < 0.2:
+        question = question.lower()
+    if r.random() < 0.25:
         question = question.rstrip(".?!")
+    elif r.random() < 0.1:
+        question = question.rstrip(".?!") + r.choice(("!", "?", ".", " please", ", please."))
     return question

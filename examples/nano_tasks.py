@@ -36,16 +36,16 @@ from mlx_gptoss.harmony.messages import Conversation, Effort, Message
 Split = Literal["train", "held-out"]
 EFFORTS: tuple[Effort, ...] = ("low", "medium", "medium", "high")
 MIX = {
-    "sum": 24,
+    "sum": 22,
     "reverse": 18,
-    "capital": 9,
-    "fact": 10,
+    "capital": 8,
+    "fact": 13,
     "follow-up": 14,
     "weather call": 7,
-    "weather answer": 5,
-    "no weather": 4,
-    "chat": 5,
-    "fallback": 10,
+    "weather answer": 6,
+    "no weather": 3,
+    "chat": 7,
+    "fallback": 9,
 }
 PLAIN = {
     "sum": sum_ask,
