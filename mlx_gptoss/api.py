@@ -31,6 +31,7 @@ from .engine import Engine, Token
 from .errors import CheckpointError, InvalidRequest
 from .harmony.messages import Conversation, Effort
 from .memory import MemoryPlan, plan_memory, require_fit
+from .recommend import recommend
 from .sampling import Sampling, default_sampling
 from .tokenizer import Tokenizer
 from .weights import checkpoint as checkpoints
@@ -263,7 +264,9 @@ def load(
     sizes = sizes_in_other_formats(checkpoint)
     size = checkpoint.size_bytes if quantize is None else sizes[quantize]
     plan = memory_plan(checkpoint, module, size, device=device, dtype=dtype, max_context=max_context, slots=slots)
-    require_fit(plan, name, sizes)
+    if not plan.fits:
+        best = recommend(checkpoint, plan, sizes, max_context)
+        require_fit(plan, name, {best.format: best.size_bytes} if best else sizes)
     limits = Limits(slots=slots, max_context=plan.context, chunk=module.prefill_chunk(device))
     engine = Engine(lambda: module.load(weights, device=device, dtype=dtype, limits=limits))
     return Model(

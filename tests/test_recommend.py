@@ -10,6 +10,8 @@ from dataclasses import replace
 import pytest
 
 from mlx_gptoss import api
+from mlx_gptoss.backends import mlx
+from mlx_gptoss.errors import DoesNotFit
 from mlx_gptoss.memory import plan_memory
 from mlx_gptoss.recommend import recommend
 from mlx_gptoss.weights import checkpoint
@@ -105,3 +107,12 @@ def test_formats_that_cannot_hold_the_model_are_left_out(mini, monkeypatch):
     monkeypatch.setattr(opened, "params", params)
     sizes = api.sizes_in_other_formats(opened)
     assert "int4-autoround" not in sizes and "mlx-4bit" in sizes
+
+
+def test_a_refusal_to_load_names_the_same_format(mini, monkeypatch):
+    opened = checkpoint.open(mini / "mxfp4")
+    size = api.sizes_in_other_formats(opened)["mlx-mxfp4-q8"]
+    room = api.memory_plan(opened, mlx, size, device="cpu", max_context=2048).needed_bytes
+    monkeypatch.setattr(mlx, "available_memory", lambda device=None: room)
+    with pytest.raises(DoesNotFit, match=r"convert it with --to mlx-mxfp4-q8 \("):
+        api.load(mini / "mxfp4", backend="mlx", device="cpu", max_context=2048)

@@ -435,14 +435,25 @@ from mlx_gptoss.weights.convert import convert
 def peak():
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 before = peak()
-report = convert(*sys.argv[1:4])
+report = convert(*sys.argv[1:4], search=sys.argv[4] or None)
 print(peak() - before, report.working_bytes, report.source_bytes)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-@pytest.mark.parametrize(("source", "target"), [("bf16", "mlx-4bit"), ("mxfp4", "bf16"), ("bf16", "mxfp4")])
-def test_memory_stays_within_its_bound(source, target, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("source", "target", "search"),
+    [
+        ("bf16", "mlx-4bit", ""),
+        ("mxfp4", "bf16", ""),
+        ("bf16", "mxfp4", ""),
+        ("mxfp4", "nvfp4", ""),
+        ("bf16", "fp8-dynamic", ""),
+        ("mxfp4", "int4-autoround", ""),
+        ("mxfp4", "mlx-4bit", "mse"),
+    ],
+)
+def test_memory_stays_within_its_bound(source, target, search, tmp_path):
     """However big the checkpoint: the stated working memory, and pages of the source for a few chunks at most."""
     config = replace(
         ModelConfig(),
@@ -455,7 +466,7 @@ def test_memory_stays_within_its_bound(source, target, tmp_path, monkeypatch):
         vocab_size=4096,
     )
     synthetic(tmp_path / source, config, source)
-    arguments = [str(tmp_path / source), str(tmp_path / "out"), target]
+    arguments = [str(tmp_path / source), str(tmp_path / "out"), target, search]
     done = subprocess.run([sys.executable, "-c", MEASURE, *arguments], check=True, capture_output=True, text=True)
     peak, working, size = (int(number) for number in done.stdout.split())
     assert size > 120e6

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -136,6 +138,21 @@ def test_what_is_4_bit_already_is_kept(mini, tmp_path):
     before, after = checkpoint.open(mini / "mlx-4bit"), checkpoint.open(tmp_path / "out")
     for param in before.params:
         assert np.array_equal(codecs.dequantize(after.read(param.name)), codecs.dequantize(before.read(param.name)))
+
+
+def test_on_the_command_line(mini, tmp_path):
+    def run(*words):
+        command = [sys.executable, "-m", "mlx_gptoss_cli", "convert", str(mini / "mxfp4"), *words]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert run(str(tmp_path / "cli"), "--to", "mlx-4bit", "--search", "mse").returncode == 0
+    convert(mini / "mxfp4", tmp_path / "python", "mlx-4bit", search="mse")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("cli", "python")]
+    assert files[0] == files[1]
+    refused = run(str(tmp_path / "no"), "--to", "bf16", "--search", "mse")
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: search 'mse' cannot be had for bf16") and refused.stderr.count("\n") == 1
+    assert run(str(tmp_path / "no"), "--to", "mlx-4bit", "--search", "fast").returncode == 2
 
 
 @pytest.mark.parametrize(("target", "how"), [("mlx-8bit", "mse"), ("bf16", "mse"), ("mlx-4bit", "fast")])
