@@ -21,7 +21,7 @@ from ...weights.tensor import Element, ScaleKind, Spec
 
 # Elements decoded at once. On a CPU the block stays in the cache until the product has read it.
 CPU_BLOCK = 1 << 20
-GPU_BLOCK = 1 << 26
+GPU_BLOCK = 1 << 24
 
 Index = int | slice | Tensor
 
@@ -177,7 +177,7 @@ def _values(codes: Tensor, spec: Spec) -> Tensor:
     if spec.bits == 8:
         return _bytes("e4m3", codes)
     # Four codes a look-up: look-ups are what decoding on a CPU spends its time on.
-    words = codes.view(torch.int16).flatten().int().add_(1 << 15)
+    words = codes.view(torch.uint16).flatten().int()
     found = _quads(spec.element, codes.device).index_select(0, words)
     return found.view(torch.float16).view(*codes.shape[:-1], -1).float()
 
@@ -194,10 +194,10 @@ def _bytes(kind: str, codes: Tensor) -> Tensor:
 
 @cache
 def _quads(element: Element, device: torch.device) -> Tensor:
-    """From 16 bits, as int16 + 2^15, to the values of their four codes, lowest first: [65536] int64, each of which is
-    four float16. They hold every e2m1 value and every integer to 15 exactly."""
+    """From 16 bits to the values of their four codes, lowest first: [65536] int64, each of which is four float16. They
+    hold every e2m1 value and every integer to 15 exactly."""
     nibbles = torch.from_numpy(E2M1) if element == "e2m1" else torch.arange(16, dtype=torch.float32)
-    words = torch.arange(-(1 << 15), 1 << 15)
+    words = torch.arange(1 << 16)
     quads = torch.stack([nibbles[words >> shift & 15] for shift in (0, 4, 8, 12)], dim=-1)
     return quads.half().view(torch.int64)[:, 0].contiguous().to(device)
 
