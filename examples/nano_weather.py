@@ -101,7 +101,8 @@ def result_ask(r: Random, effort: Effort, tool: WeatherTool) -> Ask:
         thought = "I tell the user."
     elif effort == "high":
         thought += f"\nThe result is about {city}.\nI would answer: {answer}\nThat is right."
-    called = Message("assistant", asked.turn.arguments, "commentary", tool.recipient, "json")
+    kind = "<|constrain|>json" if r.random() < 0.85 else "json"
+    called = Message("assistant", asked.turn.arguments, "commentary", tool.recipient, kind)
     said = Message("tool", result, "commentary", "assistant", name=tool.recipient)
     reasoned = (Message("assistant", asked.turn.analysis, "analysis"),) if r.random() < 0.5 else ()
     turn = Turn(thought, answer)
