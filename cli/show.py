@@ -83,13 +83,14 @@ def _report(summary: Summary, plan: MemoryPlan, best: Recommendation | None) -> 
 
 def _print(name: str, summary: Summary, plan: MemoryPlan) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from mlx_gptoss.memory import gigabytes
 
     console = Console(highlight=False)
     console.print(
-        f"[bold]{name}[/bold]: {summary.format}, {summary.parameters / 1e9:.3g} billion parameters, "
+        f"[bold]{escape(name)}[/bold]: {summary.format}, {summary.parameters / 1e9:.3g} billion parameters, "
         f"{gigabytes(summary.size_bytes)}, {summary.bits_per_weight:.2f} bits per weight"
     )
     if summary.note:

@@ -105,7 +105,7 @@ def convert(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Write the checkpoint in the folder `source` to the folder `destination` in the format `to` (CONTRACT.md's names).
+    """Write the checkpoint in the folder `source` to the folder `destination` in the format `to`.
 
     What is stored as the target stores it stays so, bit for bit; the rest is decoded exactly and quantized once.
     search: None quantizes as the reference tools do; "mse" looks, for 4-bit affine weights, for scales and biases of

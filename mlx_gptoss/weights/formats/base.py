@@ -106,7 +106,7 @@ class Format(Protocol):
     """One family of layouts, both ways."""
 
     family: str
-    recipes: Mapping[str, Recipe]  # the names of CONTRACT.md that this family has, and how each stores its matrices
+    recipes: Mapping[str, Recipe]  # the format names that this family has, and how each stores its matrices
     writes: bool
 
     def find(self, param: Param, stored: Stored) -> Source | None:
