@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -41,6 +44,27 @@ def test_seeds_and_memory_through_the_api(torch_backend, mini):
         other = model.complete((1, 2, 3), max_tokens=20, sampling=Sampling(seed=6)).ids
         assert texts[0] == texts[1] != other
         assert model.peak_memory() > 1 << 20
+
+
+def test_a_closed_model_leaves_no_threads(torch_backend, mini):
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model = mlx_gptoss.load(mini / "mxfp4", backend="cuda", device="cpu", max_context=64)
+        assert len(crew()) == 2
+        model.close()
+        deadline = time.monotonic() + 10
+        while crew() and time.monotonic() < deadline:
+            gc.collect()
+            time.sleep(0.01)
+        assert not crew()
+    finally:
+        torch.set_num_threads(before)
+
+
+def crew() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("gptoss-product")]
 
 
 def test_quantized_while_loading(torch_backend, mini, relative_error):
