@@ -87,7 +87,8 @@ class Workspace:
     def remove(self) -> None:
         """Remove the folder and all that is in it."""
         recover(self._target)
-        shutil.rmtree(self._root)
+        if self._root.exists():
+            shutil.rmtree(self._root)
         self._unlock()
 
     def _unlock(self) -> None:
