@@ -6,7 +6,7 @@
 Needs torch. Loss falls only on what the assistant says after `<|start|>assistant`; the learning rate follows the time
 used so far, so that a run of any length ends with a full decay.
 
-The bundled model saw 17 million tokens in 99 minutes, on the share of two busy cores that was left to it. It was stopped
+The bundled model saw 17 million tokens in 99 minutes, on its share of two busy cores. It was stopped
 and resumed several times with other settings on the way: until minute 34 a step took conversations of one length only
 (see `batches`) at up to twice the learning rates, and the last 10 minutes had four times the rates below.
 """
