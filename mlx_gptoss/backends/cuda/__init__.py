@@ -42,7 +42,7 @@ def dtype_name(device: str | None, dtype: str | None) -> str:
 
 def prefill_chunk(device: str | None) -> int:
     """Tokens of one prefill step: enough for each decoded expert to serve many."""
-    return 2048 if pick_device(device).type == "cuda" else 512
+    return 2048 if pick_device(device).type == "cuda" else 1024
 
 
 def available_memory(device: str | None) -> int:

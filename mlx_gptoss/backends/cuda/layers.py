@@ -103,19 +103,20 @@ class Crew:
             return x @ matrix.weight.mT
         count, width = matrix.shape
         step = max(1, (CPU_BLOCK if x.device.type == "cpu" else GPU_BLOCK) // width)
-        starts = range(0, count, step)
+        blocks = range(0, count, step)
+        left = iter(blocks)  # whoever is free takes the next
         y = x.new_empty((x.shape[0], count))
 
-        def work(first: int, stride: int) -> None:
+        def work() -> None:
             with torch.inference_mode():
-                for start in starts[first::stride]:
+                for start in left:
                     rows = slice(start, start + step)
                     torch.mm(x, matrix.at(rows).decode(x.dtype).mT, out=y[:, rows])
 
-        if self._pool is None or len(starts) == 1:
-            work(0, 1)
+        if self._pool is None or len(blocks) == 1:
+            work()
         else:
-            for done in [self._pool.submit(work, n, self._threads) for n in range(min(self._threads, len(starts)))]:
+            for done in [self._pool.submit(work) for _ in range(min(self._threads, len(blocks)))]:
                 done.result()
         return y
 
