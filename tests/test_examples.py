@@ -29,4 +29,13 @@ def test_example(name, expected):
 def test_examples_are_short():
     for path in EXAMPLES.glob("*.py"):
         if "nano" not in path.name:
-            assert len(path.read_text().splitlines()) <= 40, path.name
+            assert len(path.read_text().splitlines()) <= 42, path.name
+
+
+def test_the_format_table_has_a_row_a_format():
+    words = [EXAMPLES / "format_table.py", "--exact", "1", "mlx-mxfp4-q8"]
+    out = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
+    assert out.returncode == 0, out.stderr
+    rows = [line for line in out.stdout.splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == ["bf16", "mlx-mxfp4-q8"]
+    assert "100.00%" in rows[0]  # bfloat16 agrees with itself
