@@ -26,6 +26,7 @@ from typing import Any
 
 from ..config import SWIGLU_ALPHA, published
 from ..errors import CheckpointError, GptOssError
+from ..machine import cores
 from . import checkpoint as checkpoints
 from . import codecs
 from .checkpoint import Readable
@@ -240,11 +241,6 @@ def _stream(checkpoint: Readable, plan: Plan, writer: Writer, progress: Progress
         writer.close()
     largest = max(_rows_a_chunk(unit) * unit.values // unit.rows for unit in plan.units)
     return workers * largest * BYTES_A_VALUE
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _rows_a_chunk(unit: Unit) -> int:

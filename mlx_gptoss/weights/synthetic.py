@@ -22,8 +22,9 @@ import numpy as np
 
 from ..config import PRESETS, ModelConfig
 from ..errors import InvalidRequest
+from ..machine import cores
 from . import codecs
-from .convert import Progress, cores, write_checkpoint
+from .convert import Progress, write_checkpoint
 from .formats import recipe_of
 from .params import Param, parameters
 from .tensor import Array, Dense, Quantized, Spec, Weight
