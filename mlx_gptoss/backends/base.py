@@ -115,7 +115,7 @@ class Backend(Protocol):
         ...
 
     def device_name(self, device: str | None) -> str:
-        """"cpu", or what a GPU calls itself."""
+        """What a GPU calls itself, or "cpu" for all of those."""
         ...
 
     def copy_bandwidth(self, device: str | None) -> float:

@@ -57,7 +57,7 @@ def available_memory(device: str | None) -> int:
 
 
 def device_name(device: str | None) -> str:
-    """"cpu", or what the GPU calls itself."""
+    """What the GPU calls itself, or "cpu" of any CPU."""
     where = pick_device(device)
     return "cpu" if where.type == "cpu" else torch.cuda.get_device_name(where)
 

@@ -48,7 +48,7 @@ def available_memory(device: str | None) -> int:
 
 
 def device_name(device: str | None) -> str:
-    """"cpu", or what the GPU calls itself."""
+    """What the GPU calls itself, or "cpu" of any CPU."""
     if not _on_gpu(device):
         return "cpu"
     return str(mx.device_info(pick_device(device)).get("device_name", "gpu"))
