@@ -15,10 +15,11 @@ import click
 
 if TYPE_CHECKING:
     from mlx_gptoss.benchmark import Report, Where
-    from mlx_gptoss.timing import Case
+    from mlx_gptoss.timing import Case, Contender
     from mlx_gptoss.weights.checkpoint import Readable
 
 COUNT = click.IntRange(min=1)
+AGAINST = ["mlx-lm", "transformers", "mlx", "cuda"]
 
 
 @click.command()
@@ -31,7 +32,7 @@ COUNT = click.IntRange(min=1)
 @click.option("--context", type=COUNT, multiple=True, metavar="N", help="Tokens before decoding, at least the prompt.")
 @click.option("--batch", type=COUNT, multiple=True, default=(1,), metavar="B", help="Sequences at once.")
 @click.option("--repeat", type=COUNT, default=3, show_default=True, metavar="R", help="Take the median of R.")
-@click.option("--against", type=click.Choice(["mlx-lm", "transformers"]), help="Time this program too, in turns.")
+@click.option("--against", type=click.Choice(AGAINST), help="Time this program, or our other backend, too, in turns.")
 @click.option("--against-dtype", metavar="NAME", help="What it computes in; by default what it would.")
 @click.option("--quantize", metavar="NAME", help="Quantize while loading.")
 @click.option("--backend", default="auto", metavar="auto|mlx|cuda", show_default=True, help="What computes.")
@@ -55,7 +56,7 @@ def bench(
     --context and --batch may be repeated; every pair is timed. The bound of a decoding step is what it has to read over
     the bandwidth of a copy on the same device, measured in the same run. A GPU's logits are checked before it is timed.
     """
-    if choices["quantize"] and choices["against"]:
+    if choices["quantize"] and choices["against"] in AGAINST[:2]:
         raise click.UsageError("--against loads the checkpoint as it is: convert it instead of --quantize")
     if choices["model"] and choices["synthetic"]:
         raise click.UsageError("give --model or --synthetic, not both")
@@ -84,28 +85,29 @@ def bench(
 
 def _bench(cases: list[Case], repeat: int, tell: Callable[[str], None], **choices: Any) -> Report:
     from mlx_gptoss import api
-    from mlx_gptoss.benchmark import Where, bench
+    from mlx_gptoss.backends import BACKENDS
+    from mlx_gptoss.benchmark import Model, Where, bench, load
     from mlx_gptoss.weights.requantize import Requantized
 
     where = Where.find(choices["backend"], choices["device"], choices["dtype"])
     quantize, against = choices["quantize"], choices["against"]
     with ExitStack() as stack:
         source, folder = _source(stack, tell, **choices)
-        others = []
-        if against:
+        model = Model(source, source.size_bytes, source.format)
+        if quantize:
+            weights = Requantized(source, quantize)
+            model = Model(weights, api.sizes_in_other_formats(source)[quantize], quantize)
+        others: list[Contender] = []
+        if against in BACKENDS:
+            other = Where.find(against, choices["device"], choices["against_dtype"] or where.dtype)
+            second, _ = load(model, cases, repeat, other, tell)
+            stack.callback(second.close)
+            others.append(second)
+        elif against:
             tell(f"starting {against}")
             others.append(stack.enter_context(_peer(against, folder, source.format, where, choices["against_dtype"])))
-        return bench(
-            Requantized(source, quantize) if quantize else source,
-            api.sizes_in_other_formats(source)[quantize] if quantize else source.size_bytes,
-            quantize or source.format,
-            cases,
-            where,
-            repeat=repeat,
-            others=others,
-            must_agree=against == "transformers",
-            tell=tell,
-        )
+        must_agree = against is not None and against != "mlx-lm"  # which rounds YaRN's range
+        return bench(model, cases, where, repeat=repeat, others=others, must_agree=must_agree, tell=tell)
 
 
 def _source(stack: ExitStack, tell: Callable[[str], None], **choices: Any) -> tuple[Readable, Path | None]:
@@ -117,7 +119,7 @@ def _source(stack: ExitStack, tell: Callable[[str], None], **choices: Any) -> tu
         checkpoint = api.open_checkpoint(choices["model"])
         return checkpoint, checkpoint.folder
     source = Synthetic(preset(choices["synthetic"], choices["layers"]), choices["form"] or "mxfp4")
-    if not choices["against"]:
+    if choices["against"] not in AGAINST[:2]:
         return source, None
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlx-gptoss-bench-"))) / "checkpoint"
     tell(f"writing {source.size_bytes / 1e9:.1f} GB of synthetic weights for {choices['against']}")
@@ -180,7 +182,7 @@ def _print(report: Report) -> None:
         table.add_column(column, justify="right")
     for r in report.results:
         table.add_row(
-            escape(r.engine), str(r.batch), str(r.prompt), f"{r.prefill_tok_s:.1f}", str(r.context),
+            escape(f"{r.engine} ({r.backend})"), str(r.batch), str(r.prompt), f"{r.prefill_tok_s:.1f}", str(r.context),
             f"{r.decode_tok_s:.1f}", gigabytes(round(r.bytes_per_step)) if r.bytes_per_step else "",
             f"{r.fraction_of_bound:.1%}" if r.fraction_of_bound else "", gigabytes(r.peak_memory_bytes),
             f"{r.load_s:.1f} s",

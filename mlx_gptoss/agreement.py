@@ -53,6 +53,7 @@ class HasLogits(Protocol):
 
 class Other(HasLogits, Protocol):
     engine: str
+    backend: str
 
 
 class FirstLayers:
@@ -102,7 +103,7 @@ def with_float32(
 def of_logits(ours: HasLogits, other: Other, dtype: str, config: ModelConfig, *, require: bool) -> Agreement:
     """Our logits of a short prompt against another program's. Raises GptOssError if they have to agree and do not."""
     ids = np.random.default_rng(0).integers(0, config.vocab_size, 48).tolist()
-    found = compare(ours.logits(ids), other.logits(ids), other.engine, config)
+    found = compare(ours.logits(ids), other.logits(ids), f"{other.engine} ({other.backend})", config)
     if require:
         _require(found, dtype)
     return found

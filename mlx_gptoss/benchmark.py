@@ -79,11 +79,18 @@ class Counted:
         self._source.release()
 
 
-def load(
-    source: Weights, size_bytes: int, form: str, cases: Sequence[Case], repeat: int, where: Where, tell: Tell
-) -> tuple[Ours, Counted]:
+@dataclass(frozen=True)
+class Model:
+    """Weights to be timed, of `size_bytes` in the format `form`."""
+
+    weights: Weights
+    size_bytes: int
+    form: str
+
+
+def load(model: Model, cases: Sequence[Case], repeat: int, where: Where, tell: Tell) -> tuple[Ours, Counted]:
     """Our model, with room for all cases. Raises DoesNotFit before anything is loaded."""
-    module, config = where.module, source.config
+    module, config = where.module, model.weights.config
     context = max(case.length(repeat) for case in cases)
     if context > config.max_position_embeddings:
         most = config.max_position_embeddings - (context - max(case.context for case in cases))
@@ -93,7 +100,7 @@ def load(
     limits = Limits(max(case.batch for case in cases), context, module.prefill_chunk(where.device))
     plan = plan_memory(
         config,
-        size_bytes,
+        model.size_bytes,
         module.available_memory(where.device),
         activation_bytes=ACTIVATION_BYTES[where.dtype],
         context=context,
@@ -101,10 +108,10 @@ def load(
         chunk=limits.chunk,
     )
     require_fit(plan, "this benchmark", {})
-    tell(f"loading onto {where.name}")
-    counted, started = Counted(source), time.perf_counter()
+    tell(f"loading onto {where.name}, backend {where.backend}")
+    counted, started = Counted(model.weights), time.perf_counter()
     runner = module.load(counted, device=where.device, dtype=where.dtype, limits=limits)
-    return Ours(runner, where.backend, where.name, form, time.perf_counter() - started), counted
+    return Ours(runner, where.backend, where.name, model.form, time.perf_counter() - started), counted
 
 
 @dataclass(frozen=True)
@@ -124,9 +131,7 @@ class Where:
 
 
 def bench(
-    source: Weights,
-    size_bytes: int,
-    form: str,
+    model: Model,
     cases: Sequence[Case],
     where: Where,
     *,
@@ -135,7 +140,7 @@ def bench(
     must_agree: bool = False,
     tell: Tell = lambda what: None,
 ) -> Report:
-    """Check, load and time. source: weights of `size_bytes` in the format `form`.
+    """Check, load and time; the others are loaded already.
 
     Before a GPU or narrow activations are timed, the first layers are held against float32 on the CPU (agreement.py);
     with `must_agree`, the others' logits must be ours too. Raises GptOssError if they are not.
@@ -144,14 +149,16 @@ def bench(
     if where.name != "cpu" or where.dtype != "float32":
         tell(f"comparing {where.name} in {where.dtype} with the CPU in float32")
         batch = max(case.batch for case in cases)
-        agreements.append(agreement.with_float32(where.module, source, where.backend, where.device, where.dtype, batch))
+        agreements.append(
+            agreement.with_float32(where.module, model.weights, where.backend, where.device, where.dtype, batch)
+        )
     tell("measuring the copy bandwidth")
     bandwidth = where.module.copy_bandwidth(where.device)
-    ours, counted = load(source, size_bytes, form, cases, repeat, where, tell)
+    ours, counted = load(model, cases, repeat, where, tell)
     try:
         for other in others:
             tell(f"comparing logits with {other.engine}")
-            agreements.append(agreement.of_logits(ours, other, where.dtype, source.config, require=must_agree))
+            agreements.append(agreement.of_logits(ours, other, where.dtype, model.weights.config, require=must_agree))
         results: list[Measurement] = []
         for case in cases:
             mine, *theirs = _measure([ours, *others], case, repeat, tell)

@@ -11,7 +11,7 @@ from mlx_gptoss import agreement, api
 from mlx_gptoss.agreement import FirstLayers
 from mlx_gptoss.backends import BACKENDS
 from mlx_gptoss.backends.base import Limits, Sampled
-from mlx_gptoss.benchmark import Counted, Where, bench, step_bytes
+from mlx_gptoss.benchmark import Counted, Model, Where, bench, step_bytes
 from mlx_gptoss.config import TINY
 from mlx_gptoss.errors import DoesNotFit, GptOssError, InvalidRequest
 from mlx_gptoss.timing import WARM_STEPS, Case, Ours, prefill_steps, prompts
@@ -129,7 +129,7 @@ def test_a_report_of_every_case(backend, backend_module):
     cases = [Case(1, 16, 16, 4), Case(2, 16, 150, 4)]
     said = []
     where = Where.find(backend, "cpu", None)
-    report = bench(source, source.size_bytes, source.format, cases, where, repeat=2, tell=said.append)
+    report = bench(Model(source, source.size_bytes, "mxfp4"), cases, where, repeat=2, tell=said.append)
     assert not report.agreements and report.ratio is None and said
     for case, result in zip(cases, report.results, strict=True):
         assert (result.engine, result.backend, result.device) == ("mlx-gptoss", backend, "cpu")
@@ -145,9 +145,9 @@ def test_what_cannot_be_run_is_refused(backend_module):
     where = Where.find("mlx", "cpu", None)
     source = Synthetic(TINY, "mxfp4")
     with pytest.raises(InvalidRequest, match="at most"):
-        bench(source, source.size_bytes, "mxfp4", [Case(1, 8, TINY.max_position_embeddings, 8)], where)
+        bench(Model(source, source.size_bytes, "mxfp4"), [Case(1, 8, TINY.max_position_embeddings, 8)], where)
     with pytest.raises(DoesNotFit):
-        bench(source, 10**15, "mxfp4", [Case(1, 8, 8, 8)], where)
+        bench(Model(source, 10**15, "mxfp4"), [Case(1, 8, 8, 8)], where)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -66,6 +66,14 @@ def test_others_take_turns_on_the_same_weights(run, peer, form):
     assert agreement["kl"] < (1e-9 if peer == "transformers" else 1e-2)
 
 
+def test_the_other_backend_takes_turns_in_one_process(run):
+    if find_spec("torch") is None:
+        pytest.skip("torch is not installed")
+    report = json.loads(run(*TINY, "--against", "cuda", "--quantize", "mlx-8bit", "--json").stdout)
+    assert [(r["backend"], r["format"]) for r in report["results"]] == [("mlx", "mlx-8bit"), ("cuda", "mlx-8bit")]
+    assert report["agreement"][0]["kl"] < 1e-9 and report["ratio"]["decode"] > 0
+
+
 def test_wrong_uses_say_what_to_do(run, mini, tmp_path):
     for words, said in [
         (["--synthetic", "7b"], "20b, 120b, tiny"),
