@@ -34,7 +34,8 @@ def show(
     from mlx_gptoss.recommend import recommend
 
     checkpoint = api.open_checkpoint(model)
-    plan = api.memory_plan(checkpoint, find_backend(backend)[0], device=device, dtype=dtype, max_context=context)
+    module, _ = find_backend(backend, checkpoint.size_bytes)
+    plan = api.memory_plan(checkpoint, module, device=device, dtype=dtype, max_context=context)
     best = recommend(checkpoint, plan, api.sizes_in_other_formats(checkpoint), context)
     summary = checkpoint.summary()
     if as_json:

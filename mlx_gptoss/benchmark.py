@@ -125,8 +125,8 @@ class Where:
     dtype: str
 
     @staticmethod
-    def find(backend: str, device: str | None, dtype: str | None) -> Where:
-        module, chosen = find_backend(backend)
+    def find(backend: str, device: str | None, dtype: str | None, weights_bytes: int = 0) -> Where:
+        module, chosen = find_backend(backend, weights_bytes)
         return Where(module, chosen, device, module.device_name(device), module.dtype_name(device, dtype))
 
 
