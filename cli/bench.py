@@ -95,7 +95,7 @@ def _bench(cases: list[Case], repeat: int, tell: Callable[[str], None], **choice
         model = Model(source, source.size_bytes, source.format)
         if quantize:
             weights = Requantized(source, quantize)
-            model = Model(weights, api.sizes_in_other_formats(source)[quantize], quantize)
+            model = Model(weights, weights.size_bytes, quantize)
         where = Where.find(choices["backend"], choices["device"], choices["dtype"], model.size_bytes)
         others: list[Contender] = []
         if against in BACKENDS:

@@ -250,8 +250,8 @@ def load(
     dtype: of activations and KV cache, "float32", "bfloat16" or "float16"; None is bfloat16 on a GPU, float32 on a CPU.
     max_context: tokens a sequence may have; None is the model's longest, or what fits into memory of it.
     slots: sequences that are generated at once; more wait.
-    quantize: the name of an MLX format ("mlx-4bit", "mlx-mxfp4-q8", ...) to quantize to while loading; None, the
-        default, computes on the weights as they are stored.
+    quantize: the name of an MLX format ("mlx-4bit", "mlx-mxfp4-q8", ...) to quantize to while loading; or "rest-8bit"
+        or "rest-4bit", which leave experts and router as they are; None, the default, all weights.
     Raises CheckpointError, DoesNotFit (before anything is loaded), BackendUnavailable or InvalidRequest.
     """
     started = time.perf_counter()
@@ -259,10 +259,12 @@ def load(
         raise InvalidRequest(f"slots must be at least 1, not {slots}")
     name = "the bundled model" if path_or_repo_id is None else str(path_or_repo_id)
     checkpoint = open_checkpoint(path_or_repo_id)
-    weights = checkpoint if quantize is None else Requantized(checkpoint, quantize)
+    weights: checkpoints.Checkpoint | Requantized = (
+        checkpoint if quantize is None else Requantized(checkpoint, quantize)
+    )
     tokenizer = checkpoint.tokenizer()
     sizes = sizes_in_other_formats(checkpoint)
-    size = checkpoint.size_bytes if quantize is None else sizes[quantize]
+    size = weights.size_bytes
     module, backend = find_backend(backend, size)
     plan = memory_plan(checkpoint, module, size, device=device, dtype=dtype, max_context=max_context, slots=slots)
     if not plan.fits:
