@@ -86,6 +86,7 @@ def bench(
 def _bench(cases: list[Case], repeat: int, tell: Callable[[str], None], **choices: Any) -> Report:
     from mlx_gptoss.backends import BACKENDS
     from mlx_gptoss.benchmark import Model, Where, bench, load
+    from mlx_gptoss.weights.formats import WRITERS
     from mlx_gptoss.weights.requantize import Requantized
 
     quantize, against = choices["quantize"], choices["against"]
@@ -94,7 +95,8 @@ def _bench(cases: list[Case], repeat: int, tell: Callable[[str], None], **choice
         model = Model(source, source.size_bytes, source.format)
         if quantize:
             weights = Requantized(source, quantize)
-            model = Model(weights, weights.size_bytes, quantize)
+            form = quantize if quantize in WRITERS else f"{source.format}, {quantize}"
+            model = Model(weights, weights.size_bytes, form)
         where = Where.find(choices["backend"], choices["device"], choices["dtype"], model.size_bytes)
         others: list[Contender] = []
         if against in BACKENDS:
