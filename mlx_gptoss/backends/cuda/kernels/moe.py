@@ -444,7 +444,7 @@ def mixture(
 
 def down_tile(dtype: torch.dtype) -> Tile:
     """BN rows of each of A experts."""
-    return Tile(16, 32, 4, 2) if dtype == torch.float32 else Tile(16, 128, 4, 3)
+    return Tile(16, 64, 4, 2) if dtype == torch.float32 else Tile(16, 128, 4, 3)
 
 
 def grouped_tile(tokens: int, matrix: Matrix, dtype: torch.dtype) -> Tile:

@@ -1,6 +1,6 @@
 """Build, check and time every variant of the decoding kernels on the GPU that is here; the variants in use are marked.
 
-python examples/tune_cuda.py [--preset 20b] [--format mxfp4 mlx-4bit] [--rows 1 8 32 64] [--context 1024 131072]
+python tests/kernels/tune.py [--preset 20b] [--format mxfp4 mlx-4bit] [--rows 1 8 32 64] [--context 1024 131072]
 
 For each product of a step (qkv, attention's output, router, experts, lm_head) and each tile: its error against torch in
 float32 on the same random weights, then the median time over several layers' weights, more than the cache holds, and

@@ -1,6 +1,6 @@
 """Compile every kernel that a model launches, for GPUs that need not be there: registers, spills, instructions.
 
-python examples/kernel_report.py [--preset 20b] [--format mxfp4 ...] [--arch 90 ...] [--rows 1 ...] [--dtype NAME]
+python tests/kernels/report.py [--preset 20b] [--format mxfp4 ...] [--arch 90 ...] [--rows 1 ...] [--dtype NAME]
 
 One decoding step of each number of rows and one prefill run on torch's meta device, which has shapes and no values;
 the launches are recorded instead of started, and each different one is compiled to a cubin.
