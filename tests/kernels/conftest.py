@@ -43,6 +43,30 @@ class Stored:
     values: torch.Tensor
 
 
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_patches_once():
+    """Triton's interpreter changes triton.language anew for every function that a kernel calls, which takes half of its
+    time. Once is enough: for the kernel, and for the functions of triton.language itself, which see it as `core`."""
+    interpreter, language = pytest.importorskip("triton.runtime.interpreter"), pytest.importorskip("triton.language")
+    library = getattr(language.standard.cdiv, "fn", None)
+    if library is None or not all(hasattr(interpreter, name) for name in ("_patch_lang", "_LangPatchScope")):
+        yield  # a version that does it otherwise
+        return
+    patch, nothing, running = interpreter._patch_lang, interpreter._LangPatchScope, []
+
+    def patch_once(fn):
+        if running:
+            return nothing()
+        running.extend([patch(fn), patch(library)])
+        first, restore = running[0], running[0].restore
+        first.restore = lambda: (running[1].restore(), running.clear(), restore())
+        return first
+
+    interpreter._patch_lang = patch_once
+    yield
+    interpreter._patch_lang = patch
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
