@@ -8,6 +8,7 @@ from ...errors import BackendUnavailable, InvalidRequest
 from ...memory import system_available
 from ...weights.tensor import Weights
 from ..base import Limits
+from .elementwise import PLAIN, compiled
 from .load import load_model
 from .runner import MlxRunner
 
@@ -18,7 +19,8 @@ def load(checkpoint: Weights, *, device: str | None, dtype: str | None, limits: 
     """Load onto `device` ("cpu", "gpu" or None for MLX's default) with activations of `dtype`; both as below."""
     where = pick_device(device)
     with mx.stream(where):
-        model = load_model(checkpoint, DTYPES[dtype_name(device, dtype)])
+        elementwise = compiled() if _on_gpu(device) else PLAIN
+        model = load_model(checkpoint, DTYPES[dtype_name(device, dtype)], elementwise)
         return MlxRunner(model, limits, where)
 
 

@@ -1,7 +1,9 @@
 """The KV cache: growing arrays for full layers, rings for sliding ones. Every layer holds all slots.
 
-Legend: S slots, B rows in this step, K kv heads, L tokens, C capacity, R ring, W window.
-A row's keys are stored rotated; positions are absolute from 0.
+Legend: S slots, B rows in this step, H query heads, K kv heads, L tokens, T = B * L, A active experts, C capacity,
+W window.
+Keys and values of a layer are one array, so that a step writes both at once. A row's keys are stored rotated;
+positions are absolute from 0.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from ...config import FULL, ModelConfig
 
@@ -18,19 +21,50 @@ GROWTH = 256  # full layers grow by multiples of this many tokens
 
 @dataclass(frozen=True)
 class Span:
-    """Where this forward pass writes: either one slot and any number of tokens, or B slots and one token each.
+    """Where this forward pass writes, either one slot and any number of tokens, or B slots and one token each; and
+    what every layer needs to know of that, made once on the host.
 
-    slots, starts: [B] host integers, ascending slots. length: tokens a row. offsets: starts on the device, int32 [B].
+    slots, starts: [B] host integers, ascending slots. length: tokens a row.
+    rows, offsets, places: slots, starts and starts % W on the device, int32 [B].
+    turns: how far each head of a one-token row's queries, keys and values is rotated, int32 [B * (H + 2 K)]; a value
+        by 0, which leaves it as it is.
+    tokens, pairs: the rows of activations that each token's experts take, uint32 [T, 1], and of the results that they
+        give, uint32 [T, A]: both count up.
+    seen, seen_in_ring: bool [B, 1, 1, keys], the places that each of several unequal rows attends to; None is all.
     """
 
     slots: tuple[int, ...]
     starts: tuple[int, ...]
     length: int
+    rows: mx.array
     offsets: mx.array
+    places: mx.array
+    turns: mx.array
+    tokens: mx.array
+    pairs: mx.array
+    seen: mx.array | None
+    seen_in_ring: mx.array | None
 
     @staticmethod
-    def of(slots: Sequence[int], starts: Sequence[int], length: int) -> Span:
-        return Span(tuple(slots), tuple(starts), length, mx.array(list(starts), dtype=mx.int32))
+    def of(config: ModelConfig, slots: Sequence[int], starts: Sequence[int], length: int) -> Span:
+        window, kv_heads = config.sliding_window, config.num_key_value_heads
+        rows, offsets, places = mx.array(np.array([slots, starts, [start % window for start in starts]], np.int32))
+        turned = [1] * (config.num_attention_heads + kv_heads) + [0] * kv_heads
+        uneven = len(set(starts)) > 1
+        filled = min(max(starts) + length, window)
+        return Span(
+            slots=tuple(slots),
+            starts=tuple(starts),
+            length=length,
+            rows=rows,
+            offsets=offsets,
+            places=places,
+            turns=mx.array(np.outer(starts, turned).ravel().astype(np.int32)),
+            tokens=_numbers(len(slots) * length, 1),
+            pairs=_numbers(len(slots) * length, config.num_experts_per_tok),
+            seen=_until(offsets, max(starts) + length) if uneven else None,
+            seen_in_ring=_until(offsets, filled) if min(starts) + 1 < filled else None,
+        )
 
     @property
     def end(self) -> int:
@@ -48,86 +82,61 @@ class Visible:
 
 
 class FullCache:
-    """Keys and values of every position so far, [S, K, C, 64]; C grows in steps of GROWTH up to max_context."""
+    """Keys and values of every position so far, [2, S, K, C, 64]; C grows in steps of GROWTH up to max_context."""
 
     def __init__(self, slots: int, heads: int, head_dim: int, max_context: int, dtype: mx.Dtype) -> None:
         self._max_context = max_context
-        self._keys = mx.zeros((slots, heads, 0, head_dim), dtype=dtype)
-        self._values = mx.zeros((slots, heads, 0, head_dim), dtype=dtype)
+        self._kv = mx.zeros((2, slots, heads, 0, head_dim), dtype=dtype)
 
     @property
     def arrays(self) -> list[mx.array]:
-        return [self._keys, self._values]
+        return [self._kv]
 
-    def update(self, k: mx.array, v: mx.array, span: Span) -> Visible:
-        """Store k, v [B, K, L, 64] and return all keys up to them."""
+    def update(self, kv: mx.array, span: Span) -> Visible:
+        """Store kv [2, B, K, L, 64] and return all keys and values up to them."""
         self._grow(span.end)
-        if len(span.slots) == 1:
-            slot, start = span.slots[0], span.starts[0]
-            self._keys[slot : slot + 1, :, start : span.end] = k
-            self._values[slot : slot + 1, :, start : span.end] = v
-            mask: mx.array | str | None = "causal" if span.length > 1 else None
-        else:
-            slots = mx.array(span.slots)
-            self._keys[slots, :, span.offsets] = k[:, :, 0]
-            self._values[slots, :, span.offsets] = v[:, :, 0]
-            mask = None if len(set(span.starts)) == 1 else _until(span.offsets, span.end)
-        rows = _rows(span.slots)
-        return Visible(self._keys[rows, :, : span.end], self._values[rows, :, : span.end], mask)
+        self._kv = _stored(self._kv, kv, span, span.starts[0], span.offsets)
+        mask = "causal" if span.length > 1 else span.seen
+        rows = _rows(span)
+        return Visible(self._kv[0, rows, :, : span.end], self._kv[1, rows, :, : span.end], mask)
 
     def _grow(self, needed: int) -> None:
-        slots, heads, capacity, dim = self._keys.shape
+        both, slots, heads, capacity, dim = self._kv.shape
         if needed <= capacity:
             return
         # Growing by a quarter keeps the copies few; the memory plan counts max_context.
         wanted = max(needed, capacity + capacity // 4)
         more = min(-(-wanted // GROWTH) * GROWTH, max(self._max_context, needed)) - capacity
-        pad = mx.zeros((slots, heads, more, dim), dtype=self._keys.dtype)
-        self._keys = mx.concatenate([self._keys, pad], axis=2)
-        self._values = mx.concatenate([self._values, pad], axis=2)
+        self._kv = mx.concatenate([self._kv, mx.zeros((both, slots, heads, more, dim), dtype=self._kv.dtype)], axis=3)
 
 
 class RingCache:
-    """The last W positions of each slot, [S, K, W, 64]; position p stands at p % W."""
+    """The last W positions of each slot, [2, S, K, W, 64]; position p stands at p % W."""
 
     def __init__(self, slots: int, heads: int, head_dim: int, window: int, dtype: mx.Dtype) -> None:
         self.window = window
-        self._keys = mx.zeros((slots, heads, window, head_dim), dtype=dtype)
-        self._values = mx.zeros((slots, heads, window, head_dim), dtype=dtype)
+        self._kv = mx.zeros((2, slots, heads, window, head_dim), dtype=dtype)
 
     @property
     def arrays(self) -> list[mx.array]:
-        return [self._keys, self._values]
+        return [self._kv]
 
-    def append(self, k: mx.array, v: mx.array, span: Span) -> Visible:
-        """Store one token a row, k, v [B, K, 1, 64]; order within a ring does not matter to softmax."""
-        if len(span.slots) == 1:
-            slot, place = span.slots[0], span.starts[0] % self.window
-            self._keys[slot : slot + 1, :, place : place + 1] = k
-            self._values[slot : slot + 1, :, place : place + 1] = v
-        else:
-            slots = mx.array(span.slots)
-            self._keys[slots, :, span.offsets % self.window] = k[:, :, 0]
-            self._values[slots, :, span.offsets % self.window] = v[:, :, 0]
-        filled = min(span.end, self.window)
-        everywhere = min(span.starts) + 1 >= filled
-        rows = _rows(span.slots)
-        mask = None if everywhere else _until(span.offsets, filled)
-        return Visible(self._keys[rows, :, :filled], self._values[rows, :, :filled], mask)
+    def append(self, kv: mx.array, span: Span) -> Visible:
+        """Store one token a row, kv [2, B, K, 1, 64]; order within a ring does not matter to softmax."""
+        w = self.window
+        self._kv = _stored(self._kv, kv, span, span.starts[0] % w, span.places)
+        rows, filled = _rows(span), min(span.end, w)
+        return Visible(self._kv[0, rows, :, :filled], self._kv[1, rows, :, :filled], span.seen_in_ring)
 
-    def extend(self, k: mx.array, v: mx.array, span: Span) -> tuple[mx.array, mx.array]:
-        """Store one slot's next L tokens, k, v [1, K, L, 64], and return them after the W positions before them:
-        [1, K, W + L, 64]. Positions before 0 are zeros, to be masked."""
-        slot, start, w = span.slots[0], span.starts[0], self.window
-        both = []
-        for ring, new in ((self._keys, k), (self._values, v)):
-            # Rolled so that the oldest position, start - W, comes first.
-            past = mx.roll(ring[slot : slot + 1], -(start % w), 2)
-            joined = mx.concatenate([past, new], axis=2)
-            both.append(joined)
-            last = joined[:, :, -w:]
-            ring[slot : slot + 1] = mx.roll(last, span.end % w, 2)
-        return both[0], both[1]
+    def extend(self, kv: mx.array, span: Span) -> tuple[mx.array, mx.array]:
+        """Store one slot's next L tokens, kv [2, 1, K, L, 64], and return keys and values after the W positions
+        before them: [1, K, W + L, 64] each. Positions before 0 are zeros, to be masked."""
+        slot, w = span.slots[0], self.window
+        # Rolled so that the oldest position, start - W, comes first.
+        past = mx.roll(self._kv[:, slot : slot + 1], -(span.starts[0] % w), 3)
+        joined = mx.concatenate([past, kv], axis=3)
+        self._kv[:, slot : slot + 1] = mx.roll(joined[..., -w:, :], span.end % w, 3)
+        return joined[0], joined[1]
 
 
 LayerCache = FullCache | RingCache
@@ -150,10 +159,27 @@ class Cache:
         return [array for layer in self.layers for array in layer.arrays]
 
 
-def _rows(slots: tuple[int, ...]) -> slice | mx.array:
+def _stored(cache: mx.array, kv: mx.array, span: Span, place: int, places: mx.array) -> mx.array:
+    """cache [2, S, K, C, 64] with kv [2, B, K, L, 64] written: one slot's from `place` on, or each of several at its
+    own of `places` [B]."""
+    if len(span.slots) == 1:
+        slot = span.slots[0]
+        cache[:, slot : slot + 1, :, place : place + span.length] = kv
+    else:
+        # Indexed by slot and place, rows come first.
+        cache[:, span.rows, :, places] = kv[:, :, :, 0].swapaxes(0, 1)
+    return cache
+
+
+def _rows(span: Span) -> slice | mx.array:
     """Adjacent slots as a view; others have to be gathered."""
-    first, last = slots[0], slots[-1]
-    return slice(first, last + 1) if last - first + 1 == len(slots) else mx.array(slots)
+    first, last = span.slots[0], span.slots[-1]
+    return slice(first, last + 1) if last - first + 1 == len(span.slots) else span.rows
+
+
+def _numbers(rows: int, columns: int) -> mx.array:
+    """0, 1, 2, ... row by row, made on the host."""
+    return mx.array(np.arange(rows * columns, dtype=np.uint32).reshape(rows, columns))
 
 
 def _until(offsets: mx.array, end: int) -> mx.array:

@@ -6,7 +6,7 @@ dropped before the next weight is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -29,6 +29,7 @@ from ...weights.tensor import (
     Weight,
     Weights,
 )
+from .elementwise import Elementwise
 from .layers import DenseMatrix, ExpertLinear, Linear, Matrix, QuantizedMatrix
 from .model import Attention, Block, GptOss, MixtureOfExperts, Rotary
 
@@ -43,9 +44,9 @@ MODES: dict[Spec, str] = {
 UNIT_E8M0 = 127  # the e8m0 byte for 2^0
 
 
-def load_model(checkpoint: Weights, dtype: mx.Dtype) -> GptOss:
+def load_model(checkpoint: Weights, dtype: mx.Dtype, elementwise: Elementwise) -> GptOss:
     """The whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight once."""
-    place = _Placer(checkpoint, dtype)
+    place = _Placer(checkpoint, dtype, elementwise)
     config = checkpoint.config
     # The two largest come first, while there is room to read one beside its copy.
     embed = place.matrix("embed.weight")
@@ -53,7 +54,7 @@ def load_model(checkpoint: Weights, dtype: mx.Dtype) -> GptOss:
     frequencies = mx.array((1.0 / yarn_frequencies(config.yarn, config.head_dim)).astype(np.float32))
     rotary = Rotary(frequencies, config.head_dim**-0.5 * yarn_concentration(config.yarn) ** 2)
     blocks = tuple(_block(place, config, layer, rotary) for layer in range(config.num_hidden_layers))
-    return GptOss(config, dtype, embed, blocks, place.vector("norm.weight"), lm_head)
+    return GptOss(config, dtype, embed, blocks, place.vector("norm.weight"), lm_head, elementwise)
 
 
 def _block(place: _Placer, config: ModelConfig, layer: int, rotary: Rotary) -> Block:
@@ -64,12 +65,15 @@ def _block(place: _Placer, config: ModelConfig, layer: int, rotary: Rotary) -> B
         out=place.linear([f"{at}.attention.o"]),
         sinks=place.vector(f"{at}.attention.sinks"),
         rotary=rotary,
+        elementwise=place.elementwise,
     )
     mlp = MixtureOfExperts(
         config,
         router=place.linear([f"{at}.router"]),
         gate_up=place.experts([f"{at}.experts.gate", f"{at}.experts.up"]),
         down=place.experts([f"{at}.experts.down"]),
+        bias=place.vectors([f"{at}.experts.{part}.bias" for part in ("gate", "up", "down")]),
+        elementwise=place.elementwise,
     )
     return Block(
         config, place.vector(f"{at}.attention_norm.weight"), attention, place.vector(f"{at}.mlp_norm.weight"), mlp
@@ -79,24 +83,29 @@ def _block(place: _Placer, config: ModelConfig, layer: int, rotary: Rotary) -> B
 class _Placer:
     """Reads weights by canonical name and puts them on the device."""
 
-    def __init__(self, checkpoint: Weights, dtype: mx.Dtype) -> None:
+    def __init__(self, checkpoint: Weights, dtype: mx.Dtype, elementwise: Elementwise) -> None:
+        self.elementwise = elementwise
         self._checkpoint = checkpoint
         self._dtype = dtype
 
     def vector(self, name: str) -> mx.array:
-        """Norms, sinks and biases, in the activation dtype."""
-        return self._evaluated(lambda: _array(self._dense(name)).astype(self._dtype))
+        """Norms and sinks, in the activation dtype."""
+        return self.vectors([name])
+
+    def vectors(self, names: Sequence[str]) -> mx.array:
+        """Biases side by side, in the activation dtype."""
+        array = _joined([self._dense(name) for name in names], axis=-1).astype(self._dtype)
+        mx.eval(array)
+        return array
 
     def matrix(self, name: str) -> Matrix:
         return self._matrices([name])[0]
 
     def linear(self, names: Sequence[str]) -> Linear:
-        bias = self._evaluated(lambda: _joined([self._dense(f"{n}.bias") for n in names], axis=-1).astype(self._dtype))
-        return Linear(self._matrices([f"{n}.weight" for n in names]), bias)
+        return Linear(self._matrices([f"{n}.weight" for n in names]), self.vectors([f"{n}.bias" for n in names]))
 
     def experts(self, names: Sequence[str]) -> ExpertLinear:
-        bias = self._evaluated(lambda: _joined([self._dense(f"{n}.bias") for n in names], axis=-1).astype(self._dtype))
-        return ExpertLinear(self._matrices([f"{n}.weight" for n in names]), bias)
+        return ExpertLinear(self._matrices([f"{n}.weight" for n in names]))
 
     def _dense(self, name: str) -> Array:
         weight = self._checkpoint.read(name)
@@ -111,11 +120,6 @@ class _Placer:
             mx.eval([array for array in vars(matrix).values() if isinstance(array, mx.array)])
         self._checkpoint.release()
         return matrices
-
-    def _evaluated(self, make: Callable[[], mx.array]) -> mx.array:
-        array = make()
-        mx.eval(array)
-        return array
 
 
 def fuse(weights: Sequence[Weight]) -> Matrix:

@@ -13,6 +13,7 @@ import mlx.core as mx
 
 from ...config import ModelConfig
 from .cache import Cache, FullCache, LayerCache, RingCache, Span
+from .elementwise import Elementwise
 from .layers import ExpertLinear, Linear, Matrix
 
 SORT_FROM = 64  # token-expert pairs from which sorting them by expert pays: each expert is then read once
@@ -41,21 +42,29 @@ class Attention:
     out: Linear
     sinks: mx.array
     rotary: Rotary
+    elementwise: Elementwise
 
-    def __call__(self, x: mx.array, cache: LayerCache, span: Span) -> mx.array:
-        c = self.config
+    def __call__(self, x: mx.array, residual: mx.array, cache: LayerCache, span: Span) -> mx.array:
+        """x, residual [B, L, D] -> residual + attention of x, [B, L, D]"""
         B, L, _ = x.shape
-        q, k, v = mx.split(self.qkv(x), [c.q_size, c.q_size + c.kv_size], axis=-1)
-        q = self._heads(q, c.num_attention_heads)  # [B, H, L, 64]
-        k = self._heads(k, c.num_key_value_heads)  # [B, K, L, 64]
-        v = self._heads(v, c.num_key_value_heads)
-        q, k = self.rotary(q, span.offsets), self.rotary(k, span.offsets)
+        q, kv = self._rotated(self.qkv(x), span)
         if isinstance(cache, RingCache) and L > 1:
-            y = self._banded(q, *cache.extend(k, v, span), past=min(span.starts[0], cache.window))
+            y = self._banded(q, *cache.extend(kv, span), past=min(span.starts[0], cache.window))
         else:
-            see = cache.update(k, v, span) if isinstance(cache, FullCache) else cache.append(k, v, span)
+            see = cache.update(kv, span) if isinstance(cache, FullCache) else cache.append(kv, span)
             y = self._attend(q, see.keys, see.values, see.mask)
-        return self.out(y.swapaxes(1, 2).reshape(B, L, c.q_size))
+        return self.out.onto(residual, y.swapaxes(1, 2).reshape(B, L, self.config.q_size), self.elementwise)
+
+    def _rotated(self, x: mx.array, span: Span) -> tuple[mx.array, mx.array]:
+        """x [B, L, (H + 2 K) * 64] -> queries [B, H, L, 64]; keys and values [2, B, K, L, 64]"""
+        B, L, _ = x.shape
+        H, K, dim = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
+        if L == 1:  # all heads in one launch; values turn by 0
+            x = self.rotary(x.reshape(-1, 1, 1, dim), span.turns).reshape(B, H + 2 * K, dim)
+            return x[:, :H, None], x[:, H:].reshape(B, 2, K, 1, dim).swapaxes(0, 1)
+        x = x.reshape(B, L, H + 2 * K, dim).swapaxes(1, 2)  # [B, H + 2 K, L, 64]
+        qk = self.rotary(x[:, : H + K], span.offsets)
+        return qk[:, :H], mx.stack([qk[:, H:], x[:, H + K :]])
 
     def _banded(self, q: mx.array, keys: mx.array, values: mx.array, past: int) -> mx.array:
         """Sliding attention of one slot's L new queries over W past and L new keys, S = min(L, W) queries at a time.
@@ -84,31 +93,32 @@ class Attention:
         scale = self.rotary.score_scale
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=self.sinks)
 
-    def _heads(self, x: mx.array, heads: int) -> mx.array:
-        """[B, L, heads * 64] -> [B, heads, L, 64]"""
-        B, L, _ = x.shape
-        return x.reshape(B, L, heads, self.config.head_dim).swapaxes(1, 2)
-
 
 @dataclass(frozen=True)
 class MixtureOfExperts:
-    """router: D -> E; gate_up: D -> 2 I per expert, gate rows first; down: I -> D per expert."""
+    """router: D -> E; gate_up: D -> 2 I per expert, gate rows first; down: I -> D per expert.
+    bias [E, 2 I + D]: of both, so that a token's four are fetched at once."""
 
     config: ModelConfig
     router: Linear
     gate_up: ExpertLinear
     down: ExpertLinear
+    bias: mx.array
+    elementwise: Elementwise
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """x [B, L, D] -> [B, L, D]"""
-        B, L, D = x.shape
-        x = x.reshape(B * L, D)
+    def __call__(self, x: mx.array, residual: mx.array, span: Span) -> mx.array:
+        """x, residual [B, L, D] -> residual + the experts' answers to x, [B, L, D]"""
+        shape, D = x.shape, x.shape[-1]
+        x = x.reshape(-1, D)
         experts, weights = self._route(x)  # [T, A] each
         if experts.size >= SORT_FROM:
-            y = self._sorted(x, experts)
+            y, bias = self._sorted(x, experts), self.bias[:, -D:][experts]  # [T, A, D] each
         else:
-            y = self._expert(x[:, None, None, :], experts, sorted_experts=False)  # [T, A, 1, D]
-        return (y.squeeze(-2) * weights[..., None]).sum(axis=1).reshape(B, L, D)
+            bias = self.bias[experts]
+            hidden = self._swiglu(self.gate_up(x[:, None, None], experts, span.tokens), bias[..., None, :-D])
+            y, bias = self.down(hidden, experts, span.pairs).squeeze(-2), bias[..., -D:]
+        parts = [[a[:, i] for i in range(a.shape[1])] for a in (y, bias, weights[..., None])]
+        return self.elementwise.combine(residual.reshape(-1, D), *parts).reshape(shape)
 
     def _route(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Softmax over the A largest router logits, in float32."""
@@ -119,23 +129,21 @@ class MixtureOfExperts:
         return experts, weights
 
     def _sorted(self, x: mx.array, experts: mx.array) -> mx.array:
-        """The same with the T * A pairs ordered by expert, so that each expert's rows are adjacent."""
+        """The experts' answers without their biases, [T, A, D], computed with the T * A pairs ordered by expert, so
+        that each expert's rows are adjacent."""
         T, A = experts.shape
         order = mx.argsort(experts.flatten())
-        y = self._expert(x[order // A][:, None, :], experts.flatten()[order], sorted_experts=True)  # [T * A, 1, D]
-        return y[mx.argsort(order)].reshape(T, A, 1, -1)
+        chosen = experts.flatten()[order]
+        y = self.gate_up(x[order // A][:, None], chosen, None)  # [T * A, 1, 2 I]
+        y = self.down(self._swiglu(y, self.bias[:, : -x.shape[-1]][chosen][:, None]), chosen, None)
+        return y[mx.argsort(order)].reshape(T, A, -1)
 
-    def _expert(self, x: mx.array, experts: mx.array, *, sorted_experts: bool) -> mx.array:
-        gate, up = mx.split(self.gate_up(x, experts, sorted_experts=sorted_experts), 2, axis=-1)
-        hidden = clamped_swiglu(gate, up, self.config.swiglu_limit, self.config.swiglu_alpha)
-        return self.down(hidden, experts, sorted_experts=sorted_experts)
-
-
-def clamped_swiglu(gate: mx.array, up: mx.array, limit: float, alpha: float) -> mx.array:
-    """gate * sigmoid(alpha * gate) * (up + 1), gate clamped from above and up on both sides."""
-    gate = mx.minimum(gate, limit)
-    up = mx.clip(up, -limit, limit)
-    return gate * mx.sigmoid(alpha * gate) * (up + 1)
+    def _swiglu(self, gate_up: mx.array, bias: mx.array) -> mx.array:
+        """gate_up, bias [..., 2 I] -> [..., I]"""
+        gate, up = mx.split(gate_up, 2, axis=-1)
+        return self.elementwise.swiglu(
+            gate, up, *mx.split(bias, 2, axis=-1), self.config.swiglu_limit, self.config.swiglu_alpha
+        )
 
 
 @dataclass(frozen=True)
@@ -148,8 +156,8 @@ class Block:
 
     def __call__(self, x: mx.array, cache: LayerCache, span: Span) -> mx.array:
         eps = self.config.rms_norm_eps
-        x = x + self.attention(mx.fast.rms_norm(x, self.attention_norm, eps), cache, span)
-        return x + self.mlp(mx.fast.rms_norm(x, self.mlp_norm, eps))
+        x = self.attention(mx.fast.rms_norm(x, self.attention_norm, eps), x, cache, span)
+        return self.mlp(mx.fast.rms_norm(x, self.mlp_norm, eps), x, span)
 
 
 @dataclass(frozen=True)
@@ -162,6 +170,7 @@ class GptOss:
     blocks: tuple[Block, ...]
     norm: mx.array
     lm_head: Linear
+    elementwise: Elementwise
 
     def __call__(self, ids: mx.array, cache: Cache, span: Span) -> mx.array:
         """ids [B, L] -> hidden states before the final norm, [B, L, D]"""

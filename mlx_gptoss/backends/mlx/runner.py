@@ -25,11 +25,12 @@ class Step:
     """A step under way: for each row of the step, which entry of which choice is its own.
 
     last: what the step computes last; waiting for it keeps a prefill, which samples nothing, from running far ahead
-    of the device.
+    of the device. arrays: everything else that the step changes.
     """
 
     rows: tuple[tuple[Choice, int, Sampling] | None, ...]
     last: mx.array
+    arrays: tuple[mx.array, ...]
 
     def wait(self) -> list[Sampled | None]:
         mx.eval(self.last)
@@ -43,6 +44,7 @@ class MlxRunner:
         self.config = model.config
         self.limits = limits
         self._model = model
+        self._elementwise = model.elementwise
         self._device = device
         self._cache = Cache(model.config, limits.slots, limits.max_context, model.dtype)
         self._last: dict[int, mx.array] = {}  # slot -> the token it sampled last, int32 [1]
@@ -51,14 +53,25 @@ class MlxRunner:
 
     def submit(self, rows: Sequence[Row]) -> Step:
         with mx.stream(self._device):
-            results: list[tuple[Choice, int, Sampling] | None] = [None] * len(rows)
-            single = [i for i, row in enumerate(rows) if row.tokens is None or len(row.tokens) == 1]
-            single.sort(key=lambda i: rows[i].slot)
-            groups = [single] if single else []
-            groups += [[i] for i in range(len(rows)) if i not in set(single)]
-            last = [self._forward([rows[i] for i in group], group, results) for group in groups][-1]
-            self._start(results, last)
-            return Step(tuple(results), last)
+            step = self.build(rows)
+            mx.async_eval(step.last, step.arrays)  # type: ignore[no-untyped-call]
+            self._steps += 1
+            if self._steps % CLEAR_EVERY == 0:
+                mx.clear_cache()
+            return step
+
+    def build(self, rows: Sequence[Row]) -> Step:
+        """The step's graph, not started."""
+        results: list[tuple[Choice, int, Sampling] | None] = [None] * len(rows)
+        single = [i for i, row in enumerate(rows) if row.tokens is None or len(row.tokens) == 1]
+        single.sort(key=lambda i: rows[i].slot)
+        groups = [single] if single else []
+        groups += [[i] for i in range(len(rows)) if i not in set(single)]
+        last = [self._forward([rows[i] for i in group], group, results) for group in groups][-1]
+        choices = {id(entry[0]): entry[0] for entry in results if entry is not None}
+        arrays = [a for choice in choices.values() for a in vars(choice).values() if a is not None]
+        kept = [a for h in self._histories.values() for a in (h.seen, h.counts) if a is not None]
+        return Step(tuple(results), last, (*arrays, *kept, *self._cache.arrays))
 
     def release(self, slot: int) -> None:
         self._last.pop(slot, None)
@@ -71,7 +84,7 @@ class MlxRunner:
             step = min(self.limits.chunk, LOGITS_ROWS)
             for start in range(0, len(ids), step):
                 piece = mx.array(list(ids[start : start + step]))[None]
-                hidden = self._model(piece, cache, Span.of([0], [start], piece.shape[1]))
+                hidden = self._model(piece, cache, Span.of(self.config, [0], [start], piece.shape[1]))
                 out[start : start + step] = np.array(self._model.logits(hidden[0]))
             return out
 
@@ -89,7 +102,7 @@ class MlxRunner:
     ) -> mx.array:
         """Either any number of one-token rows, or one row of several tokens. Returns what is computed last."""
         ids = mx.stack([self._tokens(row) for row in rows])  # [B, L]
-        span = Span.of([row.slot for row in rows], [row.start for row in rows], ids.shape[1])
+        span = Span.of(self.config, [row.slot for row in rows], [row.start for row in rows], ids.shape[1])
         hidden = self._model(ids, self._cache, span)
         wanted = [(b, row, row.sampling) for b, row in enumerate(rows) if row.sampling is not None]
         if not wanted:
@@ -98,7 +111,7 @@ class MlxRunner:
         samplings = [sampling for _, _, sampling in wanted]
         histories = [self._history(row, sampling) for _, row, sampling in wanted]
         positions = [row.start + span.length for _, row, _ in wanted]
-        choice = choose(self._model.logits(last), samplings, histories, positions)
+        choice = choose(self._model.logits(last), samplings, histories, positions, self._elementwise)
         for n, (b, row, sampling) in enumerate(wanted):
             self._last[row.slot] = choice.tokens[n : n + 1]
             results[places[b]] = (choice, n, sampling)
@@ -112,16 +125,6 @@ class MlxRunner:
             seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
             self._histories[row.slot] = History.begin(sampling, row.prompt, seed, self.config.vocab_size)
         return self._histories[row.slot]
-
-    def _start(self, results: Sequence[tuple[Choice, int, Sampling] | None], last: mx.array) -> None:
-        """Everything this step changes is put under way now; a prefill chunk has nothing but the cache."""
-        choices = {id(entry[0]): entry[0] for entry in results if entry is not None}
-        arrays = [a for choice in choices.values() for a in vars(choice).values() if a is not None]
-        kept = [a for h in self._histories.values() for a in (h.seen, h.counts) if a is not None]
-        mx.async_eval(arrays, kept, last, self._cache.arrays)  # type: ignore[no-untyped-call]
-        self._steps += 1
-        if self._steps % CLEAR_EVERY == 0:
-            mx.clear_cache()
 
 
 def _sampled(choice: Choice, n: int, sampling: Sampling) -> Sampled:
