@@ -113,3 +113,12 @@ class Backend(Protocol):
     def available_memory(self, device: str | None) -> int:
         """Bytes that a model may take there."""
         ...
+
+    def device_name(self, device: str | None) -> str:
+        """What a GPU calls itself, or "cpu" for all of those."""
+        ...
+
+    def copy_bandwidth(self, device: str | None) -> float:
+        """Bytes a second that a copy in the device's memory reaches, read and written counted: the ceiling of decoding.
+        Measured now, in well under a second, before a model is loaded; its buffers are given back."""
+        ...

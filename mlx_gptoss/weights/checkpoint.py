@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from .formats.base import Source, Stored
 from .formats.modelopt import fake_quantized_note
 from .params import Param, Role, parameters
 from .safetensors import MappedFile, TensorInfo, parse_json
-from .tensor import Array, Dense, Spec, Weight
+from .tensor import Array, Dense, Spec, Weight, Weights
 
 INDEX = "model.safetensors.index.json"
 MAX_JSON = 16 * 2**20
@@ -47,6 +47,19 @@ class Summary:
     bits_per_weight: float
     roles: Mapping[str, Mapping[str, Any]]
     note: str = ""
+
+
+class Readable(Weights, Protocol):
+    """What Checkpoint has in common with weights that lie in no file: enough to plan, load and write them."""
+
+    format: str
+    params: tuple[Param, ...]
+    size_bytes: int
+    stop_ids: tuple[int, ...]
+
+    def stored_as(self, name: str) -> tuple[Spec | None, str | None]: ...
+    def release(self, weight: Weight | None = None) -> None: ...
+    def fingerprint(self) -> list[list[Any]]: ...
 
 
 class Checkpoint:

@@ -26,9 +26,10 @@ from typing import Any
 
 from ..config import SWIGLU_ALPHA, published
 from ..errors import CheckpointError, GptOssError
+from ..machine import cores
 from . import checkpoint as checkpoints
 from . import codecs
-from .checkpoint import Checkpoint
+from .checkpoint import Readable
 from .formats import recipe_of
 from .formats.base import Encoder, Recipe, Unit
 from .journal import Workspace, recover, workspace
@@ -120,15 +121,8 @@ def convert(
     checkpoint = checkpoints.open(source)
     plan = make_plan(checkpoint, to, search)
     embedded = checkpoint.embedded() if checkpoint.embedded else None
-    with workspace(target, _identity(checkpoint, plan, search)) as space:
-        writer = Writer(space.folder, plan.tensors, plan.metadata, SHARD_BYTES, space)
-        _check_space(target.parent, plan.size_bytes - writer.kept)
-        working = _stream(checkpoint, plan, writer, progress or (lambda done, total, what: None))
-        _companions(checkpoint.tokenizer_folder, embedded, space.folder)
-        for name, content in {**plan.extra_files, "config.json": plan.config}.items():
-            write_text(space.folder / name, json.dumps(content, indent=2) + "\n")
-        _verify(space, to, plan)
-        space.install()
+    companions = partial(_companions, checkpoint.tokenizer_folder, embedded)
+    resumed, working = _write(checkpoint, target, to, plan, search, progress, companions)
     return Report(
         source=checkpoint.folder,
         destination=target,
@@ -139,12 +133,44 @@ def convert(
         tensors=len(plan.tensors),
         parameters=sum(param.size for param in checkpoint.params),
         seconds=time.perf_counter() - started,
-        resumed_bytes=writer.kept,
+        resumed_bytes=resumed,
         working_bytes=working,
     )
 
 
-def make_plan(checkpoint: Checkpoint, to: str, search: str | None = None) -> Plan:
+def write_checkpoint(source: Readable, destination: Path, to: str, *, progress: Progress | None = None) -> None:
+    """Write what is no checkpoint on disk, such as weights made up for a benchmark, to a folder that does not exist
+    yet. Without a tokenizer; else as convert() does."""
+    if destination.exists():
+        raise GptOssError(f"{destination} exists already; choose another destination")
+    plan = make_plan(source, to)
+    _write(source, Path(os.path.abspath(destination)), to, plan, None, progress, lambda folder: None)
+
+
+def _write(
+    source: Readable,
+    target: Path,
+    to: str,
+    plan: Plan,
+    search: str | None,
+    progress: Progress | None,
+    companions: Callable[[Path], None],
+) -> tuple[int, int]:
+    """All of convert() once the plan is made. companions: writes what belongs beside weights into a folder. Returns the
+    bytes that an earlier run had left and the bound on working memory."""
+    with workspace(target, _identity(source, plan, search)) as space:
+        writer = Writer(space.folder, plan.tensors, plan.metadata, SHARD_BYTES, space)
+        _check_space(target.parent, plan.size_bytes - writer.kept)
+        working = _stream(source, plan, writer, progress or (lambda done, total, what: None))
+        companions(space.folder)
+        for name, content in {**plan.extra_files, "config.json": plan.config}.items():
+            write_text(space.folder / name, json.dumps(content, indent=2) + "\n")
+        _verify(space, to, plan)
+        space.install()
+    return writer.kept, working
+
+
+def make_plan(checkpoint: Readable, to: str, search: str | None = None) -> Plan:
     """Names, dtypes and shapes of the result, and its config.json. Of the source, only vectors are read."""
     form, recipe = recipe_of(to, search)
     config = checkpoint.config
@@ -160,7 +186,7 @@ def make_plan(checkpoint: Checkpoint, to: str, search: str | None = None) -> Pla
     return Plan(tuple(units), content, extra, {"format": "mlx" if form.family == "mlx" else "pt"})
 
 
-def _vector_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
+def _vector_dtypes(checkpoint: Readable) -> dict[str, str]:
     """Norms, sinks and biases become bfloat16 where that is exact, else stay wider: float32."""
     found = {}
     for param in checkpoint.params:
@@ -171,7 +197,7 @@ def _vector_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
     return found
 
 
-def _scale_dtypes(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str]:
+def _scale_dtypes(checkpoint: Readable, recipe: Recipe) -> dict[str, str]:
     """Float scales of matrices that are stored as the target stores them stay as they are."""
     found = {}
     for param in checkpoint.params:
@@ -181,7 +207,7 @@ def _scale_dtypes(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str]:
     return found
 
 
-def _identity(checkpoint: Checkpoint, plan: Plan, search: str | None) -> dict[str, Any]:
+def _identity(checkpoint: Readable, plan: Plan, search: str | None) -> dict[str, Any]:
     """All that the bytes of the result depend on, as JSON."""
     try:
         program = metadata.version("mlx-gptoss")
@@ -196,9 +222,9 @@ def _identity(checkpoint: Checkpoint, plan: Plan, search: str | None) -> dict[st
     }
 
 
-def _stream(checkpoint: Checkpoint, plan: Plan, writer: Writer, progress: Progress) -> int:
+def _stream(checkpoint: Readable, plan: Plan, writer: Writer, progress: Progress) -> int:
     """Write all tensors and read them back; returns the bound on working memory, in bytes."""
-    workers = min(MAX_WORKERS, _cores())
+    workers = min(MAX_WORKERS, cores())
     pool = ThreadPoolExecutor(workers)
     try:
         done = writer.kept
@@ -217,15 +243,11 @@ def _stream(checkpoint: Checkpoint, plan: Plan, writer: Writer, progress: Progre
     return workers * largest * BYTES_A_VALUE
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _rows_a_chunk(unit: Unit) -> int:
     return min(unit.rows, max(1, CHUNK * unit.rows // unit.values))
 
 
-def _jobs(checkpoint: Checkpoint, units: Iterable[Unit], writer: Writer) -> Iterator[Callable[[], int]]:
+def _jobs(checkpoint: Readable, units: Iterable[Unit], writer: Writer) -> Iterator[Callable[[], int]]:
     """The chunks in order of all units that are not written yet, each a function that writes one and returns the bytes
     written."""
     for unit in units:
@@ -241,7 +263,7 @@ def _jobs(checkpoint: Checkpoint, units: Iterable[Unit], writer: Writer) -> Iter
 
 
 def _write_chunk(
-    writer: Writer, unit: Unit, encode: Encoder, rows: range, checkpoint: Checkpoint, parts: Sequence[Weight]
+    writer: Writer, unit: Unit, encode: Encoder, rows: range, checkpoint: Readable, parts: Sequence[Weight]
 ) -> int:
     """Write some rows of a unit, then let go of the `parts` of the source that they came from."""
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..config import ModelConfig
 from ..errors import InvalidRequest
 from . import codecs
-from .checkpoint import Checkpoint
+from .checkpoint import Readable
 from .formats import WRITERS
 from .tensor import Dense, Weight
 
@@ -17,7 +17,7 @@ class Requantized:
     of MLX's formats.
     """
 
-    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+    def __init__(self, checkpoint: Readable, name: str) -> None:
         recipes = WRITERS[name].recipes if name in WRITERS else {}
         if not name.startswith("mlx-") or name not in recipes:
             names = ", ".join(sorted(n for n in WRITERS if n.startswith("mlx-")))

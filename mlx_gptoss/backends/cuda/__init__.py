@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 
 # Read by OpenMP when torch is loaded: threads that wait asleep. Those that spin wait for each other's turn on a busy
 # machine, where a small model was 6 times as slow.
@@ -12,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from ...errors import BackendUnavailable, InvalidRequest
+from ...machine import ram_copy_bandwidth
 from ...memory import system_available
 from ...weights.tensor import Weights
 from ..base import Limits
@@ -52,6 +54,32 @@ def available_memory(device: str | None) -> int:
         return system_available()
     free, _ = torch.cuda.mem_get_info(where)
     return free
+
+
+def device_name(device: str | None) -> str:
+    """What the GPU calls itself, or "cpu" of any CPU."""
+    where = pick_device(device)
+    return "cpu" if where.type == "cpu" else torch.cuda.get_device_name(where)
+
+
+def copy_bandwidth(device: str | None) -> float:
+    """Bytes a second, read and written counted: the best of ten copies of 1 GiB on a GPU; of the RAM on a CPU."""
+    where = pick_device(device)
+    if where.type == "cpu":
+        return ram_copy_bandwidth()
+    source = torch.ones(1 << 30, dtype=torch.uint8, device=where)
+    target = torch.empty_like(source)
+    best = float("inf")
+    for _ in range(10):
+        torch.cuda.synchronize(where)
+        started = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize(where)
+        best = min(best, time.perf_counter() - started)
+    size = source.numel()
+    del source, target
+    torch.cuda.empty_cache()
+    return 2 * size / best
 
 
 def has_gpu() -> bool:

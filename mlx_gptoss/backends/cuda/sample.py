@@ -87,12 +87,17 @@ def gumbel(seeds: Sequence[int], positions: Sequence[int], vocabulary: int, devi
     Each number hangs on its row's seed and position and on its token alone, on any device, so that a seed gives the
     same draw in any batch.
     """
-    keys = [_signed(_mixed(_mixed(seed) + position * GOLDEN)) for seed, position in zip(seeds, positions, strict=True)]
+    keys = noise_keys(seeds, positions)
     steps = torch.arange(vocabulary, device=device) * _signed(GOLDEN)
     bits = _mix(torch.tensor(keys, device=device)[:, None] + steps)
     uniform = (_shift(bits, 64 - UNIFORM_BITS).float() + 0.5) * 2.0**-UNIFORM_BITS
     # log1p keeps small numbers exact: they are the large noise, which decides.
     return -torch.log(-torch.log1p(-uniform))
+
+
+def noise_keys(seeds: Sequence[int], positions: Sequence[int]) -> list[int]:
+    """Where each row's noise starts: int64, one a row."""
+    return [_signed(_mixed(_mixed(seed) + position * GOLDEN)) for seed, position in zip(seeds, positions, strict=True)]
 
 
 def _mix(z: Tensor) -> Tensor:

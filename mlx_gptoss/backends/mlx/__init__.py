@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import mlx.core as mx
 
 from ...errors import BackendUnavailable, InvalidRequest
+from ...machine import ram_copy_bandwidth
 from ...memory import system_available
 from ...weights.tensor import Weights
 from ..base import Limits
@@ -44,6 +47,32 @@ def available_memory(device: str | None) -> int:
         return system_available()
     info = mx.device_info(pick_device(device))
     return int(info.get("max_recommended_working_set_size") or info.get("free_memory") or info["memory_size"])
+
+
+def device_name(device: str | None) -> str:
+    """What the GPU calls itself, or "cpu" of any CPU."""
+    if not _on_gpu(device):
+        return "cpu"
+    return str(mx.device_info(pick_device(device)).get("device_name", "gpu"))
+
+
+def copy_bandwidth(device: str | None) -> float:
+    """Bytes a second, read and written counted: the best of ten passes over 256 MB on a GPU; of the RAM on a CPU."""
+    if not _on_gpu(device):
+        return ram_copy_bandwidth()
+    best = float("inf")
+    with mx.stream(pick_device(device)):
+        source = mx.ones(64 << 20, dtype=mx.float32)
+        mx.eval(source)
+        for _ in range(10):
+            started = time.perf_counter()
+            mx.eval(mx.negative(source))
+            best = min(best, time.perf_counter() - started)
+    size = source.nbytes
+    del source
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    return 2 * size / best
 
 
 def _on_gpu(device: str | None) -> bool:

@@ -1,0 +1,1 @@
+"""The Triton kernels. dequant.py is how weights are read; linear.py, moe.py, attention.py and sample.py compute."""

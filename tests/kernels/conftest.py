@@ -1,0 +1,99 @@
+"""What the kernel tests share: the device they run on, and matrices in every Spec with their values in float64.
+
+Without a GPU the kernels run under Triton's interpreter (tests/conftest.py switches it on), on CPU tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed (pip install 'mlx-gptoss[cuda]')")
+pytest.importorskip("triton", reason="triton is not installed (pip install 'mlx-gptoss[cuda]')")
+
+import torch
+
+from mlx_gptoss.backends.cuda.layers import Matrix
+from mlx_gptoss.backends.cuda.load import fuse
+from mlx_gptoss.weights import codecs
+from mlx_gptoss.weights.tensor import FP8_ROW, MXFP4, MXFP8, NVFP4, Dense, Quantized, Spec
+
+AFFINE = [Spec("uint", bits, 64, "float") for bits in (4, 8)]
+SPECS = {
+    "bfloat16": None,
+    "mxfp4": MXFP4,
+    "nvfp4": NVFP4,
+    "mxfp8": MXFP8,
+    "fp8": FP8_ROW,
+    "affine4": AFFINE[0],
+    "affine8": AFFINE[1],
+    "affine4-f16": AFFINE[0],
+    "affine4-g32": Spec("uint", 4, 32, "float"),
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """matrix: on the device, as stored. values: float64 [..., N, K], on the CPU."""
+
+    matrix: Matrix
+    values: torch.Tensor
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def stored(device):
+    """stored(kind, *shape): every code, scales and biases of both signs where they have one, factors on the rows."""
+
+    def make(kind: str, *shape: int, seed: int = 0, exponents: tuple[int, int] = (118, 126)) -> Stored:
+        weight = _weight(np.random.default_rng(seed), kind, shape, exponents)
+        values = torch.from_numpy(codecs.dequantize(weight)).double()
+        return Stored(fuse([weight], device), values)
+
+    return make
+
+
+def _weight(rng, kind: str, shape: tuple[int, ...], exponents: tuple[int, int]):
+    spec = SPECS[kind]
+    *lead, width = shape
+    if spec is None:
+        return Dense((rng.normal(size=shape) / 16).astype(ml_dtypes.bfloat16))
+    codes = rng.integers(0, 256, (*lead, width * spec.bits // 8), dtype=np.uint8)
+    if spec.element == "e4m3":
+        codes[(codes & 127) == 127] = 0  # NaN
+    scale = bias = None
+    groups = (*lead, width // spec.group) if spec.group else ()
+    if spec.scale == "float":
+        dtype = np.float16 if kind.endswith("f16") else ml_dtypes.bfloat16
+        scale, bias = ((rng.normal(size=groups) / 64).astype(dtype) for _ in "sb")
+    elif spec.scale == "e4m3":
+        scale = rng.integers(0, 255, groups, dtype=np.uint8)
+        scale[(scale & 127) == 127] = 0x80
+    elif spec.scale == "e8m0":
+        scale = rng.integers(*exponents, groups, dtype=np.uint8)
+    outer = None
+    if kind == "nvfp4":
+        outer = np.float32(2**-9)
+    elif kind == "fp8":
+        outer = (rng.normal(size=(*lead, 1)) / 256).astype(np.float32)
+    return Quantized(spec, codes, scale, bias, outer)
+
+
+@pytest.fixture(scope="session")
+def close():
+    """Raises unless `got` is within `tolerance` of the largest wanted magnitude, element by element."""
+
+    def check(got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
+        got, wanted = got.double().cpu(), wanted.double().cpu()
+        assert got.shape == wanted.shape
+        error = float((got - wanted).abs().max() / wanted.abs().max())
+        assert error < tolerance, f"relative error {error:.2g}"  # NaN fails
+
+    return check
