@@ -267,7 +267,7 @@ def load(
     if not plan.fits:
         best = recommend(checkpoint, plan, sizes, max_context)
         require_fit(plan, name, {best.format: best.size_bytes} if best else sizes)
-    limits = Limits(slots=slots, max_context=plan.context, chunk=module.prefill_chunk(device))
+    limits = Limits(slots=slots, max_context=plan.context, chunk=plan.chunk)
     engine = Engine(lambda: module.load(weights, device=device, dtype=dtype, limits=limits))
     return Model(
         checkpoint,

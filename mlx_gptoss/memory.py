@@ -10,6 +10,8 @@ from .config import ModelConfig
 from .errors import DoesNotFit
 
 SMALLEST_CONTEXT = 2048  # a default context is not cut below this; with less room the model is refused
+DEFAULT_CHUNK_CONTEXT = 32768  # tokens of default context that are worth more than a larger prefill chunk
+SMALLEST_CHUNK = 256  # tokens of one prefill step below which it would be slow for little memory
 RUNTIME_BYTES = 300 << 20  # interpreter, libraries, tokenizer and allocator slack (measured: 210 MB with MLX on a CPU)
 
 
@@ -18,12 +20,14 @@ class MemoryPlan:
     """Bytes that a loaded model takes.
 
     kv_bytes_per_token: of one slot, in the full layers. ring_bytes: of one slot's sliding layers together.
+    chunk: tokens of one prefill step, as many as there is room for.
     working_bytes: activations of one prefill chunk, logits, and the runtime itself.
     available_bytes: what the device has to give: Metal's recommended working set, or the free memory elsewhere.
     """
 
     context: int
     slots: int
+    chunk: int
     weights_bytes: int
     kv_bytes_per_token: int
     ring_bytes: int
@@ -59,18 +63,26 @@ def plan_memory(
     """The plan for `context` tokens a slot; None takes the model's longest, or what fits of it
     (but no less than SMALLEST_CONTEXT, at which a model that is too big is refused).
 
-    activation_bytes: 2 or 4, the size of an activation and of a K/V entry. chunk: tokens of one prefill step.
+    activation_bytes: 2 or 4, the size of an activation and of a K/V entry. chunk: most tokens of one prefill step;
+    it is halved, down to SMALLEST_CHUNK, until the context fits, or DEFAULT_CHUNK_CONTEXT of a default one.
     """
     entry = 2 * config.kv_size * activation_bytes  # one key and one value, all heads
+    wanted = context or config.max_position_embeddings
     plan = MemoryPlan(
-        context=context or config.max_position_embeddings,
+        context=wanted if context else min(wanted, DEFAULT_CHUNK_CONTEXT),
         slots=slots,
+        chunk=chunk,
         weights_bytes=weights_bytes,
         kv_bytes_per_token=entry * config.full_layers,
         ring_bytes=entry * config.sliding_layers * config.sliding_window,
         working_bytes=RUNTIME_BYTES + working_space(config, chunk, slots, activation_bytes),
         available_bytes=available_bytes,
     )
+    while not plan.fits and plan.chunk > SMALLEST_CHUNK:
+        chunk = plan.chunk // 2
+        working = RUNTIME_BYTES + working_space(config, chunk, slots, activation_bytes)
+        plan = replace(plan, chunk=chunk, working_bytes=working)
+    plan = replace(plan, context=wanted)
     if context is not None or plan.fits:
         return plan
     return replace(plan, context=min(plan.context, max(plan.largest_context, SMALLEST_CONTEXT)))

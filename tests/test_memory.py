@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mlx_gptoss.config import GPT_OSS_20B, GPT_OSS_120B
@@ -31,7 +33,14 @@ def test_the_default_context_shrinks_to_what_fits():
     tight = plan(16 * GB)
     assert tight.fits and 2048 <= tight.context < 131072
     assert tight.context % 256 == 0
-    assert not plan(16 * GB, context=tight.context + 256).fits
+    assert not replace(tight, context=tight.context + 256).fits
+
+
+def test_the_prefill_chunk_is_as_large_as_memory_allows():
+    roomy, asked, tight = plan(100 * GB), plan(17.45 * GB, context=131072), plan(14.5 * GB)
+    assert (roomy.chunk, asked.chunk, tight.chunk) == (2048, 512, 256)
+    assert asked.fits and asked.needed_bytes + roomy.working_bytes - asked.working_bytes > asked.available_bytes
+    assert plan(16 * GB).chunk == 2048  # a default context rather gives way, once it is long
 
 
 def test_an_asked_context_is_never_shrunk():

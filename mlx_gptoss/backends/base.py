@@ -107,7 +107,7 @@ class Backend(Protocol):
         ...
 
     def prefill_chunk(self, device: str | None) -> int:
-        """Tokens that one prefill step should have."""
+        """Most tokens that one prefill step should have; the memory plan may take fewer."""
         ...
 
     def available_memory(self, device: str | None) -> int:

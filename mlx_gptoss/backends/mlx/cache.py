@@ -72,15 +72,6 @@ class Span:
         return max(self.starts) + self.length
 
 
-@dataclass(frozen=True)
-class Visible:
-    """What the queries attend to: keys, values [B, K, C, 64]; mask as mx.fast.scaled_dot_product_attention takes it."""
-
-    keys: mx.array
-    values: mx.array
-    mask: mx.array | str | None
-
-
 class FullCache:
     """Keys and values of every position so far, [2, S, K, C, 64]; C grows in steps of GROWTH up to max_context."""
 
@@ -92,13 +83,12 @@ class FullCache:
     def arrays(self) -> list[mx.array]:
         return [self._kv]
 
-    def update(self, kv: mx.array, span: Span) -> Visible:
-        """Store kv [2, B, K, L, 64] and return all keys and values up to them."""
+    def update(self, kv: mx.array, span: Span) -> tuple[mx.array, mx.array]:
+        """Store kv [2, B, K, L, 64] and return all keys and values up to them, [B, K, end, 64] each."""
         self._grow(span.end)
         self._kv = _stored(self._kv, kv, span, span.starts[0], span.offsets)
-        mask = "causal" if span.length > 1 else span.seen
         rows = _rows(span)
-        return Visible(self._kv[0, rows, :, : span.end], self._kv[1, rows, :, : span.end], mask)
+        return self._kv[0, rows, :, : span.end], self._kv[1, rows, :, : span.end]
 
     def _grow(self, needed: int) -> None:
         both, slots, heads, capacity, dim = self._kv.shape
@@ -121,12 +111,13 @@ class RingCache:
     def arrays(self) -> list[mx.array]:
         return [self._kv]
 
-    def append(self, kv: mx.array, span: Span) -> Visible:
-        """Store one token a row, kv [2, B, K, 1, 64]; order within a ring does not matter to softmax."""
+    def update(self, kv: mx.array, span: Span) -> tuple[mx.array, mx.array]:
+        """Store one token a row, kv [2, B, K, 1, 64], and return what the ring holds, [B, K, min(end, W), 64] each;
+        order within it does not matter to softmax."""
         w = self.window
         self._kv = _stored(self._kv, kv, span, span.starts[0] % w, span.places)
         rows, filled = _rows(span), min(span.end, w)
-        return Visible(self._kv[0, rows, :, :filled], self._kv[1, rows, :, :filled], span.seen_in_ring)
+        return self._kv[0, rows, :, :filled], self._kv[1, rows, :, :filled]
 
     def extend(self, kv: mx.array, span: Span) -> tuple[mx.array, mx.array]:
         """Store one slot's next L tokens, kv [2, 1, K, L, 64], and return keys and values after the W positions

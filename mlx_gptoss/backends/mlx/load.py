@@ -44,8 +44,9 @@ MODES: dict[Spec, str] = {
 UNIT_E8M0 = 127  # the e8m0 byte for 2^0
 
 
-def load_model(checkpoint: Weights, dtype: mx.Dtype, elementwise: Elementwise) -> GptOss:
-    """The whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight once."""
+def load_model(checkpoint: Weights, dtype: mx.Dtype, elementwise: Elementwise, max_scores: int | None = None) -> GptOss:
+    """The whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight once.
+    elementwise, max_scores: as model.py has them."""
     place = _Placer(checkpoint, dtype, elementwise)
     config = checkpoint.config
     # The two largest come first, while there is room to read one beside its copy.
@@ -53,11 +54,11 @@ def load_model(checkpoint: Weights, dtype: mx.Dtype, elementwise: Elementwise) -
     lm_head = Linear((place.matrix("lm_head.weight"),))
     frequencies = mx.array((1.0 / yarn_frequencies(config.yarn, config.head_dim)).astype(np.float32))
     rotary = Rotary(frequencies, config.head_dim**-0.5 * yarn_concentration(config.yarn) ** 2)
-    blocks = tuple(_block(place, config, layer, rotary) for layer in range(config.num_hidden_layers))
+    blocks = tuple(_block(place, config, layer, rotary, max_scores) for layer in range(config.num_hidden_layers))
     return GptOss(config, dtype, embed, blocks, place.vector("norm.weight"), lm_head, elementwise)
 
 
-def _block(place: _Placer, config: ModelConfig, layer: int, rotary: Rotary) -> Block:
+def _block(place: _Placer, config: ModelConfig, layer: int, rotary: Rotary, max_scores: int | None) -> Block:
     at = f"layers.{layer}"
     attention = Attention(
         config,
@@ -66,6 +67,7 @@ def _block(place: _Placer, config: ModelConfig, layer: int, rotary: Rotary) -> B
         sinks=place.vector(f"{at}.attention.sinks"),
         rotary=rotary,
         elementwise=place.elementwise,
+        max_scores=max_scores,
     )
     mlp = MixtureOfExperts(
         config,

@@ -35,7 +35,11 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Attention:
-    """qkv: D -> (H + 2 K) * 64; out: H * 64 -> D; sinks [H] in the activation dtype."""
+    """qkv: D -> (H + 2 K) * 64; out: H * 64 -> D; sinks [H] in the activation dtype.
+
+    max_scores: most attention scores, H * queries * keys, that a full layer holds at once; None where MLX's kernel
+    holds none (Metal).
+    """
 
     config: ModelConfig
     qkv: Linear
@@ -43,6 +47,7 @@ class Attention:
     sinks: mx.array
     rotary: Rotary
     elementwise: Elementwise
+    max_scores: int | None
 
     def __call__(self, x: mx.array, residual: mx.array, cache: LayerCache, span: Span) -> mx.array:
         """x, residual [B, L, D] -> residual + attention of x, [B, L, D]"""
@@ -50,9 +55,11 @@ class Attention:
         q, kv = self._rotated(self.qkv(x), span)
         if isinstance(cache, RingCache) and L > 1:
             y = self._banded(q, *cache.extend(kv, span), past=min(span.starts[0], cache.window))
+        elif isinstance(cache, FullCache) and L > 1:
+            y = self._causal(q, *cache.update(kv, span))
         else:
-            see = cache.update(kv, span) if isinstance(cache, FullCache) else cache.append(kv, span)
-            y = self._attend(q, see.keys, see.values, see.mask)
+            keys, values = cache.update(kv, span)
+            y = self._attend(q, keys, values, span.seen if isinstance(cache, FullCache) else span.seen_in_ring)
         return self.out.onto(residual, y.swapaxes(1, 2).reshape(B, L, self.config.q_size), self.elementwise)
 
     def _rotated(self, x: mx.array, span: Span) -> tuple[mx.array, mx.array]:
@@ -89,6 +96,20 @@ class Attention:
         y = self._attend(q, keys, values, mask)  # [n, H, S, 64]
         return y.swapaxes(0, 1).reshape(1, y.shape[1], n * S, y.shape[3])[:, :, :L]
 
+    def _causal(self, q: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        """Attention of one slot's L last positions to all up to themselves, as many queries at a time as max_scores
+        allows."""
+        _, H, L, _ = q.shape
+        start = keys.shape[2] - L
+        rows = L if self.max_scores is None else max(1, self.max_scores // (H * keys.shape[2]))
+        parts = [
+            self._attend(
+                q[:, :, i : i + rows], keys[:, :, : start + i + rows], values[:, :, : start + i + rows], "causal"
+            )
+            for i in range(0, L, rows)
+        ]
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
     def _attend(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None) -> mx.array:
         scale = self.rotary.score_scale
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=self.sinks)
@@ -115,8 +136,9 @@ class MixtureOfExperts:
             y, bias = self._sorted(x, experts), self.bias[:, -D:][experts]  # [T, A, D] each
         else:
             bias = self.bias[experts]
-            hidden = self._swiglu(self.gate_up(x[:, None, None], experts, span.tokens), bias[..., None, :-D])
-            y, bias = self.down(hidden, experts, span.pairs).squeeze(-2), bias[..., -D:]
+            T = len(x)
+            hidden = self._swiglu(self.gate_up(x[:, None, None], experts, span.tokens[:T]), bias[..., None, :-D])
+            y, bias = self.down(hidden, experts, span.pairs[:T]).squeeze(-2), bias[..., -D:]
         parts = [[a[:, i] for i in range(a.shape[1])] for a in (y, bias, weights[..., None])]
         return self.elementwise.combine(residual.reshape(-1, D), *parts).reshape(shape)
 
@@ -154,9 +176,10 @@ class Block:
     mlp_norm: mx.array
     mlp: MixtureOfExperts
 
-    def __call__(self, x: mx.array, cache: LayerCache, span: Span) -> mx.array:
+    def __call__(self, x: mx.array, cache: LayerCache, span: Span, last: int) -> mx.array:
+        """x [B, L, D] -> [B, last, D], of the last positions"""
         eps = self.config.rms_norm_eps
-        x = self.attention(mx.fast.rms_norm(x, self.attention_norm, eps), x, cache, span)
+        x = self.attention(mx.fast.rms_norm(x, self.attention_norm, eps), x, cache, span)[:, -last:]
         return self.mlp(mx.fast.rms_norm(x, self.mlp_norm, eps), x, span)
 
 
@@ -172,11 +195,12 @@ class GptOss:
     lm_head: Linear
     elementwise: Elementwise
 
-    def __call__(self, ids: mx.array, cache: Cache, span: Span) -> mx.array:
-        """ids [B, L] -> hidden states before the final norm, [B, L, D]"""
+    def __call__(self, ids: mx.array, cache: Cache, span: Span, last: int) -> mx.array:
+        """ids [B, L] -> hidden states before the final norm, [B, last, D], of the last positions alone: what the
+        others need not have is not computed."""
         x = self.embed.rows(ids, self.dtype)
         for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
-            x = block(x, layer_cache, span)
+            x = block(x, layer_cache, span, last if block is self.blocks[-1] else span.length)
         return x
 
     def logits(self, x: mx.array) -> mx.array:

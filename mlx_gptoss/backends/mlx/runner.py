@@ -84,7 +84,7 @@ class MlxRunner:
             step = min(self.limits.chunk, LOGITS_ROWS)
             for start in range(0, len(ids), step):
                 piece = mx.array(list(ids[start : start + step]))[None]
-                hidden = self._model(piece, cache, Span.of(self.config, [0], [start], piece.shape[1]))
+                hidden = self._model(piece, cache, Span.of(self.config, [0], [start], piece.shape[1]), len(piece[0]))
                 out[start : start + step] = np.array(self._model.logits(hidden[0]))
             return out
 
@@ -103,11 +103,11 @@ class MlxRunner:
         """Either any number of one-token rows, or one row of several tokens. Returns what is computed last."""
         ids = mx.stack([self._tokens(row) for row in rows])  # [B, L]
         span = Span.of(self.config, [row.slot for row in rows], [row.start for row in rows], ids.shape[1])
-        hidden = self._model(ids, self._cache, span)
+        hidden = self._model(ids, self._cache, span, 1)[:, 0]  # [B, D]
         wanted = [(b, row, row.sampling) for b, row in enumerate(rows) if row.sampling is not None]
         if not wanted:
-            return hidden[:, -1]
-        last = hidden[:, -1] if len(wanted) == len(rows) else hidden[mx.array([b for b, _, _ in wanted]), -1]
+            return hidden
+        last = hidden if len(wanted) == len(rows) else hidden[mx.array([b for b, _, _ in wanted])]
         samplings = [sampling for _, _, sampling in wanted]
         histories = [self._history(row, sampling) for _, row, sampling in wanted]
         positions = [row.start + span.length for _, row, _ in wanted]
