@@ -312,7 +312,7 @@ def memory_plan(
     )
 
 
-def sizes_in_other_formats(checkpoint: checkpoints.Checkpoint) -> dict[str, int]:
+def sizes_in_other_formats(checkpoint: checkpoints.Readable) -> dict[str, int]:
     """Bytes of the same model in each format that can hold it, from its layout alone."""
     dtypes = {param.name: "BF16" for param in checkpoint.params}
     sizes = {}

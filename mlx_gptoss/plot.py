@@ -1,8 +1,9 @@
-"""PNG plots of evaluations: KL divergence along the text and, for several comparisons, against bits per weight."""
+"""PNG plots: of evaluations, KL divergence along the text and, for several comparisons, against bits per weight; of
+benchmarks, speed against context and batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .benchmark import Measurement
 from .errors import GptOssError, InvalidRequest
 from .evaluation import Divergence, Evaluation
 
@@ -194,6 +196,47 @@ def _dress(axes: Axes, title: str, x: str) -> None:
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_xlabel(x)
     axes.set_ylabel("KL(reference || model), nats")
+    axes.grid(axis="y", color="#e4e4e4", lw=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def plot_speeds(results: Sequence[Measurement], path: Path) -> None:
+    """Write measured speeds to a PNG: decoding against the context for each batch, and all that is decoded against the
+    batch for each context. Raises as plot_divergences does."""
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    if not results:
+        raise InvalidRequest("nothing was measured, so there is nothing to plot")
+    figure = Figure(figsize=(12, 5), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _speeds(left, results, "context", "batch", "decode speed of one sequence", lambda r: r.decode_tok_s / r.batch)
+    _speeds(right, results, "batch", "context", "decode throughput", lambda r: r.decode_tok_s)
+    figure.suptitle(f"{results[0].device}, {results[0].format}", fontsize=11)
+    figure.savefig(path, format="png")
+
+
+def _speeds(
+    axes: Axes, results: Sequence[Measurement], x: str, other: str, title: str, speed: Callable[[Measurement], float]
+) -> None:
+    """One line for each engine and each value of `other`."""
+    lines: dict[str, list[Measurement]] = {}
+    for result in results:
+        lines.setdefault(f"{result.engine}, {other} {getattr(result, other)}", []).append(result)
+    for place, (label, line) in enumerate(lines.items()):
+        color, style = _look(place)
+        at = [getattr(result, x) for result in line]
+        axes.plot(at, [speed(result) for result in line], "o", ls=style, color=color, lw=1.4, ms=4, label=label)
+    axes.set_xscale("log")
+    measured = sorted({getattr(result, x) for result in results})
+    axes.set_xticks(measured, [str(value) for value in measured])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.set_xlabel(f"{x}, tokens" if x == "context" else "batch, sequences")
+    axes.set_ylabel("tokens a second")
+    axes.legend(fontsize=FONT, frameon=False)
     axes.grid(axis="y", color="#e4e4e4", lw=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -15,7 +15,7 @@ pytest.importorskip("torch", reason="torch is not installed (pip install 'mlx-gp
 import torch
 
 from mlx_gptoss.backends import cuda as backend
-from mlx_gptoss.backends.cuda import layers
+from mlx_gptoss.backends.cuda import layers, plain
 from mlx_gptoss.backends.cuda.load import fuse
 from mlx_gptoss.backends.cuda.model import Rotary
 from mlx_gptoss.errors import BackendUnavailable, InvalidRequest
@@ -89,12 +89,12 @@ def test_fused_rows_keep_their_own_factors(outers):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_products_in_blocks(monkeypatch, spec, block, tokens, threads):
     """Blocks that do not divide the rows; one row at a time; dense bfloat16 under float32."""
-    monkeypatch.setattr(layers, "CPU_BLOCK", block)
+    monkeypatch.setattr(plain, "CPU_BLOCK", block)
     weight = (
         Dense(codecs.dequantize(any_codes(MXFP4, 40)).astype(codecs.BFLOAT16)) if spec is None else any_codes(spec, 40)
     )
     x = np.random.default_rng(3).normal(size=(tokens, 256)).astype(np.float32)
-    y = layers.Crew(threads).product(torch.from_numpy(x), fuse([weight], CPU)).numpy()
+    y = plain.Plain(threads).product(torch.from_numpy(x), fuse([weight], CPU)).numpy()
     wanted = x.astype(np.float64) @ codecs.dequantize(weight).astype(np.float64).T
     assert np.allclose(y, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
@@ -102,14 +102,14 @@ def test_products_in_blocks(monkeypatch, spec, block, tokens, threads):
 def test_linear_parts_that_are_stored_differently_stand_side_by_side():
     parts = [any_codes(MXFP4, 24, seed=1), any_codes(AFFINE[0], 8, seed=2)]
     bias = torch.arange(32.0)
-    linear = layers.Linear(tuple(fuse([part], CPU) for part in parts), bias, layers.Crew(1))
+    linear = layers.Linear(tuple(fuse([part], CPU) for part in parts), bias, plain.Plain(1))
     x = torch.ones(2, 3, 256)
     wanted = np.concatenate([codecs.dequantize(part).sum(axis=1) for part in parts]) + np.arange(32)
     assert linear(x).shape == (2, 3, 32)
     assert np.allclose(linear(x)[1, 2].numpy(), wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
 
 
-def test_a_crew_leaves_the_threads_of_others_alone():
+def test_its_threads_leave_the_threads_of_others_alone():
     def threads_here() -> int:
         with ThreadPoolExecutor(1) as fresh:
             return fresh.submit(torch.get_num_threads).result()
@@ -117,10 +117,10 @@ def test_a_crew_leaves_the_threads_of_others_alone():
     before = threads_here()
     torch.set_num_threads(3)
     try:
-        crew = layers.Crew(3)
+        ops = plain.Plain(3)
         assert torch.get_num_threads() == threads_here() == 3
         weight = any_codes(MXFP4, 40)
-        crew.product(torch.ones(1, 256), fuse([weight], CPU))
+        ops.product(torch.ones(1, 256), fuse([weight], CPU))
         assert torch.get_num_threads() == threads_here() == 3
     finally:
         torch.set_num_threads(before)
@@ -129,9 +129,9 @@ def test_a_crew_leaves_the_threads_of_others_alone():
 def test_far_positions_are_turned_exactly():
     frequencies = np.array([1.0, 0.1])
     turn = Rotary(torch.from_numpy(frequencies), 1.0).turn(torch.tensor([[131071]]))
-    x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 1, 4)
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 4)
     z = (np.array([1.0, 2.0]) + 1j * np.array([3.0, 4.0])) * np.exp(1j * 131071 * frequencies)
-    assert np.allclose(turn(x).flatten().numpy(), [*z.real, *z.imag], atol=1e-6)
+    assert np.allclose(plain.Plain(1).turn(x, turn).flatten().numpy(), [*z.real, *z.imag], atol=1e-6)
 
 
 def test_devices_and_dtypes():

@@ -17,21 +17,37 @@ from ...machine import ram_copy_bandwidth
 from ...memory import system_available
 from ...weights.tensor import Weights
 from ..base import Limits
+from .layers import Operations
 from .load import load_model
+from .plain import Plain
 from .runner import CudaRunner
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load(checkpoint: Weights, *, device: str | None, dtype: str | None, limits: Limits) -> CudaRunner:
+def load(
+    checkpoint: Weights, *, device: str | None, dtype: str | None, limits: Limits, kernels: bool | None = None
+) -> CudaRunner:
     """Load onto `device` ("cpu", "cuda", "cuda:1" or None for a GPU where there is one) with activations of `dtype`;
-    both as below."""
+    both as below. kernels: whether Triton's kernels compute (None: on a GPU), or torch alone, which is their oracle."""
     where = pick_device(device)
+    kernels = where.type == "cuda" if kernels is None else kernels
     if where.type == "cuda":
+        torch.cuda.set_device(where)  # of this thread, which is the runner's: Triton launches there
         torch.cuda.reset_peak_memory_stats(where)
+    ops = _fused(checkpoint) if kernels else Plain(torch.get_num_threads() if where.type == "cpu" else 1)
     with torch.inference_mode():
-        model = load_model(checkpoint, DTYPES[dtype_name(device, dtype)], where)
-    return CudaRunner(model, limits, where)
+        model = load_model(checkpoint, DTYPES[dtype_name(device, dtype)], where, ops)
+    return CudaRunner(model, limits, where, kernels=kernels)
+
+
+def _fused(checkpoint: Weights) -> Operations:
+    try:
+        from .kernels.fused import Fused
+    except ImportError as error:
+        raise BackendUnavailable(f"the kernels need triton ({error}): pip install 'mlx-gptoss[cuda]'") from error
+    Fused.check(checkpoint.config)
+    return Fused()
 
 
 def dtype_name(device: str | None, dtype: str | None) -> str:
@@ -44,7 +60,7 @@ def dtype_name(device: str | None, dtype: str | None) -> str:
 
 def prefill_chunk(device: str | None) -> int:
     """Tokens of one prefill step: enough for each decoded expert to serve many."""
-    return 2048 if pick_device(device).type == "cuda" else 1024
+    return 4096 if pick_device(device).type == "cuda" else 1024
 
 
 def available_memory(device: str | None) -> int:

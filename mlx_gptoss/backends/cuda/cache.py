@@ -1,5 +1,7 @@
 """The KV cache: growing tensors for full layers, rings for sliding ones. Every layer holds all slots.
 
+Under CUDA graphs the addresses must stay, so there the full layers are allocated whole.
+
 Legend: S slots, B rows in this step, K kv heads, L tokens, C capacity, W window.
 A row's keys are stored rotated; positions are absolute from 0.
 """
@@ -54,43 +56,51 @@ class Visible:
 
 
 class FullCache:
-    """Keys and values of every position so far, [S, K, C, 64]; C grows in steps of GROWTH up to max_context."""
+    """Keys and values of every position so far, [S, K, C, 64]; C grows from `capacity` in steps of GROWTH up to
+    max_context."""
 
     def __init__(
-        self, slots: int, heads: int, head_dim: int, max_context: int, dtype: torch.dtype, device: torch.device
+        self,
+        slots: int,
+        heads: int,
+        head_dim: int,
+        max_context: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self._max_context = max_context
-        self._keys = torch.zeros((slots, heads, 0, head_dim), dtype=dtype, device=device)
-        self._values = torch.zeros((slots, heads, 0, head_dim), dtype=dtype, device=device)
+        self.keys = torch.zeros((slots, heads, capacity, head_dim), dtype=dtype, device=device)
+        self.values = torch.zeros((slots, heads, capacity, head_dim), dtype=dtype, device=device)
 
     def append(self, k: Tensor, v: Tensor, span: Span) -> Visible:
         """Store one token a row, k, v [B, K, 1, 64], and return all keys up to them."""
         self._grow(span.end)
         slots = _indices(span)
-        self._keys[slots, :, span.offsets] = k[:, :, 0]
-        self._values[slots, :, span.offsets] = v[:, :, 0]
+        self.keys[slots, :, span.offsets] = k[:, :, 0]
+        self.values[slots, :, span.offsets] = v[:, :, 0]
         rows = _rows(span)
         mask = None if len(set(span.starts)) == 1 else _until(span.offsets, span.end)
-        return Visible(self._keys[rows, :, : span.end], self._values[rows, :, : span.end], mask)
+        return Visible(self.keys[rows, :, : span.end], self.values[rows, :, : span.end], mask)
 
     def extend(self, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Store one slot's next L tokens, k, v [1, K, L, 64], and return all up to them, [1, K, start + L, 64]."""
         self._grow(span.end)
         slot, start = span.slots[0], span.starts[0]
-        self._keys[slot, :, start : span.end] = k[0]
-        self._values[slot, :, start : span.end] = v[0]
-        return self._keys[slot : slot + 1, :, : span.end], self._values[slot : slot + 1, :, : span.end]
+        self.keys[slot, :, start : span.end] = k[0]
+        self.values[slot, :, start : span.end] = v[0]
+        return self.keys[slot : slot + 1, :, : span.end], self.values[slot : slot + 1, :, : span.end]
 
     def _grow(self, needed: int) -> None:
-        slots, heads, capacity, dim = self._keys.shape
+        slots, heads, capacity, dim = self.keys.shape
         if needed <= capacity:
             return
         # Growing by a quarter keeps the copies few; the memory plan counts max_context.
         wanted = max(needed, capacity + capacity // 4)
         more = min(-(-wanted // GROWTH) * GROWTH, max(self._max_context, needed)) - capacity
-        pad = self._keys.new_zeros((slots, heads, more, dim))
-        self._keys = torch.cat([self._keys, pad], dim=2)
-        self._values = torch.cat([self._values, pad], dim=2)
+        pad = self.keys.new_zeros((slots, heads, more, dim))
+        self.keys = torch.cat([self.keys, pad], dim=2)
+        self.values = torch.cat([self.values, pad], dim=2)
 
 
 class RingCache:
@@ -100,26 +110,26 @@ class RingCache:
         self, slots: int, heads: int, head_dim: int, window: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.window = window
-        self._keys = torch.zeros((slots, heads, window, head_dim), dtype=dtype, device=device)
-        self._values = torch.zeros((slots, heads, window, head_dim), dtype=dtype, device=device)
+        self.keys = torch.zeros((slots, heads, window, head_dim), dtype=dtype, device=device)
+        self.values = torch.zeros((slots, heads, window, head_dim), dtype=dtype, device=device)
 
     def append(self, k: Tensor, v: Tensor, span: Span) -> Visible:
         """Store one token a row, k, v [B, K, 1, 64]; order within a ring does not matter to softmax."""
         slots, places = _indices(span), span.offsets % self.window
-        self._keys[slots, :, places] = k[:, :, 0]
-        self._values[slots, :, places] = v[:, :, 0]
+        self.keys[slots, :, places] = k[:, :, 0]
+        self.values[slots, :, places] = v[:, :, 0]
         filled = min(span.end, self.window)
         everywhere = min(span.starts) + 1 >= filled
         rows = _rows(span)
         mask = None if everywhere else _until(span.offsets, filled)
-        return Visible(self._keys[rows, :, :filled], self._values[rows, :, :filled], mask)
+        return Visible(self.keys[rows, :, :filled], self.values[rows, :, :filled], mask)
 
     def extend(self, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Store one slot's next L tokens, k, v [1, K, L, 64], and return them after the W positions before them:
         [1, K, W + L, 64]. What stands for positions before 0 is to be masked."""
         slot, start, w = span.slots[0], span.starts[0], self.window
         both = []
-        for ring, new in ((self._keys, k), (self._values, v)):
+        for ring, new in ((self.keys, k), (self.values, v)):
             # Rolled so that the oldest position, start - W, comes first.
             past = torch.roll(ring[slot : slot + 1], -(start % w), 2)
             joined = torch.cat([past, new], dim=2)
@@ -132,14 +142,22 @@ LayerCache = FullCache | RingCache
 
 
 class Cache:
-    """One FullCache or RingCache a layer, for `slots` sequences of at most max_context tokens."""
+    """One FullCache or RingCache a layer, for `slots` sequences of at most max_context tokens. whole: allocate all of
+    that at once, where it stays."""
 
     def __init__(
-        self, config: ModelConfig, slots: int, max_context: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        slots: int,
+        max_context: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        whole: bool = False,
     ) -> None:
         heads, dim = config.num_key_value_heads, config.head_dim
         self.layers: list[LayerCache] = [
-            FullCache(slots, heads, dim, max_context, dtype, device)
+            FullCache(slots, heads, dim, max_context, max_context if whole else 0, dtype, device)
             if kind == FULL
             else RingCache(slots, heads, dim, config.sliding_window, dtype, device)
             for kind in config.layer_types

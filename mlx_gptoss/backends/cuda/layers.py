@@ -1,27 +1,22 @@
 """The pieces model.py is made of: matrices as they are stored, linear layers and experts over them.
 
-A matrix stays in device memory as the checkpoint stores it. A product decodes it block by block, in float32 and by
-the one formula of weights/tensor.py, into operands of the activations' dtype. On a CPU, threads share the blocks.
+A matrix stays in device memory as the checkpoint stores it. What computes with them is an Operations: plain.py in
+torch alone, kernels/ in Triton.
 
-Legend: D in, N out, E experts, T tokens.
+Legend: D in, N out, E experts, A active experts, T tokens, B rows, L tokens a row, H query heads, K kv heads.
 """
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
-from threading import Barrier
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ...weights.codecs import E2M1, E4M3, E8M0
 from ...weights.tensor import Element, ScaleKind, Spec
-
-# Elements decoded at once. On a CPU the block stays in the cache until the product has read it.
-CPU_BLOCK = 1 << 20
-GPU_BLOCK = 1 << 24
 
 Index = int | slice | Tensor
 
@@ -86,54 +81,46 @@ class QuantizedMatrix:
 Matrix = DenseMatrix | QuantizedMatrix
 
 
-class Crew:
-    """Multiplies by matrices that have to be decoded first: block by block, each block by one of `threads` threads.
+@dataclass(frozen=True)
+class Turn:
+    """The rotation of each position: float32 [B, 1, L, 32]."""
 
-    A block's decoding is a chain of small operations, some of which torch runs on one core; so whole blocks are what
-    is shared, and each thread's own operations stay on its core.
-    """
+    cos: Tensor
+    sin: Tensor
 
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
-        self._pool = _hire(threads) if threads > 1 else None
+
+class Operations(Protocol):
+    """What a forward pass is computed with; the choice is made when a model is loaded."""
 
     def product(self, x: Tensor, matrix: Matrix) -> Tensor:
         """x [T, D] times a matrix [N, D], transposed -> [T, N]"""
-        if isinstance(matrix, DenseMatrix) and matrix.weight.dtype == x.dtype:
-            return x @ matrix.weight.mT
-        count, width = matrix.shape
-        step = max(1, (CPU_BLOCK if x.device.type == "cpu" else GPU_BLOCK) // width)
-        blocks = range(0, count, step)
-        left = iter(blocks)  # whoever is free takes the next
-        y = x.new_empty((x.shape[0], count))
+        ...
 
-        def work() -> None:
-            with torch.inference_mode():
-                for start in left:
-                    rows = slice(start, start + step)
-                    torch.mm(x, matrix.at(rows).decode(x.dtype).mT, out=y[:, rows])
+    def turn(self, x: Tensor, turn: Turn) -> Tensor:
+        """x [B, L, heads * 64], whose pairs are (i, i + 32) of a head -> rotated [B, heads, L, 64]"""
+        ...
 
-        if self._pool is None or len(blocks) == 1:
-            work()
-        else:
-            for done in [self._pool.submit(work) for _ in range(min(self._threads, len(blocks)))]:
-                done.result()
-        return y
+    def single(
+        self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sinks: Tensor, scale: float
+    ) -> Tensor:
+        """One query a row, [B, H, 1, 64], over keys [B, K, C, 64] where mask, bool [B, 1, 1, C], is true or None ->
+        [B, 1, H * 64]. Softmax with one more column a head, its sink, float32 [H], which is dropped afterwards."""
+        ...
 
+    def causal(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float) -> Tensor:
+        """One slot's L new queries [1, H, L, 64] over all C keys [1, K, C, 64], the last L of which are their own ->
+        [1, L, H * 64]"""
+        ...
 
-def _hire(threads: int) -> ThreadPoolExecutor:
-    """A pool whose threads keep their own operations on one core. torch takes that setting for the thread that makes
-    it and for all that start later; for the latter it is undone."""
-    pool, everyone = ThreadPoolExecutor(threads, "gptoss-product"), Barrier(threads)
+    def banded(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float, past: int) -> Tensor:
+        """The same for sliding layers: keys are W places before the L new ones, [1, K, W + L, 64], and each query sees
+        W of them up to its own. The first W - past places do not exist."""
+        ...
 
-    def settle() -> None:
-        torch.set_num_threads(1)
-        everyone.wait()
-
-    for done in [pool.submit(settle) for _ in range(threads)]:
-        done.result()
-    torch.set_num_threads(threads)
-    return pool
+    def mixture(self, x: Tensor, scores: Tensor, experts: Experts) -> Tensor:
+        """x [T, D] through each token's A likeliest experts by scores, float32 [T, E], weighted by the softmax over
+        those -> [T, D]"""
+        ...
 
 
 @dataclass(frozen=True)
@@ -146,12 +133,12 @@ class Linear:
 
     matrices: tuple[Matrix, ...]
     bias: Tensor | None
-    crew: Crew
+    ops: Operations
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., N]"""
         flat = x.reshape(-1, x.shape[-1])
-        parts = [self.crew.product(flat, matrix) for matrix in self.matrices]
+        parts = [self.ops.product(flat, matrix) for matrix in self.matrices]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         if self.bias is not None:
             y += self.bias
@@ -164,11 +151,21 @@ class ExpertLinear:
 
     matrices: tuple[Matrix, ...]
     bias: Tensor
-    crew: Crew
 
-    def expert(self, index: int) -> Linear:
+    def expert(self, index: int, ops: Operations) -> Linear:
         """One expert's layer, as views."""
-        return Linear(tuple(matrix.at(index) for matrix in self.matrices), self.bias[index], self.crew)
+        return Linear(tuple(matrix.at(index) for matrix in self.matrices), self.bias[index], ops)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """gate_up: D -> 2 I per expert, gate rows first; down: I -> D. active: A. limit and alpha: of the SwiGLU."""
+
+    gate_up: ExpertLinear
+    down: ExpertLinear
+    active: int
+    limit: float
+    alpha: float
 
 
 def _values(codes: Tensor, spec: Spec) -> Tensor:

@@ -17,17 +17,17 @@ from ...errors import CheckpointError
 from ...rope import yarn_concentration, yarn_frequencies
 from ...weights.codecs import straight
 from ...weights.tensor import Array, Dense, Quantized, Weight, Weights
-from .layers import Crew, DenseMatrix, ExpertLinear, Linear, Matrix, QuantizedMatrix
+from .layers import DenseMatrix, ExpertLinear, Experts, Linear, Matrix, Operations, QuantizedMatrix
 from .model import Attention, Block, GptOss, MixtureOfExperts, Norm, Rotary
 
 
-def load_model(checkpoint: Weights, dtype: torch.dtype, device: torch.device) -> GptOss:
+def load_model(checkpoint: Weights, dtype: torch.dtype, device: torch.device, ops: Operations) -> GptOss:
     """The whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight once."""
-    place = _Placer(checkpoint, dtype, device)
+    place = _Placer(checkpoint, dtype, device, ops)
     config = checkpoint.config
     # The two largest come first, while there is room to read one beside its copy.
     embed = place.matrix("embed.weight")
-    lm_head = Linear((place.matrix("lm_head.weight"),), None, place.crew)
+    lm_head = Linear((place.matrix("lm_head.weight"),), None, ops)
     frequencies = torch.from_numpy(yarn_frequencies(config.yarn, config.head_dim)).to(device)
     rotary = Rotary(frequencies, config.head_dim**-0.5 * yarn_concentration(config.yarn) ** 2)
     blocks = tuple(_block(place, config, layer, rotary.score_scale) for layer in range(config.num_hidden_layers))
@@ -38,17 +38,20 @@ def _block(place: _Placer, config: ModelConfig, layer: int, scale: float) -> Blo
     at = f"layers.{layer}"
     attention = Attention(
         config,
+        place.ops,
         qkv=place.linear([f"{at}.attention.{part}" for part in "qkv"]),
         out=place.linear([f"{at}.attention.o"]),
         sinks=place.vector(f"{at}.attention.sinks").float(),
         scale=scale,
     )
-    mlp = MixtureOfExperts(
-        config,
-        router=place.linear([f"{at}.router"]),
+    experts = Experts(
         gate_up=place.experts([f"{at}.experts.gate", f"{at}.experts.up"]),
         down=place.experts([f"{at}.experts.down"]),
+        active=config.num_experts_per_tok,
+        limit=config.swiglu_limit,
+        alpha=config.swiglu_alpha,
     )
+    mlp = MixtureOfExperts(place.ops, place.linear([f"{at}.router"]), experts)
     attention_norm = place.norm(f"{at}.attention_norm.weight", config)
     return Block(attention_norm, attention, place.norm(f"{at}.mlp_norm.weight", config), mlp)
 
@@ -56,11 +59,11 @@ def _block(place: _Placer, config: ModelConfig, layer: int, scale: float) -> Blo
 class _Placer:
     """Reads weights by canonical name and puts them on the device."""
 
-    def __init__(self, checkpoint: Weights, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, checkpoint: Weights, dtype: torch.dtype, device: torch.device, ops: Operations) -> None:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
-        self.crew = Crew(torch.get_num_threads() if device.type == "cpu" else 1)
+        self.ops = ops
 
     def vector(self, name: str) -> Tensor:
         """Norms, sinks and biases, in the activation dtype."""
@@ -74,11 +77,11 @@ class _Placer:
 
     def linear(self, names: Sequence[str]) -> Linear:
         bias = self._vectors([f"{n}.bias" for n in names])
-        return Linear(self._matrices([f"{n}.weight" for n in names]), bias, self.crew)
+        return Linear(self._matrices([f"{n}.weight" for n in names]), bias, self.ops)
 
     def experts(self, names: Sequence[str]) -> ExpertLinear:
         bias = self._vectors([f"{n}.bias" for n in names])
-        return ExpertLinear(self._matrices([f"{n}.weight" for n in names]), bias, self.crew)
+        return ExpertLinear(self._matrices([f"{n}.weight" for n in names]), bias)
 
     def _vectors(self, names: Sequence[str]) -> Tensor:
         return _tensor([self._dense(name) for name in names], -1, self._device).to(self._dtype)

@@ -7,6 +7,7 @@ import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,9 +18,14 @@ from ...sampling import Sampling
 from ..base import Limits, Row, Sampled
 from .cache import Cache, Span
 from .model import GptOss
-from .sample import Choice, History, choose
+from .sample import Choice, History, choose, noise_keys
+
+if TYPE_CHECKING:
+    from .decode import Decoder
 
 LOGITS_ROWS = 256  # positions of the vocabulary-wide output held at once by logits()
+MOST_ROWS = 64  # of one step of decode.py
+GREEDY = Sampling(temperature=0)
 
 
 @dataclass(frozen=True)
@@ -39,16 +45,22 @@ class Step:
 
 
 class CudaRunner:
-    """`submit` starts the step's kernels and the copy of what it chose; only `wait` and `logits` wait for that."""
+    """`submit` starts the step's kernels and the copy of what it chose; only `wait` and `logits` wait for that.
 
-    def __init__(self, model: GptOss, limits: Limits, device: torch.device) -> None:
+    kernels: whether rows of one token go through decode.py's step; otherwise they go through model.py, as prompts do.
+    """
+
+    def __init__(self, model: GptOss, limits: Limits, device: torch.device, *, kernels: bool) -> None:
         self.config = model.config
         self.limits = limits
         self._model = model
         self._device = device
         with torch.inference_mode():
-            self._cache = Cache(model.config, limits.slots, limits.max_context, model.dtype, device)
-        self._last: dict[int, Tensor] = {}  # slot -> the token it sampled last, int64 [1]
+            self._cache = Cache(
+                model.config, limits.slots, limits.max_context, model.dtype, device, whole=device.type == "cuda"
+            )
+            self._last = torch.zeros(limits.slots, dtype=torch.int64, device=device)  # what each slot sampled last
+            self._decoder = self._make_decoder() if kernels else None
         self._histories: dict[int, History] = {}
 
     @torch.inference_mode()
@@ -56,14 +68,18 @@ class CudaRunner:
         results: list[tuple[Choice, int, Sampling] | None] = [None] * len(rows)
         single = [i for i, row in enumerate(rows) if row.tokens is None or len(row.tokens) == 1]
         single.sort(key=lambda i: rows[i].slot)
-        groups = [single] if single else []
-        groups += [[i] for i in range(len(rows)) if i not in set(single)]
-        for group in groups:
-            self._forward([rows[i] for i in group], group, results)
+        if self._decoder is None:
+            for group in [single] if single else []:
+                self._forward([rows[i] for i in group], group, results)
+        else:
+            for start in range(0, len(single), MOST_ROWS):
+                group = single[start : start + MOST_ROWS]
+                self._decode(self._decoder, [rows[i] for i in group], group, results)
+        for i in sorted(set(range(len(rows))) - set(single)):
+            self._forward([rows[i]], [i], results)
         return Step(tuple(results), self._mark())
 
     def release(self, slot: int) -> None:
-        self._last.pop(slot, None)
         self._histories.pop(slot, None)
 
     @torch.inference_mode()
@@ -85,41 +101,86 @@ class CudaRunner:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def close(self) -> None:
-        del self._model, self._cache
-        self._last.clear()
+        del self._model, self._cache, self._last, self._decoder
         self._histories.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _make_decoder(self) -> Decoder:
+        from .decode import Decoder  # triton is imported with it
+
+        decoder = Decoder(self._model, self._cache, self._last, self.limits.max_context)
+        decoder.prepare(1)
+        return decoder
+
     def _forward(
         self, rows: Sequence[Row], places: Sequence[int], results: list[tuple[Choice, int, Sampling] | None]
     ) -> None:
-        """Either any number of one-token rows, or one row of several tokens."""
+        """Either any number of one-token rows, or one row of several tokens, through model.py."""
         ids = torch.cat([self._tokens(row) for row in rows])  # [B, L]
         span = Span.of([row.slot for row in rows], [row.start for row in rows], ids.shape[1], self._device)
         hidden = self._model(ids, self._cache, span)
-        wanted = [(b, row, row.sampling) for b, row in enumerate(rows) if row.sampling is not None]
-        if not wanted:
-            return
-        last = hidden[:, -1] if len(wanted) == len(rows) else hidden[[b for b, _, _ in wanted], -1]
-        samplings = [sampling for _, _, sampling in wanted]
-        histories = [self._history(row, sampling) for _, row, sampling in wanted]
-        positions = [row.start + span.length for _, row, _ in wanted]
-        choice = choose(self._model.logits(last), samplings, histories, positions)
+        wanted = [b for b, row in enumerate(rows) if row.sampling is not None]
+        if wanted:
+            last = hidden[:, -1] if len(wanted) == len(rows) else hidden[wanted, -1]
+            self._choose(self._model.logits(last), wanted, rows, places, results)
+
+    def _decode(
+        self,
+        decoder: Decoder,
+        rows: Sequence[Row],
+        places: Sequence[int],
+        results: list[tuple[Choice, int, Sampling] | None],
+    ) -> None:
+        """Rows of one token through decode.py, which draws for most requests itself."""
+        samplings = [row.sampling if row.sampling and drawn_by_step(row.sampling) else GREEDY for row in rows]
+        seeds = [
+            0 if sampling.greedy else self._history(row).seed for row, sampling in zip(rows, samplings, strict=True)
+        ]
+        keys = noise_keys(seeds, [row.start + 1 for row in rows])
+        buffers = decoder.step(rows, keys, [sampling.temperature for sampling in samplings])
+        count = len(rows)
+        drawn = self._fetch(Choice(buffers.tokens[:count], buffers.logprobs[:count], None, None))
+        others = []
+        for b, (row, place) in enumerate(zip(rows, places, strict=True)):
+            if row.sampling is None:
+                continue
+            if drawn_by_step(row.sampling):
+                results[place] = (drawn, b, row.sampling)
+            else:
+                others.append(b)
+        if others:
+            self._choose(buffers.logits[others], others, rows, places, results)
+
+    def _choose(
+        self,
+        logits: Tensor,
+        wanted: Sequence[int],
+        rows: Sequence[Row],
+        places: Sequence[int],
+        results: list[tuple[Choice, int, Sampling] | None],
+    ) -> None:
+        """The next tokens of rows[b] for b in `wanted`, from float32 logits [len(wanted), V]."""
+        chosen = [(rows[b], rows[b].sampling or GREEDY) for b in wanted]
+        histories = [self._history(row) for row, _ in chosen]
+        positions = [row.start + max(1, len(row.tokens or ())) for row, _ in chosen]
+        choice = choose(logits, [sampling for _, sampling in chosen], histories, positions)
         on_host = self._fetch(choice)
-        for n, (b, row, sampling) in enumerate(wanted):
-            self._last[row.slot] = choice.tokens[n : n + 1]
+        self._last[torch.tensor([row.slot for row, _ in chosen], device=self._device)] = choice.tokens
+        for n, (b, (_, sampling)) in enumerate(zip(wanted, chosen, strict=True)):
             results[places[b]] = (on_host, n, sampling)
 
     def _tokens(self, row: Row) -> Tensor:
         """int64 [1, L]"""
-        return self._last[row.slot][None] if row.tokens is None else self._ids([row.tokens])
+        return self._last[None, row.slot : row.slot + 1] if row.tokens is None else self._ids([row.tokens])
 
     def _ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(ids, dtype=torch.int64, device=self._device)
 
-    def _history(self, row: Row, sampling: Sampling) -> History:
-        if row.prompt is not None:
+    def _history(self, row: Row) -> History:
+        """What the sampler remembers of the row's slot, begun anew with a request's first sampled row."""
+        if row.prompt is not None and row.sampling is not None:
+            sampling = row.sampling
             seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
             self._histories[row.slot] = History.begin(sampling, row.prompt, seed, self.config.vocab_size, self._device)
         return self._histories[row.slot]
@@ -128,10 +189,9 @@ class CudaRunner:
         """The choice on the host, once the step's event is done. Reading it from the device later would also wait for
         the next step, which is submitted by then."""
 
-        if self._device.type == "cpu":
-            return choice
-
         def fetch(values: Tensor) -> Tensor:
+            if self._device.type == "cpu":
+                return values.clone()
             return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
 
         top_ids = None if choice.top_ids is None else fetch(choice.top_ids)
@@ -144,6 +204,12 @@ class CudaRunner:
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record(torch.cuda.current_stream(self._device))
         return done
+
+
+def drawn_by_step(sampling: Sampling) -> bool:
+    """Whether decode.py's step draws as `sampling` says: greedy or at a temperature, with nothing else to heed."""
+    plain = sampling.top_p == 1 and not sampling.top_k and not sampling.min_p and not sampling.logit_bias
+    return plain and not sampling.penalized and not sampling.logprobs
 
 
 def _sampled(choice: Choice, n: int, sampling: Sampling) -> Sampled:

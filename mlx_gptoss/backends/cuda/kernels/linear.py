@@ -244,7 +244,7 @@ def _qkv(
 def project_qkv(
     x: Tensor,
     matrices: tuple[Matrix, ...],
-    bias: Tensor,
+    bias: Tensor | None,
     table: tuple[Tensor, Tensor],
     slots: Tensor,
     positions: Tensor,
@@ -287,6 +287,33 @@ def project_qkv(
             **weight_args(matrix),
         )
         head0 += N // 64
+
+
+@triton.jit(do_not_specialize=["stride"])
+def _turn(x, cos, sin, out, stride, HEADS: tl.constexpr, BH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, BH)
+    pair = tl.arange(0, 32)
+    mask = (head < HEADS)[:, None] & (pair >= 0)[None, :]
+    at = x + row * stride + head[:, None] * 64 + pair[None, :]
+    a = tl.load(at, mask=mask, other=0).to(tl.float32)
+    b = tl.load(at + 32, mask=mask, other=0).to(tl.float32)
+    c = tl.load(cos + row * 32 + pair)[None, :]
+    s = tl.load(sin + row * 32 + pair)[None, :]
+    at = out + (row * HEADS + head)[:, None] * 64 + pair[None, :]
+    tl.store(at, (a * c - b * s).to(out.dtype.element_ty), mask=mask)
+    tl.store(at + 32, (b * c + a * s).to(out.dtype.element_ty), mask=mask)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [L, heads * 64], columns of something wider or not, rotated by cos and sin, float32 [L, 32] ->
+    [L, heads, 64]"""
+    L, width = x.shape
+    heads = width // 64
+    out = torch.empty((L, heads, 64), dtype=x.dtype, device=x.device)
+    BH = triton.next_power_of_2(heads)
+    launch(_turn, (L,), x, cos, sin, out, x.stride(0), HEADS=heads, BH=BH, num_warps=4)
+    return out
 
 
 @triton.jit

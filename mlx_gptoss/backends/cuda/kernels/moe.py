@@ -17,24 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layers import Matrix
+from ..layers import Experts, Matrix
 from .dequant import outer_factor, weight_args, weight_tile
 from .launch import launch
 from .linear import Tile, block_of, dot, multiply, tile_for
 
 SORTED_AT_ONCE = 64  # tokens that one program sorts; more are sorted by torch
-
-
-@dataclass(frozen=True)
-class Experts:
-    """One layer's: gate_up [E, 2 I, D], gate rows first, and down [E, D, I], with biases [E, 2 I] and [E, D]."""
-
-    gate_up: Matrix
-    gate_up_bias: Tensor
-    down: Matrix
-    down_bias: Tensor
-    limit: float
-    alpha: float
 
 
 @dataclass(frozen=True)
@@ -82,7 +70,7 @@ def _router(
 
 
 def router(
-    x: Tensor, matrix: Matrix, bias: Tensor, out: Tensor, *, norm: Tensor | None = None, eps: float = 0.0
+    x: Tensor, matrix: Matrix, bias: Tensor | None, out: Tensor, *, norm: Tensor | None = None, eps: float = 0.0
 ) -> None:
     """out float32 [T, E] = RMSNorm(x [T, D]) @ matrix [E, D]^T + bias [E]; without norm, x as it is."""
     T, K = x.shape
@@ -362,7 +350,9 @@ def _combine(x, parts, weights, positions, out, D: tl.constexpr, A: tl.constexpr
         if tl.load(positions + row) < 0:
             return
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.load(x + row * D + k, mask=k < D, other=0).to(tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    if x is not None:
+        total += tl.load(x + row * D + k, mask=k < D, other=0).to(tl.float32)
     for a in tl.static_range(A):
         part = tl.load(parts + (row * A + a) * D + k, mask=k < D, other=0).to(tl.float32)
         total += tl.load(weights + row * A + a) * part
@@ -372,13 +362,14 @@ def _combine(x, parts, weights, positions, out, D: tl.constexpr, A: tl.constexpr
 def mixture_of_one(x: Tensor, logits: Tensor, experts: Experts, hidden: Tensor, norm: Tensor, eps: float) -> None:
     """x [1, D] += the weighted sum of the experts that logits float32 [1, E] choose, of RMSNorm(x). hidden [A, I] is
     scratch."""
-    (A, I), (E, _, D) = hidden.shape, experts.gate_up.shape
+    (A, I), (E, D) = hidden.shape, experts.down.bias.shape
+    (gate_up,), (down,) = experts.gate_up.matrices, experts.down.matrices
     BE = triton.next_power_of_2(E)
-    tile = tile_for(1, experts.gate_up)
+    tile = tile_for(1, gate_up)
     launch(
         _gate_up,
         (A, triton.cdiv(2 * I, tile.BN)),
-        *(x, norm, logits, None, None, experts.gate_up_bias, hidden),
+        *(x, norm, logits, None, None, experts.gate_up.bias, hidden),
         **_activation(experts, eps),
         I=I,
         E=E,
@@ -387,25 +378,25 @@ def mixture_of_one(x: Tensor, logits: Tensor, experts: Experts, hidden: Tensor, 
         K=D,
         BT=1,
         **_options(tile),
-        **weight_args(experts.gate_up),
+        **weight_args(gate_up),
     )
-    tile = down_tile(experts.down)
+    tile = down_tile(down)
     launch(
         _down_one,
         (triton.cdiv(D, tile.BN),),
-        *(hidden, logits, experts.down_bias, x),
+        *(hidden, logits, experts.down.bias, x),
         N=D,
         E=E,
         A=A,
         BE=BE,
         K=I,
         **_options(tile),
-        **weight_args(experts.down),
+        **weight_args(down),
     )
 
 
 def mixture(
-    x: Tensor,
+    x: Tensor | None,
     normed: Tensor,
     groups: Groups,
     experts: Experts,
@@ -414,36 +405,37 @@ def mixture(
     out: Tensor,
     positions: Tensor | None = None,
 ) -> None:
-    """out [T, D] = x + the weighted sum of each token's experts of `normed` [T, D]. hidden [P, I] and parts [P, D] are
-    scratch; rows whose position is -1 are left as they are; `out` may be x."""
-    (T, D), (P, I) = x.shape, hidden.shape
-    A, (E, _, _) = P // T, experts.gate_up.shape
+    """out [T, D] = x, or 0, + the weighted sum of each token's experts of `normed` [T, D]. hidden [P, I] and parts
+    [P, D] are scratch; rows whose position is -1 are left as they are; `out` may be x."""
+    (T, D), (P, I) = out.shape, hidden.shape
+    A, E = P // T, len(experts.down.bias)
+    (gate_up,), (down,) = experts.gate_up.matrices, experts.down.matrices
     BT = max(16, block_of(T, most=128))
     tiles = min(E, P) + P // BT if BT < T else min(E, P)
     shared = {"E": E, "BE": triton.next_power_of_2(E), "BT": BT}
-    tile = grouped_tile(T, experts.gate_up)
+    tile = grouped_tile(T, gate_up)
     launch(
         _gate_up,
         (tiles, triton.cdiv(2 * I, tile.BN)),
-        *(normed, None, None, groups.order, groups.starts, experts.gate_up_bias, hidden),
+        *(normed, None, None, groups.order, groups.starts, experts.gate_up.bias, hidden),
         **_activation(experts, 0.0),
         I=I,
         A=A,
         K=D,
         **shared,
         **_options(tile),
-        **weight_args(experts.gate_up),
+        **weight_args(gate_up),
     )
-    tile = grouped_tile(T, experts.down)
+    tile = grouped_tile(T, down)
     launch(
         _down,
         (tiles, triton.cdiv(D, tile.BN)),
-        *(hidden, groups.order, groups.starts, experts.down_bias, parts),
+        *(hidden, groups.order, groups.starts, experts.down.bias, parts),
         N=D,
         K=I,
         **shared,
         **_options(tile),
-        **weight_args(experts.down),
+        **weight_args(down),
     )
     BLOCK = min(1024, triton.next_power_of_2(D))
     grid = (T, triton.cdiv(D, BLOCK))

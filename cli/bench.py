@@ -1,0 +1,192 @@
+"""mlx-gptoss bench: how fast a model runs here, how near to what the memory allows, and beside other programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from mlx_gptoss.benchmark import Report, Where
+    from mlx_gptoss.timing import Case, Contender
+    from mlx_gptoss.weights.checkpoint import Readable
+
+COUNT = click.IntRange(min=1)
+AGAINST = ["mlx-lm", "transformers", "mlx", "cuda"]
+
+
+@click.command()
+@click.option("--model", metavar="PATH|REPO", help="A folder or a hub id; the bundled model by default.")
+@click.option("--synthetic", metavar="20b|120b|tiny", help="Random weights of these shapes instead of a model.")
+@click.option("--format", "form", metavar="NAME", help="How synthetic weights are stored; mxfp4 by default.")
+@click.option("--layers", type=COUNT, metavar="N", help="As many layers of the synthetic model.")
+@click.option("--prompt", type=COUNT, default=512, show_default=True, metavar="N", help="Tokens to prefill.")
+@click.option("--generate", type=COUNT, default=64, show_default=True, metavar="N", help="Tokens to decode.")
+@click.option("--context", type=COUNT, multiple=True, metavar="N", help="Tokens before decoding, at least the prompt.")
+@click.option("--batch", type=COUNT, multiple=True, default=(1,), metavar="B", help="Sequences at once.")
+@click.option("--repeat", type=COUNT, default=3, show_default=True, metavar="R", help="Take the median of R.")
+@click.option("--against", type=click.Choice(AGAINST), help="Time this program, or our other backend, too, in turns.")
+@click.option("--against-dtype", metavar="NAME", help="What it computes in; by default what it would.")
+@click.option("--quantize", metavar="NAME", help="Quantize while loading.")
+@click.option("--backend", default="auto", metavar="auto|mlx|cuda", show_default=True, help="What computes.")
+@click.option("--device", metavar="cpu|gpu|cuda:N", help="Where; the backend's best by default.")
+@click.option("--dtype", metavar="NAME", help="Of activations: float32, bfloat16 or float16.")
+@click.option("--plot", type=Path, metavar="FILE.png", help="Draw speed against context and against batch.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench(
+    *,
+    context: tuple[int, ...],
+    batch: tuple[int, ...],
+    prompt: int,
+    generate: int,
+    repeat: int,
+    plot: Path | None,
+    as_json: bool,
+    **choices: Any,
+) -> None:
+    """Prefill and decode speed, memory, and the share of what the memory's bandwidth allows.
+
+    --context and --batch may be repeated; every pair is timed. The bound of a decoding step is what it has to read over
+    the bandwidth of a copy on the same device, measured in the same run. A GPU's logits are checked before it is timed.
+    """
+    if choices["quantize"] and choices["against"] in AGAINST[:2]:
+        raise click.UsageError("--against loads the checkpoint as it is: convert it instead of --quantize")
+    if choices["model"] and choices["synthetic"]:
+        raise click.UsageError("give --model or --synthetic, not both")
+    if (choices["form"] or choices["layers"]) and not choices["synthetic"]:
+        raise click.UsageError("--format and --layers describe synthetic weights: give --synthetic too")
+    if min(context, default=prompt) < prompt:
+        raise click.UsageError(f"the context of {min(context)} tokens is shorter than the prompt of {prompt}")
+    if plot:
+        from mlx_gptoss.plot import check_plot
+
+        check_plot(plot)
+    from mlx_gptoss.timing import Case
+
+    cases = [Case(b, prompt, c, generate) for b in sorted(set(batch)) for c in sorted(set(context or (prompt,)))]
+    with _telling() as tell:
+        report = _bench(cases, repeat, tell, **choices)
+    if as_json:
+        click.echo(json.dumps(_json(report)))
+    else:
+        _print(report)
+    if plot:
+        from mlx_gptoss.plot import plot_speeds
+
+        plot_speeds(report.results, plot)
+
+
+def _bench(cases: list[Case], repeat: int, tell: Callable[[str], None], **choices: Any) -> Report:
+    from mlx_gptoss import api
+    from mlx_gptoss.backends import BACKENDS
+    from mlx_gptoss.benchmark import Model, Where, bench, load
+    from mlx_gptoss.weights.requantize import Requantized
+
+    where = Where.find(choices["backend"], choices["device"], choices["dtype"])
+    quantize, against = choices["quantize"], choices["against"]
+    with ExitStack() as stack:
+        source, folder = _source(stack, tell, **choices)
+        model = Model(source, source.size_bytes, source.format)
+        if quantize:
+            weights = Requantized(source, quantize)
+            model = Model(weights, api.sizes_in_other_formats(source)[quantize], quantize)
+        others: list[Contender] = []
+        if against in BACKENDS:
+            other = Where.find(against, choices["device"], choices["against_dtype"] or where.dtype)
+            second, _ = load(model, cases, repeat, other, tell)
+            stack.callback(second.close)
+            others.append(second)
+        elif against:
+            tell(f"starting {against}")
+            others.append(stack.enter_context(_peer(against, folder, source.format, where, choices["against_dtype"])))
+        must_agree = against is not None and against != "mlx-lm"  # which rounds YaRN's range
+        return bench(model, cases, where, repeat=repeat, others=others, must_agree=must_agree, tell=tell)
+
+
+def _source(stack: ExitStack, tell: Callable[[str], None], **choices: Any) -> tuple[Readable, Path | None]:
+    """The weights, and the folder of a checkpoint of them, which a peer can load; temporary for synthetic ones."""
+    from mlx_gptoss import api
+    from mlx_gptoss.weights.synthetic import Synthetic, preset
+
+    if not choices["synthetic"]:
+        checkpoint = api.open_checkpoint(choices["model"])
+        return checkpoint, checkpoint.folder
+    source = Synthetic(preset(choices["synthetic"], choices["layers"]), choices["form"] or "mxfp4")
+    if choices["against"] not in AGAINST[:2]:
+        return source, None
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlx-gptoss-bench-"))) / "checkpoint"
+    tell(f"writing {source.size_bytes / 1e9:.1f} GB of synthetic weights for {choices['against']}")
+    source.write(folder)
+    return source, folder
+
+
+def _peer(name: str, folder: Path | None, form: str, where: Where, dtype: str | None) -> Any:
+    from .peers.process import Peer
+
+    assert folder is not None
+    if name == "transformers":  # its logits have to be ours: by default it computes in what we do
+        dtype = dtype or where.dtype
+    return Peer(name, folder, form, "cpu" if where.name == "cpu" else "gpu", dtype)
+
+
+@contextmanager
+def _telling() -> Iterator[Callable[[str], None]]:
+    """A spinner on a terminal's stderr; elsewhere a line for each thing that begins."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda what: click.echo(what, err=True)
+        return
+    with console.status("Starting") as status:
+        yield lambda what: status.update(escape(what[:1].upper() + what[1:]))
+
+
+def _json(report: Report) -> dict[str, Any]:
+    results = [{k: v for k, v in asdict(result).items() if k != "ratio" or v} for result in report.results]
+    found: dict[str, Any] = {"results": results, "agreement": [asdict(agreement) for agreement in report.agreements]}
+    return found | ({"ratio": report.ratio} if report.ratio else {})
+
+
+def _print(report: Report) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from mlx_gptoss.memory import gigabytes
+
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    first = report.results[0]
+    console.print(
+        f"[bold]{escape(first.device)}[/bold], backend {first.backend}, {first.format}; "
+        f"a copy reaches {first.bandwidth_gb_s or 0:.0f} GB/s, read and written counted"
+    )
+    for found in report.agreements:
+        decoded = "" if found.decode_error is None else f", decoded log-probabilities off by {found.decode_error:.2g}"
+        console.print(
+            f"Against {escape(found.against)}, {found.layers} layers, {found.tokens} tokens: "
+            f"KL {found.kl:.2g} nats, relative error {found.relative_error:.2g}, top-1 {found.top1:.1%}{decoded}"
+        )
+    table = Table(box=None, header_style="bold")
+    for column in ("engine", "batch", "prompt", "prefill tok/s", "context", "decode tok/s", "bytes a step"):
+        table.add_column(column, justify="left" if column == "engine" else "right")
+    for column in ("of bound", "peak memory", "load"):
+        table.add_column(column, justify="right")
+    for r in report.results:
+        table.add_row(
+            escape(f"{r.engine} ({r.backend})"), str(r.batch), str(r.prompt), f"{r.prefill_tok_s:.1f}", str(r.context),
+            f"{r.decode_tok_s:.1f}", gigabytes(round(r.bytes_per_step)) if r.bytes_per_step else "",
+            f"{r.fraction_of_bound:.1%}" if r.fraction_of_bound else "", gigabytes(r.peak_memory_bytes),
+            f"{r.load_s:.1f} s",
+        )  # fmt: skip
+    console.print(table)
+    if report.ratio:
+        console.print(f"Ours over theirs: prefill {report.ratio['prefill']:.2f}, decode {report.ratio['decode']:.2f}")

@@ -1,0 +1,198 @@
+"""One decoding step: up to 64 sequences, one token each, from the ids fed back on the device to the ids chosen.
+
+Everything lies in buffers that stay where they are, and the host says only which slots take part, where they stand and
+how they draw; so on a GPU a step is one copy to the device and the replay of one CUDA graph. Six or seven kernels a
+layer for one sequence, ten or eleven for more.
+
+Legend: B rows (a power of two; those without a request are idle, at position -1), S slots, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..base import Row
+from .cache import Cache, RingCache
+from .kernels import attention, linear, moe, sample
+from .model import Block, GptOss, Norm
+
+IDLE = -1
+FED_BACK = -1
+
+
+class Inputs:
+    """What the host says of each row, as one piece of memory, which one copy brings to the device.
+
+    given int64: the token, or FED_BACK for the one that the slot sampled last. keys int64: where the row's noise
+    starts. slots, positions int32. temperatures float32: 0 is greedy.
+    """
+
+    def __init__(self, rows: int, memory: Tensor) -> None:
+        """memory: uint8 [28 * rows]"""
+        wide, narrow = memory[: 16 * rows].view(torch.int64), memory[16 * rows :]
+        self.given, self.keys = wide[:rows], wide[rows:]
+        ints = narrow[: 8 * rows].view(torch.int32)
+        self.slots, self.positions = ints[:rows], ints[rows:]
+        self.temperatures = narrow[8 * rows :].view(torch.float32)
+        self.memory = memory
+
+    @staticmethod
+    def empty(rows: int, device: torch.device, *, pinned: bool = False) -> Inputs:
+        """With every row idle."""
+        inputs = Inputs(rows, torch.zeros(28 * rows, dtype=torch.uint8, device=device, pin_memory=pinned))
+        inputs.positions.fill_(IDLE)
+        return inputs
+
+    def fill(self, rows: Sequence[Row], keys: Sequence[int], temperatures: Sequence[float]) -> None:
+        """On the host. The rows after the last stay idle."""
+        tokens = [FED_BACK if row.tokens is None else row.tokens[0] for row in rows]
+        for part, values in (
+            (self.given, tokens),
+            (self.keys, keys),
+            (self.slots, [row.slot for row in rows]),
+            (self.positions, [row.start for row in rows]),
+            (self.temperatures, temperatures),
+        ):
+            part[: len(rows)] = torch.tensor(values, dtype=part.dtype)
+
+
+class Buffers:
+    """Everything between a step's inputs and its outputs, for B rows.
+
+    logits float32 [B, V], tokens int64 [B] and logprobs float32 [B] are what a step leaves behind.
+    """
+
+    def __init__(self, model: GptOss, rows: int, capacity: int, device: torch.device) -> None:
+        c = model.config
+        D, pairs = c.hidden_size, rows * c.num_experts_per_tok
+
+        def new(*shape: int, dtype: torch.dtype = model.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        self.inputs = Inputs.empty(rows, device)
+        self.x, self.normed = new(rows, D), new(rows, D)
+        self.q, self.y = new(rows, c.num_attention_heads, c.head_dim), new(rows, c.q_size)
+        heads = c.num_attention_heads, c.num_key_value_heads
+        self.attention = attention.decode_scratch(rows, *heads, capacity, model.dtype, device)
+        self.scores = new(rows, c.num_local_experts, dtype=torch.float32)
+        self.groups = moe.Groups(
+            new(pairs, dtype=torch.int32),
+            new(c.num_local_experts + 1, dtype=torch.int32),
+            new(pairs, dtype=torch.float32),
+        )
+        self.hidden, self.parts = new(pairs, c.intermediate_size), new(pairs, D)
+        self.logits = new(rows, c.vocab_size, dtype=torch.float32)
+        self.draw = sample.scratch(rows, c.vocab_size, device)
+        self.tokens, self.logprobs = new(rows, dtype=torch.int64), new(rows, dtype=torch.float32)
+
+
+class Decoder:
+    """Steps of one model over one cache. last: int64 [S], what each slot sampled last, read and written here."""
+
+    def __init__(self, model: GptOss, cache: Cache, last: Tensor, max_context: int) -> None:
+        self._model = model
+        self._cache = cache
+        self._last = last
+        self._capacity = max_context
+        self._device = last.device
+        positions = torch.arange(max_context, device=last.device)
+        turn = model.rotary.turn(positions[None])
+        self._table = (turn.cos[0, 0].contiguous(), turn.sin[0, 0].contiguous())  # [max_context, 32] each
+        self._buffers: dict[int, Buffers] = {}
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def prepare(self, rows: int) -> None:
+        """Compile and capture what a step of so many rows needs; otherwise the first such step does."""
+        self._ready(_bucket(rows))
+
+    def step(self, rows: Sequence[Row], keys: Sequence[int], temperatures: Sequence[float]) -> Buffers:
+        """Start a step of at most 64 rows of one token each. Row i of the buffers is rows[i]'s until the next
+        step of as many."""
+        count = _bucket(len(rows))
+        buffers = self._ready(count)
+        on_gpu = self._device.type == "cuda"
+        staged = Inputs.empty(count, torch.device("cpu"), pinned=on_gpu)
+        staged.fill(rows, keys, temperatures)
+        buffers.inputs.memory.copy_(staged.memory, non_blocking=on_gpu)
+        if on_gpu:
+            self._graphs[count].replay()
+        else:
+            self._run(buffers)
+        return buffers
+
+    def _ready(self, rows: int) -> Buffers:
+        if rows not in self._buffers:
+            buffers = Buffers(self._model, rows, self._capacity, self._device)
+            if self._device.type == "cuda":
+                self._graphs[rows] = self._capture(buffers)
+            self._buffers[rows] = buffers
+        return self._buffers[rows]
+
+    def _capture(self, buffers: Buffers) -> torch.cuda.CUDAGraph:
+        """Every row is idle until a step fills the inputs, so neither the warm-up nor the capture changes the cache."""
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):
+            self._run(buffers)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._run(buffers)
+        return graph
+
+    def _run(self, b: Buffers) -> None:
+        """The step itself: launches only, the same whatever the inputs hold."""
+        model, i = self._model, b.inputs
+        linear.embed(i.given, self._last, i.slots, i.positions, model.embed, b.x)
+        for block, layer in zip(model.blocks, self._cache.layers, strict=True):
+            ring = isinstance(layer, RingCache)
+            at = block.attention
+            x, gain, eps = self._normed(b, block.attention_norm)
+            linear.project_qkv(
+                x,
+                at.qkv.matrices,
+                at.qkv.bias,
+                self._table,
+                i.slots,
+                i.positions,
+                b.q,
+                layer.keys,
+                layer.values,
+                ring=ring,
+                norm=gain,
+                eps=eps,
+            )
+            attention.decode_attention(
+                b.q, layer.keys, layer.values, i.slots, i.positions, at.sinks, at.scale, b.y, b.attention, ring=ring
+            )
+            linear.linear(b.y, at.out.matrices[0], b.x, bias=at.out.bias, residual=b.x)
+            self._mixture(b, block)
+        x, gain, eps = self._normed(b, model.norm)
+        linear.linear(x, model.lm_head.matrices[0], b.logits, norm=gain, eps=eps)
+        sample.draw(b.logits, i.temperatures, i.keys, i.slots, i.positions, b.tokens, b.logprobs, self._last, b.draw)
+
+    def _mixture(self, b: Buffers, block: Block) -> None:
+        router, experts = block.mlp.router, block.mlp.experts
+        x, gain, eps = self._normed(b, block.mlp_norm)
+        moe.router(x, router.matrices[0], router.bias, b.scores, norm=gain, eps=eps)
+        if gain is not None:
+            moe.mixture_of_one(b.x, b.scores, experts, b.hidden, gain, eps)
+        else:
+            moe.sort(b.scores, b.inputs.positions, experts.active, b.groups)
+            moe.mixture(b.x, x, b.groups, experts, b.hidden, b.parts, b.x, b.inputs.positions)
+
+    def _normed(self, b: Buffers, norm: Norm) -> tuple[Tensor, Tensor | None, float]:
+        """What the next products multiply, and the norm that they still have to apply: one row's is folded into them,
+        for several it is a kernel of its own."""
+        if len(b.x) == 1:
+            return b.x, norm.weight, norm.eps
+        linear.norm(b.x, norm.weight, norm.eps, b.normed)
+        return b.normed, None, 0.0
+
+
+def _bucket(rows: int) -> int:
+    """The next power of two"""
+    return 1 << (rows - 1).bit_length()

@@ -1,0 +1,182 @@
+"""Operations in torch alone: what a CPU computes with, and the oracle of the kernels.
+
+A product decodes its matrix block by block, in float32 and by the one formula of weights/tensor.py, into operands of
+the activations' dtype. On a CPU, threads share the blocks.
+
+Legend: as in layers.py; C keys, W window.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layers import DenseMatrix, Experts, Matrix, Turn
+
+# Elements decoded at once. On a CPU the block stays in the cache until the product has read it.
+CPU_BLOCK = 1 << 20
+GPU_BLOCK = 1 << 24
+
+# Attention scores held at once: 64 MB of float32 on a CPU, 256 MB on a GPU.
+CPU_SCORES = 1 << 24
+GPU_SCORES = 1 << 26
+
+
+class Plain:
+    """threads: that share a product's blocks.
+
+    A block's decoding is a chain of small operations, some of which torch runs on one core; so whole blocks are what
+    is shared, and each thread's own operations stay on its core.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._pool = _hire(threads) if threads > 1 else None
+
+    def product(self, x: Tensor, matrix: Matrix) -> Tensor:
+        """x [T, D] times a matrix [N, D], transposed -> [T, N]"""
+        if isinstance(matrix, DenseMatrix) and matrix.weight.dtype == x.dtype:
+            return x @ matrix.weight.mT
+        count, width = matrix.shape
+        step = max(1, (CPU_BLOCK if x.device.type == "cpu" else GPU_BLOCK) // width)
+        blocks = range(0, count, step)
+        left = iter(blocks)  # whoever is free takes the next
+        y = x.new_empty((x.shape[0], count))
+
+        def work() -> None:
+            with torch.inference_mode():
+                for start in left:
+                    rows = slice(start, start + step)
+                    torch.mm(x, matrix.at(rows).decode(x.dtype).mT, out=y[:, rows])
+
+        if self._pool is None or len(blocks) == 1:
+            work()
+        else:
+            for done in [self._pool.submit(work) for _ in range(min(self._threads, len(blocks)))]:
+                done.result()
+        return y
+
+    def turn(self, x: Tensor, turn: Turn) -> Tensor:
+        """x [B, L, heads * 64], whose pairs are (i, i + 32) of a head -> rotated [B, heads, L, 64]"""
+        a, b = heads_of(x, 2 * turn.cos.shape[-1]).float().chunk(2, dim=-1)
+        return torch.cat([a * turn.cos - b * turn.sin, b * turn.cos + a * turn.sin], dim=-1).to(x.dtype)
+
+    def single(
+        self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sinks: Tensor, scale: float
+    ) -> Tensor:
+        """One query a row, [B, H, 1, 64], over keys [B, K, C, 64] where mask, bool [B, 1, 1, C], is true or None."""
+        return _joined(_attend(q, keys, values, mask, sinks, scale), q.dtype)
+
+    def causal(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float) -> Tensor:
+        """A block of queries at a time, each over the keys up to its end."""
+        _, H, L, _ = q.shape
+        C = keys.shape[2]
+        size = max(1, (CPU_SCORES if q.device.type == "cpu" else GPU_SCORES) // (H * C))
+        parts = []
+        for start in range(0, L, size):
+            block = q[:, :, start : start + size]
+            first, end = C - L + start, C - L + start + block.shape[2]
+            i = torch.arange(first, end, device=q.device)[:, None]
+            mask = torch.arange(end, device=q.device)[None, :] <= i
+            parts.append(_attend(block, keys[:, :, :end], values[:, :, :end], mask, sinks, scale))
+        return _joined(torch.cat(parts, dim=2), q.dtype)
+
+    def banded(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float, past: int) -> Tensor:
+        """S = min(L, W) queries at a time. Work per token does not grow with L: block n of S queries sees only the keys
+        [n S, n S + W + S)."""
+        dtype, L = q.dtype, q.shape[2]
+        W = keys.shape[2] - L
+        S = min(L, W)
+        n = -(-L // S)
+        if n > 1:
+            pad = (0, 0, 0, n * S - L)
+            q = _blocks(F.pad(q, pad), S)  # [n, H, S, 64]
+            k, v = (_blocks(F.pad(a, pad), S) for a in (keys, values))  # [n + 1, K, S, 64], as S = W
+            keys, values = (torch.cat([a[:-1], a[1:]], dim=2) for a in (k, v))  # [n, K, W + S, 64]
+        # Query i stands at place W + i of its block's keys and sees the W places up to itself.
+        i, j = torch.arange(S, device=q.device)[:, None], torch.arange(W + S, device=q.device)[None, :]
+        mask = ((j > i) & (j <= i + W)).expand(n, 1, S, W + S)
+        if past < W:  # the first block's oldest places lie before position 0
+            exists = (torch.arange(n, device=q.device)[:, None] > 0) | (j >= W - past)
+            mask = mask & exists[:, None, None, :]
+        y = _attend(q, keys, values, mask, sinks, scale)  # [n, H, S, 64]
+        return _joined(y.transpose(0, 1).reshape(1, y.shape[1], n * S, y.shape[3])[:, :, :L], dtype)
+
+    def mixture(self, x: Tensor, scores: Tensor, experts: Experts) -> Tensor:
+        """Each expert in use is decoded once, for all tokens that chose it."""
+        best, chosen = scores.topk(experts.active, dim=-1)  # [T, A]
+        weights = best.softmax(dim=-1).flatten()
+        order = chosen.flatten().argsort(stable=True)  # pairs of token and expert, by expert
+        counts = chosen.flatten().bincount(minlength=scores.shape[-1])
+        y = torch.zeros_like(x, dtype=torch.float32)
+        start = 0
+        for expert, count in enumerate(counts.tolist()):  # a GPU is waited for here
+            if count:
+                pairs = order[start : start + count]
+                mine = pairs // experts.active
+                gate, up = experts.gate_up.expert(expert, self)(x[mine]).chunk(2, dim=-1)
+                out = experts.down.expert(expert, self)(clamped_swiglu(gate, up, experts.limit, experts.alpha))
+                y.index_add_(0, mine, out.float() * weights[pairs, None])
+                start += count
+        return y.to(x.dtype)
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor, limit: float, alpha: float) -> Tensor:
+    """gate * sigmoid(alpha * gate) * (up + 1), gate clamped from above and up on both sides."""
+    gate = gate.clamp(max=limit)
+    up = up.clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
+def heads_of(x: Tensor, dim: int) -> Tensor:
+    """[B, L, heads * dim] -> [B, heads, L, dim]"""
+    return x.view(*x.shape[:-1], -1, dim).transpose(1, 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor, scale: float) -> Tensor:
+    """Softmax attention with one more column a head, its sink, which is dropped afterwards. Float32 throughout.
+
+    q [B, H, L, 64], k and v [B, K, C, 64], mask bool [..., L, C], sinks [H] -> float32 [B, H, L, 64]
+    """
+    B, H, L, dim = q.shape
+    K, C = k.shape[1:3]
+    packed = (q.float() * scale).reshape(B, K, H // K * L, dim)  # the heads that share keys, as one matrix
+    scores = (packed @ k.float().mT).view(B, H, L, C)
+    if mask is not None:
+        scores.masked_fill_(~mask, -torch.inf)
+    sinks = sinks[:, None, None]
+    top = torch.maximum(scores.amax(dim=-1, keepdim=True), sinks)  # [B, H, L, 1]
+    weights = scores.sub_(top).exp_()
+    total = weights.sum(dim=-1, keepdim=True) + (sinks - top).exp()
+    y = weights.view(B, K, H // K * L, C) @ v.float()
+    return y.view(B, H, L, dim) / total
+
+
+def _joined(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, H, L, 64] -> [B, L, H * 64]"""
+    return y.to(dtype).transpose(1, 2).flatten(2)
+
+
+def _blocks(x: Tensor, size: int) -> Tensor:
+    """[1, heads, n * size, 64] -> [n, heads, size, 64]"""
+    _, heads, length, dim = x.shape
+    return x.reshape(heads, length // size, size, dim).transpose(0, 1)
+
+
+def _hire(threads: int) -> ThreadPoolExecutor:
+    """A pool whose threads keep their own operations on one core. torch takes that setting for the thread that makes
+    it and for all that start later; for the latter it is undone."""
+    pool, everyone = ThreadPoolExecutor(threads, "gptoss-product"), Barrier(threads)
+
+    def settle() -> None:
+        torch.set_num_threads(1)
+        everyone.wait()
+
+    for done in [pool.submit(settle) for _ in range(threads)]:
+        done.result()
+    torch.set_num_threads(threads)
+    return pool
