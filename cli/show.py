@@ -21,9 +21,16 @@ if TYPE_CHECKING:
 @click.option("--backend", default="auto", metavar="auto|mlx|cuda", help="Plan for this backend.")
 @click.option("--device", metavar="cpu|gpu|cuda:N", help="Plan for this device.")
 @click.option("--dtype", metavar="NAME", help="Plan for activations of this dtype.")
+@click.option("--kv-bits", type=click.Choice(["8"]), help="Plan for a K/V cache of full layers in 8 bits.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def show(
-    model: str | None, context: int | None, backend: str, device: str | None, dtype: str | None, as_json: bool
+    model: str | None,
+    context: int | None,
+    backend: str,
+    device: str | None,
+    dtype: str | None,
+    kv_bits: str | None,
+    as_json: bool,
 ) -> None:
     """Format, sizes and bits per weight of MODEL (a folder or a hub id), and the memory it needs here.
 
@@ -34,7 +41,14 @@ def show(
     from mlx_gptoss.recommend import recommend
 
     checkpoint = api.open_checkpoint(model)
-    plan = api.memory_plan(checkpoint, find_backend(backend)[0], device=device, dtype=dtype, max_context=context)
+    plan = api.memory_plan(
+        checkpoint,
+        find_backend(backend)[0],
+        device=device,
+        dtype=dtype,
+        max_context=context,
+        kv_bits=None if kv_bits is None else int(kv_bits),
+    )
     best = recommend(checkpoint, plan, api.sizes_in_other_formats(checkpoint), context)
     summary = checkpoint.summary()
     if as_json:

@@ -239,6 +239,7 @@ def load(
     max_context: int | None = None,
     slots: int = 1,
     quantize: str | None = None,
+    kv_bits: int | None = None,
 ) -> Model:
     """Open a checkpoint and load it onto a device.
 
@@ -251,6 +252,8 @@ def load(
     slots: sequences that are generated at once; more wait.
     quantize: the name of an MLX format ("mlx-4bit", "mlx-mxfp4-q8", ...) to quantize to while loading; None, the
         default, computes on the weights as they are stored.
+    kv_bits: 8 keeps keys and values of the full layers in 8 bits (mlx alone), 9/16 of their memory in bfloat16; None as
+        they are computed.
     Raises CheckpointError, DoesNotFit (before anything is loaded), BackendUnavailable or InvalidRequest.
     """
     started = time.perf_counter()
@@ -258,16 +261,20 @@ def load(
         raise InvalidRequest(f"slots must be at least 1, not {slots}")
     name = "the bundled model" if path_or_repo_id is None else str(path_or_repo_id)
     module, backend = find_backend(backend)
+    if kv_bits is not None and (kv_bits != 8 or backend != "mlx"):
+        raise InvalidRequest(f"kv_bits must be 8, and the backend mlx, not {kv_bits!r} and {backend}; or leave it out")
     checkpoint = open_checkpoint(path_or_repo_id)
     weights = checkpoint if quantize is None else Requantized(checkpoint, quantize)
     tokenizer = checkpoint.tokenizer()
     sizes = sizes_in_other_formats(checkpoint)
     size = checkpoint.size_bytes if quantize is None else sizes[quantize]
-    plan = memory_plan(checkpoint, module, size, device=device, dtype=dtype, max_context=max_context, slots=slots)
+    plan = memory_plan(
+        checkpoint, module, size, device=device, dtype=dtype, max_context=max_context, slots=slots, kv_bits=kv_bits
+    )
     if not plan.fits:
         best = recommend(checkpoint, plan, sizes, max_context)
         require_fit(plan, name, {best.format: best.size_bytes} if best else sizes)
-    limits = Limits(slots=slots, max_context=plan.context, chunk=plan.chunk)
+    limits = Limits(slots=slots, max_context=plan.context, chunk=plan.chunk, kv_bits=kv_bits)
     engine = Engine(lambda: module.load(weights, device=device, dtype=dtype, limits=limits))
     return Model(
         checkpoint,
@@ -295,10 +302,13 @@ def memory_plan(
     dtype: str | None = None,
     max_context: int | None = None,
     slots: int = 1,
+    kv_bits: int | None = None,
 ) -> MemoryPlan:
     """What the checkpoint will take on this backend's device, and what the device has. weights_bytes: where that is
     not the checkpoint's own size, for it is quantized on the way."""
     config = checkpoint.config
+    if kv_bits is not None and config.head_dim % 64:
+        raise InvalidRequest(f"kv_bits needs heads of 64, and this model's have {config.head_dim}; leave it out")
     if max_context is not None and not 1 <= max_context <= config.max_position_embeddings:
         raise InvalidRequest(f"max_context must be from 1 to {config.max_position_embeddings}, not {max_context}")
     return plan_memory(
@@ -309,6 +319,7 @@ def memory_plan(
         context=max_context,
         slots=slots,
         chunk=backend.prefill_chunk(device),
+        kv_bits=kv_bits,
     )
 
 

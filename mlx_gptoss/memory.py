@@ -20,8 +20,10 @@ class MemoryPlan:
     """Bytes that a loaded model takes.
 
     kv_bytes_per_token: of one slot, in the full layers. ring_bytes: of one slot's sliding layers together.
+    layer_bytes_per_token: of one slot, in one full layer, as it is computed: what a copy takes while a layer grows, or
+        is decoded from 8 bits.
     chunk: tokens of one prefill step, as many as there is room for.
-    working_bytes: activations of one prefill chunk, logits, and the runtime itself.
+    step_bytes: activations of one prefill chunk, logits, and the runtime itself.
     available_bytes: what the device has to give: Metal's recommended working set, or the free memory elsewhere.
     """
 
@@ -30,9 +32,15 @@ class MemoryPlan:
     chunk: int
     weights_bytes: int
     kv_bytes_per_token: int
+    layer_bytes_per_token: int
     ring_bytes: int
-    working_bytes: int
+    step_bytes: int
     available_bytes: int
+
+    @property
+    def working_bytes(self) -> int:
+        """What is not weights and cache."""
+        return self.step_bytes + self.slots * self.context * self.layer_bytes_per_token
 
     @property
     def needed_bytes(self) -> int:
@@ -46,8 +54,9 @@ class MemoryPlan:
     @property
     def largest_context(self) -> int:
         """The longest context that fits, in whole 256 tokens; 0 when none does."""
-        room = self.available_bytes - self.weights_bytes - self.working_bytes - self.slots * self.ring_bytes
-        return max(0, room // (self.slots * max(self.kv_bytes_per_token, 1)) // 256 * 256)
+        room = self.available_bytes - self.weights_bytes - self.step_bytes - self.slots * self.ring_bytes
+        each = self.slots * (self.kv_bytes_per_token + self.layer_bytes_per_token)
+        return max(0, room // max(each, 1) // 256 * 256)
 
 
 def plan_memory(
@@ -59,29 +68,33 @@ def plan_memory(
     context: int | None = None,
     slots: int = 1,
     chunk: int = 2048,
+    kv_bits: int | None = None,
 ) -> MemoryPlan:
     """The plan for `context` tokens a slot; None takes the model's longest, or what fits of it
     (but no less than SMALLEST_CONTEXT, at which a model that is too big is refused).
 
     activation_bytes: 2 or 4, the size of an activation and of a K/V entry. chunk: most tokens of one prefill step;
     it is halved, down to SMALLEST_CHUNK, until the context fits, or DEFAULT_CHUNK_CONTEXT of a default one.
+    kv_bits: 8 where the full layers' keys and values are kept in 8 bits, with two float32 to 64 of them.
     """
     entry = 2 * config.kv_size * activation_bytes  # one key and one value, all heads
+    kept = entry if kv_bits is None else 2 * config.kv_size * (64 + 8) // 64
     wanted = context or config.max_position_embeddings
     plan = MemoryPlan(
         context=wanted if context else min(wanted, DEFAULT_CHUNK_CONTEXT),
         slots=slots,
         chunk=chunk,
         weights_bytes=weights_bytes,
-        kv_bytes_per_token=entry * config.full_layers,
+        kv_bytes_per_token=kept * config.full_layers,
+        layer_bytes_per_token=entry if config.full_layers else 0,
         ring_bytes=entry * config.sliding_layers * config.sliding_window,
-        working_bytes=RUNTIME_BYTES + working_space(config, chunk, slots, activation_bytes),
+        step_bytes=RUNTIME_BYTES + working_space(config, chunk, slots, activation_bytes),
         available_bytes=available_bytes,
     )
     while not plan.fits and plan.chunk > SMALLEST_CHUNK:
         chunk = plan.chunk // 2
-        working = RUNTIME_BYTES + working_space(config, chunk, slots, activation_bytes)
-        plan = replace(plan, chunk=chunk, working_bytes=working)
+        step = RUNTIME_BYTES + working_space(config, chunk, slots, activation_bytes)
+        plan = replace(plan, chunk=chunk, step_bytes=step)
     plan = replace(plan, context=wanted)
     if context is not None or plan.fits:
         return plan

@@ -52,11 +52,13 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Limits:
-    """slots: sequences at once. max_context: tokens in one slot. chunk: most tokens of one row in one step."""
+    """slots: sequences at once. max_context: tokens in one slot. chunk: most tokens of one row in one step.
+    kv_bits: 8 keeps the full layers' keys and values in 8 bits; None as they are computed. The mlx backend alone."""
 
     slots: int
     max_context: int
     chunk: int
+    kv_bits: int | None = None
 
 
 class Pending(Protocol):

@@ -16,7 +16,7 @@ import numpy as np
 
 from ...config import FULL, ModelConfig
 
-GROWTH = 256  # full layers grow by multiples of this many tokens
+GROWTH = 256  # full layers hold multiples of this many tokens
 
 
 @dataclass(frozen=True)
@@ -73,39 +73,77 @@ class Span:
 
 
 class FullCache:
-    """Keys and values of every position so far, [2, S, K, C, 64]; C grows in steps of GROWTH up to max_context."""
+    """Keys and values of every position so far, [2, S, K, C, 64], or in 8 bits as Packed has them; C grows up to
+    max_context.
 
-    def __init__(self, slots: int, heads: int, head_dim: int, max_context: int, dtype: mx.Dtype) -> None:
-        self._max_context = max_context
-        self._kv = mx.zeros((2, slots, heads, 0, head_dim), dtype=dtype)
+    phase: from 0 to 1. Layers of different phases grow at different times, so that one is copied at a time; growing by
+    a quarter keeps the copies few.
+    """
 
-    @property
-    def arrays(self) -> list[mx.array]:
-        return [self._kv]
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: mx.Dtype, max_context: int, phase: float = 0.0, packed: bool = False
+    ) -> None:
+        """shape: S, K and 64."""
+        empty = mx.zeros((2, *shape[:2], 0, shape[2]), dtype=dtype)
+        self._max_context, self._phase, self._packed = max_context, phase, packed
+        self.arrays: list[mx.array] = list(_pack(empty)) if packed else [empty]
 
-    def update(self, kv: mx.array, span: Span) -> tuple[mx.array, mx.array]:
+    def update(self, kv: mx.array, span: Span) -> tuple[mx.array, mx.array] | Packed:
         """Store kv [2, B, K, L, 64] and return all keys and values up to them, [B, K, end, 64] each."""
         self._grow(span.end)
-        self._kv = _stored(self._kv, kv, span, span.starts[0], span.offsets)
+        parts = _pack(kv) if self._packed else (kv,)
+        self.arrays = [
+            _stored(a, p, span, span.starts[0], span.offsets) for a, p in zip(self.arrays, parts, strict=True)
+        ]
         rows = _rows(span)
-        return self._kv[0, rows, :, : span.end], self._kv[1, rows, :, : span.end]
+        # Indexed at once, for a plain [0] would be a copy.
+        keys, values = ([array[i, rows, :, : span.end] for array in self.arrays] for i in (0, 1))
+        if self._packed:
+            return Packed((keys[0], keys[1], keys[2]), (values[0], values[1], values[2]))
+        return keys[0], values[0]
 
     def _grow(self, needed: int) -> None:
-        both, slots, heads, capacity, dim = self._kv.shape
+        capacity = self.arrays[0].shape[3]
         if needed <= capacity:
             return
-        # Growing by a quarter keeps the copies few; the memory plan counts max_context.
-        wanted = max(needed, capacity + capacity // 4)
-        more = min(-(-wanted // GROWTH) * GROWTH, max(self._max_context, needed)) - capacity
-        self._kv = mx.concatenate([self._kv, mx.zeros((both, slots, heads, more, dim), dtype=self._kv.dtype)], axis=3)
+        size = GROWTH * 1.25**self._phase
+        while size < needed:
+            size *= 1.25
+        more = min(-(-int(size) // GROWTH) * GROWTH, max(self._max_context, needed)) - capacity
+        for i, array in enumerate(self.arrays):
+            pad = mx.zeros((*array.shape[:3], more, array.shape[4]), dtype=array.dtype)
+            self.arrays[i] = mx.concatenate([array, pad], axis=3)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Keys and values in 8 bits, with a scale and an offset to each vector of 64: three arrays each, codes uint32
+    [B, K, C, 16], scales and biases float32 [B, K, C, 1]. 72 bytes where bfloat16 takes 128."""
+
+    keys: tuple[mx.array, mx.array, mx.array]
+    values: tuple[mx.array, mx.array, mx.array]
+
+    def scores(self, q: mx.array) -> mx.array:
+        """Queries float32 [B, K, n, 64] times the keys -> [B, K, n, C]"""
+        return mx.quantized_matmul(q, *self.keys, transpose=True, group_size=64, bits=8)
+
+    def weighted(self, p: mx.array) -> mx.array:
+        """Weights float32 [B, K, n, C] times the values -> [B, K, n, 64]"""
+        return mx.quantized_matmul(p, *self.values, transpose=False, group_size=64, bits=8)
+
+    def unpacked(self, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """Keys and values, [B, K, C, 64] each"""
+        keys, values = (mx.dequantize(*part, group_size=64, bits=8).astype(dtype) for part in (self.keys, self.values))
+        return keys, values
 
 
 class RingCache:
     """The last W positions of each slot, [2, S, K, W, 64]; position p stands at p % W."""
 
-    def __init__(self, slots: int, heads: int, head_dim: int, window: int, dtype: mx.Dtype) -> None:
+    def __init__(self, shape: tuple[int, int, int], dtype: mx.Dtype, window: int) -> None:
+        """shape: S, K and 64."""
         self.window = window
-        self._kv = mx.zeros((2, slots, heads, window, head_dim), dtype=dtype)
+        self._kv = mx.zeros((2, *shape[:2], window, shape[2]), dtype=dtype)
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -127,27 +165,37 @@ class RingCache:
         past = mx.roll(self._kv[:, slot : slot + 1], -(span.starts[0] % w), 3)
         joined = mx.concatenate([past, kv], axis=3)
         self._kv[:, slot : slot + 1] = mx.roll(joined[..., -w:, :], span.end % w, 3)
-        return joined[0], joined[1]
+        return joined[0, :], joined[1, :]
 
 
 LayerCache = FullCache | RingCache
 
 
 class Cache:
-    """One FullCache or RingCache a layer, for `slots` sequences of at most max_context tokens."""
+    """One FullCache or RingCache a layer, for `slots` sequences of at most max_context tokens. kv_bits: 8 packs the
+    full layers; rings, which are small, stay as they are."""
 
-    def __init__(self, config: ModelConfig, slots: int, max_context: int, dtype: mx.Dtype) -> None:
-        heads, dim = config.num_key_value_heads, config.head_dim
+    def __init__(
+        self, config: ModelConfig, slots: int, max_context: int, dtype: mx.Dtype, kv_bits: int | None = None
+    ) -> None:
+        shape = (slots, config.num_key_value_heads, config.head_dim)
+        full = [layer for layer, kind in enumerate(config.layer_types) if kind == FULL]
         self.layers: list[LayerCache] = [
-            FullCache(slots, heads, dim, max_context, dtype)
+            FullCache(shape, dtype, max_context, full.index(layer) / len(full), packed=kv_bits == 8)
             if kind == FULL
-            else RingCache(slots, heads, dim, config.sliding_window, dtype)
-            for kind in config.layer_types
+            else RingCache(shape, dtype, config.sliding_window)
+            for layer, kind in enumerate(config.layer_types)
         ]
 
     @property
     def arrays(self) -> list[mx.array]:
         return [array for layer in self.layers for array in layer.arrays]
+
+
+def _pack(kv: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """kv [..., 64] as Packed keeps it."""
+    codes, scales, biases = mx.quantize(kv.astype(mx.float32), group_size=64, bits=8)
+    return codes, scales, biases
 
 
 def _stored(cache: mx.array, kv: mx.array, span: Span, place: int, places: mx.array) -> mx.array:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ...config import ModelConfig
-from .cache import Cache, FullCache, LayerCache, RingCache, Span
+from .cache import Cache, FullCache, LayerCache, Packed, RingCache, Span
 from .elementwise import Elementwise
 from .layers import ExpertLinear, Linear, Matrix
 
@@ -55,11 +55,13 @@ class Attention:
         q, kv = self._rotated(self.qkv(x), span)
         if isinstance(cache, RingCache) and L > 1:
             y = self._banded(q, *cache.extend(kv, span), past=min(span.starts[0], cache.window))
-        elif isinstance(cache, FullCache) and L > 1:
-            y = self._causal(q, *cache.update(kv, span))
         else:
-            keys, values = cache.update(kv, span)
-            y = self._attend(q, keys, values, span.seen if isinstance(cache, FullCache) else span.seen_in_ring)
+            mask = span.seen if isinstance(cache, FullCache) else span.seen_in_ring
+            held = cache.update(kv, span)
+            if isinstance(held, Packed):
+                y = self._attend_packed(q, held, mask)
+            else:
+                y = self._causal(q, *held) if L > 1 else self._attend(q, *held, mask)
         return self.out.onto(residual, y.swapaxes(1, 2).reshape(B, L, self.config.q_size), self.elementwise)
 
     def _rotated(self, x: mx.array, span: Span) -> tuple[mx.array, mx.array]:
@@ -109,6 +111,23 @@ class Attention:
             for i in range(0, L, rows)
         ]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
+    def _attend_packed(self, q: mx.array, held: Packed, mask: mx.array | None) -> mx.array:
+        """The same over keys and values in 8 bits. A token's scores are products with the codes; a prompt is long
+        enough for decoding them first to cost less."""
+        B, H, L, dim = q.shape
+        if L > 1:
+            return self._causal(q, *held.unpacked(q.dtype))
+        grouped = (B, self.config.num_key_value_heads, -1)
+        scores = held.scores((q.astype(mx.float32) * self.rotary.score_scale).reshape(*grouped, dim))
+        scores = scores.reshape(B, H, 1, -1)
+        if mask is not None:
+            scores = mx.where(mask, scores, -mx.inf)
+        # The sink is one more score in the denominator.
+        sinks = self.sinks.astype(mx.float32)[:, None, None]
+        weights = mx.exp(scores - mx.logaddexp(mx.logsumexp(scores, axis=-1, keepdims=True), sinks))
+        y = held.weighted(weights.reshape(*grouped, scores.shape[-1]))
+        return y.reshape(B, H, 1, dim).astype(q.dtype)
 
     def _attend(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None) -> mx.array:
         scale = self.rotary.score_scale

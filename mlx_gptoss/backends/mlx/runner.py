@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from ...memory import working_space
 from ...sampling import Sampling
 from ..base import Limits, Row, Sampled
 from .cache import Cache, Span
@@ -46,10 +47,13 @@ class MlxRunner:
         self._model = model
         self._elementwise = model.elementwise
         self._device = device
-        self._cache = Cache(model.config, limits.slots, limits.max_context, model.dtype)
+        self._cache = Cache(model.config, limits.slots, limits.max_context, model.dtype, limits.kv_bits)
         self._last: dict[int, mx.array] = {}  # slot -> the token it sampled last, int32 [1]
         self._histories: dict[int, History] = {}
         self._steps = 0
+        # Freed buffers that MLX keeps for reuse: what one prefill step needs, as the memory plan counts it.
+        room = working_space(model.config, limits.chunk, limits.slots, model.dtype.size)
+        self._former_cache_limit = mx.set_cache_limit(room)
 
     def submit(self, rows: Sequence[Row]) -> Step:
         with mx.stream(self._device):
@@ -79,7 +83,7 @@ class MlxRunner:
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         with mx.stream(self._device):
-            cache = Cache(self.config, 1, len(ids), self._model.dtype)
+            cache = Cache(self.config, 1, len(ids), self._model.dtype, self.limits.kv_bits)
             out = np.empty((len(ids), self.config.vocab_size), dtype=np.float32)
             step = min(self.limits.chunk, LOGITS_ROWS)
             for start in range(0, len(ids), step):
@@ -96,6 +100,7 @@ class MlxRunner:
         self._last.clear()
         self._histories.clear()
         mx.clear_cache()
+        mx.set_cache_limit(self._former_cache_limit)
 
     def _forward(
         self, rows: Sequence[Row], places: Sequence[int], results: list[tuple[Choice, int, Sampling] | None]
