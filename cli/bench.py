@@ -89,7 +89,6 @@ def _bench(cases: list[Case], repeat: int, tell: Callable[[str], None], **choice
     from mlx_gptoss.benchmark import Model, Where, bench, load
     from mlx_gptoss.weights.requantize import Requantized
 
-    where = Where.find(choices["backend"], choices["device"], choices["dtype"])
     quantize, against = choices["quantize"], choices["against"]
     with ExitStack() as stack:
         source, folder = _source(stack, tell, **choices)
@@ -97,6 +96,7 @@ def _bench(cases: list[Case], repeat: int, tell: Callable[[str], None], **choice
         if quantize:
             weights = Requantized(source, quantize)
             model = Model(weights, api.sizes_in_other_formats(source)[quantize], quantize)
+        where = Where.find(choices["backend"], choices["device"], choices["dtype"], model.size_bytes)
         others: list[Contender] = []
         if against in BACKENDS:
             other = Where.find(against, choices["device"], choices["against_dtype"] or where.dtype)

@@ -41,9 +41,10 @@ def show(
     from mlx_gptoss.recommend import recommend
 
     checkpoint = api.open_checkpoint(model)
+    module, _ = find_backend(backend, checkpoint.size_bytes)
     plan = api.memory_plan(
         checkpoint,
-        find_backend(backend)[0],
+        module,
         device=device,
         dtype=dtype,
         max_context=context,

@@ -21,7 +21,6 @@ from .weights.tensor import Weight, Weights
 LAYERS = 4  # that are compared, of each kind two
 PROMPT = 136  # tokens: with those decoded, beyond the sliding window
 DECODED = 8
-SLOTS = 3  # of a batch, whose decoded tokens are compared
 # The most that rounding explains, by the activations' dtype: mean KL divergence in nats, and mean difference of decoded
 # tokens' log-probabilities. A narrow dtype now and then takes another expert where two are nearly as good.
 TOLERANCE = {"float32": (1e-5, 1e-2), "bfloat16": (0.05, 0.5), "float16": (0.05, 0.5)}
@@ -35,7 +34,7 @@ class Agreement:
     relative_error: largest error over a position's vocabulary by its largest logit; the worst position.
     kl: KL(other || ours) in nats, the mean. top1: how often both find the same token the likeliest.
     decode_error: mean difference between the log-probabilities of tokens that we decoded, one a step in a batch, and
-        the other's of the same tokens; None if only whole prompts were compared.
+        the other's of the same tokens, for the worst batch; None if only whole prompts were compared.
     """
 
     against: str
@@ -72,30 +71,32 @@ class FirstLayers:
 
 
 def with_float32(
-    module: Backend, source: Weights, backend: str, device: str | None, dtype: str, batch: int
+    module: Backend, source: Weights, backend: str, device: str | None, dtype: str, batches: Sequence[int]
 ) -> Agreement:
     """A backend on `device` in `dtype` against the same backend on the CPU in float32: a prompt's logits, and tokens
-    that it decodes in a batch, as the benchmark will. Raises GptOssError if they are further apart than rounding puts
-    them."""
+    that it decodes in each of the `batches`, as the benchmark will. Raises GptOssError if they are further apart than
+    rounding puts them."""
     first = FirstLayers(source, LAYERS)
     rng = np.random.default_rng(0)
     # One sequence reaches beyond the window; the others are short, and no two lengths the same in a row.
-    lengths = [PROMPT, *(5 + slot % 7 for slot in range(1, batch))]
+    lengths = [PROMPT, *(5 + slot % 7 for slot in range(1, max(batches)))]
     asked = [tuple(rng.integers(0, source.config.vocab_size, length).tolist()) for length in lengths]
-    limits = Limits(batch, PROMPT + DECODED, min(PROMPT, module.prefill_chunk(device)))
+    limits = Limits(max(batches), PROMPT + DECODED, min(PROMPT, module.prefill_chunk(device)))
     runner = module.load(first, device=device, dtype=dtype, limits=limits)
     try:
         ours = runner.logits(asked[0])
-        decoded = _decode(runner, asked)
+        decoded = [_decode(runner, asked[:batch]) for batch in batches]
     finally:
         runner.close()
     oracle = module.load(first, device="cpu", dtype="float32", limits=Limits(1, 1, limits.chunk))
     try:
-        errors = [_decode_errors(oracle, asked[slot], decoded[slot]) for slot in _some(batch)]
+        errors = [
+            np.mean([_decode_errors(oracle, asked[slot], done[slot]) for slot in _some(len(done))]) for done in decoded
+        ]
         found = compare(ours, oracle.logits(asked[0]), f"{backend} on the CPU in float32", first.config)
     finally:
         oracle.close()
-    found = replace(found, decode_error=float(np.mean(np.concatenate(errors))))
+    found = replace(found, decode_error=float(np.max(errors)))
     _require(found, dtype)
     return found
 
@@ -142,6 +143,8 @@ def _decode(runner: Runner, asked: Sequence[tuple[int, ...]]) -> list[list[tuple
         for row, sampled in zip(rows, runner.submit(rows).wait(), strict=True):
             assert sampled is not None
             found[row.slot].append((sampled.token, sampled.logprob))
+    for slot in range(len(asked)):
+        runner.release(slot)
     return found
 
 

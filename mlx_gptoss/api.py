@@ -245,7 +245,8 @@ def load(
 
     path_or_repo_id: a folder in any format of the README's table, a hub id such as "openai/gpt-oss-20b" (downloaded
         once), or None for the bundled nano model.
-    backend: "mlx"; "cuda", which is torch, on a CPU too; or "auto": cuda where torch finds a GPU, else mlx.
+    backend: "mlx"; "cuda", which is torch, on a CPU too; or "auto": mlx on a Mac; elsewhere cuda where torch is
+        installed and finds a GPU or the model is not small; else mlx.
     device: "cpu", "gpu" or, for cuda, "cuda:1"; None is the backend's best.
     dtype: of activations and KV cache, "float32", "bfloat16" or "float16"; None is bfloat16 on a GPU, float32 on a CPU.
     max_context: tokens a sequence may have; None is the model's longest, or what fits into memory of it.
@@ -260,14 +261,14 @@ def load(
     if slots < 1:
         raise InvalidRequest(f"slots must be at least 1, not {slots}")
     name = "the bundled model" if path_or_repo_id is None else str(path_or_repo_id)
-    module, backend = find_backend(backend)
-    if kv_bits is not None and (kv_bits != 8 or backend != "mlx"):
-        raise InvalidRequest(f"kv_bits must be 8, and the backend mlx, not {kv_bits!r} and {backend}; or leave it out")
     checkpoint = open_checkpoint(path_or_repo_id)
     weights = checkpoint if quantize is None else Requantized(checkpoint, quantize)
     tokenizer = checkpoint.tokenizer()
     sizes = sizes_in_other_formats(checkpoint)
     size = checkpoint.size_bytes if quantize is None else sizes[quantize]
+    module, backend = find_backend(backend, size)
+    if kv_bits is not None and (kv_bits != 8 or backend != "mlx"):
+        raise InvalidRequest(f"kv_bits must be 8, and the backend mlx, not {kv_bits!r} and {backend}; or leave it out")
     plan = memory_plan(
         checkpoint, module, size, device=device, dtype=dtype, max_context=max_context, slots=slots, kv_bits=kv_bits
     )

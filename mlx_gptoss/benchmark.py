@@ -31,7 +31,8 @@ class Measurement:
     bytes_per_step: what one decoding step has to read: every weight but the experts' and the embedding table's, the
         experts that `batch` tokens touch in expectation, an embedding row a token, and keys and values of the context.
     bytes_per_token: the same by token. fraction_of_bound: decode_tok_s * bytes_per_token over the copy bandwidth.
-    ratio: our speeds over the other program's. None where it is not known or not asked for.
+    load_s: of synthetic weights, with their making. ratio: our speeds over the other program's.
+    None where it is not known or not asked for.
     """
 
     engine: str
@@ -125,8 +126,8 @@ class Where:
     dtype: str
 
     @staticmethod
-    def find(backend: str, device: str | None, dtype: str | None) -> Where:
-        module, chosen = find_backend(backend)
+    def find(backend: str, device: str | None, dtype: str | None, weights_bytes: int = 0) -> Where:
+        module, chosen = find_backend(backend, weights_bytes)
         return Where(module, chosen, device, module.device_name(device), module.dtype_name(device, dtype))
 
 
@@ -148,9 +149,9 @@ def bench(
     agreements = []
     if where.name != "cpu" or where.dtype != "float32":
         tell(f"comparing {where.name} in {where.dtype} with the CPU in float32")
-        batch = max(case.batch for case in cases)
+        batches = sorted({case.batch for case in cases})
         agreements.append(
-            agreement.with_float32(where.module, model.weights, where.backend, where.device, where.dtype, batch)
+            agreement.with_float32(where.module, model.weights, where.backend, where.device, where.dtype, batches)
         )
     tell("measuring the copy bandwidth")
     bandwidth = where.module.copy_bandwidth(where.device)

@@ -154,10 +154,10 @@ def test_what_cannot_be_run_is_refused(backend_module):
 def test_narrow_activations_are_held_against_float32(backend, backend_module):
     module = backend_module(backend)
     source = Synthetic(preset("tiny", layers=6), "mxfp4")
-    found = agreement.with_float32(module, source, backend, "cpu", "bfloat16", 4)
+    found = agreement.with_float32(module, source, backend, "cpu", "bfloat16", [1, 4])
     assert found.layers == agreement.LAYERS
     assert 1e-7 < found.kl < 0.05 and 0 < found.decode_error < 0.5 and found.top1 > 0.8
-    exact = agreement.with_float32(module, source, backend, "cpu", "float32", 4)
+    exact = agreement.with_float32(module, source, backend, "cpu", "float32", [1, 4])
     assert exact.kl < 1e-9 and exact.decode_error < 1e-4
 
 
@@ -186,7 +186,7 @@ class Wrong:
 def test_a_model_that_computes_something_else_is_not_timed(backend_module, where):
     source = Synthetic(TINY, "mxfp4")
     with pytest.raises(GptOssError, match="nothing was timed"):
-        agreement.with_float32(Wrong(backend_module("mlx"), where), source, "mlx", "cpu", "float32", 3)
+        agreement.with_float32(Wrong(backend_module("mlx"), where), source, "mlx", "cpu", "float32", [2, 3])
 
 
 def test_first_layers_are_those_of_the_model(mini):

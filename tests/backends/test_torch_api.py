@@ -79,21 +79,41 @@ def test_auto_takes_the_gpu_that_torch_finds(torch_backend, monkeypatch, tmp_pat
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(backends, "NVIDIA_DRIVER", (tmp_path / "nothing", tmp_path))
     monkeypatch.setattr(torch_backend, "has_gpu", lambda: True)
-    assert backends.best_backend() == "cuda"
+    assert backends.best_backend(0) == "cuda"
     monkeypatch.setattr(torch_backend, "has_gpu", lambda: False)  # a torch built for CPUs
-    assert backends.best_backend() == "mlx"
+    assert backends.best_backend(0) == "mlx"
+    assert backends.best_backend(backends.SMALL) == "cuda"
 
 
-@pytest.mark.parametrize("missing", ["driver", "torch", "everything but Metal"])
-def test_auto_takes_mlx_elsewhere(monkeypatch, tmp_path, missing):
-    monkeypatch.setattr(sys, "platform", "darwin" if missing == "everything but Metal" else "linux")
-    monkeypatch.setattr(backends, "NVIDIA_DRIVER", (tmp_path / "nothing" if missing == "driver" else tmp_path,))
-    monkeypatch.setattr(backends, "find_spec", lambda name: None if missing == "torch" else name)
+@pytest.mark.parametrize(
+    ("platform", "torch", "size", "wanted"),
+    [
+        ("darwin", True, 10**10, "mlx"),
+        ("linux", False, 10**10, "mlx"),
+        ("linux", True, 10**10, "cuda"),
+        ("linux", True, 10**7, "mlx"),
+    ],
+)
+def test_auto_without_an_nvidia_driver(monkeypatch, tmp_path, platform, torch, size, wanted):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(backends, "NVIDIA_DRIVER", (tmp_path / "nothing",))
+    monkeypatch.setattr(backends, "find_spec", lambda name: name if torch else None)
     monkeypatch.setattr(backends, "_backend_module", lambda name: pytest.fail("torch was imported"))
-    assert backends.best_backend() == "mlx"
+    assert backends.best_backend(size) == wanted
 
 
-def test_auto_imports_torch_only_where_the_driver_is():
+def test_auto_looks_at_the_size_of_what_is_loaded(torch_backend, monkeypatch, mini, tmp_path):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(backends, "NVIDIA_DRIVER", (tmp_path / "nothing",))
+    used = []
+    for small in (10**9, 1000):
+        monkeypatch.setattr(backends, "SMALL", small)
+        with mlx_gptoss.load(mini / "mxfp4", device="cpu", max_context=64) as model:
+            used.append(model.backend)
+    assert used == ["mlx", "cuda"]
+
+
+def test_auto_runs_a_small_model_without_torch():
     code = (
         "import sys; from pathlib import Path; from mlx_gptoss import backends\n"
         "backends.NVIDIA_DRIVER = (Path('/nothing'),)\n"
