@@ -41,7 +41,7 @@ def show(
     from mlx_gptoss.recommend import recommend
 
     checkpoint = api.open_checkpoint(model)
-    module, _ = find_backend(backend, checkpoint.size_bytes)
+    module, name = find_backend(backend, checkpoint.size_bytes)
     plan = api.memory_plan(
         checkpoint,
         module,
@@ -49,8 +49,10 @@ def show(
         dtype=dtype,
         max_context=context,
         kv_bits=None if kv_bits is None else int(kv_bits),
+        may_map=name == "mlx",
     )
-    best = recommend(checkpoint, plan, api.sizes_in_other_formats(checkpoint), context)
+    mappable = api.mappable(checkpoint) if name == "mlx" else None
+    best = recommend(checkpoint, plan, api.sizes_in_other_formats(checkpoint), context, mappable)
     summary = checkpoint.summary()
     if as_json:
         click.echo(json.dumps(_report(summary, plan, best)))
@@ -85,6 +87,7 @@ def _report(summary: Summary, plan: MemoryPlan, best: Recommendation | None) -> 
         "recommended": best and best.format,
         "memory": {
             "weights_bytes": plan.weights_bytes,
+            "mapped_bytes": plan.mapped_bytes,
             "kv_bytes_per_token": plan.kv_bytes_per_token,
             "ring_bytes": plan.ring_bytes,
             "working_bytes": plan.working_bytes,
@@ -101,7 +104,7 @@ def _print(name: str, summary: Summary, plan: MemoryPlan) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from mlx_gptoss.memory import gigabytes
+    from mlx_gptoss.memory import gigabytes, mac_memory, wired_limit
 
     console = Console(highlight=False)
     console.print(
@@ -121,5 +124,11 @@ def _print(name: str, summary: Summary, plan: MemoryPlan) -> None:
         f"working space {gigabytes(plan.working_bytes + plan.ring_bytes)}), "
         f"{gigabytes(plan.available_bytes)} available: {verdict}"
     )
+    if plan.mapped_bytes:
+        console.print(
+            f"Memory is short: {gigabytes(plan.mapped_bytes)} of it, the embeddings, stay in the mapped file."
+        )
+    if line := wired_limit(plan, mac_memory()):
+        console.print(f"It would fit after: {line}")
     if not plan.fits and plan.largest_context:
         console.print(f"It fits with a context of {plan.largest_context} tokens (--max-context).")

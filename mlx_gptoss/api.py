@@ -270,12 +270,26 @@ def load(
     if kv_bits is not None and (kv_bits != 8 or backend != "mlx"):
         raise InvalidRequest(f"kv_bits must be 8, and the backend mlx, not {kv_bits!r} and {backend}; or leave it out")
     plan = memory_plan(
-        checkpoint, module, size, device=device, dtype=dtype, max_context=max_context, slots=slots, kv_bits=kv_bits
+        checkpoint,
+        module,
+        size,
+        device=device,
+        dtype=dtype,
+        max_context=max_context,
+        slots=slots,
+        kv_bits=kv_bits,
+        may_map=backend == "mlx" and quantize is None,
     )
     if not plan.fits:
-        best = recommend(checkpoint, plan, sizes, max_context)
+        best = recommend(checkpoint, plan, sizes, max_context, mappable(checkpoint) if backend == "mlx" else None)
         require_fit(plan, name, {best.format: best.size_bytes} if best else sizes)
-    limits = Limits(slots=slots, max_context=plan.context, chunk=plan.chunk, kv_bits=kv_bits)
+    limits = Limits(
+        slots=slots,
+        max_context=plan.context,
+        chunk=plan.chunk,
+        kv_bits=kv_bits,
+        resident_vocab=_used_vocabulary(checkpoint) if plan.mapped_bytes else None,
+    )
     engine = Engine(lambda: module.load(weights, device=device, dtype=dtype, limits=limits))
     return Model(
         checkpoint,
@@ -304,9 +318,11 @@ def memory_plan(
     max_context: int | None = None,
     slots: int = 1,
     kv_bits: int | None = None,
+    may_map: bool = False,
 ) -> MemoryPlan:
     """What the checkpoint will take on this backend's device, and what the device has. weights_bytes: where that is
-    not the checkpoint's own size, for it is quantized on the way."""
+    not the checkpoint's own size, for it is quantized on the way. may_map: whether the backend can leave embeddings in
+    the mapped file (mlx)."""
     config = checkpoint.config
     if kv_bits is not None and config.head_dim % 64:
         raise InvalidRequest(f"kv_bits needs heads of 64, and this model's have {config.head_dim}; leave it out")
@@ -321,7 +337,38 @@ def memory_plan(
         slots=slots,
         chunk=backend.prefill_chunk(device),
         kv_bits=kv_bits,
+        mappable_bytes=_mappable_bytes(checkpoint) if may_map else 0,
     )
+
+
+def _used_vocabulary(checkpoint: checkpoints.Checkpoint) -> int:
+    """Ids that the tokenizer has; all there are without one."""
+    tokenizer = checkpoint.tokenizer()
+    return (
+        checkpoint.config.vocab_size if tokenizer is None else min(tokenizer.vocab_size, checkpoint.config.vocab_size)
+    )
+
+
+def _mappable_bytes(checkpoint: checkpoints.Checkpoint) -> int:
+    """Bytes that may stay in the file: the embeddings, and lm_head's rows of ids that no token has."""
+    config, roles = checkpoint.config, checkpoint.summary().roles
+    row_bytes = {role: float(roles[role]["bits"]) * config.hidden_size / 8 for role in ("embed", "lm_head")}
+    unused = config.vocab_size - _used_vocabulary(checkpoint)
+    return int(config.vocab_size * row_bytes["embed"] + unused * row_bytes["lm_head"])
+
+
+def mappable(checkpoint: checkpoints.Checkpoint) -> dict[str, int]:
+    """The same in each format that can hold the model, and in its own."""
+    unused = 1 - _used_vocabulary(checkpoint) / checkpoint.config.vocab_size
+    share = {"embed.weight": 1.0, "lm_head.weight": unused}
+    dtypes = {param.name: "BF16" for param in checkpoint.params}
+    found = {}
+    for name, form in WRITERS.items():
+        with contextlib.suppress(CheckpointError):
+            units = form.units(name, checkpoint.params, dtypes)
+            parts = [share.get(u.params[0].name, 0.0) * sum(info.nbytes for info in u.tensors) for u in units]
+            found[name] = int(sum(parts))
+    return found | {checkpoint.format: _mappable_bytes(checkpoint)}
 
 
 def sizes_in_other_formats(checkpoint: checkpoints.Readable) -> dict[str, int]:

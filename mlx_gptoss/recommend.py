@@ -19,12 +19,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .memory import SMALLEST_CONTEXT, MemoryPlan
+from .memory import COMFORTABLE_CONTEXT, SMALLEST_CONTEXT, MemoryPlan
 from .weights import codecs
 from .weights.checkpoint import Checkpoint
 from .weights.tensor import MXFP4, Dense
 
-COMFORTABLE_CONTEXT = 8192
 _PREFERRED: Mapping[str, Sequence[str]] = {
     "mxfp4": ("mlx-mxfp4-q8", "mlx-mxfp4-q4"),
     "dense": ("mlx-8bit", "mlx-4bit"),
@@ -50,17 +49,23 @@ class Recommendation:
 
 
 def recommend(
-    checkpoint: Checkpoint, plan: MemoryPlan, sizes: Mapping[str, int], context: int | None = None
+    checkpoint: Checkpoint,
+    plan: MemoryPlan,
+    sizes: Mapping[str, int],
+    context: int | None = None,
+    mappable: Mapping[str, int] | None = None,
 ) -> Recommendation | None:
     """The format to run the checkpoint in, or None if none fits.
 
     plan: of the checkpoint as it is. sizes: bytes in the formats that it can be written in. context: tokens that must
-    fit; None asks for COMFORTABLE_CONTEXT or, failing that, SMALLEST_CONTEXT. Reads some rows of bfloat16 experts.
+    fit; None asks for COMFORTABLE_CONTEXT or, failing that, SMALLEST_CONTEXT. mappable: bytes that may stay in the
+    file, by format. Reads some rows of bfloat16 experts.
     """
+    mappable = mappable or {}
     most = checkpoint.config.max_position_embeddings
     for wanted in [context] if context else [min(COMFORTABLE_CONTEXT, most), min(SMALLEST_CONTEXT, most)]:
         for name, size in _candidates(checkpoint, sizes):
-            if replace(plan, weights_bytes=size, context=wanted).fits:
+            if replace(plan, weights_bytes=size, context=wanted, mapped_bytes=mappable.get(name, 0)).fits:
                 return Recommendation(name, size, wanted, as_is=size == checkpoint.size_bytes)
     return None
 

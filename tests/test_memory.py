@@ -8,13 +8,22 @@ import pytest
 
 from mlx_gptoss.config import GPT_OSS_20B, GPT_OSS_120B
 from mlx_gptoss.errors import DoesNotFit
-from mlx_gptoss.memory import plan_memory, require_fit, system_available
+from mlx_gptoss.memory import plan_memory, require_fit, system_available, wired_limit
+from mlx_gptoss.weights.formats import WRITERS
+from mlx_gptoss.weights.params import parameters
 
-GB = 10**9
+GB, GIB = 10**9, 1 << 30
 
 
 def plan(available, *, config=GPT_OSS_20B, weights=13_800_000_000, context=None, slots=1):
     return plan_memory(config, weights, available, activation_bytes=2, context=context, slots=slots)
+
+
+def sizes_of(config, name):
+    """Bytes of each part of a model in a format."""
+    params = parameters(config)
+    units = WRITERS[name].units(name, params, {param.name: "BF16" for param in params})
+    return {unit.params[0].name: sum(info.nbytes for info in unit.tensors) for unit in units}
 
 
 def test_kv_bytes_of_the_published_models():
@@ -47,6 +56,41 @@ def test_the_prefill_chunk_is_as_large_as_memory_allows():
     assert (roomy.chunk, asked.chunk, tight.chunk) == (2048, 512, 256)
     assert asked.fits and asked.needed_bytes + roomy.working_bytes - asked.working_bytes > asked.available_bytes
     assert plan(16 * GB).chunk == 2048  # a default context rather gives way, once it is long
+
+
+@pytest.mark.parametrize(
+    ("budget", "kv_bits", "context"),
+    [(16 * GIB * 2 // 3, None, 8960), (16 * GIB * 2 // 3, 8, 15104), (11 * GB, None, None)],
+)
+def test_20b_on_a_mac_of_16_gb(budget, kv_bits, context):
+    """mlx-mxfp4-q4 within two thirds of the memory, which Metal recommends there, if the embeddings and the rows of
+    lm_head that no token uses stay in the file; within less after one command."""
+    sizes = sizes_of(GPT_OSS_20B, "mlx-mxfp4-q4")
+    unused = GPT_OSS_20B.vocab_size - 200019
+    left = sizes["embed.weight"] + sizes["lm_head.weight"] * unused // GPT_OSS_20B.vocab_size
+    mac = plan_memory(
+        GPT_OSS_20B, sum(sizes.values()), budget, activation_bytes=2, kv_bits=kv_bits, mappable_bytes=left
+    )
+    if context:
+        assert mac.fits and mac.context == context and mac.mapped_bytes == left
+        assert not replace(mac, mapped_bytes=0).fits
+    else:
+        assert not mac.fits and wired_limit(mac, 16 * GIB) == "sudo sysctl iogpu.wired_limit_mb=11264"
+        assert replace(mac, available_bytes=11264 << 20).fits
+
+
+def test_a_raised_limit_is_not_advised_where_it_would_not_help():
+    tight = plan(16 * GB, context=131072)
+    assert wired_limit(tight, 24 * GIB) is not None
+    assert wired_limit(tight, 19 * GIB) is None  # macOS needs the rest
+    assert wired_limit(tight, 17 * GIB) is None  # a CPU's plan: nothing limits it but the memory
+    assert wired_limit(plan(100 * GB), 128 * GIB) is None  # it fits
+    assert wired_limit(tight, 0) is None  # not a Mac
+
+
+def test_what_may_stay_in_the_file_is_read_as_long_as_there_is_room():
+    roomy = plan_memory(GPT_OSS_20B, 13 * GB, 100 * GB, activation_bytes=2, mappable_bytes=GB)
+    assert roomy.mapped_bytes == 0
 
 
 def test_an_asked_context_is_never_shrunk():

@@ -53,12 +53,18 @@ class Sampled:
 @dataclass(frozen=True)
 class Limits:
     """slots: sequences at once. max_context: tokens in one slot. chunk: most tokens of one row in one step.
-    kv_bits: 8 keeps the full layers' keys and values in 8 bits; None as they are computed. The mlx backend alone."""
+
+    The mlx backend alone knows the others. kv_bits: 8 keeps the full layers' keys and values in 8 bits; None as they
+    are computed. resident_vocab: None has all weights on the device. A number, where memory is short, leaves the
+    embeddings in the mapped file, to be looked up there, and of lm_head all rows but so many first ones, those of ids
+    that the tokenizer has: the others are never sampled, and only logits() computes them.
+    """
 
     slots: int
     max_context: int
     chunk: int
     kv_bits: int | None = None
+    resident_vocab: int | None = None
 
 
 class Pending(Protocol):

@@ -26,7 +26,10 @@ def load(checkpoint: Weights, *, device: str | None, dtype: str | None, limits: 
     with mx.stream(where):
         gpu = _on_gpu(device)
         max_scores = None if gpu and mx.metal.is_available() else MAX_SCORES_GPU if gpu else MAX_SCORES_CPU
-        model = load_model(checkpoint, DTYPES[dtype_name(device, dtype)], compiled() if gpu else PLAIN, max_scores)
+        elementwise = compiled() if gpu else PLAIN
+        model = load_model(
+            checkpoint, DTYPES[dtype_name(device, dtype)], elementwise, max_scores, limits.resident_vocab
+        )
         return MlxRunner(model, limits, where)
 
 

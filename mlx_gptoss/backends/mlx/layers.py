@@ -8,6 +8,7 @@ Legend: D in, N out, E experts, T tokens, A experts active per token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ...weights import codecs
+from ...weights.tensor import Weight
 from .elementwise import Elementwise
 
 # Elements of a dense matrix widened at once. 8 MB in float32 come from memory that is still mapped and cached, which
@@ -115,6 +118,23 @@ class QuantizedMatrix:
 
 
 Matrix = DenseMatrix | QuantizedMatrix
+
+
+@dataclass(frozen=True)
+class MappedRows:
+    """An embedding matrix that stays in the mapped file. A look-up waits for the ids and copies their rows alone.
+
+    place: what puts a weight on the device (load.py's fuse), so that a row is decoded as if it had always been there.
+    """
+
+    weight: Weight
+    place: Callable[[Weight], Matrix]
+
+    def rows(self, ids: mx.array, dtype: mx.Dtype) -> mx.array:
+        """ids [...] -> [..., D]"""
+        numbers = np.array(ids).ravel()
+        rows = self.place(codecs.take_rows(self.weight, numbers)).rows(mx.arange(numbers.size), dtype)
+        return rows.reshape(*ids.shape, -1)
 
 
 @dataclass(frozen=True)

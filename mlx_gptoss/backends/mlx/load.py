@@ -6,7 +6,7 @@ dropped before the next weight is read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from ...config import ModelConfig
 from ...errors import CheckpointError
 from ...rope import yarn_concentration, yarn_frequencies
+from ...weights import codecs
 from ...weights.tensor import (
     AFFINE4,
     AFFINE8,
@@ -30,7 +31,7 @@ from ...weights.tensor import (
     Weights,
 )
 from .elementwise import Elementwise
-from .layers import DenseMatrix, ExpertLinear, Linear, Matrix, QuantizedMatrix
+from .layers import DenseMatrix, ExpertLinear, Linear, MappedRows, Matrix, QuantizedMatrix
 from .model import Attention, Block, GptOss, MixtureOfExperts, Rotary
 
 MODES: dict[Spec, str] = {
@@ -44,18 +45,39 @@ MODES: dict[Spec, str] = {
 UNIT_E8M0 = 127  # the e8m0 byte for 2^0
 
 
-def load_model(checkpoint: Weights, dtype: mx.Dtype, elementwise: Elementwise, max_scores: int | None = None) -> GptOss:
+def load_model(
+    checkpoint: Weights,
+    dtype: mx.Dtype,
+    elementwise: Elementwise,
+    max_scores: int | None = None,
+    resident_vocab: int | None = None,
+) -> GptOss:
     """The whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight once.
-    elementwise, max_scores: as model.py has them."""
+    elementwise, max_scores: as model.py has them. resident_vocab: as in Limits."""
     place = _Placer(checkpoint, dtype, elementwise)
     config = checkpoint.config
     # The two largest come first, while there is room to read one beside its copy.
-    embed = place.matrix("embed.weight")
-    lm_head = Linear((place.matrix("lm_head.weight"),))
+    if resident_vocab is None:
+        embed: Matrix | MappedRows = place.matrix("embed.weight")
+        lm_head, rest = Linear((place.matrix("lm_head.weight"),)), None
+    else:
+        embed = MappedRows(checkpoint.read("embed.weight"), lambda weight: fuse([weight]))
+        lm_head, rest = _cut(checkpoint.read("lm_head.weight"), resident_vocab)
+        checkpoint.release()
     frequencies = mx.array((1.0 / yarn_frequencies(config.yarn, config.head_dim)).astype(np.float32))
     rotary = Rotary(frequencies, config.head_dim**-0.5 * yarn_concentration(config.yarn) ** 2)
     blocks = tuple(_block(place, config, layer, rotary, max_scores) for layer in range(config.num_hidden_layers))
-    return GptOss(config, dtype, embed, blocks, place.vector("norm.weight"), lm_head, elementwise)
+    return GptOss(config, dtype, embed, blocks, place.vector("norm.weight"), lm_head, rest, elementwise)
+
+
+def _cut(weight: Weight, resident: int) -> tuple[Linear, Callable[[], Linear] | None]:
+    """lm_head's first rows, placed, and what places the others when they are wanted."""
+    first = fuse([codecs.rows(weight, 0, resident)])
+    mx.eval([array for array in vars(first).values() if isinstance(array, mx.array)])
+    size = codecs.shape(weight)[0]
+    if resident >= size:
+        return Linear((first,)), None
+    return Linear((first,)), lambda: Linear((fuse([codecs.rows(weight, resident, size)]),))
 
 
 def _block(place: _Placer, config: ModelConfig, layer: int, rotary: Rotary, max_scores: int | None) -> Block:

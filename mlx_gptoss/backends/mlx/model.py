@@ -7,14 +7,15 @@ Reference: openai/gpt-oss, gpt_oss/torch/model.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
 from ...config import ModelConfig
 from .cache import Cache, FullCache, LayerCache, Packed, RingCache, Span
 from .elementwise import Elementwise
-from .layers import ExpertLinear, Linear, Matrix
+from .layers import ExpertLinear, Linear, MappedRows, Matrix
 
 SORT_FROM = 64  # token-expert pairs from which sorting them by expert pays: each expert is then read once
 
@@ -204,14 +205,16 @@ class Block:
 
 @dataclass(frozen=True)
 class GptOss:
-    """One loaded model. dtype is that of activations and of the KV cache."""
+    """One loaded model. dtype is that of activations and of the KV cache. rest: loads the rows of lm_head that are not
+    resident (Limits.resident_vocab), None where all are."""
 
     config: ModelConfig
     dtype: mx.Dtype
-    embed: Matrix
+    embed: Matrix | MappedRows
     blocks: tuple[Block, ...]
     norm: mx.array
     lm_head: Linear
+    rest: Callable[[], Linear] | None
     elementwise: Elementwise
 
     def __call__(self, ids: mx.array, cache: Cache, span: Span, last: int) -> mx.array:
@@ -223,8 +226,14 @@ class GptOss:
         return x
 
     def logits(self, x: mx.array) -> mx.array:
-        """Hidden states [..., D] -> float32 logits [..., V]"""
+        """Hidden states [..., D] -> float32 logits [..., V], of the resident part of the vocabulary"""
         return self.lm_head(mx.fast.rms_norm(x, self.norm, self.config.rms_norm_eps)).astype(mx.float32)
+
+    def all_logits(self, x: mx.array) -> mx.array:
+        """The same of the whole vocabulary: for evaluation."""
+        if self.rest is None:
+            return self.logits(x)
+        return mx.concatenate([self.logits(x), replace(self, lm_head=self.rest()).logits(x)], axis=-1)
 
 
 def _blocks(x: mx.array, size: int) -> mx.array:

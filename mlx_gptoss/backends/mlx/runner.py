@@ -46,6 +46,7 @@ class MlxRunner:
         self.limits = limits
         self._model = model
         self._elementwise = model.elementwise
+        self._vocabulary = min(limits.resident_vocab or model.config.vocab_size, model.config.vocab_size)
         self._device = device
         self._cache = Cache(model.config, limits.slots, limits.max_context, model.dtype, limits.kv_bits)
         self._last: dict[int, mx.array] = {}  # slot -> the token it sampled last, int32 [1]
@@ -89,7 +90,7 @@ class MlxRunner:
             for start in range(0, len(ids), step):
                 piece = mx.array(list(ids[start : start + step]))[None]
                 hidden = self._model(piece, cache, Span.of(self.config, [0], [start], piece.shape[1]), len(piece[0]))
-                out[start : start + step] = np.array(self._model.logits(hidden[0]))
+                out[start : start + step] = np.array(self._model.all_logits(hidden[0]))
             return out
 
     def peak_memory(self) -> int:
@@ -128,7 +129,7 @@ class MlxRunner:
     def _history(self, row: Row, sampling: Sampling) -> History:
         if row.prompt is not None:
             seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-            self._histories[row.slot] = History.begin(sampling, row.prompt, seed, self.config.vocab_size)
+            self._histories[row.slot] = History.begin(sampling, row.prompt, seed, self._vocabulary)
         return self._histories[row.slot]
 
 

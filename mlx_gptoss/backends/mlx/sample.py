@@ -35,7 +35,7 @@ class History:
         history = History((int(key[0]), int(key[1])))
         if sampling.penalized:
             seen = mx.zeros((vocabulary,), dtype=mx.bool_)
-            seen[mx.array(list(prompt))] = True
+            seen[mx.array([token for token in prompt if token < vocabulary])] = True
             history.seen, history.counts = seen, mx.zeros((vocabulary,), dtype=mx.float32)
         return history
 
@@ -83,7 +83,10 @@ def choose(
 
 
 def _bias(logits: mx.array, samplings: Sequence[Sampling]) -> mx.array:
-    entries = [(row, t, b) for row, s in enumerate(samplings) for t, b in (s.logit_bias or {}).items()]
+    """A bias on an id that is never sampled, for its row is not resident, does nothing."""
+    entries = [
+        (row, t, b) for row, s in enumerate(samplings) for t, b in (s.logit_bias or {}).items() if t < logits.shape[-1]
+    ]
     if not entries:
         return logits
     rows, tokens, biases = zip(*entries, strict=True)
