@@ -22,8 +22,9 @@ MODEL_OPTIONS = (
         "--max-context", type=click.IntRange(min=1), metavar="N", help="Tokens of prompt and answer together."
     ),
 )
-CACHE_OPTIONS = (
+RUN_OPTIONS = (
     click.option("--kv-bits", type=click.Choice(["8"]), help="Keep the K/V cache of full layers in 8 bits."),
+    click.option("--speculate", is_flag=True, help="Guess tokens ahead from the text so far; --stats says how well."),
 )
 SAMPLING_OPTIONS = (
     click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Most tokens to generate."),
@@ -63,6 +64,7 @@ def load(
     dtype: str | None,
     max_context: int | None,
     kv_bits: str | None = None,
+    speculate: bool = False,
 ) -> Model:
     """The model, with a spinner on a terminal's stderr while it loads."""
     from rich.console import Console
@@ -77,4 +79,5 @@ def load(
             dtype=dtype,
             max_context=max_context,
             kv_bits=None if kv_bits is None else int(kv_bits),
+            speculate=speculate,
         )

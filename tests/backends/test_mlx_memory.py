@@ -52,7 +52,7 @@ def test_the_peak_stays_within_the_plan(kv_bits):
     )
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    runner = backend.load(weights, device="cpu", dtype=None, limits=Limits(1, 1000, 256, kv_bits))
+    runner = backend.load(weights, device="cpu", dtype=None, limits=Limits(1, 1000, 256, kv_bits=kv_bits))
     generate(runner, tuple(range(256)) * 3, 222, 256)
     peak = runner.peak_memory() - before
     cache = 990 * plan.kv_bytes_per_token
@@ -100,7 +100,7 @@ def test_a_cache_in_8_bits_decodes_what_it_prefills(mini):
     """One token's scores are products with the codes, a prompt's with the decoded keys: both are the same numbers, for
     one slot and for several of different lengths."""
     checkpoint = checkpoints.open(mini / "mxfp4")
-    runner = backend.load(checkpoint, device="cpu", dtype=None, limits=Limits(3, 400, 64, 8))
+    runner = backend.load(checkpoint, device="cpu", dtype=None, limits=Limits(3, 400, 64, kv_bits=8))
     prompts = [tuple(np.random.default_rng(n).integers(0, 300, n).tolist()) for n in (60, 30, 7)]
     ids = [[runner.submit([Row(i, 0, p, GREEDY, p)]).wait()[0].token] for i, p in enumerate(prompts)]
     for step in range(12):

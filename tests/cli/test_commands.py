@@ -42,6 +42,13 @@ def test_generate_streams_text_to_stdout_and_stats_to_stderr(run):
     assert "tok/s" in out.stderr and "tok/s" not in out.stdout
 
 
+def test_speculation_tells_how_well_it_guessed(run):
+    words = ("generate", "What is 12 + 30?", "--temperature", 0, "--backend", "mlx", "--stats")
+    plain, fast = run(*words), run(*words, "--speculate")
+    assert fast.stdout == plain.stdout
+    assert "drafts accepted" in fast.stderr and "drafts" not in plain.stderr
+
+
 def test_generate_json_is_one_object_with_the_promised_fields(run):
     out = run("generate", "-", "--model", "MINI", "--seed", 1, "--max-tokens", 12, "--json", stdin="Hi")
     report = json.loads(out.stdout)

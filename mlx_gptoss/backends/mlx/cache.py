@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from ...config import FULL, ModelConfig
 
@@ -24,18 +25,21 @@ class Span:
     """Where this forward pass writes, either one slot and any number of tokens, or B slots and one token each; and
     what every layer needs to know of that, made once on the host.
 
-    slots, starts: [B] host integers, ascending slots. length: tokens a row.
-    rows, offsets, places: slots, starts and starts % W on the device, int32 [B].
+    slots, starts: [B] host integers, ascending slots. length: tokens a row. ring: W and the slack behind it.
+    rows, offsets: slots and starts on the device, int32 [B]. places: in the ring, of each row's token or of one row's
+        L tokens, int32 [B or L].
     turns: how far each head of a one-token row's queries, keys and values is rotated, int32 [B * (H + 2 K)]; a value
         by 0, which leaves it as it is.
     tokens, pairs: the rows of activations that each token's experts take, uint32 [T, 1], and of the results that they
         give, uint32 [T, A]: both count up.
-    seen, seen_in_ring: bool [B, 1, 1, keys], the places that each of several unequal rows attends to; None is all.
+    seen: bool [B, 1, 1, end], the places that each of several unequal rows attends to; None is all. seen_in_ring: the
+        same of a ring's filled places, bool [B, 1, L, min(end, R)].
     """
 
     slots: tuple[int, ...]
     starts: tuple[int, ...]
     length: int
+    ring: int
     rows: mx.array
     offsets: mx.array
     places: mx.array
@@ -46,24 +50,24 @@ class Span:
     seen_in_ring: mx.array | None
 
     @staticmethod
-    def of(config: ModelConfig, slots: Sequence[int], starts: Sequence[int], length: int) -> Span:
-        window, kv_heads = config.sliding_window, config.num_key_value_heads
-        rows, offsets, places = mx.array(np.array([slots, starts, [start % window for start in starts]], np.int32))
+    def of(config: ModelConfig, slots: Sequence[int], starts: Sequence[int], length: int, slack: int = 0) -> Span:
+        kv_heads, ring = config.num_key_value_heads, config.sliding_window + slack
+        positions = np.add.outer(starts, np.arange(length))  # [B, L]
+        rows, offsets = mx.array(np.array([slots, starts], np.int32))
         turned = [1] * (config.num_attention_heads + kv_heads) + [0] * kv_heads
-        uneven = len(set(starts)) > 1
-        filled = min(max(starts) + length, window)
         return Span(
             slots=tuple(slots),
             starts=tuple(starts),
             length=length,
+            ring=ring,
             rows=rows,
             offsets=offsets,
-            places=places,
+            places=mx.array((positions % ring).ravel().astype(np.int32)),
             turns=mx.array(np.outer(starts, turned).ravel().astype(np.int32)),
             tokens=_numbers(len(slots) * length, 1),
             pairs=_numbers(len(slots) * length, config.num_experts_per_tok),
-            seen=_until(offsets, max(starts) + length) if uneven else None,
-            seen_in_ring=_until(offsets, filled) if min(starts) + 1 < filled else None,
+            seen=_until(offsets, max(starts) + length) if len(set(starts)) > 1 else None,
+            seen_in_ring=_in_window(positions, config.sliding_window, ring) if length <= slack + 1 else None,
         )
 
     @property
@@ -138,34 +142,42 @@ class Packed:
 
 
 class RingCache:
-    """The last W positions of each slot, [2, S, K, W, 64]; position p stands at p % W."""
+    """The last R positions of each slot, [2, S, K, R, 64]; position p stands at p % R.
 
-    def __init__(self, shape: tuple[int, int, int], dtype: mx.Dtype, window: int) -> None:
+    R is the window and the slack: as many tokens may be written and then taken back, for what they overwrote is out of
+    every window that is left. Nothing has to be undone: who attends next looks at positions, not at what was written.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], dtype: mx.Dtype, window: int, slack: int) -> None:
         """shape: S, K and 64."""
-        self.window = window
-        self._kv = mx.zeros((2, *shape[:2], window, shape[2]), dtype=dtype)
+        self.window, self.slack = window, slack
+        self._kv = mx.zeros((2, *shape[:2], window + slack, shape[2]), dtype=dtype)
 
     @property
     def arrays(self) -> list[mx.array]:
         return [self._kv]
 
     def update(self, kv: mx.array, span: Span) -> tuple[mx.array, mx.array]:
-        """Store one token a row, kv [2, B, K, 1, 64], and return what the ring holds, [B, K, min(end, W), 64] each;
-        order within it does not matter to softmax."""
-        w = self.window
-        self._kv = _stored(self._kv, kv, span, span.starts[0] % w, span.places)
-        rows, filled = _rows(span), min(span.end, w)
+        """Store kv [2, B, K, L, 64], one token a row, or up to 1 + slack of one slot, and return what the ring holds,
+        [B, K, min(end, R), 64] each; order within it does not matter to softmax."""
+        place = span.starts[0] % span.ring
+        if place + span.length > span.ring:  # one slot's tokens around the ring's end
+            slot = span.slots[0]
+            self._kv[:, slot : slot + 1, :, span.places] = kv
+        else:
+            self._kv = _stored(self._kv, kv, span, place, span.places)
+        rows, filled = _rows(span), min(span.end, span.ring)
         return self._kv[0, rows, :, :filled], self._kv[1, rows, :, :filled]
 
     def extend(self, kv: mx.array, span: Span) -> tuple[mx.array, mx.array]:
         """Store one slot's next L tokens, kv [2, 1, K, L, 64], and return keys and values after the W positions
         before them: [1, K, W + L, 64] each. Positions before 0 are zeros, to be masked."""
-        slot, w = span.slots[0], self.window
-        # Rolled so that the oldest position, start - W, comes first.
-        past = mx.roll(self._kv[:, slot : slot + 1], -(span.starts[0] % w), 3)
+        slot, ring = span.slots[0], span.ring
+        # Rolled so that the oldest position, start - R, comes first.
+        past = mx.roll(self._kv[:, slot : slot + 1], -(span.starts[0] % ring), 3)
         joined = mx.concatenate([past, kv], axis=3)
-        self._kv[:, slot : slot + 1] = mx.roll(joined[..., -w:, :], span.end % w, 3)
-        return joined[0, :], joined[1, :]
+        self._kv[:, slot : slot + 1] = mx.roll(joined[..., -ring:, :], span.end % ring, 3)
+        return joined[0, ..., self.slack :, :], joined[1, ..., self.slack :, :]
 
 
 LayerCache = FullCache | RingCache
@@ -173,17 +185,23 @@ LayerCache = FullCache | RingCache
 
 class Cache:
     """One FullCache or RingCache a layer, for `slots` sequences of at most max_context tokens. kv_bits: 8 packs the
-    full layers; rings, which are small, stay as they are."""
+    full layers; rings, which are small, stay as they are. slack: tokens that can be taken back."""
 
     def __init__(
-        self, config: ModelConfig, slots: int, max_context: int, dtype: mx.Dtype, kv_bits: int | None = None
+        self,
+        config: ModelConfig,
+        slots: int,
+        max_context: int,
+        dtype: mx.Dtype,
+        kv_bits: int | None = None,
+        slack: int = 0,
     ) -> None:
         shape = (slots, config.num_key_value_heads, config.head_dim)
         full = [layer for layer, kind in enumerate(config.layer_types) if kind == FULL]
         self.layers: list[LayerCache] = [
             FullCache(shape, dtype, max_context, full.index(layer) / len(full), packed=kv_bits == 8)
             if kind == FULL
-            else RingCache(shape, dtype, config.sliding_window)
+            else RingCache(shape, dtype, config.sliding_window, slack)
             for layer, kind in enumerate(config.layer_types)
         ]
 
@@ -219,6 +237,14 @@ def _rows(span: Span) -> slice | mx.array:
 def _numbers(rows: int, columns: int) -> mx.array:
     """0, 1, 2, ... row by row, made on the host."""
     return mx.array(np.arange(rows * columns, dtype=np.uint32).reshape(rows, columns))
+
+
+def _in_window(positions: NDArray[np.int64], window: int, ring: int) -> mx.array | None:
+    """Boolean [B, 1, L, filled]: whether the query at each of positions [B, L] sees a place of a ring, which holds the
+    latest position that fell on it up to the query, or one taken back. None if each sees all places that are filled."""
+    age = (positions[..., None] - np.arange(min(positions.max() + 1, ring))) % ring
+    seen = (age < window) & (age <= positions[..., None])
+    return None if seen.all() else mx.array(seen[:, None])
 
 
 def _until(offsets: mx.array, end: int) -> mx.array:

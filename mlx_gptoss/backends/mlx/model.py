@@ -17,6 +17,7 @@ from .cache import Cache, FullCache, LayerCache, Packed, RingCache, Span
 from .elementwise import Elementwise
 from .layers import ExpertLinear, Linear, MappedRows, Matrix
 
+FEW = 8  # tokens whose attention to a cache in 8 bits costs less by its codes than decoded
 SORT_FROM = 64  # token-expert pairs from which sorting them by expert pays: each expert is then read once
 
 
@@ -54,15 +55,17 @@ class Attention:
         """x, residual [B, L, D] -> residual + attention of x, [B, L, D]"""
         B, L, _ = x.shape
         q, kv = self._rotated(self.qkv(x), span)
-        if isinstance(cache, RingCache) and L > 1:
+        if isinstance(cache, RingCache) and 1 + cache.slack < L:
             y = self._banded(q, *cache.extend(kv, span), past=min(span.starts[0], cache.window))
         else:
             mask = span.seen if isinstance(cache, FullCache) else span.seen_in_ring
             held = cache.update(kv, span)
             if isinstance(held, Packed):
                 y = self._attend_packed(q, held, mask)
+            elif isinstance(cache, FullCache) and L > 1:
+                y = self._causal(q, *held)
             else:
-                y = self._causal(q, *held) if L > 1 else self._attend(q, *held, mask)
+                y = self._attend(q, *held, mask)
         return self.out.onto(residual, y.swapaxes(1, 2).reshape(B, L, self.config.q_size), self.elementwise)
 
     def _rotated(self, x: mx.array, span: Span) -> tuple[mx.array, mx.array]:
@@ -114,21 +117,24 @@ class Attention:
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
     def _attend_packed(self, q: mx.array, held: Packed, mask: mx.array | None) -> mx.array:
-        """The same over keys and values in 8 bits. A token's scores are products with the codes; a prompt is long
-        enough for decoding them first to cost less."""
+        """The same over keys and values in 8 bits. The scores of few tokens are products with the codes; a prompt is
+        long enough for decoding them first to cost less."""
         B, H, L, dim = q.shape
-        if L > 1:
+        if L > FEW:
             return self._causal(q, *held.unpacked(q.dtype))
         grouped = (B, self.config.num_key_value_heads, -1)
         scores = held.scores((q.astype(mx.float32) * self.rotary.score_scale).reshape(*grouped, dim))
-        scores = scores.reshape(B, H, 1, -1)
+        scores = scores.reshape(B, H, L, -1)
+        if L > 1:
+            end = scores.shape[-1]
+            mask = mx.arange(end) <= mx.arange(end - L, end)[:, None]
         if mask is not None:
             scores = mx.where(mask, scores, -mx.inf)
         # The sink is one more score in the denominator.
         sinks = self.sinks.astype(mx.float32)[:, None, None]
         weights = mx.exp(scores - mx.logaddexp(mx.logsumexp(scores, axis=-1, keepdims=True), sinks))
         y = held.weighted(weights.reshape(*grouped, scores.shape[-1]))
-        return y.reshape(B, H, 1, dim).astype(q.dtype)
+        return y.reshape(B, H, L, dim).astype(q.dtype)
 
     def _attend(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None) -> mx.array:
         scale = self.rotary.score_scale
