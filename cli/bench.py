@@ -84,9 +84,9 @@ def bench(
 
 
 def _bench(cases: list[Case], repeat: int, tell: Callable[[str], None], **choices: Any) -> Report:
-    from mlx_gptoss import api
     from mlx_gptoss.backends import BACKENDS
     from mlx_gptoss.benchmark import Model, Where, bench, load
+    from mlx_gptoss.weights.formats import WRITERS
     from mlx_gptoss.weights.requantize import Requantized
 
     quantize, against = choices["quantize"], choices["against"]
@@ -95,7 +95,8 @@ def _bench(cases: list[Case], repeat: int, tell: Callable[[str], None], **choice
         model = Model(source, source.size_bytes, source.format)
         if quantize:
             weights = Requantized(source, quantize)
-            model = Model(weights, api.sizes_in_other_formats(source)[quantize], quantize)
+            form = quantize if quantize in WRITERS else f"{source.format}, {quantize}"
+            model = Model(weights, weights.size_bytes, form)
         where = Where.find(choices["backend"], choices["device"], choices["dtype"], model.size_bytes)
         others: list[Contender] = []
         if against in BACKENDS:
@@ -173,7 +174,8 @@ def _print(report: Report) -> None:
         decoded = "" if found.decode_error is None else f", decoded log-probabilities off by {found.decode_error:.2g}"
         console.print(
             f"Against {escape(found.against)}, {found.layers} layers, {found.tokens} tokens: "
-            f"KL {found.kl:.2g} nats, relative error {found.relative_error:.2g}, top-1 {found.top1:.1%}{decoded}"
+            f"KL {found.kl:.2g} nats, top-1 {found.top1:.1%}, relative error {found.relative_error:.2g} "
+            f"(worst {found.worst_error:.2g}){decoded}"
         )
     table = Table(box=None, header_style="bold")
     for column in ("engine", "batch", "prompt", "prefill tok/s", "context", "decode tok/s", "bytes a step"):

@@ -31,7 +31,8 @@ GREEDY = Sampling(temperature=0)
 class Agreement:
     """Our logits against another computation's, over `tokens` positions of `layers` layers.
 
-    relative_error: largest error over a position's vocabulary by its largest logit; the worst position.
+    relative_error: largest error over a position's vocabulary by its largest logit, the median of all positions;
+        worst_error: the same of the worst, which may be one where rounding decided between two experts.
     kl: KL(other || ours) in nats, the mean. top1: how often both find the same token the likeliest.
     decode_error: mean difference between the log-probabilities of tokens that we decoded, one a step in a batch, and
         the other's of the same tokens, for the worst batch; None if only whole prompts were compared.
@@ -41,6 +42,7 @@ class Agreement:
     layers: int
     tokens: int
     relative_error: float
+    worst_error: float
     kl: float
     top1: float
     decode_error: float | None = None
@@ -117,7 +119,15 @@ def compare(ours: NDArray[np.float32], other: NDArray[np.float32], against: str,
     error = np.abs(ours - other).max(axis=-1) / np.abs(other).max(axis=-1)
     kl = kl_divergence(log_softmax(other), log_softmax(ours))
     top1 = np.mean(ours.argmax(axis=-1) == other.argmax(axis=-1))
-    return Agreement(against, config.num_hidden_layers, len(ours), float(error.max()), float(kl.mean()), float(top1))
+    return Agreement(
+        against,
+        config.num_hidden_layers,
+        len(ours),
+        float(np.median(error)),
+        float(error.max()),
+        float(kl.mean()),
+        float(top1),
+    )
 
 
 def _require(found: Agreement, dtype: str) -> None:
@@ -126,7 +136,8 @@ def _require(found: Agreement, dtype: str) -> None:
         decoded = "" if found.decode_error is None else f", decoded log-probabilities off by {found.decode_error:.3g}"
         raise GptOssError(
             f"the logits disagree with {found.against}: KL {found.kl:.3g} nats where {kl:g} is the most in {dtype}, "
-            f"relative error {found.relative_error:.3g}{decoded}; nothing was timed: please report this"
+            f"relative error {found.relative_error:.3g}, at worst {found.worst_error:.3g}{decoded}; nothing was timed: "
+            "please report this"
         )
 
 

@@ -253,8 +253,8 @@ def load(
     dtype: of activations and KV cache, "float32", "bfloat16" or "float16"; None is bfloat16 on a GPU, float32 on a CPU.
     max_context: tokens a sequence may have; None is the model's longest, or what fits into memory of it.
     slots: sequences that are generated at once; more wait.
-    quantize: the name of an MLX format ("mlx-4bit", "mlx-mxfp4-q8", ...) to quantize to while loading; None, the
-        default, computes on the weights as they are stored.
+    quantize: the name of an MLX format ("mlx-4bit", "mlx-mxfp4-q8", ...) to quantize to while loading; or "rest-8bit"
+        or "rest-4bit", which leave experts and router as they are; None, the default, all weights.
     kv_bits: 8 keeps keys and values of the full layers in 8 bits (mlx alone), 9/16 of their memory in bfloat16; None as
         they are computed.
     speculate: guess up to DRAFTS tokens ahead from what the text has said before, and verify them in one step (mlx
@@ -266,15 +266,14 @@ def load(
         raise InvalidRequest(f"slots must be at least 1, not {slots}")
     name = "the bundled model" if path_or_repo_id is None else str(path_or_repo_id)
     checkpoint = open_checkpoint(path_or_repo_id)
-    weights = checkpoint if quantize is None else Requantized(checkpoint, quantize)
+    weights: checkpoints.Checkpoint | Requantized = (
+        checkpoint if quantize is None else Requantized(checkpoint, quantize)
+    )
     tokenizer = checkpoint.tokenizer()
     sizes = sizes_in_other_formats(checkpoint)
-    size = checkpoint.size_bytes if quantize is None else sizes[quantize]
+    size = weights.size_bytes
     module, backend = find_backend(backend, size)
-    if kv_bits is not None and (kv_bits != 8 or backend != "mlx"):
-        raise InvalidRequest(f"kv_bits must be 8, and the backend mlx, not {kv_bits!r} and {backend}; or leave it out")
-    if speculate and backend != "mlx":
-        raise InvalidRequest(f"the {backend} backend cannot speculate; leave it out, or take the mlx backend")
+    _check_options(backend, kv_bits, speculate)
     plan = memory_plan(
         checkpoint,
         module,
@@ -308,6 +307,14 @@ def load(
         name,
         load_s=time.perf_counter() - started,
     )
+
+
+def _check_options(backend: str, kv_bits: int | None, speculate: bool) -> None:
+    """What the mlx backend alone can do."""
+    if kv_bits is not None and (kv_bits != 8 or backend != "mlx"):
+        raise InvalidRequest(f"kv_bits must be 8, and the backend mlx, not {kv_bits!r} and {backend}; or leave it out")
+    if speculate and backend != "mlx":
+        raise InvalidRequest(f"the {backend} backend cannot speculate; leave it out, or take the mlx backend")
 
 
 def open_checkpoint(path_or_repo_id: str | Path | None) -> checkpoints.Checkpoint:

@@ -158,7 +158,7 @@ def bench(
     ours, counted = load(model, cases, repeat, where, tell)
     try:
         for other in others:
-            tell(f"comparing logits with {other.engine}")
+            tell(f"comparing logits with {_name(other)}")
             agreements.append(agreement.of_logits(ours, other, where.dtype, model.weights.config, require=must_agree))
         results: list[Measurement] = []
         for case in cases:
@@ -177,18 +177,18 @@ def _measure(contenders: Sequence[Contender], case: Case, repeat: int, tell: Tel
     decodes: list[list[float]] = [[] for _ in contenders]
     what = f"batch {case.batch}, context {case.context}"
     for contender in contenders:
-        tell(f"{what}: warming up {contender.engine}")
+        tell(f"{what}: warming up {_name(contender)}")
         contender.begin(case)
     for n in range(repeat):
         for contender, times in zip(contenders, prefills, strict=True):
-            tell(f"{what}: prefill {n + 1} of {repeat}, {contender.engine}")
+            tell(f"{what}: prefill {n + 1} of {repeat}, {_name(contender)}")
             times.append(contender.prefill())
     for contender in contenders:
-        tell(f"{what}: filling the context, {contender.engine}")
+        tell(f"{what}: filling the context, {_name(contender)}")
         contender.fill()
     for n in range(repeat):
         for contender, times in zip(contenders, decodes, strict=True):
-            tell(f"{what}: decode {n + 1} of {repeat}, {contender.engine}")
+            tell(f"{what}: decode {n + 1} of {repeat}, {_name(contender)}")
             times.append(contender.decode())
     found = [_measurement(*entry, case) for entry in zip(contenders, prefills, decodes, strict=True)]
     if len(found) > 1:
@@ -199,6 +199,10 @@ def _measure(contenders: Sequence[Contender], case: Case, repeat: int, tell: Tel
         }
         found[0] = replace(ours, ratio=ratio)
     return found
+
+
+def _name(contender: Contender) -> str:
+    return f"{contender.engine} ({contender.backend})"
 
 
 def _measurement(contender: Contender, prefills: list[float], decodes: list[float], case: Case) -> Measurement:

@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from mlx_gptoss.weights import checkpoint, codecs
+from mlx_gptoss.weights.synthetic import Synthetic, preset
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -39,3 +43,16 @@ def test_the_format_table_has_a_row_a_format():
     rows = [line for line in out.stdout.splitlines() if line.startswith("| `")]
     assert [row.split("`")[1] for row in rows] == ["bf16", "mlx-mxfp4-q8"]
     assert "100.00%" in rows[0]  # bfloat16 agrees with itself
+
+
+def test_the_gguf_file_holds_the_synthetic_weights(tmp_path):
+    pytest.importorskip("gguf")
+    words = [EXAMPLES / "write_gguf.py", "tiny", "2", tmp_path / "tiny.gguf"]
+    out = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120)
+    assert out.returncode == 0, out.stderr
+    found, source = checkpoint.open(tmp_path / "tiny.gguf"), Synthetic(preset("tiny", 2), "mxfp4")
+    assert found.format == "gguf" and found.config.yarn == source.config.yarn
+    for param in source.params:
+        ours, theirs = (codecs.dequantize(weights.read(param.name)) for weights in (source, found))
+        bound = 0.05 if param.is_matrix and param.role not in ("experts", "router") else 0  # Q8_0 rounds
+        assert np.abs(ours - theirs).max() <= bound * np.abs(ours).max(), param.name

@@ -58,6 +58,7 @@ class Readable(Weights, Protocol):
     stop_ids: tuple[int, ...]
 
     def stored_as(self, name: str) -> tuple[Spec | None, str | None]: ...
+    def matrix_bytes(self, role: Role) -> int: ...
     def release(self, weight: Weight | None = None) -> None: ...
     def fingerprint(self) -> list[list[Any]]: ...
 
@@ -120,6 +121,11 @@ class Checkpoint:
         source = self._binding.sources[name]
         return source.spec, self.tensors[source.scales].dtype if source.scales else None
 
+    def matrix_bytes(self, role: Role) -> int:
+        """Of all stored tensors that a role's matrices are read from."""
+        sources = [self._binding.sources[param.name] for param in self.params if param.role == role and param.is_matrix]
+        return sum(self.tensors[name].nbytes for name in {want.name for source in sources for want in source.wants})
+
     def weights(self) -> Iterator[tuple[Param, Weight]]:
         """Every parameter with its weight, in network order."""
         for param in self.params:
@@ -162,10 +168,8 @@ class Checkpoint:
     def _role(self, role: Role) -> dict[str, Any]:
         matrices = [param for param in self.params if param.role == role and param.is_matrix]
         sources = [self._binding.sources[param.name] for param in matrices]
-        names = {want.name for source in sources for want in source.wants}
-        size = sum(self.tensors[name].nbytes for name in names)
         kinds = sorted({_kind(source.spec, self.tensors[source.wants[0].name]) for source in sources})
-        return {"format": "+".join(kinds), "bits": 8 * size / sum(param.size for param in matrices)}
+        return {"format": "+".join(kinds), "bits": 8 * self.matrix_bytes(role) / sum(param.size for param in matrices)}
 
     def _release_copied(self, source: Source, weight: Weight) -> None:
         """Drop the pages of the stored tensors that the weight is not a view of, such as those of single experts."""

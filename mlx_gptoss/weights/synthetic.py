@@ -26,7 +26,7 @@ from ..machine import cores
 from . import codecs
 from .convert import Progress, write_checkpoint
 from .formats import recipe_of
-from .params import Param, parameters
+from .params import Param, Role, parameters
 from .tensor import Array, Dense, Quantized, Spec, Weight
 
 BLOCK = 1 << 20  # bytes drawn from one stream
@@ -86,6 +86,12 @@ class Synthetic:
         if spec is None:
             return None, None
         return spec, ("F16" if self._symmetric else "BF16") if spec.scale in ("float", "none") else None
+
+    def matrix_bytes(self, role: Role) -> int:
+        """As Checkpoint's."""
+        units = recipe_of(self.format)[0].units(self.format, self.params, {})
+        mine = [unit for unit in units if any(param.role == role and param.is_matrix for param in unit.params)]
+        return sum(info.nbytes for unit in mine for info in unit.tensors)
 
     def fingerprint(self) -> list[list[Any]]:
         """As Checkpoint's: what its bytes follow from."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mlx_gptoss.backends.cuda.kernels import moe as kernels
+from mlx_gptoss.backends.cuda.layers import ExpertLinear, Experts
 
 A, LIMIT, ALPHA, EPS = 4, 7.0, 1.702, 1e-5
 D, I, E = 192, 64, 6
@@ -22,8 +23,11 @@ class Layer:
     def __init__(self, stored, device, kind: str, dtype=torch.float32, experts: int = E) -> None:
         self.gate_up, self.down = stored(kind, experts, 2 * I, D, seed=1), stored(kind, experts, D, I, seed=2)
         self.biases = random(experts, 2 * I, seed=3).to(dtype), random(experts, D, seed=4).to(dtype)
-        on_device = [bias.to(device) for bias in self.biases]
-        self.experts = kernels.Experts(self.gate_up.matrix, on_device[0], self.down.matrix, on_device[1], LIMIT, ALPHA)
+        gate_up, down = (
+            ExpertLinear((part.matrix,), bias.to(device))
+            for part, bias in zip((self.gate_up, self.down), self.biases, strict=True)
+        )
+        self.experts = Experts(gate_up, down, A, LIMIT, ALPHA)
 
     def oracle(self, x: torch.Tensor, normed: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         scores, chosen = logits.double().cpu().topk(A, dim=-1)

@@ -21,6 +21,7 @@ from .dequant import outer_factor, weight_args, weight_tile, widen
 from .launch import INTERPRETED, launch
 
 EMBED_BLOCK = 512
+WIDE = 16384  # rows that make more programs than a GPU holds at once
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,14 @@ class Tile:
 
 
 def tile_for(tokens: int, matrix: Matrix) -> Tile:
-    """Chosen by counting: registers, instructions a weight (3.7 keep up with an H200's memory), bytes in flight."""
+    """Chosen by counting: programs for every processor, bytes in flight, and instructions a weight, of which 3.7 keep
+    up with an H200's memory. Where N is small, narrow tiles; not too narrow, as each program reads all tokens."""
     dense = isinstance(matrix, DenseMatrix)
     if tokens == 1:
-        return Tile(16, 256, 1, 4) if dense else Tile(16, 256, 1, 3)
-    if tokens <= 16:
-        return Tile(32, 128, 2, 4) if dense else Tile(32, 128, 2, 3)
-    return Tile(64, 64, 4, 4) if dense else Tile(64, 64, 4, 3)
+        return Tile(16, 256, 1, 4 if dense else 3)
+    if dense and matrix.shape[-2] < WIDE:
+        return Tile(16, 128, 1, 4) if tokens <= 16 else Tile(32, 128, 2, 4)
+    return Tile(32, 128, 2, 4 if dense else 3) if tokens <= 16 else Tile(64, 64, 4, 4 if dense else 3)
 
 
 def block_of(tokens: int, most: int = 64) -> int:
@@ -52,8 +54,10 @@ def block_of(tokens: int, most: int = 64) -> int:
 def dot(a, b, acc):
     """acc + a @ b in float32."""
     if INTERPRETED:
-        return tl.dot(widen(a), widen(b), acc)
-    return tl.dot(a, b, acc, input_precision="ieee")
+        acc = tl.dot(widen(a), widen(b), acc)
+    else:
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -220,25 +224,24 @@ def _qkv(
     a, b = tl.split(acc.reshape(2, HALF, BT).permute(1, 2, 0))  # [HALF, BT] each
     pairs = pair + tl.arange(0, HALF)
     if head < H + KV:
-        at = position.to(tl.int64)[None, :] * 32 + pairs[:, None]
-        c = tl.load(cos + at, mask=here[None, :], other=0)
-        s = tl.load(sin + at, mask=here[None, :], other=0)
+        angle = position.to(tl.int64)[None, :] * 32 + pairs[:, None]
+        c = tl.load(cos + angle, mask=here[None, :], other=0)
+        s = tl.load(sin + angle, mask=here[None, :], other=0)
         a, b = a * c - b * s, b * c + a * s
     if head < H:
-        at = q + (tokens[None, :] * H + head) * 64 + pairs[:, None]
-        tl.store(at, a.to(q.dtype.element_ty), mask=here[None, :])
-        tl.store(at + 32, b.to(q.dtype.element_ty), mask=here[None, :])
+        place = (tokens * H + head)[None, :] * 64 + pairs[:, None]
+        tl.store(q + place, a.to(q.dtype.element_ty), mask=here[None, :])
+        tl.store(q + place + 32, b.to(q.dtype.element_ty), mask=here[None, :])
     else:
         slot = tl.load(slots + t, mask=here, other=0).to(tl.int64)
-        place = position % C if RING else position
-        kv = (head - H) % KV
-        at = ((slot * KV + kv) * C + place)[None, :] * 64 + pairs[:, None]
+        row = (slot * KV + (head - H) % KV) * C + (position % C if RING else position)
+        place = row[None, :] * 64 + pairs[:, None]
         if head < H + KV:
-            tl.store(keys + at, a.to(keys.dtype.element_ty), mask=here[None, :])
-            tl.store(keys + at + 32, b.to(keys.dtype.element_ty), mask=here[None, :])
+            tl.store(keys + place, a.to(keys.dtype.element_ty), mask=here[None, :])
+            tl.store(keys + place + 32, b.to(keys.dtype.element_ty), mask=here[None, :])
         else:
-            tl.store(values + at, a.to(values.dtype.element_ty), mask=here[None, :])
-            tl.store(values + at + 32, b.to(values.dtype.element_ty), mask=here[None, :])
+            tl.store(values + place, a.to(values.dtype.element_ty), mask=here[None, :])
+            tl.store(values + place + 32, b.to(values.dtype.element_ty), mask=here[None, :])
 
 
 def project_qkv(

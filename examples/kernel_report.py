@@ -1,0 +1,205 @@
+"""Compile every kernel that a model launches, for GPUs that need not be there: registers, spills, instructions.
+
+python examples/kernel_report.py [--preset 20b] [--format mxfp4 ...] [--arch 90 ...] [--rows 1 16 ...] [--json]
+
+One decoding step of each number of rows and one prefill run on torch's meta device, which has shapes and no values;
+the launches are recorded instead of started, and each different one is compiled to a cubin.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from mlx_gptoss.backends.cuda.cache import Cache, Span
+from mlx_gptoss.backends.cuda.decode import Decoder
+from mlx_gptoss.backends.cuda.kernels.fused import Fused
+from mlx_gptoss.backends.cuda.load import load_model
+from mlx_gptoss.config import PRESETS
+from mlx_gptoss.weights.synthetic import Synthetic
+
+META = torch.device("meta")
+BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
+CONTEXT, CHUNK = 131072, 4096
+TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u8", "int32": "i32", "int64": "i64"}
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel, by module and name, as it is specialized. what: who launches it."""
+
+    module: str
+    name: str
+    what: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, object], ...]
+    aligned: tuple[str, ...]
+    options: tuple[tuple[str, object], ...]
+    programs: int
+
+
+def specialize(kernel: JITFunction, what: str, grid: tuple[int, ...], args: tuple, options: dict) -> Launch:
+    """What Triton would make of these arguments."""
+    names = [param.name for param in kernel.params]
+    values = dict(zip(names, args, strict=False)) | {k: v for k, v in options.items() if k in names}
+    signature, constants, aligned = {}, {}, []
+    for param in kernel.params:
+        value = values[param.name]
+        free = not param.do_not_specialize
+        if param.is_constexpr or value is None or (isinstance(value, int) and value == 1 and free):
+            signature[param.name], constants[param.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[param.name] = "*" + TYPES[str(value.dtype).removeprefix("torch.")]
+            aligned += [param.name] if value.storage_offset() * value.element_size() % 16 == 0 else []
+        elif isinstance(value, int):
+            signature[param.name] = "i32"
+            aligned += [param.name] if free and value % 16 == 0 else []
+        else:
+            signature[param.name] = "fp32"
+    kept = tuple((name, options[name]) for name in OPTIONS if name in options)
+    programs = int(torch.tensor(grid).prod())
+    fixed = tuple(signature.items()), tuple(constants.items()), tuple(aligned), kept
+    return Launch(kernel.__module__, kernel.__name__, what, *fixed, programs)
+
+
+class Shapes(Synthetic):
+    """Synthetic weights whose values nobody will see."""
+
+    def _array(self, key, shape, bits, draw):
+        return np.zeros(shape, bits if draw.table is None else draw.table.dtype)
+
+
+def record(preset: str, form: str, rows: list[int]) -> dict[Launch, int]:
+    """Each different launch of one step and one prefill chunk of two layers, a sliding and a full one, and how often it
+    happens in them."""
+    config = PRESETS[preset]
+    config = replace(config, num_hidden_layers=2, layer_types=config.layer_types[:2])
+    model = load_model(Shapes(config, form), torch.bfloat16, META, Fused())
+    found: dict[Launch, int] = {}
+    what = ""
+
+    def run(kernel: JITFunction, *args: object, grid: tuple[int, ...], warmup: bool = False, **options: object) -> None:
+        launch = specialize(kernel, what, grid, args, options)
+        found[launch] = found.get(launch, 0) + 1
+
+    original, JITFunction.run = JITFunction.run, run
+    try:
+        cache = Cache(config, max(rows), CONTEXT, torch.bfloat16, META, whole=True)
+        decoder = Decoder(model, cache, torch.zeros(max(rows), dtype=torch.int64, device=META), CONTEXT)
+        for count in rows:
+            what = f"{form}, {count} row{'s' * (count > 1)}"
+            decoder._run(decoder._ready(count))
+        what = f"{form}, prefill"
+        ids = torch.zeros((1, CHUNK), dtype=torch.int64, device=META)
+        model(ids, cache, Span.of([0], [CHUNK], CHUNK, META))
+    finally:
+        JITFunction.run = original
+    return found
+
+
+ROW = "{:<16}{:<22}{:>5}{:>10}{:>7}{:>11}{:>8}{:>8}{:>14}{:>7}"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """spills: bytes of local memory. loop: instructions of the longest loop's body, for each of a warp's threads."""
+
+    kernel: str
+    what: str
+    arch: int
+    programs: int
+    warps: int
+    registers: int
+    spills: int
+    shared: int
+    instructions: int
+    loop: int
+
+
+def build(launch: Launch, arch: int) -> Compiled:
+    place = {name: (i,) for i, (name, _) in enumerate(launch.signature)}
+    source = ASTSource(
+        getattr(import_module(launch.module), launch.name),
+        dict(launch.signature),
+        {place[name]: value for name, value in launch.constants},
+        {place[name]: [["tt.divisibility", 16]] for name in launch.aligned},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
+    registers, spills, instructions, loop = inspect(compiled.asm["cubin"])
+    return Compiled(
+        launch.name.lstrip("_"),
+        launch.what,
+        arch,
+        launch.programs,
+        compiled.metadata.num_warps,
+        registers,
+        spills,
+        compiled.metadata.shared,
+        instructions,
+        loop,
+    )
+
+
+def inspect(cubin: bytes) -> tuple[int, int, int, int]:
+    """(registers, bytes spilled, instructions, instructions of the longest loop)"""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([BIN / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True)
+        code = subprocess.run([BIN / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True)
+    registers, local = (int(re.search(rf"{name}:(\d+)", usage.stdout)[1]) for name in ("REG", "LOCAL"))
+    labels: dict[str, int] = {}
+    lines: list[str] = []
+    for line in map(str.strip, code.stdout.splitlines()):
+        if match := re.match(r"(\.L_x_\d+):", line):
+            labels[match[1]] = len(lines)
+        elif re.match(r"/\*[0-9a-f]{4,}\*/", line):
+            lines.append(line)
+    jumps = [
+        (labels.get(match[1], i), i) for i, line in enumerate(lines) if (match := re.search(r"BRA.*(\.L_x_\d+)", line))
+    ]
+    return registers, local, len(lines), max((i - to for to, i in jumps), default=0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="20b", choices=PRESETS)
+    parser.add_argument("--format", nargs="+", default=["mxfp4", "mlx-4bit"])
+    parser.add_argument("--arch", nargs="+", type=int, default=[80, 90, 120])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 64])
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    launches: dict[Launch, Launch] = {}
+    if not options.json:
+        print(ROW.format(*(field.name for field in fields(Compiled))))
+    for form in options.format:
+        for launch in record(options.preset, form, options.rows):
+            launches.setdefault(replace(launch, what="", programs=0), launch)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(partial(build, launch), arch) for launch in launches.values() for arch in options.arch]
+        done = []
+        for job in as_completed(jobs):
+            done.append(job.result())
+            if not options.json:
+                print(ROW.format(*asdict(done[-1]).values()), flush=True)
+    if options.json:
+        print(json.dumps([asdict(compiled) for compiled in done]))
+
+
+if __name__ == "__main__":
+    main()

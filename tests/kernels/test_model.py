@@ -1,0 +1,136 @@
+"""The whole model through the kernels: the reference's logits and text, and a decoding step that is torch's alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from mlx_gptoss.backends import cuda
+from mlx_gptoss.backends.base import Limits, Row
+from mlx_gptoss.errors import CheckpointError
+from mlx_gptoss.sampling import Sampling
+from mlx_gptoss.weights import checkpoint as checkpoints
+
+GREEDY = Sampling(temperature=0)
+FIXTURES = {
+    "mxfp4": "reference",
+    "mxfp4-original": "reference",
+    **{name: f"{name}.reference" for name in ("nvfp4", "fp8-dynamic", "int4-autoround", "mlx-4bit", "mlx-mxfp4-all")},
+    "gguf/model-q8_0.gguf": "gguf-q8_0.reference",
+}
+
+
+def load(folder, device, limits: Limits, kernels: bool = True):
+    return cuda.load(checkpoints.open(folder), device=str(device), dtype="float32", limits=limits, kernels=kernels)
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_logits_of_every_format(mini, device, relative_error, name):
+    """Of a prefill in two chunks, the second of which does not divide the window."""
+    reference = load_file(mini / f"{FIXTURES[name]}.safetensors")
+    runner = load(mini / name, device, Limits(1, 96, 16))
+    assert relative_error(runner.logits(reference["prompt"][:30].tolist()), reference["logits"][:30]) < 1e-4
+
+
+def test_greedy_text(mini, device):
+    """Alone, so with one row a step, where the ring has long wrapped."""
+    reference = load_file(mini / "reference.safetensors")
+    prompt, wanted = tuple(reference["prompt"].tolist()), reference["greedy"][:5].tolist()
+    assert reference["margin"][:5].min() > 1e-3
+    runner = load(mini / "mxfp4", device, Limits(2, 128, 64))
+    runner.submit([Row(1, 0, prompt[:64])])
+    ids = [runner.submit([Row(1, 64, prompt[64:], GREEDY, prompt)]).wait()[0].token]
+    pending = [runner.submit([Row(1, len(prompt) + i, None, GREEDY)]) for i in range(4)]
+    assert [*ids, *(p.wait()[0].token for p in pending)] == wanted
+
+
+def test_a_batch_is_what_torch_makes_of_it(mini, device):
+    """Three rows of a step of four: greedy, at a temperature, and through the sampler's whole chain; one joins later,
+    one is fed a token by the host, all in slots used before."""
+    samplings = [GREEDY, Sampling(seed=5), Sampling(seed=6, top_p=0.8, frequency_penalty=0.5, logprobs=2)]
+    prompts = [tuple(range(n, n + length)) for n, length in ((3, 11), (50, 4), (200, 1))]
+    said = []
+    for kernels in (True, False):
+        runner = load(mini / "nvfp4", device, Limits(5, 64, 32), kernels)
+        runner.submit([Row(slot, 0, (7, 8), GREEDY, (7, 8)) for slot in range(5)]).wait()
+        slots, got = (4, 0, 2), []
+        for step in range(4):
+            rows = []
+            for slot, prompt, sampling in zip(slots, prompts, samplings, strict=True):
+                if step == 0 and slot == 2:
+                    continue
+                begins = step == (1 if slot == 2 else 0)
+                start = 0 if begins else len(prompt) + step - (2 if slot == 2 else 1)
+                tokens = prompt if begins else (9,) if (step, slot) == (2, 4) else None
+                rows.append(Row(slot, start, tokens, sampling, prompt if begins else None))
+            got.append(runner.submit(rows).wait())
+        said.append(got)
+    for fused, plain in zip(*said, strict=True):
+        assert [s.token for s in fused] == [s.token for s in plain]
+        assert np.allclose([s.logprob for s in fused], [s.logprob for s in plain], atol=1e-4)
+        assert [[i for i, _ in s.top] for s in fused] == [[i for i, _ in s.top] for s in plain]
+
+
+def test_activations_in_bfloat16_stay_close(mini, device):
+    checkpoint, prompt = checkpoints.open(mini / "mxfp4"), range(1, 30)
+    exact = load(mini / "mxfp4", device, Limits(1, 64, 64)).logits(prompt)
+    limits = Limits(1, 64, 64)
+    narrow = cuda.load(checkpoint, device=str(device), dtype="bfloat16", limits=limits, kernels=True).logits(prompt)
+    assert np.corrcoef(exact.ravel(), narrow.ravel())[0, 1] > 0.98
+
+
+def test_models_that_the_kernels_do_not_fit_are_refused(mini):
+    checkpoint = checkpoints.open(mini / "mxfp4")
+    checkpoint.config = replace(checkpoint.config, num_experts_per_tok=3)
+    with pytest.raises(CheckpointError, match="--device cpu"):
+        cuda.load(checkpoint, device="cpu", dtype=None, limits=Limits(1, 8, 8), kernels=True)
+
+
+@pytest.mark.cuda
+def test_replaying_the_graph_is_running_its_kernels(mini, device, monkeypatch):
+    """Token by token, for one row and for five, on the GPU."""
+    from mlx_gptoss.backends.cuda import decode
+
+    if device.type != "cuda":
+        pytest.skip("torch finds no GPU")
+
+    def eager(self, rows, keys, temperatures):
+        buffers = self._ready(count := decode._bucket(len(rows)))
+        staged = decode.Inputs.empty(count, torch.device("cpu"))
+        staged.fill(rows, keys, temperatures)
+        buffers.inputs.memory.copy_(staged.memory)
+        self._run(buffers)
+        return buffers
+
+    prompts = [tuple(range(n, n + length)) for n, length in ((3, 40), (50, 4), (200, 1), (9, 9), (30, 22))]
+    said = []
+    for graph in (True, False):
+        if not graph:
+            monkeypatch.setattr(decode.Decoder, "step", eager)
+        runner = load(mini / "mxfp4", device, Limits(5, 128, 64))
+        said.append(texts(runner, prompts[:1]) + texts(runner, prompts))
+    assert said[0] == said[1]
+
+
+@pytest.mark.cuda
+def test_a_batch_on_the_gpu_says_what_each_says_alone(mini, device):
+    if device.type != "cuda":
+        pytest.skip("torch finds no GPU")
+    prompts = [tuple(range(n, n + n)) for n in range(1, 60, 4)]
+    runner = load(mini / "mxfp4", device, Limits(len(prompts), 128, 64))
+    assert texts(runner, prompts) == [texts(runner, [prompt])[0] for prompt in prompts]
+
+
+def texts(runner, prompts) -> list[list[int]]:
+    """20 greedy tokens of each, all at once."""
+    first = runner.submit([Row(slot, 0, prompt, GREEDY, prompt) for slot, prompt in enumerate(prompts)]).wait()
+    said = [[sampled.token] for sampled in first]
+    for step in range(19):
+        rows = [Row(slot, len(prompt) + step, None, GREEDY) for slot, prompt in enumerate(prompts)]
+        for ids, sampled in zip(said, runner.submit(rows).wait(), strict=True):
+            ids.append(sampled.token)
+    return said
