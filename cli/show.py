@@ -38,7 +38,7 @@ def show(
     """
     from mlx_gptoss import api
     from mlx_gptoss.backends import find_backend
-    from mlx_gptoss.recommend import recommend
+    from mlx_gptoss.recommend import mappable, recommend
 
     checkpoint = api.open_checkpoint(model)
     module, name = find_backend(backend, checkpoint.size_bytes)
@@ -51,8 +51,8 @@ def show(
         kv_bits=None if kv_bits is None else int(kv_bits),
         may_map=name == "mlx",
     )
-    mappable = api.mappable(checkpoint) if name == "mlx" else None
-    best = recommend(checkpoint, plan, api.sizes_in_other_formats(checkpoint), context, mappable)
+    may_stay = mappable(checkpoint) if name == "mlx" else None
+    best = recommend(checkpoint, plan, api.sizes_in_other_formats(checkpoint), context, may_stay)
     summary = checkpoint.summary()
     if as_json:
         click.echo(json.dumps(_report(summary, plan, best)))

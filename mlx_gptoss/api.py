@@ -31,7 +31,7 @@ from .engine import Engine, Token
 from .errors import CheckpointError, InvalidRequest
 from .harmony.messages import Conversation, Effort
 from .memory import MemoryPlan, plan_memory, require_fit
-from .recommend import recommend
+from .recommend import mappable, mappable_bytes, recommend, used_vocabulary
 from .sampling import Sampling, default_sampling
 from .tokenizer import Tokenizer
 from .weights import checkpoint as checkpoints
@@ -294,7 +294,7 @@ def load(
         chunk=plan.chunk,
         drafts=DRAFTS if speculate else 0,
         kv_bits=kv_bits,
-        resident_vocab=_used_vocabulary(checkpoint) if plan.mapped_bytes else None,
+        resident_vocab=used_vocabulary(checkpoint) if plan.mapped_bytes else None,
     )
     engine = Engine(lambda: module.load(weights, device=device, dtype=dtype, limits=limits))
     return Model(
@@ -351,38 +351,8 @@ def memory_plan(
         slots=slots,
         chunk=backend.prefill_chunk(device),
         kv_bits=kv_bits,
-        mappable_bytes=_mappable_bytes(checkpoint) if may_map else 0,
+        mappable_bytes=mappable_bytes(checkpoint) if may_map else 0,
     )
-
-
-def _used_vocabulary(checkpoint: checkpoints.Checkpoint) -> int:
-    """Ids that the tokenizer has; all there are without one."""
-    tokenizer = checkpoint.tokenizer()
-    return (
-        checkpoint.config.vocab_size if tokenizer is None else min(tokenizer.vocab_size, checkpoint.config.vocab_size)
-    )
-
-
-def _mappable_bytes(checkpoint: checkpoints.Checkpoint) -> int:
-    """Bytes that may stay in the file: the embeddings, and lm_head's rows of ids that no token has."""
-    config, roles = checkpoint.config, checkpoint.summary().roles
-    row_bytes = {role: float(roles[role]["bits"]) * config.hidden_size / 8 for role in ("embed", "lm_head")}
-    unused = config.vocab_size - _used_vocabulary(checkpoint)
-    return int(config.vocab_size * row_bytes["embed"] + unused * row_bytes["lm_head"])
-
-
-def mappable(checkpoint: checkpoints.Checkpoint) -> dict[str, int]:
-    """The same in each format that can hold the model, and in its own."""
-    unused = 1 - _used_vocabulary(checkpoint) / checkpoint.config.vocab_size
-    share = {"embed.weight": 1.0, "lm_head.weight": unused}
-    dtypes = {param.name: "BF16" for param in checkpoint.params}
-    found = {}
-    for name, form in WRITERS.items():
-        with contextlib.suppress(CheckpointError):
-            units = form.units(name, checkpoint.params, dtypes)
-            parts = [share.get(u.params[0].name, 0.0) * sum(info.nbytes for info in u.tensors) for u in units]
-            found[name] = int(sum(parts))
-    return found | {checkpoint.format: _mappable_bytes(checkpoint)}
 
 
 def sizes_in_other_formats(checkpoint: checkpoints.Readable) -> dict[str, int]:

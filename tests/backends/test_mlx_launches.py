@@ -10,9 +10,15 @@ import pytest
 
 import mlx_gptoss
 from mlx_gptoss.api import NANO
+from mlx_gptoss.backends.base import Limits, Row
 from mlx_gptoss.backends.mlx.elementwise import PLAIN, compiled
 from mlx_gptoss.backends.mlx.launches import count, launches_per_token, mlx_lm_launches_per_token, traced
+from mlx_gptoss.backends.mlx.load import load_model
+from mlx_gptoss.backends.mlx.runner import MlxRunner
+from mlx_gptoss.sampling import Sampling
 from mlx_gptoss.weights import checkpoint as checkpoints
+
+SAMPLINGS = (Sampling(temperature=0), Sampling(seed=1, top_p=0.9), Sampling(seed=2, temperature=0.5))
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "mlx-4bit", "mlx-mxfp4-q8"])
@@ -38,11 +44,30 @@ def test_the_count_leaves_views_out_and_takes_a_fast_operation_as_one():
     assert count([mx.fast.rms_norm(x, weight, 1e-5)]) > 1  # as the CPU really does it
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", [field.name for field in fields(PLAIN)])
-def test_compiled_chains_are_one_launch_and_the_same_numbers(name, dtype):
+@pytest.fixture
+def compiler():
     if mx.default_device().type == mx.cpu and shutil.which("g++") is None:
         pytest.skip("MLX compiles for a CPU with g++, which is not here")
+
+
+def test_a_model_of_compiled_chains_computes_the_same(mini, compiler):
+    """Prompts and batches of many shapes through one set of compiled functions."""
+    cpu = mx.Device(mx.cpu)
+    texts = []
+    for chains in (PLAIN, compiled()):
+        with mx.stream(cpu):
+            model = load_model(checkpoints.open(mini / "mlx-4bit"), mx.float32, chains)
+        runner = MlxRunner(model, Limits(3, 100, 64), cpu)
+        prompts = [tuple(range(20, 20 + n)) for n in (1, 5, 40)]
+        steps = [[Row(i, 0, p, SAMPLINGS[i], p)] for i, p in enumerate(prompts)]
+        steps += [[Row(i, len(p) + n, None, SAMPLINGS[i]) for i, p in enumerate(prompts)] for n in range(12)]
+        texts.append([[s.token for s in runner.submit(rows).wait()] for rows in steps])
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", [field.name for field in fields(PLAIN)])
+def test_compiled_chains_are_one_launch_and_the_same_numbers(name, dtype, compiler):
     dtype = getattr(mx, dtype)
 
     def random(*shape):
