@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-REPORT = Path(__file__).parents[2] / "examples" / "kernel_report.py"
+REPORT = Path(__file__).parent / "report.py"
 PASSES = {"_embed", "_qkv", "_decode", "_linear", "_router", "_gate_up", "_down_one", "_tiles", "_choose"}  # of one row
 PASSES |= {"_norm", "_sort", "_down", "_combine", "_turn", "_prefill"}  # of more
 

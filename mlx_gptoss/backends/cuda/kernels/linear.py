@@ -34,10 +34,12 @@ class Tile:
     stages: int
 
 
-def tile_for(tokens: int, matrix: Matrix) -> Tile:
+def tile_for(tokens: int, matrix: Matrix, dtype: torch.dtype) -> Tile:
     """Chosen by counting: programs for every processor, bytes in flight, and instructions a weight, of which 3.7 keep
     up with an H200's memory. Where N is small, narrow tiles; not too narrow, as each program reads all tokens."""
     dense = isinstance(matrix, DenseMatrix)
+    if dtype == torch.float32:  # no tensor cores
+        return Tile(16, 64, 4, 2)
     if tokens == 1:
         return Tile(16, 256, 1, 4 if dense else 3)
     if dense and matrix.shape[-2] < WIDE:
@@ -45,8 +47,9 @@ def tile_for(tokens: int, matrix: Matrix) -> Tile:
     return Tile(32, 128, 2, 4 if dense else 3) if tokens <= 16 else Tile(64, 64, 4, 4 if dense else 3)
 
 
-def block_of(tokens: int, most: int = 64) -> int:
+def block_of(tokens: int, dtype: torch.dtype, most: int = 64) -> int:
     """BT: tokens of one program; a power of two, 1 or at least 16."""
+    most = 16 if dtype == torch.float32 else most
     return 1 if tokens == 1 else min(most, max(16, triton.next_power_of_2(tokens)))
 
 
@@ -152,8 +155,8 @@ def linear(
 ) -> None:
     """out [T, N] = RMSNorm(x [T, K]) @ matrix [N, K]^T + bias [N] + residual [T, N]; the last three are optional, and
     `out` may be the residual. `out` may be columns of something wider."""
-    count, (N, K), BT = x.shape[0], matrix.shape, block_of(x.shape[0])
-    tile = tile_for(count, matrix)
+    count, (N, K), BT = x.shape[0], matrix.shape, block_of(x.shape[0], x.dtype)
+    tile = tile_for(count, matrix, x.dtype)
     grid = (triton.cdiv(N, tile.BN), triton.cdiv(count, BT))
     launch(
         _linear,
@@ -267,9 +270,9 @@ def project_qkv(
     stands at p % C. norm: as in `linear`.
     """
     (count, H, _), (_, KV, C, _) = q.shape, keys.shape
-    BT, head0 = block_of(count), 0
+    BT, head0 = block_of(count, x.dtype), 0
     for matrix in matrices:
-        (N, K), tile = matrix.shape, tile_for(count, matrix)
+        (N, K), tile = matrix.shape, tile_for(count, matrix, x.dtype)
         launch(
             _qkv,
             (N // tile.BN, triton.cdiv(count, BT)),
@@ -292,13 +295,13 @@ def project_qkv(
         head0 += N // 64
 
 
-@triton.jit(do_not_specialize=["stride"])
-def _turn(x, cos, sin, out, stride, HEADS: tl.constexpr, BH: tl.constexpr):
+@triton.jit
+def _turn(x, cos, sin, out, STRIDE: tl.constexpr, HEADS: tl.constexpr, BH: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, BH)
     pair = tl.arange(0, 32)
     mask = (head < HEADS)[:, None] & (pair >= 0)[None, :]
-    at = x + row * stride + head[:, None] * 64 + pair[None, :]
+    at = x + row * STRIDE + head[:, None] * 64 + pair[None, :]
     a = tl.load(at, mask=mask, other=0).to(tl.float32)
     b = tl.load(at + 32, mask=mask, other=0).to(tl.float32)
     c = tl.load(cos + row * 32 + pair)[None, :]
@@ -315,7 +318,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     heads = width // 64
     out = torch.empty((L, heads, 64), dtype=x.dtype, device=x.device)
     BH = triton.next_power_of_2(heads)
-    launch(_turn, (L,), x, cos, sin, out, x.stride(0), HEADS=heads, BH=BH, num_warps=4)
+    launch(_turn, (L,), x, cos, sin, out, STRIDE=x.stride(0), HEADS=heads, BH=BH, num_warps=4)
     return out
 
 

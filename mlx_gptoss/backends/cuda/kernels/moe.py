@@ -365,7 +365,7 @@ def mixture_of_one(x: Tensor, logits: Tensor, experts: Experts, hidden: Tensor, 
     (A, I), (E, D) = hidden.shape, experts.down.bias.shape
     (gate_up,), (down,) = experts.gate_up.matrices, experts.down.matrices
     BE = triton.next_power_of_2(E)
-    tile = tile_for(1, gate_up)
+    tile = tile_for(1, gate_up, x.dtype)
     launch(
         _gate_up,
         (A, triton.cdiv(2 * I, tile.BN)),
@@ -380,7 +380,7 @@ def mixture_of_one(x: Tensor, logits: Tensor, experts: Experts, hidden: Tensor, 
         **_options(tile),
         **weight_args(gate_up),
     )
-    tile = down_tile(down)
+    tile = down_tile(x.dtype)
     launch(
         _down_one,
         (triton.cdiv(D, tile.BN),),
@@ -410,10 +410,10 @@ def mixture(
     (T, D), (P, I) = out.shape, hidden.shape
     A, E = P // T, len(experts.down.bias)
     (gate_up,), (down,) = experts.gate_up.matrices, experts.down.matrices
-    BT = max(16, block_of(T, most=128))
+    BT = max(16, block_of(T, out.dtype, most=128))
     tiles = min(E, P) + P // BT if BT < T else min(E, P)
     shared = {"E": E, "BE": triton.next_power_of_2(E), "BT": BT}
-    tile = grouped_tile(T, gate_up)
+    tile = grouped_tile(T, gate_up, out.dtype)
     launch(
         _gate_up,
         (tiles, triton.cdiv(2 * I, tile.BN)),
@@ -426,7 +426,7 @@ def mixture(
         **_options(tile),
         **weight_args(gate_up),
     )
-    tile = grouped_tile(T, down)
+    tile = grouped_tile(T, down, out.dtype)
     launch(
         _down,
         (tiles, triton.cdiv(D, tile.BN)),
@@ -442,14 +442,15 @@ def mixture(
     launch(_combine, grid, x, parts, groups.weights, positions, out, D=D, A=A, BLOCK=BLOCK, num_warps=4)
 
 
-def down_tile(matrix: Matrix) -> Tile:
+def down_tile(dtype: torch.dtype) -> Tile:
     """BN rows of each of A experts."""
-    return Tile(16, 128, 4, 3)
+    return Tile(16, 64, 4, 2) if dtype == torch.float32 else Tile(16, 128, 4, 3)
 
 
-def grouped_tile(tokens: int, matrix: Matrix) -> Tile:
+def grouped_tile(tokens: int, matrix: Matrix, dtype: torch.dtype) -> Tile:
     """Few tokens an expert: bytes are what it costs; many: products are."""
-    return tile_for(tokens, matrix) if tokens <= SORTED_AT_ONCE else Tile(128, 64, 8, 3)
+    many = tokens > SORTED_AT_ONCE and dtype != torch.float32
+    return Tile(128, 64, 8, 3) if many else tile_for(tokens, matrix, dtype)
 
 
 def _activation(experts: Experts, eps: float) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Compile every kernel that a model launches, for GPUs that need not be there: registers, spills, instructions.
 
-python examples/kernel_report.py [--preset 20b] [--format mxfp4 ...] [--arch 90 ...] [--rows 1 16 ...] [--json]
+python tests/kernels/report.py [--preset 20b] [--format mxfp4 ...] [--arch 90 ...] [--rows 1 ...] [--dtype NAME]
 
 One decoding step of each number of rows and one prefill run on torch's meta device, which has shapes and no values;
 the launches are recorded instead of started, and each different one is compiled to a cubin.
@@ -84,12 +84,12 @@ class Shapes(Synthetic):
         return np.zeros(shape, bits if draw.table is None else draw.table.dtype)
 
 
-def record(preset: str, form: str, rows: list[int]) -> dict[Launch, int]:
+def record(preset: str, form: str, rows: list[int], dtype: torch.dtype = torch.bfloat16) -> dict[Launch, int]:
     """Each different launch of one step and one prefill chunk of two layers, a sliding and a full one, and how often it
     happens in them."""
     config = PRESETS[preset]
     config = replace(config, num_hidden_layers=2, layer_types=config.layer_types[:2])
-    model = load_model(Shapes(config, form), torch.bfloat16, META, Fused())
+    model = load_model(Shapes(config, form), dtype, META, Fused())
     found: dict[Launch, int] = {}
     what = ""
 
@@ -99,7 +99,7 @@ def record(preset: str, form: str, rows: list[int]) -> dict[Launch, int]:
 
     original, JITFunction.run = JITFunction.run, run
     try:
-        cache = Cache(config, max(rows), CONTEXT, torch.bfloat16, META, whole=True)
+        cache = Cache(config, max(rows), CONTEXT, dtype, META, whole=True)
         decoder = Decoder(model, cache, torch.zeros(max(rows), dtype=torch.int64, device=META), CONTEXT)
         for count in rows:
             what = f"{form}, {count} row{'s' * (count > 1)}"
@@ -182,13 +182,16 @@ def main() -> None:
     parser.add_argument("--format", nargs="+", default=["mxfp4", "mlx-4bit"])
     parser.add_argument("--arch", nargs="+", type=int, default=[80, 90, 120])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 64])
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"], help="of activations"
+    )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     launches: dict[Launch, Launch] = {}
     if not options.json:
         print(ROW.format(*(field.name for field in fields(Compiled))))
     for form in options.format:
-        for launch in record(options.preset, form, options.rows):
+        for launch in record(options.preset, form, options.rows, getattr(torch, options.dtype)):
             launches.setdefault(replace(launch, what="", programs=0), launch)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(partial(build, launch), arch) for launch in launches.values() for arch in options.arch]

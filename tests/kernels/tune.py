@@ -1,0 +1,244 @@
+"""Build, check and time every variant of the decoding kernels on the GPU that is here; the variants in use are marked.
+
+python tests/kernels/tune.py [--preset 20b] [--format mxfp4 mlx-4bit] [--rows 1 8 32 64] [--context 1024 131072]
+
+For each product of a step (qkv, attention's output, router, experts, lm_head) and each tile: its error against torch in
+float32 on the same random weights, then the median time over several layers' weights, more than the cache holds, and
+the bytes a second beside those of a copy. Last, the whole step as a CUDA graph. Without a GPU it runs the tiny preset
+under Triton's interpreter (TRITON_INTERPRET=1): everything is checked, and the times mean nothing.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from mlx_gptoss.backends import cuda
+from mlx_gptoss.backends.base import Row
+from mlx_gptoss.backends.cuda.cache import Cache
+from mlx_gptoss.backends.cuda.decode import Buffers, Decoder
+from mlx_gptoss.backends.cuda.kernels import attention, linear, moe
+from mlx_gptoss.backends.cuda.kernels.fused import Fused
+from mlx_gptoss.backends.cuda.kernels.linear import Tile
+from mlx_gptoss.backends.cuda.layers import DenseMatrix, Matrix
+from mlx_gptoss.backends.cuda.load import load_model
+from mlx_gptoss.backends.cuda.model import Block, GptOss
+from mlx_gptoss.backends.cuda.plain import Plain
+from mlx_gptoss.config import PRESETS
+from mlx_gptoss.weights.synthetic import Synthetic
+
+LAYERS, REPEAT = 4, 15
+TILES = [Tile(BN, BK, warps, stages) for BN, BK, warps in
+         ((16, 128, 1), (16, 256, 1), (16, 256, 2), (16, 512, 2), (32, 128, 1), (32, 128, 2), (32, 128, 4),
+          (64, 64, 4), (64, 128, 4), (128, 64, 4)) for stages in (2, 3, 4)]  # fmt: skip
+PLAIN = Plain(threads=1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One product of a step. run(block) starts it, oracle(block) is what it should give and result() what it gave."""
+
+    name: str
+    run: Callable[[Block], None]
+    result: Callable[[], torch.Tensor]
+    oracle: Callable[[Block], torch.Tensor]
+    size: int  # bytes read for one block
+    whole: bool = False  # one for all blocks
+
+
+def cases(model: GptOss, b: Buffers, cache: Cache, positions: torch.Tensor) -> Iterator[Case]:
+    c, i, rows = model.config, b.inputs, len(b.x)
+    turn = model.rotary.turn(positions[:, None].long())
+    table = tuple(
+        t[0, 0].contiguous() for t in vars(model.rotary.turn(torch.arange(4096, device=b.x.device)[None])).values()
+    )
+    x = b.x.clone()
+    fused = rows == 1
+
+    def normed(norm) -> tuple:
+        if fused:
+            return x, norm.weight, norm.eps
+        linear.norm(x, norm.weight, norm.eps, b.normed)
+        return b.normed, None, 0.0
+
+    def reference(norm) -> torch.Tensor:
+        return replace(norm, weight=norm.weight.float())(x.float())
+
+    def product(y: torch.Tensor, layer) -> torch.Tensor:
+        done = torch.cat([PLAIN.product(y.float(), matrix) for matrix in layer.matrices], dim=-1)
+        return done if layer.bias is None else done + layer.bias.float()
+
+    def qkv(block: Block) -> None:
+        y, gain, eps = normed(block.attention_norm)
+        at, layer = block.attention.qkv, cache.layers[0]
+        linear.project_qkv(y, at.matrices, at.bias, table, i.slots, i.positions, b.q, layer.keys, layer.values,
+                           ring=True, norm=gain, eps=eps)  # fmt: skip
+
+    def q_oracle(block: Block) -> torch.Tensor:
+        y = product(reference(block.attention_norm), block.attention.qkv)[:, None, : c.q_size]
+        return PLAIN.turn(y, turn)[:, :, 0]
+
+    def out(block: Block) -> None:
+        at = block.attention.out
+        linear.linear(b.y, at.matrices[0], b.x, bias=at.bias, residual=x)
+
+    def route(block: Block) -> None:
+        y, gain, eps = normed(block.mlp_norm)
+        moe.router(y, block.mlp.router.matrices[0], block.mlp.router.bias, b.scores, norm=gain, eps=eps)
+
+    def experts(block: Block) -> None:
+        route(block)
+        b.x.copy_(x)
+        if fused:
+            moe.mixture_of_one(b.x, b.scores, block.mlp.experts, b.hidden, block.mlp_norm.weight, block.mlp_norm.eps)
+        else:
+            moe.sort(b.scores, i.positions, c.num_experts_per_tok, b.groups)
+            moe.mixture(b.x, b.normed, b.groups, block.mlp.experts, b.hidden, b.parts, b.x, i.positions)
+
+    def mixed(block: Block) -> torch.Tensor:
+        y, layer = reference(block.mlp_norm), block.mlp.experts
+        wide = replace(
+            layer, **{n: replace(getattr(layer, n), bias=getattr(layer, n).bias.float()) for n in ("gate_up", "down")}
+        )
+        return x.float() + PLAIN.mixture(y, product(y, block.mlp.router), wide)
+
+    def head(block: Block) -> None:
+        y, gain, eps = normed(model.norm)
+        linear.linear(y, model.lm_head.matrices[0], b.logits, norm=gain, eps=eps)
+
+    block = model.blocks[0]
+    touched = len(product(reference(block.mlp_norm), block.mlp.router).topk(c.num_experts_per_tok).indices.unique())
+    bank = sum(nbytes(m) for layer in (block.mlp.experts.gate_up, block.mlp.experts.down) for m in layer.matrices)
+    yield Case("qkv", qkv, lambda: b.q, q_oracle, sum(map(nbytes, block.attention.qkv.matrices)))
+    yield Case("out", out, lambda: b.x, lambda k: x.float() + product(b.y, k.attention.out),
+               nbytes(block.attention.out.matrices[0]))  # fmt: skip
+    yield Case("router", route, lambda: b.scores, lambda k: product(reference(k.mlp_norm), k.mlp.router),
+               nbytes(block.mlp.router.matrices[0]))  # fmt: skip
+    yield Case("experts", experts, lambda: b.x, mixed, bank * touched // c.num_local_experts)
+    yield Case("lm_head", head, lambda: b.logits, lambda k: product(reference(model.norm), model.lm_head),
+               nbytes(model.lm_head.matrices[0]), whole=True)  # fmt: skip
+
+
+def nbytes(matrix: Matrix) -> int:
+    parts = [matrix.weight] if isinstance(matrix, DenseMatrix) else [matrix.codes, matrix.scale, matrix.bias]
+    return sum(part.nbytes for part in parts if part is not None)
+
+
+@contextmanager
+def tiles(tile: Tile | None) -> Iterator[None]:
+    """All products cut by `tile`; None as they are in use."""
+    kept = linear.tile_for, moe.tile_for, moe.down_tile, moe.grouped_tile
+    if tile is not None:
+        linear.tile_for = moe.tile_for = moe.grouped_tile = lambda tokens, matrix, dtype: tile
+        moe.down_tile = lambda dtype: tile
+    try:
+        yield
+    finally:
+        linear.tile_for, moe.tile_for, moe.down_tile, moe.grouped_tile = kept
+
+
+def timed(run: Callable[[], None], device: torch.device) -> float:
+    """Median seconds of a call, by the device's own clock."""
+    seconds = []
+    for _ in range(REPEAT if device.type == "cuda" else 1):
+        if device.type == "cuda":
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in "ab")
+            first.record()
+            run()
+            last.record()
+            last.synchronize()
+            seconds.append(first.elapsed_time(last) / 1e3)
+        else:
+            began = time.perf_counter()
+            run()
+            seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def try_tile(case: Case, tile: Tile | None, model: GptOss, device: torch.device, copy: float) -> str:
+    blocks = model.blocks[:1] if case.whole else model.blocks
+    with tiles(tile):
+        case.run(blocks[-1])
+        got, wanted = case.result().float(), case.oracle(blocks[-1]).float()
+        error = float((got - wanted).abs().max() / wanted.abs().max())
+        assert error < 0.03, f"{case.name} {tile}: relative error {error:.2g}"  # NaN, too
+
+        def all_blocks() -> None:
+            for block in blocks:
+                case.run(block)
+
+        seconds = timed(all_blocks, device) / len(blocks)
+    rate = case.size / seconds
+    return f"{seconds * 1e6:9.1f} us {rate / 1e9:7.0f} GB/s {rate / copy:6.1%} of a copy, error {error:.1e}"
+
+
+def tune(preset: str, form: str, counts: list[int], contexts: list[int], candidates: list[Tile], device) -> None:
+    config = PRESETS[preset]
+    layers = min(LAYERS, config.num_hidden_layers)
+    config = replace(config, num_hidden_layers=layers, layer_types=config.layer_types[:layers])
+    copy = cuda.copy_bandwidth(str(device))
+    print(f"{preset} {form} on {cuda.device_name(str(device))}, which copies {copy / 1e9:.0f} GB/s", flush=True)
+    model = load_model(Synthetic(config, form), torch.bfloat16, device, Fused())
+    for rows in counts:
+        cache = Cache(config, rows, 4096, torch.bfloat16, device, whole=True)
+        b = Buffers(model, rows, 4096, device)
+        b.inputs.slots.copy_(torch.arange(rows))
+        b.inputs.positions.fill_(1000)
+        b.x.normal_()
+        b.y.normal_()
+        for case in cases(model, b, cache, b.inputs.positions):
+            for tile in [None, *candidates]:
+                if case.name == "router" and tile is not None:
+                    continue  # has no tiles
+                try:
+                    found = try_tile(case, tile, model, device, copy)
+                except (RuntimeError, ValueError) as error:  # too much shared memory, say
+                    found = f"cannot run: {str(error).splitlines()[0][:60]}"
+                print(
+                    f"{rows:3} rows {case.name:8} {'in use' if tile is None else vars(tile)!s:48} {found}", flush=True
+                )
+        for context in contexts:
+            time_step(model, rows, context, device)
+
+
+def time_step(model: GptOss, rows: int, context: int, device: torch.device) -> None:
+    """The whole step of `layers` layers, as it is in use, and its attention alone."""
+    cache = Cache(model.config, rows, context, model.dtype, device, whole=True)
+    decoder = Decoder(model, cache, torch.zeros(rows, dtype=torch.int64, device=device), context)
+    feed = [Row(slot, context - 1, None) for slot in range(rows)]
+    b = decoder.step(feed, [0] * rows, [1.0] * rows)
+    seconds = timed(lambda: decoder.step(feed, [0] * rows, [1.0] * rows), device)
+    full = cache.layers[1]
+    at = model.blocks[1].attention
+
+    def attend() -> None:
+        attention.decode_attention(b.q, full.keys, full.values, b.inputs.slots, b.inputs.positions, at.sinks, at.scale,
+                                   b.y, b.attention, ring=False)  # fmt: skip
+
+    alone = timed(attend, device)
+    rate = rows * context * 4 * model.config.kv_size / alone / 1e9
+    print(f"{rows:3} rows step of {len(model.blocks)} layers at {context}: {seconds * 1e6:.1f} us; "
+          f"a full layer's attention {alone * 1e6:.1f} us, {rate:.0f} GB/s", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="20b" if on_gpu else "tiny", choices=PRESETS)
+    parser.add_argument("--format", nargs="+", default=["mxfp4", "mlx-4bit"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32, 64] if on_gpu else [1, 2])
+    parser.add_argument("--context", nargs="*", type=int, default=[1024, 131072] if on_gpu else [64])
+    parser.add_argument("--tiles", type=int, default=len(TILES) if on_gpu else 1, help="Try only the first N.")
+    options = parser.parse_args()
+    with torch.inference_mode():
+        for form in options.format:
+            device = torch.device("cuda" if on_gpu else "cpu")
+            tune(options.preset, form, options.rows, options.context, TILES[: options.tiles], device)
+
+
+if __name__ == "__main__":
+    main()
