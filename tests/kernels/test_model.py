@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +15,8 @@ from safetensors.numpy import load_file
 
 from mlx_gptoss.backends import cuda
 from mlx_gptoss.backends.base import Limits, Row
+from mlx_gptoss.backends.cuda.kernels import fused
+from mlx_gptoss.backends.cuda.plain import Plain
 from mlx_gptoss.errors import CheckpointError
 from mlx_gptoss.sampling import Sampling
 from mlx_gptoss.weights import checkpoint as checkpoints
@@ -69,10 +75,23 @@ def test_a_batch_is_what_torch_makes_of_it(mini, device):
                 rows.append(Row(slot, start, tokens, sampling, prompt if begins else None))
             got.append(runner.submit(rows).wait())
         said.append(got)
-    for fused, plain in zip(*said, strict=True):
-        assert [s.token for s in fused] == [s.token for s in plain]
-        assert np.allclose([s.logprob for s in fused], [s.logprob for s in plain], atol=1e-4)
-        assert [[i for i, _ in s.top] for s in fused] == [[i for i, _ in s.top] for s in plain]
+    for ours, plain in zip(*said, strict=True):
+        assert [s.token for s in ours] == [s.token for s in plain]
+        assert np.allclose([s.logprob for s in ours], [s.logprob for s in plain], atol=1e-4)
+        assert [[i for i, _ in s.top] for s in ours] == [[i for i, _ in s.top] for s in plain]
+
+
+def test_a_short_message_after_a_long_context(device, close, monkeypatch):
+    """Its few queries are rows of a decoding step over a view of the cache; the rest of the cache is poison."""
+    monkeypatch.setattr(fused, "MANY_KEYS", 100)
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn((1, 4, 3, 64), generator=generator)
+    cache = torch.full((2, 3, 2, 200, 64), torch.nan)
+    cache[:, 1, :, :150] = torch.randn((2, 2, 150, 64), generator=generator)
+    keys, values = (part[1:2, :, :150].to(device) for part in cache.to(device))
+    sinks = torch.tensor([0.5, -2.0, 3.0, 0.0], device=device)
+    wanted = Plain(1).causal(q.to(device), keys, values, sinks, 0.125)
+    close(fused.Fused().causal(q.to(device), keys, values, sinks, 0.125), wanted, 1e-5)
 
 
 def test_activations_in_bfloat16_stay_close(mini, device):
@@ -134,3 +153,17 @@ def texts(runner, prompts) -> list[list[int]]:
         for ids, sampled in zip(said, runner.submit(rows).wait(), strict=True):
             ids.append(sampled.token)
     return said
+
+
+@pytest.mark.cuda
+def test_the_sanitizer_finds_nothing(device):
+    """The kernels' own tests once more, under compute-sanitizer's memory and initialization checks."""
+    tool = shutil.which("compute-sanitizer")
+    if device.type != "cuda" or tool is None:
+        pytest.skip("no GPU, or no compute-sanitizer, which comes with the CUDA toolkit")
+    here = Path(__file__).parent
+    for check in ("memcheck", "initcheck"):
+        words = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-x"]
+        words += [here / "test_linear.py", here / "test_moe.py", here / "test_attention.py", "-k", "bfloat16 or sort"]
+        out = subprocess.run(words, capture_output=True, text=True, timeout=3600)
+        assert out.returncode == 0, out.stdout[-3000:]

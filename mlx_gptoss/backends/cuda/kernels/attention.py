@@ -62,6 +62,7 @@ def _decode(
     out,
     scale,
     C,
+    stride,
     H: tl.constexpr,
     K: tl.constexpr,
     BUSY: tl.constexpr,
@@ -86,7 +87,7 @@ def _decode(
     queries = tl.load(q + heads[:, None] * 64 + d[None, :], mask=mine[:, None], other=0)
     sink = tl.load(sinks + kv * (H // K) + g, mask=mine, other=0) * LOG2_E
     scale *= LOG2_E
-    base = (tl.load(slots + row).to(tl.int64) * K + kv) * C * 64
+    base = (tl.load(slots + row).to(tl.int64) * K + kv) * stride
     top = sink
     total = tl.zeros((M, N), tl.float32)  # summed up at the end: a block less to wait for other warps
     acc = tl.zeros((M, 64), tl.float32)
@@ -170,10 +171,11 @@ def decode_attention(
 ) -> None:
     """One new token a row over the cache, which holds its own key already.
 
-    q [B, H, 64]; keys, values [S, K, C, 64]; slots, positions int32 [B], -1 for an idle row, which reads nothing and
-    becomes zeros; sinks float32 [H]; scale > 0; out [B, H * 64] of q's dtype. A row sees the places up to its position;
-    with `ring`, position p stands at place p % C and all that were written are seen. scratch: what `decode_scratch`
-    makes for this B and C; rings need none. Launches depend on shapes alone, so that a graph can capture them.
+    q [B, H, 64]; keys, values [S, K, C, 64], or the first C places of caches so shaped; slots, positions int32 [B], -1
+    for an idle row, which reads nothing and becomes zeros; sinks float32 [H]; scale > 0; out [B, H * 64] of q's dtype.
+    A row sees the places up to its position; with `ring`, position p stands at place p % C and all that were written
+    are seen. scratch: what `decode_scratch` makes for this B and C; rings need none. Launches depend on shapes alone,
+    so that a graph can capture them.
     """
     (B, H, _), (_, K, C, _), N = q.shape, keys.shape, _block(keys.dtype)
     busy, splits = (1, 1) if ring else _splits(B, K, C, N)
@@ -186,6 +188,7 @@ def decode_attention(
         *(q, keys, values, slots, positions, sinks, out if splits == 1 else scratch),
         scale=scale,
         C=C,
+        stride=keys.stride(1),
         H=H,
         K=K,
         DIRECT=splits == 1,

@@ -11,6 +11,8 @@ from ..layers import Experts, Matrix, Turn
 from ..plain import Plain
 from . import attention, linear, moe
 
+FEW_QUERIES, MANY_KEYS = 64, 4096
+
 
 class Fused(Plain):
     """`single`, which only one-token prompts need, is plain torch."""
@@ -37,7 +39,11 @@ class Fused(Plain):
         return linear.turn(x[0], turn.cos[0, 0], turn.sin[0, 0]).transpose(0, 1)[None]
 
     def causal(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float) -> Tensor:
-        """[1, H, L, 64] over [1, K, C, 64] -> [1, L, H * 64]"""
+        """[1, H, L, 64] over [1, K, C, 64] -> [1, L, H * 64]. A short message after a long context has too few queries
+        to fill a GPU; there each is a row of a decoding step, whose keys are split among programs."""
+        L, C = q.shape[2], keys.shape[2]
+        if L <= FEW_QUERIES and C > MANY_KEYS:
+            return _split(q, keys, values, sinks, scale)
         return _flash(q, keys, values, sinks, scale, window=None, first=0)
 
     def banded(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float, past: int) -> Tensor:
@@ -56,6 +62,17 @@ class Fused(Plain):
 
 def _shapes(T: int, A: int, inner: int, D: int) -> tuple[tuple[int, int], ...]:
     return (T * A, inner), (T * A, D), (T, D)
+
+
+def _split(q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float) -> Tensor:
+    (_, H, L, dim), (_, K, C, _) = q.shape, keys.shape
+    positions = torch.arange(C - L, C, dtype=torch.int32, device=q.device)
+    out = torch.empty((L, H * dim), dtype=q.dtype, device=q.device)
+    scratch = attention.decode_scratch(L, H, K, C, q.dtype, q.device)
+    rows = q[0].transpose(0, 1).contiguous()
+    slots = torch.zeros_like(positions)  # `keys` is one slot's
+    attention.decode_attention(rows, keys, values, slots, positions, sinks, scale, out, scratch, ring=False)
+    return out[None]
 
 
 def _flash(
