@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from .options import HARMONY_OPTIONS, MODEL_OPTIONS, SAMPLING_OPTIONS, load, options, sampling
+from .options import HARMONY_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, SAMPLING_OPTIONS, load, options, sampling
 
 if TYPE_CHECKING:
     from mlx_gptoss import Conversation, Model, Sampling
@@ -26,7 +26,7 @@ Ctrl-C stops an answer; what was said so far stays in the conversation."""
 
 
 @click.command()
-@options(MODEL_OPTIONS, SAMPLING_OPTIONS, HARMONY_OPTIONS)
+@options(MODEL_OPTIONS, RUN_OPTIONS, SAMPLING_OPTIONS, HARMONY_OPTIONS)
 @click.option("--stats", is_flag=True, help="Print token counts and speeds after each answer.")
 def chat(
     model: str | None,
@@ -34,6 +34,8 @@ def chat(
     device: str | None,
     dtype: str | None,
     max_context: int | None,
+    kv_bits: str | None,
+    speculate: bool,
     max_tokens: int | None,
     temperature: float | None,
     top_p: float | None,
@@ -46,7 +48,7 @@ def chat(
     stats: bool,
 ) -> None:
     """Talk with the model. /help lists the commands inside."""
-    with load(model, backend, device, dtype, max_context) as loaded:
+    with load(model, backend, device, dtype, max_context, kv_bits, speculate) as loaded:
         how = sampling(loaded, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
         Session(loaded, how, max_tokens, reasoning, system, not hide_reasoning, stats).run()
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("--backend", default="auto", metavar="auto|mlx|cuda", show_default=True, help="What computes.")
 @click.option("--device", metavar="cpu|gpu|cuda:N", help="Where; the backend's best by default.")
 @click.option("--dtype", metavar="NAME", help="Of activations: float32, bfloat16 or float16.")
+@click.option("--kv-bits", type=click.Choice(["8"]), help="Of each MODEL's K/V cache; the references keep it whole.")
 def eval(
     models: tuple[str, ...],
     against: tuple[str, ...],
@@ -37,6 +38,7 @@ def eval(
     max_tokens: int | None,
     plot: Path | None,
     as_json: bool,
+    kv_bits: str | None,
     **where: str | None,
 ) -> None:
     """Perplexity of each MODEL on a text and, with --against, how far its predictions are from those of a reference:
@@ -58,6 +60,7 @@ def eval(
         score=score,
         context=context,
         max_tokens=max_tokens,
+        kv_bits=kv_bits and int(kv_bits),
         **where,
     )
     if as_json:

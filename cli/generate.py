@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from .options import HARMONY_OPTIONS, MODEL_OPTIONS, SAMPLING_OPTIONS, load, options, sampling
+from .options import HARMONY_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, SAMPLING_OPTIONS, load, options, sampling
 
 if TYPE_CHECKING:
     from mlx_gptoss import Event, Model
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("prompt", required=False)
-@options(MODEL_OPTIONS, SAMPLING_OPTIONS, HARMONY_OPTIONS)
+@options(MODEL_OPTIONS, RUN_OPTIONS, SAMPLING_OPTIONS, HARMONY_OPTIONS)
 @click.option("--raw", is_flag=True, help="Continue PROMPT as it stands, without Harmony; special tokens are meant.")
 @click.option("--stats", is_flag=True, help="Print token counts and speeds to stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
@@ -28,6 +28,8 @@ def generate(
     device: str | None,
     dtype: str | None,
     max_context: int | None,
+    kv_bits: str | None,
+    speculate: bool,
     max_tokens: int | None,
     temperature: float | None,
     top_p: float | None,
@@ -46,7 +48,7 @@ def generate(
     The answer streams to stdout, the model's reasoning dimmed to stderr.
     """
     text = _prompt(prompt)
-    with load(model, backend, device, dtype, max_context) as loaded:
+    with load(model, backend, device, dtype, max_context, kv_bits, speculate) as loaded:
         how = sampling(loaded, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
         if raw:
             ids = loaded.tokenizer.encode_with_specials(text)

@@ -22,6 +22,10 @@ MODEL_OPTIONS = (
         "--max-context", type=click.IntRange(min=1), metavar="N", help="Tokens of prompt and answer together."
     ),
 )
+RUN_OPTIONS = (
+    click.option("--kv-bits", type=click.Choice(["8"]), help="Keep the K/V cache of full layers in 8 bits."),
+    click.option("--speculate", is_flag=True, help="Guess tokens ahead from the text so far; --stats says how well."),
+)
 SAMPLING_OPTIONS = (
     click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Most tokens to generate."),
     click.option("--temperature", type=float, metavar="T", help="0 is greedy; the model's own by default (1)."),
@@ -53,11 +57,27 @@ def sampling(model: Model, **given: Any) -> Sampling:
     return replace(model.default_sampling, **{name: value for name, value in given.items() if value is not None})
 
 
-def load(model: str | None, backend: str, device: str | None, dtype: str | None, max_context: int | None) -> Model:
+def load(
+    model: str | None,
+    backend: str,
+    device: str | None,
+    dtype: str | None,
+    max_context: int | None,
+    kv_bits: str | None = None,
+    speculate: bool = False,
+) -> Model:
     """The model, with a spinner on a terminal's stderr while it loads."""
     from rich.console import Console
 
     import mlx_gptoss
 
     with Console(stderr=True).status(f"Loading {model or 'the bundled model'}"):
-        return mlx_gptoss.load(model, backend=backend, device=device, dtype=dtype, max_context=max_context)
+        return mlx_gptoss.load(
+            model,
+            backend=backend,
+            device=device,
+            dtype=dtype,
+            max_context=max_context,
+            kv_bits=None if kv_bits is None else int(kv_bits),
+            speculate=speculate,
+        )

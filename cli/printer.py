@@ -44,8 +44,9 @@ def _switch(shown: str, to: str) -> str:
 
 def stats_line(finished: Finished, load_s: float) -> str:
     usage, timings = finished.usage, finished.timings
+    drafts = f"{finished.accepted} of {finished.drafted} drafts accepted, " if finished.drafted else ""
     return (
         f"{usage.prompt_tokens} prompt tokens ({timings.prefill_tok_s:.1f} tok/s), "
-        f"{usage.completion_tokens} generated ({timings.decode_tok_s:.1f} tok/s), "
+        f"{usage.completion_tokens} generated ({timings.decode_tok_s:.1f} tok/s), {drafts}"
         f"first token after {timings.ttft_s:.2f} s, loaded in {load_s:.2f} s"
     )

@@ -21,9 +21,16 @@ if TYPE_CHECKING:
 @click.option("--backend", default="auto", metavar="auto|mlx|cuda", help="Plan for this backend.")
 @click.option("--device", metavar="cpu|gpu|cuda:N", help="Plan for this device.")
 @click.option("--dtype", metavar="NAME", help="Plan for activations of this dtype.")
+@click.option("--kv-bits", type=click.Choice(["8"]), help="Plan for a K/V cache of full layers in 8 bits.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def show(
-    model: str | None, context: int | None, backend: str, device: str | None, dtype: str | None, as_json: bool
+    model: str | None,
+    context: int | None,
+    backend: str,
+    device: str | None,
+    dtype: str | None,
+    kv_bits: str | None,
+    as_json: bool,
 ) -> None:
     """Format, sizes and bits per weight of MODEL (a folder or a hub id), and the memory it needs here.
 
@@ -31,12 +38,21 @@ def show(
     """
     from mlx_gptoss import api
     from mlx_gptoss.backends import find_backend
-    from mlx_gptoss.recommend import recommend
+    from mlx_gptoss.recommend import mappable, recommend
 
     checkpoint = api.open_checkpoint(model)
-    module, _ = find_backend(backend, checkpoint.size_bytes)
-    plan = api.memory_plan(checkpoint, module, device=device, dtype=dtype, max_context=context)
-    best = recommend(checkpoint, plan, api.sizes_in_other_formats(checkpoint), context)
+    module, name = find_backend(backend, checkpoint.size_bytes)
+    plan = api.memory_plan(
+        checkpoint,
+        module,
+        device=device,
+        dtype=dtype,
+        max_context=context,
+        kv_bits=None if kv_bits is None else int(kv_bits),
+        may_map=name == "mlx",
+    )
+    may_stay = mappable(checkpoint) if name == "mlx" else None
+    best = recommend(checkpoint, plan, api.sizes_in_other_formats(checkpoint), context, may_stay)
     summary = checkpoint.summary()
     if as_json:
         click.echo(json.dumps(_report(summary, plan, best)))
@@ -71,6 +87,7 @@ def _report(summary: Summary, plan: MemoryPlan, best: Recommendation | None) -> 
         "recommended": best and best.format,
         "memory": {
             "weights_bytes": plan.weights_bytes,
+            "mapped_bytes": plan.mapped_bytes,
             "kv_bytes_per_token": plan.kv_bytes_per_token,
             "ring_bytes": plan.ring_bytes,
             "working_bytes": plan.working_bytes,
@@ -87,7 +104,7 @@ def _print(name: str, summary: Summary, plan: MemoryPlan) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from mlx_gptoss.memory import gigabytes
+    from mlx_gptoss.memory import gigabytes, mac_memory, wired_limit
 
     console = Console(highlight=False)
     console.print(
@@ -107,5 +124,11 @@ def _print(name: str, summary: Summary, plan: MemoryPlan) -> None:
         f"working space {gigabytes(plan.working_bytes + plan.ring_bytes)}), "
         f"{gigabytes(plan.available_bytes)} available: {verdict}"
     )
+    if plan.mapped_bytes:
+        console.print(
+            f"Memory is short: {gigabytes(plan.mapped_bytes)} of it, the embeddings, stay in the mapped file."
+        )
+    if line := wired_limit(plan, mac_memory()):
+        console.print(f"It would fit after: {line}")
     if not plan.fits and plan.largest_context:
         console.print(f"It fits with a context of {plan.largest_context} tokens (--max-context).")

@@ -31,7 +31,7 @@ from .engine import Engine, Token
 from .errors import CheckpointError, InvalidRequest
 from .harmony.messages import Conversation, Effort
 from .memory import MemoryPlan, plan_memory, require_fit
-from .recommend import recommend
+from .recommend import mappable, mappable_bytes, recommend, used_vocabulary
 from .sampling import Sampling, default_sampling
 from .tokenizer import Tokenizer
 from .weights import checkpoint as checkpoints
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 NANO = Path(__file__).parent / "nano"  # the bundled model
+DRAFTS = 3  # with the token before them 4, the most queries that Metal's attention for a single one takes
 ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -239,6 +240,8 @@ def load(
     max_context: int | None = None,
     slots: int = 1,
     quantize: str | None = None,
+    kv_bits: int | None = None,
+    speculate: bool = False,
 ) -> Model:
     """Open a checkpoint and load it onto a device.
 
@@ -252,6 +255,10 @@ def load(
     slots: sequences that are generated at once; more wait.
     quantize: the name of an MLX format ("mlx-4bit", "mlx-mxfp4-q8", ...) to quantize to while loading; or "rest-8bit"
         or "rest-4bit", which leave experts and router as they are; None, the default, all weights.
+    kv_bits: 8 keeps keys and values of the full layers in 8 bits (mlx alone), 9/16 of their memory in bfloat16; None as
+        they are computed.
+    speculate: guess up to DRAFTS tokens ahead from what the text has said before, and verify them in one step (mlx
+        alone). The text is the same, up to the rounding of a product's order; where it repeats itself it comes faster.
     Raises CheckpointError, DoesNotFit (before anything is loaded), BackendUnavailable or InvalidRequest.
     """
     started = time.perf_counter()
@@ -266,11 +273,29 @@ def load(
     sizes = sizes_in_other_formats(checkpoint)
     size = weights.size_bytes
     module, backend = find_backend(backend, size)
-    plan = memory_plan(checkpoint, module, size, device=device, dtype=dtype, max_context=max_context, slots=slots)
+    _check_options(backend, kv_bits, speculate)
+    plan = memory_plan(
+        checkpoint,
+        module,
+        size,
+        device=device,
+        dtype=dtype,
+        max_context=max_context,
+        slots=slots,
+        kv_bits=kv_bits,
+        may_map=backend == "mlx" and quantize is None,
+    )
     if not plan.fits:
-        best = recommend(checkpoint, plan, sizes, max_context)
+        best = recommend(checkpoint, plan, sizes, max_context, mappable(checkpoint) if backend == "mlx" else None)
         require_fit(plan, name, {best.format: best.size_bytes} if best else sizes)
-    limits = Limits(slots=slots, max_context=plan.context, chunk=module.prefill_chunk(device))
+    limits = Limits(
+        slots=slots,
+        max_context=plan.context,
+        chunk=plan.chunk,
+        drafts=DRAFTS if speculate else 0,
+        kv_bits=kv_bits,
+        resident_vocab=used_vocabulary(checkpoint) if plan.mapped_bytes else None,
+    )
     engine = Engine(lambda: module.load(weights, device=device, dtype=dtype, limits=limits))
     return Model(
         checkpoint,
@@ -282,6 +307,14 @@ def load(
         name,
         load_s=time.perf_counter() - started,
     )
+
+
+def _check_options(backend: str, kv_bits: int | None, speculate: bool) -> None:
+    """What the mlx backend alone can do."""
+    if kv_bits is not None and (kv_bits != 8 or backend != "mlx"):
+        raise InvalidRequest(f"kv_bits must be 8, and the backend mlx, not {kv_bits!r} and {backend}; or leave it out")
+    if speculate and backend != "mlx":
+        raise InvalidRequest(f"the {backend} backend cannot speculate; leave it out, or take the mlx backend")
 
 
 def open_checkpoint(path_or_repo_id: str | Path | None) -> checkpoints.Checkpoint:
@@ -298,10 +331,15 @@ def memory_plan(
     dtype: str | None = None,
     max_context: int | None = None,
     slots: int = 1,
+    kv_bits: int | None = None,
+    may_map: bool = False,
 ) -> MemoryPlan:
     """What the checkpoint will take on this backend's device, and what the device has. weights_bytes: where that is
-    not the checkpoint's own size, for it is quantized on the way."""
+    not the checkpoint's own size, for it is quantized on the way. may_map: whether the backend can leave embeddings in
+    the mapped file (mlx)."""
     config = checkpoint.config
+    if kv_bits is not None and config.head_dim % 64:
+        raise InvalidRequest(f"kv_bits needs heads of 64, and this model's have {config.head_dim}; leave it out")
     if max_context is not None and not 1 <= max_context <= config.max_position_embeddings:
         raise InvalidRequest(f"max_context must be from 1 to {config.max_position_embeddings}, not {max_context}")
     return plan_memory(
@@ -312,6 +350,8 @@ def memory_plan(
         context=max_context,
         slots=slots,
         chunk=backend.prefill_chunk(device),
+        kv_bits=kv_bits,
+        mappable_bytes=mappable_bytes(checkpoint) if may_map else 0,
     )
 
 

@@ -68,13 +68,15 @@ class Timings:
 @dataclass(frozen=True)
 class Finished:
     """The last event. tokens: all that the model produced, Harmony's own included; messages: the same as parsed,
-    ready to be appended to the conversation."""
+    ready to be appended to the conversation. drafted, accepted: tokens that were guessed ahead, and the right ones."""
 
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
     tokens: tuple[Token, ...]
     messages: tuple[Message, ...] = ()
+    drafted: int = 0
+    accepted: int = 0
 
 
 Event = ReasoningDelta | TextDelta | ToolCall | Finished
@@ -250,6 +252,8 @@ def _finished(stream: Stream, tokens: list[Token], reason: FinishReason, message
         ),
         tokens=tuple(tokens),
         messages=messages,
+        drafted=end.drafted,
+        accepted=end.accepted,
     )
 
 

@@ -110,6 +110,7 @@ def evaluate(
     backend: str = "auto",
     device: str | None = None,
     dtype: str | None = None,
+    kv_bits: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Evaluation, ...]:
     """Perplexity of each model on a text and, with `against`, its divergence from each reference.
@@ -121,14 +122,14 @@ def evaluate(
         assistant's messages after the last message of somebody else in each document. It needs Harmony.
     context: tokens; the default is the largest power of two, up to 2048, that keeps a window's logits under 1 GB.
     max_tokens: stop after so many predictions.
-    backend, device, dtype: as for load().
+    backend, device, dtype: as for load(). kv_bits: too, but of the models alone, not of the references.
 
     Each reference runs once, then each model once. Raises InvalidRequest for a text with nothing to predict or
     vocabularies that differ, GptOssError for a disk too full or logits that are not finite, and what load() raises.
     """
     if max_tokens is not None and max_tokens < 1:
         raise InvalidRequest(f"max_tokens must be at least 1, not {max_tokens}")
-    subjects = [_Subject.open(model) for model in models or (None,)]
+    subjects = [_Subject.open(model, kv_bits) for model in models or (None,)]
     references = [_Subject.open(one) for one in ([against] if isinstance(against, (str, Path)) else against)]
     _require_one_vocabulary([*references, *subjects])
     config = subjects[0].checkpoint.config
@@ -167,11 +168,12 @@ class _Subject:
     source: Source
     checkpoint: Checkpoint
     tokenizer: Tokenizer
+    kv_bits: int | None
 
     @classmethod
-    def open(cls, source: Source) -> _Subject:
+    def open(cls, source: Source, kv_bits: int | None = None) -> _Subject:
         checkpoint = api.open_checkpoint(source)
-        return cls(source, checkpoint, Tokenizer.from_folder(checkpoint.tokenizer_folder))
+        return cls(source, checkpoint, Tokenizer.from_folder(checkpoint.tokenizer_folder), kv_bits)
 
     @property
     def name(self) -> str:
@@ -282,7 +284,7 @@ class _Run:
         at_once = max(1, BLOCK // self._vocab)
         start = 0
         tell(start)
-        with api.load(subject.source, max_context=self._context, **self._options) as model:
+        with api.load(subject.source, max_context=self._context, kv_bits=subject.kv_bits, **self._options) as model:
             for window in self._windows:
                 logits = model.logits(window.inputs)[-len(window.targets) :]
                 if not np.isfinite(logits).all():

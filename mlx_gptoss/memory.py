@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .config import ModelConfig
 from .errors import DoesNotFit
 
+COMFORTABLE_CONTEXT = 8192  # tokens that are worth leaving the embeddings in the file
 SMALLEST_CONTEXT = 2048  # a default context is not cut below this; with less room the model is refused
+DEFAULT_CHUNK_CONTEXT = 32768  # tokens of default context that are worth more than a larger prefill chunk
+SMALLEST_CHUNK = 256  # tokens of one prefill step below which it would be slow for little memory
+SYSTEM_BYTES = 3 << 30  # what macOS is left with when a GPU's limit is raised
 RUNTIME_BYTES = 300 << 20  # interpreter, libraries, tokenizer and allocator slack (measured: 210 MB with MLX on a CPU)
 
 
@@ -18,22 +24,35 @@ class MemoryPlan:
     """Bytes that a loaded model takes.
 
     kv_bytes_per_token: of one slot, in the full layers. ring_bytes: of one slot's sliding layers together.
-    working_bytes: activations of one prefill chunk, logits, and the runtime itself.
+    layer_bytes_per_token: of one slot, in one full layer, as it is computed: what a copy takes while a layer grows, or
+        is decoded from 8 bits.
+    chunk: tokens of one prefill step, as many as there is room for.
+    step_bytes: activations of one prefill chunk, logits, and the runtime itself.
+    mapped_bytes: of the weights, what stays in the mapped file because memory is short (Limits.resident_vocab); 0 where
+        it is not.
     available_bytes: what the device has to give: Metal's recommended working set, or the free memory elsewhere.
     """
 
     context: int
     slots: int
+    chunk: int
     weights_bytes: int
     kv_bytes_per_token: int
+    layer_bytes_per_token: int
     ring_bytes: int
-    working_bytes: int
+    step_bytes: int
     available_bytes: int
+    mapped_bytes: int = 0
+
+    @property
+    def working_bytes(self) -> int:
+        """What is not weights and cache."""
+        return self.step_bytes + self.slots * self.context * self.layer_bytes_per_token
 
     @property
     def needed_bytes(self) -> int:
         cache = self.slots * (self.context * self.kv_bytes_per_token + self.ring_bytes)
-        return self.weights_bytes + cache + self.working_bytes
+        return self.weights_bytes - self.mapped_bytes + cache + self.working_bytes
 
     @property
     def fits(self) -> bool:
@@ -42,8 +61,10 @@ class MemoryPlan:
     @property
     def largest_context(self) -> int:
         """The longest context that fits, in whole 256 tokens; 0 when none does."""
-        room = self.available_bytes - self.weights_bytes - self.working_bytes - self.slots * self.ring_bytes
-        return max(0, room // (self.slots * max(self.kv_bytes_per_token, 1)) // 256 * 256)
+        resident = self.weights_bytes - self.mapped_bytes
+        room = self.available_bytes - resident - self.step_bytes - self.slots * self.ring_bytes
+        each = self.slots * (self.kv_bytes_per_token + self.layer_bytes_per_token)
+        return max(0, room // max(each, 1) // 256 * 256)
 
 
 def plan_memory(
@@ -55,25 +76,51 @@ def plan_memory(
     context: int | None = None,
     slots: int = 1,
     chunk: int = 2048,
+    kv_bits: int | None = None,
+    mappable_bytes: int = 0,
 ) -> MemoryPlan:
     """The plan for `context` tokens a slot; None takes the model's longest, or what fits of it
     (but no less than SMALLEST_CONTEXT, at which a model that is too big is refused).
 
-    activation_bytes: 2 or 4, the size of an activation and of a K/V entry. chunk: tokens of one prefill step.
+    activation_bytes: 2 or 4, the size of an activation and of a K/V entry. chunk: most tokens of one prefill step;
+    it is halved, down to SMALLEST_CHUNK, until the context fits, or DEFAULT_CHUNK_CONTEXT of a default one.
+    kv_bits: 8 where the full layers' keys and values are kept in 8 bits, with two float32 to 64 of them.
+    mappable_bytes: of the weights, what may stay in the file; it does if a COMFORTABLE_CONTEXT does not fit otherwise.
     """
     entry = 2 * config.kv_size * activation_bytes  # one key and one value, all heads
+    kept = entry if kv_bits is None else 2 * config.kv_size * (64 + 8) // 64
+    wanted = context or config.max_position_embeddings
     plan = MemoryPlan(
-        context=context or config.max_position_embeddings,
+        context=wanted if context else min(wanted, DEFAULT_CHUNK_CONTEXT),
         slots=slots,
+        chunk=chunk,
         weights_bytes=weights_bytes,
-        kv_bytes_per_token=entry * config.full_layers,
+        kv_bytes_per_token=kept * config.full_layers,
+        layer_bytes_per_token=entry if config.full_layers else 0,
         ring_bytes=entry * config.sliding_layers * config.sliding_window,
-        working_bytes=RUNTIME_BYTES + working_space(config, chunk, slots, activation_bytes),
+        step_bytes=RUNTIME_BYTES + working_space(config, chunk, slots, activation_bytes),
         available_bytes=available_bytes,
     )
-    if context is not None or plan.fits:
+    steps = [RUNTIME_BYTES + working_space(config, size, slots, activation_bytes) for size in _chunks(chunk)]
+    choices = [replace(plan, chunk=size, step_bytes=step) for size, step in zip(_chunks(chunk), steps, strict=True)]
+    whole = _settled(choices, wanted, context is not None)
+    if not mappable_bytes or (whole.fits and whole.context >= min(wanted, COMFORTABLE_CONTEXT)):
+        return whole
+    lean = _settled([replace(choice, mapped_bytes=mappable_bytes) for choice in choices], wanted, context is not None)
+    return lean if lean.fits else whole
+
+
+def _chunks(most: int) -> list[int]:
+    """Sizes of a prefill step to try, halving."""
+    return [most, *(_chunks(most // 2) if most > SMALLEST_CHUNK else [])]
+
+
+def _settled(choices: Sequence[MemoryPlan], wanted: int, asked: bool) -> MemoryPlan:
+    """The first of the plans that fits, or the last, with the wanted context or, if it was not asked for, what fits."""
+    plan = replace(next((choice for choice in choices if choice.fits), choices[-1]), context=wanted)
+    if asked or plan.fits:
         return plan
-    return replace(plan, context=min(plan.context, max(plan.largest_context, SMALLEST_CONTEXT)))
+    return replace(plan, context=min(wanted, max(plan.largest_context, SMALLEST_CONTEXT)))
 
 
 def working_space(config: ModelConfig, chunk: int, slots: int, activation_bytes: int) -> int:
@@ -90,7 +137,9 @@ def require_fit(plan: MemoryPlan, name: str, smaller_formats: dict[str, int]) ->
     """Raise DoesNotFit with the numbers and with what would fit. smaller_formats: name -> weight bytes."""
     if plan.fits:
         return
-    advice = []
+    advice = (
+        [f"raise the GPU's limit until the next restart ({line})"] if (line := wired_limit(plan, mac_memory())) else []
+    )
     if plan.largest_context >= SMALLEST_CONTEXT:
         advice.append(f"use --max-context {plan.largest_context}")
     spare = plan.available_bytes - (plan.needed_bytes - plan.weights_bytes)
@@ -108,6 +157,20 @@ def require_fit(plan: MemoryPlan, name: str, smaller_formats: dict[str, int]) ->
         f"working space {gigabytes(plan.working_bytes + plan.slots * plan.ring_bytes)}) "
         f"and {gigabytes(plan.available_bytes)} are available: {', or '.join(advice)}"
     )
+
+
+def wired_limit(plan: MemoryPlan, memory: int) -> str | None:
+    """The command that makes room for the plan on a Mac of `memory` bytes, or None if it would not help: macOS keeps
+    SYSTEM_BYTES, and a CPU has no such limit. It rounds up to whole 256 MB."""
+    megabytes = -(-plan.needed_bytes // (256 << 20)) * 256
+    if plan.fits or plan.available_bytes >= memory * 7 // 8 or megabytes << 20 > memory - SYSTEM_BYTES:
+        return None
+    return f"sudo sysctl iogpu.wired_limit_mb={megabytes}"
+
+
+def mac_memory() -> int:
+    """Bytes of RAM of this Mac; 0 on anything else."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if sys.platform == "darwin" else 0
 
 
 def system_available() -> int:

@@ -14,17 +14,19 @@ The first of these that fits with a comfortable context is recommended, else the
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .memory import SMALLEST_CONTEXT, MemoryPlan
+from .errors import CheckpointError
+from .memory import COMFORTABLE_CONTEXT, SMALLEST_CONTEXT, MemoryPlan
 from .weights import codecs
 from .weights.checkpoint import Checkpoint
+from .weights.formats import WRITERS
 from .weights.tensor import MXFP4, Dense
 
-COMFORTABLE_CONTEXT = 8192
 _PREFERRED: Mapping[str, Sequence[str]] = {
     "mxfp4": ("mlx-mxfp4-q8", "mlx-mxfp4-q4"),
     "dense": ("mlx-8bit", "mlx-4bit"),
@@ -50,17 +52,23 @@ class Recommendation:
 
 
 def recommend(
-    checkpoint: Checkpoint, plan: MemoryPlan, sizes: Mapping[str, int], context: int | None = None
+    checkpoint: Checkpoint,
+    plan: MemoryPlan,
+    sizes: Mapping[str, int],
+    context: int | None = None,
+    mappable: Mapping[str, int] | None = None,
 ) -> Recommendation | None:
     """The format to run the checkpoint in, or None if none fits.
 
     plan: of the checkpoint as it is. sizes: bytes in the formats that it can be written in. context: tokens that must
-    fit; None asks for COMFORTABLE_CONTEXT or, failing that, SMALLEST_CONTEXT. Reads some rows of bfloat16 experts.
+    fit; None asks for COMFORTABLE_CONTEXT or, failing that, SMALLEST_CONTEXT. mappable: bytes that may stay in the
+    file, by format. Reads some rows of bfloat16 experts.
     """
+    mappable = mappable or {}
     most = checkpoint.config.max_position_embeddings
     for wanted in [context] if context else [min(COMFORTABLE_CONTEXT, most), min(SMALLEST_CONTEXT, most)]:
         for name, size in _candidates(checkpoint, sizes):
-            if replace(plan, weights_bytes=size, context=wanted).fits:
+            if replace(plan, weights_bytes=size, context=wanted, mapped_bytes=mappable.get(name, 0)).fits:
                 return Recommendation(name, size, wanted, as_is=size == checkpoint.size_bytes)
     return None
 
@@ -83,3 +91,33 @@ def _kind(checkpoint: Checkpoint) -> str:
         return "dense"
     decoded = codecs.dequantize(codecs.convert(some, MXFP4))
     return "mxfp4" if np.array_equal(decoded, codecs.dequantize(some)) else "dense"
+
+
+def used_vocabulary(checkpoint: Checkpoint) -> int:
+    """Ids that the tokenizer has; all there are without one."""
+    tokenizer = checkpoint.tokenizer()
+    return (
+        checkpoint.config.vocab_size if tokenizer is None else min(tokenizer.vocab_size, checkpoint.config.vocab_size)
+    )
+
+
+def mappable_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes that may stay in the file: the embeddings, and lm_head's rows of ids that no token has."""
+    config, roles = checkpoint.config, checkpoint.summary().roles
+    row_bytes = {role: float(roles[role]["bits"]) * config.hidden_size / 8 for role in ("embed", "lm_head")}
+    unused = config.vocab_size - used_vocabulary(checkpoint)
+    return int(config.vocab_size * row_bytes["embed"] + unused * row_bytes["lm_head"])
+
+
+def mappable(checkpoint: Checkpoint) -> dict[str, int]:
+    """The same in each format that can hold the model, and in its own."""
+    unused = 1 - used_vocabulary(checkpoint) / checkpoint.config.vocab_size
+    share = {"embed.weight": 1.0, "lm_head.weight": unused}
+    dtypes = {param.name: "BF16" for param in checkpoint.params}
+    found = {}
+    for name, form in WRITERS.items():
+        with contextlib.suppress(CheckpointError):
+            units = form.units(name, checkpoint.params, dtypes)
+            parts = [share.get(u.params[0].name, 0.0) * sum(info.nbytes for info in u.tensors) for u in units]
+            found[name] = int(sum(parts))
+    return found | {checkpoint.format: mappable_bytes(checkpoint)}

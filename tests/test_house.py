@@ -29,7 +29,7 @@ MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it ma
     "backends.cuda": BACKEND,
     "chat": LEVEL_0 | {"engine", "harmony"},
     "api": LEVEL_0 | {"engine", "harmony", "chat", "weights", "recommend", "backends"},
-    "recommend": {"memory", "weights"},
+    "recommend": {"errors", "memory", "weights"},
     "passages": {"errors", "tokenizer"},
     "evaluation": LEVEL_0 | {"api", "passages", "weights.checkpoint"},
     "agreement": {"backends.base", "config", "errors", "evaluation", "sampling", "weights.tensor"},

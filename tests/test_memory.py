@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mlx_gptoss.config import GPT_OSS_20B, GPT_OSS_120B
 from mlx_gptoss.errors import DoesNotFit
-from mlx_gptoss.memory import plan_memory, require_fit, system_available
+from mlx_gptoss.memory import plan_memory, require_fit, system_available, wired_limit
+from mlx_gptoss.weights.formats import WRITERS
+from mlx_gptoss.weights.params import parameters
 
-GB = 10**9
+GB, GIB = 10**9, 1 << 30
 
 
 def plan(available, *, config=GPT_OSS_20B, weights=13_800_000_000, context=None, slots=1):
     return plan_memory(config, weights, available, activation_bytes=2, context=context, slots=slots)
+
+
+def sizes_of(config, name):
+    """Bytes of each part of a model in a format."""
+    params = parameters(config)
+    units = WRITERS[name].units(name, params, {param.name: "BF16" for param in params})
+    return {unit.params[0].name: sum(info.nbytes for info in unit.tensors) for unit in units}
 
 
 def test_kv_bytes_of_the_published_models():
@@ -27,11 +38,59 @@ def test_131k_context_of_20b_fits_in_its_budget():
     assert full.needed_bytes <= full.weights_bytes + 3.3 * GB + 1 * GB
 
 
+def test_a_cache_in_8_bits_takes_9_sixteenths_of_one_in_bfloat16():
+    packed = plan_memory(GPT_OSS_20B, 0, 100 * GB, activation_bytes=2, kv_bits=8)
+    assert packed.kv_bytes_per_token * 16 == plan(100 * GB).kv_bytes_per_token * 9
+    assert packed.ring_bytes == plan(100 * GB).ring_bytes
+
+
 def test_the_default_context_shrinks_to_what_fits():
     tight = plan(16 * GB)
     assert tight.fits and 2048 <= tight.context < 131072
     assert tight.context % 256 == 0
-    assert not plan(16 * GB, context=tight.context + 256).fits
+    assert not replace(tight, context=tight.context + 256).fits
+
+
+def test_the_prefill_chunk_is_as_large_as_memory_allows():
+    roomy, asked, tight = plan(100 * GB), plan(17.72 * GB, context=131072), plan(14.5 * GB)
+    assert (roomy.chunk, asked.chunk, tight.chunk) == (2048, 512, 256)
+    assert asked.fits and asked.needed_bytes + roomy.working_bytes - asked.working_bytes > asked.available_bytes
+    assert plan(16 * GB).chunk == 2048  # a default context rather gives way, once it is long
+
+
+@pytest.mark.parametrize(
+    ("budget", "kv_bits", "context"),
+    [(16 * GIB * 2 // 3, None, 8960), (16 * GIB * 2 // 3, 8, 15104), (11 * GB, None, None)],
+)
+def test_20b_on_a_mac_of_16_gb(budget, kv_bits, context):
+    """mlx-mxfp4-q4 within two thirds of the memory, which Metal recommends there, if the embeddings and the rows of
+    lm_head that no token uses stay in the file; within less after one command."""
+    sizes = sizes_of(GPT_OSS_20B, "mlx-mxfp4-q4")
+    unused = GPT_OSS_20B.vocab_size - 200019
+    left = sizes["embed.weight"] + sizes["lm_head.weight"] * unused // GPT_OSS_20B.vocab_size
+    mac = plan_memory(
+        GPT_OSS_20B, sum(sizes.values()), budget, activation_bytes=2, kv_bits=kv_bits, mappable_bytes=left
+    )
+    if context:
+        assert mac.fits and mac.context == context and mac.mapped_bytes == left
+        assert not replace(mac, mapped_bytes=0).fits
+    else:
+        assert not mac.fits and wired_limit(mac, 16 * GIB) == "sudo sysctl iogpu.wired_limit_mb=11264"
+        assert replace(mac, available_bytes=11264 << 20).fits
+
+
+def test_a_raised_limit_is_not_advised_where_it_would_not_help():
+    tight = plan(16 * GB, context=131072)
+    assert wired_limit(tight, 24 * GIB) is not None
+    assert wired_limit(tight, 19 * GIB) is None  # macOS needs the rest
+    assert wired_limit(tight, 17 * GIB) is None  # a CPU's plan: nothing limits it but the memory
+    assert wired_limit(plan(100 * GB), 128 * GIB) is None  # it fits
+    assert wired_limit(tight, 0) is None  # not a Mac
+
+
+def test_what_may_stay_in_the_file_is_read_as_long_as_there_is_room():
+    roomy = plan_memory(GPT_OSS_20B, 13 * GB, 100 * GB, activation_bytes=2, mappable_bytes=GB)
+    assert roomy.mapped_bytes == 0
 
 
 def test_an_asked_context_is_never_shrunk():
@@ -55,7 +114,8 @@ def test_slots_multiply_the_cache():
     one, four = plan(100 * GB, context=4096), plan(100 * GB, context=4096, slots=4)
     cache = one.context * one.kv_bytes_per_token + one.ring_bytes
     logits = 3 * 4 * GPT_OSS_20B.vocab_size * 4
-    assert four.needed_bytes - one.needed_bytes == 3 * cache + logits
+    growing = 3 * one.context * one.layer_bytes_per_token
+    assert four.needed_bytes - one.needed_bytes == 3 * cache + logits + growing
 
 
 def test_available_memory_is_plausible():

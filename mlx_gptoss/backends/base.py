@@ -31,6 +31,10 @@ class Row:
     sampling: how to choose the next token after the last one; None chooses none (a prefill chunk but the last).
     prompt: on a request's first sampled row, its whole prompt: penalties start from it and the random stream is
         reseeded. None afterwards.
+    drafts: guesses of what follows `tokens`, at most Limits.drafts, for a row of one given token that samples. They are
+        fed, too, and the row samples a token after each that was guessed right, and one more. The slot's length is then
+        that of the tokens fed before the last one sampled. What comes next hangs on the result, so such a row is not
+        followed by another before it was read.
     """
 
     slot: int
@@ -38,25 +42,37 @@ class Row:
     tokens: tuple[int, ...] | None
     sampling: Sampling | None = None
     prompt: tuple[int, ...] | None = None
+    drafts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Sampled:
     """One chosen token. `logprob` and `top` are natural logarithms under the raw logits (temperature 1, no
-    penalties); `top` lists (id, logprob), likeliest first, Sampling.logprobs of them."""
+    penalties); `top` lists (id, logprob), likeliest first, Sampling.logprobs of them. `more`: the tokens after it, one
+    for each draft of the row that was guessed right."""
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    more: tuple[Sampled, ...] = ()
 
 
 @dataclass(frozen=True)
 class Limits:
-    """slots: sequences at once. max_context: tokens in one slot. chunk: most tokens of one row in one step."""
+    """slots: sequences at once. max_context: tokens in one slot. chunk: most tokens of one row in one step.
+
+    The mlx backend alone knows the others. drafts: most that a row may have. kv_bits: 8 keeps the full layers' keys and
+    values in 8 bits; None as they are computed. resident_vocab: None has all weights on the device. A number, where
+    memory is short, leaves the embeddings in the mapped file, to be looked up there, and of lm_head all rows but so
+    many first ones, those of ids that the tokenizer has: the others are never sampled, and only logits() computes them.
+    """
 
     slots: int
     max_context: int
     chunk: int
+    drafts: int = 0
+    kv_bits: int | None = None
+    resident_vocab: int | None = None
 
 
 class Pending(Protocol):
@@ -107,7 +123,7 @@ class Backend(Protocol):
         ...
 
     def prefill_chunk(self, device: str | None) -> int:
-        """Tokens that one prefill step should have."""
+        """Most tokens that one prefill step should have; the memory plan may take fewer."""
         ...
 
     def available_memory(self, device: str | None) -> int:

@@ -42,6 +42,8 @@ class Ticket:
                 reason,
                 prompt_tokens=len(self.request.prompt),
                 completion_tokens=self.track.delivered if self.track else 0,
+                drafted=self.track.drafted if self.track else 0,
+                accepted=self.track.accepted if self.track else 0,
                 queue_s=started - self.submitted,
                 prefill_s=first - started,
                 decode_s=(self.last or first) - first,

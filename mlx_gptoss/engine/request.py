@@ -48,6 +48,7 @@ class Finished:
 
     reason: "stop": the last token is a stop id. "length": max_tokens or the context is used up. "cancelled".
     cached_tokens: prompt tokens that did not have to be computed, out of prompt_tokens.
+    drafted, accepted: tokens that were guessed ahead, and those of them that were right.
     queue_s: seconds from submit to the first prefill step; prefill_s: from there to the first token;
         decode_s: from the first token to the last.
     """
@@ -56,6 +57,8 @@ class Finished:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
     queue_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0

@@ -14,6 +14,7 @@ from typing import Literal
 
 from ..backends.base import Limits, Row, Sampled
 from ..errors import InvalidRequest
+from .lookup import Lookup
 from .request import Request
 
 
@@ -24,6 +25,8 @@ class Track:
     room: tokens it may sample. length: tokens fed to its slot by the rows planned so far. sampled: tokens that
     the rows planned so far choose. delivered: tokens that were read and belong to the request. in_flight: steps
     planned and not yet read that carry a row of it. ended: no more rows, and whatever is still in flight is dropped.
+    lookup: where drafts come from, None for a request that gets none; with it, a row is planned when the last one was
+    read, and length and sampled count what was read. drafted, accepted: drafts so far, and those guessed right.
     """
 
     request: Request
@@ -34,6 +37,9 @@ class Track:
     delivered: int = 0
     in_flight: int = 0
     ended: bool = False
+    lookup: Lookup | None = None
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,9 @@ class Scheduler:
 
     def add(self, request: Request) -> Track:
         """Queue a request. Raises InvalidRequest if its prompt does not fit into the context."""
-        track = Track(request, room(request, self._limits))
+        # A penalty hangs on each token before it, so the tokens after a draft cannot be drawn along with it.
+        drafting = self._limits.drafts > 0 and not request.sampling.penalized
+        track = Track(request, room(request, self._limits), lookup=Lookup(request.prompt) if drafting else None)
         self._waiting.append(track)
         return track
 
@@ -110,10 +118,10 @@ class Scheduler:
             track.slot = self._free.popleft()
             self._prefilling.append(track)
         # Decoding rows are listed before the prefill, which adds sequences that decode from the next step on.
-        tracks = list(self._decoding)
+        tracks = [track for track in self._decoding if track.lookup is None or not track.in_flight]
         rows = [self._decode(track) for track in tracks]
         if tracks:
-            self._decoding = [track for track in tracks if track.sampled < track.room]
+            self._decoding = [track for track in self._decoding if track.sampled < track.room]
         for track in self._next_chunks():
             tracks.append(track)
             rows.append(self._prefill(track))
@@ -126,12 +134,12 @@ class Scheduler:
     def read(self, step: Step, results: Sequence[Sampled | None]) -> list[Output]:
         """Take in the results of a step; tokens of ended tracks are dropped."""
         outputs = []
-        for track, row, sampled in zip(step.tracks, step.rows, results, strict=True):
+        for track, row, result in zip(step.tracks, step.rows, results, strict=True):
             track.in_flight -= 1
             if track.ended:
                 self._free_slot(track)
             elif row.sampling is not None:
-                outputs.append(self._deliver(track, sampled))
+                outputs += self._deliver_all(track, row, result)
         return outputs
 
     def lose(self, step: Step) -> None:
@@ -143,10 +151,25 @@ class Scheduler:
             else:
                 self.end(track)
 
-    def _deliver(self, track: Track, sampled: Sampled | None) -> Output:
+    def _deliver_all(self, track: Track, row: Row, sampled: Sampled | None) -> list[Output]:
+        """What a row sampled, up to the token that ends the track."""
         if sampled is None:
             raise RuntimeError(f"the runner sampled no token for slot {track.slot}, whose row asked for one")
+        track.drafted += len(row.drafts)
+        track.accepted += len(sampled.more)
+        track.length += len(sampled.more)
+        outputs: list[Output] = []
+        for token in (sampled, *sampled.more):
+            outputs.append(self._deliver(track, token))
+            if track.ended:
+                break
+        return outputs
+
+    def _deliver(self, track: Track, sampled: Sampled) -> Output:
         track.delivered += 1
+        if track.lookup is not None:
+            track.lookup.add(sampled.token)
+            track.sampled = track.delivered
         ended: Literal["stop", "length"] | None = None
         if sampled.token in track.request.stop_ids:
             ended = "stop"
@@ -190,9 +213,12 @@ class Scheduler:
         return Row(track.slot, start, tokens, request.sampling, prompt=request.prompt)
 
     def _decode(self, track: Track) -> Row:
-        """The row that feeds back the last sampled token and samples the next one."""
+        """The row that feeds back the last sampled token and samples the next one, or with drafts the next ones."""
         start = track.length
         track.length += 1
+        if track.lookup is not None:
+            drafts = track.lookup.propose(min(self._limits.drafts, track.room - track.delivered - 1))
+            return Row(track.slot, start, (track.lookup.last,), track.request.sampling, drafts=drafts)
         track.sampled += 1
         return Row(track.slot, start, None, track.request.sampling)
 

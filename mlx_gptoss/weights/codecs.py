@@ -61,14 +61,19 @@ def shape(weight: Weight) -> tuple[int, ...]:
 
 def rows(weight: Weight, start: int, stop: int) -> Weight:
     """The part [start, stop) of a weight's first axis, as views."""
+    return take_rows(weight, slice(start, stop))
+
+
+def take_rows(weight: Weight, which: slice | NDArray[Any]) -> Weight:
+    """A slice of a weight's first axis, as views, or the places that an array of integers lists, copied."""
     if isinstance(weight, Dense):
-        return Dense(weight.values[start:stop])
+        return Dense(weight.values[which])
     outer = weight.outer
     if outer is not None:
-        outer = np.broadcast_to(outer, (*weight.codes.shape[:-1], 1))[start:stop]
-    scale = None if weight.scale is None else weight.scale[start:stop]
-    bias = None if weight.bias is None else weight.bias[start:stop]
-    return Quantized(weight.spec, weight.codes[start:stop], scale, bias, outer)
+        outer = np.broadcast_to(outer, (*weight.codes.shape[:-1], 1))[which]
+    scale = None if weight.scale is None else weight.scale[which]
+    bias = None if weight.bias is None else weight.bias[which]
+    return Quantized(weight.spec, weight.codes[which], scale, bias, outer)
 
 
 def unpack(codes: Bytes, bits: int) -> Bytes:

@@ -178,3 +178,50 @@ def test_any_interleaving_serves_everything_and_leaks_no_slot(data: st.DataObjec
     started = [track for track in tracks if track.length]
     assert len(released) >= len(started)
     assert all(track.delivered <= track.room for track in tracks)
+
+
+def tokens(outputs: Sequence[Output]) -> list[int]:
+    return [output.sampled.token for output in outputs]
+
+
+def test_drafts_wait_for_the_last_result_and_their_results_move_the_sequence_on() -> None:
+    released: list[int] = []
+    scheduler = Scheduler(Limits(1, 100, 8, drafts=3), released.append)
+    track = scheduler.add(Request((1, 2, 3, 4, 1, 2), 7, GREEDY, frozenset({9})))
+    first = plan(scheduler)
+    assert scheduler.plan() is None and not scheduler.idle  # the next token decides what is guessed
+    assert tokens(answer(scheduler, first, token=3)) == [3]
+    step = plan(scheduler)
+    assert step.rows == (Row(0, 6, (3,), GREEDY, drafts=(4, 1, 2)),)
+    assert scheduler.plan() is None
+    got = scheduler.read(step, [Sampled(4, 0.0, more=(Sampled(1, 0.0), Sampled(7, 0.0)))])  # two were right
+    assert tokens(got) == [4, 1, 7]
+    step = plan(scheduler)
+    assert step.rows == (Row(0, 9, (7,), GREEDY),)  # nothing followed 1 7 before
+    assert tokens(answer(scheduler, step, token=4)) == [4]
+    step = plan(scheduler)
+    assert step.rows[0].start == 10 and len(step.rows[0].drafts) <= 1  # room for two more tokens
+    assert (track.drafted, track.accepted) == (3, 2)
+    assert answer(scheduler, step, token=9)[-1].ended == "stop"
+    assert released == [0] and scheduler.idle
+
+
+def test_a_stop_among_accepted_drafts_ends_the_sequence_there() -> None:
+    scheduler = Scheduler(Limits(1, 100, 8, drafts=3), lambda slot: None)
+    scheduler.add(Request((1, 2, 9, 4, 1), 50, GREEDY, frozenset({9})))
+    answer(scheduler, plan(scheduler), token=2)
+    step = plan(scheduler)
+    assert step.rows[0].drafts == (9, 4, 1)
+    got = scheduler.read(step, [Sampled(9, 0.0, more=(Sampled(4, 0.0), Sampled(1, 0.0), Sampled(2, 0.0)))])
+    assert [(output.sampled.token, output.ended) for output in got] == [(9, "stop")]
+    assert scheduler.idle
+
+
+def test_no_more_drafts_than_there_is_room_for() -> None:
+    scheduler = Scheduler(Limits(1, 100, 8, drafts=3), lambda slot: None)
+    scheduler.add(Request((5, 6) * 4, 3, GREEDY))
+    answer(scheduler, plan(scheduler), token=5)
+    step = plan(scheduler)
+    assert len(step.rows[0].drafts) == 1
+    got = scheduler.read(step, [Sampled(6, 0.0, more=(Sampled(5, 0.0),))])
+    assert got[-1].ended == "length"

@@ -11,17 +11,25 @@ from ...machine import ram_copy_bandwidth
 from ...memory import system_available
 from ...weights.tensor import Weights
 from ..base import Limits
+from .elementwise import PLAIN, compiled
 from .load import load_model
 from .runner import MlxRunner
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+# Attention scores at once where MLX does not fuse attention with sinks: 2 MB on a CPU, some twenty times over.
+MAX_SCORES_GPU, MAX_SCORES_CPU = 1 << 28, 1 << 19
 
 
 def load(checkpoint: Weights, *, device: str | None, dtype: str | None, limits: Limits) -> MlxRunner:
     """Load onto `device` ("cpu", "gpu" or None for MLX's default) with activations of `dtype`; both as below."""
     where = pick_device(device)
     with mx.stream(where):
-        model = load_model(checkpoint, DTYPES[dtype_name(device, dtype)])
+        gpu = _on_gpu(device)
+        max_scores = None if gpu and mx.metal.is_available() else MAX_SCORES_GPU if gpu else MAX_SCORES_CPU
+        elementwise = compiled() if gpu else PLAIN
+        model = load_model(
+            checkpoint, DTYPES[dtype_name(device, dtype)], elementwise, max_scores, limits.resident_vocab
+        )
         return MlxRunner(model, limits, where)
 
 
@@ -35,7 +43,7 @@ def dtype_name(device: str | None, dtype: str | None) -> str:
 
 
 def prefill_chunk(device: str | None) -> int:
-    """Tokens of one prefill step: enough rows for a GPU's matrix units; a CPU gains nothing from more."""
+    """Most tokens of one prefill step: enough rows for a GPU's matrix units; a CPU gains nothing from more."""
     return 2048 if _on_gpu(device) else 512
 
 

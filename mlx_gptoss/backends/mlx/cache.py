@@ -1,7 +1,9 @@
 """The KV cache: growing arrays for full layers, rings for sliding ones. Every layer holds all slots.
 
-Legend: S slots, B rows in this step, K kv heads, L tokens, C capacity, R ring, W window.
-A row's keys are stored rotated; positions are absolute from 0.
+Legend: S slots, B rows in this step, H query heads, K kv heads, L tokens, T = B * L, A active experts, C capacity,
+W window.
+Keys and values of a layer are one array, so that a step writes both at once. A row's keys are stored rotated;
+positions are absolute from 0.
 """
 
 from __future__ import annotations
@@ -10,27 +12,63 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from ...config import FULL, ModelConfig
 
-GROWTH = 256  # full layers grow by multiples of this many tokens
+GROWTH = 256  # full layers hold multiples of this many tokens
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where this forward pass writes: either one slot and any number of tokens, or B slots and one token each.
+    """Where this forward pass writes, either one slot and any number of tokens, or B slots and one token each; and
+    what every layer needs to know of that, made once on the host.
 
-    slots, starts: [B] host integers, ascending slots. length: tokens a row. offsets: starts on the device, int32 [B].
+    slots, starts: [B] host integers, ascending slots. length: tokens a row. ring: W and the slack behind it.
+    rows, offsets: slots and starts on the device, int32 [B]. places: in the ring, of each row's token or of one row's
+        L tokens, int32 [B or L].
+    turns: how far each head of a one-token row's queries, keys and values is rotated, int32 [B * (H + 2 K)]; a value
+        by 0, which leaves it as it is.
+    tokens, pairs: the rows of activations that each token's experts take, uint32 [T, 1], and of the results that they
+        give, uint32 [T, A]: both count up.
+    seen: bool [B, 1, 1, end], the places that each of several unequal rows attends to; None is all. seen_in_ring: the
+        same of a ring's filled places, bool [B, 1, L, min(end, R)].
     """
 
     slots: tuple[int, ...]
     starts: tuple[int, ...]
     length: int
+    ring: int
+    rows: mx.array
     offsets: mx.array
+    places: mx.array
+    turns: mx.array
+    tokens: mx.array
+    pairs: mx.array
+    seen: mx.array | None
+    seen_in_ring: mx.array | None
 
     @staticmethod
-    def of(slots: Sequence[int], starts: Sequence[int], length: int) -> Span:
-        return Span(tuple(slots), tuple(starts), length, mx.array(list(starts), dtype=mx.int32))
+    def of(config: ModelConfig, slots: Sequence[int], starts: Sequence[int], length: int, slack: int = 0) -> Span:
+        kv_heads, ring = config.num_key_value_heads, config.sliding_window + slack
+        positions = np.add.outer(starts, np.arange(length))  # [B, L]
+        rows, offsets = mx.array(np.array([slots, starts], np.int32))
+        turned = [1] * (config.num_attention_heads + kv_heads) + [0] * kv_heads
+        return Span(
+            slots=tuple(slots),
+            starts=tuple(starts),
+            length=length,
+            ring=ring,
+            rows=rows,
+            offsets=offsets,
+            places=mx.array((positions % ring).ravel().astype(np.int32)),
+            turns=mx.array(np.outer(starts, turned).ravel().astype(np.int32)),
+            tokens=_numbers(len(slots) * length, 1),
+            pairs=_numbers(len(slots) * length, config.num_experts_per_tok),
+            seen=_until(offsets, max(starts) + length) if len(set(starts)) > 1 else None,
+            seen_in_ring=_in_window(positions, config.sliding_window, ring) if length <= slack + 1 else None,
+        )
 
     @property
     def end(self) -> int:
@@ -38,111 +76,133 @@ class Span:
         return max(self.starts) + self.length
 
 
-@dataclass(frozen=True)
-class Visible:
-    """What the queries attend to: keys, values [B, K, C, 64]; mask as mx.fast.scaled_dot_product_attention takes it."""
-
-    keys: mx.array
-    values: mx.array
-    mask: mx.array | str | None
-
-
 class FullCache:
-    """Keys and values of every position so far, [S, K, C, 64]; C grows in steps of GROWTH up to max_context."""
+    """Keys and values of every position so far, [2, S, K, C, 64], or in 8 bits as Packed has them; C grows up to
+    max_context.
 
-    def __init__(self, slots: int, heads: int, head_dim: int, max_context: int, dtype: mx.Dtype) -> None:
-        self._max_context = max_context
-        self._keys = mx.zeros((slots, heads, 0, head_dim), dtype=dtype)
-        self._values = mx.zeros((slots, heads, 0, head_dim), dtype=dtype)
+    phase: from 0 to 1. Layers of different phases grow at different times, so that one is copied at a time; growing by
+    a quarter keeps the copies few.
+    """
 
-    @property
-    def arrays(self) -> list[mx.array]:
-        return [self._keys, self._values]
+    def __init__(
+        self, shape: tuple[int, int, int], dtype: mx.Dtype, max_context: int, phase: float = 0.0, packed: bool = False
+    ) -> None:
+        """shape: S, K and 64."""
+        empty = mx.zeros((2, *shape[:2], 0, shape[2]), dtype=dtype)
+        self._max_context, self._phase, self._packed = max_context, phase, packed
+        self.arrays: list[mx.array] = list(_pack(empty)) if packed else [empty]
 
-    def update(self, k: mx.array, v: mx.array, span: Span) -> Visible:
-        """Store k, v [B, K, L, 64] and return all keys up to them."""
+    def update(self, kv: mx.array, span: Span) -> tuple[mx.array, mx.array] | Packed:
+        """Store kv [2, B, K, L, 64] and return all keys and values up to them, [B, K, end, 64] each."""
         self._grow(span.end)
-        if len(span.slots) == 1:
-            slot, start = span.slots[0], span.starts[0]
-            self._keys[slot : slot + 1, :, start : span.end] = k
-            self._values[slot : slot + 1, :, start : span.end] = v
-            mask: mx.array | str | None = "causal" if span.length > 1 else None
-        else:
-            slots = mx.array(span.slots)
-            self._keys[slots, :, span.offsets] = k[:, :, 0]
-            self._values[slots, :, span.offsets] = v[:, :, 0]
-            mask = None if len(set(span.starts)) == 1 else _until(span.offsets, span.end)
-        rows = _rows(span.slots)
-        return Visible(self._keys[rows, :, : span.end], self._values[rows, :, : span.end], mask)
+        parts = _pack(kv) if self._packed else (kv,)
+        self.arrays = [
+            _stored(a, p, span, span.starts[0], span.offsets) for a, p in zip(self.arrays, parts, strict=True)
+        ]
+        rows = _rows(span)
+        # Indexed at once, for a plain [0] would be a copy.
+        keys, values = ([array[i, rows, :, : span.end] for array in self.arrays] for i in (0, 1))
+        if self._packed:
+            return Packed((keys[0], keys[1], keys[2]), (values[0], values[1], values[2]))
+        return keys[0], values[0]
 
     def _grow(self, needed: int) -> None:
-        slots, heads, capacity, dim = self._keys.shape
+        capacity = self.arrays[0].shape[3]
         if needed <= capacity:
             return
-        # Growing by a quarter keeps the copies few; the memory plan counts max_context.
-        wanted = max(needed, capacity + capacity // 4)
-        more = min(-(-wanted // GROWTH) * GROWTH, max(self._max_context, needed)) - capacity
-        pad = mx.zeros((slots, heads, more, dim), dtype=self._keys.dtype)
-        self._keys = mx.concatenate([self._keys, pad], axis=2)
-        self._values = mx.concatenate([self._values, pad], axis=2)
+        size = GROWTH * 1.25**self._phase
+        while size < needed:
+            size *= 1.25
+        more = min(-(-int(size) // GROWTH) * GROWTH, max(self._max_context, needed)) - capacity
+        for i, array in enumerate(self.arrays):
+            pad = mx.zeros((*array.shape[:3], more, array.shape[4]), dtype=array.dtype)
+            self.arrays[i] = mx.concatenate([array, pad], axis=3)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Keys and values in 8 bits, with a scale and an offset to each vector of 64: three arrays each, codes uint32
+    [B, K, C, 16], scales and biases float32 [B, K, C, 1]. 72 bytes where bfloat16 takes 128."""
+
+    keys: tuple[mx.array, mx.array, mx.array]
+    values: tuple[mx.array, mx.array, mx.array]
+
+    def scores(self, q: mx.array) -> mx.array:
+        """Queries float32 [B, K, n, 64] times the keys -> [B, K, n, C]"""
+        return mx.quantized_matmul(q, *self.keys, transpose=True, group_size=64, bits=8)
+
+    def weighted(self, p: mx.array) -> mx.array:
+        """Weights float32 [B, K, n, C] times the values -> [B, K, n, 64]"""
+        return mx.quantized_matmul(p, *self.values, transpose=False, group_size=64, bits=8)
+
+    def unpacked(self, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """Keys and values, [B, K, C, 64] each"""
+        keys, values = (mx.dequantize(*part, group_size=64, bits=8).astype(dtype) for part in (self.keys, self.values))
+        return keys, values
 
 
 class RingCache:
-    """The last W positions of each slot, [S, K, W, 64]; position p stands at p % W."""
+    """The last R positions of each slot, [2, S, K, R, 64]; position p stands at p % R.
 
-    def __init__(self, slots: int, heads: int, head_dim: int, window: int, dtype: mx.Dtype) -> None:
-        self.window = window
-        self._keys = mx.zeros((slots, heads, window, head_dim), dtype=dtype)
-        self._values = mx.zeros((slots, heads, window, head_dim), dtype=dtype)
+    R is the window and the slack: as many tokens may be written and then taken back, for what they overwrote is out of
+    every window that is left. Nothing has to be undone: who attends next looks at positions, not at what was written.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], dtype: mx.Dtype, window: int, slack: int) -> None:
+        """shape: S, K and 64."""
+        self.window, self.slack = window, slack
+        self._kv = mx.zeros((2, *shape[:2], window + slack, shape[2]), dtype=dtype)
 
     @property
     def arrays(self) -> list[mx.array]:
-        return [self._keys, self._values]
+        return [self._kv]
 
-    def append(self, k: mx.array, v: mx.array, span: Span) -> Visible:
-        """Store one token a row, k, v [B, K, 1, 64]; order within a ring does not matter to softmax."""
-        if len(span.slots) == 1:
-            slot, place = span.slots[0], span.starts[0] % self.window
-            self._keys[slot : slot + 1, :, place : place + 1] = k
-            self._values[slot : slot + 1, :, place : place + 1] = v
+    def update(self, kv: mx.array, span: Span) -> tuple[mx.array, mx.array]:
+        """Store kv [2, B, K, L, 64], one token a row, or up to 1 + slack of one slot, and return what the ring holds,
+        [B, K, min(end, R), 64] each; order within it does not matter to softmax."""
+        place = span.starts[0] % span.ring
+        if place + span.length > span.ring:  # one slot's tokens around the ring's end
+            slot = span.slots[0]
+            self._kv[:, slot : slot + 1, :, span.places] = kv
         else:
-            slots = mx.array(span.slots)
-            self._keys[slots, :, span.offsets % self.window] = k[:, :, 0]
-            self._values[slots, :, span.offsets % self.window] = v[:, :, 0]
-        filled = min(span.end, self.window)
-        everywhere = min(span.starts) + 1 >= filled
-        rows = _rows(span.slots)
-        mask = None if everywhere else _until(span.offsets, filled)
-        return Visible(self._keys[rows, :, :filled], self._values[rows, :, :filled], mask)
+            self._kv = _stored(self._kv, kv, span, place, span.places)
+        rows, filled = _rows(span), min(span.end, span.ring)
+        return self._kv[0, rows, :, :filled], self._kv[1, rows, :, :filled]
 
-    def extend(self, k: mx.array, v: mx.array, span: Span) -> tuple[mx.array, mx.array]:
-        """Store one slot's next L tokens, k, v [1, K, L, 64], and return them after the W positions before them:
-        [1, K, W + L, 64]. Positions before 0 are zeros, to be masked."""
-        slot, start, w = span.slots[0], span.starts[0], self.window
-        both = []
-        for ring, new in ((self._keys, k), (self._values, v)):
-            # Rolled so that the oldest position, start - W, comes first.
-            past = mx.roll(ring[slot : slot + 1], -(start % w), 2)
-            joined = mx.concatenate([past, new], axis=2)
-            both.append(joined)
-            last = joined[:, :, -w:]
-            ring[slot : slot + 1] = mx.roll(last, span.end % w, 2)
-        return both[0], both[1]
+    def extend(self, kv: mx.array, span: Span) -> tuple[mx.array, mx.array]:
+        """Store one slot's next L tokens, kv [2, 1, K, L, 64], and return keys and values after the W positions
+        before them: [1, K, W + L, 64] each. Positions before 0 are zeros, to be masked."""
+        slot, ring = span.slots[0], span.ring
+        # Rolled so that the oldest position, start - R, comes first.
+        past = mx.roll(self._kv[:, slot : slot + 1], -(span.starts[0] % ring), 3)
+        joined = mx.concatenate([past, kv], axis=3)
+        self._kv[:, slot : slot + 1] = mx.roll(joined[..., -ring:, :], span.end % ring, 3)
+        return joined[0, ..., self.slack :, :], joined[1, ..., self.slack :, :]
 
 
 LayerCache = FullCache | RingCache
 
 
 class Cache:
-    """One FullCache or RingCache a layer, for `slots` sequences of at most max_context tokens."""
+    """One FullCache or RingCache a layer, for `slots` sequences of at most max_context tokens. kv_bits: 8 packs the
+    full layers; rings, which are small, stay as they are. slack: tokens that can be taken back."""
 
-    def __init__(self, config: ModelConfig, slots: int, max_context: int, dtype: mx.Dtype) -> None:
-        heads, dim = config.num_key_value_heads, config.head_dim
+    def __init__(
+        self,
+        config: ModelConfig,
+        slots: int,
+        max_context: int,
+        dtype: mx.Dtype,
+        kv_bits: int | None = None,
+        slack: int = 0,
+    ) -> None:
+        shape = (slots, config.num_key_value_heads, config.head_dim)
+        full = [layer for layer, kind in enumerate(config.layer_types) if kind == FULL]
         self.layers: list[LayerCache] = [
-            FullCache(slots, heads, dim, max_context, dtype)
+            FullCache(shape, dtype, max_context, full.index(layer) / len(full), packed=kv_bits == 8)
             if kind == FULL
-            else RingCache(slots, heads, dim, config.sliding_window, dtype)
-            for kind in config.layer_types
+            else RingCache(shape, dtype, config.sliding_window, slack)
+            for layer, kind in enumerate(config.layer_types)
         ]
 
     @property
@@ -150,10 +210,41 @@ class Cache:
         return [array for layer in self.layers for array in layer.arrays]
 
 
-def _rows(slots: tuple[int, ...]) -> slice | mx.array:
+def _pack(kv: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """kv [..., 64] as Packed keeps it."""
+    codes, scales, biases = mx.quantize(kv.astype(mx.float32), group_size=64, bits=8)
+    return codes, scales, biases
+
+
+def _stored(cache: mx.array, kv: mx.array, span: Span, place: int, places: mx.array) -> mx.array:
+    """cache [2, S, K, C, 64] with kv [2, B, K, L, 64] written: one slot's from `place` on, or each of several at its
+    own of `places` [B]."""
+    if len(span.slots) == 1:
+        slot = span.slots[0]
+        cache[:, slot : slot + 1, :, place : place + span.length] = kv
+    else:
+        # Indexed by slot and place, rows come first.
+        cache[:, span.rows, :, places] = kv[:, :, :, 0].swapaxes(0, 1)
+    return cache
+
+
+def _rows(span: Span) -> slice | mx.array:
     """Adjacent slots as a view; others have to be gathered."""
-    first, last = slots[0], slots[-1]
-    return slice(first, last + 1) if last - first + 1 == len(slots) else mx.array(slots)
+    first, last = span.slots[0], span.slots[-1]
+    return slice(first, last + 1) if last - first + 1 == len(span.slots) else span.rows
+
+
+def _numbers(rows: int, columns: int) -> mx.array:
+    """0, 1, 2, ... row by row, made on the host."""
+    return mx.array(np.arange(rows * columns, dtype=np.uint32).reshape(rows, columns))
+
+
+def _in_window(positions: NDArray[np.int64], window: int, ring: int) -> mx.array | None:
+    """Boolean [B, 1, L, filled]: whether the query at each of positions [B, L] sees a place of a ring, which holds the
+    latest position that fell on it up to the query, or one taken back. None if each sees all places that are filled."""
+    age = (positions[..., None] - np.arange(min(positions.max() + 1, ring))) % ring
+    seen = (age < window) & (age <= positions[..., None])
+    return None if seen.all() else mx.array(seen[:, None])
 
 
 def _until(offsets: mx.array, end: int) -> mx.array:

@@ -8,12 +8,17 @@ Legend: D in, N out, E experts, T tokens, A experts active per token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+
+from ...weights import codecs
+from ...weights.tensor import Weight
+from .elementwise import Elementwise
 
 # Elements of a dense matrix widened at once. 8 MB in float32 come from memory that is still mapped and cached, which
 # on a CPU makes the product 2.5 times as fast as with the whole matrix widened first, and as fast as a float32 one.
@@ -26,18 +31,19 @@ class DenseMatrix:
 
     weight: mx.array
 
-    def matmul(self, x: mx.array) -> mx.array:
+    def matmul(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
         """x [..., D] -> [..., N]"""
         if self.weight.dtype == x.dtype:
-            return x @ self.weight.T
+            return x @ self.weight.T if bias is None else mx.addmm(bias, x, self.weight.T)
         rows = max(1, WIDEN_ELEMENTS // self.weight.shape[-1])
         blocks = [self.weight[i : i + rows] for i in range(0, self.weight.shape[0], rows)]
-        return mx.concatenate([x @ block.astype(x.dtype).T for block in blocks], axis=-1)
+        y = mx.concatenate([x @ block.astype(x.dtype).T for block in blocks], axis=-1)
+        return y if bias is None else y + bias
 
-    def gather(self, x: mx.array, experts: mx.array, *, sorted_experts: bool) -> mx.array:
-        """x [T, A or 1, 1, D] with experts [T, A], or x [T, 1, D] with experts [T] -> [..., 1, N]"""
+    def gather(self, x: mx.array, experts: mx.array, tokens: mx.array | None) -> mx.array:
+        """As ExpertLinear."""
         if self.weight.dtype == x.dtype:
-            return mx.gather_mm(x, self.weight.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=sorted_experts)
+            return mx.gather_mm(x, self.weight.swapaxes(-1, -2), tokens, experts, sorted_indices=tokens is None)
         return self._gather_widened(x, experts)
 
     def _gather_widened(self, x: mx.array, experts: mx.array) -> mx.array:
@@ -73,21 +79,23 @@ class QuantizedMatrix:
     group: int
     bits: int
 
-    def matmul(self, x: mx.array) -> mx.array:
+    def matmul(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
         """x [..., D] -> [..., N]"""
         y = mx.quantized_matmul(x, self.codes, self.scales, self.biases, transpose=True, **self._format)
-        return (y if self.outer is None else y * self.outer).astype(x.dtype)
+        y = (y if self.outer is None else y * self.outer).astype(x.dtype)
+        return y if bias is None else y + bias
 
-    def gather(self, x: mx.array, experts: mx.array, *, sorted_experts: bool) -> mx.array:
-        """x [T, A or 1, 1, D] with experts [T, A], or x [T, 1, D] with experts [T] -> [..., 1, N]"""
+    def gather(self, x: mx.array, experts: mx.array, tokens: mx.array | None) -> mx.array:
+        """As ExpertLinear."""
         y = mx.gather_qmm(
             x,
             self.codes,
             self.scales,
             self.biases,
+            lhs_indices=tokens,
             rhs_indices=experts,
             transpose=True,
-            sorted_indices=sorted_experts,
+            sorted_indices=tokens is None,
             **self._format,
         )
         if self.outer is not None:
@@ -113,6 +121,23 @@ Matrix = DenseMatrix | QuantizedMatrix
 
 
 @dataclass(frozen=True)
+class MappedRows:
+    """An embedding matrix that stays in the mapped file. A look-up waits for the ids and copies their rows alone.
+
+    place: what puts a weight on the device (load.py's fuse), so that a row is decoded as if it had always been there.
+    """
+
+    weight: Weight
+    place: Callable[[Weight], Matrix]
+
+    def rows(self, ids: mx.array, dtype: mx.Dtype) -> mx.array:
+        """ids [...] -> [..., D]"""
+        numbers = np.array(ids).ravel()
+        rows = self.place(codecs.take_rows(self.weight, numbers)).rows(mx.arange(numbers.size), dtype)
+        return rows.reshape(*ids.shape, -1)
+
+
+@dataclass(frozen=True)
 class Linear:
     """Matrices side by side that share their input, fused into one where their storage allows it.
 
@@ -125,23 +150,25 @@ class Linear:
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., D] -> [..., N]"""
-        parts = [matrix.matmul(x) for matrix in self.matrices]
-        y = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+        if len(self.matrices) == 1:
+            return self.matrices[0].matmul(x, self.bias)
+        y = mx.concatenate([matrix.matmul(x) for matrix in self.matrices], axis=-1)
         return y if self.bias is None else y + self.bias
+
+    def onto(self, residual: mx.array, x: mx.array, elementwise: Elementwise) -> mx.array:
+        """x [..., D], residual [..., N] -> the layer's output on top of it, [..., N]"""
+        return elementwise.add(Linear(self.matrices)(x), self.bias, residual)
 
 
 @dataclass(frozen=True)
 class ExpertLinear:
-    """The same for a bank of experts: each token's rows go through the matrices of its own experts.
-
-    bias: [E, N].
-    """
+    """The same for a bank of experts, without its biases: each row goes through the matrices of its own experts."""
 
     matrices: tuple[Matrix, ...]
-    bias: mx.array
 
-    def __call__(self, x: mx.array, experts: mx.array, *, sorted_experts: bool) -> mx.array:
-        """x [T, A or 1, 1, D] with experts [T, A], or x [T, 1, D] with experts [T] -> [..., 1, N]"""
-        parts = [matrix.gather(x, experts, sorted_experts=sorted_experts) for matrix in self.matrices]
-        y = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
-        return y + self.bias[experts][..., None, :]
+    def __call__(self, x: mx.array, experts: mx.array, tokens: mx.array | None) -> mx.array:
+        """x [P, 1, D] with experts [P] in ascending order, and tokens None -> [P, 1, N];
+        x [T, 1 or A, 1, D] with experts [T, A] and the numbers of x's rows, tokens [T, 1 or A], which MLX would
+        otherwise make on the device -> [T, A, 1, N]."""
+        parts = [matrix.gather(x, experts, tokens) for matrix in self.matrices]
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)

@@ -14,6 +14,7 @@ import numpy as np
 from ...config import ModelConfig
 from ...errors import CheckpointError
 from ...rope import yarn_concentration, yarn_frequencies
+from ...weights import codecs
 from ...weights.tensor import (
     AFFINE4,
     AFFINE8,
@@ -29,7 +30,8 @@ from ...weights.tensor import (
     Weight,
     Weights,
 )
-from .layers import DenseMatrix, ExpertLinear, Linear, Matrix, QuantizedMatrix
+from .elementwise import Elementwise
+from .layers import DenseMatrix, ExpertLinear, Linear, MappedRows, Matrix, QuantizedMatrix
 from .model import Attention, Block, GptOss, MixtureOfExperts, Rotary
 
 MODES: dict[Spec, str] = {
@@ -43,20 +45,42 @@ MODES: dict[Spec, str] = {
 UNIT_E8M0 = 127  # the e8m0 byte for 2^0
 
 
-def load_model(checkpoint: Weights, dtype: mx.Dtype) -> GptOss:
-    """The whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight once."""
-    place = _Placer(checkpoint, dtype)
+def load_model(
+    checkpoint: Weights,
+    dtype: mx.Dtype,
+    elementwise: Elementwise,
+    max_scores: int | None = None,
+    resident_vocab: int | None = None,
+) -> GptOss:
+    """The whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight once.
+    elementwise, max_scores: as model.py has them. resident_vocab: as in Limits."""
+    place = _Placer(checkpoint, dtype, elementwise)
     config = checkpoint.config
     # The two largest come first, while there is room to read one beside its copy.
-    embed = place.matrix("embed.weight")
-    lm_head = Linear((place.matrix("lm_head.weight"),))
+    if resident_vocab is None:
+        embed: Matrix | MappedRows = place.matrix("embed.weight")
+        lm_head, rest = Linear((place.matrix("lm_head.weight"),)), None
+    else:
+        embed = MappedRows(checkpoint.read("embed.weight"), lambda weight: fuse([weight]))
+        lm_head, rest = _cut(checkpoint.read("lm_head.weight"), resident_vocab)
+        checkpoint.release()
     frequencies = mx.array((1.0 / yarn_frequencies(config.yarn, config.head_dim)).astype(np.float32))
     rotary = Rotary(frequencies, config.head_dim**-0.5 * yarn_concentration(config.yarn) ** 2)
-    blocks = tuple(_block(place, config, layer, rotary) for layer in range(config.num_hidden_layers))
-    return GptOss(config, dtype, embed, blocks, place.vector("norm.weight"), lm_head)
+    blocks = tuple(_block(place, config, layer, rotary, max_scores) for layer in range(config.num_hidden_layers))
+    return GptOss(config, dtype, embed, blocks, place.vector("norm.weight"), lm_head, rest, elementwise)
 
 
-def _block(place: _Placer, config: ModelConfig, layer: int, rotary: Rotary) -> Block:
+def _cut(weight: Weight, resident: int) -> tuple[Linear, Callable[[], Linear] | None]:
+    """lm_head's first rows, placed, and what places the others when they are wanted."""
+    first = fuse([codecs.rows(weight, 0, resident)])
+    mx.eval([array for array in vars(first).values() if isinstance(array, mx.array)])
+    size = codecs.shape(weight)[0]
+    if resident >= size:
+        return Linear((first,)), None
+    return Linear((first,)), lambda: Linear((fuse([codecs.rows(weight, resident, size)]),))
+
+
+def _block(place: _Placer, config: ModelConfig, layer: int, rotary: Rotary, max_scores: int | None) -> Block:
     at = f"layers.{layer}"
     attention = Attention(
         config,
@@ -64,12 +88,16 @@ def _block(place: _Placer, config: ModelConfig, layer: int, rotary: Rotary) -> B
         out=place.linear([f"{at}.attention.o"]),
         sinks=place.vector(f"{at}.attention.sinks"),
         rotary=rotary,
+        elementwise=place.elementwise,
+        max_scores=max_scores,
     )
     mlp = MixtureOfExperts(
         config,
         router=place.linear([f"{at}.router"]),
         gate_up=place.experts([f"{at}.experts.gate", f"{at}.experts.up"]),
         down=place.experts([f"{at}.experts.down"]),
+        bias=place.vectors([f"{at}.experts.{part}.bias" for part in ("gate", "up", "down")]),
+        elementwise=place.elementwise,
     )
     return Block(
         config, place.vector(f"{at}.attention_norm.weight"), attention, place.vector(f"{at}.mlp_norm.weight"), mlp
@@ -79,24 +107,29 @@ def _block(place: _Placer, config: ModelConfig, layer: int, rotary: Rotary) -> B
 class _Placer:
     """Reads weights by canonical name and puts them on the device."""
 
-    def __init__(self, checkpoint: Weights, dtype: mx.Dtype) -> None:
+    def __init__(self, checkpoint: Weights, dtype: mx.Dtype, elementwise: Elementwise) -> None:
+        self.elementwise = elementwise
         self._checkpoint = checkpoint
         self._dtype = dtype
 
     def vector(self, name: str) -> mx.array:
-        """Norms, sinks and biases, in the activation dtype."""
-        return self._evaluated(lambda: _array(self._dense(name)).astype(self._dtype))
+        """Norms and sinks, in the activation dtype."""
+        return self.vectors([name])
+
+    def vectors(self, names: Sequence[str]) -> mx.array:
+        """Biases side by side, in the activation dtype."""
+        array = _joined([self._dense(name) for name in names], axis=-1).astype(self._dtype)
+        mx.eval(array)
+        return array
 
     def matrix(self, name: str) -> Matrix:
         return self._matrices([name])[0]
 
     def linear(self, names: Sequence[str]) -> Linear:
-        bias = self._evaluated(lambda: _joined([self._dense(f"{n}.bias") for n in names], axis=-1).astype(self._dtype))
-        return Linear(self._matrices([f"{n}.weight" for n in names]), bias)
+        return Linear(self._matrices([f"{n}.weight" for n in names]), self.vectors([f"{n}.bias" for n in names]))
 
     def experts(self, names: Sequence[str]) -> ExpertLinear:
-        bias = self._evaluated(lambda: _joined([self._dense(f"{n}.bias") for n in names], axis=-1).astype(self._dtype))
-        return ExpertLinear(self._matrices([f"{n}.weight" for n in names]), bias)
+        return ExpertLinear(self._matrices([f"{n}.weight" for n in names]))
 
     def _dense(self, name: str) -> Array:
         weight = self._checkpoint.read(name)
@@ -111,11 +144,6 @@ class _Placer:
             mx.eval([array for array in vars(matrix).values() if isinstance(array, mx.array)])
         self._checkpoint.release()
         return matrices
-
-    def _evaluated(self, make: Callable[[], mx.array]) -> mx.array:
-        array = make()
-        mx.eval(array)
-        return array
 
 
 def fuse(weights: Sequence[Weight]) -> Matrix:

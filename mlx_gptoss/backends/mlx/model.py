@@ -7,14 +7,17 @@ Reference: openai/gpt-oss, gpt_oss/torch/model.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
 from ...config import ModelConfig
-from .cache import Cache, FullCache, LayerCache, RingCache, Span
-from .layers import ExpertLinear, Linear, Matrix
+from .cache import Cache, FullCache, LayerCache, Packed, RingCache, Span
+from .elementwise import Elementwise
+from .layers import ExpertLinear, Linear, MappedRows, Matrix
 
+FEW = 8  # tokens whose attention to a cache in 8 bits costs less by its codes than decoded
 SORT_FROM = 64  # token-expert pairs from which sorting them by expert pays: each expert is then read once
 
 
@@ -34,28 +37,47 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Attention:
-    """qkv: D -> (H + 2 K) * 64; out: H * 64 -> D; sinks [H] in the activation dtype."""
+    """qkv: D -> (H + 2 K) * 64; out: H * 64 -> D; sinks [H] in the activation dtype.
+
+    max_scores: most attention scores, H * queries * keys, that a full layer holds at once; None where MLX's kernel
+    holds none (Metal).
+    """
 
     config: ModelConfig
     qkv: Linear
     out: Linear
     sinks: mx.array
     rotary: Rotary
+    elementwise: Elementwise
+    max_scores: int | None
 
-    def __call__(self, x: mx.array, cache: LayerCache, span: Span) -> mx.array:
-        c = self.config
+    def __call__(self, x: mx.array, residual: mx.array, cache: LayerCache, span: Span) -> mx.array:
+        """x, residual [B, L, D] -> residual + attention of x, [B, L, D]"""
         B, L, _ = x.shape
-        q, k, v = mx.split(self.qkv(x), [c.q_size, c.q_size + c.kv_size], axis=-1)
-        q = self._heads(q, c.num_attention_heads)  # [B, H, L, 64]
-        k = self._heads(k, c.num_key_value_heads)  # [B, K, L, 64]
-        v = self._heads(v, c.num_key_value_heads)
-        q, k = self.rotary(q, span.offsets), self.rotary(k, span.offsets)
-        if isinstance(cache, RingCache) and L > 1:
-            y = self._banded(q, *cache.extend(k, v, span), past=min(span.starts[0], cache.window))
+        q, kv = self._rotated(self.qkv(x), span)
+        if isinstance(cache, RingCache) and 1 + cache.slack < L:
+            y = self._banded(q, *cache.extend(kv, span), past=min(span.starts[0], cache.window))
         else:
-            see = cache.update(k, v, span) if isinstance(cache, FullCache) else cache.append(k, v, span)
-            y = self._attend(q, see.keys, see.values, see.mask)
-        return self.out(y.swapaxes(1, 2).reshape(B, L, c.q_size))
+            mask = span.seen if isinstance(cache, FullCache) else span.seen_in_ring
+            held = cache.update(kv, span)
+            if isinstance(held, Packed):
+                y = self._attend_packed(q, held, mask)
+            elif isinstance(cache, FullCache) and L > 1:
+                y = self._causal(q, *held)
+            else:
+                y = self._attend(q, *held, mask)
+        return self.out.onto(residual, y.swapaxes(1, 2).reshape(B, L, self.config.q_size), self.elementwise)
+
+    def _rotated(self, x: mx.array, span: Span) -> tuple[mx.array, mx.array]:
+        """x [B, L, (H + 2 K) * 64] -> queries [B, H, L, 64]; keys and values [2, B, K, L, 64]"""
+        B, L, _ = x.shape
+        H, K, dim = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
+        if L == 1:  # all heads in one launch; values turn by 0
+            x = self.rotary(x.reshape(-1, 1, 1, dim), span.turns).reshape(B, H + 2 * K, dim)
+            return x[:, :H, None], x[:, H:].reshape(B, 2, K, 1, dim).swapaxes(0, 1)
+        x = x.reshape(B, L, H + 2 * K, dim).swapaxes(1, 2)  # [B, H + 2 K, L, 64]
+        qk = self.rotary(x[:, : H + K], span.offsets)
+        return qk[:, :H], mx.stack([qk[:, H:], x[:, H + K :]])
 
     def _banded(self, q: mx.array, keys: mx.array, values: mx.array, past: int) -> mx.array:
         """Sliding attention of one slot's L new queries over W past and L new keys, S = min(L, W) queries at a time.
@@ -80,35 +102,71 @@ class Attention:
         y = self._attend(q, keys, values, mask)  # [n, H, S, 64]
         return y.swapaxes(0, 1).reshape(1, y.shape[1], n * S, y.shape[3])[:, :, :L]
 
+    def _causal(self, q: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        """Attention of one slot's L last positions to all up to themselves, as many queries at a time as max_scores
+        allows."""
+        _, H, L, _ = q.shape
+        start = keys.shape[2] - L
+        rows = L if self.max_scores is None else max(1, self.max_scores // (H * keys.shape[2]))
+        parts = [
+            self._attend(
+                q[:, :, i : i + rows], keys[:, :, : start + i + rows], values[:, :, : start + i + rows], "causal"
+            )
+            for i in range(0, L, rows)
+        ]
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
+    def _attend_packed(self, q: mx.array, held: Packed, mask: mx.array | None) -> mx.array:
+        """The same over keys and values in 8 bits. The scores of few tokens are products with the codes; a prompt is
+        long enough for decoding them first to cost less."""
+        B, H, L, dim = q.shape
+        if L > FEW:
+            return self._causal(q, *held.unpacked(q.dtype))
+        grouped = (B, self.config.num_key_value_heads, -1)
+        scores = held.scores((q.astype(mx.float32) * self.rotary.score_scale).reshape(*grouped, dim))
+        scores = scores.reshape(B, H, L, -1)
+        if L > 1:
+            end = scores.shape[-1]
+            mask = mx.arange(end) <= mx.arange(end - L, end)[:, None]
+        if mask is not None:
+            scores = mx.where(mask, scores, -mx.inf)
+        # The sink is one more score in the denominator.
+        sinks = self.sinks.astype(mx.float32)[:, None, None]
+        weights = mx.exp(scores - mx.logaddexp(mx.logsumexp(scores, axis=-1, keepdims=True), sinks))
+        y = held.weighted(weights.reshape(*grouped, scores.shape[-1]))
+        return y.reshape(B, H, L, dim).astype(q.dtype)
+
     def _attend(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None) -> mx.array:
         scale = self.rotary.score_scale
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=self.sinks)
 
-    def _heads(self, x: mx.array, heads: int) -> mx.array:
-        """[B, L, heads * 64] -> [B, heads, L, 64]"""
-        B, L, _ = x.shape
-        return x.reshape(B, L, heads, self.config.head_dim).swapaxes(1, 2)
-
 
 @dataclass(frozen=True)
 class MixtureOfExperts:
-    """router: D -> E; gate_up: D -> 2 I per expert, gate rows first; down: I -> D per expert."""
+    """router: D -> E; gate_up: D -> 2 I per expert, gate rows first; down: I -> D per expert.
+    bias [E, 2 I + D]: of both, so that a token's four are fetched at once."""
 
     config: ModelConfig
     router: Linear
     gate_up: ExpertLinear
     down: ExpertLinear
+    bias: mx.array
+    elementwise: Elementwise
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """x [B, L, D] -> [B, L, D]"""
-        B, L, D = x.shape
-        x = x.reshape(B * L, D)
+    def __call__(self, x: mx.array, residual: mx.array, span: Span) -> mx.array:
+        """x, residual [B, L, D] -> residual + the experts' answers to x, [B, L, D]"""
+        shape, D = x.shape, x.shape[-1]
+        x = x.reshape(-1, D)
         experts, weights = self._route(x)  # [T, A] each
         if experts.size >= SORT_FROM:
-            y = self._sorted(x, experts)
+            y, bias = self._sorted(x, experts), self.bias[:, -D:][experts]  # [T, A, D] each
         else:
-            y = self._expert(x[:, None, None, :], experts, sorted_experts=False)  # [T, A, 1, D]
-        return (y.squeeze(-2) * weights[..., None]).sum(axis=1).reshape(B, L, D)
+            bias = self.bias[experts]
+            T = len(x)
+            hidden = self._swiglu(self.gate_up(x[:, None, None], experts, span.tokens[:T]), bias[..., None, :-D])
+            y, bias = self.down(hidden, experts, span.pairs[:T]).squeeze(-2), bias[..., -D:]
+        parts = [[a[:, i] for i in range(a.shape[1])] for a in (y, bias, weights[..., None])]
+        return self.elementwise.combine(residual.reshape(-1, D), *parts).reshape(shape)
 
     def _route(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Softmax over the A largest router logits, in float32."""
@@ -119,23 +177,21 @@ class MixtureOfExperts:
         return experts, weights
 
     def _sorted(self, x: mx.array, experts: mx.array) -> mx.array:
-        """The same with the T * A pairs ordered by expert, so that each expert's rows are adjacent."""
+        """The experts' answers without their biases, [T, A, D], computed with the T * A pairs ordered by expert, so
+        that each expert's rows are adjacent."""
         T, A = experts.shape
         order = mx.argsort(experts.flatten())
-        y = self._expert(x[order // A][:, None, :], experts.flatten()[order], sorted_experts=True)  # [T * A, 1, D]
-        return y[mx.argsort(order)].reshape(T, A, 1, -1)
+        chosen = experts.flatten()[order]
+        y = self.gate_up(x[order // A][:, None], chosen, None)  # [T * A, 1, 2 I]
+        y = self.down(self._swiglu(y, self.bias[:, : -x.shape[-1]][chosen][:, None]), chosen, None)
+        return y[mx.argsort(order)].reshape(T, A, -1)
 
-    def _expert(self, x: mx.array, experts: mx.array, *, sorted_experts: bool) -> mx.array:
-        gate, up = mx.split(self.gate_up(x, experts, sorted_experts=sorted_experts), 2, axis=-1)
-        hidden = clamped_swiglu(gate, up, self.config.swiglu_limit, self.config.swiglu_alpha)
-        return self.down(hidden, experts, sorted_experts=sorted_experts)
-
-
-def clamped_swiglu(gate: mx.array, up: mx.array, limit: float, alpha: float) -> mx.array:
-    """gate * sigmoid(alpha * gate) * (up + 1), gate clamped from above and up on both sides."""
-    gate = mx.minimum(gate, limit)
-    up = mx.clip(up, -limit, limit)
-    return gate * mx.sigmoid(alpha * gate) * (up + 1)
+    def _swiglu(self, gate_up: mx.array, bias: mx.array) -> mx.array:
+        """gate_up, bias [..., 2 I] -> [..., I]"""
+        gate, up = mx.split(gate_up, 2, axis=-1)
+        return self.elementwise.swiglu(
+            gate, up, *mx.split(bias, 2, axis=-1), self.config.swiglu_limit, self.config.swiglu_alpha
+        )
 
 
 @dataclass(frozen=True)
@@ -146,33 +202,44 @@ class Block:
     mlp_norm: mx.array
     mlp: MixtureOfExperts
 
-    def __call__(self, x: mx.array, cache: LayerCache, span: Span) -> mx.array:
+    def __call__(self, x: mx.array, cache: LayerCache, span: Span, last: int) -> mx.array:
+        """x [B, L, D] -> [B, last, D], of the last positions"""
         eps = self.config.rms_norm_eps
-        x = x + self.attention(mx.fast.rms_norm(x, self.attention_norm, eps), cache, span)
-        return x + self.mlp(mx.fast.rms_norm(x, self.mlp_norm, eps))
+        x = self.attention(mx.fast.rms_norm(x, self.attention_norm, eps), x, cache, span)[:, -last:]
+        return self.mlp(mx.fast.rms_norm(x, self.mlp_norm, eps), x, span)
 
 
 @dataclass(frozen=True)
 class GptOss:
-    """One loaded model. dtype is that of activations and of the KV cache."""
+    """One loaded model. dtype is that of activations and of the KV cache. rest: loads the rows of lm_head that are not
+    resident (Limits.resident_vocab), None where all are."""
 
     config: ModelConfig
     dtype: mx.Dtype
-    embed: Matrix
+    embed: Matrix | MappedRows
     blocks: tuple[Block, ...]
     norm: mx.array
     lm_head: Linear
+    rest: Callable[[], Linear] | None
+    elementwise: Elementwise
 
-    def __call__(self, ids: mx.array, cache: Cache, span: Span) -> mx.array:
-        """ids [B, L] -> hidden states before the final norm, [B, L, D]"""
+    def __call__(self, ids: mx.array, cache: Cache, span: Span, last: int) -> mx.array:
+        """ids [B, L] -> hidden states before the final norm, [B, last, D], of the last positions alone: what the
+        others need not have is not computed."""
         x = self.embed.rows(ids, self.dtype)
         for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
-            x = block(x, layer_cache, span)
+            x = block(x, layer_cache, span, last if block is self.blocks[-1] else span.length)
         return x
 
     def logits(self, x: mx.array) -> mx.array:
-        """Hidden states [..., D] -> float32 logits [..., V]"""
+        """Hidden states [..., D] -> float32 logits [..., V], of the resident part of the vocabulary"""
         return self.lm_head(mx.fast.rms_norm(x, self.norm, self.config.rms_norm_eps)).astype(mx.float32)
+
+    def all_logits(self, x: mx.array) -> mx.array:
+        """The same of the whole vocabulary: for evaluation."""
+        if self.rest is None:
+            return self.logits(x)
+        return mx.concatenate([self.logits(x), replace(self, lm_head=self.rest()).logits(x)], axis=-1)
 
 
 def _blocks(x: mx.array, size: int) -> mx.array:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from ...memory import working_space
 from ...sampling import Sampling
 from ..base import Limits, Row, Sampled
 from .cache import Cache, Span
@@ -20,20 +22,46 @@ LOGITS_ROWS = 256  # positions of the vocabulary-wide output held at once by log
 CLEAR_EVERY = 512  # steps between emptying MLX's buffer cache, which otherwise grows with every new length
 
 
+Numbers = dict[str, NDArray[Any]]  # a Choice's arrays on the host, by their names
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one row sampled: the entries [first, first + 1 + len(drafts)) of a choice."""
+
+    choice: Choice
+    first: int
+    sampling: Sampling
+    drafts: tuple[int, ...]
+
+    def read(self, numbers: Numbers) -> Sampled:
+        """The token and, with drafts, each token after one that the draft foresaw. All of them are drawn as they would
+        be one by one, so that drafts change nothing but the speed."""
+        tokens = []
+        for place, draft in enumerate((*self.drafts, None), self.first):
+            tokens.append(_sampled(numbers, place, self.sampling))
+            if tokens[-1].token != draft:
+                break
+        return replace(tokens[0], more=tuple(tokens[1:])) if self.drafts else tokens[0]
+
+
 @dataclass(frozen=True)
 class Step:
-    """A step under way: for each row of the step, which entry of which choice is its own.
+    """A step under way.
 
     last: what the step computes last; waiting for it keeps a prefill, which samples nothing, from running far ahead
-    of the device.
+    of the device. arrays: everything else that the step changes.
     """
 
-    rows: tuple[tuple[Choice, int, Sampling] | None, ...]
+    rows: tuple[Drawn | None, ...]
     last: mx.array
+    arrays: tuple[mx.array, ...]
 
     def wait(self) -> list[Sampled | None]:
         mx.eval(self.last)
-        return [None if row is None else _sampled(*row) for row in self.rows]
+        # Read whole: indexing on the device would be work behind the step that is already under way.
+        read = {id(row.choice): _numbers(row.choice) for row in self.rows if row is not None}
+        return [None if row is None else row.read(read[id(row.choice)]) for row in self.rows]
 
 
 class MlxRunner:
@@ -43,22 +71,38 @@ class MlxRunner:
         self.config = model.config
         self.limits = limits
         self._model = model
+        self._elementwise = model.elementwise
+        self._vocabulary = min(limits.resident_vocab or model.config.vocab_size, model.config.vocab_size)
         self._device = device
-        self._cache = Cache(model.config, limits.slots, limits.max_context, model.dtype)
+        self._cache = Cache(model.config, limits.slots, limits.max_context, model.dtype, limits.kv_bits, limits.drafts)
         self._last: dict[int, mx.array] = {}  # slot -> the token it sampled last, int32 [1]
         self._histories: dict[int, History] = {}
         self._steps = 0
+        # Freed buffers that MLX keeps for reuse: what one prefill step needs, as the memory plan counts it.
+        room = working_space(model.config, limits.chunk, limits.slots, model.dtype.size)
+        self._former_cache_limit = mx.set_cache_limit(room)
 
     def submit(self, rows: Sequence[Row]) -> Step:
         with mx.stream(self._device):
-            results: list[tuple[Choice, int, Sampling] | None] = [None] * len(rows)
-            single = [i for i, row in enumerate(rows) if row.tokens is None or len(row.tokens) == 1]
-            single.sort(key=lambda i: rows[i].slot)
-            groups = [single] if single else []
-            groups += [[i] for i in range(len(rows)) if i not in set(single)]
-            last = [self._forward([rows[i] for i in group], group, results) for group in groups][-1]
-            self._start(results, last)
-            return Step(tuple(results), last)
+            step = self.build(rows)
+            mx.async_eval(step.last, step.arrays)  # type: ignore[no-untyped-call]
+            self._steps += 1
+            if self._steps % CLEAR_EVERY == 0:
+                mx.clear_cache()
+            return step
+
+    def build(self, rows: Sequence[Row]) -> Step:
+        """The step's graph, not started."""
+        results: list[Drawn | None] = [None] * len(rows)
+        single = [i for i, row in enumerate(rows) if not row.drafts and (row.tokens is None or len(row.tokens) == 1)]
+        single.sort(key=lambda i: rows[i].slot)
+        groups = [single] if single else []
+        groups += [[i] for i in range(len(rows)) if i not in set(single)]
+        last = [self._forward([rows[i] for i in group], group, results) for group in groups][-1]
+        choices = {id(drawn.choice): drawn.choice for drawn in results if drawn is not None}
+        arrays = [a for choice in choices.values() for a in vars(choice).values() if a is not None]
+        kept = [a for h in self._histories.values() for a in (h.seen, h.counts) if a is not None]
+        return Step(tuple(results), last, (*arrays, *kept, *self._cache.arrays))
 
     def release(self, slot: int) -> None:
         self._last.pop(slot, None)
@@ -66,13 +110,13 @@ class MlxRunner:
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         with mx.stream(self._device):
-            cache = Cache(self.config, 1, len(ids), self._model.dtype)
+            cache = Cache(self.config, 1, len(ids), self._model.dtype, self.limits.kv_bits)
             out = np.empty((len(ids), self.config.vocab_size), dtype=np.float32)
             step = min(self.limits.chunk, LOGITS_ROWS)
             for start in range(0, len(ids), step):
                 piece = mx.array(list(ids[start : start + step]))[None]
-                hidden = self._model(piece, cache, Span.of([0], [start], piece.shape[1]))
-                out[start : start + step] = np.array(self._model.logits(hidden[0]))
+                hidden = self._model(piece, cache, Span.of(self.config, [0], [start], piece.shape[1]), len(piece[0]))
+                out[start : start + step] = np.array(self._model.all_logits(hidden[0]))
             return out
 
     def peak_memory(self) -> int:
@@ -83,50 +127,52 @@ class MlxRunner:
         self._last.clear()
         self._histories.clear()
         mx.clear_cache()
+        mx.set_cache_limit(self._former_cache_limit)
 
-    def _forward(
-        self, rows: Sequence[Row], places: Sequence[int], results: list[tuple[Choice, int, Sampling] | None]
-    ) -> mx.array:
+    def _forward(self, rows: Sequence[Row], places: Sequence[int], results: list[Drawn | None]) -> mx.array:
         """Either any number of one-token rows, or one row of several tokens. Returns what is computed last."""
         ids = mx.stack([self._tokens(row) for row in rows])  # [B, L]
-        span = Span.of([row.slot for row in rows], [row.start for row in rows], ids.shape[1])
-        hidden = self._model(ids, self._cache, span)
+        starts = [row.start for row in rows]
+        span = Span.of(self.config, [row.slot for row in rows], starts, ids.shape[1], self.limits.drafts)
+        outputs = 1 + len(rows[0].drafts)
+        hidden = self._model(ids, self._cache, span, outputs)  # [B, outputs, D]
         wanted = [(b, row, row.sampling) for b, row in enumerate(rows) if row.sampling is not None]
         if not wanted:
-            return hidden[:, -1]
-        last = hidden[:, -1] if len(wanted) == len(rows) else hidden[mx.array([b for b, _, _ in wanted]), -1]
-        samplings = [sampling for _, _, sampling in wanted]
-        histories = [self._history(row, sampling) for _, row, sampling in wanted]
-        positions = [row.start + span.length for _, row, _ in wanted]
-        choice = choose(self._model.logits(last), samplings, histories, positions)
+            return hidden
+        if len(wanted) < len(rows):
+            hidden = hidden[mx.array([b for b, _, _ in wanted])]
+        draws = [(row, sampling, i) for _, row, sampling in wanted for i in range(outputs)]
+        choice = choose(
+            self._model.logits(hidden.reshape(len(draws), -1)),
+            [sampling for _, sampling, _ in draws],
+            [self._history(row, sampling) for row, sampling, _ in draws],
+            [row.start + span.length - outputs + 1 + i for row, _, i in draws],
+            self._elementwise,
+        )
         for n, (b, row, sampling) in enumerate(wanted):
-            self._last[row.slot] = choice.tokens[n : n + 1]
-            results[places[b]] = (choice, n, sampling)
+            if not row.drafts:
+                self._last[row.slot] = choice.tokens[n : n + 1]
+            results[places[b]] = Drawn(choice, n * outputs, sampling, row.drafts)
         return choice.tokens
 
     def _tokens(self, row: Row) -> mx.array:
-        return self._last[row.slot] if row.tokens is None else mx.array(row.tokens, dtype=mx.int32)
+        """The ids that the row feeds, int32 [L]"""
+        return self._last[row.slot] if row.tokens is None else mx.array(row.tokens + row.drafts, dtype=mx.int32)
 
     def _history(self, row: Row, sampling: Sampling) -> History:
         if row.prompt is not None:
             seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-            self._histories[row.slot] = History.begin(sampling, row.prompt, seed, self.config.vocab_size)
+            self._histories[row.slot] = History.begin(sampling, row.prompt, seed, self._vocabulary)
         return self._histories[row.slot]
 
-    def _start(self, results: Sequence[tuple[Choice, int, Sampling] | None], last: mx.array) -> None:
-        """Everything this step changes is put under way now; a prefill chunk has nothing but the cache."""
-        choices = {id(entry[0]): entry[0] for entry in results if entry is not None}
-        arrays = [a for choice in choices.values() for a in vars(choice).values() if a is not None]
-        kept = [a for h in self._histories.values() for a in (h.seen, h.counts) if a is not None]
-        mx.async_eval(arrays, kept, last, self._cache.arrays)  # type: ignore[no-untyped-call]
-        self._steps += 1
-        if self._steps % CLEAR_EVERY == 0:
-            mx.clear_cache()
+
+def _numbers(choice: Choice) -> Numbers:
+    return {name: np.array(array) for name, array in vars(choice).items() if array is not None}
 
 
-def _sampled(choice: Choice, n: int, sampling: Sampling) -> Sampled:
+def _sampled(numbers: Numbers, n: int, sampling: Sampling) -> Sampled:
     top: tuple[tuple[int, float], ...] = ()
-    if sampling.logprobs and choice.top_ids is not None and choice.top_logprobs is not None:
-        ids, values = np.array(choice.top_ids[n]), np.array(choice.top_logprobs[n])
-        top = tuple((int(i), float(v)) for i, v in zip(ids, values, strict=True))[: sampling.logprobs]
-    return Sampled(int(np.array(choice.tokens[n])), float(np.array(choice.logprobs[n])), top)
+    if sampling.logprobs:
+        pairs = zip(numbers["top_ids"][n].tolist(), numbers["top_logprobs"][n].tolist(), strict=True)
+        top = tuple(pairs)[: sampling.logprobs]
+    return Sampled(int(numbers["tokens"][n]), float(numbers["logprobs"][n]), top)

@@ -10,28 +10,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from ...sampling import Sampling
+from .elementwise import PLAIN, Elementwise
 
 
 @dataclass
 class History:
-    """What one slot's sampler remembers. key: of the slot's random stream, uint32 [2].
+    """What one slot's sampler remembers. key: of the slot's random stream, two 32-bit integers on the host.
 
     seen (prompt or output) bool [V], counts (output) float32 [V]: kept only for penalized requests.
     """
 
-    key: mx.array
+    key: tuple[int, int]
     seen: mx.array | None = None
     counts: mx.array | None = None
 
     @staticmethod
     def begin(sampling: Sampling, prompt: Sequence[int], seed: int, vocabulary: int) -> History:
-        # Hashed once, so that nearby seeds do not give streams that are shifted copies of each other.
-        history = History(mx.random.split(mx.random.key(seed))[0])
+        # Hashed once, so that nearby seeds do not give streams that are shifted copies of each other. On the CPU: the
+        # same numbers, without waiting for the step that the device may be at.
+        key = np.array(mx.random.split(mx.random.key(seed), stream=mx.cpu)[0])
+        history = History((int(key[0]), int(key[1])))
         if sampling.penalized:
             seen = mx.zeros((vocabulary,), dtype=mx.bool_)
-            seen[mx.array(list(prompt))] = True
+            seen[mx.array([token for token in prompt if token < vocabulary])] = True
             history.seen, history.counts = seen, mx.zeros((vocabulary,), dtype=mx.float32)
         return history
 
@@ -53,15 +57,19 @@ class Choice:
 
 
 def choose(
-    logits: mx.array, samplings: Sequence[Sampling], histories: Sequence[History], positions: Sequence[int]
+    logits: mx.array,
+    samplings: Sequence[Sampling],
+    histories: Sequence[History],
+    positions: Sequence[int],
+    elementwise: Elementwise = PLAIN,
 ) -> Choice:
     """One token a row from raw logits, float32 [B, V]. `positions` number the draws of each row's random stream."""
     shaped = _penalize(_bias(logits, samplings), samplings, histories)
-    tokens = mx.argmax(shaped, axis=-1)
     if not all(s.greedy for s in samplings):
-        drawn = mx.argmax(_noisy(_filter(shaped, samplings), samplings, histories, positions), axis=-1)
-        tokens = mx.where(_column(samplings, "temperature")[:, 0] > 0, drawn, tokens)
-    tokens = tokens.astype(mx.int32)
+        keys = [(h.key[0], (h.key[1] + position) % 2**32) for h, position in zip(histories, positions, strict=True)]
+        temperature = _column(samplings, "temperature")
+        shaped = elementwise.noisy(_filter(shaped, samplings), temperature, mx.array(keys, dtype=mx.uint32))
+    tokens = mx.argmax(shaped, axis=-1).view(mx.int32)
     for row, history in enumerate(histories):
         history.add(tokens[row])
     normalizer = mx.logsumexp(logits, axis=-1, keepdims=True)
@@ -75,7 +83,10 @@ def choose(
 
 
 def _bias(logits: mx.array, samplings: Sequence[Sampling]) -> mx.array:
-    entries = [(row, t, b) for row, s in enumerate(samplings) for t, b in (s.logit_bias or {}).items()]
+    """A bias on an id that is never sampled, for its row is not resident, does nothing."""
+    entries = [
+        (row, t, b) for row, s in enumerate(samplings) for t, b in (s.logit_bias or {}).items() if t < logits.shape[-1]
+    ]
     if not entries:
         return logits
     rows, tokens, biases = zip(*entries, strict=True)
@@ -98,13 +109,11 @@ def _penalize_row(logits: mx.array, sampling: Sampling, history: History) -> mx.
 
 
 def _filter(logits: mx.array, samplings: Sequence[Sampling]) -> mx.array:
-    """Logits over temperature, with everything outside top_k, top_p and min_p at -inf."""
-    temperature = _column(samplings, "temperature")
-    logits = logits / mx.where(temperature > 0, temperature, 1.0)
+    """Logits with everything outside top_k, top_p and min_p, at the row's temperature, at -inf."""
     if any(s.top_k or s.top_p < 1.0 for s in samplings):
         logits = _top(logits, samplings)
     if any(s.min_p for s in samplings):
-        probabilities = mx.softmax(logits, axis=-1)
+        probabilities = mx.softmax(_scaled(logits, samplings), axis=-1)
         floor = _column(samplings, "min_p") * probabilities.max(axis=-1, keepdims=True)
         logits = mx.where(probabilities < floor, -mx.inf, logits)
     return logits
@@ -117,25 +126,16 @@ def _top(logits: mx.array, samplings: Sequence[Sampling]) -> mx.array:
     ranked = mx.take_along_axis(logits, order, axis=-1)
     top_k = mx.array([[s.top_k or vocabulary] for s in samplings])
     ranked = mx.where(mx.arange(vocabulary) < top_k, ranked, -mx.inf)
-    probabilities = mx.softmax(ranked, axis=-1)
+    probabilities = mx.softmax(_scaled(ranked, samplings), axis=-1)
     before = mx.cumsum(probabilities, axis=-1) - probabilities
     top_p = _column(samplings, "top_p")
     ranked = mx.where((before < top_p) | (top_p >= 1.0), ranked, -mx.inf)
     return mx.put_along_axis(logits, order, ranked, axis=-1)
 
 
-def _noisy(
-    logits: mx.array, samplings: Sequence[Sampling], histories: Sequence[History], positions: Sequence[int]
-) -> mx.array:
-    """Adding Gumbel noise makes the argmax a draw from the softmax. Each row's noise hangs on its own key and
-    position alone, so that a seed gives the same draw in any batch."""
-    noise = [
-        mx.zeros(logits.shape[-1:])
-        if sampling.greedy
-        else mx.random.gumbel(logits.shape[-1:], key=history.key + mx.array([0, position], dtype=mx.uint32))
-        for sampling, history, position in zip(samplings, histories, positions, strict=True)
-    ]
-    return logits + mx.stack(noise)
+def _scaled(logits: mx.array, samplings: Sequence[Sampling]) -> mx.array:
+    temperature = _column(samplings, "temperature")
+    return logits / mx.where(temperature > 0, temperature, 1.0)
 
 
 def _column(samplings: Sequence[Sampling], name: str) -> mx.array:

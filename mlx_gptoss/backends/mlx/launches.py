@@ -1,0 +1,117 @@
+"""How many launches a decoded token costs: the primitives in one step's graph, counted without running it.
+
+On a GPU every primitive that computes is one kernel or more to launch, and at a few microseconds each they are what
+holds decoding below the bandwidth bound. The graph is the same on every device but for mx.fast's operations, which
+MLX expands on a CPU: while a graph is counted each of them is one placeholder.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ...errors import BackendUnavailable
+from ...sampling import Sampling
+from ...weights.tensor import Weights
+from ..base import Limits, Row
+from .elementwise import compiled
+from .load import load_model
+from .runner import MlxRunner
+
+# Primitives that only look at memory in another way.
+VIEWS = {
+    "AsStrided", "Broadcast", "BroadcastAxes", "ExpandDims", "Flatten", "Reshape", "Slice", "Split", "Squeeze",
+    "StopGradient", "Transpose", "Unflatten", "View",
+}  # fmt: skip
+PEER = """
+import sys
+from pathlib import Path
+import mlx.core as mx
+from mlx_gptoss.backends.mlx.launches import count, traced
+mx.set_default_device(mx.cpu)
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import make_sampler
+from mlx_lm.utils import load_model
+with traced():
+    model, sampler = load_model(Path(sys.argv[1]))[0], make_sampler(temp=float(sys.argv[2]))
+    cache, token, made, counts = make_prompt_cache(model), mx.array([1]), [], []
+    for _ in range(3):  # mlx_lm.generate.generate_step
+        logits = model(token[None], cache=cache)[:, -1, :]
+        logprobs = logits - mx.logsumexp(logits, keepdims=True)
+        token = sampler(logprobs)
+        made += [token, logprobs]
+        counts.append(count(made))
+print(counts[2] - counts[1])
+"""
+
+
+def launches_per_token(checkpoint: Weights, temperature: float = 0.0) -> int:
+    """Launches of one decode step at batch 1, as on a GPU: bfloat16 activations, compiled. Nothing is run.
+
+    Loads the whole checkpoint. The number hangs on its layers and on how they are stored, not on their sizes.
+    """
+    sampling = Sampling(temperature=temperature, seed=0)
+    cpu = mx.Device(mx.cpu)
+    with mx.stream(cpu), traced():
+        runner = MlxRunner(load_model(checkpoint, mx.bfloat16, compiled()), Limits(1, 64, 64), cpu)
+        made = list(runner.build([Row(0, 0, (1,), sampling, (1,))]).arrays)
+        before = count(made)
+        return count([*made, *runner.build([Row(0, 1, None, sampling)]).arrays]) - before
+
+
+def mlx_lm_launches_per_token(checkpoint: Path, temperature: float = 0.0) -> int:
+    """The same of mlx-lm, in a process of its own. Raises BackendUnavailable where mlx-lm cannot count it."""
+    words = [sys.executable, "-c", PEER, str(checkpoint), str(temperature)]
+    out = subprocess.run(words, capture_output=True, text=True)
+    if out.returncode:
+        reason = out.stderr.strip().splitlines()[-1:]
+        raise BackendUnavailable(f"mlx-lm could not load {checkpoint} ({' '.join(reason)}): pip install mlx-lm")
+    return int(out.stdout)
+
+
+def count(arrays: Sequence[mx.array]) -> int:
+    """Primitives that compute, in the graph of unevaluated arrays."""
+    dot = io.StringIO()
+    mx.export_to_dot(dot, *arrays)
+    return sum(name not in VIEWS for name in re.findall(r'label ="(\w+)", shape=rectangle', dot.getvalue()))
+
+
+@contextmanager
+def traced() -> Iterator[None]:
+    """Within it, mx.fast's operations and mx.dequantize build one primitive each, of the right shape and no use."""
+    places: dict[tuple[Any, str], Callable[..., mx.array]] = {
+        (mx.fast, "rms_norm"): _like,
+        (mx.fast, "rope"): _like,
+        (mx.fast, "scaled_dot_product_attention"): _like,
+        (mx, "dequantize"): _rows,
+    }
+    kept = {place: getattr(*place) for place in places}
+    try:
+        for (module, name), stand_in in places.items():
+            setattr(module, name, stand_in)
+        yield
+    finally:
+        for (module, name), function in kept.items():
+            setattr(module, name, function)
+
+
+def _like(x: mx.array, *others: Any, **options: Any) -> mx.array:
+    """One primitive that hangs on all arrays it is given and has the first one's shape."""
+    depends = [a for a in (*others, *options.values()) if isinstance(a, mx.array)]
+    like: mx.array = mx.depends([x], depends or [mx.array(0)])[0]
+    return like
+
+
+def _rows(codes: mx.array, scales: mx.array, *others: Any, bits: int = 4, **options: Any) -> mx.array:
+    dtype = mx.bfloat16 if scales.dtype == mx.uint8 else scales.dtype
+    rows = mx.zeros((*codes.shape[:-1], codes.shape[-1] * 32 // bits), dtype)
+    mx.eval(rows)
+    return _like(rows, codes, scales, *others)

@@ -1,0 +1,131 @@
+"""Memory of the MLX backend: the plan holds, a long run stays flat, and a cache in 8 bits is what it says it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import psutil
+import pytest
+
+import mlx_gptoss
+from mlx_gptoss.api import NANO
+from mlx_gptoss.backends import mlx as backend
+from mlx_gptoss.backends.base import Limits, Row
+from mlx_gptoss.config import TINY
+from mlx_gptoss.errors import InvalidRequest
+from mlx_gptoss.memory import RUNTIME_BYTES, plan_memory
+from mlx_gptoss.sampling import Sampling
+from mlx_gptoss.weights import checkpoint as checkpoints
+from mlx_gptoss.weights.synthetic import Synthetic
+
+GREEDY = Sampling(temperature=0)
+MB = 1 << 20
+# A cache that outweighs everything else: 16 kB a token in each of two full layers.
+CACHE_HEAVY = replace(TINY, num_attention_heads=32, num_key_value_heads=32)
+SCORES = 24 * 4 * backend.MAX_SCORES_CPU  # a CPU has several parts of a prompt's attention, and its steps, at once
+
+
+def generate(runner, prompt: tuple[int, ...], tokens: int, chunk: int, after=lambda step: None) -> list[int]:
+    """Greedy tokens, double-buffered as the engine does it."""
+    for start in range(0, len(prompt), chunk):
+        piece = prompt[start : start + chunk]
+        ends = start + len(piece) == len(prompt)
+        ahead = runner.submit([Row(0, start, piece, GREEDY if ends else None, prompt if ends else None)])
+        if not ends:
+            ahead.wait()
+    ids = []
+    for step in range(tokens):
+        pending, ahead = ahead, runner.submit([Row(0, len(prompt) + step, None, GREEDY)])
+        ids.append(pending.wait()[0].token)
+        after(step)
+    ahead.wait()
+    return ids
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_the_peak_stays_within_the_plan(kv_bits):
+    weights = Synthetic(CACHE_HEAVY, "mlx-4bit")
+    plan = plan_memory(
+        weights.config, weights.size_bytes, 10**12, activation_bytes=4, context=1000, chunk=256, kv_bits=kv_bits
+    )
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    runner = backend.load(weights, device="cpu", dtype=None, limits=Limits(1, 1000, 256, kv_bits=kv_bits))
+    generate(runner, tuple(range(256)) * 3, 222, 256)
+    peak = runner.peak_memory() - before
+    cache = 990 * plan.kv_bytes_per_token
+    runner.close()
+    assert cache + weights.size_bytes < peak < plan.needed_bytes - RUNTIME_BYTES + SCORES
+
+
+def flat(tokens: int) -> None:
+    """Greedy decoding beyond the cache's own growth adds nothing, neither to what MLX holds nor to the process."""
+    runner = backend.load(Synthetic(TINY, "mlx-4bit"), device="cpu", dtype=None, limits=Limits(1, tokens + 100, 256))
+    process, seen = psutil.Process(), []
+
+    def look(step: int) -> None:
+        if step % (tokens // 10) == 0:
+            held = sum(array.nbytes for array in runner._cache.arrays)
+            seen.append((mx.get_active_memory() - held, process.memory_info().rss - held))
+
+    generate(runner, (1, 2, 3), tokens, 256, look)
+    runner.close()
+    (active, resident), last = seen[2], seen[-1]
+    assert last[0] - active < MB
+    assert last[1] - resident < 16 * MB
+
+
+def test_a_run_stays_flat():
+    flat(1000)
+
+
+@pytest.mark.slow
+def test_a_long_run_stays_flat():
+    flat(10_000)
+
+
+def test_mlx_keeps_no_more_freed_buffers_than_a_prefill_step_needs(mini, monkeypatch):
+    set_to = []
+    monkeypatch.setattr(mx, "set_cache_limit", lambda limit: set_to.append(limit) or 12345)
+    limits = Limits(1, 64, 64)
+    runner = backend.load(checkpoints.open(mini / "mxfp4"), device="cpu", dtype=None, limits=limits)
+    assert len(set_to) == 1 and 0 < set_to[0] < 16 * MB
+    runner.close()
+    assert set_to[1:] == [12345]
+
+
+def test_a_cache_in_8_bits_decodes_what_it_prefills(mini):
+    """One token's scores are products with the codes, a prompt's with the decoded keys: both are the same numbers, for
+    one slot and for several of different lengths."""
+    checkpoint = checkpoints.open(mini / "mxfp4")
+    runner = backend.load(checkpoint, device="cpu", dtype=None, limits=Limits(3, 400, 64, kv_bits=8))
+    prompts = [tuple(np.random.default_rng(n).integers(0, 300, n).tolist()) for n in (60, 30, 7)]
+    ids = [[runner.submit([Row(i, 0, p, GREEDY, p)]).wait()[0].token] for i, p in enumerate(prompts)]
+    for step in range(12):
+        rows = [Row(i, len(p) + step, None, GREEDY) for i, p in enumerate(prompts)]
+        for mine, sampled in zip(ids, runner.submit(rows).wait(), strict=True):
+            mine.append(sampled.token)
+            assert np.isfinite(sampled.logprob)
+    for prompt, mine in zip(prompts, ids, strict=True):
+        logits = runner.logits([*prompt, *mine])[len(prompt) - 1 : -1]
+        margin = np.sort(logits, axis=-1)[:, -1] - np.take_along_axis(logits, np.array(mine)[:, None], -1)[:, 0]
+        assert margin.max() < 1e-3
+    whole = backend.load(checkpoint, device="cpu", dtype=None, limits=Limits(1, 400, 64)).logits(prompts[0])
+    packed = runner.logits(prompts[0])
+    error = np.abs(packed - whole).max() / np.abs(whole).max()
+    assert 1e-6 < error < 0.02
+
+
+def test_a_cache_in_8_bits_costs_little_quality():
+    (result,) = mlx_gptoss.evaluate(against=NANO, kv_bits=8, backend="mlx", device="cpu", max_tokens=200)
+    assert 0 < result.against[0].kl_mean < 1e-4
+    assert result.against[0].top1_agreement > 0.999
+
+
+def test_a_cache_in_other_bits_or_elsewhere_is_refused(mini):
+    with pytest.raises(InvalidRequest, match="kv_bits must be 8"):
+        mlx_gptoss.load(mini / "mxfp4", kv_bits=4, backend="mlx")
+    with pytest.raises(InvalidRequest, match="backend mlx"):
+        mlx_gptoss.load(mini / "mxfp4", kv_bits=8, backend="cuda", device="cpu")

@@ -1,0 +1,134 @@
+"""Speculation changes the speed and nothing else: the same text under greedy and with a seed, draws from the same
+distribution, and rejected drafts leave no trace."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import mlx_gptoss
+from mlx_gptoss.api import NANO
+from mlx_gptoss.backends import mlx as backend
+from mlx_gptoss.backends.base import Limits, Row
+from mlx_gptoss.errors import InvalidRequest
+from mlx_gptoss.sampling import Sampling
+from mlx_gptoss.weights import checkpoint as checkpoints
+
+GREEDY = Sampling(temperature=0)
+REPEATING = [*range(40, 60)] * 4
+
+
+@pytest.fixture(scope="module", params=[None, 8], ids=["whole cache", "cache in 8 bits"])
+def runner(request, mini):
+    limits = Limits(2, 300, 64, drafts=3, kv_bits=request.param)
+    return backend.load(checkpoints.open(mini / "mxfp4"), device="cpu", dtype=None, limits=limits)
+
+
+def begin(runner, prompt, sampling, slot=0) -> int:
+    return runner.submit([Row(slot, 0, tuple(prompt), sampling, tuple(prompt))]).wait()[0].token
+
+
+def test_stepping_back_is_exact_at_every_position(runner):
+    """Three wrong drafts after each token, through several turns of the ring (window 8, slack 3) and from within its
+    first: each token and its probability are those of a slot that never speculated."""
+    prompt = REPEATING[:3]
+    token = begin(runner, prompt, GREEDY)
+    assert begin(runner, prompt, GREEDY, slot=1) == token
+    for position in range(len(prompt), len(prompt) + 60):
+        (plain,) = runner.submit([Row(1, position, (token,), GREEDY)]).wait()
+        wrong = tuple((plain.token + step) % 320 for step in (1, 2, 3))
+        (drafted,) = runner.submit([Row(0, position, (token,), GREEDY, drafts=wrong)]).wait()
+        assert (drafted.token, drafted.more) == (plain.token, ())
+        assert drafted.logprob == pytest.approx(plain.logprob, abs=1e-4)
+        token = plain.token
+
+
+@pytest.mark.parametrize("right", [0, 1, 2, 3])
+def test_as_many_drafts_are_taken_as_are_right(runner, right):
+    prompt = REPEATING[:30]
+    first = begin(runner, prompt, GREEDY)
+    expected, token = [], first
+    for step in range(6):
+        (sampled,) = runner.submit([Row(0, 30 + step, (token,), GREEDY)]).wait()
+        expected.append(token := sampled.token)
+    assert begin(runner, prompt, GREEDY, slot=1) == first
+    drafts = tuple(t if i < right else (t + 1) % 320 for i, t in enumerate(expected[:3]))
+    (got,) = runner.submit([Row(1, 30, (first,), GREEDY, drafts=drafts)]).wait()
+    assert [got.token, *(sampled.token for sampled in got.more)] == expected[: right + 1]
+    (after,) = runner.submit([Row(1, 31 + right, (expected[right],), GREEDY)]).wait()
+    assert after.token == expected[right + 1]
+
+
+def test_drafted_draws_follow_the_distribution(runner):
+    """First tokens by their probabilities, and second ones, where the draft was right, by theirs given the draft."""
+    prompt, hot = tuple(REPEATING[:20]), 0.7
+    logits = runner.logits(prompt)[-1].astype(np.float64) / hot
+    draft = int(logits.argmax())
+    given = runner.logits([*prompt, draft])[-1].astype(np.float64) / hot
+    firsts, seconds = [], []
+    runner.submit([Row(0, 0, prompt[:-1])]).wait()
+    for seed in range(1500):
+        sampling = Sampling(temperature=hot, seed=seed)
+        row = Row(0, 19, prompt[-1:], sampling, prompt, drafts=(draft, 5))
+        (sampled,) = runner.submit([row]).wait()
+        firsts.append(sampled.token)
+        if sampled.token == draft:
+            seconds.append(sampled.more[0].token)
+        else:
+            assert sampled.more == ()
+    assert len(seconds) > 100
+    for drawn, scores in ((firsts, logits), (seconds, given)):
+        p = np.exp(scores - scores.max())
+        p /= p.sum()
+        likely = np.flatnonzero(p * len(drawn) >= 5)
+        counts = np.array([np.count_nonzero(np.equal(drawn, token)) for token in likely])
+        counts, p = np.append(counts, len(drawn) - counts.sum()), np.append(p[likely], 1 - p[likely].sum())
+        chi2 = ((counts - len(drawn) * p) ** 2 / (len(drawn) * p)).sum()
+        assert chi2 < len(likely) + 5 * np.sqrt(2 * len(likely)) + 5
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.6, seed=4, logprobs=2)], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("folder", ["mxfp4", None], ids=["random", "bundled"])
+def test_the_text_is_the_same_and_some_drafts_are_accepted(mini, folder, sampling):
+    results = []
+    for speculate in (False, True):
+        source = None if folder is None else mini / folder
+        with mlx_gptoss.load(source, backend="mlx", device="cpu", speculate=speculate, max_context=400) as model:
+            ids = model.tokenizer.encode("a b c a b c a b c") if folder is None else REPEATING
+            never_end = replace(sampling, logit_bias=dict.fromkeys(checkpoints.open(source or NANO).stop_ids, -100.0))
+            *_, finished = model.stream_raw(ids, max_tokens=150, sampling=never_end)
+            results.append(finished)
+    plain, fast = results
+    assert [t.id for t in fast.tokens] == [t.id for t in plain.tokens]
+    assert fast.finish_reason == plain.finish_reason
+    assert np.allclose([t.logprob for t in fast.tokens], [t.logprob for t in plain.tokens], atol=1e-3)
+    assert plain.drafted == 0 < fast.drafted
+    # Random weights that are sampled from hardly repeat themselves.
+    assert fast.accepted > 0 or (folder is not None and not sampling.greedy)
+
+
+def test_several_sequences_speculate_side_by_side(mini):
+    prompts = [REPEATING, REPEATING[:7], [9, 8, 7] * 5]
+    texts = []
+    for speculate, slots in ((False, 1), (True, 3)):
+        with mlx_gptoss.load(
+            mini / "mxfp4", backend="mlx", device="cpu", speculate=speculate, slots=slots, max_context=300
+        ) as model:
+            streams = [model.stream_raw(p, max_tokens=40 + i, sampling=GREEDY) for i, p in enumerate(prompts)]
+            texts.append([[t.id for t in list(stream)[-1].tokens] for stream in streams])
+    assert texts[0] == texts[1]
+    assert all(text for text in texts[0])
+
+
+def test_penalized_requests_get_no_drafts(mini):
+    with mlx_gptoss.load(mini / "mxfp4", backend="mlx", device="cpu", speculate=True, max_context=300) as model:
+        penalized = Sampling(temperature=0, frequency_penalty=0.5)
+        *_, finished = model.stream_raw(REPEATING, max_tokens=60, sampling=penalized)
+    assert finished.drafted == 0
+
+
+def test_another_backend_refuses(mini):
+    with pytest.raises(InvalidRequest, match="cannot speculate"):
+        mlx_gptoss.load(mini / "mxfp4", backend="cuda", device="cpu", speculate=True)

@@ -1,0 +1,36 @@
+"""Drafts from the text so far, against a search through it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from mlx_gptoss.engine.lookup import Lookup
+
+
+def by_search(tokens: list[int], most: int) -> tuple[int, ...]:
+    for length in (3, 2):
+        for start in range(len(tokens) - length - 1, -1, -1):
+            if tokens[start : start + length] == tokens[-length:]:
+                text = list(tokens)
+                for _ in range(most):  # what followed goes on to follow
+                    text.append(text[start + length + len(text) - len(tokens)])
+                return tuple(text[len(tokens) :])
+    return ()
+
+
+@pytest.mark.parametrize("alphabet", [1, 2, 4, 30])
+def test_the_latest_occurrence_of_the_longest_match(alphabet):
+    tokens = random.Random(alphabet).choices(range(alphabet), k=120)
+    lookup = Lookup(tokens[:5])
+    for place, token in enumerate(tokens[5:], 5):
+        assert lookup.last == tokens[place - 1]
+        assert lookup.propose(3) == by_search(tokens[:place], 3)
+        assert lookup.propose(0) == ()
+        lookup.add(token)
+
+
+def test_new_text_gets_no_drafts():
+    assert Lookup(range(50)).propose(3) == ()
+    assert Lookup([7]).propose(3) == ()
