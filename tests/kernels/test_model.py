@@ -45,12 +45,12 @@ def test_logits_of_every_format(mini, device, relative_error, name):
 def test_greedy_text(mini, device):
     """Alone, so with one row a step, where the ring has long wrapped."""
     reference = load_file(mini / "reference.safetensors")
-    prompt, wanted = tuple(reference["prompt"].tolist()), reference["greedy"][:5].tolist()
-    assert reference["margin"][:5].min() > 1e-3
+    prompt, wanted = tuple(reference["prompt"].tolist()), reference["greedy"][:3].tolist()
+    assert reference["margin"][:3].min() > 1e-3
     runner = load(mini / "mxfp4", device, Limits(2, 128, 64))
     runner.submit([Row(1, 0, prompt[:64])])
     ids = [runner.submit([Row(1, 64, prompt[64:], GREEDY, prompt)]).wait()[0].token]
-    pending = [runner.submit([Row(1, len(prompt) + i, None, GREEDY)]) for i in range(4)]
+    pending = [runner.submit([Row(1, len(prompt) + i, None, GREEDY)]) for i in range(2)]
     assert [*ids, *(p.wait()[0].token for p in pending)] == wanted
 
 
