@@ -154,6 +154,7 @@ def _telling() -> Iterator[Callable[[str], None]]:
 def _json(report: Report) -> dict[str, Any]:
     results = [{k: v for k, v in asdict(result).items() if k != "ratio" or v} for result in report.results]
     found: dict[str, Any] = {"results": results, "agreement": [asdict(agreement) for agreement in report.agreements]}
+    found |= {"launches_per_token": report.launches} if report.launches else {}
     return found | ({"ratio": report.ratio} if report.ratio else {})
 
 
@@ -190,5 +191,7 @@ def _print(report: Report) -> None:
             f"{r.load_s:.1f} s",
         )  # fmt: skip
     console.print(table)
+    if report.launches:
+        console.print(f"Launches a token: {', '.join(f'{name} {n}' for name, n in report.launches.items())}")
     if report.ratio:
         console.print(f"Ours over theirs: prefill {report.ratio['prefill']:.2f}, decode {report.ratio['decode']:.2f}")

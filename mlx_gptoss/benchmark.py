@@ -4,9 +4,12 @@ speed at which the device copies memory. Nothing here knows a device or another 
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
 from statistics import geometric_mean, median
 
 from . import agreement
@@ -14,11 +17,13 @@ from .agreement import Agreement
 from .api import ACTIVATION_BYTES
 from .backends import find_backend
 from .backends.base import Backend, Limits
-from .config import FULL, ModelConfig
+from .config import FULL, PRESETS, ModelConfig
 from .errors import InvalidRequest
 from .memory import plan_memory, require_fit
 from .timing import Case, Contender, Ours
+from .weights.formats import WRITERS
 from .weights.params import Param, parameters
+from .weights.synthetic import Synthetic
 from .weights.tensor import Dense, Weight, Weights
 
 Tell = Callable[[str], None]  # what is being done, for whoever waits
@@ -56,11 +61,13 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Report:
-    """results: case by case, ours first. ratio: geometric means of all; None if there was no one to compare with."""
+    """results: case by case, ours first. ratio: geometric means of all; None if there was no one to compare with.
+    launches: of one decoded token by engine, as `launches_per_token` counts them; empty where that cannot be said."""
 
     results: tuple[Measurement, ...]
     agreements: tuple[Agreement, ...]
     ratio: dict[str, float] | None
+    launches: dict[str, int]
 
 
 class Counted:
@@ -168,7 +175,26 @@ def bench(
         ours.close()
     ratios = [result.ratio for result in results if result.ratio]
     overall = {key: geometric_mean(ratio[key] for ratio in ratios) for key in ("prefill", "decode")} if ratios else None
-    return Report(tuple(results), tuple(agreements), overall)
+    tell("counting launches")
+    with_mlx_lm = any(other.engine.startswith("mlx-lm") for other in others)
+    launches = launches_per_token(where, model, beside_mlx_lm=with_mlx_lm)
+    return Report(tuple(results), tuple(agreements), overall, launches)
+
+
+def launches_per_token(where: Where, model: Model, *, beside_mlx_lm: bool) -> dict[str, int]:
+    """Launches of one decoded token at batch 1 through MLX, ours and, if wanted, mlx-lm's, counted on a tiny model with
+    as many layers that are stored alike: what they hang on. Empty for another backend, or a format that has no writer.
+    """
+    if where.backend != "mlx" or model.form not in WRITERS:
+        return {}
+    counter, layers = import_module("mlx_gptoss.backends.mlx.launches"), model.weights.config.layer_types
+    small = Synthetic(replace(PRESETS["tiny"], num_hidden_layers=len(layers), layer_types=layers), model.form)
+    found = {"mlx-gptoss": counter.launches_per_token(small)}
+    if beside_mlx_lm:
+        with tempfile.TemporaryDirectory(prefix="mlx-gptoss-bench-") as folder:
+            small.write(Path(folder) / "checkpoint")
+            found["mlx-lm"] = counter.mlx_lm_launches_per_token(Path(folder) / "checkpoint")
+    return found
 
 
 def _measure(contenders: Sequence[Contender], case: Case, repeat: int, tell: Tell) -> list[Measurement]:

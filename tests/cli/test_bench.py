@@ -62,6 +62,9 @@ def test_others_take_turns_on_the_same_weights(run, peer, form):
     assert report["ratio"]["decode"] == pytest.approx(ours["decode_tok_s"] / theirs["decode_tok_s"])
     assert ours["ratio"] == pytest.approx(report["ratio"])
     (agreement,) = report["agreement"]
+    launches = report["launches_per_token"]  # of the shapes' own layers, counted as on a GPU
+    assert launches["mlx-gptoss"] <= 0.6 * launches.get("mlx-lm", 1000)
+    assert ("mlx-lm" in launches) == (peer == "mlx-lm")
     # mlx-lm rounds YaRN's range, so positions beyond the first differ; transformers does not.
     assert agreement["kl"] < (1e-9 if peer == "transformers" else 1e-2)
 
