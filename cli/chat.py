@@ -34,6 +34,7 @@ def chat(
     device: str | None,
     dtype: str | None,
     max_context: int | None,
+    quantize: str | None,
     kv_bits: str | None,
     speculate: bool,
     max_tokens: int | None,
@@ -48,7 +49,7 @@ def chat(
     stats: bool,
 ) -> None:
     """Talk with the model. /help lists the commands inside."""
-    with load(model, backend, device, dtype, max_context, kv_bits, speculate) as loaded:
+    with load(model, backend, device, dtype, max_context, quantize, kv_bits, speculate) as loaded:
         how = sampling(loaded, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
         Session(loaded, how, max_tokens, reasoning, system, not hide_reasoning, stats).run()
 

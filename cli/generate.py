@@ -28,6 +28,7 @@ def generate(
     device: str | None,
     dtype: str | None,
     max_context: int | None,
+    quantize: str | None,
     kv_bits: str | None,
     speculate: bool,
     max_tokens: int | None,
@@ -48,7 +49,7 @@ def generate(
     The answer streams to stdout, the model's reasoning dimmed to stderr.
     """
     text = _prompt(prompt)
-    with load(model, backend, device, dtype, max_context, kv_bits, speculate) as loaded:
+    with load(model, backend, device, dtype, max_context, quantize, kv_bits, speculate) as loaded:
         how = sampling(loaded, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
         if raw:
             ids = loaded.tokenizer.encode_with_specials(text)

@@ -23,6 +23,7 @@ MODEL_OPTIONS = (
     ),
 )
 RUN_OPTIONS = (
+    click.option("--quantize", metavar="NAME", help="Quantize while loading: an MLX format, rest-8bit or rest-4bit."),
     click.option("--kv-bits", type=click.Choice(["8"]), help="Keep the K/V cache of full layers in 8 bits."),
     click.option("--speculate", is_flag=True, help="Guess tokens ahead from the text so far; --stats says how well."),
 )
@@ -63,8 +64,9 @@ def load(
     device: str | None,
     dtype: str | None,
     max_context: int | None,
-    kv_bits: str | None = None,
-    speculate: bool = False,
+    quantize: str | None,
+    kv_bits: str | None,
+    speculate: bool,
 ) -> Model:
     """The model, with a spinner on a terminal's stderr while it loads."""
     from rich.console import Console
@@ -78,6 +80,7 @@ def load(
             device=device,
             dtype=dtype,
             max_context=max_context,
+            quantize=quantize,
             kv_bits=None if kv_bits is None else int(kv_bits),
             speculate=speculate,
         )

@@ -35,6 +35,14 @@ def test_every_command_has_help_and_imports_nothing_heavy_for_it(command):
     assert out.stdout.startswith("Usage:") and out.stdout.rstrip().endswith("[]")
 
 
+def test_quantizing_while_loading(run):
+    words = ["generate", "Hi", "--model", "MINI", "--raw", "--max-tokens", 3, "--json"]
+    done = run(*words, "--quantize", "rest-4bit")
+    assert json.loads(done.stdout)["format"] == "rest-4bit"
+    wrong = run(*words, "--quantize", "int3")
+    assert wrong.returncode == 1 and "rest-8bit" in wrong.stderr
+
+
 def test_generate_streams_text_to_stdout_and_stats_to_stderr(run):
     out = run("generate", "Hi", "--model", "MINI", "--seed", 1, "--max-tokens", 12, "--raw", "--stats")
     assert out.returncode == 0
