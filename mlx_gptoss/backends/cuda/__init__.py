@@ -22,6 +22,7 @@ from .load import load_model
 from .plain import Plain
 from .runner import CudaRunner
 
+GPU_CHUNK, CPU_CHUNK = 4096, 1024
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -60,7 +61,7 @@ def dtype_name(device: str | None, dtype: str | None) -> str:
 
 def prefill_chunk(device: str | None) -> int:
     """Tokens of one prefill step: enough for each decoded expert to serve many."""
-    return 4096 if pick_device(device).type == "cuda" else 1024
+    return GPU_CHUNK if pick_device(device).type == "cuda" else CPU_CHUNK
 
 
 def available_memory(device: str | None) -> int:

@@ -1,0 +1,96 @@
+"""What gpt-oss-20b takes on a GPU with 8k of context, added up on torch's meta device, which has shapes alone."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mlx_gptoss.backends import cuda
+from mlx_gptoss.backends.cuda.cache import Cache, Span
+from mlx_gptoss.backends.cuda.decode import Decoder
+from mlx_gptoss.backends.cuda.kernels import attention, linear, moe, sample
+from mlx_gptoss.backends.cuda.kernels.fused import Fused
+from mlx_gptoss.backends.cuda.load import load_model
+from mlx_gptoss.config import PRESETS
+from mlx_gptoss.weights.synthetic import Synthetic
+
+META = torch.device("meta")
+CONTEXT = 8192
+
+
+class Shapes(Synthetic):
+    """Synthetic weights whose values nobody will see."""
+
+    def _array(self, key, shape, bits, draw):
+        return np.zeros(shape, bits if draw.table is None else draw.table.dtype)
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the storages that are alive, and the most there were at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: Counter[int] = Counter()
+        self.bytes = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        before = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        }
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, torch.Tensor):
+                self._hold(leaf, known=leaf.untyped_storage()._cdata in before)
+        return made
+
+    def _hold(self, tensor: torch.Tensor, known: bool) -> None:
+        place, size = tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes()
+        if known and not self.tensors[place]:
+            return  # a view of what was there before
+        if not self.tensors[place]:
+            self.bytes += size
+            self.peak = max(self.peak, self.bytes)
+        self.tensors[place] += 1
+        weakref.finalize(tensor, self._drop, place, size)
+
+    def _drop(self, place: int, size: int) -> None:
+        self.tensors[place] -= 1
+        if not self.tensors[place]:
+            self.bytes -= size
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    for module in (attention, linear, moe, sample):
+        monkeypatch.setattr(module, "launch", lambda *args, **options: None)
+
+
+@torch.inference_mode()
+def test_mxfp4_takes_at_most_14_5_gb_with_8k_of_context(no_kernels):
+    config = PRESETS["20b"]
+    chunk = cuda.GPU_CHUNK
+    few = replace(config, num_hidden_layers=2, layer_types=config.layer_types[:2], vocab_size=1024)
+    model = load_model(Shapes(few, "mxfp4"), torch.bfloat16, META, Fused())
+    with Live() as prefill:
+        cache = Cache(few, 1, CONTEXT, torch.bfloat16, META, whole=True)
+        held = prefill.bytes
+        ids = torch.zeros((1, chunk), dtype=torch.int64, device=META)
+        model(ids, cache, Span.of([0], [CONTEXT - chunk], chunk, META))
+    token = torch.bfloat16.itemsize * 2 * config.kv_size  # of one layer
+    assert held == token * (CONTEXT + config.sliding_window)
+    with Live() as decode:
+        Decoder(replace(model, config=config), cache, torch.zeros(1, dtype=torch.int64, device=META), CONTEXT).prepare(
+            1
+        )
+    kv = token * (CONTEXT * config.full_layers + config.sliding_window * config.sliding_layers)
+    weights = Synthetic(config, "mxfp4").size_bytes
+    total = weights + kv + (prefill.peak - held) + decode.peak
+    print(f"weights {weights}, cache {kv}, prefill {prefill.peak - held}, decoding {decode.peak}: {total}")
+    assert 13.9e9 < total < 14.5e9
