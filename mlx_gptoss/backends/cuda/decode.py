@@ -105,8 +105,9 @@ class Decoder:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def prepare(self, rows: int) -> None:
-        """Compile and capture what a step of so many rows needs; otherwise the first such step does."""
-        self._ready(_bucket(rows))
+        """Compile and capture what steps of up to so many rows need; otherwise the first such step does."""
+        for power in range(_bucket(rows).bit_length()):
+            self._ready(1 << power)
 
     def step(self, rows: Sequence[Row], keys: Sequence[int], temperatures: Sequence[float]) -> Buffers:
         """Start a step of at most 64 rows of one token each. Row i of the buffers is rows[i]'s until the next
@@ -139,7 +140,7 @@ class Decoder:
             self._run(buffers)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on as they please
             self._run(buffers)
         return graph
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 LOGITS_ROWS = 256  # positions of the vocabulary-wide output held at once by logits()
 MOST_ROWS = 64  # of one step of decode.py
+WARM_UP = (256, 64, 32, 16)  # lengths of prompts for which kernels/moe.py takes different tiles
 GREEDY = Sampling(temperature=0)
 
 
@@ -110,7 +111,12 @@ class CudaRunner:
         from .decode import Decoder  # triton is imported with it
 
         decoder = Decoder(self._model, self._cache, self._last, self.limits.max_context)
-        decoder.prepare(1)
+        if self._device.type == "cuda":  # so that no request waits for a compiler
+            decoder.prepare(min(self.limits.slots, MOST_ROWS))
+            for length in WARM_UP:
+                cache = Cache(self.config, 1, length, self._model.dtype, self._device)
+                self._model(self._ids([[0] * length]), cache, Span.of([0], [0], length, self._device))
+            torch.cuda.synchronize(self._device)
         return decoder
 
     def _forward(
