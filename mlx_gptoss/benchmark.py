@@ -21,10 +21,11 @@ from .config import FULL, PRESETS, ModelConfig
 from .errors import InvalidRequest
 from .memory import plan_memory, require_fit
 from .timing import Case, Contender, Ours
+from .weights import codecs
 from .weights.formats import WRITERS
 from .weights.params import Param, parameters
 from .weights.synthetic import Synthetic
-from .weights.tensor import Dense, Weight, Weights
+from .weights.tensor import Weight, Weights
 
 Tell = Callable[[str], None]  # what is being done, for whoever waits
 
@@ -80,7 +81,7 @@ class Counted:
 
     def read(self, name: str) -> Weight:
         weight = self._source.read(name)
-        self.sizes[name] = _nbytes(weight)
+        self.sizes[name] = codecs.nbytes(weight)
         return weight
 
     def release(self) -> None:
@@ -276,8 +277,3 @@ def step_bytes(sizes: dict[str, int], config: ModelConfig, batch: int, context: 
     windows = (context if kind == FULL else min(context, config.sliding_window) for kind in config.layer_types)
     cache = batch * sum(windows) * 2 * config.kv_size * activation_bytes
     return sum(read(param) for param in parameters(config)) + cache
-
-
-def _nbytes(weight: Weight) -> int:
-    parts = [weight.values] if isinstance(weight, Dense) else [weight.codes, weight.scale, weight.bias, weight.outer]
-    return sum(part.nbytes for part in parts if part is not None)

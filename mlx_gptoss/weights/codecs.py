@@ -76,6 +76,24 @@ def take_rows(weight: Weight, which: slice | NDArray[Any]) -> Weight:
     return Quantized(weight.spec, weight.codes[which], scale, bias, outer)
 
 
+def output_rows(weight: Weight, start: int, stop: int) -> Weight:
+    """Rows [start, stop) of a matrix [N, K], or of each expert's in [E, N, K], as views."""
+    if isinstance(weight, Dense):
+        return Dense(weight.values[..., start:stop, :])
+    parts = [None if a is None else a[..., start:stop, :] for a in (weight.codes, weight.scale, weight.bias)]
+    assert parts[0] is not None
+    outer = weight.outer
+    if outer is not None and outer.ndim > 1 and outer.shape[-2] > 1:
+        outer = outer[..., start:stop, :]
+    return Quantized(weight.spec, parts[0], parts[1], parts[2], outer)
+
+
+def nbytes(weight: Weight) -> int:
+    """Of everything that a weight holds."""
+    arrays = (weight.values,) if isinstance(weight, Dense) else (weight.codes, weight.scale, weight.bias, weight.outer)
+    return sum(array.nbytes for array in arrays if array is not None)
+
+
 def unpack(codes: Bytes, bits: int) -> Bytes:
     """[..., n] bytes -> [..., n * 8 / bits] codes, one a byte, low nibble first."""
     if bits == 8:

@@ -28,7 +28,12 @@ def load(checkpoint: Weights, *, device: str | None, dtype: str | None, limits: 
         max_scores = None if gpu and mx.metal.is_available() else MAX_SCORES_GPU if gpu else MAX_SCORES_CPU
         elementwise = compiled() if gpu else PLAIN
         model = load_model(
-            checkpoint, DTYPES[dtype_name(device, dtype)], elementwise, max_scores, limits.resident_vocab
+            checkpoint,
+            DTYPES[dtype_name(device, dtype)],
+            elementwise,
+            max_scores,
+            limits.resident_vocab,
+            share=not gpu,
         )
         return MlxRunner(model, limits, where)
 

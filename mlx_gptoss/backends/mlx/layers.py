@@ -1,7 +1,8 @@
 """The pieces model.py is made of: matrices as they are stored, linear layers and experts over them.
 
 A matrix is never re-quantized or widened as a whole: MLX multiplies by the codes, and a dense matrix that is
-narrower than the activations (bfloat16 weights, float32 activations on a CPU) is widened block by block.
+narrower than the activations (bfloat16 weights, float32 activations on a CPU) is widened block by block. On a CPU an
+MLX operation keeps one core busy; so there large matrices are cut into parts of rows, one for the stream of each core.
 
 Legend: D in, N out, E experts, T tokens, A experts active per token.
 """
@@ -9,7 +10,8 @@ Legend: D in, N out, E experts, T tokens, A experts active per token.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -141,23 +143,24 @@ class MappedRows:
 class Linear:
     """Matrices side by side that share their input, fused into one where their storage allows it.
 
-    matrices: one after load's fusion, more when the parts are stored differently (a 6-bit v beside a 4-bit q).
-    bias: [N] over all of them together.
+    matrices: one after load's fusion; more when the parts are stored differently (a 6-bit v beside a 4-bit q), or each
+    has a stream of its own. bias: [N] over all of them together. streams: one a matrix, or none.
     """
 
     matrices: tuple[Matrix, ...]
     bias: mx.array | None = None
+    streams: tuple[mx.Stream, ...] = ()
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., D] -> [..., N]"""
         if len(self.matrices) == 1:
             return self.matrices[0].matmul(x, self.bias)
-        y = mx.concatenate([matrix.matmul(x) for matrix in self.matrices], axis=-1)
+        y = _side_by_side(self.matrices, self.streams, lambda matrix: matrix.matmul(x))
         return y if self.bias is None else y + self.bias
 
     def onto(self, residual: mx.array, x: mx.array, elementwise: Elementwise) -> mx.array:
         """x [..., D], residual [..., N] -> the layer's output on top of it, [..., N]"""
-        return elementwise.add(Linear(self.matrices)(x), self.bias, residual)
+        return elementwise.add(replace(self, bias=None)(x), self.bias, residual)
 
 
 @dataclass(frozen=True)
@@ -165,10 +168,21 @@ class ExpertLinear:
     """The same for a bank of experts, without its biases: each row goes through the matrices of its own experts."""
 
     matrices: tuple[Matrix, ...]
+    streams: tuple[mx.Stream, ...] = ()
 
     def __call__(self, x: mx.array, experts: mx.array, tokens: mx.array | None) -> mx.array:
         """x [P, 1, D] with experts [P] in ascending order, and tokens None -> [P, 1, N];
         x [T, 1 or A, 1, D] with experts [T, A] and the numbers of x's rows, tokens [T, 1 or A], which MLX would
         otherwise make on the device -> [T, A, 1, N]."""
-        parts = [matrix.gather(x, experts, tokens) for matrix in self.matrices]
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+        return _side_by_side(self.matrices, self.streams, lambda matrix: matrix.gather(x, experts, tokens))
+
+
+def _side_by_side(
+    matrices: tuple[Matrix, ...], streams: tuple[mx.Stream, ...], product: Callable[[Matrix], mx.array]
+) -> mx.array:
+    """Each matrix's product, on its own stream if there are any, joined along the last axis."""
+    parts = []
+    for i, matrix in enumerate(matrices):
+        with mx.stream(streams[i]) if streams else nullcontext():
+            parts.append(product(matrix))
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)

@@ -7,12 +7,15 @@ dropped before the next weight is read.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import accumulate, pairwise
 
 import mlx.core as mx
 import numpy as np
 
 from ...config import ModelConfig
 from ...errors import CheckpointError
+from ...machine import cores
 from ...rope import yarn_concentration, yarn_frequencies
 from ...weights import codecs
 from ...weights.tensor import (
@@ -43,6 +46,7 @@ MODES: dict[Spec, str] = {
     AFFINE8_G32: "affine",
 }
 UNIT_E8M0 = 127  # the e8m0 byte for 2^0
+SHARED_FROM = 4 << 20  # bytes of a matrix from which streams share it: less is computed before the second has begun
 
 
 def load_model(
@@ -51,15 +55,18 @@ def load_model(
     elementwise: Elementwise,
     max_scores: int | None = None,
     resident_vocab: int | None = None,
+    *,
+    share: bool = False,
 ) -> GptOss:
     """The whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight once.
-    elementwise, max_scores: as model.py has them. resident_vocab: as in Limits."""
-    place = _Placer(checkpoint, dtype, elementwise)
+    elementwise, max_scores: as model.py has them. resident_vocab: as in Limits. share: large matrices are
+    shared between streams, one for each core of a CPU."""
+    place = _Placer(checkpoint, dtype, elementwise, share)
     config = checkpoint.config
     # The two largest come first, while there is room to read one beside its copy.
     if resident_vocab is None:
         embed: Matrix | MappedRows = place.matrix("embed.weight")
-        lm_head, rest = Linear((place.matrix("lm_head.weight"),)), None
+        lm_head, rest = place.linear(["lm_head"], biased=False), None
     else:
         embed = MappedRows(checkpoint.read("embed.weight"), lambda weight: fuse([weight]))
         lm_head, rest = _cut(checkpoint.read("lm_head.weight"), resident_vocab)
@@ -107,8 +114,9 @@ def _block(place: _Placer, config: ModelConfig, layer: int, rotary: Rotary, max_
 class _Placer:
     """Reads weights by canonical name and puts them on the device."""
 
-    def __init__(self, checkpoint: Weights, dtype: mx.Dtype, elementwise: Elementwise) -> None:
+    def __init__(self, checkpoint: Weights, dtype: mx.Dtype, elementwise: Elementwise, share: bool) -> None:
         self.elementwise = elementwise
+        self._share = share
         self._checkpoint = checkpoint
         self._dtype = dtype
 
@@ -125,11 +133,27 @@ class _Placer:
     def matrix(self, name: str) -> Matrix:
         return self._matrices([name])[0]
 
-    def linear(self, names: Sequence[str]) -> Linear:
-        return Linear(self._matrices([f"{n}.weight" for n in names]), self.vectors([f"{n}.bias" for n in names]))
+    def linear(self, names: Sequence[str], *, biased: bool = True) -> Linear:
+        matrices, streams = self._shared([f"{n}.weight" for n in names])
+        return Linear(matrices, self.vectors([f"{n}.bias" for n in names]) if biased else None, streams)
 
     def experts(self, names: Sequence[str]) -> ExpertLinear:
-        return ExpertLinear(self._matrices([f"{n}.weight" for n in names]))
+        return ExpertLinear(*self._shared([f"{n}.weight" for n in names]))
+
+    def _shared(self, names: Sequence[str]) -> tuple[tuple[Matrix, ...], tuple[mx.Stream, ...]]:
+        """The matrices; a large one in as many parts of its rows as there are streams, and those."""
+        weights = [self._checkpoint.read(name) for name in names]
+        size = sum(codecs.nbytes(weight) for weight in weights)
+        if not self._share or size < SHARED_FROM or not _alike(weights):
+            return self._matrices(names), ()
+        matrices = tuple(fuse(part) for part in parts_of(weights, len(self._streams)))
+        self._settle(matrices)
+        return matrices, self._streams
+
+    @cached_property
+    def _streams(self) -> tuple[mx.Stream, ...]:
+        """Made when they are needed: MLX gives each a thread, which stays."""
+        return tuple(mx.new_stream(mx.cpu) for _ in range(cores()))
 
     def _dense(self, name: str) -> Array:
         weight = self._checkpoint.read(name)
@@ -140,10 +164,28 @@ class _Placer:
     def _matrices(self, names: Sequence[str]) -> tuple[Matrix, ...]:
         weights = [self._checkpoint.read(name) for name in names]
         matrices = (fuse(weights),) if _alike(weights) else tuple(fuse([weight]) for weight in weights)
+        self._settle(matrices)
+        return matrices
+
+    def _settle(self, matrices: Sequence[Matrix]) -> None:
         for matrix in matrices:
             mx.eval([array for array in vars(matrix).values() if isinstance(array, mx.array)])
         self._checkpoint.release()
-        return matrices
+
+
+def parts_of(weights: Sequence[Weight], count: int) -> list[list[Weight]]:
+    """All rows, in order, cut into `count` parts of as many rows, as views."""
+    rows = [codecs.shape(weight)[-2] for weight in weights]
+    ends = list(accumulate(rows))
+    edges = [ends[-1] * i // count for i in range(count + 1)]
+    return [
+        [
+            codecs.output_rows(weight, max(first - (end - n), 0), min(last - (end - n), n))
+            for weight, n, end in zip(weights, rows, ends, strict=True)
+            if first < end and last > end - n
+        ]
+        for first, last in pairwise(edges)
+    ]
 
 
 def fuse(weights: Sequence[Weight]) -> Matrix:
