@@ -109,6 +109,12 @@ def test_models_that_the_kernels_do_not_fit_are_refused(mini):
         cuda.load(checkpoint, device="cpu", dtype=None, limits=Limits(1, 8, 8), kernels=True)
 
 
+def test_experts_that_are_not_one_matrix_are_refused(mini, monkeypatch):
+    monkeypatch.setattr("mlx_gptoss.backends.cuda.load._alike", lambda weights: len(weights) == 1)
+    with pytest.raises(CheckpointError, match="gate and up"):
+        cuda.load(checkpoints.open(mini / "mxfp4"), device="cpu", dtype=None, limits=Limits(1, 8, 8), kernels=True)
+
+
 @pytest.mark.cuda
 def test_replaying_the_graph_is_running_its_kernels(mini, device, monkeypatch):
     """Token by token, for one row and for five, on the GPU."""

@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 
-from ...errors import BackendUnavailable, InvalidRequest
+from ...errors import BackendUnavailable, CheckpointError, InvalidRequest
 from ...machine import ram_copy_bandwidth
 from ...memory import system_available
 from ...weights.tensor import Weights
@@ -39,6 +39,11 @@ def load(
     ops = _fused(checkpoint) if kernels else Plain(torch.get_num_threads() if where.type == "cpu" else 1)
     with torch.inference_mode():
         model = load_model(checkpoint, DTYPES[dtype_name(device, dtype)], where, ops)
+    if kernels and any(len(block.mlp.experts.gate_up.matrices) > 1 for block in model.blocks):
+        raise CheckpointError(
+            "gate and up of some experts are stored differently, and the CUDA kernels take them as one matrix; use "
+            "--device cpu, or --quantize mlx-4bit"
+        )
     return CudaRunner(model, limits, where, kernels=kernels)
 
 
