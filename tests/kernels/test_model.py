@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +111,8 @@ def test_models_that_the_kernels_do_not_fit_are_refused(mini):
 
 
 def test_experts_that_are_not_one_matrix_are_refused(mini, monkeypatch):
-    monkeypatch.setattr("mlx_gptoss.backends.cuda.load._alike", lambda weights: len(weights) == 1)
+    loader = import_module("mlx_gptoss.backends.cuda.load")  # the package's `load` is a function
+    monkeypatch.setattr(loader, "_alike", lambda weights: len(weights) == 1)
     with pytest.raises(CheckpointError, match="gate and up"):
         cuda.load(checkpoints.open(mini / "mxfp4"), device="cpu", dtype=None, limits=Limits(1, 8, 8), kernels=True)
 
