@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from mlx_gptoss.backends import cuda
 from mlx_gptoss.backends.cuda.cache import Cache, Span
 from mlx_gptoss.backends.cuda.decode import Decoder
-from mlx_gptoss.backends.cuda.kernels import attention, linear, moe, sample
+from mlx_gptoss.backends.cuda.kernels import attention, linear, moe, routing, sample
 from mlx_gptoss.backends.cuda.kernels.fused import Fused
 from mlx_gptoss.backends.cuda.load import load_model
 from mlx_gptoss.config import PRESETS
@@ -67,9 +67,12 @@ class Live(TorchDispatchMode):
 
 
 @pytest.fixture
-def no_kernels(monkeypatch):
-    for module in (attention, linear, moe, sample):
-        monkeypatch.setattr(module, "launch", lambda *args, **options: None)
+def no_kernels(monkeypatch) -> list:
+    """Launches are listed, not started."""
+    launched: list = []
+    for module in (attention, linear, moe, routing, sample):
+        monkeypatch.setattr(module, "launch", lambda kernel, *args, **options: launched.append(kernel))
+    return launched
 
 
 @torch.inference_mode()
@@ -86,11 +89,15 @@ def test_mxfp4_takes_at_most_14_5_gb_with_8k_of_context(no_kernels):
     token = torch.bfloat16.itemsize * 2 * config.kv_size  # of one layer
     assert held == token * (CONTEXT + config.sliding_window)
     with Live() as decode:
-        Decoder(replace(model, config=config), cache, torch.zeros(1, dtype=torch.int64, device=META), CONTEXT).prepare(
-            1
-        )
+        last = torch.zeros(1, dtype=torch.int64, device=META)
+        decoder = Decoder(replace(model, config=config), cache, last, CONTEXT)
+        decoder.prepare(1)
     kv = token * (CONTEXT * config.full_layers + config.sliding_window * config.sliding_layers)
     weights = Synthetic(config, "mxfp4").size_bytes
     total = weights + kv + (prefill.peak - held) + decode.peak
     print(f"weights {weights}, cache {kv}, prefill {prefill.peak - held}, decoding {decode.peak}: {total}")
     assert 13.9e9 < total < 14.5e9
+    no_kernels.clear()
+    decoder._run(decoder._ready(1))
+    once = 4  # embedding, lm_head, and two to draw
+    assert (len(no_kernels) - once) * config.num_hidden_layers // 2 + once == 160  # kernels a token, as the README says

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mlx_gptoss.backends.cuda.kernels import moe as kernels
+from mlx_gptoss.backends.cuda.kernels import routing
 from mlx_gptoss.backends.cuda.layers import ExpertLinear, Experts
 
 A, LIMIT, ALPHA, EPS = 4, 7.0, 1.702, 1e-5
@@ -51,11 +52,11 @@ def nan(*shape: int, device, dtype=torch.float32) -> torch.Tensor:
     return torch.full(shape, torch.nan, dtype=dtype, device=device)
 
 
-def empty_groups(tokens: int, device, experts: int = E) -> kernels.Groups:
+def empty_groups(tokens: int, device, experts: int = E) -> routing.Groups:
     """Filled with what must not be read."""
     pairs = tokens * A
     order, starts = (torch.full((n,), 1 << 20, dtype=torch.int32, device=device) for n in (pairs, experts + 1))
-    return kernels.Groups(order, starts, nan(pairs, device=device))
+    return routing.Groups(order, starts, nan(pairs, device=device))
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "affine8"])
@@ -65,7 +66,7 @@ def test_router(stored, close, device, kind, with_norm):
     x, gain, bias = random(3, D), random(D, seed=1), random(E, seed=2)
     out = nan(3, E, device=device)
     norm = gain.to(device) if with_norm else None
-    kernels.router(x.to(device), weight.matrix, bias.to(device), out, norm=norm, eps=EPS)
+    routing.router(x.to(device), weight.matrix, bias.to(device), out, norm=norm, eps=EPS)
     wanted = rms_norm(x, gain) if with_norm else x.double()
     close(out, wanted @ weight.values.T + bias.double(), 1e-5)
 
@@ -89,7 +90,7 @@ def test_many_tokens(stored, close, device, kind, tokens):
     positions = torch.arange(tokens, dtype=torch.int32)
     positions[1] = -1
     out, groups = x.clone().to(device), empty_groups(tokens, device)
-    kernels.sort(logits.to(device), positions.to(device), A, groups)
+    routing.sort(logits.to(device), positions.to(device), A, groups)
     scratch = nan(tokens * A, I, device=device), nan(tokens * A, D, device=device)
     kernels.mixture(out, normed.to(device), groups, layer.experts, *scratch, out, positions.to(device))
     wanted = layer.oracle(x, normed, logits)
@@ -106,7 +107,7 @@ def test_prefill(stored, close, device, tokens):
     logits[:, 2] = 9.0
     out = nan(tokens, D, device=device)
     scratch = nan(tokens * A, I, device=device), nan(tokens * A, D, device=device)
-    groups = kernels.sort_many(logits.to(device), A)
+    groups = routing.sort_many(logits.to(device), A)
     kernels.mixture(x.to(device), normed.to(device), groups, layer.experts, *scratch, out)
     close(out, layer.oracle(x, normed, logits), 1e-4)
 
@@ -121,7 +122,7 @@ def test_bfloat16_activations(stored, close, device, tokens):
     if tokens == 1:
         kernels.mixture_of_one(out, logits.to(device), layer.experts, hidden, gain.to(device), EPS)
     else:
-        groups = kernels.sort_many(logits.to(device), A)
+        groups = routing.sort_many(logits.to(device), A)
         parts = nan(tokens * A, D, device=device, dtype=torch.bfloat16)
         kernels.mixture(out, normed.to(device), groups, layer.experts, hidden, parts, out)
     close(out, layer.oracle(x, normed, logits), 2e-2)
@@ -132,7 +133,7 @@ def test_bfloat16_activations(stored, close, device, tokens):
 def test_sorting_is_stable_and_complete(device, tokens, experts):
     logits = random(tokens, experts, seed=tokens).to(device)
     groups = empty_groups(tokens, device, experts)
-    kernels.sort(logits, torch.zeros(tokens, dtype=torch.int32, device=device), A, groups)
-    wanted = kernels.sort_many(logits, A)
+    routing.sort(logits, torch.zeros(tokens, dtype=torch.int32, device=device), A, groups)
+    wanted = routing.sort_many(logits, A)
     assert torch.equal(groups.order, wanted.order) and torch.equal(groups.starts, wanted.starts)
     assert torch.allclose(groups.weights, wanted.weights, atol=1e-6)

@@ -21,7 +21,7 @@ from mlx_gptoss.backends import cuda
 from mlx_gptoss.backends.base import Row
 from mlx_gptoss.backends.cuda.cache import Cache
 from mlx_gptoss.backends.cuda.decode import Buffers, Decoder
-from mlx_gptoss.backends.cuda.kernels import attention, linear, moe
+from mlx_gptoss.backends.cuda.kernels import attention, linear, moe, routing
 from mlx_gptoss.backends.cuda.kernels.fused import Fused
 from mlx_gptoss.backends.cuda.kernels.linear import Tile
 from mlx_gptoss.backends.cuda.layers import DenseMatrix, Matrix
@@ -88,7 +88,7 @@ def cases(model: GptOss, b: Buffers, cache: Cache, positions: torch.Tensor) -> I
 
     def route(block: Block) -> None:
         y, gain, eps = normed(block.mlp_norm)
-        moe.router(y, block.mlp.router.matrices[0], block.mlp.router.bias, b.scores, norm=gain, eps=eps)
+        routing.router(y, block.mlp.router.matrices[0], block.mlp.router.bias, b.scores, norm=gain, eps=eps)
 
     def experts(block: Block) -> None:
         route(block)
@@ -96,7 +96,7 @@ def cases(model: GptOss, b: Buffers, cache: Cache, positions: torch.Tensor) -> I
         if fused:
             moe.mixture_of_one(b.x, b.scores, block.mlp.experts, b.hidden, block.mlp_norm.weight, block.mlp_norm.eps)
         else:
-            moe.sort(b.scores, i.positions, c.num_experts_per_tok, b.groups)
+            routing.sort(b.scores, i.positions, c.num_experts_per_tok, b.groups)
             moe.mixture(b.x, b.normed, b.groups, block.mlp.experts, b.hidden, b.parts, b.x, i.positions)
 
     def mixed(block: Block) -> torch.Tensor:

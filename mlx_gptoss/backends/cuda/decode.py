@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..base import Row
 from .cache import Cache, RingCache
-from .kernels import attention, linear, moe, sample
+from .kernels import attention, linear, moe, routing, sample
 from .model import Block, GptOss, Norm
 
 IDLE = -1
@@ -78,7 +78,7 @@ class Buffers:
         heads = c.num_attention_heads, c.num_key_value_heads
         self.attention = attention.decode_scratch(rows, *heads, capacity, model.dtype, device)
         self.scores = new(rows, c.num_local_experts, dtype=torch.float32)
-        self.groups = moe.Groups(
+        self.groups = routing.Groups(
             new(pairs, dtype=torch.int32),
             new(c.num_local_experts + 1, dtype=torch.int32),
             new(pairs, dtype=torch.float32),
@@ -178,11 +178,11 @@ class Decoder:
     def _mixture(self, b: Buffers, block: Block) -> None:
         router, experts = block.mlp.router, block.mlp.experts
         x, gain, eps = self._normed(b, block.mlp_norm)
-        moe.router(x, router.matrices[0], router.bias, b.scores, norm=gain, eps=eps)
+        routing.router(x, router.matrices[0], router.bias, b.scores, norm=gain, eps=eps)
         if gain is not None:
             moe.mixture_of_one(b.x, b.scores, experts, b.hidden, gain, eps)
         else:
-            moe.sort(b.scores, b.inputs.positions, experts.active, b.groups)
+            routing.sort(b.scores, b.inputs.positions, experts.active, b.groups)
             moe.mixture(b.x, x, b.groups, experts, b.hidden, b.parts, b.x, b.inputs.positions)
 
     def _normed(self, b: Buffers, norm: Norm) -> tuple[Tensor, Tensor | None, float]:

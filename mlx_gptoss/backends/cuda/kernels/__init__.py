@@ -1,1 +1,2 @@
-"""The Triton kernels. dequant.py is how weights are read; linear.py, moe.py, attention.py and sample.py compute."""
+"""The Triton kernels. dequant.py is how weights are read; linear.py, routing.py, moe.py,
+attention.py and sample.py compute."""

@@ -9,7 +9,7 @@ from ....config import ModelConfig
 from ....errors import CheckpointError
 from ..layers import Experts, Matrix, Turn
 from ..plain import Plain
-from . import attention, linear, moe
+from . import attention, linear, moe, routing
 
 FEW_QUERIES, MANY_KEYS = 64, 4096
 
@@ -56,7 +56,7 @@ class Fused(Plain):
         (T, D), A = x.shape, experts.active
         inner = experts.down.matrices[0].shape[-1]
         hidden, parts, out = (torch.empty(shape, dtype=x.dtype, device=x.device) for shape in _shapes(T, A, inner, D))
-        moe.mixture(None, x, moe.sort_many(scores, A), experts, hidden, parts, out)
+        moe.mixture(None, x, routing.sort_many(scores, A), experts, hidden, parts, out)
         return out
 
 
