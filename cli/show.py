@@ -49,7 +49,7 @@ def show(
         dtype=dtype,
         max_context=context,
         kv_bits=None if kv_bits is None else int(kv_bits),
-        may_map=name == "mlx",
+        as_stored=name == "mlx",
     )
     may_stay = mappable(checkpoint) if name == "mlx" else None
     best = recommend(checkpoint, plan, api.sizes_in_other_formats(checkpoint), context, may_stay)
@@ -88,6 +88,7 @@ def _report(summary: Summary, plan: MemoryPlan, best: Recommendation | None) -> 
         "memory": {
             "weights_bytes": plan.weights_bytes,
             "mapped_bytes": plan.mapped_bytes,
+            "widened_bytes": plan.widened_bytes,
             "kv_bytes_per_token": plan.kv_bytes_per_token,
             "ring_bytes": plan.ring_bytes,
             "working_bytes": plan.working_bytes,
@@ -118,9 +119,11 @@ def _print(name: str, summary: Summary, plan: MemoryPlan) -> None:
         table.add_row(role, str(stored["format"]), f"{stored['bits']:.2f}")
     console.print(table)
     verdict = "[green]fits[/green]" if plan.fits else "[red]does not fit[/red]"
+    widened = f" and {gigabytes(plan.widened_bytes)} to widen them for the CPU" if plan.widened_bytes else ""
     console.print(
         f"Memory for {plan.context} tokens: {gigabytes(plan.needed_bytes)} needed "
-        f"(weights {gigabytes(plan.weights_bytes)}, KV cache {gigabytes(plan.context * plan.kv_bytes_per_token)}, "
+        f"(weights {gigabytes(plan.weights_bytes)}{widened}, "
+        f"KV cache {gigabytes(plan.context * plan.kv_bytes_per_token)}, "
         f"working space {gigabytes(plan.working_bytes + plan.ring_bytes)}), "
         f"{gigabytes(plan.available_bytes)} available: {verdict}"
     )

@@ -31,7 +31,7 @@ from .engine import Engine, Token
 from .errors import CheckpointError, InvalidRequest
 from .harmony.messages import Conversation, Effort
 from .memory import MemoryPlan, plan_memory, require_fit
-from .recommend import mappable, mappable_bytes, recommend, used_vocabulary
+from .recommend import mappable, mappable_bytes, recommend, used_vocabulary, widenable_bytes
 from .sampling import Sampling, default_sampling
 from .tokenizer import Tokenizer
 from .weights import checkpoint as checkpoints
@@ -283,7 +283,7 @@ def load(
         max_context=max_context,
         slots=slots,
         kv_bits=kv_bits,
-        may_map=backend == "mlx" and quantize is None,
+        as_stored=backend == "mlx" and quantize is None,
     )
     if not plan.fits:
         best = recommend(checkpoint, plan, sizes, max_context, mappable(checkpoint) if backend == "mlx" else None)
@@ -295,6 +295,7 @@ def load(
         drafts=DRAFTS if speculate else 0,
         kv_bits=kv_bits,
         resident_vocab=used_vocabulary(checkpoint) if plan.mapped_bytes else None,
+        widen=plan.widened_bytes > 0,
     )
     engine = Engine(lambda: module.load(weights, device=device, dtype=dtype, limits=limits))
     return Model(
@@ -332,26 +333,29 @@ def memory_plan(
     max_context: int | None = None,
     slots: int = 1,
     kv_bits: int | None = None,
-    may_map: bool = False,
+    as_stored: bool = False,
 ) -> MemoryPlan:
     """What the checkpoint will take on this backend's device, and what the device has. weights_bytes: where that is
-    not the checkpoint's own size, for it is quantized on the way. may_map: whether the backend can leave embeddings in
-    the mapped file (mlx)."""
+    not the checkpoint's own size, for it is quantized on the way. as_stored: whether the backend (mlx) may leave
+    embeddings in the mapped file where memory is short, and on a CPU widen what is dense where there is enough."""
     config = checkpoint.config
     if kv_bits is not None and config.head_dim % 64:
         raise InvalidRequest(f"kv_bits needs heads of 64, and this model's have {config.head_dim}; leave it out")
     if max_context is not None and not 1 <= max_context <= config.max_position_embeddings:
         raise InvalidRequest(f"max_context must be from 1 to {config.max_position_embeddings}, not {max_context}")
+    activation_bytes = ACTIVATION_BYTES[backend.dtype_name(device, dtype)]
+    may_widen = as_stored and backend.device_name(device) == "cpu"
     return plan_memory(
         config,
         checkpoint.size_bytes if weights_bytes is None else weights_bytes,
         backend.available_memory(device),
-        activation_bytes=ACTIVATION_BYTES[backend.dtype_name(device, dtype)],
+        activation_bytes=activation_bytes,
         context=max_context,
         slots=slots,
         chunk=backend.prefill_chunk(device),
         kv_bits=kv_bits,
-        mappable_bytes=mappable_bytes(checkpoint) if may_map else 0,
+        mappable_bytes=mappable_bytes(checkpoint) if as_stored else 0,
+        widenable_bytes=widenable_bytes(checkpoint, activation_bytes) if may_widen else 0,
     )
 
 

@@ -20,10 +20,13 @@ from .backends.base import Backend, Limits
 from .config import FULL, PRESETS, ModelConfig
 from .errors import InvalidRequest
 from .memory import plan_memory, require_fit
+from .recommend import widenable_bytes
 from .timing import Case, Contender, Ours
 from .weights import codecs
+from .weights.checkpoint import Readable
 from .weights.formats import WRITERS
 from .weights.params import Param, parameters
+from .weights.requantize import Requantized
 from .weights.synthetic import Synthetic
 from .weights.tensor import Weight, Weights
 
@@ -92,7 +95,7 @@ class Counted:
 class Model:
     """Weights to be timed, of `size_bytes` in the format `form`."""
 
-    weights: Weights
+    weights: Readable | Requantized
     size_bytes: int
     form: str
 
@@ -107,17 +110,23 @@ def load(model: Model, cases: Sequence[Case], repeat: int, where: Where, tell: T
             f"the model's context ends at {config.max_position_embeddings}; give at most {most} tokens"
         )
     limits = Limits(max(case.batch for case in cases), context, module.prefill_chunk(where.device))
+    activation_bytes = ACTIVATION_BYTES[where.dtype]
+    widenable = 0
+    if where.backend == "mlx" and where.name == "cpu" and not isinstance(model.weights, Requantized):
+        widenable = widenable_bytes(model.weights, activation_bytes)
     plan = plan_memory(
         config,
         model.size_bytes,
         module.available_memory(where.device),
-        activation_bytes=ACTIVATION_BYTES[where.dtype],
+        activation_bytes=activation_bytes,
         context=context,
         slots=limits.slots,
         chunk=limits.chunk,
+        widenable_bytes=widenable,
     )
     require_fit(plan, "this benchmark", {})
     tell(f"loading onto {where.name}, backend {where.backend}")
+    limits = replace(limits, widen=plan.widened_bytes > 0)
     counted, started = Counted(model.weights), time.perf_counter()
     runner = module.load(counted, device=where.device, dtype=where.dtype, limits=limits)
     return Ours(runner, where.backend, where.name, model.form, time.perf_counter() - started), counted

@@ -30,6 +30,8 @@ class MemoryPlan:
     step_bytes: activations of one prefill chunk, logits, and the runtime itself.
     mapped_bytes: of the weights, what stays in the mapped file because memory is short (Limits.resident_vocab); 0 where
         it is not.
+    widened_bytes: what dense matrices take more in the activations' dtype than as stored (Limits.widen); 0 where they
+        are kept as stored.
     available_bytes: what the device has to give: Metal's recommended working set, or the free memory elsewhere.
     """
 
@@ -43,6 +45,12 @@ class MemoryPlan:
     step_bytes: int
     available_bytes: int
     mapped_bytes: int = 0
+    widened_bytes: int = 0
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of the weights."""
+        return self.weights_bytes - self.mapped_bytes + self.widened_bytes
 
     @property
     def working_bytes(self) -> int:
@@ -52,7 +60,7 @@ class MemoryPlan:
     @property
     def needed_bytes(self) -> int:
         cache = self.slots * (self.context * self.kv_bytes_per_token + self.ring_bytes)
-        return self.weights_bytes - self.mapped_bytes + cache + self.working_bytes
+        return self.resident_bytes + cache + self.working_bytes
 
     @property
     def fits(self) -> bool:
@@ -61,8 +69,7 @@ class MemoryPlan:
     @property
     def largest_context(self) -> int:
         """The longest context that fits, in whole 256 tokens; 0 when none does."""
-        resident = self.weights_bytes - self.mapped_bytes
-        room = self.available_bytes - resident - self.step_bytes - self.slots * self.ring_bytes
+        room = self.available_bytes - self.resident_bytes - self.step_bytes - self.slots * self.ring_bytes
         each = self.slots * (self.kv_bytes_per_token + self.layer_bytes_per_token)
         return max(0, room // max(each, 1) // 256 * 256)
 
@@ -78,6 +85,7 @@ def plan_memory(
     chunk: int = 2048,
     kv_bits: int | None = None,
     mappable_bytes: int = 0,
+    widenable_bytes: int = 0,
 ) -> MemoryPlan:
     """The plan for `context` tokens a slot; None takes the model's longest, or what fits of it
     (but no less than SMALLEST_CONTEXT, at which a model that is too big is refused).
@@ -86,6 +94,7 @@ def plan_memory(
     it is halved, down to SMALLEST_CHUNK, until the context fits, or DEFAULT_CHUNK_CONTEXT of a default one.
     kv_bits: 8 where the full layers' keys and values are kept in 8 bits, with two float32 to 64 of them.
     mappable_bytes: of the weights, what may stay in the file; it does if a COMFORTABLE_CONTEXT does not fit otherwise.
+    widenable_bytes: what dense matrices would take more if they were widened; they are if the plan fits all the same.
     """
     entry = 2 * config.kv_size * activation_bytes  # one key and one value, all heads
     kept = entry if kv_bits is None else 2 * config.kv_size * (64 + 8) // 64
@@ -105,7 +114,8 @@ def plan_memory(
     choices = [replace(plan, chunk=size, step_bytes=step) for size, step in zip(_chunks(chunk), steps, strict=True)]
     whole = _settled(choices, wanted, context is not None)
     if not mappable_bytes or (whole.fits and whole.context >= min(wanted, COMFORTABLE_CONTEXT)):
-        return whole
+        wide = replace(whole, widened_bytes=widenable_bytes)
+        return wide if wide.fits else whole
     lean = _settled([replace(choice, mapped_bytes=mappable_bytes) for choice in choices], wanted, context is not None)
     return lean if lean.fits else whole
 

@@ -23,8 +23,9 @@ import numpy as np
 from .errors import CheckpointError
 from .memory import COMFORTABLE_CONTEXT, SMALLEST_CONTEXT, MemoryPlan
 from .weights import codecs
-from .weights.checkpoint import Checkpoint
+from .weights.checkpoint import Checkpoint, Readable
 from .weights.formats import WRITERS
+from .weights.params import Role
 from .weights.tensor import MXFP4, Dense
 
 _PREFERRED: Mapping[str, Sequence[str]] = {
@@ -32,6 +33,7 @@ _PREFERRED: Mapping[str, Sequence[str]] = {
     "dense": ("mlx-8bit", "mlx-4bit"),
     "other": ("mlx-4bit",),
 }
+READ_BY_EVERY_TOKEN: Sequence[Role] = ("attention", "router", "lm_head")
 WHAT_IT_DOES: Mapping[str, str] = {
     "mlx-mxfp4-q8": "experts bit for bit, the rest in 8 bits",
     "mlx-mxfp4-q4": "experts bit for bit, the rest in 4 bits",
@@ -121,3 +123,14 @@ def mappable(checkpoint: Checkpoint) -> dict[str, int]:
             parts = [share.get(u.params[0].name, 0.0) * sum(info.nbytes for info in u.tensors) for u in units]
             found[name] = int(sum(parts))
     return found | {checkpoint.format: mappable_bytes(checkpoint)}
+
+
+def widenable_bytes(weights: Readable, activation_bytes: int) -> int:
+    """Bytes that the dense matrices which every token reads would take more in activations of this size."""
+    extra = 0
+    for role in READ_BY_EVERY_TOKEN:
+        matrices = [param for param in weights.params if param.role == role and param.is_matrix]
+        if all(weights.stored_as(param.name)[0] is None for param in matrices):
+            wide = activation_bytes * sum(param.size for param in matrices)
+            extra += max(0, wide - weights.matrix_bytes(role))
+    return extra

@@ -34,7 +34,7 @@ MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it ma
     "evaluation": LEVEL_0 | {"api", "passages", "weights.checkpoint"},
     "agreement": {"backends.base", "config", "errors", "evaluation", "sampling", "weights.tensor"},
     "timing": {"backends.base", "sampling"},
-    "benchmark": LEVEL_0 | {"agreement", "api", "backends", "backends.base", "timing", "weights"},
+    "benchmark": LEVEL_0 | {"agreement", "api", "backends", "backends.base", "recommend", "timing", "weights"},
     "plot": {"benchmark", "errors", "evaluation"},
     "server": LEVEL_0 | {"api", "chat", "harmony"},
     "nano": set(),

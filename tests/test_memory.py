@@ -93,6 +93,19 @@ def test_what_may_stay_in_the_file_is_read_as_long_as_there_is_room():
     assert roomy.mapped_bytes == 0
 
 
+def test_dense_matrices_are_widened_where_nothing_else_has_to_give_way():
+    def wide(available, context=None):
+        room = {"activation_bytes": 4, "context": context, "mappable_bytes": GB, "widenable_bytes": 2 * GB}
+        return plan_memory(GPT_OSS_20B, 13 * GB, available, **room)
+
+    kept = wide(16 * GB, 8192)
+    assert kept.fits and kept.widened_bytes == 0
+    roomy = wide(kept.needed_bytes + 2 * GB, 8192)
+    assert roomy.fits and roomy.widened_bytes == 2 * GB and roomy.needed_bytes == kept.needed_bytes + 2 * GB
+    assert wide(30 * GB).context == wide(28 * GB).context == 131072  # the context comes first
+    assert wide(11 * GB, 2048).widened_bytes == 0
+
+
 def test_an_asked_context_is_never_shrunk():
     asked = plan(16 * GB, context=131072)
     assert asked.context == 131072 and not asked.fits

@@ -65,6 +65,7 @@ class Limits:
     values in 8 bits; None as they are computed. resident_vocab: None has all weights on the device. A number, where
     memory is short, leaves the embeddings in the mapped file, to be looked up there, and of lm_head all rows but so
     many first ones, those of ids that the tokenizer has: the others are never sampled, and only logits() computes them.
+    widen: hold the dense matrices that every token reads in the activations' dtype, where a CPU has the memory for it.
     """
 
     slots: int
@@ -73,6 +74,7 @@ class Limits:
     drafts: int = 0
     kv_bits: int | None = None
     resident_vocab: int | None = None
+    widen: bool = False
 
 
 class Pending(Protocol):

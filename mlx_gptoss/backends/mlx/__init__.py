@@ -33,6 +33,7 @@ def load(checkpoint: Weights, *, device: str | None, dtype: str | None, limits: 
             elementwise,
             max_scores,
             limits.resident_vocab,
+            widen=limits.widen,
             share=not gpu,
         )
         return MlxRunner(model, limits, where)

@@ -56,12 +56,13 @@ def load_model(
     max_scores: int | None = None,
     resident_vocab: int | None = None,
     *,
+    widen: bool = False,
     share: bool = False,
 ) -> GptOss:
     """The whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight once.
-    elementwise, max_scores: as model.py has them. resident_vocab: as in Limits. share: large matrices are
+    elementwise, max_scores: as model.py has them. resident_vocab, widen: as in Limits. share: large matrices are
     shared between streams, one for each core of a CPU."""
-    place = _Placer(checkpoint, dtype, elementwise, share)
+    place = _Placer(checkpoint, dtype, elementwise, widen, share)
     config = checkpoint.config
     # The two largest come first, while there is room to read one beside its copy.
     if resident_vocab is None:
@@ -114,8 +115,11 @@ def _block(place: _Placer, config: ModelConfig, layer: int, rotary: Rotary, max_
 class _Placer:
     """Reads weights by canonical name and puts them on the device."""
 
-    def __init__(self, checkpoint: Weights, dtype: mx.Dtype, elementwise: Elementwise, share: bool) -> None:
+    def __init__(
+        self, checkpoint: Weights, dtype: mx.Dtype, elementwise: Elementwise, widen: bool, share: bool
+    ) -> None:
         self.elementwise = elementwise
+        self._widen = widen
         self._share = share
         self._checkpoint = checkpoint
         self._dtype = dtype
@@ -135,6 +139,8 @@ class _Placer:
 
     def linear(self, names: Sequence[str], *, biased: bool = True) -> Linear:
         matrices, streams = self._shared([f"{n}.weight" for n in names])
+        if self._widen:
+            matrices = tuple(widened(matrix, self._dtype) for matrix in matrices)
         return Linear(matrices, self.vectors([f"{n}.bias" for n in names]) if biased else None, streams)
 
     def experts(self, names: Sequence[str]) -> ExpertLinear:
@@ -203,6 +209,15 @@ def fuse(weights: Sequence[Weight]) -> Matrix:
     scales = _joined([w.scale for w in parts if w.scale is not None], axis=-2)
     biases = None if first.bias is None else _joined([w.bias for w in parts if w.bias is not None], axis=-2)
     return QuantizedMatrix(codes, scales, biases, _outer(parts), MODES[first.spec], first.spec.group, first.spec.bits)
+
+
+def widened(matrix: Matrix, dtype: mx.Dtype) -> Matrix:
+    """A dense matrix in `dtype`; a quantized one as it is."""
+    if isinstance(matrix, QuantizedMatrix) or matrix.weight.dtype == dtype:
+        return matrix
+    wide = DenseMatrix(matrix.weight.astype(dtype))
+    mx.eval(wide.weight)
+    return wide
 
 
 def _alike(weights: Sequence[Weight]) -> bool:
