@@ -119,11 +119,9 @@ def _print(name: str, summary: Summary, plan: MemoryPlan) -> None:
         table.add_row(role, str(stored["format"]), f"{stored['bits']:.2f}")
     console.print(table)
     verdict = "[green]fits[/green]" if plan.fits else "[red]does not fit[/red]"
-    widened = f" and {gigabytes(plan.widened_bytes)} to widen them for the CPU" if plan.widened_bytes else ""
     console.print(
         f"Memory for {plan.context} tokens: {gigabytes(plan.needed_bytes)} needed "
-        f"(weights {gigabytes(plan.weights_bytes)}{widened}, "
-        f"KV cache {gigabytes(plan.context * plan.kv_bytes_per_token)}, "
+        f"(weights {gigabytes(plan.weights_bytes)}, KV cache {gigabytes(plan.context * plan.kv_bytes_per_token)}, "
         f"working space {gigabytes(plan.working_bytes + plan.ring_bytes)}), "
         f"{gigabytes(plan.available_bytes)} available: {verdict}"
     )

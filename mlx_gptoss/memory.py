@@ -48,19 +48,14 @@ class MemoryPlan:
     widened_bytes: int = 0
 
     @property
-    def resident_bytes(self) -> int:
-        """Of the weights."""
-        return self.weights_bytes - self.mapped_bytes + self.widened_bytes
-
-    @property
     def working_bytes(self) -> int:
-        """What is not weights and cache."""
-        return self.step_bytes + self.slots * self.context * self.layer_bytes_per_token
+        """What is not weights as stored and cache."""
+        return self.widened_bytes + self.step_bytes + self.slots * self.context * self.layer_bytes_per_token
 
     @property
     def needed_bytes(self) -> int:
         cache = self.slots * (self.context * self.kv_bytes_per_token + self.ring_bytes)
-        return self.resident_bytes + cache + self.working_bytes
+        return self.weights_bytes - self.mapped_bytes + cache + self.working_bytes
 
     @property
     def fits(self) -> bool:
@@ -69,7 +64,8 @@ class MemoryPlan:
     @property
     def largest_context(self) -> int:
         """The longest context that fits, in whole 256 tokens; 0 when none does."""
-        room = self.available_bytes - self.resident_bytes - self.step_bytes - self.slots * self.ring_bytes
+        resident = self.weights_bytes - self.mapped_bytes + self.widened_bytes
+        room = self.available_bytes - resident - self.step_bytes - self.slots * self.ring_bytes
         each = self.slots * (self.kv_bytes_per_token + self.layer_bytes_per_token)
         return max(0, room // max(each, 1) // 256 * 256)
 
