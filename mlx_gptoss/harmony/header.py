@@ -100,7 +100,7 @@ class _Reading:
         end = 0
         marker = part.marker
         for word in re.finditer(r"\S+", part.text):
-            if not (self._take_author(word[0], marker) or self._take_recipient(word[0])):
+            if not (self._take_author(word[0], marker) or self._take_recipient(word[0], marker)):
                 if not (self._take_channel(word[0], marker) or self._take_content_type(word[0], marker)):
                     break
                 marker = None
@@ -121,8 +121,10 @@ class _Reading:
             return True
         return False
 
-    def _take_recipient(self, word: str) -> bool:
+    def _take_recipient(self, word: str, marker: str | None) -> bool:
         recipient = word.removeprefix("to=")
+        if word == recipient and marker == CONSTRAIN and self.recipient is not None:
+            return False  # `to=python <|constrain|>python`
         if len(recipient) > LONGEST_RECIPIENT or not (word != recipient or _TOOL.fullmatch(word)):
             return False
         if self.recipient is None and recipient:

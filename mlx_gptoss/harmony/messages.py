@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 Effort = Literal["low", "medium", "high"]
+BuiltinTool = Literal["browser", "python"]
 
 IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
 KNOWLEDGE_CUTOFF = "2024-06"
@@ -18,8 +19,9 @@ class Message:
     """One message as Harmony knows it.
 
     role: who speaks; a tool's message also has `name` (for a function, "functions.NAME").
-    channel: "analysis", "commentary" or "final" for the assistant; "commentary" for tool results.
-    recipient: whom it is addressed to when not everybody, such as "functions.get_weather" or "assistant".
+    channel: "analysis", "commentary" or "final" for the assistant; that of the call, mostly "commentary", for a
+        tool's result.
+    recipient: whom it is addressed to when not everybody, such as "functions.get_weather", "python" or "assistant".
     content_type: "<|constrain|>json" for a call's arguments as the model writes them; plain "json" also occurs.
     """
 
@@ -45,6 +47,8 @@ class Conversation:
     """All that the model is shown: the system message's fields, the developer's, then the turns.
 
     instructions: the developer message's text (what other formats call the system prompt).
+    builtin_tools: those that the model knows from its training; whoever asks has to run them. Calls of "browser" are
+        named browser.search, browser.open and browser.find and hold JSON, those of "python" hold code.
     date: the "Current date" line, YYYY-MM-DD; None leaves the line out.
     """
 
@@ -52,6 +56,7 @@ class Conversation:
     reasoning: Effort = "medium"
     instructions: str | None = None
     functions: tuple[Function, ...] = ()
+    builtin_tools: tuple[BuiltinTool, ...] = ()
     date: str | None = None
     identity: str = IDENTITY
     knowledge_cutoff: str | None = KNOWLEDGE_CUTOFF
@@ -61,9 +66,16 @@ class Conversation:
         return replace(self, messages=(*self.messages, Message("user", text)))
 
     def with_result(self, function: str, result: str) -> Conversation:
-        """The conversation with what a called function returned, as text (usually JSON)."""
-        name = function if function.startswith("functions.") else f"functions.{function}"
-        answer = Message("tool", result, channel="commentary", recipient="assistant", name=name)
+        """The conversation with what a called function or built-in tool returned, as text (usually JSON).
+
+        function: its name as the call gave it. The latest call of that name is answered: by whom it was addressed to,
+        and on its channel, so that both are kept or dropped together.
+        """
+        full = function if function.startswith("functions.") else f"functions.{function}"
+        calls = [message for message in self.messages if message.recipient in (function, full)]
+        call = calls[-1] if calls else Message("assistant", "", recipient=full)
+        channel = "analysis" if call.channel == "analysis" else "commentary"
+        answer = Message("tool", result, channel, recipient="assistant", name=call.recipient)
         return replace(self, messages=(*self.messages, answer))
 
 

@@ -1,6 +1,11 @@
 """Ids that the model emits, one by one -> pieces of messages. Never raises and never loses text.
 
-On well-formed output this is openai-harmony's StreamableParser. Malformed output goes where it most likely belongs:
+Of every run of text between special tokens, a message's content gets a suffix, to the letter and in order; what stands
+before it are header words (roles, recipients, channels, content types), and whitespace around them. Only a word of
+which the stream's end or `<|start|>` leaves the beginning is dropped.
+
+On well-formed output this is openai-harmony's StreamableParser, but that a content type without a recipient is not
+taken for one. Malformed output goes where it most likely belongs:
 
 - A header that ends without `<|message|>`, or that grows beyond what a header can be: its known parts are read, the
   rest is text of the message they describe (without any: visible text).
@@ -140,7 +145,8 @@ class Parser:
         deltas: list[Delta] = []
         if self._header is not None:
             header, text = self._read_unfinished(self._header)
-            if not is_half_a_word(text) if cut_off else text or header != Header(header.role):
+            half = self._header[-1].text.endswith(text) and is_half_a_word(text)
+            if not half if cut_off else text or header != Header(header.role):
                 deltas = self._no_header()
         self._close()
         self._header = [Part(None, "")]

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from ..errors import InvalidRequest
 from ..tokenizer import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START, Tokenizer
+from .builtin import BUILTIN
 from .messages import Conversation, Message
-from .schema import tools_section
+from .schema import Namespace, tools_section
 
 CHANNELS = "# Valid channels: analysis, commentary, final. Channel must be included for every message."
 CALLS_GO_TO_COMMENTARY = "Calls to these tools must go to the commentary channel: 'functions'."
@@ -20,7 +21,7 @@ CALLS_GO_TO_COMMENTARY = "Calls to these tools must go to the commentary channel
 def render(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
     """All messages, then `<|start|>assistant`: the model goes on with its header.
 
-    Raises InvalidRequest for a message that cannot be rendered.
+    Raises InvalidRequest for a message or built-in tool that cannot be rendered.
     """
     ids = render_messages(prompt_messages(conversation), tokenizer)
     return [*ids, tokenizer.special(START), *tokenizer.encode("assistant")]
@@ -81,14 +82,18 @@ def prompt_messages(conversation: Conversation) -> tuple[Message, ...]:
 
 
 def system_text(conversation: Conversation) -> str:
-    """The system message: who the model is, what day it is, how hard to think, which channels there are."""
+    """The system message: who the model is, what day it is, how hard to think, built-in tools, which channels there
+    are. Raises InvalidRequest for a built-in tool that there is none of."""
     about = [conversation.identity]
     if conversation.knowledge_cutoff is not None:
         about.append(f"Knowledge cutoff: {conversation.knowledge_cutoff}")
     if conversation.date is not None:
         about.append(f"Current date: {conversation.date}")
-    channels = f"{CHANNELS}\n{CALLS_GO_TO_COMMENTARY}" if conversation.functions else CHANNELS
-    return "\n\n".join(["\n".join(about), f"Reasoning: {conversation.reasoning}", channels])
+    sections = ["\n".join(about), f"Reasoning: {conversation.reasoning}"]
+    if conversation.builtin_tools:
+        sections.append(tools_section([_builtin(name) for name in sorted(set(conversation.builtin_tools))]))
+    sections.append(f"{CHANNELS}\n{CALLS_GO_TO_COMMENTARY}" if conversation.functions else CHANNELS)
+    return "\n\n".join(sections)
 
 
 def developer_text(conversation: Conversation) -> str:
@@ -97,12 +102,18 @@ def developer_text(conversation: Conversation) -> str:
     if conversation.instructions is not None:
         sections.append(instructions_text(conversation.instructions))
     if conversation.functions:
-        sections.append(tools_section(conversation.functions))
+        sections.append(tools_section([Namespace("functions", functions=conversation.functions)]))
     return "\n\n".join(sections)
 
 
 def instructions_text(instructions: str) -> str:
     return f"# Instructions\n\n{instructions}"
+
+
+def _builtin(name: str) -> Namespace:
+    if name not in BUILTIN:
+        raise InvalidRequest(f"there is no built-in tool {name!r}: use {' or '.join(BUILTIN)}, or offer a function")
+    return BUILTIN[name]
 
 
 def _author(message: Message, tokenizer: Tokenizer) -> list[int]:

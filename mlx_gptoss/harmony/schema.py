@@ -1,4 +1,4 @@
-"""JSON schema -> the TypeScript that the model was shown in training: the "# Tools" section of a developer message.
+"""JSON schema -> the TypeScript that the model was shown in training: the "# Tools" section of a message.
 
 The layout, down to its oddities (what is quoted, where a comment stands, `anyOf` is `any`), is that of
 openai-harmony 0.0.8; the tests hold the two together byte for byte.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, TypeVar
 
@@ -18,14 +19,31 @@ _Kind = TypeVar("_Kind")
 _TYPES = {"string": "string", "number": "number", "integer": "number", "boolean": "boolean"}
 
 
-def tools_section(functions: Sequence[Function]) -> str:
-    """The "# Tools" section that declares `functions` in the namespace of the same name."""
-    lines = ["# Tools\n\n## functions\n", "namespace functions {\n"]
-    for function in functions:
+@dataclass(frozen=True)
+class Namespace:
+    """Functions that are declared together, or, without any, a tool that takes plain text."""
+
+    name: str
+    description: str = ""
+    functions: Sequence[Function] = ()
+
+
+def tools_section(namespaces: Sequence[Namespace]) -> str:
+    """The "# Tools" section that declares these namespaces."""
+    return "\n\n".join(["# Tools", *map(_namespace, namespaces)])
+
+
+def _namespace(namespace: Namespace) -> str:
+    lines = [f"## {namespace.name}\n"]
+    if not namespace.functions:
+        return "\n".join([*lines, *_lines(namespace.description)])
+    lines += [f"// {line}" for line in _lines(namespace.description)]
+    lines.append(f"namespace {namespace.name} {{\n")
+    for function in namespace.functions:
         lines += [f"// {line}" for line in _lines(function.description)]
         argument = "" if function.parameters is None else f"_: {type_of(function.parameters)}"
         lines.append(f"type {function.name} = ({argument}) => any;\n")
-    return "\n".join([*lines, "} // namespace functions"])
+    return "\n".join([*lines, f"}} // namespace {namespace.name}"])
 
 
 def type_of(schema: Any, indent: str = "") -> str:

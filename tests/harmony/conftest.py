@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as BPE
 
+from mlx_gptoss.harmony.messages import Message
+from mlx_gptoss.harmony.parse import Delta, Parser
 from mlx_gptoss.tokenizer import SPECIALS, Tokenizer
 
 VOCABULARY = Path(__file__).parents[2] / ".." / "shared" / "o200k_base.tiktoken"
@@ -82,6 +86,36 @@ def small() -> Tokenizer:
                 ids[word[:end]] = len(ids)
                 merges.append((word[: end - 1], word[end - 1 : end]))
     return byte_level(ids, merges, {name: len(ids) + place for place, name in enumerate(SPECIALS)})
+
+
+@dataclass(frozen=True)
+class Parsed:
+    deltas: list[Delta]
+    messages: list[Message]
+
+
+@pytest.fixture(scope="session")
+def parse(small: Tokenizer) -> Callable[[str | Iterable[int]], Parsed]:
+    """Reads ids, or text in which special tokens are meant, with the small vocabulary. Deltas must come in order, each
+    message start once, and what they say be what the messages hold."""
+
+    def read(stream: str | Iterable[int]) -> Parsed:
+        parser = Parser(small)
+        ids = small.encode_with_specials(stream) if isinstance(stream, str) else stream
+        deltas = [delta for id in ids for delta in parser.push(id)] + parser.finish()
+        places = [delta.message for delta in deltas]
+        assert places == sorted(places)
+        assert [delta.message for delta in deltas if delta.starts] == list(range(len(parser.messages)))
+        for place, message in enumerate(parser.messages):
+            pieces = [delta for delta in deltas if delta.message == place]
+            assert "".join(piece.text for piece in pieces) == message.content
+            assert pieces[0].starts
+            for piece in pieces:
+                head = (piece.role, piece.channel, piece.recipient, piece.content_type, piece.name)
+                assert head == (message.role, message.channel, message.recipient, message.content_type, message.name)
+        return Parsed(deltas, parser.messages)
+
+    return read
 
 
 @pytest.fixture(scope="session")
