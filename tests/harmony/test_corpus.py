@@ -149,7 +149,7 @@ def judged_ids(judge: Any, conversation: Conversation, *, drop: bool = True) -> 
     return judge.render_conversation_for_completion(as_judged(conversation), oh.Role.ASSISTANT, config)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(conversation=CONVERSATIONS)
 def test_ids_are_openai_harmonys(published: Tokenizer, judge: Any, conversation: Conversation) -> None:
     assert render(conversation, published) == judged_ids(judge, conversation)
