@@ -83,7 +83,7 @@ def _print(model: Model, events: Iterator[Event], *, reasoning: bool, stats: boo
 
 
 def _report(model: Model, events: Iterator[Event]) -> dict[str, Any]:
-    from mlx_gptoss.chat import fold
+    from mlx_gptoss.reply import fold
 
     reasoning, text, calls, finished = fold(events)
     return {

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import click
 
-from mlx_gptoss.chat import Event, Finished, ReasoningDelta, TextDelta, ToolCall
 from mlx_gptoss.errors import GptOssError
+from mlx_gptoss.reply import Event, Finished, ReasoningDelta, TextDelta, ToolCall
 
 
 def show_events(events: Iterator[Event], *, reasoning: bool, said: list[str] | None = None) -> Finished:

@@ -15,11 +15,6 @@ if TYPE_CHECKING:
     from .api import convert as convert
     from .api import describe as describe
     from .api import load as load
-    from .chat import Event as Event
-    from .chat import Finished as Finished
-    from .chat import ReasoningDelta as ReasoningDelta
-    from .chat import TextDelta as TextDelta
-    from .chat import ToolCall as ToolCall
     from .config import ModelConfig as ModelConfig
     from .errors import GptOssError as GptOssError
     from .evaluation import Divergence as Divergence
@@ -28,6 +23,12 @@ if TYPE_CHECKING:
     from .harmony.messages import Conversation as Conversation
     from .harmony.messages import Function as Function
     from .harmony.messages import Message as Message
+    from .reply import Event as Event
+    from .reply import Finished as Finished
+    from .reply import ReasoningDelta as ReasoningDelta
+    from .reply import TextDelta as TextDelta
+    from .reply import ToolCall as ToolCall
+    from .reply import ToolCallDelta as ToolCallDelta
     from .sampling import Sampling as Sampling
 
 _HOME = {
@@ -37,11 +38,12 @@ _HOME = {
     "convert": "api",
     "describe": "api",
     "load": "api",
-    "Event": "chat",
-    "Finished": "chat",
-    "ReasoningDelta": "chat",
-    "TextDelta": "chat",
-    "ToolCall": "chat",
+    "Event": "reply",
+    "Finished": "reply",
+    "ReasoningDelta": "reply",
+    "TextDelta": "reply",
+    "ToolCall": "reply",
+    "ToolCallDelta": "reply",
     "ModelConfig": "config",
     "GptOssError": "errors",
     "Divergence": "evaluation",

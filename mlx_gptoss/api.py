@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -13,25 +13,14 @@ from typing import TYPE_CHECKING, Any
 from . import hub
 from .backends import find_backend
 from .backends.base import Backend, Limits
-from .chat import (
-    Event,
-    FinishReason,
-    Prompt,
-    Timings,
-    ToolCall,
-    Usage,
-    answered,
-    as_conversation,
-    fold,
-    stream_chat,
-    stream_raw,
-)
+from .chat import Events, Prompt, answered, as_conversation, stream_chat, stream_raw
 from .config import ModelConfig
 from .engine import Engine, Token
 from .errors import CheckpointError, InvalidRequest
 from .harmony.messages import Conversation, Effort
 from .memory import MemoryPlan, plan_memory, require_fit
 from .recommend import mappable, mappable_bytes, recommend, used_vocabulary, widenable_bytes
+from .reply import FinishReason, Timings, ToolCall, Usage, fold
 from .sampling import Sampling, default_sampling
 from .tokenizer import Tokenizer
 from .weights import checkpoint as checkpoints
@@ -134,7 +123,7 @@ class Model:
 
     def stream_raw(
         self, ids: Sequence[int], *, max_tokens: int | None = None, sampling: Sampling | None = None
-    ) -> Iterator[Event]:
+    ) -> Events:
         """The same as it arrives: TextDelta events, then Finished."""
         return stream_raw(
             self._engine,
@@ -182,8 +171,9 @@ class Model:
         system: str | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         response_format: Mapping[str, Any] | None = None,
-    ) -> Iterator[Event]:
-        """One assistant turn as it arrives: ReasoningDelta, TextDelta and ToolCall events, then Finished.
+    ) -> Events:
+        """One assistant turn as it arrives: ReasoningDelta, TextDelta, ToolCallDelta and ToolCall events, then
+        Finished.
 
         prompt: a question; a list of {"role", "content", ...} as OpenAI's API takes them; or a Conversation, which
             brings its own reasoning, system and tools.

@@ -119,6 +119,26 @@ class Stream(Iterator[Token]):
         self.finished = item
         raise StopIteration
 
+    def ready(self) -> list[Token]:
+        """The tokens that are there and not read yet; never waits. Call it again until it gives none: what ended the
+        stream comes after its tokens, and then sets `finished` or is raised."""
+        tokens: list[Token] = []
+        while not self._ticket.box.empty():
+            try:
+                tokens.append(next(self))
+            except StopIteration:
+                break
+            except BaseException:
+                if not tokens:
+                    raise
+                break
+        return tokens
+
+    def on_arrival(self, tell: Callable[[], None]) -> None:
+        """Have `tell()` called, at once and then on the engine thread whenever there is more; it must not wait."""
+        self._ticket.told = tell
+        tell()
+
     def cancel(self) -> None:
         """End the stream within one step. Tokens that were read before remain; does nothing to an ended stream."""
         self._cancel()

@@ -32,12 +32,18 @@ class Ticket:
     first: float | None = None
     last: float | None = None
     track: Track | None = None
+    told: Callable[[], None] | None = None  # after every item, on the engine thread
+
+    def put(self, item: Token | Finished | BaseException) -> None:
+        self.box.put(item)
+        if self.told is not None:
+            self.told()
 
     def finish(self, reason: FinishReason) -> None:
         now = perf_counter()
         started = self.started or now
         first = self.first or (now if self.started else started)
-        self.box.put(
+        self.put(
             Finished(
                 reason,
                 prompt_tokens=len(self.request.prompt),
@@ -107,7 +113,7 @@ class Loop:
 
     def admit(self, ticket: Ticket) -> None:
         if self._closed:
-            ticket.box.put(self._closed_error())
+            ticket.put(self._closed_error())
             return
         ticket.track = self._scheduler.add(ticket.request)
         self._open[ticket.track] = ticket
@@ -178,7 +184,7 @@ class Loop:
         if ticket.first is None:
             ticket.first = now
         ticket.last = now
-        ticket.box.put(Token(sampled.token, sampled.logprob, sampled.top))
+        ticket.put(Token(sampled.token, sampled.logprob, sampled.top))
         if output.ended is not None:
             self._finish(output.track, output.ended)
 
@@ -190,7 +196,7 @@ class Loop:
         for track in step.tracks:
             ticket = self._open.pop(track, None)
             if ticket is not None:
-                ticket.box.put(error)
+                ticket.put(error)
         self._scheduler.lose(step)
 
     # The end.
@@ -202,7 +208,7 @@ class Loop:
         while not self._inbox.empty():
             self._inbox.get()()
         for ticket in self._open.values():
-            ticket.box.put(self._closed_error())
+            ticket.put(self._closed_error())
         self._open.clear()
 
     def _close_runner(self) -> None:

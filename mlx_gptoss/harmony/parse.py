@@ -19,6 +19,7 @@ taken for one. Malformed output goes where it most likely belongs:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ..tokenizer import CALL, CHANNEL, CONSTRAIN, END, ENDOFTEXT, MESSAGE, RETURN, START, Tokenizer
 from .header import Header, Part, is_half_a_word, read_header
@@ -80,6 +81,11 @@ class Parser:
     def messages(self) -> list[Message]:
         """The messages that have ended, in order."""
         return list(self._messages)
+
+    @property
+    def within(self) -> Literal["reasoning", "text", "call"] | None:
+        """What kind of message the next plain id adds text to; None in a header."""
+        return self._open.header.kind if self._open is not None and self._header is None else None
 
     def push(self, id: int) -> list[Delta]:
         """The pieces that this id completes: usually one or none."""
