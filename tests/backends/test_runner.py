@@ -121,3 +121,60 @@ def test_narrow_activations_stay_close(backend, mini, dtype):
     exact = backend.load(checkpoint, device="cpu", dtype="float32", limits=Limits(1, 64, 64)).logits(prompt)
     narrow = backend.load(checkpoint, device="cpu", dtype=dtype, limits=Limits(1, 64, 64)).logits(prompt)
     assert np.corrcoef(exact.ravel(), narrow.ravel())[0, 1] > 0.98
+
+
+def test_a_restored_sequence_goes_on_bit_for_bit(runner):
+    """From snapshots on both sides of the window, taken in one slot and put into another that held something else,
+    as they are and through bytes; further steps leave them as they were."""
+    prompt = prompt_of(300, 11)
+    for cuts in ((40, 90), (100, 260), (256,)):
+        chain, start = [], 0
+        for end in (*cuts, len(prompt)):
+            last = end == len(prompt)
+            row = Row(0, start, prompt[start:end], GREEDY if last else None, prompt if last else None)
+            (sampled,) = runner.submit([row]).wait()
+            if not last:
+                chain.append(runner.save(0, start, end))
+            start = end
+        expected = [sampled] + [runner.submit([Row(0, 300 + i, None, GREEDY)]).wait()[0] for i in range(3)]
+        assert sum(saved.nbytes for saved in chain) == sum(len(runner.pack(saved)) for saved in chain)
+        copies = [runner.unpack(saved.start, saved.end, runner.pack(saved)) for saved in chain]
+        alone(runner, prompt_of(200, 12), 2, slot=2)
+        for snapshots in (chain, copies):
+            runner.restore(2, snapshots)
+            got = runner.submit([Row(2, cuts[-1], prompt[cuts[-1] :], GREEDY, prompt)]).wait()
+            got += [runner.submit([Row(2, 300 + i, None, GREEDY)]).wait()[0] for i in range(3)]
+            assert got == expected
+            runner.release(2)
+
+
+def test_a_snapshot_holds_nothing_of_the_sequence_before(runner):
+    alone(runner, prompt_of(200, 13), 2, slot=1)
+    saved = []
+    for slot in (1, 3):
+        runner.submit([Row(slot, 0, prompt_of(20, 14))]).wait()
+        saved.append(runner.pack(runner.save(slot, 0, 20)))
+        runner.release(slot)
+    assert saved[0] == saved[1]
+
+
+def test_bytes_that_are_no_snapshot_are_refused(runner):
+    runner.submit([Row(0, 0, prompt_of(20, 14))]).wait()
+    data = runner.pack(runner.save(0, 0, 20))
+    runner.release(0)
+    for wrong in (data[:-1], data + b"x", b""):
+        with pytest.raises(ValueError, match="a snapshot of the positions 0 to 20 has"):
+            runner.unpack(0, 20, wrong)
+
+
+def test_packed_keys_and_rings_with_slack_are_restored_too(mini, backend_module):
+    limits = Limits(2, 700, 512, drafts=3, kv_bits=8)
+    runner = backend_module("mlx").load(checkpoints.open(mini / "mxfp4"), device="cpu", dtype="float32", limits=limits)
+    prompt = prompt_of(300, 11)
+    runner.submit([Row(0, 0, prompt[:200])]).wait()
+    saved = runner.save(0, 0, 200)
+    expected = runner.submit([Row(0, 200, prompt[200:], GREEDY, prompt)]).wait()
+    for snapshot in (saved, runner.unpack(0, 200, runner.pack(saved))):
+        runner.restore(1, [snapshot])
+        assert runner.submit([Row(1, 200, prompt[200:], GREEDY, prompt)]).wait() == expected
+    runner.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -91,6 +92,19 @@ class FullCache:
         self.values[slot, :, start : span.end] = v[0]
         return self.keys[slot : slot + 1, :, : span.end], self.values[slot : slot + 1, :, : span.end]
 
+    def places(self, start: int, end: int) -> slice:
+        """Of a snapshot."""
+        return slice(start, end)
+
+    def restore(self, slot: int, chain: Sequence[Part]) -> None:
+        """Put parts that follow each other from 0 into a slot."""
+        self._grow(sum(keys.shape[1] for keys, _ in chain))
+        start = 0
+        for keys, values in chain:
+            end = start + keys.shape[1]
+            self.keys[slot, :, start:end], self.values[slot, :, start:end] = keys, values
+            start = end
+
     def _grow(self, needed: int) -> None:
         slots, heads, capacity, dim = self.keys.shape
         if needed <= capacity:
@@ -101,6 +115,23 @@ class FullCache:
         pad = self.keys.new_zeros((slots, heads, more, dim))
         self.keys = torch.cat([self.keys, pad], dim=2)
         self.values = torch.cat([self.values, pad], dim=2)
+
+
+Part = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A Snapshot. parts: keys and values of each layer in order, cut to one slot: of a full layer the positions from
+    start to end, [K, end - start, 64]; of a ring the places filled at the end, [K, min(end, W), 64]."""
+
+    start: int
+    end: int
+    parts: tuple[Part, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for pair in self.parts for part in pair)
 
 
 class RingCache:
@@ -137,6 +168,15 @@ class RingCache:
             ring[slot : slot + 1] = torch.roll(joined[:, :, -w:], span.end % w, 2)
         return both[0], both[1]
 
+    def places(self, start: int, end: int) -> slice:
+        """Of a snapshot: those that are filled at its end, so that nothing of what the slot held before is in it."""
+        return slice(min(end, self.window))
+
+    def restore(self, slot: int, chain: Sequence[Part]) -> None:
+        """Put the last of the parts into a slot."""
+        keys, values = chain[-1]
+        self.keys[slot, :, : keys.shape[1]], self.values[slot, :, : keys.shape[1]] = keys, values
+
 
 LayerCache = FullCache | RingCache
 
@@ -162,6 +202,33 @@ class Cache:
             else RingCache(slots, heads, dim, config.sliding_window, dtype, device)
             for kind in config.layer_types
         ]
+
+    def save(self, slot: int, start: int, end: int) -> Saved:
+        """As Runner.save."""
+        parts = []
+        for layer in self.layers:
+            at = layer.places(start, end)
+            parts.append((layer.keys[slot, :, at].clone(), layer.values[slot, :, at].clone()))
+        return Saved(start, end, tuple(parts))
+
+    def restore(self, slot: int, chain: Sequence[Saved]) -> None:
+        """As Runner.restore."""
+        for i, layer in enumerate(self.layers):
+            layer.restore(slot, [saved.parts[i] for saved in chain])
+
+    def unpack(self, start: int, end: int, data: bytes) -> Saved:
+        """As Runner.unpack: the bytes of all parts, one behind the other."""
+        places = [range(end)[layer.places(start, end)] for layer in self.layers]
+        keys = [layer.keys for layer in self.layers]
+        shapes = [(2, k.shape[1], len(at), k.shape[3] * k.itemsize) for k, at in zip(keys, places, strict=True)]
+        if len(data) != (size := sum(prod(shape) for shape in shapes)):
+            raise ValueError(f"a snapshot of the positions {start} to {end} has {size} bytes, not {len(data)}")
+        whole, parts, begin = torch.frombuffer(bytearray(data), dtype=torch.uint8), [], 0
+        for shape, like in zip(shapes, keys, strict=True):
+            piece = whole[begin : begin + prod(shape)].view(shape).clone().view(like.dtype).to(like.device)
+            parts.append((piece[0], piece[1]))
+            begin += prod(shape)
+        return Saved(start, end, tuple(parts))
 
 
 def _indices(span: Span) -> Tensor:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...sampling import Sampling
-from ..base import Limits, Row, Sampled
-from .cache import Cache, Span
+from ..base import Limits, Row, Sampled, Snapshot
+from .cache import Cache, Saved, Span
 from .model import GptOss
 from .sample import Choice, History, choose, noise_keys
 
@@ -82,6 +82,23 @@ class CudaRunner:
 
     def release(self, slot: int) -> None:
         self._histories.pop(slot, None)
+
+    @torch.inference_mode()
+    def save(self, slot: int, start: int, end: int) -> Saved:
+        return self._cache.save(slot, start, end)
+
+    @torch.inference_mode()
+    def restore(self, slot: int, chain: Sequence[Snapshot]) -> None:
+        self._cache.restore(slot, [saved for saved in chain if isinstance(saved, Saved)])
+
+    def pack(self, snapshot: Snapshot) -> bytes:
+        assert isinstance(snapshot, Saved)
+        parts = [part for pair in snapshot.parts for part in pair]
+        return b"".join(part.cpu().contiguous().view(torch.uint8).numpy().tobytes() for part in parts)
+
+    @torch.inference_mode()
+    def unpack(self, start: int, end: int, data: bytes) -> Saved:
+        return self._cache.unpack(start, end, data)
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:

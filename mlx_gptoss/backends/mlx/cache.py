@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import mlx.core as mx
 import numpy as np
@@ -106,6 +107,25 @@ class FullCache:
             return Packed((keys[0], keys[1], keys[2]), (values[0], values[1], values[2]))
         return keys[0], values[0]
 
+    @staticmethod
+    def places(start: int, end: int) -> int:
+        """Of a snapshot."""
+        return end - start
+
+    def part(self, slot: int, start: int, end: int) -> list[mx.array]:
+        """Of one slot, the positions from start to end, [2, 1, K, end - start, ...] each."""
+        return [array[:, slot : slot + 1, :, start:end] for array in self.arrays]
+
+    def restore(self, slot: int, chain: Sequence[Sequence[mx.array]]) -> None:
+        """Put parts that follow each other from 0 into a slot."""
+        whole = [
+            parts[0] if len(parts) == 1 else mx.concatenate(list(parts), axis=3) for parts in zip(*chain, strict=True)
+        ]
+        end = whole[0].shape[3]
+        self._grow(end)
+        for array, part in zip(self.arrays, whole, strict=True):
+            array[:, slot : slot + 1, :, :end] = part
+
     def _grow(self, needed: int) -> None:
         capacity = self.arrays[0].shape[3]
         if needed <= capacity:
@@ -141,6 +161,21 @@ class Packed:
         return keys, values
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A Snapshot. arrays: of each layer in order, those of its cache, cut to one slot: of a full layer the positions
+    from start to end, [2, 1, K, end - start, ...]; of a ring the places filled at the end, [2, 1, K, min(end, R), 64].
+    """
+
+    start: int
+    end: int
+    arrays: tuple[mx.array, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
+
+
 class RingCache:
     """The last R positions of each slot, [2, S, K, R, 64]; position p stands at p % R.
 
@@ -156,6 +191,19 @@ class RingCache:
     @property
     def arrays(self) -> list[mx.array]:
         return [self._kv]
+
+    def places(self, start: int, end: int) -> int:
+        """Of a snapshot: those that are filled at its end."""
+        return min(end, self._kv.shape[3])
+
+    def part(self, slot: int, start: int, end: int) -> list[mx.array]:
+        """Of one slot, the filled places, [2, 1, K, min(end, R), 64]: nothing of what the slot held before."""
+        return [self._kv[:, slot : slot + 1, :, : self.places(start, end)]]
+
+    def restore(self, slot: int, chain: Sequence[Sequence[mx.array]]) -> None:
+        """Put the last of the parts into a slot."""
+        (part,) = chain[-1]
+        self._kv[:, slot : slot + 1, :, : part.shape[3]] = part
 
     def update(self, kv: mx.array, span: Span) -> tuple[mx.array, mx.array]:
         """Store kv [2, B, K, L, 64], one token a row, or up to 1 + slack of one slot, and return what the ring holds,
@@ -208,6 +256,36 @@ class Cache:
     @property
     def arrays(self) -> list[mx.array]:
         return [array for layer in self.layers for array in layer.arrays]
+
+    def save(self, slot: int, start: int, end: int) -> Saved:
+        """As Runner.save. Waits for the steps under way: while a copy is pending, a step could not write in place."""
+        parts = [array for layer in self.layers for array in layer.part(slot, start, end)]
+        copies = tuple(mx.contiguous(part) for part in parts)
+        mx.eval(copies)
+        return Saved(start, end, copies)
+
+    def restore(self, slot: int, chain: Sequence[Saved]) -> None:
+        """As Runner.restore."""
+        at = 0
+        for layer in self.layers:
+            count = len(layer.arrays)
+            layer.restore(slot, [saved.arrays[at : at + count] for saved in chain])
+            at += count
+
+    def unpack(self, start: int, end: int, data: bytes) -> Saved:
+        """As Runner.unpack: the bytes of Saved's arrays, one behind the other."""
+        kinds = [
+            (array.dtype, (2, 1, array.shape[2], layer.places(start, end), array.shape[4] * array.dtype.size))
+            for layer in self.layers
+            for array in layer.arrays
+        ]
+        if len(data) != (size := sum(prod(shape) for _, shape in kinds)):
+            raise ValueError(f"a snapshot of the positions {start} to {end} has {size} bytes, not {len(data)}")
+        whole, arrays, at = np.frombuffer(data, np.uint8), [], 0
+        for dtype, shape in kinds:
+            arrays.append(mx.array(whole[at : at + prod(shape)].reshape(shape)).view(dtype))
+            at += prod(shape)
+        return Saved(start, end, tuple(arrays))
 
 
 def _pack(kv: mx.array) -> tuple[mx.array, mx.array, mx.array]:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from ...memory import working_space
 from ...sampling import Sampling
-from ..base import Limits, Row, Sampled
-from .cache import Cache, Span
+from ..base import Limits, Row, Sampled, Snapshot
+from .cache import Cache, Saved, Span
 from .model import GptOss
 from .sample import Choice, History, choose
 
@@ -107,6 +107,23 @@ class MlxRunner:
     def release(self, slot: int) -> None:
         self._last.pop(slot, None)
         self._histories.pop(slot, None)
+
+    def save(self, slot: int, start: int, end: int) -> Saved:
+        with mx.stream(self._device):
+            return self._cache.save(slot, start, end)
+
+    def restore(self, slot: int, chain: Sequence[Snapshot]) -> None:
+        with mx.stream(self._device):
+            self._cache.restore(slot, [saved for saved in chain if isinstance(saved, Saved)])
+            mx.async_eval(self._cache.arrays)  # type: ignore[no-untyped-call]
+
+    def pack(self, snapshot: Snapshot) -> bytes:
+        assert isinstance(snapshot, Saved)
+        return b"".join(np.array(array.view(mx.uint8)).tobytes() for array in snapshot.arrays)
+
+    def unpack(self, start: int, end: int, data: bytes) -> Saved:
+        with mx.stream(self._device):
+            return self._cache.unpack(start, end, data)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         with mx.stream(self._device):
