@@ -11,6 +11,7 @@ COMMANDS = {
     "generate": "Answer one prompt.",
     "chat": "Talk, turn by turn.",
     "convert": "Write a checkpoint in another format.",
+    "serve": "OpenAI's HTTP interface, and a page to chat.",
     "show": "Format, sizes and memory plan of a checkpoint.",
     "bench": "Speed of prefill and decode, and the share of what the memory allows.",
     "eval": "Perplexity on a text, and divergence from another checkpoint.",

@@ -1,0 +1,66 @@
+"""mlx-gptoss serve: OpenAI's HTTP interface to one model, on this machine."""
+
+from __future__ import annotations
+
+import logging
+
+import click
+
+from .options import MODEL_OPTIONS, RUN_OPTIONS, load, options
+
+SERVE_PACKAGES = ("fastapi", "starlette", "pydantic", "uvicorn", "h11", "prometheus_client")
+
+
+@click.command()
+@options(MODEL_OPTIONS, RUN_OPTIONS)
+@click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 lets others in: set an --api-key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
+@click.option("--api-key", envvar="MLX_GPTOSS_API_KEY", metavar="K", help="Asked of every request, if set.")
+@click.option("--slots", type=click.IntRange(min=1), default=4, show_default=True, help="Sequences at once.")
+@click.option("--cors", multiple=True, metavar="ORIGIN", help="Let pages of this site use it; * for all. Repeatable.")
+def serve(
+    model: str | None,
+    backend: str,
+    device: str | None,
+    dtype: str | None,
+    max_context: int | None,
+    quantize: str | None,
+    kv_bits: str | None,
+    speculate: bool,
+    host: str,
+    port: int,
+    api_key: str | None,
+    slots: int,
+    cors: tuple[str, ...],
+) -> None:
+    """Answer chat completions, responses and completions, and show a page to chat at /.
+
+    The first SIGTERM or Ctrl-C lets running requests come to their end; the second does not wait.
+    """
+    from mlx_gptoss.errors import GptOssError
+
+    try:
+        from mlx_gptoss.server import run, service
+        from mlx_gptoss.server.guard import Gate
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in SERVE_PACKAGES:
+            raise
+        raise GptOssError("the server's packages are missing: pip install 'mlx-gptoss[serve]'") from error
+
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    with run.listen(host, port) as listener:
+        gate = Gate(api_key=api_key, hosts=run.known_hosts(host), origins=cors)
+        with load(model, backend, device, dtype, max_context, quantize, kv_bits, speculate, slots) as loaded:
+            model_id, aliases = service.names(model)
+            click.echo(_greeting(loaded.name, host, listener.getsockname()[1], api_key is not None), err=True)
+            run.Server(service.Service(loaded, gate, model_id, aliases)).serve_on(listener)
+
+
+def _greeting(name: str, host: str, port: int, keyed: bool) -> str:
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    key = " -H 'Authorization: Bearer KEY'" if keyed else ""
+    body = '{"messages": [{"role": "user", "content": "What is 12 + 30?"}]}'
+    return (
+        f"{name} at {url}, interface at {url}/v1. Try:\n"
+        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
+    )

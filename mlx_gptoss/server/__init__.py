@@ -1,0 +1,1 @@
+"""OpenAI's HTTP interface to one loaded model. Read app.py first; needs the extra `serve`."""

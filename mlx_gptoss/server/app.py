@@ -1,0 +1,110 @@
+"""The application: which path is answered by whom. One file an endpoint; a new one is one line in ROUTERS."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from importlib.resources import files
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from . import chat_completions, errors
+from .errors import ErrorBody, Json
+from .guard import Guard
+from .service import Here, Service
+
+PAGE_POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
+PAGE_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+
+router = APIRouter()
+ROUTERS = (router, chat_completions.router)
+
+
+@router.get("/v1/models")
+async def list_models(service: Here) -> Response:
+    """The one model that is loaded."""
+    return Json({"object": "list", "data": [_model(service)]})
+
+
+@router.get("/v1/models/{name:path}")
+async def retrieve_model(name: str, service: Here) -> Response:
+    service.check_model(name)
+    return Json(_model(service))
+
+
+@router.get("/health")
+async def health(service: Here) -> Response:
+    """200 while requests are taken, 503 while the last ones end."""
+    draining = service.gate.draining
+    return Json({"status": "draining" if draining else "ok"}, 503 if draining else 200)
+
+
+@router.get("/metrics")
+async def metrics(service: Here) -> Response:
+    """For Prometheus."""
+    return Response(service.measure(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def build(service: Service) -> ASGIApp:
+    """The whole server for one model."""
+    other: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+    app = FastAPI(title="mlx-gptoss", docs_url=None, redoc_url=None, responses=other)
+    app.state.service = service
+    errors.install(app)
+    for part in ROUTERS:
+        app.include_router(part)
+    _add_page(app)
+    outer: ASGIApp = Guard(app, service.gate)
+    if service.gate.origins:
+        outer = CORSMiddleware(
+            outer, allow_origins=service.gate.origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"]
+        )
+    return _counted(outer, service)
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {"id": service.model_id, "object": "model", "created": service.created, "owned_by": "mlx-gptoss"}
+
+
+def _add_page(app: FastAPI) -> None:
+    """The page at /, its files read once: no request names a path on the disk."""
+    folder = files(__package__) / "page"
+    for file in folder.iterdir() if folder.is_dir() else ():
+        suffix = file.name[file.name.rfind(".") :]
+        if suffix in PAGE_TYPES:
+            path = "/" if file.name == "index.html" else f"/page/{file.name}"
+            answer = _static(file.read_bytes(), PAGE_TYPES[suffix])
+            app.add_api_route(path, answer, methods=["GET"], include_in_schema=False)
+
+
+def _static(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
+    headers = {
+        "Content-Security-Policy": PAGE_POLICY,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cache-Control": "no-cache",
+    }
+
+    async def answer() -> Response:
+        return Response(content, media_type=media_type, headers=headers)
+
+    return answer
+
+
+def _counted(app: ASGIApp, service: Service) -> ASGIApp:
+    """Counts what is answered, under the path's template, so that nobody can make up labels."""
+
+    async def counting(scope: Scope, receive: Receive, send: Send) -> None:
+        async def noting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = scope.get("route")
+                path = getattr(route, "path", "other")
+                service.metrics.requests.labels(path, str(message["status"])).inc()
+            await send(message)
+
+        await app(scope, receive, noting)
+
+    return counting

@@ -1,0 +1,136 @@
+"""Everything that can go wrong with a request, in the shape that OpenAI's clients read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from ..errors import DoesNotFit, GptOssError, InvalidRequest
+
+LONGEST_MESSAGE = 1000  # characters; what was sent may be quoted in it
+_FIELD = re.compile(r"[a-z_]+(\[\d+\]|\.[a-z_]+)*(?= )")
+
+log = logging.getLogger(__name__)
+
+
+class Json(Response):
+    """A JSON body, ASCII throughout: a lone surrogate that a client sent can be sent back."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return dump(content)
+
+
+def dump(content: Any) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode()
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, and what to do."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is not 2xx."""
+
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """An answer with a status of its own. type: "server_error" from 500 on, else "invalid_request_error"."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}...")
+        self.status, self.param, self.code, self.headers = status, param, code, headers
+
+    def body(self) -> dict[str, Any]:
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> Json:
+        return Json(self.body(), self.status, self.headers)
+
+
+def refuse(param: str, message: str, code: str = "invalid_value") -> ApiError:
+    """A field that cannot be honoured."""
+    return ApiError(400, f"{param} {message}", param=param, code=code)
+
+
+def from_exception(error: BaseException) -> ApiError:
+    """The answer to any exception. One that nobody foresaw is logged, and its text stays here."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, (InvalidRequest, DoesNotFit)):
+        field = _FIELD.match(str(error))
+        too_long = "context holds" in str(error) or isinstance(error, DoesNotFit)
+        code = "context_length_exceeded" if too_long else "invalid_value"
+        return ApiError(400, str(error), param=field[0] if field and not too_long else None, code=code)
+    if isinstance(error, GptOssError):
+        return ApiError(500, str(error), code="engine_error")
+    log.error("a request failed", exc_info=error)
+    return ApiError(500, "the server failed; its log says why", code="internal_error")
+
+
+def from_validation(error: RequestValidationError) -> ApiError:
+    """The first thing that is wrong with a body, or with a query."""
+    first = error.errors()[0]
+    _, *path = first["loc"]
+    param = _dotted(path)
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{param} is not supported here: leave it out", param=param, code="unknown_parameter")
+    if first["type"] == "missing" and not path:
+        return ApiError(400, "the body is empty: send a JSON object, with Content-Type: application/json")
+    if first["type"] == "missing":
+        return ApiError(400, f"{param} is missing", param=param, code="missing_required_parameter")
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first['ctx']['error']}", code="invalid_json")
+    if not path:
+        return ApiError(400, "the body must be a JSON object, with Content-Type: application/json", code="invalid_json")
+    return ApiError(400, f"{param}: {first['msg']}", param=param, code="invalid_value")
+
+
+def _dotted(path: list[Any]) -> str:
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")[:100]
+
+
+def install(app: FastAPI) -> None:
+    """Have every error of the app answered in this shape."""
+
+    async def known(request: Request, error: Exception) -> Response:
+        return from_exception(error).response()
+
+    async def invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return from_validation(error).response()
+
+    async def http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        what = f"{request.method} {request.url.path}: {error.detail}"
+        return ApiError(error.status_code, what, headers=error.headers).response()
+
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+    for kind in (ApiError, GptOssError, Exception):
+        app.add_exception_handler(kind, known)

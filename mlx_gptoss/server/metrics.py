@@ -1,0 +1,59 @@
+"""Counters for /metrics, in a registry of their own, so that two servers in a process do not share them."""
+
+from __future__ import annotations
+
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from ..reply import Event, Finished
+
+FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+BETWEEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+
+
+class Metrics:
+    """What the server has done so far, and what it is doing."""
+
+    def __init__(self) -> None:
+        registry = self.registry = CollectorRegistry()
+        prefix = "mlx_gptoss_"
+        self.requests = Counter(
+            f"{prefix}requests", "Requests by path and status", ["path", "status"], registry=registry
+        )
+        self.prompt = Counter(f"{prefix}prompt_tokens", "Tokens of prompts", registry=registry)
+        self.cached = Counter(f"{prefix}cached_tokens", "Those that were not computed anew", registry=registry)
+        self.generated = Counter(f"{prefix}completion_tokens", "Tokens generated", registry=registry)
+        self.running = Gauge(f"{prefix}running", "Sequences in a slot", registry=registry)
+        self.waiting = Gauge(f"{prefix}waiting", "Requests that wait for a slot", registry=registry)
+        self.first = Histogram(
+            f"{prefix}time_to_first_token_seconds", "From asking to it", buckets=FIRST_S, registry=registry
+        )
+        self.between = Histogram(
+            f"{prefix}inter_token_seconds", "Between pieces of a reply", buckets=BETWEEN_S, registry=registry
+        )
+
+    def watch(self) -> Watch:
+        return Watch(self)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class Watch:
+    """One reply as it arrives."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._last: float | None = None
+
+    def saw(self, event: Event) -> None:
+        now = time.perf_counter()
+        if self._last is not None and not isinstance(event, Finished):
+            self._metrics.between.observe(now - self._last)
+        self._last = now
+        if isinstance(event, Finished):
+            self._metrics.prompt.inc(event.usage.prompt_tokens)
+            self._metrics.cached.inc(event.usage.cached_tokens)
+            self._metrics.generated.inc(event.usage.completion_tokens)
+            self._metrics.first.observe(event.timings.ttft_s)

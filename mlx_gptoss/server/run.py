@@ -1,0 +1,96 @@
+"""Serving until a signal: the first one lets what runs come to its end, the second one does not wait."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+import uvicorn
+
+from ..errors import GptOssError
+from .app import build
+from .connection import Patience, patient
+from .guard import LOOPBACK
+from .service import Service
+
+DRAIN_S = 30.0
+MOST_CONNECTIONS = 1024
+LONGEST_HEAD = 32 << 10  # bytes of a request's line and headers
+
+log = logging.getLogger(__name__)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there, so that a port in use is known before a model is loaded. Raises GptOssError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except (OSError, OverflowError) as error:
+        raise GptOssError(f"cannot listen on {host}:{port} ({error}); choose another --port or --host") from error
+    return listener
+
+
+def known_hosts(host: str) -> Sequence[str] | None:
+    """Names that a browser may call a server by that listens on `host`; None for any, where others can reach it."""
+    return LOOPBACK if host in LOOPBACK else None
+
+
+class Server(uvicorn.Server):
+    """One service on one socket. A signal, or drain(), ends run()."""
+
+    def __init__(self, service: Service, *, patience: Patience | None = None, drain_s: float = DRAIN_S) -> None:
+        super().__init__(
+            uvicorn.Config(
+                build(service),
+                http=patient(patience or Patience()),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                limit_concurrency=MOST_CONNECTIONS,
+                h11_max_incomplete_event_size=LONGEST_HEAD,
+                timeout_graceful_shutdown=2,
+            )
+        )
+        self.service = service
+        self.interrupted = False
+        self._drain_s = drain_s
+        self._until: float | None = None
+
+    def drain(self) -> None:
+        """Take no more requests, and end when the running ones have, or after drain_s."""
+        self.service.gate.draining = True
+        self._until = time.monotonic() + self._drain_s
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.interrupted = self.interrupted or sig == signal.SIGINT
+        if self._until is None:
+            self.drain()
+        else:
+            self._until = 0.0
+
+    async def on_tick(self, counter: int) -> bool:
+        ended = await super().on_tick(counter)
+        if self._until is None or ended:
+            return ended
+        late = time.monotonic() >= self._until
+        if late:
+            for arrivals in list(self.service.open):
+                self.service.finish(arrivals)
+            self.force_exit = True
+        return late or not self.service.open
+
+    def serve_on(self, listener: socket.socket) -> None:
+        """Answer requests until the end. Raises KeyboardInterrupt if Ctrl-C was it."""
+        asyncio.run(self.serve(sockets=[listener]))
+        if self.interrupted:
+            raise KeyboardInterrupt

@@ -1,0 +1,90 @@
+"""What all endpoints share: the model, its name, the gate, and how a request becomes replies."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from ..api import Model
+from ..chat import Events
+from .arrivals import Arrivals
+from .errors import ApiError
+from .guard import Gate
+from .metrics import Metrics
+
+NANO_NAME = "mlx-gptoss-nano"
+
+
+@dataclass
+class Service:
+    """One server. model_id: the name that it gives its model; aliases: others that it answers to."""
+
+    model: Model
+    gate: Gate
+    model_id: str
+    aliases: Sequence[str] = ()
+    metrics: Metrics = field(default_factory=Metrics)
+    created: int = field(default_factory=lambda: int(time.time()))
+    open: set[Arrivals] = field(default_factory=set)
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ApiError unless it is the model that is loaded; None is."""
+        if name is not None and name != self.model_id and name not in self.aliases:
+            message = f"the model {name!r} is not loaded here: ask for {self.model_id!r}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    async def start(self, *replies: Callable[[], Events]) -> Arrivals:
+        """Call these, which submit one reply each, and listen to them. To be given to finish() in the end.
+
+        They run on another thread: rendering and tokenizing a long conversation takes its time.
+        """
+        arrivals = Arrivals(await asyncio.to_thread(_all, replies))
+        self.open.add(arrivals)
+        return arrivals
+
+    def measure(self) -> bytes:
+        """The metrics, as of now."""
+        self.metrics.running.set(len(self.open))
+        return self.metrics.text()
+
+    def finish(self, arrivals: Arrivals) -> None:
+        """End what still runs of a request."""
+        self.open.discard(arrivals)
+        arrivals.close()
+
+
+def names(model: str | None) -> tuple[str, tuple[str, ...]]:
+    """The name of a --model for the interface, and its other names. Where a folder lies is nobody's business."""
+    if model is None:
+        return NANO_NAME, ()
+    folder = Path(model)
+    if folder.exists():
+        return folder.resolve().name, (model,)
+    return model, (model.rpartition("/")[2],)
+
+
+def _all(replies: Sequence[Callable[[], Events]]) -> list[Events]:
+    started: list[Events] = []
+    try:
+        for reply in replies:
+            started.append(reply())
+    except BaseException:
+        for events in started:
+            events.close()
+        raise
+    return started
+
+
+def _service(request: Request) -> Service:
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service
+
+
+Here = Annotated[Service, Depends(_service)]

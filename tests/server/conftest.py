@@ -1,0 +1,96 @@
+"""A real server on the loopback, in a thread, with the bundled model; and the clients that talk to it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+import mlx_gptoss
+
+openai = pytest.importorskip("openai", reason="the server is tested through OpenAI's own client")
+from mlx_gptoss.server.connection import Patience  # noqa: E402
+from mlx_gptoss.server.guard import Gate  # noqa: E402
+from mlx_gptoss.server.run import Server, listen  # noqa: E402
+from mlx_gptoss.server.service import Service, names  # noqa: E402
+
+SLOTS = 4
+
+
+@contextmanager
+def serving(model: mlx_gptoss.Model, patience: Patience | None = None, **gate: Any) -> Iterator[Server]:
+    """A running server; `server.url` is where."""
+    listener = listen("127.0.0.1", 0)
+    server = Server(Service(model, Gate(**gate), *names(None)), patience=patience, drain_s=5)
+    server.port = listener.getsockname()[1]
+    server.url = f"http://127.0.0.1:{server.port}"
+    thread = threading.Thread(target=server.serve_on, args=(listener,))
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield server
+    finally:
+        server.drain()
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def model() -> Iterator[mlx_gptoss.Model]:
+    with mlx_gptoss.load(slots=SLOTS, max_context=4096) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="session")
+def server(model: mlx_gptoss.Model) -> Iterator[Server]:
+    with serving(model) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def http(server: Server) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def serve() -> Callable[..., Any]:
+    """serving(), for a server of a test's own."""
+    return serving
+
+
+@pytest.fixture
+def idle(server: Server) -> Callable[[], bool]:
+    """Whether the server comes to have nothing open, within ten seconds."""
+
+    def wait() -> bool:
+        until = time.monotonic() + 10
+        while server.service.open and time.monotonic() < until:
+            time.sleep(0.01)
+        return not server.service.open
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def weather_tool() -> dict[str, Any]:
+    """The function that the bundled model was taught to call, as chat completions write it."""
+    parameters = {
+        "type": "object",
+        "properties": {"location": {"type": "string", "description": "City name"}},
+        "required": ["location"],
+    }
+    function = {"name": "get_weather", "description": "Get the current weather.", "parameters": parameters}
+    return {"type": "function", "function": function}

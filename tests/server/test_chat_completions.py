@@ -1,0 +1,207 @@
+"""/v1/chat/completions through OpenAI's own client."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import openai
+import pytest
+
+MODEL = "mlx-gptoss-nano"
+SUM = [{"role": "user", "content": "What is 12 + 30?"}]
+WEATHER = [{"role": "user", "content": "What is the weather in Oslo?"}]
+
+
+def create(client, **fields):
+    return client.chat.completions.create(**{"model": MODEL, "messages": SUM, **fields})
+
+
+def added_up(chunks):
+    """What a stream's deltas come to, for its first choice."""
+    whole = {"content": "", "reasoning": "", "arguments": "", "reason": None, "name": None}
+    for choice in (choice for chunk in chunks for choice in chunk.choices if choice.index == 0):
+        whole["content"] += choice.delta.content or ""
+        whole["reasoning"] += getattr(choice.delta, "reasoning", None) or ""
+        for call in choice.delta.tool_calls or ():
+            whole["name"] = whole["name"] or call.function.name
+            whole["arguments"] += call.function.arguments
+        whole["reason"] = choice.finish_reason or whole["reason"]
+    return whole
+
+
+def test_an_answer(client):
+    reply = create(client)
+    (choice,) = reply.choices
+    assert (choice.message.content, choice.message.role, choice.finish_reason) == ("12 + 30 = 42", "assistant", "stop")
+    assert choice.message.reasoning == choice.message.reasoning_content and "The sum is 42" in choice.message.reasoning
+    usage = reply.usage
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    assert 0 < usage.completion_tokens_details.reasoning_tokens < usage.completion_tokens
+    assert usage.prompt_tokens_details.cached_tokens >= 0
+    assert (reply.model, reply.object) == (MODEL, "chat.completion")
+
+
+def test_a_stream_adds_up_to_the_answer(client):
+    message = create(client).choices[0].message
+    chunks = list(create(client, stream=True, stream_options={"include_usage": True}))
+    whole = added_up(chunks)
+    assert (whole["content"], whole["reasoning"]) == (message.content, message.reasoning)
+    assert len(chunks) > 10 and len({chunk.id for chunk in chunks}) == 1
+    assert [chunk.usage is None for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
+    assert chunks[0].choices[0].delta.role == "assistant" and not chunks[-1].choices
+
+
+def test_a_stream_ends_with_done(http):
+    body = {"messages": SUM, "stream": True}
+    with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in answer.iter_lines() if line]
+    assert lines[-1] == "data: [DONE]"
+    assert all(json.loads(line.removeprefix("data: "))["choices"] for line in lines[:-1])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tool_call_and_its_result(client, weather_tool, stream):
+    reply = create(client, messages=WEATHER, tools=[weather_tool], stream=stream)
+    if stream:
+        chunks = list(reply)
+        whole = added_up(chunks)
+        calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+        assert len(calls) > 3 and calls[0].id and not any(call.id for call in calls[1:])
+        id, reason = calls[0].id, whole["reason"]
+    else:
+        (call,) = reply.choices[0].message.tool_calls
+        whole = {"name": call.function.name, "arguments": call.function.arguments}
+        id, reason = call.id, reply.choices[0].finish_reason
+        assert reply.choices[0].message.content is None
+    assert (whole["name"], json.loads(whole["arguments"]), reason) == (
+        "get_weather",
+        {"location": "Oslo"},
+        "tool_calls",
+    )
+    function = {"name": whole["name"], "arguments": whole["arguments"]}
+    called = {"role": "assistant", "tool_calls": [{"id": id, "type": "function", "function": function}]}
+    result = {"role": "tool", "tool_call_id": id, "content": '{"temperature": 4, "condition": "rainy"}'}
+    answer = create(client, messages=[*WEATHER, called, result], tools=[weather_tool])
+    assert answer.choices[0].message.content == "It is 4 degrees and rainy in Oslo."
+
+
+def test_a_reply_can_be_sent_back_as_it_came(client):
+    first = create(client).choices[0].message
+    follow_up = {"role": "user", "content": "Add 5 to that."}
+    reply = create(client, messages=[*SUM, first.model_dump(), follow_up])
+    assert reply.choices[0].message.content == "42 + 5 = 47"
+
+
+def test_content_in_parts_and_a_system_message(client):
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "12 + 30?"}]
+    messages = [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": parts}]
+    assert create(client, messages=messages).choices[0].message.content == "12 + 30 = 42"
+
+
+def test_effort_changes_how_long_it_thinks(client):
+    low, high = (
+        create(client, reasoning_effort=effort).usage.completion_tokens_details.reasoning_tokens
+        for effort in ("low", "high")
+    )
+    assert 0 < low < high
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_are_those_of_the_content(client, stream):
+    reply = create(client, logprobs=True, top_logprobs=3, stream=stream)
+    if stream:
+        entries = [e for chunk in reply if (shown := chunk.choices[0].logprobs) for e in shown.content]
+    else:
+        entries = reply.choices[0].logprobs.content
+    assert b"".join(bytes(entry.bytes) for entry in entries) == b"12 + 30 = 42"
+    for entry in entries:
+        assert len(entry.top_logprobs) == 3 and entry.top_logprobs[0].logprob == entry.logprob  # greedy
+        assert sum(math.exp(other.logprob) for other in entry.top_logprobs) <= 1.0001
+
+
+def test_several_choices(client):
+    asked = {
+        "messages": [{"role": "user", "content": "Reverse the word supercalifragilistic."}],
+        "temperature": 2,
+        "max_tokens": 90,
+    }
+    first, second = (create(client, n=3, seed=7, **asked).choices for _ in range(2))
+    texts = [choice.message.content for choice in first]
+    assert texts == [choice.message.content for choice in second] and len(set(texts)) > 1
+    assert [choice.index for choice in first] == [0, 1, 2]
+    assert create(client, seed=8, **asked).choices[0].message.content == texts[1]
+    streamed = list(create(client, n=3, seed=7, stream=True, **asked))
+    assert {chunk.choices[0].index for chunk in streamed} == {0, 1, 2}
+    assert added_up(streamed)["content"] == texts[0]
+
+
+def test_length_stop_and_bias(client, model):
+    short = create(client, max_completion_tokens=5)
+    assert (short.choices[0].finish_reason, short.usage.completion_tokens) == ("length", 5)
+    stopped = create(client, stop=["= 4"])
+    assert (stopped.choices[0].message.content, stopped.choices[0].finish_reason) == ("12 + 30 ", "stop")
+    (one,) = model.tokenizer.encode("1")
+    assert "1" not in create(client, logit_bias={str(one): -100}).choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"extra_body": {"nonsense": 1}}, "nonsense"),
+        ({"extra_body": {"audio": {"voice": "x"}}}, "audio"),
+        ({"extra_body": {"functions": []}}, "functions"),
+        ({"modalities": ["audio"]}, "modalities[0]"),
+        ({"store": True}, "store"),
+        ({"temperature": 3}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+        ({"n": 0}, "n"),
+        ({"n": 1000}, "n"),
+        ({"stop": [""]}, "stop"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"reasoning_effort": "minimal"}, "reasoning_effort"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0]"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages[0].content[0]",
+        ),
+        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(client, fields, param):
+    with pytest.raises(openai.BadRequestError) as refused:
+        create(client, **fields)
+    body = refused.value.body
+    assert body["param"] is not None and body["param"].startswith(param), body
+    assert body["type"] == "invalid_request_error" and body["message"]
+
+
+def test_fields_without_effect_are_taken(client):
+    fields = {"user": "me", "metadata": {"a": "b"}, "store": False, "modalities": ["text"], "service_tier": "auto"}
+    assert create(client, **fields, max_tokens=1, prompt_cache_key="k", safety_identifier="s").usage.completion_tokens
+
+
+def test_a_prompt_longer_than_the_context(client):
+    with pytest.raises(openai.BadRequestError) as refused:
+        create(client, messages=[{"role": "user", "content": "word " * 3000}])
+    assert refused.value.code == "context_length_exceeded" and "4096" in str(refused.value)
+
+
+def test_another_model_is_not_found(client):
+    with pytest.raises(openai.NotFoundError) as refused:
+        create(client, model="gpt-5")
+    assert refused.value.code == "model_not_found"
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).id == MODEL
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other/model")
