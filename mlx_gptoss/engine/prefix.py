@@ -1,0 +1,196 @@
+"""The prefix cache: what was computed of earlier prompts, so that a prompt which begins alike computes only the rest.
+
+A sliding layer keeps only a ring, which cannot be rewound; so prompts are cut at fixed places, and a snapshot of the
+sequence is taken at each (backends.base.Snapshot). The snapshots form a tree, whose edges are the tokens between two
+cuts. Where a prompt is cut hangs on the tokens before the cut alone: two prompts that begin alike are cut alike as far
+as they go, so that what is restored is, bit for bit, what would be computed anew. Replies are not kept: they were
+computed token by token, which rounds otherwise, and most of a reply, its reasoning, is dropped from the next prompt.
+
+Plain Python; snapshots are opaque. Lives on the engine thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from ..backends.base import Snapshot
+from .prefix_files import PrefixFiles, StoredSpan
+
+EVERY = 256  # tokens between two cuts at most
+APART = 64  # tokens between two cuts at least: a ring is worth 128 tokens of memory
+
+Span = tuple[int, ...]  # the tokens between two cuts
+
+
+def cuts(prompt: Sequence[int], ends: frozenset[int], every: int) -> tuple[int, ...]:
+    """Where to cut a prompt's prefill: behind a message's last token, one of `ends`, if that is APART from the cut
+    before; `every` tokens behind it otherwise; and at the prompt's end."""
+    found, last = [], 0
+    for place, token in enumerate(prompt, 1):
+        if place - last == every or (token in ends and place - last >= APART):
+            found.append(place)
+            last = place
+    return tuple(found) if last == len(prompt) else (*found, len(prompt))
+
+
+@dataclass(eq=False)
+class Node:
+    """A place where prompts were cut. span: the tokens since the parent. end: tokens from the start. snapshot: of the
+    span, None where only a file has it. used: when, on the cache's own clock."""
+
+    span: Span
+    end: int
+    parent: Node | None
+    snapshot: Snapshot | None = None
+    stored: StoredSpan | None = None
+    used: int = 0
+    children: dict[Span, Node] = field(default_factory=dict)
+
+    @property
+    def path(self) -> list[Node]:
+        """From the first cut to this one."""
+        nodes: list[Node] = []
+        node: Node | None = self
+        while node is not None and node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
+
+
+class PrefixCache:
+    """Snapshots of at most `most_bytes`, those used longest ago dropped first. files: where they are kept, too, if they
+    shall outlast the process."""
+
+    def __init__(self, most_bytes: int, files: PrefixFiles | None = None) -> None:
+        self.root = Node((), 0, None)
+        self.nbytes = 0
+        self._most = most_bytes
+        self._files = files
+        self._clock = 0
+        if files is not None:
+            self._plant(files, files.scan())
+
+    def child(self, node: Node, span: Span) -> Node | None:
+        """The node that `span` leads to, ready to be restored; None if it is not known."""
+        found = node.children.get(span)
+        if found is None:
+            return None
+        if found.snapshot is None:
+            self._read(found)
+        if found.snapshot is None:
+            return None
+        self._clock += 1
+        found.used = self._clock
+        return found
+
+    def add(self, node: Node, span: Span, save: Callable[[], Snapshot]) -> Node | None:
+        """The node that `span` leads to, with what save() returns unless it is known already. None if there is no room
+        beside the prompt's own beginning, or `node` was dropped meanwhile."""
+        known = self.child(node, span)
+        if known is not None or not self._alive(node):
+            return known
+        added = Node(span, node.end + len(span), node, save())
+        assert added.snapshot is not None
+        node.children[span] = added
+        if self._files is not None and (node is self.root or node.stored is not None):
+            added.stored = self._files.write(node.stored, span, added.snapshot)
+        self._hold(added)
+        self._bound_files()
+        return added if added.snapshot is not None else None
+
+    def close(self) -> None:
+        """Wait until all files are written."""
+        if self._files is not None:
+            self._files.close()
+
+    def _plant(self, files: PrefixFiles, found: Sequence[StoredSpan]) -> None:
+        """Make a node of each file whose beginning is there, too; remove the others."""
+        nodes: dict[str | None, Node] = {None: self.root}
+        age = {stored.name: n for n, stored in enumerate(sorted(found, key=lambda stored: stored.used))}
+        self._clock = len(found)
+        for stored in sorted(found, key=lambda stored: stored.end):
+            parent = nodes.get(stored.parent)
+            if parent is None or parent.end + len(stored.span) != stored.end:
+                files.remove(stored)
+                continue
+            node = Node(stored.span, stored.end, parent, stored=stored, used=age[stored.name])
+            parent.children[stored.span] = nodes[stored.name] = node
+
+    def _read(self, node: Node) -> None:
+        """Bring a node's snapshot to memory from its file. What cannot be read is dropped; so it is computed anew."""
+        assert self._files is not None and node.stored is not None
+        node.snapshot = self._files.read(node.stored)
+        if node.snapshot is None:
+            self._drop(node)
+        else:
+            self._hold(node)
+
+    def _bound_files(self) -> None:
+        """Remove the files used longest ago, as long as there are too many bytes of them."""
+        while self._files is not None and self._files.nbytes > self._files.most_bytes:
+            stored = [node for node in _below(self.root) if node.stored is not None]
+            tips = [node for node in stored if all(child.stored is None for child in node.children.values())]
+            node = min(tips, key=lambda node: node.used)
+            assert node.stored is not None
+            self._files.remove(node.stored)
+            node.stored = None
+            if node.snapshot is None:
+                self._drop(node)
+
+    def _hold(self, node: Node) -> None:
+        """Count a node's snapshot, which has just come to memory, and make room for it."""
+        assert node.snapshot is not None
+        self._clock += 1
+        node.used = self._clock
+        self.nbytes += node.snapshot.nbytes
+        own = set(map(id, node.path))
+        while self.nbytes > self._most:
+            # The new one goes first only when nothing but what leads to it is left.
+            last = min((n for n in self._tips() if id(n) not in own), key=lambda n: n.used, default=node)
+            self._forget(last)
+            if last is node:
+                break
+
+    def _forget(self, node: Node) -> None:
+        """Drop a snapshot from memory, and the node with it unless a file has it."""
+        assert node.snapshot is not None
+        self.nbytes -= node.snapshot.nbytes
+        node.snapshot = None
+        if node.stored is None:
+            self._drop(node)
+
+    def _drop(self, node: Node) -> None:
+        """Take a node and all behind it out of the tree, and their files away."""
+        assert node.parent is not None
+        node.parent.children.pop(node.span, None)
+        for gone in _below(node):
+            if gone.snapshot is not None:
+                self.nbytes -= gone.snapshot.nbytes
+                gone.snapshot = None
+            if gone.stored is not None and self._files is not None:
+                self._files.remove(gone.stored)
+                gone.stored = None
+
+    def _tips(self) -> Iterator[Node]:
+        """Nodes in memory without such below them."""
+        for node in _below(self.root):
+            if node.snapshot is not None and all(n.snapshot is None for n in node.children.values()):
+                yield node
+
+    def _alive(self, node: Node) -> bool:
+        while node.parent is not None:
+            if node.parent.children.get(node.span) is not node:
+                return False
+            node = node.parent
+        return node is self.root
+
+
+def _below(node: Node) -> Iterator[Node]:
+    """All nodes of a branch but the root."""
+    waiting = [node]
+    while waiting:
+        found = waiting.pop()
+        waiting += found.children.values()
+        if found.parent is not None:
+            yield found

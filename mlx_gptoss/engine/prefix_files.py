@@ -1,0 +1,167 @@
+"""Snapshots of the prefix cache in files, so that they outlast the process.
+
+A folder for each model and way of computing (its fingerprint), a file for each span. A file is one line of JSON, which
+says what the span is and what follows, and the snapshot's bytes. It is written under another name and renamed, and
+checked when it is read: one that is cut short, changed or of something else is removed, and computed anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Queue
+from threading import Thread
+
+from ..backends.base import Snapshot
+from ..errors import GptOssError
+
+MOST_BYTES = 16 << 30  # of all files of one fingerprint
+LONGEST_LINE = 1 << 16  # bytes; a span of 256 ids takes 2 kB
+WAITING = 16  # snapshots that may wait for the disk before the engine does
+SUFFIX = ".kv"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StoredSpan:
+    """One file. name: a digest of the fingerprint and all tokens up to `end`; parent: that of the span before, None for
+    the first. used: when it was last read or written, seconds since the epoch."""
+
+    name: str
+    parent: str | None
+    span: tuple[int, ...]
+    end: int
+    nbytes: int
+    used: float = 0.0
+
+
+class PrefixFiles:
+    """The files of one fingerprint. pack, unpack: as Runner's. Raises GptOssError for a folder that cannot be used.
+
+    Written on a thread of its own; a disk that is full or gone ends the writing, with a warning, and nothing else.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: str,
+        pack: Callable[[Snapshot], bytes],
+        unpack: Callable[[int, int, bytes], Snapshot],
+        most_bytes: int = MOST_BYTES,
+    ) -> None:
+        self.most_bytes = most_bytes
+        self.nbytes = 0
+        self._folder = folder / hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
+        self._fingerprint = fingerprint
+        self._pack, self._unpack = pack, unpack
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self._folder).close()
+        except OSError as error:
+            raise GptOssError(f"the prompt cache cannot be kept in {folder}: {error.strerror}; name another folder")
+        self._queue: Queue[Callable[[], None] | None] = Queue(WAITING)
+        self._full = False
+        self._writer = Thread(target=self._work, name="mlx-gptoss prompt cache", daemon=True)
+        self._writer.start()
+
+    def scan(self) -> list[StoredSpan]:
+        """What earlier processes left. Files that are not whole are removed."""
+        found = []
+        for path in self._folder.iterdir():
+            stored = self._header(path) if path.suffix == SUFFIX else None
+            if stored is None:
+                path.unlink(missing_ok=True)
+                continue
+            found.append(stored)
+            self.nbytes += stored.nbytes
+        return found
+
+    def write(self, parent: StoredSpan | None, span: tuple[int, ...], snapshot: Snapshot) -> StoredSpan | None:
+        """Write a snapshot soon. None if the disk has failed before."""
+        if self._full:
+            return None
+        data = self._pack(snapshot)
+        before = None if parent is None else parent.name
+        name = self._name(before, span)
+        line = {"parent": before, "span": span, "end": snapshot.end, "bytes": len(data), "sha256": _digest(data)}
+        header = json.dumps(line).encode() + b"\n"
+        stored = StoredSpan(name, before, span, snapshot.end, len(header) + len(data))
+        self.nbytes += stored.nbytes
+        self._queue.put(lambda: self._write(name, header, data))
+        return stored
+
+    def read(self, stored: StoredSpan) -> Snapshot | None:
+        """The snapshot; None if its file is gone or not what it was."""
+        try:
+            with (self._folder / f"{stored.name}{SUFFIX}").open("rb") as file:
+                line = json.loads(file.readline(LONGEST_LINE))
+                data = file.read()
+            if _digest(data) != line["sha256"]:
+                raise ValueError("its bytes have changed")
+            os.utime(file.name)
+            return self._unpack(stored.end - len(stored.span), stored.end, data)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            _log.warning("a file of the prompt cache was dropped: %s", error)
+            return None
+
+    def remove(self, stored: StoredSpan) -> None:
+        self.nbytes -= stored.nbytes
+        self._queue.put(lambda: self._path(stored.name).unlink(missing_ok=True))
+
+    def close(self) -> None:
+        """Wait until everything is written."""
+        self._queue.put(None)
+        self._writer.join()
+
+    def _work(self) -> None:
+        while (job := self._queue.get()) is not None:
+            try:
+                job()
+            except OSError as error:
+                if not self._full:
+                    _log.warning("the prompt cache is no longer written to disk: %s", error.strerror)
+                self._full = True
+
+    def _write(self, name: str, header: bytes, data: bytes) -> None:
+        if self._full:
+            return
+        handle, written = tempfile.mkstemp(dir=self._folder)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(header)
+                file.write(data)
+            Path(written).replace(self._path(name))
+        except BaseException:
+            Path(written).unlink(missing_ok=True)
+            raise
+
+    def _header(self, path: Path) -> StoredSpan | None:
+        """What a file says it is, if its name and size agree."""
+        try:
+            state = path.lstat()
+            with path.open("rb") as file:
+                text = file.readline(LONGEST_LINE)
+            line = json.loads(text)
+            span, parent = tuple(int(i) for i in line["span"]), line["parent"]
+            stored = StoredSpan(path.stem, parent, span, int(line["end"]), state.st_size, state.st_mtime)
+            whole = state.st_size == len(text) + int(line["bytes"]) and stored.end >= len(span) > 0
+            return stored if whole and path.stem == self._name(parent, span) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}{SUFFIX}"
+
+    def _name(self, parent: str | None, span: tuple[int, ...]) -> str:
+        return _digest(repr((self._fingerprint, parent, span)).encode())[:40]
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
