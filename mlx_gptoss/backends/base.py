@@ -35,6 +35,8 @@ class Row:
         fed, too, and the row samples a token after each that was guessed right, and one more. The slot's length is then
         that of the tokens fed before the last one sampled. What comes next hangs on the result, so such a row is not
         followed by another before it was read.
+    mask: which tokens may come next, for a row that samples and has no drafts: token i if bit i % 8 of byte i // 8 is
+        set, and none beyond its end. None allows all, and costs nothing. At least one token must be allowed.
     """
 
     slot: int
@@ -43,6 +45,16 @@ class Row:
     sampling: Sampling | None = None
     prompt: tuple[int, ...] | None = None
     drafts: tuple[int, ...] = ()
+    mask: bytes | None = None
+
+
+def allowed_tokens(masks: Sequence[bytes | None], vocabulary: int) -> NDArray[np.bool_]:
+    """Rows' masks, one bool a token: [B, V]."""
+    allowed = np.ones((len(masks), vocabulary), dtype=np.bool_)
+    for row, mask in zip(allowed, masks, strict=True):
+        if mask is not None:
+            row[:] = np.unpackbits(np.frombuffer(mask, np.uint8), count=vocabulary, bitorder="little")
+    return allowed
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .engine import Engine, Stream
-from .request import Finished, FinishReason, Request, Token
+from .request import Finished, FinishReason, Guide, Request, Token
 from .stop import StopStrings
 
-__all__ = ["Engine", "FinishReason", "Finished", "Request", "StopStrings", "Stream", "Token"]
+__all__ = ["Engine", "FinishReason", "Finished", "Guide", "Request", "StopStrings", "Stream", "Token"]

@@ -19,10 +19,6 @@ class Lookup:
         for token in tokens:
             self.add(token)
 
-    @property
-    def last(self) -> int:
-        return self._tokens[-1]
-
     def add(self, token: int) -> None:
         place = len(self._tokens)
         for length in LENGTHS:

@@ -115,7 +115,11 @@ class Loop:
         if self._closed:
             ticket.put(self._closed_error())
             return
-        ticket.track = self._scheduler.add(ticket.request)
+        try:
+            ticket.track = self._scheduler.add(ticket.request)
+        except GptOssError as error:
+            ticket.put(error)
+            return
         self._open[ticket.track] = ticket
 
     def cancel(self, ticket: Ticket) -> None:
@@ -185,7 +189,9 @@ class Loop:
             ticket.first = now
         ticket.last = now
         ticket.put(Token(sampled.token, sampled.logprob, sampled.top))
-        if output.ended is not None:
+        if isinstance(output.ended, GptOssError):
+            self._open.pop(output.track).put(output.ended)
+        elif output.ended is not None:
             self._finish(output.track, output.ended)
 
     def _finish(self, track: Track, reason: FinishReason) -> None:

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from ..errors import InvalidRequest
 from ..sampling import Sampling
 
 FinishReason = Literal["stop", "length", "cancelled"]
+
+
+class Guide(Protocol):
+    """What one sequence may say. Not shared between requests: it follows the tokens. Runs on the engine thread, where it
+    holds up every stream, and fails its own request by raising GptOssError."""
+
+    def mask(self) -> bytes | None:
+        """The tokens that may come next, as backends.base.Row.mask; None for all."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """`token` came next. Not called for the last one."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -18,6 +31,7 @@ class Request:
     prompt: token ids, at least one.
     max_tokens: most tokens to generate, at least 1. The engine lowers it to what the context has room for.
     stop_ids: generation ends with the first of these; that token is reported like any other.
+    guide: what may come next at each token; None allows all.
     Raises InvalidRequest for an empty prompt or a max_tokens below 1.
     """
 
@@ -25,6 +39,7 @@ class Request:
     max_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: frozenset[int] = frozenset()
+    guide: Guide | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:

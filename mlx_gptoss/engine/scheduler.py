@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..backends.base import Limits, Row, Sampled
-from ..errors import InvalidRequest
+from ..errors import GptOssError, InvalidRequest
 from .lookup import Lookup
-from .request import Request
+from .request import Guide, Request
 
 
 @dataclass(eq=False)
@@ -25,8 +25,11 @@ class Track:
     room: tokens it may sample. length: tokens fed to its slot by the rows planned so far. sampled: tokens that
     the rows planned so far choose. delivered: tokens that were read and belong to the request. in_flight: steps
     planned and not yet read that carry a row of it. ended: no more rows, and whatever is still in flight is dropped.
-    lookup: where drafts come from, None for a request that gets none; with it, a row is planned when the last one was
-    read, and length and sampled count what was read. drafted, accepted: drafts so far, and those guessed right.
+    lookup: where drafts come from, None for a request that gets none. drafted, accepted: drafts so far, and those
+    guessed right. mask: what the next row may sample, for a request with a guide.
+
+    With lookup or guide a row hangs on the result of the last one: it is planned when that was read, and fed its token
+    `last`; sampled then counts what was read.
     """
 
     request: Request
@@ -40,6 +43,12 @@ class Track:
     lookup: Lookup | None = None
     drafted: int = 0
     accepted: int = 0
+    last: int = -1
+    mask: bytes | None = None
+
+    @property
+    def one_by_one(self) -> bool:
+        return self.lookup is not None or self.request.guide is not None
 
 
 @dataclass(frozen=True)
@@ -52,11 +61,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Output:
-    """A token that belongs to a track, and the reason if the track ended with it."""
+    """A token that belongs to a track, and the reason if the track ended with it: an error if its guide raised one."""
 
     track: Track
     sampled: Sampled
-    ended: Literal["stop", "length"] | None
+    ended: Literal["stop", "length"] | GptOssError | None
 
 
 def room(request: Request, limits: Limits) -> int:
@@ -94,10 +103,14 @@ class Scheduler:
         return not (self._decoding or self._prefilling or (self._waiting and self._free))
 
     def add(self, request: Request) -> Track:
-        """Queue a request. Raises InvalidRequest if its prompt does not fit into the context."""
-        # A penalty hangs on each token before it, so the tokens after a draft cannot be drawn along with it.
-        drafting = self._limits.drafts > 0 and not request.sampling.penalized
+        """Queue a request. Raises InvalidRequest if its prompt does not fit into the context, and what its guide does.
+
+        A penalty hangs on each token before it, and so does a mask: the tokens after a draft cannot be drawn along.
+        """
+        drafting = self._limits.drafts > 0 and not request.sampling.penalized and request.guide is None
         track = Track(request, room(request, self._limits), lookup=Lookup(request.prompt) if drafting else None)
+        if request.guide is not None:
+            track.mask = request.guide.mask()
         self._waiting.append(track)
         return track
 
@@ -118,7 +131,7 @@ class Scheduler:
             track.slot = self._free.popleft()
             self._prefilling.append(track)
         # Decoding rows are listed before the prefill, which adds sequences that decode from the next step on.
-        tracks = [track for track in self._decoding if track.lookup is None or not track.in_flight]
+        tracks = [track for track in self._decoding if not (track.one_by_one and track.in_flight)]
         rows = [self._decode(track) for track in tracks]
         if tracks:
             self._decoding = [track for track in self._decoding if track.sampled < track.room]
@@ -167,14 +180,18 @@ class Scheduler:
 
     def _deliver(self, track: Track, sampled: Sampled) -> Output:
         track.delivered += 1
+        track.last = sampled.token
         if track.lookup is not None:
             track.lookup.add(sampled.token)
+        if track.one_by_one:
             track.sampled = track.delivered
-        ended: Literal["stop", "length"] | None = None
+        ended: Literal["stop", "length"] | GptOssError | None = None
         if sampled.token in track.request.stop_ids:
             ended = "stop"
         elif track.delivered == track.room:
             ended = "length"
+        elif track.request.guide is not None:
+            ended = _follow(track, track.request.guide, sampled.token)
         if ended:
             self.end(track)
         return Output(track, sampled, ended)
@@ -210,7 +227,7 @@ class Scheduler:
         track.sampled = 1
         if track.sampled < track.room:
             self._decoding.append(track)
-        return Row(track.slot, start, tokens, request.sampling, prompt=request.prompt)
+        return Row(track.slot, start, tokens, request.sampling, prompt=request.prompt, mask=track.mask)
 
     def _decode(self, track: Track) -> Row:
         """The row that feeds back the last sampled token and samples the next one, or with drafts the next ones."""
@@ -218,8 +235,10 @@ class Scheduler:
         track.length += 1
         if track.lookup is not None:
             drafts = track.lookup.propose(min(self._limits.drafts, track.room - track.delivered - 1))
-            return Row(track.slot, start, (track.lookup.last,), track.request.sampling, drafts=drafts)
+            return Row(track.slot, start, (track.last,), track.request.sampling, drafts=drafts)
         track.sampled += 1
+        if track.request.guide is not None:
+            return Row(track.slot, start, (track.last,), track.request.sampling, mask=track.mask)
         return Row(track.slot, start, None, track.request.sampling)
 
     def _free_slot(self, track: Track) -> None:
@@ -227,3 +246,13 @@ class Scheduler:
             slot, track.slot = track.slot, -1
             self._free.append(slot)
             self._release(slot)
+
+
+def _follow(track: Track, guide: Guide, token: int) -> GptOssError | None:
+    """Tell the guide what came, and ask it what may come next. It may do so while other sequences' step is computed."""
+    try:
+        guide.accept(token)
+        track.mask = guide.mask()
+    except GptOssError as error:
+        return error
+    return None

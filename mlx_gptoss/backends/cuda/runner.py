@@ -156,7 +156,7 @@ class CudaRunner:
         results: list[tuple[Choice, int, Sampling] | None],
     ) -> None:
         """Rows of one token through decode.py, which draws for most requests itself."""
-        samplings = [row.sampling if row.sampling and drawn_by_step(row.sampling) else GREEDY for row in rows]
+        samplings = [row.sampling if row.sampling and drawn_by_step(row) else GREEDY for row in rows]
         seeds = [
             0 if sampling.greedy else self._history(row).seed for row, sampling in zip(rows, samplings, strict=True)
         ]
@@ -168,7 +168,7 @@ class CudaRunner:
         for b, (row, place) in enumerate(zip(rows, places, strict=True)):
             if row.sampling is None:
                 continue
-            if drawn_by_step(row.sampling):
+            if drawn_by_step(row):
                 results[place] = (drawn, b, row.sampling)
             else:
                 others.append(b)
@@ -187,7 +187,8 @@ class CudaRunner:
         chosen = [(rows[b], rows[b].sampling or GREEDY) for b in wanted]
         histories = [self._history(row) for row, _ in chosen]
         positions = [row.start + max(1, len(row.tokens or ())) for row, _ in chosen]
-        choice = choose(logits, [sampling for _, sampling in chosen], histories, positions)
+        masks = [row.mask for row, _ in chosen]
+        choice = choose(logits, [sampling for _, sampling in chosen], histories, positions, masks)
         on_host = self._fetch(choice)
         self._last[torch.tensor([row.slot for row, _ in chosen], device=self._device)] = choice.tokens
         for n, (b, (_, sampling)) in enumerate(zip(wanted, chosen, strict=True)):
@@ -229,8 +230,11 @@ class CudaRunner:
         return done
 
 
-def drawn_by_step(sampling: Sampling) -> bool:
-    """Whether decode.py's step draws as `sampling` says: greedy or at a temperature, with nothing else to heed."""
+def drawn_by_step(row: Row) -> bool:
+    """Whether decode.py's step draws as the row says: greedy or at a temperature, with nothing else to heed."""
+    sampling = row.sampling
+    if sampling is None or row.mask is not None:
+        return False
     plain = sampling.top_p == 1 and not sampling.top_k and not sampling.min_p and not sampling.logit_bias
     return plain and not sampling.penalized and not sampling.logprobs
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...sampling import Sampling
+from ..base import allowed_tokens
 
 # SplitMix64 (Steele, Lea and Flood 2014), as its public domain reference: the step between states, and two factors.
 GOLDEN = 0x9E3779B97F4A7C15
@@ -61,10 +62,15 @@ class Choice:
 
 
 def choose(
-    logits: Tensor, samplings: Sequence[Sampling], histories: Sequence[History], positions: Sequence[int]
+    logits: Tensor,
+    samplings: Sequence[Sampling],
+    histories: Sequence[History],
+    positions: Sequence[int],
+    masks: Sequence[bytes | None] = (),
 ) -> Choice:
-    """One token a row from raw logits, float32 [B, V]. `positions` number the draws of each row's random stream."""
-    shaped = _penalize(_bias(logits, samplings), samplings, histories)
+    """One token a row from raw logits, float32 [B, V]. `positions` number the draws of each row's random stream;
+    `masks` are the rows' (backends.base.Row), or empty if none has one."""
+    shaped = _penalize(_bias(_mask(logits, masks), samplings), samplings, histories)
     tokens = shaped.argmax(dim=-1)
     if not all(s.greedy for s in samplings):
         noise = gumbel([h.seed for h in histories], positions, logits.shape[-1], logits.device)
@@ -123,6 +129,13 @@ def _mixed(z: int) -> int:
 def _signed(z: int) -> int:
     """The int64 of the same 64 bits."""
     return z - 2**64 if z >= 2**63 else z
+
+
+def _mask(logits: Tensor, masks: Sequence[bytes | None]) -> Tensor:
+    if not any(masks):
+        return logits
+    allowed = torch.from_numpy(allowed_tokens(masks, logits.shape[-1])).to(logits.device)
+    return logits.masked_fill(~allowed, -torch.inf)
 
 
 def _bias(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:

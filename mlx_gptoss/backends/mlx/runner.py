@@ -164,6 +164,7 @@ class MlxRunner:
             [sampling for _, sampling, _ in draws],
             [self._history(row, sampling) for row, sampling, _ in draws],
             [row.start + span.length - outputs + 1 + i for row, _, i in draws],
+            [row.mask for row, _, _ in draws],
             self._elementwise,
         )
         for n, (b, row, sampling) in enumerate(wanted):

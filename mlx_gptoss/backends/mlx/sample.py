@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...sampling import Sampling
+from ..base import allowed_tokens
 from .elementwise import PLAIN, Elementwise
 
 
@@ -61,10 +62,12 @@ def choose(
     samplings: Sequence[Sampling],
     histories: Sequence[History],
     positions: Sequence[int],
+    masks: Sequence[bytes | None] = (),
     elementwise: Elementwise = PLAIN,
 ) -> Choice:
-    """One token a row from raw logits, float32 [B, V]. `positions` number the draws of each row's random stream."""
-    shaped = _penalize(_bias(logits, samplings), samplings, histories)
+    """One token a row from raw logits, float32 [B, V]. `positions` number the draws of each row's random stream;
+    `masks` are the rows' (backends.base.Row), or empty if none has one."""
+    shaped = _penalize(_bias(_mask(logits, masks), samplings), samplings, histories)
     if not all(s.greedy for s in samplings):
         keys = [(h.key[0], (h.key[1] + position) % 2**32) for h, position in zip(histories, positions, strict=True)]
         temperature = _column(samplings, "temperature")
@@ -80,6 +83,12 @@ def choose(
     ids = mx.argpartition(-logits, kth=most - 1, axis=-1)[:, :most]
     ids = mx.take_along_axis(ids, mx.argsort(-mx.take_along_axis(logits, ids, axis=-1), axis=-1), axis=-1)
     return Choice(tokens, chosen[:, 0], ids, mx.take_along_axis(logits, ids, axis=-1) - normalizer)
+
+
+def _mask(logits: mx.array, masks: Sequence[bytes | None]) -> mx.array:
+    if not any(masks):
+        return logits
+    return mx.where(mx.array(allowed_tokens(masks, logits.shape[-1])), logits, -mx.inf)
 
 
 def _bias(logits: mx.array, samplings: Sequence[Sampling]) -> mx.array:
