@@ -1,0 +1,283 @@
+"""The page at / in a headless Chromium, against a real server with the bundled model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested through playwright")
+expect = playwright.expect
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+ARGUMENTS = ["no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"]
+ARGUMENTS += ["disable-component-update", "disable-sync"]
+COMPLETIONS = "**/v1/chat/completions"
+SUM, SUM_ANSWER = "What is 12 + 30?", "12 + 30 = 42"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium is installed")
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=CHROMIUM, args=[f"--{name}" for name in ARGUMENTS])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def visit(browser: Any, server: Any) -> Iterator[Callable[..., Any]]:
+    """Opens the page. In the end nothing may have gone to another host, and the browser have no complaint: no script
+    error, nothing that the content security policy forbids. `page.bodies` is what was asked."""
+    context: Any = None
+    hosts, complaints = set(), []
+
+    def note(message: Any) -> None:
+        if message.type in ("error", "warning") and "Failed to load resource" not in message.text:
+            complaints.append(message.text)
+
+    def note_request(request: Any) -> None:
+        hosts.add(request.url.split("/")[2].split(":")[0])
+        if request.method == "POST":
+            request.frame.page.bodies.append(request.post_data_json)
+
+    def opened(url: str = server.url, **options: Any) -> Any:
+        nonlocal context
+        context = browser.new_context(viewport={"width": 1000, "height": 800}, **options)
+        page = context.new_page()
+        page.bodies = []
+        page.on("console", note)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", note_request)
+        page.goto(url)
+        return page
+
+    yield opened
+    context.close()
+    assert complaints == []
+    assert hosts == {"127.0.0.1"}
+
+
+def ask(page: Any, question: str) -> None:
+    page.get_by_label("Your message").fill(question)
+    page.keyboard.press("Enter")
+
+
+def answering(page: Any, status: int = 200, headers: dict[str, str] | None = None, **answer: Any) -> None:
+    """Has the next questions answered by the test: with `deltas`, with an `error`, or not at all."""
+    body = json.dumps({"error": {"message": answer["error"]}}) if "error" in answer else ""
+    for delta in answer.get("deltas", ()):
+        body += f"data: {json.dumps({'choices': [{'index': 0, 'delta': delta, 'finish_reason': None}]})}\n\n"
+    body += answer.get("end", "data: [DONE]\n\n") if "error" not in answer else ""
+    page.route(COMPLETIONS, lambda route: route.fulfill(status=status, headers=headers or {}, body=body))
+
+
+def never_ending(page: Any, server: Any) -> None:
+    """The model may not end what it says."""
+    ends = [server.service.model.tokenizer.special(f"<|{name}|>") for name in ("end", "return", "call", "endoftext")]
+    bias = {"logit_bias": {str(id): -100 for id in ends}}
+    page.route(COMPLETIONS, lambda route: route.continue_(post_data=json.dumps(route.request.post_data_json | bias)))
+
+
+def test_a_question_and_another(visit: Any) -> None:
+    page = visit()
+    expect(page).to_have_title("mlx-gptoss-nano")
+    ask(page, SUM)
+    replies = page.locator(".reply")
+    expect(replies.locator(".text")).to_have_text(SUM_ANSWER)
+    expect(page.locator(".question")).to_have_text(SUM)
+    expect(page.get_by_text("What would you like to know?")).to_be_hidden()
+    expect(replies.locator("summary")).to_contain_text("Thought for")
+    expect(replies.locator(".thoughts")).to_be_hidden()
+    replies.locator("summary").click()
+    expect(replies.locator(".thoughts")).to_contain_text("The sum is 42")
+    facts = replies.locator(".facts").inner_text()
+    assert all(word in facts for word in (" tokens · ", " tokens/s · first after ", " s · prompt ")), facts
+    expect(page.locator("#used")).to_contain_text("tokens so far")
+    ask(page, "What is the capital of France?")
+    expect(replies).to_have_count(2)
+    expect(replies.nth(1).locator(".text")).to_contain_text("Paris")
+    assert [(message["role"], message["content"]) for message in page.bodies[1]["messages"]] == [
+        ("user", SUM),
+        ("assistant", SUM_ANSWER),
+        ("user", "What is the capital of France?"),
+    ]
+    page.get_by_role("button", name="New chat").click()
+    expect(page.locator("article")).to_have_count(0)
+    page.get_by_role("button", name="Reverse the word planet.").click()
+    expect(page.locator(".reply .text")).to_contain_text("tenalp")
+    assert len(page.bodies[2]["messages"]) == 1
+
+
+@pytest.mark.parametrize("how", ["button", "escape"])
+def test_a_reply_arrives_piece_by_piece_until_it_is_stopped(visit: Any, server: Any, idle: Any, how: str) -> None:
+    page = visit()
+    never_ending(page, server)
+    ask(page, SUM)
+    summary = page.locator(".reply summary")
+    expect(summary).to_have_text("Thinking")
+    thoughts = page.locator(".thoughts")
+    for _ in range(3):
+        seen = thoughts.text_content()
+        expect(thoughts).not_to_have_text(seen)
+        assert thoughts.text_content().startswith(seen) and server.service.open
+    expect(page.get_by_role("button", name="Send")).to_be_hidden()
+    if how == "button":
+        page.get_by_role("button", name="Stop").click()
+    else:
+        page.keyboard.press("Escape")
+    expect(page.locator(".facts")).to_have_text("stopped")
+    expect(summary).to_contain_text("Thought for")
+    assert idle()
+    page.unroute(COMPLETIONS)
+    ask(page, SUM)
+    expect(page.locator(".reply .text")).to_have_text(SUM_ANSWER)
+    assert len(page.bodies[-1]["messages"]) == 1  # nothing had been answered
+
+
+def test_effort_is_chosen_by_keyboard_and_remembered(visit: Any) -> None:
+    page = visit()
+    page.get_by_role("radio", name="Medium").focus()
+    page.keyboard.press("ArrowRight")
+    expect(page.get_by_role("radio", name="High")).to_be_checked()
+    ask(page, SUM)
+    expect(page.locator(".facts")).to_be_visible()
+    page.reload()
+    expect(page.get_by_role("radio", name="High")).to_be_checked()
+    page.get_by_text("Low").click()
+    ask(page, SUM)
+    expect(page.locator(".facts")).to_be_visible()
+    assert [body["reasoning_effort"] for body in page.bodies] == ["high", "low"]
+
+
+def test_a_call_is_shown_and_its_result_answered(visit: Any, weather_tool: dict[str, Any]) -> None:
+    page = visit()
+    page.get_by_role("button", name="Settings").click()
+    functions = page.get_by_label("Functions that the model may call")
+    functions.fill("get_weather")
+    page.get_by_role("button", name="Save").click()
+    expect(page.get_by_text("must be a JSON list")).to_be_visible()
+    functions.fill(json.dumps([weather_tool]))
+    page.get_by_label("Temperature").fill("0")
+    page.get_by_role("button", name="Save").click()
+    ask(page, "What is the weather in Oslo?")
+    call, result = page.locator(".call"), page.get_by_label("Result of get_weather")
+    expect(result).to_be_focused()
+    expect(call.locator("h3")).to_have_text("Calls get_weather")
+    assert json.loads(call.locator("pre").inner_text()) == {"location": "Oslo"}
+    result.fill('{"temperature": 21, "sky": "sunny"}')
+    page.get_by_role("button", name="Send result").click()
+    expect(page.locator(".reply").nth(1).locator(".text")).to_contain_text("21")
+    asked, answered = page.bodies
+    assert asked["temperature"] == 0 and asked["tools"] == [weather_tool]
+    user, called, result = answered["messages"]
+    assert called["tool_calls"][0]["id"] == result["tool_call_id"] and called["reasoning_content"]
+    assert (user["role"], result["role"], result["content"]) == ("user", "tool", '{"temperature": 21, "sky": "sunny"}')
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ({"status": 503, "headers": {"Retry-After": "3"}, "error": "8 wait."}, "8 wait. Try again in 3 s."),
+        ({"status": 500}, "The server answered 500"),
+        ({"end": ""}, "The answer broke off"),
+        ({"end": 'data: {"error": {"message": "The engine was closed."}}\n\n'}, "The engine was closed."),
+    ],
+)
+def test_what_goes_wrong_is_said_and_the_question_comes_back(visit: Any, answer: dict[str, Any], words: str) -> None:
+    page = visit()
+    answering(page, **answer)
+    ask(page, SUM)
+    expect(page.get_by_role("alert").first).to_contain_text(words)
+    expect(page.get_by_label("Your message")).to_have_value(SUM)
+    expect(page.locator("article")).to_have_count(0)
+    page.unroute(COMPLETIONS)
+    page.keyboard.press("Enter")
+    expect(page.locator(".reply .text")).to_have_text(SUM_ANSWER)
+    expect(page.get_by_role("alert").first).to_be_hidden()
+
+
+def test_errors_of_the_server_itself_and_of_the_way_to_it(visit: Any) -> None:
+    page = visit()
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Functions that the model may call").fill('[{"type": "web_search"}]')
+    page.get_by_role("button", name="Save").click()
+    ask(page, SUM)
+    expect(page.get_by_role("alert").first).to_contain_text("only functions are offered")
+    page.route(COMPLETIONS, lambda route: route.abort())
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("alert").first).to_contain_text("Is it still running?")
+
+
+def test_a_reply_that_breaks_off_keeps_what_was_said(visit: Any) -> None:
+    page = visit()
+    answering(page, deltas=[{"content": "The sum"}], end="")
+    ask(page, SUM)
+    expect(page.get_by_role("alert").first).to_contain_text("The answer broke off")
+    expect(page.locator(".reply .text")).to_have_text("The sum")
+    expect(page.locator(".facts")).to_have_text("broken off")
+
+
+def test_a_key_is_asked_for_where_the_server_wants_one(visit: Any, serve: Any, model: Any) -> None:
+    with serve(model, api_key="open sesame") as locked:
+        page = visit(locked.url)
+        key = page.get_by_label("API key")
+        for wrong, words in (("", "asks for an API key"), ("sesame", "does not take this API key")):
+            if wrong:
+                key.fill(wrong)
+                page.keyboard.press("Enter")
+            expect(page.get_by_role("alert").first).to_contain_text(words)
+        key.fill("open sesame")
+        page.keyboard.press("Enter")
+        expect(key).to_be_hidden()
+        ask(page, SUM)
+        expect(page.locator(".reply .text")).to_have_text(SUM_ANSWER)
+
+
+MARKDOWN = """\
+# A *title*
+Some `code`, **bold**, [a link](https://example.org/), [none](javascript:alert(1)) and <script>alert(1)</script>
+<img src=x onerror=alert(1)>
+
+```html
+<b>not bold</b>
+
+  indented
+```
+1. one
+   - inner
+2. two
+
+| a | b |
+|---|---|
+| 1 | `2` |
+
+> quoted
+"""
+
+
+def test_markdown_is_shown_and_markup_stays_text(visit: Any) -> None:
+    page = visit()
+    answering(page, deltas=[{"content": MARKDOWN[start : start + 7]} for start in range(0, len(MARKDOWN), 7)])
+    ask(page, "Show me")
+    expect(page.locator("blockquote")).to_have_text("quoted")
+    text = page.locator(".reply .text")
+    assert text.locator("script, img, b").count() == 0
+    assert "<script>alert(1)</script>" in text.inner_text() and "<img src=x onerror=alert(1)>" in text.inner_text()
+    assert text.locator("h3").inner_text() == "A title"
+    assert [link.get_attribute("href") for link in text.locator("a").all()] == ["https://example.org/"]
+    assert text.locator("pre").inner_text() == "<b>not bold</b>\n\n  indented"
+    assert text.locator("ol > li").count() == 2 and text.locator("ol ul li").inner_text() == "inner"
+    assert text.locator("td").all_inner_texts() == ["1", "2"]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_is_as_light_or_dark_as_the_system(visit: Any, scheme: Any) -> None:
+    page = visit(color_scheme=scheme)
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    lightness = sum(map(int, paper.removeprefix("rgb(").removesuffix(")").split(", "))) / 3
+    assert (lightness > 200) if scheme == "light" else (lightness < 50)
