@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from .backends import find_backend
 from .backends.base import Backend, Limits
 from .chat import Events, Prompt, answered, as_conversation, stream_chat, stream_raw
 from .config import ModelConfig
-from .engine import Engine, Token
+from .engine import Engine, PrefixFiles, Token
 from .errors import CheckpointError, InvalidRequest
 from .harmony.messages import Conversation, Effort
 from .memory import MemoryPlan, plan_memory, require_fit
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 NANO = Path(__file__).parent / "nano"  # the bundled model
 DRAFTS = 3  # with the token before them 4, the most queries that Metal's attention for a single one takes
+LIBRARY = {"mlx": "mlx", "cuda": "torch"}  # what computes: another version may round otherwise
 ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -232,6 +234,9 @@ def load(
     quantize: str | None = None,
     kv_bits: int | None = None,
     speculate: bool = False,
+    max_waiting: int | None = None,
+    prefix_cache: int | None = None,
+    prompt_cache: str | Path | None = None,
 ) -> Model:
     """Open a checkpoint and load it onto a device.
 
@@ -249,6 +254,10 @@ def load(
         they are computed.
     speculate: guess up to DRAFTS tokens ahead from what the text has said before, and verify them in one step (mlx
         alone). The text is the same, up to the rounding of a product's order; where it repeats itself it comes faster.
+    max_waiting: requests that may wait for a slot; more are refused with Busy. None sets no bound.
+    prefix_cache: bytes on the device for what was computed of prompts, from which prompts that begin alike go on; 0
+        keeps none; None takes half of what is left, 2 GB at most.
+    prompt_cache: a folder where that is kept for other processes, too.
     Raises CheckpointError, DoesNotFit (before anything is loaded), BackendUnavailable or InvalidRequest.
     """
     started = time.perf_counter()
@@ -274,10 +283,17 @@ def load(
         slots=slots,
         kv_bits=kv_bits,
         as_stored=backend == "mlx" and quantize is None,
+        prefix_bytes=prefix_cache,
     )
     if not plan.fits:
         best = recommend(checkpoint, plan, sizes, max_context, mappable(checkpoint) if backend == "mlx" else None)
         require_fit(plan, name, {best.format: best.size_bytes} if best else sizes)
+    files = None
+    if prompt_cache is not None:
+        where = (module.device_name(device), module.dtype_name(device, dtype), plan.chunk, plan.widened_bytes > 0)
+        programs = [(name, metadata.version(name)) for name in ("mlx-gptoss", LIBRARY[backend])]
+        known = (programs, checkpoint.fingerprint(), quantize, kv_bits, speculate, where)
+        files = PrefixFiles(Path(prompt_cache), repr(known))
     limits = Limits(
         slots=slots,
         max_context=plan.context,
@@ -287,7 +303,12 @@ def load(
         resident_vocab=used_vocabulary(checkpoint) if plan.mapped_bytes else None,
         widen=plan.widened_bytes > 0,
     )
-    engine = Engine(lambda: module.load(weights, device=device, dtype=dtype, limits=limits))
+    engine = Engine(
+        lambda: module.load(weights, device=device, dtype=dtype, limits=limits),
+        max_waiting=max_waiting,
+        prefix_bytes=plan.prefix_bytes,
+        prefix_files=files,
+    )
     return Model(
         checkpoint,
         quantize or checkpoint.format,
@@ -324,10 +345,12 @@ def memory_plan(
     slots: int = 1,
     kv_bits: int | None = None,
     as_stored: bool = False,
+    prefix_bytes: int | None = 0,
 ) -> MemoryPlan:
     """What the checkpoint will take on this backend's device, and what the device has. weights_bytes: where that is
     not the checkpoint's own size, for it is quantized on the way. as_stored: whether the backend (mlx) may leave
-    embeddings in the mapped file where memory is short, and on a CPU widen what is dense where there is enough."""
+    embeddings in the mapped file where memory is short, and on a CPU widen what is dense where there is enough.
+    prefix_bytes: as plan_memory has it."""
     config = checkpoint.config
     if kv_bits is not None and config.head_dim % 64:
         raise InvalidRequest(f"kv_bits needs heads of 64, and this model's have {config.head_dim}; leave it out")
@@ -346,6 +369,7 @@ def memory_plan(
         kv_bits=kv_bits,
         mappable_bytes=mappable_bytes(checkpoint) if as_stored else 0,
         widenable_bytes=widenable_bytes(checkpoint, activation_bytes) if may_widen else 0,
+        prefix_bytes=prefix_bytes,
     )
 
 

@@ -20,7 +20,7 @@ from .harmony.parse import Parser
 from .harmony.render import render
 from .reply import Continuation, Event, Reader, Turn
 from .sampling import Sampling
-from .tokenizer import CALL, RETURN, Tokenizer
+from .tokenizer import CALL, END, RETURN, Tokenizer
 
 Prompt = str | Sequence[Mapping[str, Any]] | Conversation
 
@@ -68,7 +68,8 @@ def stream_chat(
         raise InvalidRequest("the conversation is empty; give at least one message")
     sampling = sampling or Sampling()
     stop_ids = stop_ids | {tokenizer.special(RETURN), tokenizer.special(CALL)}
-    stream = _submit(engine, tuple(render(conversation, tokenizer)), max_tokens, sampling, stop_ids)
+    ends = frozenset(tokenizer.special(name) for name in (END, RETURN, CALL))
+    stream = _submit(engine, tuple(render(conversation, tokenizer)), max_tokens, sampling, stop_ids, ends)
     return Events(stream, Turn(tokenizer, Parser(tokenizer), StopStrings(sampling.stop)))
 
 
@@ -94,10 +95,15 @@ def stream_raw(
 
 
 def _submit(
-    engine: Engine, prompt: tuple[int, ...], max_tokens: int | None, sampling: Sampling, stop_ids: frozenset[int]
+    engine: Engine,
+    prompt: tuple[int, ...],
+    max_tokens: int | None,
+    sampling: Sampling,
+    stop_ids: frozenset[int],
+    message_ends: frozenset[int] = frozenset(),
 ) -> Stream:
     most = engine.limits.max_context if max_tokens is None else max_tokens
-    return engine.submit(Request(prompt, most, sampling, stop_ids))
+    return engine.submit(Request(prompt, most, sampling, stop_ids, message_ends=message_ends))
 
 
 class Events(Iterator[Event]):

@@ -25,3 +25,11 @@ class InvalidRequest(GptOssError):
 
 class BackendUnavailable(GptOssError):
     """The backend asked for is not installed or has no device here; the message names the extra to install."""
+
+
+class Busy(GptOssError):
+    """More requests than may wait. retry_after_s: whole seconds after which there may be room."""
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s

@@ -15,6 +15,7 @@ COMFORTABLE_CONTEXT = 8192  # tokens that are worth leaving the embeddings in th
 SMALLEST_CONTEXT = 2048  # a default context is not cut below this; with less room the model is refused
 DEFAULT_CHUNK_CONTEXT = 32768  # tokens of default context that are worth more than a larger prefill chunk
 SMALLEST_CHUNK = 256  # tokens of one prefill step below which it would be slow for little memory
+PREFIX_BYTES = 2 << 30  # of the prefix cache: of 20b in bfloat16, conversations of 55,000 tokens together
 SYSTEM_BYTES = 3 << 30  # what macOS is left with when a GPU's limit is raised
 RUNTIME_BYTES = 300 << 20  # interpreter, libraries, tokenizer and allocator slack (measured: 210 MB with MLX on a CPU)
 
@@ -32,6 +33,7 @@ class MemoryPlan:
         it is not.
     widened_bytes: what dense matrices take more in the activations' dtype than as stored (Limits.widen); 0 where they
         are kept as stored.
+    prefix_bytes: what the prefix cache may hold.
     available_bytes: what the device has to give: Metal's recommended working set, or the free memory elsewhere.
     """
 
@@ -46,11 +48,17 @@ class MemoryPlan:
     available_bytes: int
     mapped_bytes: int = 0
     widened_bytes: int = 0
+    prefix_bytes: int = 0
 
     @property
     def working_bytes(self) -> int:
         """What is not weights as stored and cache."""
-        return self.widened_bytes + self.step_bytes + self.slots * self.context * self.layer_bytes_per_token
+        return (
+            self.prefix_bytes
+            + self.widened_bytes
+            + self.step_bytes
+            + self.slots * self.context * self.layer_bytes_per_token
+        )
 
     @property
     def needed_bytes(self) -> int:
@@ -64,7 +72,7 @@ class MemoryPlan:
     @property
     def largest_context(self) -> int:
         """The longest context that fits, in whole 256 tokens; 0 when none does."""
-        resident = self.weights_bytes - self.mapped_bytes + self.widened_bytes
+        resident = self.weights_bytes - self.mapped_bytes + self.widened_bytes + self.prefix_bytes
         room = self.available_bytes - resident - self.step_bytes - self.slots * self.ring_bytes
         each = self.slots * (self.kv_bytes_per_token + self.layer_bytes_per_token)
         return max(0, room // max(each, 1) // 256 * 256)
@@ -82,6 +90,7 @@ def plan_memory(
     kv_bits: int | None = None,
     mappable_bytes: int = 0,
     widenable_bytes: int = 0,
+    prefix_bytes: int | None = 0,
 ) -> MemoryPlan:
     """The plan for `context` tokens a slot; None takes the model's longest, or what fits of it
     (but no less than SMALLEST_CONTEXT, at which a model that is too big is refused).
@@ -91,6 +100,7 @@ def plan_memory(
     kv_bits: 8 where the full layers' keys and values are kept in 8 bits, with two float32 to 64 of them.
     mappable_bytes: of the weights, what may stay in the file; it does if a COMFORTABLE_CONTEXT does not fit otherwise.
     widenable_bytes: what dense matrices would take more if they were widened; they are if the plan fits all the same.
+    prefix_bytes: for the prefix cache; None gives it half of what is left, PREFIX_BYTES at most.
     """
     entry = 2 * config.kv_size * activation_bytes  # one key and one value, all heads
     kept = entry if kv_bits is None else 2 * config.kv_size * (64 + 8) // 64
@@ -105,15 +115,21 @@ def plan_memory(
         ring_bytes=entry * config.sliding_layers * config.sliding_window,
         step_bytes=RUNTIME_BYTES + working_space(config, chunk, slots, activation_bytes),
         available_bytes=available_bytes,
+        prefix_bytes=prefix_bytes or 0,
     )
     steps = [RUNTIME_BYTES + working_space(config, size, slots, activation_bytes) for size in _chunks(chunk)]
     choices = [replace(plan, chunk=size, step_bytes=step) for size, step in zip(_chunks(chunk), steps, strict=True)]
     whole = _settled(choices, wanted, context is not None)
     if not mappable_bytes or (whole.fits and whole.context >= min(wanted, COMFORTABLE_CONTEXT)):
         wide = replace(whole, widened_bytes=widenable_bytes)
-        return wide if wide.fits else whole
+        return _with_prefix(wide if wide.fits else whole, prefix_bytes)
     lean = _settled([replace(choice, mapped_bytes=mappable_bytes) for choice in choices], wanted, context is not None)
-    return lean if lean.fits else whole
+    return _with_prefix(lean if lean.fits else whole, prefix_bytes)
+
+
+def _with_prefix(plan: MemoryPlan, prefix_bytes: int | None) -> MemoryPlan:
+    spare = max(0, plan.available_bytes - plan.needed_bytes)
+    return plan if prefix_bytes is not None else replace(plan, prefix_bytes=min(spare // 2, PREFIX_BYTES))
 
 
 def _chunks(most: int) -> list[int]:

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from .engine import Engine, Stream
-from .request import Finished, FinishReason, Guide, Request, Token
+from .prefix_files import PrefixFiles
+from .request import Finished, FinishReason, Guide, Request, Status, Token
 from .stop import StopStrings
 
-__all__ = ["Engine", "FinishReason", "Finished", "Guide", "Request", "StopStrings", "Stream", "Token"]
+__all__ = [
+    "Engine",
+    "FinishReason",
+    "Finished",
+    "Guide",
+    "PrefixFiles",
+    "Request",
+    "Status",
+    "StopStrings",
+    "Stream",
+    "Token",
+]

@@ -13,7 +13,8 @@ from typing import TypeVar, cast
 from ..backends.base import Runner
 from ..errors import InvalidRequest
 from .loop import Loop, Ticket
-from .request import Finished, Request, Token
+from .prefix_files import PrefixFiles
+from .request import Finished, Request, Status, Token
 from .scheduler import room
 
 T = TypeVar("T")
@@ -25,14 +26,24 @@ class Engine:
     """One runner on one thread of its own, serving any number of callers at once.
 
     make_runner: called on the engine thread, where the runner then stays. What it raises is raised here.
+    max_waiting: requests that may wait for a slot; None sets no bound.
+    prefix_bytes: of snapshots that the prefix cache may hold on the device; 0 keeps none. prefix_files: where they are
+        kept beyond that.
 
     A single stream costs what a bare loop costs, for the next step is submitted before the last one is read. An
     error inside a step fails the streams that were in it, with that error, and the engine goes on; an error that
     leaves the runner in doubt (in release, or a result that does not match its step) closes the engine.
     """
 
-    def __init__(self, make_runner: Callable[[], Runner]) -> None:
-        self._loop = Loop()
+    def __init__(
+        self,
+        make_runner: Callable[[], Runner],
+        *,
+        max_waiting: int | None = None,
+        prefix_bytes: int = 0,
+        prefix_files: PrefixFiles | None = None,
+    ) -> None:
+        self._loop = Loop(prefix_bytes, prefix_files)
         ready: Future[Runner] = Future()
         self._thread = threading.Thread(
             target=self._loop.run, args=(make_runner, ready), name="mlx-gptoss engine", daemon=True
@@ -48,19 +59,25 @@ class Engine:
             raise
         self.config = runner.config
         self.limits = runner.limits
+        self._most = None if max_waiting is None else runner.limits.slots + max_waiting
 
     def submit(self, request: Request) -> Stream:
         """Queue a request and return at once.
 
-        Raises InvalidRequest if the prompt leaves no room in the context or an id is not in the vocabulary, and
-        GptOssError if the engine is closed.
+        Raises InvalidRequest if the prompt leaves no room in the context or an id is not in the vocabulary, Busy if too
+        many wait already, and GptOssError if the engine is closed.
         """
         room(request, self.limits)
         self._check_ids("the prompt", request.prompt)
         self._check_ids("logit_bias", request.sampling.logit_bias or ())
         ticket = Ticket(request)
-        self._loop.post_unless_closed(partial(self._loop.admit, ticket))
+        self._loop.enter(ticket, self._most)
         return Stream(self, ticket, partial(self._loop.post, partial(self._loop.cancel, ticket)))
+
+    @property
+    def status(self) -> Status:
+        """Of any thread. Raises GptOssError if the engine is closed."""
+        return self._loop.status
 
     def call(self, function: Callable[[Runner], T]) -> T:
         """function(runner) on the engine thread, between two steps: for runner.logits and runner.peak_memory.

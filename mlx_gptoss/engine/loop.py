@@ -10,12 +10,16 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
+from math import ceil
 from queue import SimpleQueue
 from time import perf_counter
 
 from ..backends.base import Pending, Runner
-from ..errors import GptOssError
-from .request import Finished, FinishReason, Request, Token
+from ..errors import Busy, GptOssError
+from .prefix import PrefixCache
+from .prefix_files import PrefixFiles
+from .request import Finished, FinishReason, Request, Status, Token
 from .scheduler import Output, Scheduler, Step, Track
 
 CLOSED = "the engine is closed; load the model again"
@@ -33,9 +37,12 @@ class Ticket:
     last: float | None = None
     track: Track | None = None
     told: Callable[[], None] | None = None  # after every item, on the engine thread
+    left: Callable[[Ticket], None] | None = None  # after the last one
 
     def put(self, item: Token | Finished | BaseException) -> None:
         self.box.put(item)
+        if not isinstance(item, Token) and self.left is not None:
+            self.left(self)
         if self.told is not None:
             self.told()
 
@@ -48,6 +55,7 @@ class Ticket:
                 reason,
                 prompt_tokens=len(self.request.prompt),
                 completion_tokens=self.track.delivered if self.track else 0,
+                cached_tokens=self.track.cached if self.track else 0,
                 drafted=self.track.drafted if self.track else 0,
                 accepted=self.track.accepted if self.track else 0,
                 queue_s=started - self.submitted,
@@ -68,13 +76,17 @@ class InFlight:
 class Loop:
     """Runs on the engine thread, apart from post() and post_unless_closed(), which any thread may call."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix_bytes: int = 0, prefix_files: PrefixFiles | None = None) -> None:
+        self._prefix_bytes, self._prefix_files = prefix_bytes, prefix_files
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
         self._closing = False
         self._runner: Runner
         self._scheduler: Scheduler
+        self._prefix: PrefixCache | None = None
+        self._unfinished = 0  # requests that were taken and have not ended
+        self._mean_s = 1.0  # that a request takes from its start to its end, of late
         self._in_flight: InFlight | None = None
         self._open: dict[Track, Ticket] = {}
         self.failure: BaseException | None = None
@@ -91,6 +103,32 @@ class Loop:
                 raise self._closed_error()
             self._inbox.put(message)
 
+    def enter(self, ticket: Ticket, most: int | None) -> None:
+        """Take a request. Raises Busy if `most` are open, and GptOssError as post_unless_closed()."""
+        with self._lock:
+            if self._closed:
+                raise self._closed_error()
+            if most is not None and self._unfinished >= most:
+                seconds = self._mean_s * (self._unfinished + 1) / self._runner.limits.slots
+                raise Busy(
+                    f"{self._unfinished} requests are being served or wait, as many as may; try again later",
+                    retry_after_s=min(max(1, ceil(seconds)), 60),
+                )
+            self._unfinished += 1
+            ticket.left = self._leave
+            self._inbox.put(partial(self.admit, ticket))
+
+    def _leave(self, ticket: Ticket) -> None:
+        with self._lock:
+            self._unfinished -= 1
+            if ticket.started is not None:
+                self._mean_s += 0.1 * (perf_counter() - ticket.started - self._mean_s)
+
+    @property
+    def status(self) -> Status:
+        running, waiting = self._scheduler.counts
+        return Status(self._runner.limits.slots, running, waiting, self._prefix.nbytes if self._prefix else 0)
+
     def run(self, make_runner: Callable[[], Runner], ready: Future[Runner]) -> None:
         """The body of the thread: make the runner, pump steps until close(), close the runner."""
         try:
@@ -99,7 +137,9 @@ class Loop:
             self._shut()
             ready.set_exception(error)
             return
-        self._scheduler = Scheduler(self._runner.limits, self._runner.release)
+        if self._prefix_bytes:
+            self._prefix = PrefixCache(self._prefix_bytes, self._runner, self._prefix_files)
+        self._scheduler = Scheduler(self._runner.limits, self._runner.release, self._prefix)
         ready.set_result(self._runner)
         try:
             self._pump()
@@ -164,7 +204,11 @@ class Loop:
             if ticket.started is None:
                 ticket.started = now
         try:
-            return InFlight(step, self._runner.submit(step.rows))
+            for slot, chain in step.restores:
+                self._runner.restore(slot, chain)
+            pending = self._runner.submit(step.rows)
+            self._scheduler.submitted(step)
+            return InFlight(step, pending)
         except Exception as error:
             self._lose(step, error)
             return None
@@ -225,10 +269,13 @@ class Loop:
             self.failure = self.failure or error
         finally:
             self._in_flight = None
+            if self._prefix is not None:
+                self._prefix.close()
             try:
                 self._runner.close()
             except Exception as error:
                 self.failure = self.failure or error
+            self._prefix = None
             del self._runner, self._scheduler
 
     def _closed_error(self) -> GptOssError:

@@ -11,8 +11,9 @@ Plain Python; snapshots are opaque. Lives on the engine thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from ..backends.base import Snapshot
 from .prefix_files import PrefixFiles, StoredSpan
@@ -32,6 +33,14 @@ def cuts(prompt: Sequence[int], ends: frozenset[int], every: int) -> tuple[int, 
             found.append(place)
             last = place
     return tuple(found) if last == len(prompt) else (*found, len(prompt))
+
+
+class Snapshots(Protocol):
+    """What the cache needs of a Runner."""
+
+    def save(self, slot: int, start: int, end: int) -> Snapshot: ...
+    def pack(self, snapshot: Snapshot) -> bytes: ...
+    def unpack(self, start: int, end: int, data: bytes) -> Snapshot: ...
 
 
 @dataclass(eq=False)
@@ -59,13 +68,14 @@ class Node:
 
 
 class PrefixCache:
-    """Snapshots of at most `most_bytes`, those used longest ago dropped first. files: where they are kept, too, if they
-    shall outlast the process."""
+    """Snapshots of at most `most_bytes`, those used longest ago dropped first. runner: whose they are. files: where
+    they are kept, too, if they shall outlast the process."""
 
-    def __init__(self, most_bytes: int, files: PrefixFiles | None = None) -> None:
+    def __init__(self, most_bytes: int, runner: Snapshots, files: PrefixFiles | None = None) -> None:
         self.root = Node((), 0, None)
         self.nbytes = 0
         self._most = most_bytes
+        self._runner = runner
         self._files = files
         self._clock = 0
         if files is not None:
@@ -84,17 +94,17 @@ class PrefixCache:
         found.used = self._clock
         return found
 
-    def add(self, node: Node, span: Span, save: Callable[[], Snapshot]) -> Node | None:
-        """The node that `span` leads to, with what save() returns unless it is known already. None if there is no room
-        beside the prompt's own beginning, or `node` was dropped meanwhile."""
+    def add(self, node: Node, span: Span, slot: int) -> Node | None:
+        """The node that `span` leads to, with a snapshot of the slot's sequence, which ends there, unless it is known
+        already. None if there is no room beside the prompt's own beginning, or `node` was dropped meanwhile."""
         known = self.child(node, span)
         if known is not None or not self._alive(node):
             return known
-        added = Node(span, node.end + len(span), node, save())
-        assert added.snapshot is not None
-        node.children[span] = added
+        end = node.end + len(span)
+        snapshot = self._runner.save(slot, node.end, end)
+        added = node.children[span] = Node(span, end, node, snapshot)
         if self._files is not None and (node is self.root or node.stored is not None):
-            added.stored = self._files.write(node.stored, span, added.snapshot)
+            added.stored = self._files.write(node.stored, span, end, self._runner.pack(snapshot))
         self._hold(added)
         self._bound_files()
         return added if added.snapshot is not None else None
@@ -120,11 +130,12 @@ class PrefixCache:
     def _read(self, node: Node) -> None:
         """Bring a node's snapshot to memory from its file. What cannot be read is dropped; so it is computed anew."""
         assert self._files is not None and node.stored is not None
-        node.snapshot = self._files.read(node.stored)
-        if node.snapshot is None:
-            self._drop(node)
-        else:
-            self._hold(node)
+        data = self._files.read(node.stored)
+        if data is None:
+            self.drop(node)
+            return
+        node.snapshot = self._runner.unpack(node.end - len(node.span), node.end, data)
+        self._hold(node)
 
     def _bound_files(self) -> None:
         """Remove the files used longest ago, as long as there are too many bytes of them."""
@@ -136,7 +147,7 @@ class PrefixCache:
             self._files.remove(node.stored)
             node.stored = None
             if node.snapshot is None:
-                self._drop(node)
+                self.drop(node)
 
     def _hold(self, node: Node) -> None:
         """Count a node's snapshot, which has just come to memory, and make room for it."""
@@ -158,9 +169,9 @@ class PrefixCache:
         self.nbytes -= node.snapshot.nbytes
         node.snapshot = None
         if node.stored is None:
-            self._drop(node)
+            self.drop(node)
 
-    def _drop(self, node: Node) -> None:
+    def drop(self, node: Node) -> None:
         """Take a node and all behind it out of the tree, and their files away."""
         assert node.parent is not None
         node.parent.children.pop(node.span, None)

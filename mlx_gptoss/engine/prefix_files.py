@@ -17,14 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
 from threading import Thread
+from time import time
 
-from ..backends.base import Snapshot
 from ..errors import GptOssError
 
 MOST_BYTES = 16 << 30  # of all files of one fingerprint
 LONGEST_LINE = 1 << 16  # bytes; a span of 256 ids takes 2 kB
 WAITING = 16  # snapshots that may wait for the disk before the engine does
-SUFFIX = ".kv"
+SUFFIX, UNFINISHED = ".kv", ".part"
+ABANDONED_S = 3600.0  # after which nobody finishes an unfinished file
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class StoredSpan:
 
 
 class PrefixFiles:
-    """The files of one fingerprint. pack, unpack: as Runner's. Raises GptOssError for a folder that cannot be used.
+    """The files of one fingerprint. Raises GptOssError for a folder that cannot be used.
 
     Written on a thread of its own; a disk that is full or gone ends the writing, with a warning, and nothing else.
     """
@@ -52,73 +53,84 @@ class PrefixFiles:
         self,
         folder: Path,
         fingerprint: str,
-        pack: Callable[[Snapshot], bytes],
-        unpack: Callable[[int, int, bytes], Snapshot],
         most_bytes: int = MOST_BYTES,
     ) -> None:
         self.most_bytes = most_bytes
         self.nbytes = 0
         self._folder = folder / hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
         self._fingerprint = fingerprint
-        self._pack, self._unpack = pack, unpack
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self._folder).close()
         except OSError as error:
-            raise GptOssError(f"the prompt cache cannot be kept in {folder}: {error.strerror}; name another folder")
+            raise GptOssError(
+                f"the prompt cache cannot be kept in {folder}: {error.strerror}; name another folder"
+            ) from error
         self._queue: Queue[Callable[[], None] | None] = Queue(WAITING)
+        self._waiting: dict[str, bytes] = {}  # by name, what is not written yet
         self._full = False
-        self._writer = Thread(target=self._work, name="mlx-gptoss prompt cache", daemon=True)
-        self._writer.start()
+        self._writer: Thread | None = None
 
     def scan(self) -> list[StoredSpan]:
         """What earlier processes left. Files that are not whole are removed."""
         found = []
-        for path in self._folder.iterdir():
-            stored = self._header(path) if path.suffix == SUFFIX else None
+        for path in self._folder.glob(f"*{SUFFIX}"):
+            stored = self._header(path)
             if stored is None:
                 path.unlink(missing_ok=True)
                 continue
             found.append(stored)
             self.nbytes += stored.nbytes
+        for path in self._folder.glob(f"*{UNFINISHED}"):
+            if time() - path.lstat().st_mtime > ABANDONED_S:
+                path.unlink(missing_ok=True)
         return found
 
-    def write(self, parent: StoredSpan | None, span: tuple[int, ...], snapshot: Snapshot) -> StoredSpan | None:
+    def write(self, parent: StoredSpan | None, span: tuple[int, ...], end: int, data: bytes) -> StoredSpan | None:
         """Write a snapshot soon. None if the disk has failed before."""
         if self._full:
             return None
-        data = self._pack(snapshot)
         before = None if parent is None else parent.name
         name = self._name(before, span)
-        line = {"parent": before, "span": span, "end": snapshot.end, "bytes": len(data), "sha256": _digest(data)}
+        line = {"parent": before, "span": span, "end": end, "bytes": len(data), "sha256": _digest(data)}
         header = json.dumps(line).encode() + b"\n"
-        stored = StoredSpan(name, before, span, snapshot.end, len(header) + len(data))
+        stored = StoredSpan(name, before, span, end, len(header) + len(data))
         self.nbytes += stored.nbytes
-        self._queue.put(lambda: self._write(name, header, data))
+        self._waiting[name] = data
+        self._later(lambda: self._write(name, header, data))
         return stored
 
-    def read(self, stored: StoredSpan) -> Snapshot | None:
-        """The snapshot; None if its file is gone or not what it was."""
+    def read(self, stored: StoredSpan) -> bytes | None:
+        """The snapshot's bytes; None if its file is gone or not what it was."""
+        if (data := self._waiting.get(stored.name)) is not None:
+            return data
         try:
-            with (self._folder / f"{stored.name}{SUFFIX}").open("rb") as file:
+            with self._path(stored.name).open("rb") as file:
                 line = json.loads(file.readline(LONGEST_LINE))
                 data = file.read()
             if _digest(data) != line["sha256"]:
                 raise ValueError("its bytes have changed")
             os.utime(file.name)
-            return self._unpack(stored.end - len(stored.span), stored.end, data)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return data
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             _log.warning("a file of the prompt cache was dropped: %s", error)
             return None
 
     def remove(self, stored: StoredSpan) -> None:
         self.nbytes -= stored.nbytes
-        self._queue.put(lambda: self._path(stored.name).unlink(missing_ok=True))
+        self._later(lambda: self._path(stored.name).unlink(missing_ok=True))
 
     def close(self) -> None:
         """Wait until everything is written."""
-        self._queue.put(None)
-        self._writer.join()
+        if self._writer is not None:
+            self._queue.put(None)
+            self._writer.join()
+
+    def _later(self, job: Callable[[], None]) -> None:
+        if self._writer is None:
+            self._writer = Thread(target=self._work, name="mlx-gptoss prompt cache", daemon=True)
+            self._writer.start()
+        self._queue.put(job)
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
@@ -130,9 +142,14 @@ class PrefixFiles:
                 self._full = True
 
     def _write(self, name: str, header: bytes, data: bytes) -> None:
-        if self._full:
-            return
-        handle, written = tempfile.mkstemp(dir=self._folder)
+        try:
+            if not self._full:
+                self._write_whole(name, header, data)
+        finally:
+            self._waiting.pop(name, None)
+
+    def _write_whole(self, name: str, header: bytes, data: bytes) -> None:
+        handle, written = tempfile.mkstemp(UNFINISHED, dir=self._folder)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(header)
@@ -153,7 +170,7 @@ class PrefixFiles:
             stored = StoredSpan(path.stem, parent, span, int(line["end"]), state.st_size, state.st_mtime)
             whole = state.st_size == len(text) + int(line["bytes"]) and stored.end >= len(span) > 0
             return stored if whole and path.stem == self._name(parent, span) else None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def _path(self, name: str) -> Path:

@@ -32,6 +32,7 @@ class Request:
     max_tokens: most tokens to generate, at least 1. The engine lowers it to what the context has room for.
     stop_ids: generation ends with the first of these; that token is reported like any other.
     guide: what may come next at each token; None allows all.
+    message_ends: the ids that end a message of the prompt: good places to take it up again (prefix.py).
     Raises InvalidRequest for an empty prompt or a max_tokens below 1.
     """
 
@@ -40,6 +41,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: frozenset[int] = frozenset()
     guide: Guide | None = None
+    message_ends: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -55,6 +57,17 @@ class Token:
     id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Status:
+    """What an engine is at. running: sequences that have a slot; waiting: those that wait for one. prefix_bytes: that
+    the prefix cache holds in memory."""
+
+    slots: int
+    running: int
+    waiting: int
+    prefix_bytes: int
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,19 @@ flight; its slot is freed only when no step in flight touches it.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..backends.base import Limits, Row, Sampled
+from ..backends.base import Limits, Row, Sampled, Snapshot
 from ..errors import GptOssError, InvalidRequest
 from .lookup import Lookup
+from .prefix import EVERY, Node, PrefixCache, cuts
 from .request import Guide, Request
+
+READS = 8  # snapshots that one sequence has read from files in one step
 
 
 @dataclass(eq=False)
@@ -28,12 +32,19 @@ class Track:
     lookup: where drafts come from, None for a request that gets none. drafted, accepted: drafts so far, and those
     guessed right. mask: what the next row may sample, for a request with a guide.
 
+    cuts: where its prefill is cut. node: as far as the prefix cache knows it; None if it is not kept there. chain: what
+    its slot is to be restored from before the next row. cached: tokens of the prompt that did not have to be computed.
+
     With lookup or guide a row hangs on the result of the last one: it is planned when that was read, and fed its token
     `last`; sampled then counts what was read.
     """
 
     request: Request
     room: int
+    cuts: tuple[int, ...]
+    node: Node | None = None
+    chain: tuple[Snapshot, ...] = ()
+    cached: int = 0
     slot: int = -1
     length: int = 0
     sampled: int = 0
@@ -47,16 +58,21 @@ class Track:
     mask: bytes | None = None
 
     @property
+    def next_cut(self) -> int:
+        return self.cuts[bisect_right(self.cuts, self.length)]
+
+    @property
     def one_by_one(self) -> bool:
         return self.lookup is not None or self.request.guide is not None
 
 
 @dataclass(frozen=True)
 class Step:
-    """Rows of one step; tracks[i] is the track of rows[i]."""
+    """Rows of one step; tracks[i] is the track of rows[i]. restores: slots that begin with snapshots, before it."""
 
     rows: tuple[Row, ...]
     tracks: tuple[Track, ...]
+    restores: tuple[tuple[int, tuple[Snapshot, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,15 +103,22 @@ class Scheduler:
     exactly one of read() and lose().
 
     release: called with a slot whose sequence ended, once no step in flight touches it.
+    prefix: what is known of earlier prompts; None keeps nothing.
     """
 
-    def __init__(self, limits: Limits, release: Callable[[int], None]) -> None:
+    def __init__(self, limits: Limits, release: Callable[[int], None], prefix: PrefixCache | None = None) -> None:
         self._limits = limits
         self._release = release
+        self._prefix = prefix
         self._free = deque(range(limits.slots))
         self._waiting: deque[Track] = deque()
         self._prefilling: deque[Track] = deque()
         self._decoding: list[Track] = []
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Sequences that have a slot, and those that wait for one."""
+        return self._limits.slots - len(self._free), len(self._waiting)
 
     @property
     def idle(self) -> bool:
@@ -108,7 +131,11 @@ class Scheduler:
         A penalty hangs on each token before it, and so does a mask: the tokens after a draft cannot be drawn along.
         """
         drafting = self._limits.drafts > 0 and not request.sampling.penalized and request.guide is None
-        track = Track(request, room(request, self._limits), lookup=Lookup(request.prompt) if drafting else None)
+        most = room(request, self._limits)
+        places = cuts(request.prompt, request.message_ends, self._every)
+        track = Track(request, most, places, lookup=Lookup(request.prompt) if drafting else None)
+        if self._prefix is not None:
+            track.node = self._prefix.root
         if request.guide is not None:
             track.mask = request.guide.mask()
         self._waiting.append(track)
@@ -135,14 +162,23 @@ class Scheduler:
         rows = [self._decode(track) for track in tracks]
         if tracks:
             self._decoding = [track for track in self._decoding if track.sampled < track.room]
-        for track in self._next_chunks():
+        chunks = self._next_chunks()
+        restores = [(track.slot, track.chain) for track in chunks if track.chain]
+        for track in chunks:
+            track.chain = ()
             tracks.append(track)
             rows.append(self._prefill(track))
         if not rows:
             return None
         for track in tracks:
             track.in_flight += 1
-        return Step(tuple(rows), tuple(tracks))
+        return Step(tuple(rows), tuple(tracks), tuple(restores))
+
+    def submitted(self, step: Step) -> None:
+        """The step is under way, and no other yet: keep what its chunks leave behind."""
+        for track, row in zip(step.tracks, step.rows, strict=True):
+            if self._prefix is not None and track.node is not None and row.tokens and row.sampling is None:
+                track.node = self._prefix.add(track.node, row.tokens, row.slot)
 
     def read(self, step: Step, results: Sequence[Sampled | None]) -> list[Output]:
         """Take in the results of a step; tokens of ended tracks are dropped."""
@@ -157,7 +193,9 @@ class Scheduler:
 
     def lose(self, step: Step) -> None:
         """The step failed: end its tracks."""
-        for track in step.tracks:
+        for track, row in zip(step.tracks, step.rows, strict=True):
+            if self._prefix is not None and track.node is not None and row.sampling is None:
+                self._prefix.drop(track.node)
             track.in_flight -= 1
             if track.ended:
                 self._free_slot(track)
@@ -201,25 +239,58 @@ class Scheduler:
 
         A chunk is never cut short to fill a step, so where a prompt is cut depends on the prompt alone and not on
         what runs beside it. Served sequences go to the back: a long prompt does not hold up the short ones behind
-        it. The one at the front always fits, so none starves.
+        it. The one at the front always fits, so none starves. What another computes in the same step, to be kept,
+        is waited for.
         """
         budget = self._limits.chunk
-        served = []
+        served: list[Track] = []
+        computed: set[tuple[Node, tuple[int, ...]]] = set()
         for track in self._prefilling:
-            size = min(self._limits.chunk, len(track.request.prompt) - track.length)
-            if size <= budget:
-                budget -= size
-                served.append(track)
+            if not self._reuse(track):
+                continue
+            size = track.next_cut - track.length
+            if size > budget:
+                continue
+            if track.node is not None and track.next_cut < len(track.request.prompt):
+                span = (track.node, track.request.prompt[track.length : track.next_cut])
+                if span in computed:
+                    continue
+                computed.add(span)
+            budget -= size
+            served.append(track)
             if not budget:
                 break
         for track in served:
             self._prefilling.remove(track)
         return served
 
+    def _reuse(self, track: Track) -> bool:
+        """Go on from as much of the prompt as is known. False if more is still to be read from files: a few a step, so
+        that the others need not wait."""
+        node, prompt, reads = track.node, track.request.prompt, 0
+        if node is None or self._prefix is None:
+            return True
+        while (end := track.cuts[bisect_right(track.cuts, node.end)]) < len(prompt) and reads < READS:
+            known = node.children.get(prompt[node.end : end])
+            reads += known is not None and known.snapshot is None
+            child = self._prefix.child(node, prompt[node.end : end])
+            if child is None:
+                break
+            node = child
+        chain = tuple(step.snapshot for step in node.path if step.snapshot is not None)
+        if node is not track.node and sum(snapshot.end - snapshot.start for snapshot in chain) == node.end:
+            track.cached += node.end - track.length
+            track.node, track.length, track.chain = node, node.end, chain
+        return reads < READS
+
+    @property
+    def _every(self) -> int:
+        return self._limits.chunk if self._prefix is None else min(EVERY, self._limits.chunk)
+
     def _prefill(self, track: Track) -> Row:
         """The row that feeds the next chunk of the prompt; the last one samples the first token."""
         request, start = track.request, track.length
-        tokens = request.prompt[start : start + self._limits.chunk]
+        tokens = request.prompt[start : track.next_cut]
         track.length += len(tokens)
         if track.length < len(request.prompt):
             self._prefilling.append(track)
