@@ -8,10 +8,14 @@ import threading
 import pytest
 
 import mlx_gptoss
-from mlx_gptoss import Finished, Sampling, TextDelta, ToolCall, ToolCallDelta
+from mlx_gptoss import Conversation, Finished, Sampling, TextDelta, ToolCall, ToolCallDelta
+from mlx_gptoss.chat import answered
+from mlx_gptoss.engine import Finished as EngineFinished
 from mlx_gptoss.engine import StopStrings, Token
 from mlx_gptoss.errors import GptOssError
-from mlx_gptoss.reply import Continuation
+from mlx_gptoss.harmony.parse import Parser
+from mlx_gptoss.harmony.render import render
+from mlx_gptoss.reply import Continuation, Turn
 
 GREEDY = Sampling(temperature=0)
 WEATHER = {
@@ -66,6 +70,24 @@ def test_half_a_call_has_deltas_and_is_no_call(model):
     assert any(isinstance(event, ToolCallDelta) and event.text for event in events)
     assert not any(isinstance(event, ToolCall) for event in events)
     assert events[-1].finish_reason == "length"
+
+
+def test_a_builtin_tool_is_called_on_analysis_and_answered_there(model):
+    ids = model.tokenizer.encode_with_specials(
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+        "<|channel|>analysis to=python code<|message|>1 + 1<|call|>"
+    )
+    turn = Turn(model.tokenizer, Parser(model.tokenizer), StopStrings(()))
+    events = [event for id in ids for event in turn.push(Token(id, 0.0))]
+    events += turn.finish(EngineFinished("stop", 1, len(ids)))
+    (call,) = [event for event in events if isinstance(event, ToolCall)]
+    assert (call.name, call.arguments, events[-1].finish_reason) == ("python", "1 + 1", "tool_calls")
+    asked = Conversation(builtin_tools=("python",)).with_user("1 + 1?")
+    prompt = render(answered(asked, events[-1].messages).with_result(call.name, "2"), model.tokenizer)
+    assert model.tokenizer.decode(prompt, specials=True).endswith(
+        "<|message|>Hm.<|end|><|start|>assistant to=python<|channel|>analysis code<|message|>1 + 1<|call|>"
+        "<|start|>python to=assistant<|channel|>analysis<|message|>2<|end|><|start|>assistant"
+    )
 
 
 def test_text_brings_its_tokens_and_no_others(model):
