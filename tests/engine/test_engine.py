@@ -26,7 +26,7 @@ from mlx_gptoss.backends.base import Limits, Row, Sampled
 from mlx_gptoss.config import TINY
 from mlx_gptoss.engine import Engine, Finished, Request, Stream, Token
 from mlx_gptoss.engine.loop import Loop, Ticket
-from mlx_gptoss.errors import GptOssError, InvalidRequest
+from mlx_gptoss.errors import Busy, GptOssError, InvalidRequest
 from mlx_gptoss.sampling import Sampling
 
 VOCAB = TINY.vocab_size
@@ -75,6 +75,23 @@ class Step:
         return self.runner.wait(self)
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A span of a history, and the ring's worth of what came before: a sequence goes on from both."""
+
+    start: int
+    end: int
+    span: tuple[int, ...]
+    ring: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.span) + len(self.ring)
+
+
+RING = 3
+
+
 class MockRunner:
     """The next token is a hash of the slot's history and the seed. Breaches of the seam are kept in `breaches`."""
 
@@ -85,6 +102,7 @@ class MockRunner:
         self.thread = threading.get_ident()
         self.slots = [Slot() for _ in range(limits.slots)]
         self.steps: list[tuple[Row, ...]] = []
+        self.saved = 0
         self.flying: list[Step] = []
         self.breaches: list[str] = []
         self.closed = False
@@ -155,6 +173,21 @@ class MockRunner:
         self.rule(not touched, "released while in flight")
         self.slots[slot] = Slot()
 
+    def save(self, slot: int, start: int, end: int) -> Saved:
+        self.on_thread()
+        history = self.slots[slot].history
+        self.rule(0 <= start < end == len(history), "saved is not where the sequence stands")
+        self.saved += 1
+        return Saved(start, end, tuple(history[start:end]), tuple(history[-RING:]))
+
+    def restore(self, slot: int, chain: Sequence[Saved]) -> None:
+        self.on_thread()
+        starts = [0, *(saved.end for saved in chain)]
+        self.rule([saved.start for saved in chain] == starts[:-1], "restored with a gap")
+        history = [token for saved in chain for token in saved.span]
+        self.rule(tuple(history[-RING:]) == chain[-1].ring, "a ring of another place")
+        self.slots[slot] = Slot(history)
+
     def logits(self, ids: Sequence[int]) -> Any:
         self.on_thread()
         return np.zeros((len(ids), VOCAB), np.float32)
@@ -175,7 +208,7 @@ class MockRunner:
 
 @contextmanager
 def mock_engine(
-    limits: Limits = LIMITS, delay: Callable[[], float] = lambda: 0.0
+    limits: Limits = LIMITS, delay: Callable[[], float] = lambda: 0.0, **options: Any
 ) -> Iterator[tuple[Engine, MockRunner]]:
     """An engine and its runner; on the way out, no slot is left occupied and no rule of the seam was broken."""
     made: list[MockRunner] = []
@@ -184,7 +217,7 @@ def mock_engine(
         made.append(MockRunner(limits, delay))
         return made[0]
 
-    with Engine(make) as engine:
+    with Engine(make, **options) as engine:
         runner = made[0]
         yield engine, runner
         runner.gate.set()
@@ -453,6 +486,83 @@ def test_random_errors_never_hang_nor_leak_nor_corrupt(batch: list[Request], fai
                 assert failures
                 continue
             assert got == alone(one)[0]
+
+
+def test_a_prompt_that_begins_alike_goes_on_from_what_is_known() -> None:
+    """In chunks of 8: what a later prompt has in common with an earlier one, up to the last cut before its end."""
+    with mock_engine(prefix_bytes=1000) as (engine, runner):
+        for prompt, cached in ((40, 0), (40, 32), (41, 32), (20, 16), (8, 0), (9, 8)):
+            stream = engine.submit(request(length=prompt, max_tokens=3))
+            assert ids(stream) == alone(request(length=prompt, max_tokens=3))[0]
+            assert stream.finished is not None and stream.finished.cached_tokens == cached
+        assert runner.saved == 5 and engine.status.prefix_bytes == 5 * (8 + RING)
+        assert sum(len(row.tokens or ()) for rows in runner.steps for row in rows) == 40 + 8 + 9 + 4 + 8 + 1
+
+
+def test_equal_prompts_at_once_are_computed_once() -> None:
+    with mock_engine(Limits(slots=3, max_context=64, chunk=24), prefix_bytes=1000) as (engine, runner):
+        runner.gate.clear()
+        streams = [engine.submit(request(length=50, max_tokens=3, seed=seed)) for seed in range(3)]
+        runner.gate.set()
+        for seed, stream in enumerate(streams):
+            assert ids(stream) == alone(request(length=50, max_tokens=3, seed=seed))[0]
+        assert sum(len(row.tokens or ()) for rows in runner.steps for row in rows) == 48 + 3 * 2
+        assert sum(stream.finished.cached_tokens for stream in streams if stream.finished) == 2 * 48
+
+
+alike = st.builds(
+    Request,
+    prompt=st.tuples(st.lists(st.sampled_from([(1,) * 9, (2,) * 7]), max_size=5), st.lists(st.integers(0, 3))).map(
+        lambda parts: tuple([token for part in parts[0] for token in part] + parts[1][:5] + [9])
+    ),
+    max_tokens=st.integers(1, 6),
+    sampling=st.integers(0, 3).map(lambda seed: Sampling(seed=seed)),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.lists(alike, min_size=2, max_size=14),
+    room=st.sampled_from([20, 100, 10_000]),
+    failures=st.sets(st.integers(0, 40), max_size=3),
+    cancelled=st.sets(st.integers(0, 13), max_size=3),
+)
+def test_no_request_sees_another_through_the_cache(
+    batch: list[Request], room: int, failures: set[int], cancelled: set[int]
+) -> None:
+    """Whatever is evicted, fails or is given up meanwhile: what is not gives what it gives alone."""
+    with mock_engine(prefix_bytes=room) as (engine, runner):
+        count = iter(range(10**9))
+        runner.fail_wait = lambda rows: ValueError("broken step") if next(count) in failures else None
+        streams = [engine.submit(one) for one in batch]
+        for number, (one, stream) in enumerate(zip(batch, streams, strict=True)):
+            if number in cancelled:
+                stream.cancel()
+                continue
+            try:
+                got = ids(stream)
+            except ValueError:
+                assert failures
+                continue
+            assert got == alone(one)[0]
+        assert engine.status.prefix_bytes <= room
+
+
+def test_requests_beyond_the_bound_are_refused_and_told_when_to_come_back() -> None:
+    with mock_engine(Limits(slots=1, max_context=64, chunk=8), max_waiting=2) as (engine, runner):
+        runner.gate.clear()
+        streams = [engine.submit(request(seed=seed)) for seed in range(3)]
+        with pytest.raises(Busy, match="3 requests are being served or wait") as refused:
+            engine.submit(request())
+        assert 1 <= refused.value.retry_after_s <= 60
+        eventually(lambda: engine.status.running == 1 and engine.status.waiting == 2)
+        streams[2].cancel()
+        runner.gate.set()
+        assert streams[2].drain().reason == "cancelled"
+        streams.append(engine.submit(request(seed=3)))
+        for seed in (0, 1, 3):
+            assert ids(streams[seed]) == alone(request(seed=seed))[0]
+        assert ids(engine.submit(request())) == alone(request())[0]
 
 
 def test_an_error_that_leaves_the_runner_in_doubt_closes_the_engine() -> None:
