@@ -12,8 +12,8 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class Guide(Protocol):
-    """What one sequence may say. Not shared between requests: it follows the tokens. Runs on the engine thread, where it
-    holds up every stream, and fails its own request by raising GptOssError."""
+    """What one sequence may say. Not shared between requests: it follows the tokens. Runs on the engine thread, where
+    it holds up every stream, and fails its own request by raising GptOssError."""
 
     def mask(self) -> bytes | None:
         """The tokens that may come next, as backends.base.Row.mask; None for all."""
