@@ -146,10 +146,19 @@ class Model:
         system: str | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         response_format: Mapping[str, Any] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        parallel_tool_calls: bool = True,
     ) -> Reply:
         """One assistant turn, whole: stream() folded, with the same options."""
         conversation = as_conversation(prompt, reasoning=reasoning, system=system, tools=tools)
-        events = self.stream(conversation, sampling=sampling, max_tokens=max_tokens, response_format=response_format)
+        events = self.stream(
+            conversation,
+            sampling=sampling,
+            max_tokens=max_tokens,
+            response_format=response_format,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+        )
         thoughts, text, calls, finished = fold(events)
         return Reply(
             text=text,
@@ -173,6 +182,8 @@ class Model:
         system: str | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
         response_format: Mapping[str, Any] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        parallel_tool_calls: bool = True,
     ) -> Events:
         """One assistant turn as it arrives: ReasoningDelta, TextDelta, ToolCallDelta and ToolCall events, then
         Finished.
@@ -182,15 +193,14 @@ class Model:
         sampling: None samples as the checkpoint's generation_config.json says, for gpt-oss at temperature 1.
         max_tokens: None generates until the model stops or the context is full.
         reasoning: "low", "medium" (the default) or "high". system: instructions to the model.
-        tools: functions in OpenAI's form, {"type": "function", "function": {"name", "description", "parameters"}}.
-        response_format: None or {"type": "text"}; a schema cannot be enforced yet and is refused.
+        tools: functions in OpenAI's form, {"type": "function", "function": {"name", "description", "parameters",
+            "strict"}}. With "strict" the arguments of a call obey the schema; otherwise the model is only shown it.
+        response_format: {"type": "json_schema", "json_schema": {"name", "schema"}} or {"type": "json_object"}: the
+            final answer obeys it, unless it is cut off ("length"). What cannot be enforced of a schema is refused.
+        tool_choice: "auto"; "none"; "required": the turn ends in a call; a function's name: in a call of that one.
+        parallel_tool_calls: False allows one call a turn. gpt-oss ends its turn by a call, so this is what it does.
         Closing the iterator ends the generation. Raises InvalidRequest for what cannot be honoured.
         """
-        if response_format is not None and response_format.get("type") != "text":
-            raise InvalidRequest(
-                f"response_format {response_format.get('type')!r} cannot be enforced; leave it out and say in the "
-                "prompt what form the answer should have"
-            )
         return stream_chat(
             self._engine,
             self.tokenizer,
@@ -198,6 +208,9 @@ class Model:
             stop_ids=self._stop_ids,
             sampling=sampling or self.default_sampling,
             max_tokens=max_tokens,
+            response_format=response_format,
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
         )
 
     def peak_memory(self) -> int:

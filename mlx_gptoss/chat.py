@@ -14,8 +14,9 @@ from typing import Any
 from .engine import Engine, Request, Stream, Token
 from .engine.stop import StopStrings
 from .errors import InvalidRequest
+from .harmony.guide import guide_for
 from .harmony.messages import Conversation, Effort, Message, without_old_reasoning
-from .harmony.openai import from_chat
+from .harmony.openai import from_chat, response_format_of, tool_choice_of
 from .harmony.parse import Parser
 from .harmony.render import render
 from .reply import Continuation, Event, Reader, Turn
@@ -59,17 +60,29 @@ def stream_chat(
     stop_ids: frozenset[int],
     sampling: Sampling | None = None,
     max_tokens: int | None = None,
+    response_format: Mapping[str, Any] | None = None,
+    tool_choice: str | Mapping[str, Any] = "auto",
+    parallel_tool_calls: bool = True,
 ) -> Events:
     """The assistant's next turn. max_tokens None: as many as the context holds.
 
-    Raises InvalidRequest at once (not on the first next()) for an empty conversation or one longer than the context.
+    response_format, tool_choice, parallel_tool_calls: as OpenAI's API has them, and enforced (harmony/guide.py), as is
+    the schema of a function with `strict`. response_format takes the place of the conversation's own.
+    Raises InvalidRequest at once (not on the first next()) for an empty conversation or one longer than the context,
+    and for what cannot be enforced.
     """
     if not conversation.messages:
         raise InvalidRequest("the conversation is empty; give at least one message")
+    if response_format is not None:
+        conversation = replace(conversation, response_format=response_format_of(response_format))
+    choice = tool_choice_of(tool_choice, conversation.functions)
+    guide = guide_for(conversation, tokenizer, choice, parallel_tool_calls=parallel_tool_calls)
     sampling = sampling or Sampling()
     stop_ids = stop_ids | {tokenizer.special(RETURN), tokenizer.special(CALL)}
     ends = frozenset(tokenizer.special(name) for name in (END, RETURN, CALL))
-    stream = _submit(engine, tuple(render(conversation, tokenizer)), max_tokens, sampling, stop_ids, ends)
+    prompt = tuple(render(conversation, tokenizer))
+    request = Request(prompt, _most(engine, max_tokens), sampling, stop_ids, guide, message_ends=ends)
+    stream = engine.submit(request)
     return Events(stream, Turn(tokenizer, Parser(tokenizer), StopStrings(sampling.stop)))
 
 
@@ -89,21 +102,13 @@ def stream_raw(
     sampling = sampling or Sampling()
     if tokenizer is None and sampling.stop:
         raise InvalidRequest("stop strings need a tokenizer, and this checkpoint has none; leave them out")
-    stream = _submit(engine, prompt, max_tokens, sampling, stop_ids)
+    stream = engine.submit(Request(prompt, _most(engine, max_tokens), sampling, stop_ids))
     decoder = None if tokenizer is None else tokenizer.decoder()
     return Events(stream, Continuation(decoder, StopStrings(sampling.stop)))
 
 
-def _submit(
-    engine: Engine,
-    prompt: tuple[int, ...],
-    max_tokens: int | None,
-    sampling: Sampling,
-    stop_ids: frozenset[int],
-    message_ends: frozenset[int] = frozenset(),
-) -> Stream:
-    most = engine.limits.max_context if max_tokens is None else max_tokens
-    return engine.submit(Request(prompt, most, sampling, stop_ids, message_ends=message_ends))
+def _most(engine: Engine, max_tokens: int | None) -> int:
+    return engine.limits.max_context if max_tokens is None else max_tokens
 
 
 class Events(Iterator[Event]):

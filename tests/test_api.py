@@ -107,7 +107,7 @@ def test_an_abandoned_stream_frees_its_slot(model):
         (lambda m: m.generate([{"role": "robot", "content": "x"}]), "role"),
         (lambda m: m.generate("x", reasoning="extreme"), "reasoning"),
         (lambda m: m.generate("x", max_tokens=0), "max_tokens"),
-        (lambda m: m.generate("x", response_format={"type": "json_schema"}), "cannot be enforced"),
+        (lambda m: m.generate("x", response_format={"type": "json_schema"}), "schema must be a JSON schema"),
         (lambda m: m.generate("word " * 600), "512"),
         (lambda m: m.generate(mlx_gptoss.Conversation(messages=(Message("user", "x"),)), system="y"), "Conversation"),
         (lambda m: m.complete([], max_tokens=1), "empty"),

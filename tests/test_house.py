@@ -47,6 +47,7 @@ ONLY_IN = {  # outside packages -> the only modules that may import them
     "triton": ("backends.cuda",),
     "huggingface_hub": ("hub",),
     "tokenizers": ("tokenizer",),
+    "llguidance": ("harmony.grammar",),
     "matplotlib": ("plot",),
     "fastapi": ("server",),
     "starlette": ("server",),

@@ -35,11 +35,32 @@ class Message:
 
 @dataclass(frozen=True)
 class Function:
-    """A function that the model may call. `parameters` is a JSON schema of type object, or None for no arguments."""
+    """A function that the model may call. `parameters` is a JSON schema of type object, or None for no arguments.
+
+    strict: whether the arguments of a call are made to obey the schema, not only shown it.
+    """
 
     name: str
     description: str = ""
     parameters: Mapping[str, Any] | None = None
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class ResponseFormat:
+    """The final answer is JSON that obeys `schema`. The model is shown the schema under a name; None shows nothing."""
+
+    schema: Mapping[str, Any]
+    name: str | None = None
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class ToolChoice:
+    """Whether the turn may, must or must not end in a call. name: the only function that may be called."""
+
+    kind: Literal["auto", "none", "required"] = "auto"
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +70,7 @@ class Conversation:
     instructions: the developer message's text (what other formats call the system prompt).
     builtin_tools: those that the model knows from its training; whoever asks has to run them. Calls of "browser" are
         named browser.search, browser.open and browser.find and hold JSON, those of "python" hold code.
+    response_format: what the next final answer is made to obey; None for any text.
     date: the "Current date" line, YYYY-MM-DD; None leaves the line out.
     """
 
@@ -57,6 +79,7 @@ class Conversation:
     instructions: str | None = None
     functions: tuple[Function, ...] = ()
     builtin_tools: tuple[BuiltinTool, ...] = ()
+    response_format: ResponseFormat | None = None
     date: str | None = None
     identity: str = IDENTITY
     knowledge_cutoff: str | None = KNOWLEDGE_CUTOFF

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from ..errors import InvalidRequest
 from ..tokenizer import CONSTRAIN
 from .header import NAMESPACE
-from .messages import Conversation, Effort, Function, Message
+from .messages import Conversation, Effort, Function, Message, ResponseFormat, ToolChoice
 from .render import instructions_text
 
 # Fields of the API that say nothing to the model; clients send replies back with them.
@@ -83,6 +83,53 @@ def functions_from_tools(tools: Sequence[Mapping[str, Any] | Function]) -> tuple
         if names.count(name) > 1:
             raise InvalidRequest(f"two tools are named {name!r}: give each function its own name")
     return functions
+
+
+def response_format_of(value: Any) -> ResponseFormat | None:
+    """A request's `response_format`: {"type": "text"}, which is None; {"type": "json_object"}; or {"type":
+    "json_schema", "json_schema": {"name", "description", "schema", "strict"}}, or the same without the inner dict.
+
+    A schema is enforced whether `strict` or not. Raises InvalidRequest for anything else.
+    """
+    where = "response_format"
+    kind = value.get("type") if isinstance(value, Mapping) else None
+    if kind not in ("text", "json_object", "json_schema"):
+        raise InvalidRequest(f'{where} must be {{"type": "text"}}, "json_object" or "json_schema", not {value!r}')
+    if kind != "json_schema":
+        _refuse_others(value, {"type"}, where)
+        return ResponseFormat({"type": "object"}) if kind == "json_object" else None
+    if "json_schema" in value:
+        _refuse_others(value, {"type", "json_schema"}, where)
+        value, where = value["json_schema"], f"{where}.json_schema"
+        if not isinstance(value, Mapping):
+            raise InvalidRequest(f'{where} must be {{"name": ..., "schema": ...}}, not {value!r}')
+    _refuse_others(value, {"type", "name", "description", "schema", "strict"}, where)
+    schema = value.get("schema")
+    if not isinstance(schema, Mapping):
+        raise InvalidRequest(f"{where}.schema must be a JSON schema, not {schema!r}")
+    description = "" if value.get("description") is None else _string(value, "description", where)
+    _flag(value, "strict", where)
+    return ResponseFormat(schema, _name(value.get("name"), f"{where}.name"), description)
+
+
+def tool_choice_of(value: Any, functions: Sequence[Function]) -> ToolChoice:
+    """A request's `tool_choice`: "auto", "none", "required", the name of one of `functions`, or {"type": "function",
+    "function": {"name"}}, also without the inner dict. Raises InvalidRequest for anything else."""
+    if value in ("auto", "none", "required"):
+        return ToolChoice(value)
+    name = value
+    if isinstance(value, Mapping) and value.get("type") == "function":
+        function = value.get("function", value)
+        _refuse_others(value, {"type", "name", "function"}, "tool_choice")
+        name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str):
+        raise InvalidRequest(
+            f'tool_choice must be "auto", "none", "required" or {{"type": "function", "function": {{"name": ...}}}}, '
+            f"not {value!r}"
+        )
+    if name not in [function.name for function in functions]:
+        raise InvalidRequest(f"tool_choice names {name!r}, which is not among the tools")
+    return ToolChoice("required", name)
 
 
 def _role(message: Any, where: str) -> str:
@@ -167,13 +214,12 @@ def _function(tool: Any, where: str) -> Function:
         if not isinstance(tool, Mapping):
             raise InvalidRequest(f'{where} must be {{"name": ..., "parameters": ...}}, not {tool!r}')
     _refuse_others(tool, {"type", "name", "description", "parameters", "strict"}, where)
-    if tool.get("strict"):
-        raise InvalidRequest(f"{where}.strict cannot be enforced here: leave it out, or set it to false")
     parameters = tool.get("parameters")
     if parameters is not None and not isinstance(parameters, Mapping):
         raise InvalidRequest(f"{where}.parameters must be a JSON schema of type object, not {parameters!r}")
     description = "" if tool.get("description") is None else _string(tool, "description", where)
-    return Function(_name(tool.get("name"), f"{where}.name"), description, parameters)
+    name = _name(tool.get("name"), f"{where}.name")
+    return Function(name, description, parameters, _flag(tool, "strict", where))
 
 
 def _text(message: Mapping[str, Any], where: str) -> str:
@@ -198,6 +244,13 @@ def _string(fields: Mapping[str, Any], field: str, where: str) -> str:
     if not isinstance(value, str):
         raise InvalidRequest(f"{where}.{field} must be a string, not {value!r}")
     return value
+
+
+def _flag(fields: Mapping[str, Any], field: str, where: str) -> bool:
+    value = fields.get(field)
+    if value not in (None, False, True):
+        raise InvalidRequest(f"{where}.{field} must be true or false, not {value!r}")
+    return bool(value)
 
 
 def _list(fields: Mapping[str, Any], field: str, where: str) -> list[Any]:

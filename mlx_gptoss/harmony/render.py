@@ -6,12 +6,13 @@ apart), so special tokens written in a message stay text.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from ..errors import InvalidRequest
 from ..tokenizer import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START, Tokenizer
 from .builtin import BUILTIN
-from .messages import Conversation, Message
+from .messages import Conversation, Message, ResponseFormat
 from .schema import Namespace, tools_section
 
 CHANNELS = "# Valid channels: analysis, commentary, final. Channel must be included for every message."
@@ -97,13 +98,23 @@ def system_text(conversation: Conversation) -> str:
 
 
 def developer_text(conversation: Conversation) -> str:
-    """The developer message: instructions and the functions that may be called; empty when there is neither."""
+    """The developer message: instructions, the functions that may be called, the form of the answer; empty when there
+    is none of them."""
     sections = []
     if conversation.instructions is not None:
         sections.append(instructions_text(conversation.instructions))
     if conversation.functions:
         sections.append(tools_section([Namespace("functions", functions=conversation.functions)]))
+    if conversation.response_format is not None and conversation.response_format.name is not None:
+        sections.append(format_section(conversation.response_format))
     return "\n\n".join(sections)
+
+
+def format_section(form: ResponseFormat) -> str:
+    """The "# Response Formats" section, as OpenAI's guide to Harmony lays it out ("Structured output")."""
+    comments = [f"// {line}\n" for line in form.description.splitlines()]
+    schema = json.dumps(form.schema, ensure_ascii=False, separators=(",", ":"))
+    return f"# Response Formats\n\n## {form.name}\n\n{''.join(comments)}{schema}"
 
 
 def instructions_text(instructions: str) -> str:

@@ -99,6 +99,26 @@ def test_the_same_seed_in_another_slot_later_gives_the_same(runner):
     assert alone(runner, prompt, 8, sampling, slot=0) == first
 
 
+def test_masked_rows_say_what_they_may_and_leave_their_neighbours_alone(runner):
+    """A prompt's row and decoding ones, fed back and fed by the host; the vocabulary's end is beyond the mask."""
+    prompt, other, mask = prompt_of(10, 6), prompt_of(4, 7), b"\x00\x55" * 9
+    free, beside = Sampling(seed=4), Sampling(seed=5, top_k=9)
+    expected = alone(runner, other, 6, beside)
+    said = [runner.submit([Row(1, 0, prompt, free, prompt, mask=mask), Row(2, 0, other, beside, other)]).wait()]
+    for i in range(5):
+        token = (said[-1][0].token,) if i % 2 else None
+        rows = [Row(1, 10 + i, token, free, mask=mask), Row(2, 4 + i, None, beside)]
+        said.append(runner.submit(rows).wait())
+    for slot in (1, 2):
+        runner.release(slot)
+    tokens = [masked.token for masked, _ in said]
+    assert all(mask[t // 8] >> t % 8 & 1 for t in tokens) and len(set(tokens)) > 1
+    assert [row.token for _, row in said] == expected
+    raw = runner.logits((*prompt, *tokens))[9:-1].astype(np.float64)
+    logprobs = raw - np.log(np.exp(raw).sum(axis=-1, keepdims=True))
+    assert np.allclose([masked.logprob for masked, _ in said], logprobs[range(6), tokens], atol=1e-4)
+
+
 def test_a_prefill_chunk_samples_nothing(runner):
     assert runner.submit([Row(0, 0, (1, 2, 3))]).wait() == [None]
     runner.release(0)

@@ -34,8 +34,8 @@ class Sampler:
     def choose(self, logits: np.ndarray, *step):
         return self.module.choose(self.array(logits), *step)
 
-    def draw(self, logits: np.ndarray, sampling: Sampling, history, position: int = 0) -> int:
-        return self.choose(logits[None], [sampling], [history], [position]).tokens.item()
+    def draw(self, logits: np.ndarray, sampling: Sampling, history, position: int = 0, mask=None) -> int:
+        return self.choose(logits[None], [sampling], [history], [position], [mask]).tokens.item()
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
@@ -44,8 +44,10 @@ def sampler(request, backend_module) -> Sampler:
     return Sampler(module, import_module("mlx.core").array if request.param == "mlx" else import_module("torch").tensor)
 
 
-def expected_distribution(logits: np.ndarray, s: Sampling) -> np.ndarray:
+def expected_distribution(logits: np.ndarray, s: Sampling, mask: bytes | None) -> np.ndarray:
     logits = logits.astype(np.float64).copy()
+    if mask is not None:
+        logits[[t for t in range(VOCABULARY) if t // 8 >= len(mask) or not mask[t // 8] >> t % 8 & 1]] = -np.inf
     for token, bias in (s.logit_bias or {}).items():
         logits[token] += bias
     logits /= s.temperature
@@ -72,12 +74,13 @@ def expected_distribution(logits: np.ndarray, s: Sampling) -> np.ndarray:
     ],
     ids=str,
 )
-def test_draws_follow_the_chain(sampler, sampling):
+@pytest.mark.parametrize("mask", [None, b"\xa7\x11"], ids=["free", "masked"])  # the mask ends before the vocabulary
+def test_draws_follow_the_chain(sampler, sampling, mask):
     logits = logits_for(1)
     history = sampler.begin(sampling, seed=7)
     n = 3000
-    counts = np.bincount([sampler.draw(logits, sampling, history, i) for i in range(n)], minlength=VOCABULARY)
-    expected = expected_distribution(logits, sampling)
+    counts = np.bincount([sampler.draw(logits, sampling, history, i, mask) for i in range(n)], minlength=VOCABULARY)
+    expected = expected_distribution(logits, sampling, mask)
     assert counts[expected == 0].sum() == 0
     inside = expected > 0
     chi2 = ((counts[inside] - n * expected[inside]) ** 2 / (n * expected[inside])).sum()
@@ -151,3 +154,21 @@ def test_logprobs_are_of_the_raw_logits(sampler):
     assert np.isclose(choice.logprobs.item(), raw[7], atol=1e-5)
     assert choice.top_ids[0].tolist() == order.tolist()
     assert np.allclose(choice.top_logprobs[0].tolist(), raw[order], atol=1e-5)
+
+
+def test_a_mask_is_its_row_s_alone_and_leaves_logprobs_raw(sampler):
+    logits = np.stack([logits_for(6)] * 3)
+    samplings = [Sampling(temperature=0, presence_penalty=1.0), Sampling(temperature=0), Sampling(seed=1)]
+    masks = [b"\x00\x80\x00", None, b"\x04"]
+    histories = [sampler.begin(s, seed=s.seed or 0) for s in samplings]
+    choice = sampler.choose(logits, samplings, histories, [0] * 3, masks)
+    assert choice.tokens.tolist() == [15, logits[1].argmax(), 2]
+    raw = logits[0] - np.log(np.exp(logits[0].astype(np.float64)).sum())
+    assert np.allclose(choice.logprobs.tolist(), raw[choice.tokens.tolist()], atol=1e-5)
+
+
+def test_a_mask_that_allows_what_would_be_drawn_changes_nothing(sampler):
+    sampling, logits = Sampling(top_p=0.9), logits_for(7)
+    history = sampler.begin(sampling, seed=3)
+    free = [sampler.draw(logits, sampling, history, i) for i in range(50)]
+    assert [sampler.draw(logits, sampling, history, i, b"\xff" * 3) for i in range(50)] == free

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from mlx_gptoss.backends.base import Limits, Row, Sampled
 from mlx_gptoss.engine.request import Request
 from mlx_gptoss.engine.scheduler import Output, Scheduler, Step, room
-from mlx_gptoss.errors import InvalidRequest
+from mlx_gptoss.errors import GptOssError, InvalidRequest
 from mlx_gptoss.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
@@ -225,3 +225,49 @@ def test_no_more_drafts_than_there_is_room_for() -> None:
     assert len(step.rows[0].drafts) == 1
     got = scheduler.read(step, [Sampled(6, 0.0, more=(Sampled(5, 0.0),))])
     assert got[-1].ended == "length"
+
+
+class Alternating:
+    """Allows 1, then 2, then 1, ...; raises at what is neither."""
+
+    def __init__(self) -> None:
+        self.next = 1
+
+    def mask(self) -> bytes:
+        return bytes([1 << self.next])
+
+    def accept(self, token: int) -> None:
+        if token != self.next:
+            raise GptOssError(f"{token} is not {self.next}")
+        self.next = 3 - token
+
+
+def test_a_guided_row_waits_for_the_last_result_and_carries_its_mask() -> None:
+    scheduler = Scheduler(Limits(2, 100, 4, drafts=3), lambda slot: None)
+    guided = Request((1, 2, 1, 2, 1, 2), 4, GREEDY, guide=Alternating())
+    scheduler.add(guided)
+    chunk, first = plan(scheduler), plan(scheduler)
+    assert chunk.rows == (Row(0, 0, (1, 2, 1, 2)),)
+    assert first.rows == (Row(0, 4, (1, 2), GREEDY, guided.prompt, mask=b"\x02"),)
+    scheduler.add(prompt(2, max_tokens=9))
+    beside = plan(scheduler)
+    assert shape(beside) == [(1, 0, 2)]  # what the guided sequence says next is not known yet
+    answer(scheduler, chunk)
+    answer(scheduler, first, token=1)
+    second = plan(scheduler)
+    assert second.rows[0] == Row(0, 6, (1,), GREEDY, mask=b"\x04")  # no drafts: a mask hangs on the tokens before it
+    answer(scheduler, beside)
+    answer(scheduler, second, token=2)
+    third = plan(scheduler)
+    assert third.rows[0] == Row(0, 7, (2,), GREEDY, mask=b"\x02")
+    assert [output.ended for output in answer(scheduler, third, token=1)] == [None, None]
+    assert [output.ended for output in answer(scheduler, plan(scheduler), token=2)] == ["length", None]
+
+
+def test_a_guide_that_fails_ends_its_own_track() -> None:
+    released: list[int] = []
+    scheduler = Scheduler(Limits(1, 100, 8), released.append)
+    scheduler.add(Request((5,), 9, GREEDY, guide=Alternating()))
+    (output,) = answer(scheduler, plan(scheduler), token=2)
+    assert isinstance(output.ended, GptOssError) and "2 is not 1" in str(output.ended)
+    assert released == [0] and scheduler.idle

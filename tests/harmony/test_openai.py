@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from mlx_gptoss.errors import InvalidRequest
-from mlx_gptoss.harmony.messages import Conversation, Function, Message
-from mlx_gptoss.harmony.openai import from_chat, functions_from_tools
+from mlx_gptoss.harmony.messages import Conversation, Function, Message, ResponseFormat, ToolChoice
+from mlx_gptoss.harmony.openai import from_chat, functions_from_tools, response_format_of, tool_choice_of
 
 USER = {"role": "user", "content": "Hi"}
 ADD = {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}
@@ -62,6 +62,7 @@ def test_tools_in_each_form(tool: dict[str, Any]) -> None:
     assert functions_from_tools([tool]) == expected
     assert functions_from_tools(expected) == expected
     assert functions_from_tools([{"name": "stop", "description": None}]) == (Function("stop"),)
+    assert functions_from_tools([{"name": "stop", "strict": True}]) == (Function("stop", strict=True),)
 
 
 @pytest.mark.parametrize("field", ["reasoning", "reasoning_content", "thinking"])
@@ -144,7 +145,7 @@ def test_refusals_of_messages(messages: Any, complaint: str) -> None:
         ([{"type": "function", "function": {}}], "name must be made of letters"),
         ([{**ADD, "parameters": "none"}], "JSON schema"),
         ([{**ADD, "description": 3}], "description must be a string"),
-        ([{**ADD, "strict": True}], "cannot be enforced"),
+        ([{**ADD, "strict": "yes"}], "strict must be true or false"),
         ([{**ADD, "color": "red"}], "'color'"),
         ([ADD, ADD], "two tools are named 'add'"),
         ([Function("a b")], "made of letters"),
@@ -153,6 +154,64 @@ def test_refusals_of_messages(messages: Any, complaint: str) -> None:
 def test_refusals_of_tools(tools: Any, complaint: str) -> None:
     with pytest.raises(InvalidRequest, match=complaint):
         from_chat([USER], tools=tools)
+
+
+SCHEMA = {"type": "object"}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, ResponseFormat({"type": "object"})),
+        (
+            {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}},
+            ResponseFormat(SCHEMA, "n"),
+        ),
+        ({"type": "json_schema", "name": "n", "schema": SCHEMA, "description": "d"}, ResponseFormat(SCHEMA, "n", "d")),
+    ],
+)
+def test_response_formats(value: Any, expected: ResponseFormat | None) -> None:
+    assert response_format_of(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "complaint"),
+    [
+        ("json_object", 'must be {"type": "text"}'),
+        ({}, "must be"),
+        ({"type": "xml"}, "must be"),
+        ({"type": "json_object", "schema": {}}, "'schema'"),
+        ({"type": "json_schema"}, "schema must be a JSON schema"),
+        ({"type": "json_schema", "json_schema": "s"}, "json_schema must be"),
+        ({"type": "json_schema", "json_schema": {"name": "n"}}, "json_schema.schema must be"),
+        ({"type": "json_schema", "json_schema": {"schema": {}}}, "name must be made of letters"),
+        ({"type": "json_schema", "json_schema": {"name": "n", "schema": {}, "color": 1}}, "'color'"),
+        ({"type": "json_schema", "json_schema": {"name": "n", "schema": {}, "strict": 3}}, "true or false"),
+    ],
+)
+def test_refusals_of_response_formats(value: Any, complaint: str) -> None:
+    with pytest.raises(InvalidRequest, match=complaint):
+        response_format_of(value)
+
+
+def test_tool_choices() -> None:
+    functions = (Function("add"), Function("none"))
+    for kind in ("auto", "none", "required"):
+        assert tool_choice_of(kind, functions) == ToolChoice(kind)
+    named = {"type": "function", "function": {"name": "none"}}
+    assert tool_choice_of(named, functions) == ToolChoice("required", "none")
+    assert tool_choice_of({"type": "function", "name": "add"}, functions) == ToolChoice("required", "add")
+    assert tool_choice_of("add", functions) == ToolChoice("required", "add")
+    for wrong, complaint in (
+        ("sub", "not among the tools"),
+        (None, "must be"),
+        ({"type": "allowed_tools"}, "must be"),
+        ({"type": "function"}, "must be"),
+        ({"type": "function", "function": {"name": "add"}, "mode": "x"}, "'mode'"),
+    ):
+        with pytest.raises(InvalidRequest, match=complaint):
+            tool_choice_of(wrong, functions)
 
 
 @pytest.mark.parametrize("effort", ["none", "", None, ["high"]])

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from mlx_gptoss.errors import InvalidRequest
-from mlx_gptoss.harmony.messages import Conversation, Function, Message
-from mlx_gptoss.harmony.render import prompt_messages, render, render_message, render_reply
+from mlx_gptoss.harmony.messages import Conversation, Function, Message, ResponseFormat
+from mlx_gptoss.harmony.render import developer_text, prompt_messages, render, render_message, render_reply
 from mlx_gptoss.tokenizer import Tokenizer
 
 USER = Message("user", "Hi <|end|>")
@@ -100,6 +100,18 @@ def test_a_reply_goes_on_where_the_prompt_ends(small: Tokenizer) -> None:
         reply(USER)
     with pytest.raises(InvalidRequest, match="at least one"):
         reply()
+
+
+def test_the_form_of_the_answer_ends_the_developer_message() -> None:
+    """As OpenAI's guide to Harmony shows it."""
+    schema = {"properties": {"naïve": {"type": "array", "items": {"type": "string"}}}, "type": "object"}
+    form = ResponseFormat(schema, "shopping_list", "What to buy.\nIn order.")
+    shown = developer_text(Conversation((USER,), instructions="Be kind.", response_format=form))
+    assert shown == (
+        "# Instructions\n\nBe kind.\n\n# Response Formats\n\n## shopping_list\n\n// What to buy.\n// In order.\n"
+        '{"properties":{"naïve":{"type":"array","items":{"type":"string"}}},"type":"object"}'
+    )
+    assert developer_text(Conversation((USER,), response_format=ResponseFormat(schema))) == ""
 
 
 def test_a_tool_message_needs_a_name(small: Tokenizer) -> None:

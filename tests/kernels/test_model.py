@@ -56,8 +56,8 @@ def test_greedy_text(mini, device):
 
 
 def test_a_batch_is_what_torch_makes_of_it(mini, device):
-    """Three rows of a step of four: greedy, at a temperature, and through the sampler's whole chain; one joins later,
-    one is fed a token by the host, all in slots used before."""
+    """Three rows of a step of four: greedy and masked, at a temperature, and through the sampler's whole chain; one
+    joins later, one is fed a token by the host, all in slots used before."""
     samplings = [GREEDY, Sampling(seed=5), Sampling(seed=6, top_p=0.8, frequency_penalty=0.5, logprobs=2)]
     prompts = [tuple(range(n, n + length)) for n, length in ((3, 11), (50, 4), (200, 1))]
     said = []
@@ -73,9 +73,11 @@ def test_a_batch_is_what_torch_makes_of_it(mini, device):
                 begins = step == (1 if slot == 2 else 0)
                 start = 0 if begins else len(prompt) + step - (2 if slot == 2 else 1)
                 tokens = prompt if begins else (9,) if (step, slot) == (2, 4) else None
-                rows.append(Row(slot, start, tokens, sampling, prompt if begins else None))
+                mask = b"\xff" * 8 if slot == 4 else None
+                rows.append(Row(slot, start, tokens, sampling, prompt if begins else None, mask=mask))
             got.append(runner.submit(rows).wait())
         said.append(got)
+        assert all(step[0].token < 64 for step in got)
     for ours, plain in zip(*said, strict=True):
         assert [s.token for s in ours] == [s.token for s in plain]
         assert np.allclose([s.logprob for s in ours], [s.logprob for s in plain], atol=1e-4)

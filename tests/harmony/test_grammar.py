@@ -1,0 +1,202 @@
+"""What the grammar of a schema lets through is JSON that obeys the schema, whatever is drawn; the rest is refused."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from mlx_gptoss.api import NANO
+from mlx_gptoss.errors import GptOssError, InvalidRequest
+from mlx_gptoss.harmony.enforceable import MOST_CHARACTERS, enforceable
+from mlx_gptoss.harmony.grammar import Grammar, vocabulary
+from mlx_gptoss.tokenizer import CALL, RETURN, Tokenizer
+
+SCHEMAS: dict[str, Any] = json.loads((Path(__file__).parents[1] / "data" / "schemas.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def nano() -> Tokenizer:
+    return Tokenizer.from_folder(NANO)
+
+
+def allowed(mask: bytes, size: int) -> list[int]:
+    return [id for id in range(size) if mask[id >> 3] >> (id & 7) & 1]
+
+
+def drawn(grammar: Grammar, tokenizer: Tokenizer, end: str, random: Random, most: int = 2000) -> str | None:
+    """A text of tokens drawn evenly from what the mask allows, in favour of what closes; None where it got too long."""
+    text, stop, ids = grammar.begin(tokenizer.special(end)), tokenizer.special(end), []
+    for _ in range(most):
+        choices = allowed(text.mask(), tokenizer.vocab_size)
+        assert not [id for id in choices if tokenizer.is_special(id) and id != stop]
+        closing = [id for id in choices if tokenizer.token_bytes(id) in (b'"', b"}", b"]")]
+        if stop in choices and (len(choices) == 1 or random.random() < 0.3):
+            return tokenizer.decode(ids)
+        kept = closing if closing and random.random() < 0.3 else [id for id in choices if id != stop]
+        ids.append(random.choice(kept))
+        text.accept(ids[-1])
+    return None
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_whatever_is_drawn_obeys_the_schema(nano: Tokenizer, name: str) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema, random = SCHEMAS[name], Random(name)
+    grammar, judge = Grammar(schema, nano, "schema"), jsonschema.Draft202012Validator(schema)
+    texts = [drawn(grammar, nano, RETURN, random) for _ in range(12)]
+    finished = [text for text in texts if text is not None]
+    assert len(finished) > 8
+    for text in finished:
+        judge.validate(json.loads(text))
+        assert text.encode("utf-8")  # no half of a surrogate pair
+    assert not any("  " in text.replace("\n", "\n|").split("|")[0] for text in finished if '"' not in text)
+
+
+def test_blanks_are_bounded_and_both_usual_layouts_are_allowed(nano: Tokenizer) -> None:
+    value = {"a": [1, {"b": "x"}], "c": {}}
+    schema = {"const": value}
+    for layout in (json.dumps(value), json.dumps(value, indent=2), json.dumps(value, separators=(",", ":"))):
+        text = Grammar(schema, nano, "schema").begin(nano.special(CALL))
+        for id in nano.encode(layout):
+            text.accept(id)
+        assert allowed(text.mask(), nano.vocab_size) == [nano.special(CALL)]
+    text = Grammar(schema, nano, "schema").begin(nano.special(CALL))
+    for id in nano.encode("{\n" + 24 * " "):
+        text.accept(id)
+    assert allowed(text.mask(), nano.vocab_size) == nano.encode('"')
+
+
+def test_what_the_mask_forbids_is_an_error(nano: Tokenizer) -> None:
+    text = Grammar({"type": "integer"}, nano, "schema").begin(nano.special(RETURN))
+    with pytest.raises(GptOssError, match="does not obey"):
+        text.accept(nano.encode("x")[0])
+
+
+def test_masks_of_text_hold_no_special_token_and_no_hole(nano: Tokenizer) -> None:
+    known = vocabulary(nano)
+    ids = allowed(known.text, len(known.text) * 8)
+    assert ids == [id for id in range(nano.vocab_size) if nano.token_bytes(id) and not nano.is_special(id)]
+    assert allowed(known.mask([3, 340]), nano.vocab_size) == [3, 340]
+    assert vocabulary(nano) is known
+
+
+REFUSED: list[tuple[Any, str]] = [
+    ([], "an object"),
+    ("string", "an object"),
+    ({"type": "array", "uniqueItems": True}, "at #/uniqueItems"),
+    ({"properties": {"a": {"not": {"type": "string"}}}}, "#/properties/a: the keyword 'not'"),
+    ({"if": {}, "then": {}}, "'if'"),
+    ({"type": "object", "propertyNames": {"pattern": "a"}}, "'propertyNames'"),
+    ({"type": "array", "contains": {"type": "integer"}}, "'contains'"),
+    ({"unevaluatedProperties": False}, "'unevaluatedProperties'"),
+    ({"dependentRequired": {}}, "'dependentRequired'"),
+    ({"type": "string", "nullable": True}, "'nullable' cannot be enforced; write"),
+    ({"type": "integer", "minimun": 3}, "'minimun'"),
+    ({"x-guidance": {"lenient": True}, "uniqueItems": True}, "'x-guidance'"),
+    ({"properties": {"a": {"$id": "b"}}}, "'\\$id'"),
+    ({"type": "string", "format": "color"}, "format 'color' is not known"),
+    ({"type": "text"}, "no type 'text'"),
+    ({"type": "array", "items": [{"type": "string"}]}, "prefixItems"),
+    ({"anyOf": []}, "non-empty list"),
+    ({"allOf": {"type": "string"}}, "non-empty list"),
+    ({"properties": []}, "object of schemas"),
+    ({"properties": {"a": 3}}, "3 is no schema"),
+    ({"$ref": "https://example.org/schema"}, "must begin with #/"),
+    ({"$ref": "#/$defs/a"}, "points to nothing"),
+    ({"$ref": "#/examples/0", "examples": [{"not": {}}]}, "#/examples/0: the keyword 'not'"),
+    ({"$ref": "#"}, "no text obeys it|NoExtension"),
+    ({"type": "integer", "minimum": 2**60}, "2\\^53"),
+    ({"type": "integer", "exclusiveMaximum": True}, "not a number"),
+    ({"type": "integer", "multipleOf": 99999999}, "multipleOf"),
+    ({"type": "integer", "multipleOf": 0}, "multipleOf"),
+    ({"allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]}, "multipleOf"),
+    ({"type": "object", "minProperties": 2}, "cannot be counted"),
+    ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
+    ({"oneOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}], "$defs": {"a": {"type": "object"}}}, "oneOf"),
+    ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
+    ({"type": "string", "pattern": "["}, "regex"),
+    ({"type": "object", "patternProperties": {"a": {"type": "integer"}, "b": {"type": "string"}}}, "not disjoint"),
+    ({"patternProperties": {f"^a{n}_": {} for n in range(51)}}, "more than 50 patterns"),
+    ({"enum": []}, "Unsatisfiable"),
+    ({"allOf": [{"type": "string"}, {"type": "number"}]}, "Unsatisfiable"),
+    ({"type": "object", "properties": {"a": False}, "required": ["a"]}, "Unsatisfiable"),
+    ({"enum": {1, 2}}, "plain JSON"),
+    ({"const": float("nan")}, "plain JSON"),
+    ({"description": "x" * MOST_CHARACTERS}, "characters"),
+    ({"anyOf": [{"const": n} for n in range(3000)]}, "2000 schemas"),
+]
+
+
+@pytest.mark.parametrize(("schema", "complaint"), REFUSED, ids=lambda value: str(value)[:40])
+def test_what_cannot_be_enforced_is_refused_by_name(nano: Tokenizer, schema: Any, complaint: str) -> None:
+    with pytest.raises(InvalidRequest, match=complaint) as refusal:
+        Grammar(schema, nano, "response_format")
+    assert str(refusal.value).startswith("response_format") and "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) < 800
+
+
+def test_a_schema_nested_too_deeply_is_refused(nano: Tokenizer) -> None:
+    for depth in (200, 100_000):
+        schema: dict[str, Any] = {"type": "string"}
+        for _ in range(depth):
+            schema = {"type": "array", "items": schema}
+        with pytest.raises(InvalidRequest, match=r"nested too deeply|recursion"):
+            Grammar(schema, nano, "schema")
+
+
+def test_one_of_what_excludes_each_other_is_any_of_it() -> None:
+    text = enforceable(SCHEMAS["one of, tagged, by reference"], "schema")
+    assert "oneOf" not in text and next(iter(json.loads(text))) == "anyOf"
+    beside = {"oneOf": [{"type": "string"}, {"type": "null"}], "anyOf": [{"type": "null"}]}
+    assert json.loads(enforceable(beside, "schema")) == beside  # there can be only one anyOf
+
+
+HOSTILE: dict[str, Any] = {
+    "a chain of references": {
+        "$ref": "#/$defs/d0",
+        "$defs": {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} if n < 1500 else {"type": "null"} for n in range(1501)},
+    },
+    "doubling references": {
+        "$ref": "#/$defs/d0",
+        "$defs": {
+            f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} if n < 20 else {"type": "null"} for n in range(21)
+        },
+    },
+    "product of unions": {"allOf": [{"anyOf": [{"required": [f"{n}.{m}"]} for m in range(4)]} for n in range(9)]},
+    "repeated repetition": {"type": "string", "pattern": "((a{1,1000}){1,1000}){1,1000}"},
+    "many states": {"type": "string", "pattern": ".*a.{300}$"},
+    "many values": {"enum": [f"value {n * 7919}" for n in range(7000)]},
+    "many properties": {"type": "object", "properties": {f"p{n}": {"type": "string"} for n in range(1900)}},
+    "many patterns": {"type": "object", "patternProperties": {f"^a{n}_": {"type": "string"} for n in range(50)}},
+    "endless": {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"], "additionalProperties": False},
+    "long": {"type": "array", "minItems": 10**9, "items": {"type": "string", "minLength": 10**6}},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_schema_is_refused_or_costs_little(nano: Tokenizer, name: str) -> None:
+    """In a loaded machine's time: seconds here are a tenth of one where nothing else runs."""
+    random, longest = Random(name), 0.0
+    begun = time.perf_counter()
+    try:
+        text = Grammar(HOSTILE[name], nano, "schema").begin(nano.special(RETURN))
+    except InvalidRequest:
+        assert time.perf_counter() - begun < 10
+        return
+    assert time.perf_counter() - begun < 10
+    for _ in range(100):
+        begun = time.perf_counter()
+        try:
+            choices = allowed(text.mask(), nano.vocab_size)
+        except GptOssError:
+            break
+        longest = max(longest, time.perf_counter() - begun)
+        if choices == [nano.special(RETURN)]:
+            break
+        text.accept(random.choice([id for id in choices if not nano.is_special(id)]))
+    assert longest < 1

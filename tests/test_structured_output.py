@@ -1,0 +1,178 @@
+"""The bundled model at temperature 1, held to schemas and choices of tools through the API."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mlx_gptoss
+from mlx_gptoss import Reply, Sampling, TextDelta
+from mlx_gptoss.errors import InvalidRequest
+
+SCHEMAS: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "schemas.json").read_text("utf-8"))
+QUESTION = "What is the weather in Paris?"
+SUM = "What is 12 + 30?"
+FEW = (
+    "an invoice",
+    "closed object",
+    "enum of everything",
+    "linked list",
+    "one of, tagged, by reference",
+    "short string",
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    with mlx_gptoss.load(backend="mlx", max_context=2048, slots=4) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def validate():
+    return pytest.importorskip("jsonschema").validate
+
+
+def form(schema: Any, name: str = "answer") -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": name, "schema": schema, "strict": True}}
+
+
+def tool(name: str, schema: Any, strict: bool = True) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": schema, "strict": strict}}
+
+
+WEATHER = tool("get_weather", {"type": "object", "properties": {"location": {"type": "string", "maxLength": 20}},
+                               "required": ["location"], "additionalProperties": False})  # fmt: skip
+
+
+def obeys(reply: Reply, schema: Any, validate) -> bool:
+    """Whether the reply came to its end; what ended is checked, whatever it says."""
+    if reply.finish_reason == "length":
+        return False
+    assert reply.finish_reason == "stop" and not reply.tool_calls
+    validate(json.loads(reply.text), schema)
+    return True
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_final_answer_obeys_its_schema(model, validate, name):
+    held = {"response_format": form(SCHEMAS[name]), "max_tokens": 600}
+    asked = [model.stream(SUM, sampling=Sampling(seed=seed), **held) for seed in range(2)]  # both at once
+    for events in asked:
+        validate(json.loads("".join(event.text for event in events if isinstance(event, TextDelta))), SCHEMAS[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_every_schema_of_the_corpus(model, validate, name):
+    ended = [
+        obeys(model.generate(question, sampling=Sampling(seed=seed), response_format=form(SCHEMAS[name]),
+                             max_tokens=800), SCHEMAS[name], validate)
+        for question in (SUM, QUESTION, "Hello") for seed in range(4)
+    ]  # fmt: skip
+    assert sum(ended) >= 9, ended
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, schema in SCHEMAS.items() if schema.get("type") == "object"])
+def test_every_object_of_the_corpus_as_arguments(model, validate, name):
+    tools = [tool("get_weather", SCHEMAS[name])]
+    calls = [
+        model.generate(QUESTION, sampling=Sampling(seed=seed), tools=tools, tool_choice="required", max_tokens=800)
+        for seed in range(8)
+    ]
+    ended = [reply for reply in calls if reply.finish_reason != "length"]
+    assert len(ended) >= 6
+    for reply in ended:
+        (call,) = reply.tool_calls
+        validate(json.loads(call.arguments), SCHEMAS[name])
+
+
+def test_any_json_object(model):
+    reply = model.generate(SUM, sampling=Sampling(seed=1), response_format={"type": "json_object"}, max_tokens=600)
+    assert isinstance(json.loads(reply.text), dict)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(seed=3), Sampling(seed=4, top_p=0.9, logprobs=2)], ids=["1", "0.9"])
+def test_analysis_is_what_it_is_without_a_guide(model, sampling):
+    asked = mlx_gptoss.Conversation((mlx_gptoss.Message("user", SUM),))
+    free = model.generate(asked, sampling=sampling).ids
+    thoughts = free.index(model.tokenizer.special("<|end|>")) + 1
+    # The prompt is the same: of json_object the model is not told.
+    form = {"response_format": {"type": "json_object"}, "max_tokens": thoughts + 6}
+    held = model.generate(asked, sampling=sampling, **form).ids
+    assert thoughts > 20 and held[:thoughts] == free[:thoughts]
+    assert "{" in model.tokenizer.decode(held[thoughts:]) and held[thoughts:] != free[thoughts : thoughts + 6]
+
+
+@pytest.mark.parametrize("question", [QUESTION, "Hello"])
+def test_tool_choice(model, validate, question):
+    other = tool("other", SCHEMAS["closed object"])
+    for seed in range(2):
+        options = {"sampling": Sampling(seed=seed), "tools": [WEATHER, other], "max_tokens": 500}
+        for choice in ("required", "other", {"type": "function", "function": {"name": "get_weather"}}):
+            reply = model.generate(question, tool_choice=choice, **options)
+            assert reply.finish_reason == "tool_calls"
+            (call,) = reply.tool_calls
+            assert choice == "required" or call.name in (choice, "get_weather")
+            offered = (WEATHER if call.name == "get_weather" else other)["function"]
+            validate(json.loads(call.arguments), offered["parameters"])
+        assert not model.generate(question, tool_choice="none", **options).tool_calls
+
+
+def test_a_call_may_come_instead_of_the_final_answer(model, validate):
+    schema = SCHEMAS["closed object"]
+    options = {"sampling": Sampling(temperature=0), "tools": [WEATHER], "response_format": form(schema)}
+    asked = model.generate(QUESTION, **options)
+    (call,) = asked.tool_calls
+    assert json.loads(call.arguments) == {"location": "Paris"} and asked.finish_reason == "tool_calls"
+    conversation = asked.conversation.with_result(call.name, '{"temperature": 18, "condition": "sunny"}')
+    assert conversation.response_format is None  # it was this turn's
+    answer = model.generate(conversation, response_format=form(schema), tool_choice="none")
+    validate(json.loads(answer.text), schema)
+
+
+def test_what_is_cut_off_says_so(model):
+    reply = model.generate(SUM, sampling=Sampling(seed=1), response_format=form(SCHEMAS["an invoice"]), max_tokens=5)
+    assert reply.finish_reason == "length"
+
+
+def test_guided_and_free_requests_share_steps(model, validate):
+    """Each gets what it gets alone."""
+
+    def ask(seed: int) -> Any:
+        guided = {"response_format": form(SCHEMAS["closed object"])} if seed % 2 else {}
+        return model.stream(SUM, sampling=Sampling(seed=seed), max_tokens=300, **guided)
+
+    alone = [list(ask(seed))[-1] for seed in range(4)]
+    streams = [ask(seed) for seed in range(4)]
+    together = [list(events)[-1] for events in streams]
+    assert [[t.id for t in f.tokens] for f in together] == [[t.id for t in f.tokens] for f in alone]
+
+
+def test_the_torch_backend(backend_module, validate):
+    backend_module("cuda")
+    with mlx_gptoss.load(backend="cuda", device="cpu", max_context=1024) as model:
+        schema = SCHEMAS["closed object"]
+        reply = model.generate(SUM, sampling=Sampling(seed=1), response_format=form(schema), max_tokens=300)
+        validate(json.loads(reply.text), schema)
+        reply = model.generate(QUESTION, sampling=Sampling(temperature=0), tools=[WEATHER], tool_choice="get_weather")
+        assert json.loads(reply.tool_calls[0].arguments) == {"location": "Paris"}
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"response_format": form({"type": "array", "uniqueItems": True})}, "uniqueItems"),
+        ({"response_format": {"type": "xml"}}, "json_object"),
+        ({"tool_choice": "required"}, "none"),
+        ({"tool_choice": "get_weather"}, "not among the tools"),
+        ({"tools": [tool("f", {"not": {}})]}, "the parameters of 'f'"),
+    ],
+)
+def test_what_cannot_be_enforced_is_refused_before_the_first_token(model, options, complaint):
+    with pytest.raises(InvalidRequest, match=complaint):
+        model.stream("Hi", **options)
