@@ -7,6 +7,7 @@ dropped before the next weight is read.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -140,7 +141,7 @@ class _Placer:
     def linear(self, names: Sequence[str], *, biased: bool = True) -> Linear:
         matrices, streams = self._shared([f"{n}.weight" for n in names])
         if self._widen:
-            matrices = tuple(widened(matrix, self._dtype) for matrix in matrices)
+            matrices = widened(matrices, streams, self._dtype)
         return Linear(matrices, self.vectors([f"{n}.bias" for n in names]) if biased else None, streams)
 
     def experts(self, names: Sequence[str]) -> ExpertLinear:
@@ -211,13 +212,14 @@ def fuse(weights: Sequence[Weight]) -> Matrix:
     return QuantizedMatrix(codes, scales, biases, _outer(parts), MODES[first.spec], first.spec.group, first.spec.bits)
 
 
-def widened(matrix: Matrix, dtype: mx.Dtype) -> Matrix:
-    """A dense matrix in `dtype`; a quantized one as it is."""
-    if isinstance(matrix, QuantizedMatrix) or matrix.weight.dtype == dtype:
-        return matrix
-    wide = DenseMatrix(matrix.weight.astype(dtype))
-    mx.eval(wide.weight)
-    return wide
+def widened(matrices: Sequence[Matrix], streams: Sequence[mx.Stream], dtype: mx.Dtype) -> tuple[Matrix, ...]:
+    """Dense matrices in `dtype`, each made on its own stream if there are any; quantized ones as they are."""
+    found: list[Matrix] = []
+    for i, matrix in enumerate(matrices):
+        with mx.stream(streams[i]) if streams else nullcontext():
+            found.append(DenseMatrix(matrix.weight.astype(dtype)) if isinstance(matrix, DenseMatrix) else matrix)
+    mx.eval([matrix.weight for matrix in found if isinstance(matrix, DenseMatrix)])
+    return tuple(found)
 
 
 def _alike(weights: Sequence[Weight]) -> bool:
