@@ -16,18 +16,19 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("name", "words", "expected"),
     [
-        ("stream_reply.py", ["384", "tokens/s"]),
-        ("conversation.py", ["123", "128", "elppa"]),
-        ("weather_tool.py", ["get_weather", "Paris", "18", "sunny"]),
+        ("stream_reply.py", [], ["384", "tokens/s"]),
+        ("conversation.py", [], ["123", "128", "elppa"]),
+        ("weather_tool.py", [], ["get_weather", "Paris", "18", "sunny"]),
+        ("second_turn.py", ["300"], [" 0 of them cached", "323 of them cached", "times as fast"]),
     ],
 )
-def test_example(name, expected):
-    out = subprocess.run([sys.executable, EXAMPLES / name], capture_output=True, text=True, timeout=120)
+def test_example(name, words, expected):
+    out = subprocess.run([sys.executable, EXAMPLES / name, *words], capture_output=True, text=True, timeout=120)
     assert out.returncode == 0, out.stderr
-    for words in expected:
-        assert words in out.stdout
+    for text in expected:
+        assert text in out.stdout
 
 
 def test_examples_are_short():
