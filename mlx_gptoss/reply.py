@@ -32,10 +32,11 @@ class ReasoningDelta:
 @dataclass(frozen=True)
 class TextDelta:
     """More of what the user is meant to read: the final channel, and preambles on commentary. tokens: those that the
-    text is made of; none for a text that came without a header."""
+    text is made of; none for a text that came without a header. preamble: whether it stands on commentary."""
 
     text: str
     tokens: tuple[Token, ...] = ()
+    preamble: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,13 +135,13 @@ class _Said:
         """The text that the tokens heard last have brought."""
         self._read += len(text)
 
-    def delta(self, text: str) -> TextDelta:
+    def delta(self, text: str, preamble: bool = False) -> TextDelta:
         """The next text that is shown."""
         self._shown += len(text)
         tokens = []
         while self._waiting and self._waiting[0][0] < self._shown:
             tokens.append(self._waiting.popleft()[1])
-        return TextDelta(text, tuple(tokens))
+        return TextDelta(text, tuple(tokens), preamble)
 
 
 @dataclass
@@ -190,7 +191,7 @@ class Turn:
                 self.said.read(delta.text)
                 text, _ = self.stops.push(delta.text)
                 if text:
-                    yield self.said.delta(text)
+                    yield self.said.delta(text, delta.channel == "commentary")
 
     def _argue(self, delta: Delta) -> ToolCallDelta:
         id, name = self.call = self.call or (f"call_{secrets.token_hex(8)}", delta.function or "")

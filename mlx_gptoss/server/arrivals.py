@@ -24,6 +24,7 @@ class Arrivals:
         self._replies = replies
         self._loop = asyncio.get_running_loop()
         self._more = asyncio.Event()
+        self._stopped: ApiError | None = None
         for reply in replies:
             reply.on_arrival(self._tell)
 
@@ -32,11 +33,18 @@ class Arrivals:
         for reply in self._replies:
             reply.close()
 
+    def stop(self, reason: ApiError) -> None:
+        """End the generations that still run; whoever reads the batches is told why."""
+        self._stopped = reason
+        self._more.set()
+
     async def batches(self) -> AsyncIterator[list[tuple[int, Event]]]:
         running = dict(enumerate(self._replies))
         while running:
             await self._more.wait()
             self._more.clear()
+            if self._stopped is not None:
+                raise self._stopped
             batch: list[tuple[int, Event]] = []
             for index, reply in list(running.items()):
                 while events := reply.ready():

@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from ..errors import DoesNotFit, GptOssError, InvalidRequest
 
+UNION_MEMBERS = {"str", "int", "message", "reasoning", "function_call", "function_call_output"}
 LONGEST_MESSAGE = 1000  # characters; what was sent may be quoted in it
 _FIELD = re.compile(r"[a-z_]+(\[\d+\]|\.[a-z_]+)*(?= )")
 
@@ -95,7 +96,7 @@ def from_exception(error: BaseException) -> ApiError:
 
 def from_validation(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a body, or with a query."""
-    first = error.errors()[0]
+    first = max(error.errors(), key=lambda one: len(one["loc"]))  # of a union's, the one that got furthest
     _, *path = first["loc"]
     param = _dotted(path)
     if first["type"] == "extra_forbidden":
@@ -106,13 +107,19 @@ def from_validation(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"{param} is missing", param=param, code="missing_required_parameter")
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['ctx']['error']}", code="invalid_json")
+    if first["type"] == "union_tag_invalid":
+        kinds = f"{first['ctx']['tag']!r}: use one of {first['ctx']['expected_tags']}"
+        return ApiError(400, f"{param} has the type {kinds}", param=param, code="invalid_value")
     if not path:
         return ApiError(400, "the body must be a JSON object, with Content-Type: application/json", code="invalid_json")
     return ApiError(400, f"{param}: {first['msg']}", param=param, code="invalid_value")
 
 
 def _dotted(path: list[Any]) -> str:
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path).lstrip(".")[:100]
+    """messages[0].content, without what pydantic says of the members of a union."""
+    first, *rest = path or [""]
+    steps = (step for step in rest if isinstance(step, int) or not (step in UNION_MEMBERS or "[" in step))
+    return f"{first}" + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)[:100]
 
 
 def install(app: FastAPI) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..sampling import Sampling
 from .errors import ApiError, refuse
@@ -17,9 +17,14 @@ BIG = 2**63 - 1
 
 
 class Strict(BaseModel):
-    """No unknown fields, and no "1" for 1."""
+    """No unknown fields, unless they are null and so ask for nothing, and no "1" for 1."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nothing(cls, fields: Any) -> Any:
+        return {name: value for name, value in fields.items() if value is not None} if type(fields) is dict else fields
 
 
 class WithoutEffect(Strict):

@@ -15,6 +15,7 @@ import uvicorn
 from ..errors import GptOssError
 from .app import build
 from .connection import Patience, patient
+from .errors import ApiError
 from .guard import LOOPBACK
 from .service import Service
 
@@ -85,7 +86,7 @@ class Server(uvicorn.Server):
         late = time.monotonic() >= self._until
         if late:
             for arrivals in list(self.service.open):
-                self.service.finish(arrivals)
+                arrivals.stop(ApiError(503, "the server has been stopped", code="draining"))
             self.force_exit = True
         return late or not self.service.open
 

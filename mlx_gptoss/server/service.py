@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
@@ -17,13 +17,15 @@ from .arrivals import Arrivals
 from .errors import ApiError
 from .guard import Gate
 from .metrics import Metrics
+from .store import Store
 
 NANO_NAME = "mlx-gptoss-nano"
 
 
 @dataclass
 class Service:
-    """One server. model_id: the name that it gives its model; aliases: others that it answers to."""
+    """One server. model_id: the name that it gives its model; aliases: others that it answers to.
+    open: requests that are being answered. running: of those, responses by their id, as far as they are written."""
 
     model: Model
     gate: Gate
@@ -32,6 +34,8 @@ class Service:
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
     open: set[Arrivals] = field(default_factory=set)
+    store: Store = field(default_factory=Store)
+    running: dict[str, tuple[dict[str, Any], Arrivals]] = field(default_factory=dict)
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError unless it is the model that is loaded; None is."""

@@ -1,0 +1,291 @@
+"""/v1/responses: events as they come, or what they add up to; and the responses that are kept."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request
+from pydantic import Field
+from starlette.responses import Response
+
+from ..harmony.messages import Conversation, without_old_reasoning
+from ..harmony.openai import functions_from_tools
+from ..sampling import MAX_LOGPROBS
+from .arrivals import Arrivals, unless_gone
+from .chat_completions import MOST_MESSAGES, MOST_TOOLS
+from .errors import ApiError, Json, from_exception, refuse
+from .fields import BIG, SamplingFields, StreamOptions, Strict, WithoutEffect, check_schema
+from .items import Item, MessageItem, Turns, listed, new_id
+from .response_events import Writer
+from .service import Here, Service
+from .sse import EventStream, frame
+from .store import Stored
+
+LOGPROBS = "message.output_text.logprobs"
+
+router = APIRouter()
+
+
+class Reasoning(Strict):
+    """summary: auto is none; what the model thought stands in the reasoning item as it is."""
+
+    effort: Literal["low", "medium", "high"] | None = None
+    summary: Literal["auto"] | None = None
+
+
+class TextOptions(Strict):
+    """format: text, json_object, or json_schema with its name and schema."""
+
+    format: dict[str, Any] | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class ResponsesRequest(SamplingFields, WithoutEffect):
+    """OpenAI's fields, as far as this model can honour them.
+
+    include: reasoning.encrypted_content needs nothing, for reasoning items hold their text, and can be sent back.
+    """
+
+    model: str | None = None
+    input: str | Annotated[list[Item], Field(min_length=1, max_length=MOST_MESSAGES)]
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_output_tokens: int | None = Field(None, ge=1, le=BIG)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MOST_TOOLS)
+    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextOptions | None = None
+    reasoning: Reasoning | None = None
+    include: list[Literal["reasoning.encrypted_content", "message.output_text.logprobs"]] | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    truncation: Literal["disabled"] | None = None
+    background: Literal[False] | None = None
+
+    @property
+    def items(self) -> Sequence[Item]:
+        return [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
+
+    @property
+    def effort(self) -> Literal["low", "medium", "high"]:
+        return (self.reasoning.effort if self.reasoning else None) or "medium"
+
+    @property
+    def format(self) -> dict[str, Any]:
+        return (self.text.format if self.text else None) or {"type": "text"}
+
+    def check(self) -> None:
+        """What the types alone cannot say."""
+        if self.top_logprobs and LOGPROBS not in (self.include or ()):
+            raise refuse("top_logprobs", f"needs include: [{LOGPROBS!r}]")
+        if self.stream_options is not None and (not self.stream or self.stream_options.include_usage):
+            raise refuse("stream_options", "needs stream: true, and usage always comes")
+        for place, tool in enumerate(self.tools or ()):
+            check_schema(tool, f"tools[{place}]")
+        check_schema(self.format, "text.format")
+
+
+@router.post("/v1/responses")
+async def create(body: ResponsesRequest, request: Request, service: Here) -> Response:
+    """The assistant's next turn, from items, or going on from an earlier response."""
+    service.check_model(body.model)
+    body.check()
+    turn = _Turn(body, service)
+    arrivals = await unless_gone(request, service.start(turn.reply()))
+    if body.stream:
+        return EventStream(turn.stream(arrivals), partial(service.finish, arrivals))
+    return Json(await unless_gone(request, turn.whole(arrivals)))
+
+
+@router.get("/v1/responses/{id}")
+async def retrieve(id: str, service: Here, stream: bool = False) -> Response:
+    """A response that is kept, or one that is being written."""
+    if stream:
+        raise refuse("stream", "is for background responses, and there are none here")
+    if id in service.running:
+        return Json(service.running[id][0])
+    return Json(_stored(service, id).response)
+
+
+@router.delete("/v1/responses/{id}")
+async def delete(id: str, service: Here) -> Response:
+    """Forget a response."""
+    if not service.store.delete(id):
+        raise _not_found(id)
+    return Json({"id": id, "object": "response", "deleted": True})
+
+
+@router.post("/v1/responses/{id}/cancel")
+async def cancel(id: str, service: Here) -> Response:
+    """End a response that is being written; one that has ended stays as it is."""
+    if id not in service.running:
+        return Json(_stored(service, id).response)
+    response, arrivals = service.running[id]
+    arrivals.stop(ApiError(409, "the response was cancelled", code="cancelled"))
+    return Json({**response, "status": "cancelled"})
+
+
+@router.get("/v1/responses/{id}/input_items")
+async def input_items(
+    id: str,
+    service: Here,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+    after: str | None = None,
+) -> Response:
+    """What a response was asked, a page at a time."""
+    items = _stored(service, id).input
+    items = items if order == "asc" else items[::-1]
+    places = [place for place, item in enumerate(items) if item["id"] == after]
+    if after is not None and not places:
+        raise refuse("after", f"is {after!r}, which is no item of this response")
+    start = places[0] + 1 if places else 0
+    page = items[start : start + limit]
+    return Json(
+        {
+            "object": "list",
+            "data": page,
+            "first_id": page[0]["id"] if page else None,
+            "last_id": page[-1]["id"] if page else None,
+            "has_more": start + limit < len(items),
+        }
+    )
+
+
+class _Turn:
+    """One response, from the request to what is kept of it."""
+
+    def __init__(self, body: ResponsesRequest, service: Service) -> None:
+        self._body = body
+        self._service = service
+        self._id = new_id("resp")
+        self.failure: ApiError | None = None
+        self._turns = _previous(body, service).then(body.items)
+        self._sampling = body.sampling(service.model.default_sampling, body.top_logprobs or 0)
+        self._writer = Writer(self._opening(), service.model.tokenizer, LOGPROBS in (body.include or ()))
+
+    def reply(self) -> partial[Any]:
+        body, turns = self._body, self._turns
+        given = [] if body.instructions is None else [body.instructions]
+        conversation = Conversation(
+            messages=without_old_reasoning(turns.messages),
+            reasoning=body.effort,
+            instructions="\n\n".join([*given, *turns.instructions]) or None,
+            functions=functions_from_tools(body.tools or ()),
+            date=datetime.date.today().isoformat(),
+        )
+        options: dict[str, Any] = {"max_tokens": body.max_output_tokens, "response_format": _chat_format(body.format)}
+        return partial(self._service.model.stream, conversation, sampling=self._sampling, **options)
+
+    async def events(self, arrivals: Arrivals) -> AsyncIterator[list[dict[str, Any]]]:
+        """The interface's events, in batches. What goes wrong on the way is an event, too."""
+        writer, service = self._writer, self._service
+        watch = service.metrics.watch()
+        service.running[self._id] = (writer.response, arrivals)
+        try:
+            yield writer.begin()
+            async for batch in arrivals.batches():
+                made: list[dict[str, Any]] = []
+                for _, event in batch:
+                    watch.saw(event)
+                    made += writer.take(event)
+                yield made
+            self._keep()
+            yield [writer.end()]
+        except Exception as error:
+            self.failure = from_exception(error)
+            failed = writer.fail(self.failure)
+            self._keep()
+            yield [failed]
+        finally:
+            service.running.pop(self._id, None)
+            service.finish(arrivals)
+
+    async def stream(self, arrivals: Arrivals) -> AsyncIterator[bytes]:
+        async for events in self.events(arrivals):
+            yield b"".join(frame(event, event["type"]) for event in events)
+
+    async def whole(self, arrivals: Arrivals) -> dict[str, Any]:
+        async for _ in self.events(arrivals):
+            pass
+        if self.failure is not None and self.failure.code != "cancelled":
+            raise self.failure
+        return self._writer.response
+
+    def _keep(self) -> None:
+        """Store the response, if it is to be stored."""
+        writer = self._writer
+        if self._body.store is False:
+            return
+        turns = None
+        if writer.finished is not None:
+            turns = self._turns.answered(writer.finished.messages, writer.call_ids)
+        stored = Stored(writer.response, listed(self._body.items), turns)
+        writer.response["store"] = self._service.store.put(self._id, stored)
+
+    def _opening(self) -> dict[str, Any]:
+        """The response before anything is written."""
+        body, sampling = self._body, self._sampling
+        return {
+            "id": self._id,
+            "object": "response",
+            "created_at": int(time.time()),
+            "completed_at": None,
+            "status": "in_progress",
+            "background": False,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata or {},
+            "model": self._service.model_id,
+            "output": [],
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "previous_response_id": body.previous_response_id,
+            "reasoning": {"effort": body.effort, "summary": None},
+            "service_tier": "default",
+            "store": body.store is not False,
+            "temperature": sampling.temperature,
+            "text": {"format": body.format},
+            "tool_choice": body.tool_choice or "auto",
+            "tools": body.tools or [],
+            "top_logprobs": body.top_logprobs or 0,
+            "top_p": sampling.top_p,
+            "truncation": "disabled",
+            "usage": None,
+            "user": body.user,
+        }
+
+
+def _previous(body: ResponsesRequest, service: Service) -> Turns:
+    if body.previous_response_id is None:
+        return Turns()
+    stored = service.store.get(body.previous_response_id)
+    if stored is None or stored.turns is None:
+        message = f"is {body.previous_response_id!r}: no response of that id is kept here, or it did not end well"
+        raise refuse("previous_response_id", message, "previous_response_not_found")
+    return stored.turns
+
+
+def _chat_format(form: dict[str, Any]) -> dict[str, Any]:
+    """A format as chat completions write it, which is how the model takes it."""
+    if form.get("type") != "json_schema":
+        return form
+    return {"type": "json_schema", "json_schema": {name: value for name, value in form.items() if name != "type"}}
+
+
+def _stored(service: Service, id: str) -> Stored:
+    stored = service.store.get(id)
+    if stored is None:
+        raise _not_found(id)
+    return stored
+
+
+def _not_found(id: str) -> ApiError:
+    return ApiError(404, f"no response {id!r} is kept here", param="id", code="not_found")

@@ -1,0 +1,207 @@
+"""/v1/responses through OpenAI's own client."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import openai
+import pytest
+
+MODEL = "mlx-gptoss-nano"
+SUM = "What is 12 + 30?"
+WEATHER = "What is the weather in Oslo?"
+
+
+def create(client, **fields):
+    return client.responses.create(**{"model": MODEL, "input": SUM, **fields})
+
+
+@pytest.fixture(scope="module")
+def weather(weather_tool):
+    return {"type": "function", **weather_tool["function"]}
+
+
+def test_an_answer(client):
+    reply = create(client, instructions="You are a helpful assistant.", metadata={"a": "b"})
+    assert (reply.output_text, reply.status, reply.error) == ("12 + 30 = 42", "completed", None)
+    reasoning, message = reply.output
+    assert (reasoning.type, message.type, message.phase) == ("reasoning", "message", "final_answer")
+    assert "The sum is 42" in reasoning.content[0].text and reasoning.summary == []
+    assert reply.usage.total_tokens == reply.usage.input_tokens + reply.usage.output_tokens
+    assert 0 < reply.usage.output_tokens_details.reasoning_tokens < reply.usage.output_tokens
+    assert (reply.metadata, reply.model, reply.store) == ({"a": "b"}, MODEL, True)
+
+
+def test_events_in_order_add_up(client):
+    events = list(create(client, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type.removeprefix("response.") for event in events]
+    order = list(dict.fromkeys(kinds))
+    assert order == [
+        "created", "in_progress", "output_item.added", "content_part.added", "reasoning_text.delta",
+        "reasoning_text.done", "content_part.done", "output_item.done", "output_text.delta", "output_text.done",
+        "completed",
+    ]  # fmt: skip
+    text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    thought = "".join(event.delta for event in events if event.type == "response.reasoning_text.delta")
+    final = events[-1].response
+    assert text == final.output_text == "12 + 30 = 42"
+    assert thought == final.output[0].content[0].text
+    added = [event.item for event in events if event.type == "response.output_item.added"]
+    done = [event.item for event in events if event.type == "response.output_item.done"]
+    assert [item.id for item in added] == [item.id for item in done] == [item.id for item in final.output]
+    assert all(item.status == "in_progress" and not item.content for item in added)
+    assert {event.item_id for event in events if hasattr(event, "item_id")} == {item.id for item in final.output}
+
+
+def test_the_client_follows_the_stream(client):
+    with client.responses.stream(model=MODEL, input=SUM) as stream:
+        for _ in stream:
+            pass
+        assert stream.get_final_response().output_text == "12 + 30 = 42"
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_call_and_its_result(client, weather, kept):
+    """Whether the server remembers the call or its items are sent back."""
+    first = create(client, input=WEATHER, tools=[weather], store=kept)
+    call = first.output[-1]
+    assert [item.type for item in first.output] == ["reasoning", "function_call"]
+    assert (call.name, json.loads(call.arguments), call.status) == ("get_weather", {"location": "Oslo"}, "completed")
+    result = {
+        "type": "function_call_output",
+        "call_id": call.call_id,
+        "output": '{"temperature": 4, "condition": "rainy"}',
+    }
+    if kept:
+        second = create(client, input=[result], tools=[weather], previous_response_id=first.id)
+    else:
+        items = [{"role": "user", "content": WEATHER}, *(item.model_dump() for item in first.output), result]
+        second = create(client, input=items, tools=[weather])
+    assert second.output_text == "It is 4 degrees and rainy in Oslo."
+
+
+def test_kept_or_sent_back_a_call_is_the_same_prompt(client, weather):
+    first = create(client, input=WEATHER, tools=[weather])
+    result = {"type": "function_call_output", "call_id": first.output[-1].call_id, "output": "{}"}
+    items = [{"role": "user", "content": WEATHER}, *(item.model_dump() for item in first.output), result]
+    kept = create(client, input=[result], tools=[weather], previous_response_id=first.id)
+    sent = create(client, input=items, tools=[weather])
+    assert kept.usage.input_tokens == sent.usage.input_tokens
+    assert kept.output_text == sent.output_text
+
+
+def test_a_streamed_call(client, weather):
+    events = list(create(client, input=WEATHER, tools=[weather], stream=True))
+    deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    (done,) = [event for event in events if event.type == "response.function_call_arguments.done"]
+    assert len(deltas) > 3 and "".join(deltas) == done.arguments == events[-1].response.output[-1].arguments
+
+
+def test_a_conversation_goes_on_without_old_reasoning_and_old_instructions(client):
+    first = create(client, instructions="You are a helpful assistant.")
+    second = create(client, input="Add 5 to that.", previous_response_id=first.id)
+    assert second.output_text == "42 + 5 = 47"
+    turns = [
+        {"role": "user", "content": SUM},
+        {"role": "assistant", "content": "12 + 30 = 42"},
+        {"role": "user", "content": "Add 5 to that."},
+    ]
+    assert second.usage.input_tokens == create(client, input=turns).usage.input_tokens
+    assert second.previous_response_id == first.id and second.instructions is None
+
+
+def test_retrieve_list_and_delete(client):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    reply = create(client, input=[*turns, {"role": "user", "content": SUM}])
+    assert client.responses.retrieve(reply.id) == reply
+    items = list(client.responses.input_items.list(reply.id, limit=2, order="asc"))  # the client turns the pages
+    assert [item.content[0].text for item in items] == ["Hi", "Hello!", SUM]
+    newest = client.responses.input_items.list(reply.id, limit=1)
+    assert newest.data[0].id == items[-1].id and newest.has_more
+    assert client.responses.cancel(reply.id).status == "completed"  # it has ended: nothing to cancel
+    client.responses.delete(reply.id)
+    for gone in (client.responses.retrieve, client.responses.cancel, client.responses.delete):
+        with pytest.raises(openai.NotFoundError):
+            gone(reply.id)
+    with pytest.raises(openai.BadRequestError) as refused:
+        create(client, previous_response_id=reply.id)
+    assert refused.value.code == "previous_response_not_found"
+
+
+def test_what_is_not_to_be_stored_is_not(client):
+    reply = create(client, store=False)
+    assert reply.store is False
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(reply.id)
+
+
+def test_a_running_response_can_be_seen_and_cancelled(client, idle):
+    stream = create(client, reasoning={"effort": "high"}, stream=True)
+    first = next(iter(stream))
+    assert client.responses.retrieve(first.response.id).status == "in_progress"
+    assert client.responses.cancel(first.response.id).status == "cancelled"
+    last = list(stream)[-1]
+    assert (last.type, last.response.status) == ("response.failed", "cancelled")
+    assert client.responses.retrieve(first.response.id).status == "cancelled"
+    assert idle()
+
+
+def test_length_is_incomplete(client):
+    reply = create(client, max_output_tokens=6)
+    assert (reply.status, reply.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert reply.output[-1].status == "incomplete"
+    assert list(create(client, max_output_tokens=6, stream=True))[-1].type == "response.incomplete"
+
+
+def test_logprobs(client):
+    asked = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    part = create(client, **asked).output[-1].content[0]
+    assert b"".join(bytes(one.bytes) for one in part.logprobs) == part.text.encode()
+    assert all(len(one.top_logprobs) == 2 for one in part.logprobs)
+    deltas = [e for e in create(client, **asked, stream=True) if e.type == "response.output_text.delta"]
+    assert [one.token for e in deltas for one in e.logprobs] == [one.token for one in part.logprobs]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"background": True}, "background"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"conversation": "conv_1"}, "conversation"),
+        ({"prompt": {"id": "x"}}, "prompt"),
+        ({"max_tool_calls": 1}, "max_tool_calls"),
+        ({"reasoning": {"effort": "minimal"}}, "reasoning.effort"),
+        ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
+        ({"include": ["file_search_call.results"]}, "include[0]"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+        ({"input": []}, "input"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input[0].content"),
+        ({"input": [{"type": "function_call_output", "call_id": "x", "output": "y"}]}, "input[0].call_id"),
+        ({"input": [{"type": "reasoning", "summary": [], "encrypted_content": "x"}]}, "input[0].encrypted_content"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(client, fields, param):
+    with pytest.raises(openai.BadRequestError) as refused:
+        create(client, **fields)
+    body = refused.value.body
+    assert body["param"] is not None and body["param"].startswith(param), body
+
+
+def test_many_at_once(client):
+    texts = [None] * 12
+
+    def ask(place):
+        texts[place] = create(client, input=f"What is {place + 10} + 30?").output_text
+
+    threads = [threading.Thread(target=ask, args=(place,)) for place in range(len(texts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert texts == [f"{place + 10} + 30 = {place + 40}" for place in range(len(texts))]
