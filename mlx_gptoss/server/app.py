@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import chat_completions, errors, responses
+from . import chat_completions, completions, errors, responses
 from .errors import ErrorBody, Json
 from .guard import Guard
 from .service import Here, Service
@@ -20,7 +20,7 @@ PAGE_POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-an
 PAGE_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 router = APIRouter()
-ROUTERS = (router, chat_completions.router, responses.router)
+ROUTERS = (router, chat_completions.router, responses.router, completions.router)
 
 
 @router.get("/v1/models")
