@@ -67,7 +67,7 @@ def load(
     quantize: str | None,
     kv_bits: str | None,
     speculate: bool,
-    slots: int = 1,
+    **more: Any,
 ) -> Model:
     """The model, with a spinner on a terminal's stderr while it loads."""
     from rich.console import Console
@@ -81,8 +81,8 @@ def load(
             device=device,
             dtype=dtype,
             max_context=max_context,
-            slots=slots,
             quantize=quantize,
             kv_bits=None if kv_bits is None else int(kv_bits),
             speculate=speculate,
+            **more,
         )

@@ -16,7 +16,7 @@ from .backends import find_backend
 from .backends.base import Backend, Limits
 from .chat import Events, Prompt, answered, as_conversation, stream_chat, stream_raw
 from .config import ModelConfig
-from .engine import Engine, PrefixFiles, Token
+from .engine import Engine, PrefixFiles, Status, Token
 from .errors import CheckpointError, InvalidRequest
 from .harmony.messages import Conversation, Effort
 from .memory import MemoryPlan, plan_memory, require_fit
@@ -216,6 +216,11 @@ class Model:
     def peak_memory(self) -> int:
         """Most bytes the device held at once since loading."""
         return self._engine.call(lambda runner: runner.peak_memory())
+
+    @property
+    def status(self) -> Status:
+        """What the engine is doing. Raises GptOssError if the model is closed."""
+        return self._engine.status
 
     def close(self) -> None:
         self._engine.close()

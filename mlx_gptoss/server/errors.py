@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from ..errors import DoesNotFit, GptOssError, InvalidRequest
+from ..errors import Busy, DoesNotFit, GptOssError, InvalidRequest
 
 UNION_MEMBERS = {"str", "int", "message", "reasoning", "function_call", "function_call_output"}
 LONGEST_MESSAGE = 1000  # characters; what was sent may be quoted in it
@@ -88,6 +88,8 @@ def from_exception(error: BaseException) -> ApiError:
         too_long = "context holds" in str(error) or isinstance(error, DoesNotFit)
         code = "context_length_exceeded" if too_long else "invalid_value"
         return ApiError(400, str(error), param=field[0] if field and not too_long else None, code=code)
+    if isinstance(error, Busy):
+        return ApiError(503, str(error), code="busy", headers={"Retry-After": str(error.retry_after_s)})
     if isinstance(error, GptOssError):
         return ApiError(500, str(error), code="engine_error")
     log.error("a request failed", exc_info=error)

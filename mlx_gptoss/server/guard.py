@@ -64,7 +64,7 @@ class Gate:
     def _check_key(self, authorization: str) -> None:
         assert self.api_key is not None
         scheme, _, key = authorization.partition(" ")
-        same = hmac.compare_digest(key.strip().encode(), self.api_key.encode())
+        same = hmac.compare_digest(key.strip().encode("latin-1"), self.api_key.encode())
         if not same or scheme.lower() != "bearer":
             headers = {"WWW-Authenticate": "Bearer"}
             message = "the API key is missing or wrong: send it as Authorization: Bearer KEY"

@@ -26,6 +26,7 @@ class Metrics:
         self.generated = Counter(f"{prefix}completion_tokens", "Tokens generated", registry=registry)
         self.running = Gauge(f"{prefix}running", "Sequences in a slot", registry=registry)
         self.waiting = Gauge(f"{prefix}waiting", "Requests that wait for a slot", registry=registry)
+        self.prefixes = Gauge(f"{prefix}prefix_cache_bytes", "What is kept of prompts", registry=registry)
         self.first = Histogram(
             f"{prefix}time_to_first_token_seconds", "From asking to it", buckets=FIRST_S, registry=registry
         )

@@ -54,7 +54,10 @@ class Service:
 
     def measure(self) -> bytes:
         """The metrics, as of now."""
-        self.metrics.running.set(len(self.open))
+        status = self.model.status
+        self.metrics.running.set(status.running)
+        self.metrics.waiting.set(status.waiting)
+        self.metrics.prefixes.set(status.prefix_bytes)
         return self.metrics.text()
 
     def finish(self, arrivals: Arrivals) -> None:

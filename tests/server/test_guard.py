@@ -1,0 +1,206 @@
+"""Who is let in, and how much: heads, keys, sizes, and clients that are slow or make no sense."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+
+import httpx
+import openai
+import pytest
+
+from mlx_gptoss.server.connection import Patience
+
+SUM = [{"role": "user", "content": "What is 12 + 30?"}]
+BODY = {"messages": SUM, "max_tokens": 1}
+PATH = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def keyed(serve, model):
+    with serve(model, api_key="sésame", origins=("https://friend.example",), body_bytes=100_000) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def impatient(serve, model):
+    with serve(model, patience=Patience(head_s=0.3, request_s=0.6, reading_s=0.5)) as server:
+        yield server
+
+
+def raw(server, data, *, wait=3.0):
+    """All that the server answers to these bytes, until it closes or is silent for so long."""
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.settimeout(wait)
+        received = b""
+        try:
+            connection.sendall(data)
+            while piece := connection.recv(65536):
+                received += piece
+        except (TimeoutError, ConnectionError):
+            pass
+    return received
+
+
+def head(length, *extra):
+    lines = ("Host: localhost", "Content-Type: application/json", f"Content-Length: {length}", *extra)
+    return "\r\n".join([f"POST {PATH} HTTP/1.1", *lines, "", ""]).encode()
+
+
+def test_the_key(keyed):
+    def ask(**headers):
+        return httpx.post(keyed.url + PATH, json=BODY, headers=headers).status_code
+
+    assert ask(Authorization="Bearer sésame".encode()) == 200
+    for wrong in ("Bearer sesame", "Bearer", "Basic sesame", "sesame", ""):
+        assert ask(Authorization=wrong) == 401
+    with pytest.raises(openai.AuthenticationError) as refused:
+        openai.OpenAI(base_url=f"{keyed.url}/v1", api_key="wrong", max_retries=0).models.list()
+    assert refused.value.code == "invalid_api_key"
+    assert httpx.get(keyed.url + "/metrics").status_code == 401
+    assert httpx.get(keyed.url + "/health").status_code == 200
+
+
+def test_without_a_key_nothing_of_the_body_is_read(keyed):
+    answer = raw(keyed, head(99_999) + b"{", wait=1)
+    assert answer.startswith(b"HTTP/1.1 401")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "localhost"}, 200),
+        ({"Host": "127.0.0.1:1"}, 200),
+        ({"Host": "[::1]:8080"}, 200),
+        ({"Host": "rebound.example"}, 403),
+        ({"Host": ""}, 403),
+        ({"Origin": "http://rebound.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "localhost:80", "Origin": "http://localhost:80"}, 200),
+    ],
+)
+def test_pages_of_other_sites_are_kept_out(http, headers, status):
+    assert http.post(PATH, json=BODY, headers=headers).status_code == status
+
+
+def test_no_cors_unless_asked_for(http, keyed):
+    ask = {"Origin": "https://friend.example", "Access-Control-Request-Method": "POST"}
+    assert "access-control-allow-origin" not in http.options(PATH, headers=ask).headers
+    allowed = httpx.options(keyed.url + PATH, headers=ask)
+    assert allowed.headers["access-control-allow-origin"] == "https://friend.example"
+    other = httpx.options(keyed.url + PATH, headers={**ask, "Origin": "https://foe.example"})
+    assert "access-control-allow-origin" not in other.headers
+
+
+def test_a_form_of_another_site_is_no_request(http):
+    """A browser sends text/plain anywhere without asking first."""
+    assert http.post(PATH, content=json.dumps(BODY), headers={"Content-Type": "text/plain"}).status_code == 400
+
+
+def test_large_bodies_are_refused_while_they_are_read(keyed):
+    key = "Authorization: Bearer sésame"
+    large = raw(keyed, head(100_001, key), wait=1)
+    assert large.startswith(b"HTTP/1.1 413")
+    chunked = head(0, key, "Transfer-Encoding: chunked").replace(b"Content-Length: 0\r\n", b"")
+    endless = raw(keyed, chunked + b"10000\r\n" + b" " * 65536 + b"\r\n10000\r\n" + b" " * 65536 + b"\r\n", wait=1)
+    assert endless.startswith(b"HTTP/1.1 413") and b"100000" in endless
+    assert keyed.service.gate.held == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ("[" + "0," * 2_000_001 + "0]", 413),
+        ("[" * 100_000, 400),
+        ('{"messages": ' + "[" * 5000 + "]" * 5000 + "}", 400),
+        ('{"messages": [' + "1" * 5000 + "]}", 400),
+        ('{"temperature": NaN, "messages": [{"role": "user", "content": "x"}]}', 400),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}], "max_tokens": 1}', 200),
+        ('{"messages": [{"role": "\\ud800", "content": "x"}]}', 400),
+        ('{"model": "\\ud800", "messages": []}', 404),
+        ("\ud7ff", 400),
+        ("null", 400),
+        ("", 400),
+        ('{"messages": [{"role": "user", "content": "x"}], "messages": 1}', 400),
+    ],
+)
+def test_bodies_that_make_no_sense(http, body, code):
+    answer = http.post(PATH, content=body.encode(), headers={"Content-Type": "application/json"})
+    assert answer.status_code == code, answer.text
+    if code != 200:
+        assert answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_schemas_that_are_too_large(http, deep):
+    schema = {"type": "object"}
+    if deep:
+        for _ in range(100):
+            schema = {"type": "object", "properties": {"a": schema}}
+    else:
+        schema["properties"] = {f"a{number}": {"type": "string"} for number in range(6000)}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    answer = http.post(PATH, json={**BODY, "tools": [tool]})
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "schema_too_large"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
+        b"GET\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 100_000 + b"\r\n\r\n",
+        b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 20_000 + b"\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" + b"\x00\xff garbage\r\n\r\n" * 5,
+        b"\r\n" * 50_000,
+        bytes(range(256)) * 40,
+    ],
+)
+def test_bytes_that_are_no_http(server, http, data):
+    answer = raw(server, data, wait=0.3)
+    assert not answer or answer.startswith(b"HTTP/1.1 ")
+    assert http.get("/health").json() == {"status": "ok"}
+
+
+def test_paths_lead_nowhere(http, model):
+    for path in ("/page/../app.py", "/page/%2e%2e/app.py", "/page//etc/passwd", "/v1/models/%2e%2e%2f%2e%2e", "/%00"):
+        assert http.get(path).status_code == 404
+    assert http.post(PATH, json={**BODY, "model": "/etc/passwd"}).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"POST /v1/chat", head(50), head(50) + b'{"messages"', b"GET /health HTTP/1.1\r\nHost: "],
+)
+def test_a_request_that_does_not_come_is_not_waited_for(impatient, data):
+    with socket.create_connection(("127.0.0.1", impatient.port)) as connection:
+        connection.sendall(data)
+        connection.settimeout(5)
+        started = time.monotonic()
+        with pytest.raises((ConnectionError, EOFError)):
+            if not connection.recv(1000):
+                raise EOFError
+        assert 0.2 < time.monotonic() - started < 2
+
+
+def test_a_request_that_drips_is_not_waited_for(impatient):
+    with socket.create_connection(("127.0.0.1", impatient.port)) as connection:
+        started = time.monotonic()
+        with pytest.raises(ConnectionError):
+            for byte in head(50):
+                connection.sendall(bytes([byte]))
+                time.sleep(0.05)
+        assert time.monotonic() - started < 2
+
+
+def test_a_connection_that_is_kept_alive_may_rest(impatient):
+    with httpx.Client(base_url=impatient.url) as client:
+        for _ in range(2):
+            assert client.get("/health").status_code == 200
+            time.sleep(0.8)
