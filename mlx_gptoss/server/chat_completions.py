@@ -115,6 +115,8 @@ class _Completion:
             "reasoning": body.reasoning_effort,
             "tools": body.tools or (),
             "response_format": body.response_format,
+            "tool_choice": body.tool_choice or "auto",
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
         }
         return [
             partial(model.stream, body.messages, sampling=seeded(sampling, choice.index), **options)

@@ -180,7 +180,12 @@ class _Turn:
             functions=functions_from_tools(body.tools or ()),
             date=datetime.date.today().isoformat(),
         )
-        options: dict[str, Any] = {"max_tokens": body.max_output_tokens, "response_format": _chat_format(body.format)}
+        options: dict[str, Any] = {
+            "max_tokens": body.max_output_tokens,
+            "response_format": body.format,
+            "tool_choice": body.tool_choice or "auto",
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+        }
         return partial(self._service.model.stream, conversation, sampling=self._sampling, **options)
 
     async def events(self, arrivals: Arrivals) -> AsyncIterator[list[dict[str, Any]]]:
@@ -271,13 +276,6 @@ def _previous(body: ResponsesRequest, service: Service) -> Turns:
         message = f"is {body.previous_response_id!r}: no response of that id is kept here, or it did not end well"
         raise refuse("previous_response_id", message, "previous_response_not_found")
     return stored.turns
-
-
-def _chat_format(form: dict[str, Any]) -> dict[str, Any]:
-    """A format as chat completions write it, which is how the model takes it."""
-    if form.get("type") != "json_schema":
-        return form
-    return {"type": "json_schema", "json_schema": {name: value for name, value in form.items() if name != "type"}}
 
 
 def _stored(service: Service, id: str) -> Stored:
