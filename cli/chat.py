@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import click
 
-from .options import HARMONY_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, SAMPLING_OPTIONS, load, options, sampling
+from .options import (
+    HARMONY_OPTIONS,
+    MODEL_OPTIONS,
+    RUN_OPTIONS,
+    SAMPLING_OPTIONS,
+    TOOL_OPTION,
+    load,
+    load_tools,
+    options,
+    sampling,
+)
 
 if TYPE_CHECKING:
-    from mlx_gptoss import Conversation, Model, Sampling
+    from mlx_gptoss import Conversation, Model, Sampling, Tool
     from mlx_gptoss.harmony.messages import Effort
 
 EFFORTS: dict[str, Effort] = {"low": "low", "medium": "medium", "high": "high"}
@@ -26,7 +37,7 @@ Ctrl-C stops an answer; what was said so far stays in the conversation."""
 
 
 @click.command()
-@options(MODEL_OPTIONS, RUN_OPTIONS, SAMPLING_OPTIONS, HARMONY_OPTIONS)
+@options(MODEL_OPTIONS, RUN_OPTIONS, SAMPLING_OPTIONS, HARMONY_OPTIONS, (TOOL_OPTION,))
 @click.option("--stats", is_flag=True, help="Print token counts and speeds after each answer.")
 def chat(
     model: str | None,
@@ -46,12 +57,14 @@ def chat(
     reasoning: Literal["low", "medium", "high"],
     system: str | None,
     hide_reasoning: bool,
+    tools: tuple[str, ...],
     stats: bool,
 ) -> None:
     """Talk with the model. /help lists the commands inside."""
+    offered = load_tools(tools)
     with load(model, backend, device, dtype, max_context, quantize, kv_bits, speculate) as loaded:
         how = sampling(loaded, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
-        Session(loaded, how, max_tokens, reasoning, system, not hide_reasoning, stats).run()
+        Session(loaded, how, max_tokens, reasoning, system, offered, not hide_reasoning, stats).run()
 
 
 class Session:
@@ -64,6 +77,7 @@ class Session:
         max_tokens: int | None,
         reasoning: Literal["low", "medium", "high"],
         system: str | None,
+        tools: Sequence[Tool],
         show_reasoning: bool,
         stats: bool,
     ) -> None:
@@ -72,6 +86,7 @@ class Session:
         self.model = model
         self.sampling = sampling
         self.max_tokens = max_tokens
+        self.tools = tools
         self.show_reasoning = show_reasoning
         self.stats = stats
         opening = as_conversation("-", reasoning=reasoning, system=system)
@@ -111,7 +126,7 @@ class Session:
 
     def turn(self, line: str) -> None:
         """One question and its answer. A question that cannot be answered is taken back."""
-        from mlx_gptoss import GptOssError, Message
+        from mlx_gptoss import GptOssError, Message, answer
         from mlx_gptoss.chat import answered
 
         from .printer import show_events, stats_line
@@ -119,7 +134,7 @@ class Session:
         asked = self.conversation.with_user(line)
         said: list[str] = []
         try:
-            events = self.model.stream(asked, sampling=self.sampling, max_tokens=self.max_tokens)
+            events = answer(self.model, asked, self.tools, sampling=self.sampling, max_tokens=self.max_tokens)
             finished = show_events(events, reasoning=self.show_reasoning, said=said)
         except GptOssError as error:
             click.echo(f"error: {error}", err=True)

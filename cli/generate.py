@@ -9,15 +9,27 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from .options import HARMONY_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, SAMPLING_OPTIONS, load, options, sampling
+from .options import (
+    HARMONY_OPTIONS,
+    MODEL_OPTIONS,
+    RUN_OPTIONS,
+    SAMPLING_OPTIONS,
+    TOOL_OPTION,
+    load,
+    load_tools,
+    options,
+    sampling,
+)
 
 if TYPE_CHECKING:
-    from mlx_gptoss import Event, Model
+    from mlx_gptoss import Event, Model, ToolResult
+
+    Events = Iterator[Event | ToolResult]
 
 
 @click.command()
 @click.argument("prompt", required=False)
-@options(MODEL_OPTIONS, RUN_OPTIONS, SAMPLING_OPTIONS, HARMONY_OPTIONS)
+@options(MODEL_OPTIONS, RUN_OPTIONS, SAMPLING_OPTIONS, HARMONY_OPTIONS, (TOOL_OPTION,))
 @click.option("--raw", is_flag=True, help="Continue PROMPT as it stands, without Harmony; special tokens are meant.")
 @click.option("--stats", is_flag=True, help="Print token counts and speeds to stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
@@ -40,6 +52,7 @@ def generate(
     reasoning: Literal["low", "medium", "high"],
     system: str | None,
     hide_reasoning: bool,
+    tools: tuple[str, ...],
     raw: bool,
     stats: bool,
     as_json: bool,
@@ -48,14 +61,21 @@ def generate(
 
     The answer streams to stdout, the model's reasoning dimmed to stderr.
     """
+    from mlx_gptoss.chat import as_conversation
+    from mlx_gptoss.tools import answer
+
     text = _prompt(prompt)
+    if raw and tools:
+        raise click.UsageError("--raw knows no tools; leave one of the two out")
+    offered = load_tools(tools)
     with load(model, backend, device, dtype, max_context, quantize, kv_bits, speculate) as loaded:
         how = sampling(loaded, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
         if raw:
             ids = loaded.tokenizer.encode_with_specials(text)
-            events = loaded.stream_raw(ids, sampling=how, max_tokens=max_tokens)
+            events: Events = loaded.stream_raw(ids, sampling=how, max_tokens=max_tokens)
         else:
-            events = loaded.stream(text, sampling=how, max_tokens=max_tokens, reasoning=reasoning, system=system)
+            asked = as_conversation(text, reasoning=reasoning, system=system)
+            events = answer(loaded, asked, offered, sampling=how, max_tokens=max_tokens)
         if as_json:
             click.echo(json.dumps(_report(loaded, events), ensure_ascii=False))
         else:
@@ -74,7 +94,7 @@ def _prompt(argument: str | None) -> str:
     return text
 
 
-def _print(model: Model, events: Iterator[Event], *, reasoning: bool, stats: bool) -> None:
+def _print(model: Model, events: Events, *, reasoning: bool, stats: bool) -> None:
     from .printer import show_events, stats_line
 
     finished = show_events(events, reasoning=reasoning)
@@ -82,10 +102,11 @@ def _print(model: Model, events: Iterator[Event], *, reasoning: bool, stats: boo
         click.echo(stats_line(finished, model.load_s), err=True)
 
 
-def _report(model: Model, events: Iterator[Event]) -> dict[str, Any]:
+def _report(model: Model, events: Events) -> dict[str, Any]:
     from mlx_gptoss.reply import fold
+    from mlx_gptoss.tools import ToolResult
 
-    reasoning, text, calls, finished = fold(events)
+    reasoning, text, calls, finished = fold(event for event in events if not isinstance(event, ToolResult))
     return {
         "text": text,
         "reasoning": reasoning,

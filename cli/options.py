@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from mlx_gptoss import Model, Sampling
+    from mlx_gptoss import Model, Sampling, Tool
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -35,6 +35,13 @@ SAMPLING_OPTIONS = (
     click.option("--min-p", type=float, metavar="P", help="Drop tokens below P times the likeliest."),
     click.option("--seed", type=int, metavar="S", help="The same seed gives the same text."),
 )
+TOOL_OPTION = click.option(
+    "--tool",
+    "tools",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False),
+    help="Run this Python file, and let the model call its functions, without asking. May be given again.",
+)
 HARMONY_OPTIONS = (
     click.option("--reasoning", type=click.Choice(["low", "medium", "high"]), default="medium", show_default=True),
     click.option("--system", metavar="TEXT", help="Instructions to the model."),
@@ -56,6 +63,18 @@ def options(*groups: tuple[Callable[[Command], Command], ...]) -> Callable[[Comm
 def sampling(model: Model, **given: Any) -> Sampling:
     """The model's own sampling with what was given on the command line in its place."""
     return replace(model.default_sampling, **{name: value for name, value in given.items() if value is not None})
+
+
+def load_tools(files: tuple[str, ...]) -> tuple[Tool, ...]:
+    """The functions of all files. A line for each goes to stderr, since they will be called without asking."""
+    if not files:
+        return ()
+    import mlx_gptoss
+
+    tools = tuple(tool for file in files for tool in mlx_gptoss.load_tools(file))
+    for tool in tools:
+        click.echo(f"the model may call {tool.function.name}", err=True)
+    return tools
 
 
 def load(

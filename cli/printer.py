@@ -1,4 +1,4 @@
-"""Events on a terminal: the answer on stdout as it arrives, reasoning dimmed on stderr, so that a pipe gets answers."""
+"""Events on a terminal: the answer on stdout as it arrives, all else dimmed on stderr, so that a pipe gets answers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import click
 
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.reply import Event, Finished, ReasoningDelta, TextDelta, ToolCall
+from mlx_gptoss.tools import ToolResult
 
 
-def show_events(events: Iterator[Event], *, reasoning: bool, said: list[str] | None = None) -> Finished:
+def show_events(events: Iterator[Event | ToolResult], *, reasoning: bool, said: list[str] | None = None) -> Finished:
     """Print a reply while it is generated and return its last event. The text also goes to `said`, piece by piece, so
     that it is not lost when the reply is cut short."""
     shown = ""  # which kind of text the cursor stands behind
@@ -27,7 +28,10 @@ def show_events(events: Iterator[Event], *, reasoning: bool, said: list[str] | N
                         said.append(event.text)
                 case ToolCall():
                     shown = _switch(shown, "call")
-                    click.echo(f"{event.name}({event.arguments})", nl=False)
+                    click.secho(f"{event.name}({event.arguments})", nl=False, dim=True, err=True)
+                case ToolResult():
+                    shown = _switch(shown, "result")
+                    click.secho(event.text, nl=False, dim=True, err=True)
                 case Finished():
                     return event
     finally:
@@ -38,7 +42,7 @@ def show_events(events: Iterator[Event], *, reasoning: bool, said: list[str] | N
 def _switch(shown: str, to: str) -> str:
     """A line break where one kind of text ends and another begins."""
     if shown and shown != to:
-        click.echo(err=shown == "reasoning")
+        click.echo(err=shown != "text")
     return to
 
 

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from .reply import ToolCall as ToolCall
     from .reply import ToolCallDelta as ToolCallDelta
     from .sampling import Sampling as Sampling
+    from .tools import Tool as Tool
+    from .tools import ToolResult as ToolResult
+    from .tools import answer as answer
+    from .tools import load_tools as load_tools
 
 _HOME = {
     "Completion": "api",
@@ -53,6 +57,10 @@ _HOME = {
     "Function": "harmony.messages",
     "Message": "harmony.messages",
     "Sampling": "sampling",
+    "Tool": "tools",
+    "ToolResult": "tools",
+    "answer": "tools",
+    "load_tools": "tools",
 }
 __all__ = sorted(_HOME)
 

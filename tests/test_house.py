@@ -30,6 +30,7 @@ MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it ma
     "reply": {"engine", "errors", "harmony", "tokenizer"},
     "chat": LEVEL_0 | {"engine", "harmony", "reply"},
     "api": LEVEL_0 | {"engine", "harmony", "chat", "reply", "weights", "recommend", "backends"},
+    "tools": LEVEL_0 | {"api", "chat", "harmony", "reply"},
     "recommend": {"errors", "memory", "weights"},
     "passages": {"errors", "tokenizer"},
     "evaluation": LEVEL_0 | {"api", "passages", "weights.checkpoint"},

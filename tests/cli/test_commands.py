@@ -151,3 +151,27 @@ def test_chat_holds_a_conversation(run):
     assert out.returncode == 0, out.stderr
     assert "/reset" in out.stderr and "no such command: /nonsense" in out.stderr
     assert out.stderr.count("first token after") == 1
+
+
+WEATHER = '''
+def get_weather(location: str) -> dict:
+    """Get the current weather."""
+    return {"temperature": 18, "condition": "sunny"}
+'''
+
+
+def test_chat_and_generate_call_the_functions_of_a_file(run, tmp_path):
+    (tmp_path / "weather.py").write_text(WEATHER)
+    question, offered = "What is the weather in Paris?", ("--tool", tmp_path / "weather.py", "--temperature", 0)
+    for out in (run("generate", question, *offered), run("chat", *offered, stdin=f"{question}\n")):
+        assert out.returncode == 0, out.stderr
+        assert out.stdout == "It is 18 degrees and sunny in Paris.\n"
+        assert 'get_weather({"location": "Paris"})\n{"temperature": 18, "condition": "sunny"}\n' in out.stderr
+        assert "the model may call get_weather" in out.stderr
+    report = json.loads(run("generate", question, *offered, "--json").stdout)
+    assert [call["name"] for call in report["tool_calls"]] == ["get_weather"]
+    assert (report["finish_reason"], report["text"]) == ("stop", "It is 18 degrees and sunny in Paris.")
+    (tmp_path / "weather.py").write_text("def f(x): ...")
+    wrong = run("generate", question, *offered)
+    assert wrong.returncode == 1 and "no type hint" in wrong.stderr
+    assert run("generate", question, *offered, "--raw").returncode == 2
