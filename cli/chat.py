@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from .options import (
+    CACHE_OPTIONS,
     HARMONY_OPTIONS,
     MODEL_OPTIONS,
     RUN_OPTIONS,
@@ -37,17 +38,9 @@ Ctrl-C stops an answer; what was said so far stays in the conversation."""
 
 
 @click.command()
-@options(MODEL_OPTIONS, RUN_OPTIONS, SAMPLING_OPTIONS, HARMONY_OPTIONS, (TOOL_OPTION,))
+@options(MODEL_OPTIONS, RUN_OPTIONS, CACHE_OPTIONS, SAMPLING_OPTIONS, HARMONY_OPTIONS, (TOOL_OPTION,))
 @click.option("--stats", is_flag=True, help="Print token counts and speeds after each answer.")
 def chat(
-    model: str | None,
-    backend: str,
-    device: str | None,
-    dtype: str | None,
-    max_context: int | None,
-    quantize: str | None,
-    kv_bits: str | None,
-    speculate: bool,
     max_tokens: int | None,
     temperature: float | None,
     top_p: float | None,
@@ -59,10 +52,11 @@ def chat(
     hide_reasoning: bool,
     tools: tuple[str, ...],
     stats: bool,
+    **loading: Any,
 ) -> None:
     """Talk with the model. /help lists the commands inside."""
     offered = load_tools(tools)
-    with load(model, backend, device, dtype, max_context, quantize, kv_bits, speculate) as loaded:
+    with load(**loading) as loaded:
         how = sampling(loaded, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
         Session(loaded, how, max_tokens, reasoning, system, offered, not hide_reasoning, stats).run()
 

@@ -35,14 +35,6 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
 def generate(
     prompt: str | None,
-    model: str | None,
-    backend: str,
-    device: str | None,
-    dtype: str | None,
-    max_context: int | None,
-    quantize: str | None,
-    kv_bits: str | None,
-    speculate: bool,
     max_tokens: int | None,
     temperature: float | None,
     top_p: float | None,
@@ -56,6 +48,7 @@ def generate(
     raw: bool,
     stats: bool,
     as_json: bool,
+    **loading: Any,
 ) -> None:
     """Answer PROMPT, or what comes on stdin when PROMPT is - or left out.
 
@@ -68,7 +61,7 @@ def generate(
     if raw and tools:
         raise click.UsageError("--raw knows no tools; leave one of the two out")
     offered = load_tools(tools)
-    with load(model, backend, device, dtype, max_context, quantize, kv_bits, speculate) as loaded:
+    with load(**loading, prefix_cache=None if tools else 0) as loaded:
         how = sampling(loaded, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
         if raw:
             ids = loaded.tokenizer.encode_with_specials(text)

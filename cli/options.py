@@ -27,6 +27,12 @@ RUN_OPTIONS = (
     click.option("--kv-bits", type=click.Choice(["8"]), help="Keep the K/V cache of full layers in 8 bits."),
     click.option("--speculate", is_flag=True, help="Guess tokens ahead from the text so far; --stats says how well."),
 )
+CACHE_OPTIONS = (
+    click.option(
+        "--prefix-cache", type=click.IntRange(min=0), metavar="MB", help="Memory for what is known of earlier prompts."
+    ),
+    click.option("--prompt-cache", metavar="DIR", help="Keep that in files there, too, for the next start."),
+)
 SAMPLING_OPTIONS = (
     click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Most tokens to generate."),
     click.option("--temperature", type=float, metavar="T", help="0 is greedy; the model's own by default (1)."),
@@ -86,9 +92,11 @@ def load(
     quantize: str | None,
     kv_bits: str | None,
     speculate: bool,
+    prefix_cache: int | None,
+    prompt_cache: str | None = None,
     **more: Any,
 ) -> Model:
-    """The model, with a spinner on a terminal's stderr while it loads."""
+    """The model, with a spinner on a terminal's stderr while it loads. prefix_cache: megabytes."""
     from rich.console import Console
 
     import mlx_gptoss
@@ -103,5 +111,7 @@ def load(
             quantize=quantize,
             kv_bits=None if kv_bits is None else int(kv_bits),
             speculate=speculate,
+            prefix_cache=None if prefix_cache is None else prefix_cache * 10**6,
+            prompt_cache=prompt_cache,
             **more,
         )

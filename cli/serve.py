@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import click
 
-from .options import MODEL_OPTIONS, RUN_OPTIONS, load, options
+from .options import CACHE_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, load, options
 
 SERVE_PACKAGES = ("fastapi", "starlette", "pydantic", "uvicorn", "h11", "prometheus_client")
 
 
 @click.command()
-@options(MODEL_OPTIONS, RUN_OPTIONS)
+@options(MODEL_OPTIONS, RUN_OPTIONS, CACHE_OPTIONS)
 @click.option("--host", default="127.0.0.1", show_default=True, help="0.0.0.0 lets others in: set an --api-key.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
 @click.option("--api-key", envvar="MLX_GPTOSS_API_KEY", metavar="K", help="Asked of every request, if set.")
 @click.option("--slots", type=click.IntRange(min=1), default=4, show_default=True, help="Sequences at once.")
 @click.option("--max-waiting", type=click.IntRange(min=0), default=128, show_default=True, help="More are refused.")
-@click.option("--prompt-cache", metavar="DIR", help="Keep what was computed of prompts there, for the next start.")
 @click.option("--cors", multiple=True, metavar="ORIGIN", help="Let pages of this site use it; * for all. Repeatable.")
 def serve(
     model: str | None,
-    backend: str,
-    device: str | None,
-    dtype: str | None,
-    max_context: int | None,
-    quantize: str | None,
-    kv_bits: str | None,
-    speculate: bool,
     host: str,
     port: int,
     api_key: str | None,
     slots: int,
     max_waiting: int,
-    prompt_cache: str | None,
     cors: tuple[str, ...],
+    **loading: Any,
 ) -> None:
     """Answer chat completions, responses and completions, and show a page to chat at /.
 
@@ -54,8 +47,7 @@ def serve(
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     with run.listen(host, port) as listener:
         gate = Gate(api_key=api_key, hosts=run.known_hosts(host), origins=cors)
-        queue = {"slots": slots, "max_waiting": max_waiting, "prompt_cache": prompt_cache}
-        with load(model, backend, device, dtype, max_context, quantize, kv_bits, speculate, **queue) as loaded:
+        with load(model, **loading, slots=slots, max_waiting=max_waiting) as loaded:
             model_id, aliases = service.names(model)
             click.echo(_greeting(loaded.name, host, listener.getsockname()[1], api_key is not None), err=True)
             run.Server(service.Service(loaded, gate, model_id, aliases)).serve_on(listener)

@@ -9,9 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import Completion as Completion
-    from .api import Model as Model
-    from .api import Reply as Reply
     from .api import convert as convert
     from .api import describe as describe
     from .api import load as load
@@ -23,6 +20,9 @@ if TYPE_CHECKING:
     from .harmony.messages import Conversation as Conversation
     from .harmony.messages import Function as Function
     from .harmony.messages import Message as Message
+    from .model import Completion as Completion
+    from .model import Model as Model
+    from .model import Reply as Reply
     from .reply import Event as Event
     from .reply import Finished as Finished
     from .reply import ReasoningDelta as ReasoningDelta
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from .tools import load_tools as load_tools
 
 _HOME = {
-    "Completion": "api",
-    "Model": "api",
-    "Reply": "api",
+    "Completion": "model",
+    "Model": "model",
+    "Reply": "model",
     "convert": "api",
     "describe": "api",
     "load": "api",

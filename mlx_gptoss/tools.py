@@ -21,7 +21,7 @@ from .harmony.messages import Conversation, Function, Message
 from .reply import Event, Finished, ToolCall
 
 if TYPE_CHECKING:
-    from .api import Model
+    from .model import Model
 
 ROUNDS = 8  # replies with calls in one turn; the reply after them cannot call
 _NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", types.NoneType: "null"}

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
-from ..api import Model
 from ..chat import Events
+from ..model import Model
 from .arrivals import Arrivals
 from .errors import ApiError
 from .guard import Gate
