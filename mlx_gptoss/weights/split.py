@@ -1,0 +1,172 @@
+"""Which rank holds what of a model that is spread over several machines or GPUs, written once for every format.
+
+Attention is cut by KV head: rows of q, k and v with their biases, columns of o, sinks. Experts are cut by expert and
+lm_head by rows of the vocabulary, all in contiguous ranges that need not be equal. The embeddings, norms, the router
+and o's bias are everywhere. So what a rank computes of attention (without o's bias) and of the experts is a part of a
+sum, and the ranks' logits stand side by side.
+
+Experts are never cut by rows: 2880 = 45 * 64 cannot be halved where groups of 64 share a scale. Columns of o can be
+cut between heads, for every group divides a head's 64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from ..config import ModelConfig
+from ..errors import CheckpointError, InvalidRequest
+from .checkpoint import Readable
+from .params import Param, Role
+from .tensor import Array, Dense, Quantized, Spec, Weight
+
+MATRICES: Final[tuple[Role, ...]] = ("embed", "attention", "router", "experts", "lm_head")
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of several ranks holds: contiguous ranges of query heads, KV heads, experts and token ids.
+
+    With more ranks than KV heads, those that share a KV head hold it each, and a part of its query heads.
+    """
+
+    rank: int
+    ranks: int
+    queries: range
+    kv: range
+    experts: range
+    vocabulary: range
+
+    @staticmethod
+    def of(config: ModelConfig, rank: int, ranks: int) -> Share:
+        """Raises InvalidRequest for more ranks than query heads or experts."""
+        most = min(config.num_attention_heads, config.num_local_experts)
+        if not 1 <= ranks <= most:
+            raise InvalidRequest(f"this model can be split over 1 to {most} ranks, not {ranks}")
+        queries, kv = _heads(config, rank, ranks)
+        block = -(-config.vocab_size // ranks)  # of equal blocks, for a gather wants equal parts; the last is padded
+        vocabulary = range(min(rank * block, config.vocab_size), min((rank + 1) * block, config.vocab_size))
+        return Share(rank, ranks, queries, kv, part(config.num_local_experts, rank, ranks), vocabulary)
+
+
+def part(count: int, rank: int, ranks: int) -> range:
+    """The rank's part of `count` things; of 8 over 3 ranks 2, 3 and 3."""
+    return range(count * rank // ranks, count * (rank + 1) // ranks)
+
+
+def _heads(config: ModelConfig, rank: int, ranks: int) -> tuple[range, range]:
+    """Query heads and KV heads."""
+    count, each = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+    if ranks <= count:
+        kv = part(count, rank, ranks)
+        return range(kv.start * each, kv.stop * each), kv
+    head = next(head for head in range(count) if rank in part(ranks, head, count))
+    sharers = part(ranks, head, count)
+    mine = part(each, rank - sharers.start, len(sharers))
+    return range(head * each + mine.start, head * each + mine.stop), range(head, head + 1)
+
+
+class Part:
+    """One rank's share of a checkpoint: each weight is a view of what the rank holds of it, so that a loader reads no
+    more than that, where the format itself stores a parameter in one piece.
+
+    config: the model's with the rank's own heads; experts and vocabulary are counted whole, as the router and who reads
+    the logits see them.
+    """
+
+    def __init__(self, checkpoint: Readable, share: Share) -> None:
+        whole = checkpoint.config
+        self.share = share
+        self.config: ModelConfig = replace(
+            whole, num_attention_heads=len(share.queries), num_key_value_heads=len(share.kv)
+        )
+        self.format = checkpoint.format
+        self.stop_ids = checkpoint.stop_ids
+        self._checkpoint = checkpoint
+        self._cuts = {param.name: _cut(param, whole, share) for param in checkpoint.params}
+        self.params: tuple[Param, ...] = tuple(replace(p, shape=self._shape(p)) for p in checkpoint.params)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the rank's matrices; what is not one, under a hundredth, is counted whole."""
+        whole = sum(self._checkpoint.matrix_bytes(role) for role in MATRICES)
+        return self._checkpoint.size_bytes - whole + sum(self.matrix_bytes(role) for role in MATRICES)
+
+    def read(self, name: str) -> Weight:
+        """As Checkpoint.read, of the rank's part."""
+        weight, cut = self._checkpoint.read(name), self._cuts[name]
+        if cut is None:
+            return weight
+        axis, places = cut
+        return _rows(weight, places) if axis == 0 else _columns(weight, places, name)
+
+    def release(self, weight: Weight | None = None) -> None:
+        self._checkpoint.release(weight)
+
+    def stored_as(self, name: str) -> tuple[Spec | None, str | None]:
+        return self._checkpoint.stored_as(name)
+
+    def matrix_bytes(self, role: Role) -> int:
+        """By the rank's share of the role's numbers."""
+        sizes = [
+            sum(param.size for param in params if param.role == role and param.is_matrix)
+            for params in (self.params, self._checkpoint.params)
+        ]
+        return self._checkpoint.matrix_bytes(role) * sizes[0] // sizes[1]
+
+    def fingerprint(self) -> list[list[Any]]:
+        return [*self._checkpoint.fingerprint(), ["share", self.share.rank, self.share.ranks]]
+
+    def _shape(self, param: Param) -> tuple[int, ...]:
+        cut = self._cuts[param.name]
+        return (
+            param.shape
+            if cut is None
+            else tuple(len(cut[1]) if axis == cut[0] else length for axis, length in enumerate(param.shape))
+        )
+
+
+def _cut(param: Param, config: ModelConfig, share: Share) -> tuple[int, range] | None:
+    """The axis along which a parameter is cut, and what the rank has of it; None where every rank has all."""
+    dim = config.head_dim
+    queries = range(share.queries.start * dim, share.queries.stop * dim)
+    kv = range(share.kv.start * dim, share.kv.stop * dim)
+    cuts = {
+        "attention.q": (0, queries),
+        "attention.k": (0, kv),
+        "attention.v": (0, kv),
+        "attention.o.weight": (1, queries),
+        "attention.sinks": (0, share.queries),
+        "experts": (0, share.experts),
+        "lm_head": (0, share.vocabulary),
+    }
+    return next((cut for kind, cut in cuts.items() if f"{param.kind}.".startswith(f"{kind}.")), None)
+
+
+def _rows(weight: Weight, places: range) -> Weight:
+    """A range of the first axis, as views."""
+    at = slice(places.start, places.stop)
+    if isinstance(weight, Dense):
+        return replace(weight, values=weight.values[at])
+    outer = weight.outer
+    if outer is not None and outer.ndim == weight.codes.ndim and outer.shape[0] > 1:
+        outer = outer[at]
+    scale, bias = (None if array is None else array[at] for array in (weight.scale, weight.bias))
+    return replace(weight, codes=weight.codes[at], scale=scale, bias=bias, outer=outer)
+
+
+def _columns(weight: Weight, places: range, name: str) -> Weight:
+    """A range of the last axis, as views. Raises CheckpointError where a group of codes would be cut in two."""
+    if isinstance(weight, Dense):
+        return replace(weight, values=weight.values[..., places.start : places.stop])
+    spec = weight.spec
+
+    def of(array: Array | None, each: int) -> Array | None:
+        return None if array is None else array[..., places.start // each : places.stop // each]
+
+    group = max(spec.group, 8 // spec.bits)
+    if places.start % group or places.stop % group:
+        raise CheckpointError(f"{name} cannot be split between heads: its scales span {group} columns; use one rank")
+    codes = of(weight.codes, 8 // spec.bits)
+    assert codes is not None
+    return Quantized(spec, codes, of(weight.scale, spec.group or 1), of(weight.bias, spec.group or 1), weight.outer)

@@ -1,0 +1,111 @@
+"""Which rank holds what: every number of the model on one rank exactly, or on all, whatever stores it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mlx_gptoss.api import open_checkpoint
+from mlx_gptoss.config import PRESETS
+from mlx_gptoss.errors import CheckpointError, InvalidRequest
+from mlx_gptoss.weights import codecs
+from mlx_gptoss.weights.requantize import Requantized
+from mlx_gptoss.weights.split import Part, Share
+from mlx_gptoss.weights.synthetic import Synthetic
+from mlx_gptoss.weights.tensor import Dense
+
+FORMATS = ["mxfp4", "mxfp4-original", "fp8-dynamic", "int4-autoround", "mlx-4bit", "mlx-mxfp4-all", "nvfp4"]
+AXES = {"attention.o.weight": -1}
+
+
+def values(weight):
+    return weight.values.astype(np.float32) if isinstance(weight, Dense) else codecs.dequantize(weight)
+
+
+def shares(config, ranks):
+    return [Share.of(config, rank, ranks) for rank in range(ranks)]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_ranges_follow_each_other_and_cover_all(preset, ranks):
+    config = PRESETS[preset]
+    found = shares(config, ranks)
+    for field, count in [("queries", config.num_attention_heads), ("experts", config.num_local_experts),
+                         ("vocabulary", config.vocab_size)]:  # fmt: skip
+        assert [i for share in found for i in getattr(share, field)] == list(range(count))
+    each = config.num_attention_heads // config.num_key_value_heads
+    assert all({query // each for query in share.queries} == set(share.kv) for share in found)
+
+
+def test_three_ranks_of_eight_kv_heads():
+    found = shares(PRESETS["20b"], 3)
+    assert [len(share.kv) for share in found] == [2, 3, 3]
+    assert [len(share.experts) for share in found] == [10, 11, 11]
+    assert [len(share.vocabulary) for share in found] == [67030, 67030, 67028]
+
+
+@pytest.mark.parametrize("ranks", [0, 5])
+def test_more_ranks_than_heads_are_refused(ranks):
+    with pytest.raises(InvalidRequest, match="1 to 4 ranks"):
+        Share.of(PRESETS["tiny"], 0, ranks)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("name", FORMATS)
+def test_parts_put_together_are_the_checkpoint(mini, name, ranks):
+    checkpoint = open_checkpoint(mini / name)
+    parts = [Part(checkpoint, share) for share in shares(checkpoint.config, ranks)]
+    for i, param in enumerate(checkpoint.params):
+        whole = values(checkpoint.read(param.name))
+        held = [values(part.read(param.name)) for part in parts]
+        assert [part.params[i].shape for part in parts] == [array.shape for array in held]
+        if held[0].shape == whole.shape:
+            assert all(np.array_equal(array, whole) for array in held)
+            assert param.role in ("embed", "norm", "router") or param.kind == "attention.o.bias"
+        elif ranks > 2 and param.kind.startswith(("attention.k", "attention.v")):  # two KV heads, which ranks share
+            assert np.array_equal(np.concatenate([held[0], held[-1]]), whole)
+        else:
+            assert np.array_equal(np.concatenate(held, AXES.get(param.kind, 0)), whole)
+
+
+def test_a_part_is_a_view_of_the_file(mini):
+    """Of a format that stores parameters in one piece: nothing is copied."""
+    checkpoint = open_checkpoint(mini / "mxfp4")
+    held = Part(checkpoint, Share.of(checkpoint.config, 1, 2))
+    for name in ("layers.1.experts.gate.weight", "layers.0.experts.down.weight"):
+        assert np.may_share_memory(held.read(name).codes, checkpoint.read(name).codes)
+    for name in ("layers.0.attention.o.weight", "layers.0.attention.q.weight", "lm_head.weight"):
+        assert np.may_share_memory(held.read(name).values, checkpoint.read(name).values)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_sizes(ranks):
+    """What ranks hold together is the checkpoint, and what is everywhere as often as there are ranks."""
+    checkpoint = Synthetic(PRESETS["20b"], "mxfp4")
+    parts = [Part(checkpoint, share) for share in shares(checkpoint.config, ranks)]
+    again = checkpoint.size_bytes - sum(checkpoint.matrix_bytes(role) for role in ("attention", "experts", "lm_head"))
+    assert abs(sum(part.size_bytes for part in parts) - checkpoint.size_bytes - (ranks - 1) * again) < 1000
+    tiny = Synthetic(PRESETS["tiny"], "mlx-4bit")
+    held = Part(tiny, Share.of(tiny.config, 1, ranks))
+    read = sum(codecs.nbytes(held.read(param.name)) for param in held.params)
+    assert 0.9 < read / held.size_bytes <= 1
+
+
+def test_a_part_can_be_quantized(mini):
+    """The same as a part of what is quantized whole, for groups lie within rows and heads."""
+    checkpoint = open_checkpoint(mini / "mxfp4")
+    share = Share.of(checkpoint.config, 1, 2)
+    quantized, whole = Requantized(Part(checkpoint, share), "mlx-4bit"), Requantized(checkpoint, "mlx-4bit")
+    gate = quantized.read("layers.0.experts.gate.weight")
+    assert np.array_equal(gate.codes, whole.read("layers.0.experts.gate.weight").codes[3:])
+    o = quantized.read("layers.0.attention.o.weight")
+    assert np.array_equal(values(o), values(whole.read("layers.0.attention.o.weight"))[:, 128:])
+
+
+def test_a_group_is_never_cut_in_two():
+    checkpoint = Synthetic(replace(PRESETS["tiny"], head_dim=32, num_attention_heads=6), "mlx-4bit")
+    with pytest.raises(CheckpointError, match=r"attention\.o\.weight cannot be split"):
+        Part(checkpoint, Share.of(checkpoint.config, 0, 2)).read("layers.0.attention.o.weight")
