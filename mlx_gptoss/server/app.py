@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import chat_completions, completions, errors, responses
@@ -42,7 +42,7 @@ async def health(service: Here) -> Response:
     return Json({"status": "draining" if draining else "ok"}, 503 if draining else 200)
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(service: Here) -> Response:
     """For Prometheus."""
     return Response(service.measure(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -21,7 +21,7 @@ from .arrivals import Arrivals, unless_gone
 from .errors import Json, from_exception, refuse
 from .fields import BIG, SamplingFields, StreamOptions, WithoutEffect, check_schema, seeded
 from .service import Here, Service
-from .sse import DONE, EventStream, frame, frames
+from .sse import ANSWERS, DONE, EventStream, frame, frames
 
 MOST_MESSAGES = 10_000
 MOST_TOOLS = 128
@@ -82,7 +82,7 @@ class ChatRequest(SamplingFields, WithoutEffect):
         check_schema(self.response_format, "response_format")
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=ANSWERS)
 async def create(body: ChatRequest, request: Request, service: Here) -> Response:
     """The assistant's next turn."""
     service.check_model(body.model)

@@ -21,7 +21,7 @@ from .chat_completions import MOST_CHOICES
 from .errors import Json, from_exception, refuse
 from .fields import BIG, SamplingFields, StreamOptions, WithoutEffect, seeded
 from .service import Here, Service
-from .sse import DONE, EventStream, frame, frames
+from .sse import ANSWERS, DONE, EventStream, frame, frames
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -60,7 +60,7 @@ class CompletionRequest(SamplingFields, WithoutEffect):
             raise refuse("n", f"times the number of prompts must be at most {MOST_CHOICES}")
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=ANSWERS)
 async def create(body: CompletionRequest, request: Request, service: Here) -> Response:
     """What comes after a text."""
     service.check_model(body.model)

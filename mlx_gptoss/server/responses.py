@@ -22,7 +22,7 @@ from .fields import BIG, SamplingFields, StreamOptions, Strict, WithoutEffect, c
 from .items import Item, MessageItem, Turns, listed, new_id
 from .response_events import Writer
 from .service import Here, Service
-from .sse import EventStream, frame
+from .sse import ANSWERS, EventStream, frame
 from .store import Stored
 
 LOGPROBS = "message.output_text.logprobs"
@@ -91,7 +91,7 @@ class ResponsesRequest(SamplingFields, WithoutEffect):
         check_schema(self.format, "text.format")
 
 
-@router.post("/v1/responses")
+@router.post("/v1/responses", responses=ANSWERS)
 async def create(body: ResponsesRequest, request: Request, service: Here) -> Response:
     """The assistant's next turn, from items, or going on from an earlier response."""
     service.check_model(body.model)

@@ -14,6 +14,14 @@ from .errors import dump
 
 KEEP_ALIVE_S = 15.0  # proxies cut what is silent for a minute
 DONE = b"data: [DONE]\n\n"
+EVENT = {
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
+}
+ANSWERS: dict[int | str, dict[str, Any]] = {  # of an endpoint that streams where it is asked to
+    200: {"content": {"application/json": {}, "text/event-stream": {"schema": EVENT}}}
+}
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 

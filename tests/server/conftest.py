@@ -71,15 +71,19 @@ def serve() -> Callable[..., Any]:
     return serving
 
 
-@pytest.fixture
-def idle(server: Server) -> Callable[[], bool]:
-    """Whether the server comes to have nothing open, within ten seconds."""
+@pytest.fixture(scope="session")
+def idle() -> Callable[[Server], bool]:
+    """Whether a server comes to have nothing open and no slot in use, within ten seconds."""
 
-    def wait() -> bool:
+    def busy(server: Server) -> bool:
+        service = server.service
+        return bool(service.open or service.running or service.gate.held or service.model.status.running)
+
+    def wait(server: Server) -> bool:
         until = time.monotonic() + 10
-        while server.service.open and time.monotonic() < until:
-            time.sleep(0.01)
-        return not server.service.open
+        while busy(server) and time.monotonic() < until:
+            time.sleep(0.002)
+        return not busy(server)
 
     return wait
 

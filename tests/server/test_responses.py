@@ -137,7 +137,7 @@ def test_what_is_not_to_be_stored_is_not(client):
         client.responses.retrieve(reply.id)
 
 
-def test_a_running_response_can_be_seen_and_cancelled(client, idle):
+def test_a_running_response_can_be_seen_and_cancelled(client, server, idle):
     stream = create(client, reasoning={"effort": "high"}, stream=True)
     first = next(iter(stream))
     assert client.responses.retrieve(first.response.id).status == "in_progress"
@@ -145,7 +145,7 @@ def test_a_running_response_can_be_seen_and_cancelled(client, idle):
     last = list(stream)[-1]
     assert (last.type, last.response.status) == ("response.failed", "cancelled")
     assert client.responses.retrieve(first.response.id).status == "cancelled"
-    assert idle()
+    assert idle(server)
 
 
 def test_length_is_incomplete(client):
