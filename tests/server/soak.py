@@ -1,0 +1,191 @@
+"""Many random requests, valid and not: `python tests/server/soak.py [10000] [--seed 0]`.
+
+Starts `mlx-gptoss serve` with the bundled model and asks it from sixteen threads: chat completions, responses and
+completions, whole and streamed, with random fields; bodies with one value spoilt; clients that leave; bytes that are no
+HTTP. Prints how they ended, and fails on any answer of 500, any that takes a minute, a slot that is not free in the
+end, a server that has ended, or memory that differs by more than 5% from what it was after a tenth of the requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import queue
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+import httpx
+import psutil
+
+SLOTS = 8
+PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/completions")
+QUESTIONS = (
+    "What is 12 + 30?",
+    "Reverse the word planet.",
+    "What is the weather in Oslo?",
+    "Hi",
+    "Ω\ud800 \U0001f999" * 20,
+)
+SPOILT = (None, -1, 10**30, 1e308, "", "x" * 5000, [], [[[]]], {}, {"a": {"b": 1}}, True, "\ud800", float("nan"))
+FUNCTION = {"name": "get_weather", "parameters": {"type": "object", "properties": {"location": {"type": "string"}}}}
+GARBAGE = (
+    b"",
+    b"\x16\x03\x01\x02",
+    b"GET / HTTP/1.1\r\nHost: ",
+    b"POST /v1/responses HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"\r\n" * 99,
+)
+
+
+def body(r: random.Random, path: str, known: list[str]) -> dict[str, Any]:
+    """A request that is valid, mostly."""
+    text = r.choice(QUESTIONS)
+    most = {"/v1/responses": "max_output_tokens"}.get(path, "max_tokens")
+    fields: dict[str, Any] = {most: r.randint(1, 40), "stream": r.random() < 0.5}
+    optional: dict[str, Any] = {
+        "temperature": r.choice([0, 0.5, 1, 2]),
+        "top_p": r.choice([0.1, 0.9, 1]),
+        "top_k": r.randint(0, 50),
+        "seed": r.randint(0, 2**40),
+        "stop": r.choice(["a", ["=", "the"]]),
+        "frequency_penalty": r.uniform(-2, 2),
+        "logit_bias": {str(r.randrange(400)): r.randint(-100, 100)},
+        "metadata": {"a": "b"},
+    }
+    if path == PATHS[0]:
+        fields["messages"] = [{"role": "user", "content": text}]
+        optional |= {"n": r.randint(1, 3), "logprobs": True, "reasoning_effort": r.choice(["low", "high"])}
+        optional["tools"] = [{"type": "function", "function": FUNCTION}]
+        optional["response_format"] = {"type": "json_object"}
+    elif path == PATHS[1]:
+        fields["input"] = text
+        optional |= {"store": r.random() < 0.5, "previous_response_id": r.choice([*known[-50:], "resp_unknown"])}
+        optional["tools"] = [{"type": "function", **FUNCTION}]
+    else:
+        fields["prompt"] = r.choice([text, [1, 2, 3], [text, "abc"]])
+        optional |= {"n": r.randint(1, 3), "logprobs": r.randint(0, 5), "echo": True}
+    return fields | {name: optional[name] for name in r.sample(sorted(optional), r.randint(0, 4))}
+
+
+class Soak:
+    """The threads' shared state: how requests ended, and what was wrong."""
+
+    def __init__(self, url: str, seed: int) -> None:
+        self.url = url
+        self.port = int(url.rpartition(":")[2])
+        self.seed = seed
+        self.ended: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self.known: list[str] = []
+
+    def work(self, numbers: queue.SimpleQueue[int]) -> None:
+        with httpx.Client(base_url=self.url, timeout=60) as client:
+            while (number := numbers.get()) >= 0:
+                r = random.Random(f"{self.seed} {number}")
+                try:
+                    self.ended[self.one(client, r)] += 1
+                except Exception as error:
+                    self.wrong.append(f"request {number}: {error!r}")
+
+    def one(self, client: httpx.Client, r: random.Random) -> str:
+        """One request, and how it ended."""
+        if r.random() < 0.1:
+            return self.garbage(r)
+        path = r.choice(PATHS)
+        asked = body(r, path, self.known)
+        if r.random() < 0.3:
+            asked[r.choice([*asked, "nonsense"])] = r.choice(SPOILT)
+        content = json.dumps(asked).encode()
+        if r.random() < 0.05:
+            content = content[: r.randrange(len(content))]
+        leaves = r.random() < 0.15
+        with client.stream("POST", path, content=content, headers={"Content-Type": "application/json"}) as answer:
+            if answer.status_code not in (200, 400, 404, 413, 503):
+                raise ValueError(f"{answer.status_code} for {content[:300]!r}: {answer.read()[:300]!r}")
+            if leaves:
+                next(answer.iter_raw(), b"")
+                return "left"
+            text = answer.read().decode()
+        if answer.status_code == 200 and path == PATHS[1] and '"object":"response"' in text:
+            self.known.append(text.partition('"id":"')[2].partition('"')[0])
+        if "internal_error" in text or "engine_error" in text:
+            raise ValueError(f"{content[:300]!r}: {text[-300:]}")
+        return str(answer.status_code)
+
+    def garbage(self, r: random.Random) -> str:
+        data = r.choice([*GARBAGE, r.randbytes(r.randint(1, 5000))])
+        with socket.create_connection(("127.0.0.1", self.port), timeout=60) as connection:
+            connection.sendall(data)
+            if r.random() < 0.5:
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(65536):
+                    pass
+        return "garbage"
+
+    def run(self, numbers: range) -> None:
+        todo: queue.SimpleQueue[int] = queue.SimpleQueue()
+        threads = [threading.Thread(target=self.work, args=(todo,)) for _ in range(2 * SLOTS)]
+        for number in [*numbers, *(-1 for _ in threads)]:
+            todo.put(number)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def idle(self) -> bool:
+        """Whether no slot is in use, at the latest after ten seconds."""
+        for _ in range(100):
+            lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
+            if {"mlx_gptoss_running 0.0", "mlx_gptoss_waiting 0.0"} <= set(lines):
+                return True
+            time.sleep(0.1)
+        return False
+
+
+def main() -> None:
+    options = argparse.ArgumentParser()
+    options.add_argument("count", type=int, nargs="?", default=10_000)
+    options.add_argument("--seed", type=int, default=0)
+    given = options.parse_args()
+    words = [
+        sys.executable,
+        "-m",
+        "mlx_gptoss_cli",
+        "serve",
+        "--port",
+        "0",
+        "--slots",
+        str(SLOTS),
+        "--max-context",
+        "1024",
+    ]
+    process = subprocess.Popen([*words, "--backend", "mlx"], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    soak = Soak(process.stderr.readline().split(" at ")[1].split(",")[0], given.seed)
+    memory = psutil.Process(process.pid).memory_info
+    started, sizes = time.monotonic(), []
+    for tenth in range(10):
+        soak.run(range(tenth * given.count // 10, (tenth + 1) * given.count // 10))
+        sizes.append(memory().rss)
+        print(
+            f"{tenth + 1}/10: {dict(soak.ended)}, {sizes[-1] / 1e6:.0f} MB, {time.monotonic() - started:.0f} s",
+            flush=True,
+        )
+    idle, alive = soak.idle(), process.poll() is None
+    process.terminate()
+    left = process.stderr.read()
+    code = process.wait(30)
+    drift = max(abs(size / sizes[0] - 1) for size in sizes[1:])
+    print(f"alive {alive}, idle {idle}, exit {code}, memory within {drift:.1%}, wrong {len(soak.wrong)}")
+    print(*soak.wrong[:20], left[-3000:], sep="\n")
+    sys.exit(not (alive and idle and code == 0 and drift <= 0.05 and not soak.wrong))
+
+
+if __name__ == "__main__":
+    main()
