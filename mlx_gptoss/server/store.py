@@ -51,6 +51,7 @@ class Store:
         size = stored.size()
         if size > self._most_bytes:
             return False
+        self.delete(id)
         self._kept[id] = (stored, size)
         self.bytes += size
         while len(self._kept) > self._most or self.bytes > self._most_bytes:

@@ -101,6 +101,21 @@ def test_beyond_the_queue_it_is_503_with_retry_after(narrow, endless):
     assert not narrow.service.open
 
 
+def test_a_stream_that_waits_is_kept_alive(narrow, endless, monkeypatch):
+    monkeypatch.setattr("mlx_gptoss.server.sse.KEEP_ALIVE_S", 0.1)
+    body = {**endless, "stream": True}
+    with (
+        httpx.stream("POST", narrow.url + "/v1/completions", json=body, timeout=30) as first,
+        httpx.stream("POST", narrow.url + PATH, json={"messages": SUM, "stream": True}, timeout=30) as second,
+    ):
+        lines = first.iter_lines()
+        next(lines)
+        arriving = second.iter_lines()
+        heard = [next(arriving) for _ in range(7)]
+    assert heard.count(": keep-alive") >= 2
+    until(lambda: not narrow.service.open)
+
+
 def test_what_fails_in_the_middle_of_a_stream_is_an_event(serve):
     model = mlx_gptoss.load(max_context=4096)
     with serve(model) as server:

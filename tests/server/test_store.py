@@ -1,0 +1,46 @@
+"""The store of responses: what is kept, what is given up, and that it stays within its bounds."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_gptoss.harmony.messages import Message
+from mlx_gptoss.server.items import Turns
+from mlx_gptoss.server.store import Store, Stored
+
+
+def stored(text):
+    return Stored({"id": "x"}, [], Turns((Message("user", text),)))
+
+
+def test_the_least_recently_used_is_given_up():
+    store = Store(most=2)
+    for id in "ab":
+        store.put(id, stored(id))
+    assert store.get("a") is not None
+    store.put("c", stored("c"))
+    assert (store.get("b"), len(store)) == (None, 2)
+    assert store.get("a") is not None and store.get("c") is not None
+
+
+def test_one_that_is_larger_than_the_store_is_not_kept_and_costs_no_other():
+    store = Store(most_bytes=2000)
+    assert store.put("a", stored("a"))
+    assert not store.put("b", stored("b" * 2000))
+    assert store.get("a") is not None and store.get("b") is None
+
+
+@given(st.lists(st.tuples(st.sampled_from(["put", "get", "delete"]), st.sampled_from("abcdef"), st.integers(0, 600))))
+def test_it_stays_within_its_bounds(steps):
+    store, sizes = Store(most=4, most_bytes=2000), {}
+    for what, id, length in steps:
+        if what == "put":
+            store.put(id, stored("x" * length))
+            sizes[id] = stored("x" * length).size()
+        elif what == "get":
+            store.get(id)
+        else:
+            store.delete(id)
+        assert len(store) <= 4 and store.bytes <= 2000
+        assert store.bytes == sum(sizes[id] for id in "abcdef" if store.get(id) is not None)
