@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
@@ -17,7 +18,7 @@ from ..harmony.openai import functions_from_tools
 from ..sampling import MAX_LOGPROBS
 from .arrivals import Arrivals, unless_gone
 from .chat_completions import MOST_MESSAGES, MOST_TOOLS
-from .errors import ApiError, Json, from_exception, refuse
+from .errors import ApiError, Json, dump, from_exception, refuse
 from .fields import BIG, SamplingFields, StreamOptions, Strict, WithoutEffect, check_schema
 from .items import Item, MessageItem, Turns, listed, new_id
 from .response_events import Writer
@@ -110,7 +111,7 @@ async def retrieve(id: str, service: Here, stream: bool = False) -> Response:
         raise refuse("stream", "is for background responses, and there are none here")
     if id in service.running:
         return Json(service.running[id][0])
-    return Json(_stored(service, id).response)
+    return Response(_stored(service, id).response, media_type=Json.media_type)
 
 
 @router.delete("/v1/responses/{id}")
@@ -125,7 +126,7 @@ async def delete(id: str, service: Here) -> Response:
 async def cancel(id: str, service: Here) -> Response:
     """End a response that is being written; one that has ended stays as it is."""
     if id not in service.running:
-        return Json(_stored(service, id).response)
+        return Response(_stored(service, id).response, media_type=Json.media_type)
     response, arrivals = service.running[id]
     arrivals.stop(ApiError(409, "the response was cancelled", code="cancelled"))
     return Json({**response, "status": "cancelled"})
@@ -140,7 +141,7 @@ async def input_items(
     after: str | None = None,
 ) -> Response:
     """What a response was asked, a page at a time."""
-    items = _stored(service, id).input
+    items = json.loads(_stored(service, id).input)
     items = items if order == "asc" else items[::-1]
     places = [place for place, item in enumerate(items) if item["id"] == after]
     if after is not None and not places:
@@ -231,7 +232,7 @@ class _Turn:
         turns = None
         if writer.finished is not None:
             turns = self._turns.answered(writer.finished.messages, writer.call_ids)
-        stored = Stored(writer.response, listed(self._body.items), turns)
+        stored = Stored(dump(writer.response), dump(listed(self._body.items)), turns)
         writer.response["store"] = self._service.store.put(self._id, stored)
 
     def _opening(self) -> dict[str, Any]:

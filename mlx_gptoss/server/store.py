@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
 
-from .errors import dump
 from .items import Turns
 
 MOST_RESPONSES = 1000
@@ -15,17 +13,17 @@ MOST_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Stored:
-    """response, input: as the interface shows them. turns: what a next response goes on from; None if this one was
-    cancelled or failed."""
+    """response, input: JSON as the interface shows it, which takes less than the objects. turns: what a next
+    response goes on from; None if this one was cancelled or failed."""
 
-    response: dict[str, Any]
-    input: list[dict[str, Any]]
+    response: bytes
+    input: bytes
     turns: Turns | None
 
     def size(self) -> int:
         """About its bytes. Turns share their text with those before them, which is counted again."""
         said = self.turns.messages if self.turns is not None else ()
-        return len(dump(self.response)) + len(dump(self.input)) + sum(200 + len(m.content) for m in said)
+        return len(self.response) + len(self.input) + sum(200 + len(m.content) for m in said)
 
 
 class Store:

@@ -11,7 +11,7 @@ from mlx_gptoss.server.store import Store, Stored
 
 
 def stored(text):
-    return Stored({"id": "x"}, [], Turns((Message("user", text),)))
+    return Stored(b"{}", b"[]", Turns((Message("user", text),)))
 
 
 def test_the_least_recently_used_is_given_up():
