@@ -3,8 +3,8 @@
 Starts `mlx-gptoss serve` with the bundled model and asks it from sixteen threads: chat completions, responses and
 completions, whole and streamed, with random fields; bodies with one value spoilt; clients that leave; bytes that are no
 HTTP. Prints how they ended, and fails on any answer of 500, any that takes a minute, a slot that is not free in the
-end, a server that has ended, or memory that differs by more than 5% from what it was after a tenth of the requests, when
-the prefix cache, which is given 8 MB, is full.
+end, a server that has ended, or memory that differs by more than 5% from what it was after a tenth of the requests,
+when the prefix cache, which is given 8 MB, is full.
 """
 
 from __future__ import annotations
