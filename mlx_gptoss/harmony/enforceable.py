@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Mapping
 from itertools import combinations
 from typing import Any, NoReturn
 from urllib.parse import unquote
 
 from ..errors import InvalidRequest
+from .patterns import translated
 
 MOST_CHARACTERS = 1 << 17  # of the schema as JSON
 MOST_SCHEMAS = 2000  # schemas within it, each counted once
 MOST_PATTERNS = 50  # in one patternProperties: each is held against each
+MOST_AT_ONCE = 200  # schemas that a reference leads to before there is an array or object
 LARGEST_NUMBER = 2**53  # bounds are compared as float64
 LARGEST_MULTIPLE = 20_000  # time and memory of multipleOf grow with the least common multiple, faster than it
 FORMATS = ("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
@@ -40,7 +43,7 @@ _INSTEAD = {
 def enforceable(schema: Any, where: str) -> str:
     """The schema as JSON text for llguidance. `where` is what errors call it.
 
-    `oneOf` becomes `anyOf` where no two of its schemas can hold at once, which llguidance does not see through `$ref`.
+    `oneOf` becomes `anyOf`, and is refused where two of its schemas may hold at once.
     Raises InvalidRequest for what cannot be enforced; it names the keyword and its place.
     """
     if not isinstance(schema, Mapping):
@@ -63,7 +66,7 @@ def enforceable(schema: Any, where: str) -> str:
 
 
 class _Check:
-    """A walk over a schema and what it refers to. May rename `oneOf`; changes nothing else."""
+    """A walk over a schema and what it refers to. Renames `oneOf` and rewrites patterns."""
 
     def __init__(self, root: dict[str, Any], where: str) -> None:
         self._root = root
@@ -109,12 +112,14 @@ class _Check:
         self._todo += [(f"{place}/{number}", item) for number, item in enumerate(value)]
 
     def one_of(self, place: str, value: Any, schema: Any) -> None:
+        """One of them is any of them where no two can hold at once. llguidance's own proof of that has holes."""
         self.several(place, value, schema)
         shapes = [_Shape(self._resolved(item)) for item in value]
-        if "anyOf" not in schema and all(a.excludes(b) for a, b in combinations(shapes, 2)):
-            renamed = [("anyOf" if key == "oneOf" else key, item) for key, item in schema.items()]
-            schema.clear()  # the order of keywords is that of the properties in the text
-            schema.update(renamed)
+        if "anyOf" in schema or not all(a.excludes(b) for a, b in combinations(shapes, 2)):
+            self._refuse(place, "two of its schemas may hold at once, or anyOf stands beside it; use anyOf alone")
+        renamed = [("anyOf" if key == "oneOf" else key, item) for key, item in schema.items()]
+        schema.clear()  # the order of keywords is that of the properties in the text
+        schema.update(renamed)
 
     def named(self, place: str, value: Any, schema: Any) -> None:
         if not isinstance(value, dict):
@@ -125,9 +130,24 @@ class _Check:
         self.named(place, value, schema)
         if len(value) > MOST_PATTERNS:
             self._refuse(place, f"more than {MOST_PATTERNS} patterns; give fewer")
+        for pattern in value:
+            if pattern[:1] == "^" and pattern[-1:] == "$" and any(_may_match(pattern, name) for name in _named(schema)):
+                self._refuse(place, f"{pattern!r} may match nothing but names that have properties of their own")
+        schema["patternProperties"] = {self._pattern(place, key): item for key, item in value.items()}
+
+    def pattern(self, place: str, value: Any, schema: Any) -> None:
+        schema["pattern"] = self._pattern(place, value)
+
+    def _pattern(self, place: str, value: Any) -> str:
+        rewritten = translated(value) if isinstance(value, str) else None
+        if rewritten is None:
+            self._refuse(place, f"{str(value)[:100]!r} is no pattern, or one with look-around, \\b or the like")
+        return rewritten
 
     def reference(self, place: str, value: Any, schema: Any) -> None:
         self._todo.append((str(value), self._target(place, value)))
+        if self._leads_back(schema):
+            self._refuse(place, f"{value!r} leads back here, or too far, with no array or object in between")
 
     def type_names(self, place: str, value: Any, schema: Any) -> None:
         for name in value if isinstance(value, list) else [value]:
@@ -151,8 +171,7 @@ class _Check:
 
     def least_properties(self, place: str, value: Any, schema: Any) -> None:
         """Nothing keeps a name that is not in `properties` from coming twice, and it counts once."""
-        required = schema.get("required", ())
-        if not isinstance(value, int) or value > max(1, len(required)):
+        if not isinstance(value, int) or value > max(1, len(set(_words(schema.get("required"))))):
             self._refuse(place, "more than 1, and more than are required, cannot be counted; require them by name")
 
     def only_false(self, place: str, value: Any, schema: Any) -> None:
@@ -176,6 +195,23 @@ class _Check:
                 self._refuse(place, f"{reference!r} points to nothing")
         return target
 
+    def _leads_back(self, schema: Any) -> bool:
+        """Whether what holds of the schema holds if the schema holds; or too many schemas have to at once."""
+        reached: set[int] = set()
+        todo = [schema]
+        while todo and len(reached) < MOST_AT_ONCE:
+            one = todo.pop()
+            if not isinstance(one, dict) or id(one) in reached:
+                continue
+            reached.add(id(one))
+            lists = [one.get("allOf"), *(one[key] for key in ("anyOf", "oneOf") if len(_list(one.get(key))) == 1)]
+            todo += [item for items in lists for item in _list(items)]
+            if "$ref" in one:
+                todo.append(self._target("#", one["$ref"]))
+            if any(item is schema for item in todo):
+                return True
+        return bool(todo)
+
     def _resolved(self, schema: Any) -> Any:
         """The schema that a lone reference leads to, through at most a few others."""
         for _ in range(8):
@@ -186,29 +222,70 @@ class _Check:
 
 
 class _Shape:
-    """What tells a schema from others: its types, and the required properties that can have few values."""
+    """What tells a schema from others: its types, and the strings that it can be, or that a required property can."""
 
     def __init__(self, schema: Any) -> None:
         schema = schema if isinstance(schema, dict) else {}
-        names = schema.get("type", TYPES)
-        self._types = set(names if isinstance(names, list) else [names])
+        values = _values(schema)
+        names = schema.get("type", [_TYPE_OF[type(value)] for value in values] or TYPES)
+        self._types = set(_words([names] if isinstance(names, str) else names)) or set(TYPES)
         if "integer" in self._types:
             self._types.add("number")
-        properties = schema.get("properties", {}) if self._types == {"object"} else {}
-        self._tags = {name: _values(properties[name]) for name in schema.get("required", ()) if name in properties}
+        self._tags = {"": _all_strings(values)}
+        properties = schema.get("properties")
+        if self._types == {"object"} and isinstance(properties, dict):
+            for name in _words(schema.get("required")):
+                self._tags[f".{name}"] = _all_strings(_values(properties.get(name)))
 
     def excludes(self, other: _Shape) -> bool:
         if not self._types & other._types:
             return True
-        shared = [(tags, other._tags.get(name)) for name, tags in self._tags.items()]
+        shared = [(strings, other._tags.get(name)) for name, strings in self._tags.items()]
         return any(ours and theirs and not ours & theirs for ours, theirs in shared)
 
 
-def _values(schema: Any) -> set[str]:
-    """The values of an enum or const, those that are strings alone; empty if there may be others."""
+_TYPE_OF: Mapping[type, str] = {
+    type(None): "null",
+    bool: "boolean",
+    int: "number",
+    float: "number",
+    str: "string",
+    list: "array",
+    dict: "object",
+}
+
+
+def _values(schema: Any) -> list[Any]:
+    """The values of an enum or const; none if there may be others."""
     if not isinstance(schema, dict):
-        return set()
-    values: Iterable[Any] = [schema["const"]] if "const" in schema else schema.get("enum", ())
+        return []
+    if "const" in schema:
+        return [schema["const"]]
+    return _list(schema.get("enum"))
+
+
+def _named(schema: Any) -> list[str]:
+    properties = schema.get("properties")
+    return [*(properties if isinstance(properties, dict) else ()), *_words(schema.get("required"))]
+
+
+def _may_match(pattern: str, name: str) -> bool:
+    try:
+        return re.search(pattern, name) is not None
+    except re.error:
+        return True
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _words(value: Any) -> list[str]:
+    return [word for word in _list(value) if isinstance(word, str)]
+
+
+def _all_strings(values: list[Any]) -> set[str]:
+    """The values if all are strings."""
     return set(values) if all(isinstance(value, str) for value in values) else set()
 
 
@@ -233,7 +310,7 @@ _CHECKS: Mapping[str, Callable[[_Check, str, Any, Any], None]] = {
     "minimum": _Check.number,
     "multipleOf": _Check.multiple,
     "oneOf": _Check.one_of,
-    "pattern": _Check.nothing,
+    "pattern": _Check.pattern,
     "patternProperties": _Check.patterns,
     "prefixItems": _Check.several,
     "properties": _Check.named,

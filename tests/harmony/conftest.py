@@ -1,4 +1,5 @@
-"""Two tokenizers: a small one made here, and the published vocabulary with openai-harmony's encoding of it as judge."""
+"""Tokenizers: a small one made here, the bundled model's, and the published vocabulary with openai-harmony's encoding
+of it as judge. Texts drawn from a grammar."""
 
 from __future__ import annotations
 
@@ -6,12 +7,15 @@ import base64
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as BPE
 
+from mlx_gptoss.api import NANO
+from mlx_gptoss.harmony.grammar import Grammar
 from mlx_gptoss.harmony.messages import Message
 from mlx_gptoss.harmony.parse import Delta, Parser
 from mlx_gptoss.tokenizer import SPECIALS, Tokenizer
@@ -151,3 +155,36 @@ def judge(vocabulary_file: Path) -> Any:
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TIKTOKEN_ENCODINGS_BASE", str(vocabulary_file.parent))
         return openai_harmony.load_harmony_encoding(openai_harmony.HarmonyEncodingName.HARMONY_GPT_OSS)
+
+
+@pytest.fixture(scope="session")
+def nano() -> Tokenizer:
+    """The bundled model's."""
+    return Tokenizer.from_folder(NANO)
+
+
+@pytest.fixture(scope="session")
+def allowed() -> Callable[[bytes, int], list[int]]:
+    """The ids below `size` that a mask allows."""
+    return lambda mask, size: [id for id in range(size) if mask[id >> 3] >> (id & 7) & 1]
+
+
+@pytest.fixture(scope="session")
+def drawn(allowed: Any) -> Callable[..., str | None]:
+    """A text of tokens drawn evenly from what a grammar's mask allows, in favour of what closes; None for one that got
+    too long."""
+
+    def draw(grammar: Grammar, tokenizer: Tokenizer, end: str, random: Random, most: int = 2000) -> str | None:
+        text, stop, ids = grammar.begin(tokenizer.special(end)), tokenizer.special(end), []
+        for _ in range(most):
+            choices = allowed(text.mask(), tokenizer.vocab_size)
+            assert not [id for id in choices if tokenizer.is_special(id) and id != stop]
+            if stop in choices and (len(choices) == 1 or random.random() < 0.3):
+                return tokenizer.decode(ids)
+            closing = [id for id in choices if tokenizer.token_bytes(id) in (b'"', b"}", b"]")]
+            kept = closing if closing and random.random() < 0.3 else [id for id in choices if id != stop]
+            ids.append(random.choice(kept))
+            text.accept(ids[-1])
+        return None
+
+    return draw

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from mlx_gptoss.api import NANO
 from mlx_gptoss.errors import GptOssError, InvalidRequest
 from mlx_gptoss.harmony.guide import HarmonyGuide, guide_for
 from mlx_gptoss.harmony.messages import Conversation, Function, Message, ResponseFormat, ToolChoice
@@ -28,11 +27,6 @@ FREE = Function("get.news-1")
 FORM = ResponseFormat({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}, "n")
 ASKED = Conversation((Message("user", "Hi"),))
 AUTO, NONE, REQUIRED = (ToolChoice(kind) for kind in ("auto", "none", "required"))
-
-
-@pytest.fixture(scope="module")
-def nano() -> Tokenizer:
-    return Tokenizer.from_folder(NANO)
 
 
 def guided(tokenizer: Tokenizer, choice: ToolChoice = AUTO, parallel: bool = True, **fields: Any) -> HarmonyGuide:
