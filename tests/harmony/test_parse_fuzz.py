@@ -63,7 +63,7 @@ GLUED = st.sampled_from(
     [
         *SPECIALS,
         *SPECIALS[2:],
-        *(" to=functions.f ", " to=python", " json", " code", "assistant", "user", "final", "analysis", "comm"),
+        *(" to=functions.f ", " to=python ", " json", " code", "assistant", "user", "final", "analysis", "comm"),
     ]
 )
 PLAIN = st.sampled_from(["W", " W", " W", "\n", " ", "🎉", "a", "c", "co"])
