@@ -132,7 +132,7 @@ def test_a_reply_arrives_piece_by_piece_until_it_is_stopped(visit: Any, server: 
         page.keyboard.press("Escape")
     expect(page.locator(".facts")).to_have_text("stopped")
     expect(summary).to_contain_text("Thought for")
-    assert idle()
+    assert idle(server)
     page.unroute(COMPLETIONS)
     ask(page, SUM)
     expect(page.locator(".reply .text")).to_have_text(SUM_ANSWER)
