@@ -35,6 +35,7 @@ def serve(
     The first SIGTERM or Ctrl-C lets running requests come to their end; the second does not wait.
     """
     from mlx_gptoss.errors import GptOssError
+    from mlx_gptoss.harmony import grammar
 
     try:
         from mlx_gptoss.server import run, service
@@ -48,6 +49,7 @@ def serve(
     with run.listen(host, port) as listener:
         gate = Gate(api_key=api_key, hosts=run.known_hosts(host), origins=cors)
         with load(model, **loading, slots=slots, max_waiting=max_waiting) as loaded:
+            grammar.prepare(loaded.tokenizer)
             model_id, aliases = service.names(model)
             click.echo(_greeting(loaded.name, host, listener.getsockname()[1], api_key is not None), err=True)
             run.Server(service.Service(loaded, gate, model_id, aliases)).serve_on(listener)

@@ -97,6 +97,12 @@ class Text:
             raise GptOssError(f"token {token} does not obey the schema ({_reason(self._matcher)})")
 
 
+def prepare(tokenizer: Tokenizer) -> None:
+    """What the first schema would otherwise wait for, and every stream with it: llguidance takes a vocabulary in with
+    the interpreter's lock held, the published one for half a second."""
+    _llguidance_tokenizer(tokenizer)
+
+
 @lru_cache(maxsize=2)
 def _llguidance_tokenizer(tokenizer: Tokenizer) -> LLTokenizer:
     from llguidance import LLTokenizer, TokenizerWrapper
