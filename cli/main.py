@@ -12,6 +12,7 @@ COMMANDS = {
     "chat": "Talk, turn by turn.",
     "convert": "Write a checkpoint in another format.",
     "serve": "OpenAI's HTTP interface, and a page to chat.",
+    "batch": "Answer a file of requests, in OpenAI's batch form.",
     "show": "Format, sizes and memory plan of a checkpoint.",
     "bench": "Speed of prefill and decode, and the share of what the memory allows.",
     "eval": "Perplexity on a text, and divergence from another checkpoint.",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from mlx_gptoss import Model, Sampling, Tool
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+SERVE_PACKAGES = ("fastapi", "starlette", "pydantic", "uvicorn", "h11", "prometheus_client")
 
 MODEL_OPTIONS = (
     click.option("--model", metavar="PATH|REPO", help="A folder, or a hub id such as openai/gpt-oss-20b."),
@@ -64,6 +66,19 @@ def options(*groups: tuple[Callable[[Command], Command], ...]) -> Callable[[Comm
         return command
 
     return add
+
+
+@contextmanager
+def serve_extra() -> Iterator[None]:
+    """For importing mlx_gptoss.server in: where its packages are missing, the error names the extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in SERVE_PACKAGES:
+            raise
+        from mlx_gptoss.errors import GptOssError
+
+        raise GptOssError("the server's packages are missing: pip install 'mlx-gptoss[serve]'") from error
 
 
 def sampling(model: Model, **given: Any) -> Sampling:

@@ -7,9 +7,7 @@ from typing import Any
 
 import click
 
-from .options import CACHE_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, load, options
-
-SERVE_PACKAGES = ("fastapi", "starlette", "pydantic", "uvicorn", "h11", "prometheus_client")
+from .options import CACHE_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, load, options, serve_extra
 
 
 @click.command()
@@ -34,16 +32,11 @@ def serve(
 
     The first SIGTERM or Ctrl-C lets running requests come to their end; the second does not wait.
     """
-    from mlx_gptoss.errors import GptOssError
     from mlx_gptoss.harmony import grammar
 
-    try:
+    with serve_extra():
         from mlx_gptoss.server import run, service
         from mlx_gptoss.server.guard import Gate
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in SERVE_PACKAGES:
-            raise
-        raise GptOssError("the server's packages are missing: pip install 'mlx-gptoss[serve]'") from error
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     with run.listen(host, port) as listener:

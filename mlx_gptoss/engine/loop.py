@@ -126,8 +126,11 @@ class Loop:
 
     @property
     def status(self) -> Status:
-        running, waiting = self._scheduler.counts
-        return Status(self._runner.limits.slots, running, waiting, self._prefix.nbytes if self._prefix else 0)
+        with self._lock:
+            if self._closed:
+                raise self._closed_error()
+            running, waiting = self._scheduler.counts
+            return Status(self._runner.limits.slots, running, waiting, self._prefix.nbytes if self._prefix else 0)
 
     def run(self, make_runner: Callable[[], Runner], ready: Future[Runner]) -> None:
         """The body of the thread: make the runner, pump steps until close(), close the runner."""

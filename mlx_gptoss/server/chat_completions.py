@@ -85,8 +85,6 @@ class ChatRequest(SamplingFields, WithoutEffect):
 @router.post("/v1/chat/completions", responses=ANSWERS)
 async def create(body: ChatRequest, request: Request, service: Here) -> Response:
     """The assistant's next turn."""
-    service.check_model(body.model)
-    body.check()
     completion = _Completion(body, service)
     arrivals = await unless_gone(request, service.start(*completion.replies()))
     if body.stream:
@@ -94,10 +92,18 @@ async def create(body: ChatRequest, request: Request, service: Here) -> Response
     return Json(await unless_gone(request, completion.whole(arrivals)))
 
 
+async def whole(body: ChatRequest, service: Service) -> dict[str, Any]:
+    """The same for a line of a batch."""
+    completion = _Completion(body, service)
+    return await completion.whole(await service.start(*completion.replies()))
+
+
 class _Completion:
     """One request's choices, from events to chunks."""
 
     def __init__(self, body: ChatRequest, service: Service) -> None:
+        service.check_model(body.model)
+        body.check()
         self._body = body
         self._service = service
         self._choices = [_Choice(index, service.model.tokenizer, bool(body.logprobs)) for index in range(body.n or 1)]

@@ -63,8 +63,6 @@ class CompletionRequest(SamplingFields, WithoutEffect):
 @router.post("/v1/completions", responses=ANSWERS)
 async def create(body: CompletionRequest, request: Request, service: Here) -> Response:
     """What comes after a text."""
-    service.check_model(body.model)
-    body.check()
     completion = _Completion(body, service)
     arrivals = await unless_gone(request, service.start(*completion.replies()))
     if body.stream:
@@ -72,10 +70,18 @@ async def create(body: CompletionRequest, request: Request, service: Here) -> Re
     return Json(await unless_gone(request, completion.whole(arrivals)))
 
 
+async def whole(body: CompletionRequest, service: Service) -> dict[str, Any]:
+    """The same for a line of a batch."""
+    completion = _Completion(body, service)
+    return await completion.whole(await service.start(*completion.replies()))
+
+
 class _Completion:
     """One request's choices, n for each prompt, from events to chunks."""
 
     def __init__(self, body: CompletionRequest, service: Service) -> None:
+        service.check_model(body.model)
+        body.check()
         tokenizer = service.model.tokenizer
         self._body = body
         self._service = service

@@ -95,13 +95,17 @@ class ResponsesRequest(SamplingFields, WithoutEffect):
 @router.post("/v1/responses", responses=ANSWERS)
 async def create(body: ResponsesRequest, request: Request, service: Here) -> Response:
     """The assistant's next turn, from items, or going on from an earlier response."""
-    service.check_model(body.model)
-    body.check()
     turn = _Turn(body, service)
     arrivals = await unless_gone(request, service.start(turn.reply()))
     if body.stream:
         return EventStream(turn.stream(arrivals), partial(service.finish, arrivals))
     return Json(await unless_gone(request, turn.whole(arrivals)))
+
+
+async def whole(body: ResponsesRequest, service: Service) -> dict[str, Any]:
+    """The same for a line of a batch."""
+    turn = _Turn(body, service)
+    return await turn.whole(await service.start(turn.reply()))
 
 
 @router.get("/v1/responses/{id}")
@@ -163,6 +167,8 @@ class _Turn:
     """One response, from the request to what is kept of it."""
 
     def __init__(self, body: ResponsesRequest, service: Service) -> None:
+        service.check_model(body.model)
+        body.check()
         self._body = body
         self._service = service
         self._id = new_id("resp")

@@ -22,7 +22,7 @@ def run(mini):
     return run
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "convert", "serve", "show"])
+@pytest.mark.parametrize("command", ["generate", "chat", "convert", "serve", "batch", "show"])
 def test_every_command_has_help_and_imports_nothing_heavy_for_it(command):
     code = (
         "import sys; sys.argv = ['mlx-gptoss', sys.argv[1], '--help']\n"

@@ -619,6 +619,8 @@ def test_close_fails_what_is_open_and_joins() -> None:
         engine.submit(request())
     with pytest.raises(GptOssError, match="the engine is closed"):
         engine.call(lambda r: 1)
+    with pytest.raises(GptOssError, match="the engine is closed"):
+        _ = engine.status
     engine.close()
 
 

@@ -1,0 +1,91 @@
+"""mlx-gptoss batch: a file of requests through one model, as many at once as it has slots."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import CACHE_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, load, options, serve_extra
+
+if TYPE_CHECKING:
+    from mlx_gptoss.server.batch import Batch
+
+FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("requests", metavar="IN.jsonl", type=FILE)
+@click.argument("answers", metavar="OUT.jsonl", type=FILE)
+@options(MODEL_OPTIONS, RUN_OPTIONS, CACHE_OPTIONS)
+@click.option("--slots", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences at once.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object in the end.")
+def batch(requests: Path, answers: Path, model: str | None, slots: int, as_json: bool, **loading: Any) -> None:
+    """Answer the requests in IN.jsonl, in the form of OpenAI's batches, and add the answers to OUT.jsonl as they come.
+
+    A request's answer is what the server would say. Lines that cannot be answered get an error of their own. Whatever
+    ends the command early: the same command again goes on after the answers that OUT.jsonl holds.
+    """
+    with serve_extra():
+        from mlx_gptoss.server.batch import Batch
+        from mlx_gptoss.server.guard import Gate
+        from mlx_gptoss.server.service import Service, names
+        from mlx_gptoss.server.store import Store
+
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    with Batch(requests, answers) as work:
+        try:
+            if work.done < work.total:
+                with load(model, **loading, slots=slots) as loaded, _bar(work) as progress:
+                    work.run(Service(loaded, Gate(), *names(model), store=Store(most_bytes=0)), progress)
+        except KeyboardInterrupt:
+            click.echo(
+                f"interrupted; {work.done} of {work.total} lines are answered, and the same command goes on", err=True
+            )
+            raise SystemExit(130) from None
+        report = _report(work)
+    click.echo(json.dumps(report) if as_json else _shown(report, answers))
+
+
+@contextmanager
+def _bar(work: Batch) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal's stderr, and what moves it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[failed]} failed, {task.fields[speed]:.0f} tok/s"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=work.total, completed=work.done, failed=work.failed, speed=0.0)
+        yield lambda: bar.update(task, completed=work.done, failed=work.failed, speed=work.completion_tok_s)
+
+
+def _report(work: Batch) -> dict[str, Any]:
+    return {
+        "total": work.total,
+        "completed": work.done - work.failed,
+        "failed": work.failed,
+        "earlier": work.earlier,
+        "prompt_tokens": work.prompt_tokens,
+        "completion_tokens": work.completion_tokens,
+        "seconds": work.seconds,
+        "completion_tok_s": work.completion_tok_s,
+    }
+
+
+def _shown(report: dict[str, Any], answers: Path) -> str:
+    earlier = f", {report['earlier']} of them by an earlier run" if report["earlier"] else ""
+    return (
+        f"{answers}: {report['completed']} answered and {report['failed']} failed of {report['total']}{earlier}; "
+        f"{report['completion_tokens']} tokens in {report['seconds']:.1f} s, {report['completion_tok_s']:.1f} tok/s"
+    )

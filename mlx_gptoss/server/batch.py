@@ -1,0 +1,153 @@
+"""A file of requests through the engine, as the server would answer each: the same fields, the same sums, no HTTP.
+
+Twice as many lines are under way as there are slots, so that a slot that becomes free is taken within a step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+
+from ..errors import InvalidRequest
+from . import chat_completions, completions, responses
+from .arrivals import ended
+from .batch_files import Answers, LineError, Requests, answer, check, failed, parse
+from .errors import from_exception, from_validation, refuse
+from .fields import Strict
+from .service import Service
+
+Whole = Callable[[Any, Service], Awaitable[dict[str, Any]]]
+
+ENDPOINTS: dict[str, tuple[type[Strict], Whole]] = {
+    "/v1/chat/completions": (chat_completions.ChatRequest, chat_completions.whole),
+    "/v1/responses": (responses.ResponsesRequest, responses.whole),
+    "/v1/completions": (completions.CompletionRequest, completions.whole),
+}
+
+
+class Batch:
+    """A file of requests and the file of their answers, in OpenAI's batch form. A context manager.
+
+    done, failed: answers in the file, those of an earlier run included. prompt_tokens, completion_tokens: of this run.
+    Raises InvalidRequest for files that are not what they should be, and GptOssError if the answers cannot be written,
+    or are being written by another process.
+    """
+
+    def __init__(self, requests: Path, answers: Path) -> None:
+        if answers.exists() and requests.exists() and answers.samefile(requests):
+            raise InvalidRequest(f"{answers} holds the requests: name another file for the answers")
+        self._requests = Requests(requests)
+        self._answers = Answers(answers, self._requests)
+        self.total = self._requests.total
+        self.earlier = self.done
+        self.prompt_tokens = self.completion_tokens = 0
+        self._started = self._ended = 0.0
+
+    @property
+    def done(self) -> int:
+        return self._answers.done
+
+    @property
+    def failed(self) -> int:
+        return self._answers.failed
+
+    @property
+    def seconds(self) -> float:
+        """From the start of this run to its last answer so far."""
+        return self._ended - self._started
+
+    @property
+    def completion_tok_s(self) -> float:
+        return self.completion_tokens / self.seconds if self.seconds else 0.0
+
+    def run(self, service: Service, progress: Callable[[], None]) -> None:
+        """Answer what has no answer yet. progress: called whenever more is on the disk.
+
+        Raises GptOssError when the answers cannot be written, or the engine has closed; KeyboardInterrupt on Ctrl-C.
+        Lines that are answered stay so.
+        """
+        self._started = self._ended = time.perf_counter()
+        asyncio.run(self._run(service, progress))
+
+    async def _run(self, service: Service, progress: Callable[[], None]) -> None:
+        waiting = self._requests.waiting()
+        under_way: set[asyncio.Task[dict[str, Any]]] = set()
+        most = 2 * service.model.status.slots
+        try:
+            while True:
+                for line in _take(waiting, most - len(under_way)):
+                    under_way.add(asyncio.create_task(_answer(service, *line)))
+                if not under_way:
+                    return
+                done, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+                entries = await asyncio.gather(*done)
+                self._answers.append(entries)
+                self._count(entries)
+                progress()
+        finally:
+            await ended(*under_way)
+
+    def _count(self, entries: Iterable[dict[str, Any]]) -> None:
+        self._ended = time.perf_counter()
+        for entry in entries:
+            if not failed(entry):
+                usage = entry["response"]["body"]["usage"]
+                self.prompt_tokens += usage.get("prompt_tokens", 0) + usage.get("input_tokens", 0)
+                self.completion_tokens += usage.get("completion_tokens", 0) + usage.get("output_tokens", 0)
+
+    def close(self) -> None:
+        self._answers.close()
+
+    def __enter__(self) -> Batch:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+def _take(lines: Iterator[Any], most: int) -> Iterator[Any]:
+    yield from (line for _, line in zip(range(most), lines, strict=False))
+
+
+async def _answer(service: Service, number: int, line: bytes, repeated: bool) -> dict[str, Any]:
+    """One line of answers. Raises GptOssError if the engine has closed: then the line has none."""
+    custom_id = None
+    try:
+        fields = parse(line)
+        if repeated:
+            message = f"the custom_id {fields['custom_id']!r} stands in an earlier line: give each line its own"
+            raise LineError("duplicate_custom_id", message, "custom_id")
+        custom_id = fields["custom_id"]
+        check(fields, tuple(ENDPOINTS))
+    except LineError as error:
+        return answer(custom_id, error=error.body(number))
+    status, body = await _respond(service, fields["url"], fields["body"])
+    response = {"status_code": status, "request_id": f"req_{secrets.token_hex(16)}", "body": body}
+    return answer(custom_id, response=response)
+
+
+async def _respond(service: Service, url: str, content: Any) -> tuple[int, dict[str, Any]]:
+    """What the server would say: status and body."""
+    form, whole = ENDPOINTS[url]
+    try:
+        try:
+            body = form.model_validate(content)
+        except ValidationError as error:
+            inside = [{**one, "loc": ("body", *one["loc"])} for one in error.errors()]
+            raise from_validation(RequestValidationError(inside)) from None
+        if getattr(body, "stream", None):
+            raise refuse("stream", "is for a connection: leave it out of a batch")
+        return 200, await whole(body, service)
+    except Exception as error:
+        known = from_exception(error)
+    if known.status >= 500:
+        _ = service.model.status  # raises if the engine has closed
+    return known.status, known.body()

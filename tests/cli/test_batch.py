@@ -1,0 +1,303 @@
+"""mlx-gptoss batch: the answers, what becomes of bad lines, and what an interruption leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from contextlib import contextmanager
+
+import httpx
+import pytest
+
+import mlx_gptoss
+from mlx_gptoss.errors import GptOssError, InvalidRequest
+
+pytest.importorskip("fastapi", reason="batches need the serve extra")
+from mlx_gptoss.server.app import build
+from mlx_gptoss.server.batch import Batch
+from mlx_gptoss.server.batch_files import LONGEST_LINE, Requests
+from mlx_gptoss.server.guard import Gate
+from mlx_gptoss.server.service import Service, names
+from mlx_gptoss.server.store import Store
+
+CLI = [sys.executable, "-m", "mlx_gptoss_cli", "batch"]
+HERE = ["--backend", "mlx", "--device", "cpu"]
+CHAT, RESPONSES, COMPLETIONS = "/v1/chat/completions", "/v1/responses", "/v1/completions"
+CHANGING = {"id", "created", "created_at", "completed_at"}
+
+
+def question(number):
+    """A greedy request, of each endpoint in turn."""
+    text = f"What is {number} + {number * 7 % 50}?"
+    return [
+        (CHAT, {"messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 24}),
+        (RESPONSES, {"input": text, "temperature": 0, "max_output_tokens": 24}),
+        (COMPLETIONS, {"prompt": text, "temperature": 0, "max_tokens": 24}),
+    ][number % 3]
+
+
+def request(custom_id, url, body, **more):
+    return json.dumps({"custom_id": custom_id, "method": "POST", "url": url, "body": body, **more}).encode()
+
+
+def steady(body):
+    """What of an answer does not change from run to run."""
+    if isinstance(body, dict):
+        return {name: steady(value) for name, value in body.items() if name not in CHANGING}
+    return [steady(value) for value in body] if isinstance(body, list) else body
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
+
+
+def by_id(entries):
+    answers = {entry["custom_id"]: steady(entry["response"]["body"]) for entry in entries}
+    assert len(answers) == len(entries)
+    return answers
+
+
+@pytest.fixture(scope="module")
+def model():
+    with mlx_gptoss.load(slots=4, max_context=1024, backend="mlx", device="cpu") as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def run(model, tmp_path):
+    """A batch of these lines, in this process; returns the entries of OUT."""
+
+    def run(*lines, progress=lambda: None, model=model):
+        (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
+        with Batch(tmp_path / "in.jsonl", tmp_path / "out.jsonl") as batch:
+            batch.run(Service(model, Gate(), *names(None), store=Store(most_bytes=0)), progress)
+        return read(tmp_path / "out.jsonl")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def lines():
+    return [request(f"id {number}", *question(number)) for number in range(18)]
+
+
+@contextmanager
+def interrupted(words, out, after):
+    """The command until it has written `after` answers more; then it is to be ended."""
+    process = subprocess.Popen([*CLI, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wanted = (len(out.read_bytes().splitlines()) if out.exists() else 0) + after
+    end = time.monotonic() + 60
+    while time.monotonic() < end and (not out.exists() or out.read_bytes().count(b"\n") < wanted):
+        time.sleep(0.002)
+    assert process.poll() is None, process.stderr.read()
+    yield process
+    process.communicate(timeout=60)
+
+
+def test_killed_and_interrupted_it_goes_on_without_losing_or_repeating_a_line(run, lines, tmp_path):
+    whole = by_id(run(*lines))
+    out = tmp_path / "again.jsonl"
+    words = [str(tmp_path / "in.jsonl"), str(out), *HERE, "--slots", "2"]
+    with interrupted(words, out, 3) as process:
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    with out.open("ab") as file:
+        file.write(b'{"id":"batch_req_0123","custom_id":"id')
+    with interrupted(words, out, 3) as process:
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    earlier = len(out.read_bytes().splitlines())
+    assert 6 <= earlier < len(lines)
+    assert process.returncode == 130
+    assert errors == f"interrupted; {earlier} of 18 lines are answered, and the same command goes on\n"
+    report = json.loads(subprocess.run([*CLI, *words, "--json"], stdout=subprocess.PIPE, check=True).stdout)
+    assert by_id(read(out)) == whole
+    assert (report["total"], report["completed"], report["failed"], report["earlier"]) == (18, 18, 0, earlier)
+    assert report["completion_tokens"] > 0 and report["seconds"] > 0
+
+
+def test_an_answer_is_what_the_server_would_say(run, model):
+    asked = [question(number) for number in range(3)]
+    asked += [
+        (CHAT, {}),
+        (CHAT, {"messages": [{"role": "user", "content": "Hi"}], "temperature": "hot"}),
+        (CHAT, {"messages": [{"role": "user", "content": "Hi"}], "model": "gpt-4"}),
+        (CHAT, {"messages": [{"role": "wizard", "content": "Hi"}]}),
+        (CHAT, {"messages": [{"role": "user", "content": "Hi " * 2000}]}),
+        (CHAT, {"messages": [{"role": "user", "content": "Hi"}], "top_logprobs": 2}),
+        (RESPONSES, {"input": [{"type": "image"}]}),
+        (RESPONSES, {"input": "Hi", "previous_response_id": "resp_1"}),
+        (COMPLETIONS, {"prompt": "Hi", "best_of": 3}),
+        (COMPLETIONS, ["Hi"]),
+        (COMPLETIONS, "Hi"),
+    ]
+    service = Service(model, Gate(), *names(None), store=Store(most_bytes=0))
+
+    async def served():
+        transport = httpx.ASGITransport(build(service))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return [await client.post(url, json=body) for url, body in asked]
+
+    wanted = [(answer.status_code, steady(answer.json())) for answer in asyncio.run(served())]
+    entries = run(*(request(str(place), *one) for place, one in enumerate(asked)))
+    entries.sort(key=lambda entry: int(entry["custom_id"]))
+    assert [(entry["response"]["status_code"], steady(entry["response"]["body"])) for entry in entries] == wanted
+    assert [status for status, _ in wanted[:6]] == [200, 200, 200, 400, 400, 404]
+    assert {status for status, _ in wanted[6:]} == {400}
+    assert all(entry["error"] is None and entry["response"]["request_id"] for entry in entries)
+
+
+def test_bad_lines_get_an_error_of_their_own(run, tmp_path):
+    good = (COMPLETIONS, {"prompt": "Hi", "max_tokens": 1})
+    bad = [
+        (b'{"custom_id": "a', None, "invalid_json_line"),
+        (b"\xff\xfe", None, "invalid_json_line"),
+        (b"[" * 100_000, None, "invalid_json_line"),
+        (b'"a line"', None, "invalid_json_line"),
+        (b'{"a": "' + b"x" * LONGEST_LINE + b'"}', None, "line_too_long"),
+        (request("", *good), None, "missing_required_parameter"),
+        (request("first", *good), None, "duplicate_custom_id"),
+        (request("first", *good), None, "duplicate_custom_id"),
+        (b'{"custom_id": "b", "method": "POST", "url": "/v1/completions"}', "b", "missing_required_parameter"),
+        (request("get", *good, method="GET"), "get", "invalid_method"),
+        (request("url", "/v1/embeddings", {}), "url", "invalid_url"),
+        (request("urls", ["/v1/completions"], {}), "urls", "invalid_url"),
+        (request("more", *good, priority=1), "more", "unknown_parameter"),
+    ]  # fmt: skip
+    lines = [b"", request("first", *good), *(line for line, _, _ in bad), request("\ud800 last", *good)]
+    entries = run(*lines)
+    errors = [entry for entry in entries if entry["error"]]
+    shown = {entry["error"]["line"]: (entry["custom_id"], entry["error"]["code"]) for entry in errors}
+    assert shown == {place: (custom_id, code) for place, (_, custom_id, code) in enumerate(bad, 3)}
+    assert all(entry["response"] is None for entry in errors)
+    assert {entry["custom_id"] for entry in entries if not entry["error"]} == {"first", "\ud800 last"}
+    assert len(entries) == len(lines) - 1
+
+    whole = (tmp_path / "out.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "out.jsonl").write_bytes(b"".join(whole[:4] + whole[9:]))
+    again = run(*lines)
+    assert sorted(json.dumps(steady(one)) for one in again) == sorted(json.dumps(steady(one)) for one in entries)
+
+
+def test_streaming_is_refused(run):
+    (entry,) = run(request("a", COMPLETIONS, {"prompt": "Hi", "stream": True}))
+    assert entry["response"]["status_code"] == 400
+    assert entry["response"]["body"]["error"]["param"] == "stream"
+
+
+def test_slots_are_busy_and_few_lines_are_under_way(lines, model, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
+    service = Service(model, Gate(), *names(None))
+    seen = []
+    with Batch(tmp_path / "in.jsonl", tmp_path / "out.jsonl") as batch:
+        batch.run(service, lambda: seen.append((model.status.running, len(service.open), batch.done)))
+    early = [running for running, _, done in seen if done < len(lines) - 2 * 4]
+    assert early and max(early) == 4 and sum(early) / len(early) >= 3
+    assert max(under_way for _, under_way, _ in seen) <= 2 * 4
+
+
+def test_a_line_costs_few_bytes_of_memory(tmp_path):
+    with (tmp_path / "in.jsonl").open("wb") as file:
+        for number in range(5000):
+            file.write(request(f"a rather long custom_id with the number {number}", CHAT, {"text": "x" * 1000}) + b"\n")
+    tracemalloc.start()
+    requests = Requests(tmp_path / "in.jsonl")
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert requests.total == 5000
+    assert held < 5000 * 30 and peak < 5000 * 80 + 200_000
+    assert sum(1 for _ in requests.waiting()) == 5000
+    for number in range(5000):
+        entry = {"custom_id": f"a rather long custom_id with the number {number}"}
+        assert requests.answered(entry) and not requests.answered(entry)
+    assert list(requests.waiting()) == []
+
+
+ONE = request("a", COMPLETIONS, {"prompt": "Hi", "max_tokens": 1})
+
+
+@pytest.mark.parametrize(
+    ("asked", "held", "message"),
+    [
+        (b"", None, "empty"),
+        (b"\n\n", None, "empty"),
+        (b"id,question\n1,Hi\n", None, "holds no request; line 1: the line is not JSON"),
+        (ONE, b"my notes", "no file of answers, see its line 1"),
+        (ONE, b'{"id":"batch_req_1","custom_id":"b"}\n', "answers 'b', for which no line"),
+        (ONE, b'{"id":"batch_req_1","custom_id":"a"}\n' * 2, "line 2 of"),
+        (ONE, b'{"id":"batch_req_1","custom_id":null,"error":{"line":1}}\n', "answers 'None'"),
+        (ONE, b'{"id":"batch_req_1","custom_id\n{"id":"batch_req_1","custom_id":"a"}\n', "see its line 1"),
+    ],
+)
+def test_files_that_are_something_else_are_refused_and_left_alone(tmp_path, asked, held, message):
+    requests, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    requests.write_bytes(asked)
+    if held is not None:
+        answers.write_bytes(held)
+    with pytest.raises(InvalidRequest) as refused:
+        Batch(requests, answers)
+    assert message in str(refused.value)
+    assert (answers.read_bytes() if answers.exists() else None) == held and requests.read_bytes() == asked
+
+
+def test_the_requests_are_not_written_over(tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(ONE)
+    os.link(tmp_path / "in.jsonl", tmp_path / "linked.jsonl")
+    for name in ("in.jsonl", "linked.jsonl"):
+        with pytest.raises(InvalidRequest, match="holds the requests"):
+            Batch(tmp_path / "in.jsonl", tmp_path / name)
+
+
+def test_two_do_not_write_one_file(tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(ONE)
+    with Batch(tmp_path / "in.jsonl", tmp_path / "out.jsonl") as first:
+        with pytest.raises(GptOssError, match="another process is writing"):
+            Batch(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+        assert first.done == 0
+    Batch(tmp_path / "in.jsonl", tmp_path / "out.jsonl").close()
+
+
+def test_a_full_disk_is_one_error_and_keeps_what_is_done(run, lines, tmp_path):
+    out = tmp_path / "out.jsonl"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (out.stat().st_size + 100, limits[1]))
+
+    try:
+        with pytest.raises(
+            GptOssError, match=r"could not be written \(File too large\); the \d+ answers in it are kept"
+        ):
+            run(*lines[:9], progress=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    kept = out.read_bytes()
+    assert kept.endswith(b"}\n") and 0 < kept.count(b"\n") < 9
+    assert len(by_id(run(*lines[:9]))) == 9
+    assert out.read_bytes().startswith(kept)
+
+
+def test_an_engine_that_closes_ends_the_run_and_fails_no_line(run, lines):
+    with (
+        mlx_gptoss.load(slots=2, max_context=1024, backend="mlx", device="cpu") as other,
+        pytest.raises(GptOssError, match="closed"),
+    ):
+        run(*lines[:9], progress=other.close, model=other)
+    assert len(by_id(run(*lines[:9]))) == 9
+
+
+def test_without_the_extra_the_error_names_it():
+    code = (
+        "import sys; sys.modules['fastapi'] = None; sys.argv = ['mlx-gptoss', 'batch', 'in', 'out']\n"
+        "from mlx_gptoss_cli.main import main; main()"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert out.returncode == 1 and out.stderr.count("\n") == 1
+    assert "pip install 'mlx-gptoss[serve]'" in out.stderr
