@@ -20,6 +20,7 @@ from .patterns import translated
 MOST_CHARACTERS = 1 << 17  # of the schema as JSON
 MOST_SCHEMAS = 2000  # schemas within it, each counted once
 MOST_PATTERNS = 50  # in one patternProperties: each is held against each
+MOST_CHOICES = 100  # of one oneOf, likewise
 MOST_AT_ONCE = 200  # schemas that a reference leads to before there is an array or object
 LARGEST_NUMBER = 2**53  # bounds are compared as float64
 LARGEST_MULTIPLE = 20_000  # time and memory of multipleOf grow with the least common multiple, faster than it
@@ -31,6 +32,7 @@ _ANNOTATIONS = {
     *("contentEncoding", "contentMediaType", "$comment"),
     *("$defs", "definitions"),  # what stands there counts where something refers to it
 }
+_ENDLESS = re.compile(r"[*+]|,\}")  # a pattern without these, and with both anchors, matches few strings
 _HEAD = ("$schema", "$id")  # mean nothing within one document whose references are all local
 _INSTEAD = {
     "nullable": 'write {"type": ["string", "null"]} or the like',
@@ -114,6 +116,8 @@ class _Check:
     def one_of(self, place: str, value: Any, schema: Any) -> None:
         """One of them is any of them where no two can hold at once. llguidance's own proof of that has holes."""
         self.several(place, value, schema)
+        if len(value) > MOST_CHOICES:
+            self._refuse(place, f"more than {MOST_CHOICES} schemas; use anyOf")
         shapes = [_Shape(self._resolved(item)) for item in value]
         if "anyOf" in schema or not all(a.excludes(b) for a, b in combinations(shapes, 2)):
             self._refuse(place, "two of its schemas may hold at once, or anyOf stands beside it; use anyOf alone")
@@ -130,9 +134,10 @@ class _Check:
         self.named(place, value, schema)
         if len(value) > MOST_PATTERNS:
             self._refuse(place, f"more than {MOST_PATTERNS} patterns; give fewer")
-        for pattern in value:
-            if pattern[:1] == "^" and pattern[-1:] == "$" and any(_may_match(pattern, name) for name in _named(schema)):
-                self._refuse(place, f"{pattern!r} may match nothing but names that have properties of their own")
+        named = schema.get("properties") or schema.get("required")
+        few = [pattern for pattern in value if {"^", "$"} <= set(pattern) and not _ENDLESS.search(pattern)]
+        if named and few:  # what is left of few names may be none, which llguidance finds out too late
+            self._refuse(place, f"{few[0]!r} may match no name but those in properties; name its properties there, too")
         schema["patternProperties"] = {self._pattern(place, key): item for key, item in value.items()}
 
     def pattern(self, place: str, value: Any, schema: Any) -> None:
@@ -205,11 +210,11 @@ class _Check:
                 continue
             reached.add(id(one))
             lists = [one.get("allOf"), *(one[key] for key in ("anyOf", "oneOf") if len(_list(one.get(key))) == 1)]
-            todo += [item for items in lists for item in _list(items)]
-            if "$ref" in one:
-                todo.append(self._target("#", one["$ref"]))
-            if any(item is schema for item in todo):
+            found = [item for items in lists for item in _list(items)]
+            found += [self._target("#", one["$ref"])] if "$ref" in one else []
+            if any(item is schema for item in found):
                 return True
+            todo += found
         return bool(todo)
 
     def _resolved(self, schema: Any) -> Any:
@@ -262,18 +267,6 @@ def _values(schema: Any) -> list[Any]:
     if "const" in schema:
         return [schema["const"]]
     return _list(schema.get("enum"))
-
-
-def _named(schema: Any) -> list[str]:
-    properties = schema.get("properties")
-    return [*(properties if isinstance(properties, dict) else ()), *_words(schema.get("required"))]
-
-
-def _may_match(pattern: str, name: str) -> bool:
-    try:
-        return re.search(pattern, name) is not None
-    except re.error:
-        return True
 
 
 def _list(value: Any) -> list[Any]:
