@@ -44,6 +44,10 @@ def serve(
         with load(model, **loading, slots=slots, max_waiting=max_waiting) as loaded:
             grammar.prepare(loaded.tokenizer)
             model_id, aliases = service.names(model)
+            if gate.hosts is None and api_key is None:
+                click.echo(
+                    f"warning: whoever reaches {host}:{port} may use the model; --api-key asks for a key", err=True
+                )
             click.echo(_greeting(loaded.name, host, listener.getsockname()[1], api_key is not None), err=True)
             run.Server(service.Service(loaded, gate, model_id, aliases)).serve_on(listener)
 

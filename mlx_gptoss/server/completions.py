@@ -15,6 +15,7 @@ from starlette.responses import Response
 from ..chat import Events
 from ..engine import Token
 from ..reply import Event, Finished, TextDelta
+from ..sampling import Sampling
 from ..tokenizer import Tokenizer
 from .arrivals import Arrivals, unless_gone
 from .chat_completions import MOST_CHOICES
@@ -43,11 +44,11 @@ class CompletionRequest(SamplingFields, WithoutEffect):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
-        """The ids of each prompt."""
+    @property
+    def prompts(self) -> Sequence[Any]:
+        """Each a string or ids."""
         several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
-        given: Sequence[Any] = self.prompt if several else [self.prompt]
-        return [tokenizer.encode_with_specials(one) if isinstance(one, str) else one for one in given]
+        return self.prompt if several else [self.prompt]
 
     def check(self) -> None:
         """What the types alone cannot say."""
@@ -55,8 +56,7 @@ class CompletionRequest(SamplingFields, WithoutEffect):
             raise refuse("echo", "with logprobs would need those of the prompt: ask for one of them")
         if self.stream_options is not None and not self.stream:
             raise refuse("stream_options", "needs stream: true")
-        count = len(self.prompt) if isinstance(self.prompt, list) and not isinstance(self.prompt[0], int) else 1
-        if count * (self.n or 1) > MOST_CHOICES:
+        if len(self.prompts) * (self.n or 1) > MOST_CHOICES:
             raise refuse("n", f"times the number of prompts must be at most {MOST_CHOICES}")
 
 
@@ -82,14 +82,11 @@ class _Completion:
     def __init__(self, body: CompletionRequest, service: Service) -> None:
         service.check_model(body.model)
         body.check()
-        tokenizer = service.model.tokenizer
         self._body = body
         self._service = service
-        self._prompts = body.prompts(tokenizer)
-        echoed = [tokenizer.decode(ids, specials=True) if body.echo else "" for ids in self._prompts]
         self._choices = [
-            _Choice(index, tokenizer, body.logprobs is not None, echoed[index // (body.n or 1)])
-            for index in range(len(self._prompts) * (body.n or 1))
+            _Choice(index, service.model.tokenizer, body.logprobs is not None)
+            for index in range(len(body.prompts) * (body.n or 1))
         ]
         self._head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
@@ -99,14 +96,19 @@ class _Completion:
         }
 
     def replies(self) -> list[partial[Events]]:
-        body, model, each = self._body, self._service.model, self._body.n or 1
-        sampling = body.sampling(model.default_sampling, body.logprobs or 0)
-        most = body.max_tokens or DEFAULT_MAX_TOKENS
-        return [
-            partial(model.stream_raw, ids, max_tokens=most, sampling=seeded(sampling, number))
-            for ids in self._prompts
-            for number in range(each)
-        ]
+        body = self._body
+        sampling = body.sampling(self._service.model.default_sampling, body.logprobs or 0)
+        return [partial(self._start, choice, sampling) for choice in self._choices]
+
+    def _start(self, choice: _Choice, sampling: Sampling) -> Events:
+        """Submit one choice. Not on the event loop: a prompt may be long."""
+        model, (place, number) = self._service.model, divmod(choice.index, self._body.n or 1)
+        prompt = self._body.prompts[place]
+        ids = model.tokenizer.encode_with_specials(prompt) if isinstance(prompt, str) else prompt
+        if self._body.echo:
+            choice.echoed = model.tokenizer.decode(ids, specials=True)
+        most = self._body.max_tokens or DEFAULT_MAX_TOKENS
+        return model.stream_raw(ids, max_tokens=most, sampling=seeded(sampling, number))
 
     async def pieces(self, arrivals: Arrivals) -> AsyncIterator[list[dict[str, Any]]]:
         """Entries of a chunk's `choices`, in batches."""
@@ -161,10 +163,10 @@ class _Completion:
 class _Choice:
     """One continuation: its events become pieces of text."""
 
-    def __init__(self, index: int, tokenizer: Tokenizer, logprobs: bool, echoed: str) -> None:
-        self.echoed = echoed
+    def __init__(self, index: int, tokenizer: Tokenizer, logprobs: bool) -> None:
+        self.index = index
+        self.echoed = ""
         self.end: Finished | None = None
-        self._index = index
         self._tokenizer = tokenizer
         self._logprobs = logprobs
         self._offset = 0  # characters so far
@@ -180,7 +182,7 @@ class _Choice:
     def piece(self, text: str, tokens: Sequence[Token] = (), reason: str | None = None) -> dict[str, Any]:
         shown = self._shown(tokens) if self._logprobs else None
         self._offset += len(text)
-        return {"index": self._index, "text": text, "logprobs": shown, "finish_reason": reason}
+        return {"index": self.index, "text": text, "logprobs": shown, "finish_reason": reason}
 
     def _shown(self, tokens: Sequence[Token]) -> dict[str, list[Any]]:
         """OpenAI's older form: lists side by side. A token in the middle of a character begins where that does."""

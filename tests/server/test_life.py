@@ -101,6 +101,28 @@ def test_beyond_the_queue_it_is_503_with_retry_after(narrow, endless):
     assert not narrow.service.open
 
 
+def test_metrics_count_what_was_done(narrow):
+    def read():
+        lines = [line for line in httpx.get(narrow.url + "/metrics").text.splitlines() if line[0] != "#"]
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+    before = read()
+    usage = httpx.post(narrow.url + PATH, json={"messages": SUM}).json()["usage"]
+    httpx.post(narrow.url + PATH, json={"messages": SUM, "nonsense": 1})
+    after = read()
+
+    def more(name):
+        return after[name] - before.get(name, 0)
+
+    assert more('mlx_gptoss_requests_total{path="/v1/chat/completions",status="200"}') == 1
+    assert more('mlx_gptoss_requests_total{path="/v1/chat/completions",status="400"}') >= 1
+    assert more("mlx_gptoss_prompt_tokens_total") == usage["prompt_tokens"]
+    assert more("mlx_gptoss_completion_tokens_total") == usage["completion_tokens"]
+    assert more("mlx_gptoss_cached_tokens_total") == usage["prompt_tokens_details"]["cached_tokens"]
+    assert more("mlx_gptoss_time_to_first_token_seconds_count") == 1
+    assert 10 < more("mlx_gptoss_inter_token_seconds_count") < usage["completion_tokens"]
+
+
 def test_a_stream_that_waits_is_kept_alive(narrow, endless, monkeypatch):
     monkeypatch.setattr("mlx_gptoss.server.sse.KEEP_ALIVE_S", 0.1)
     body = {**endless, "stream": True}
