@@ -6,6 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,10 +16,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from ..errors import Busy, DoesNotFit, GptOssError, InvalidRequest
+from ..sampling import Sampling
 
 UNION_MEMBERS = {"str", "int", "message", "reasoning", "function_call", "function_call_output"}
 LONGEST_MESSAGE = 1000  # characters; what was sent may be quoted in it
-_FIELD = re.compile(r"[a-z_]+(\[\d+\]|\.[a-z_]+)*(?= )")
+FIELDS = ("messages", "tools", "tool_choice", "response_format", *(field.name for field in fields(Sampling)))
+_FIELD = re.compile(rf"({'|'.join(FIELDS)})(\[\d+\]|\.[a-z_]+)*(?=[ :])")  # what a message begins with
 
 log = logging.getLogger(__name__)
 

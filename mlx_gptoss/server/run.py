@@ -89,7 +89,7 @@ class Server(uvicorn.Server):
             for arrivals in list(self.service.open):
                 arrivals.stop(ApiError(503, "the server has been stopped", code="draining"))
             self.force_exit = True
-        return late or not self.service.open
+        return late or not self.server_state.tasks
 
     def serve_on(self, listener: socket.socket) -> None:
         """Answer requests until the end. Raises KeyboardInterrupt if Ctrl-C was it."""

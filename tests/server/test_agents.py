@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Literal
 
 import openai
+import pydantic
 import pytest
 
 agents = pytest.importorskip("agents", reason="openai-agents is not installed")
@@ -72,6 +74,17 @@ def test_a_second_turn_sends_the_first_back(agent):
         return await agents.Runner.run(agent, [*first.to_input_list(), asked])
 
     assert asyncio.run(run()).final_output == "12 + 30 = 42"
+
+
+def test_an_agent_with_a_type_for_its_answer(agent):
+    class City(pydantic.BaseModel):
+        name: Literal["Oslo", "Paris"]
+
+    reasoning = openai.types.Reasoning(effort="low", summary="auto")
+    settings = agents.ModelSettings(reasoning=reasoning, response_include=["reasoning.encrypted_content"])
+    typed = agents.Agent("Cities", model=agent.model, model_settings=settings, output_type=City)
+    result = asyncio.run(agents.Runner.run(typed, "What is the capital of Norway?"))
+    assert isinstance(result.final_output, City)
 
 
 def test_responses_can_be_gone_on_from(server):

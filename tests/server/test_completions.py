@@ -70,7 +70,7 @@ def test_the_default_is_sixteen_tokens(client):
         ({"best_of": 3}, "best_of"),
         ({"echo": True, "logprobs": 1}, "echo"),
         ({"prompt": []}, "prompt"),
-        ({"prompt": [1, 10**9]}, ""),
+        ({"prompt": [1, 10**9]}, None),
         ({"prompt": ["a"] * 9, "n": 2}, "n"),
         ({"logprobs": 6}, "logprobs"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -79,4 +79,4 @@ def test_the_default_is_sixteen_tokens(client):
 def test_what_cannot_be_honoured_is_refused(client, fields, param):
     with pytest.raises(openai.BadRequestError) as refused:
         create(client, **fields)
-    assert (refused.value.param or "").startswith(param)
+    assert refused.value.param == param
