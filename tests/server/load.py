@@ -1,4 +1,4 @@
-"""Speed of a server under load: `python tests/server/load.py [--mlx-lm] [--clients 64]`.
+"""Speed of a server under load: `python tests/server/load.py [--mlx-lm] [--clients 64] [--slots 8]`.
 
 Starts `mlx-gptoss serve` with the bundled model, and with --mlx-lm, in turns with it, mlx-lm's own server on the same
 weights (mlx-mxfp4; what is bfloat16 there is float32 in mlx-lm's copy, so that it computes as we do on a CPU, where its
@@ -122,6 +122,7 @@ def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--mlx-lm", action="store_true")
     options.add_argument("--clients", type=int, default=64)
+    options.add_argument("--slots", type=int, default=8)
     options.add_argument("--tokens", type=int, default=200)
     options.add_argument("--repeat", type=int, default=3)
     given = options.parse_args()
@@ -134,7 +135,7 @@ def main() -> None:
         for turn in range(given.repeat):
             for name in (OURS, THEIRS) if given.mlx_lm else (OURS,):
                 weights = widened if name == THEIRS else folder
-                with serving(name, weights, 8) as url:
+                with serving(name, weights, given.slots) as url:
                     measure(f"{turn} {name}", url, str(weights), given.clients, given.tokens, bias)
 
 

@@ -17,6 +17,8 @@ import pytest
 import mlx_gptoss
 
 PATH = "/v1/chat/completions"
+KEY = "sesame"
+KEYED = {"Authorization": f"Bearer {KEY}"}
 SUM = [{"role": "user", "content": "What is 12 + 30?"}]
 
 
@@ -158,7 +160,8 @@ def test_what_fails_in_the_middle_of_a_stream_is_an_event(serve):
 def process():
     """mlx-gptoss serve as a process of its own, and where it listens."""
     words = [sys.executable, "-m", "mlx_gptoss_cli", "serve", "--port", "0", "--backend", "mlx", "--device", "cpu"]
-    running = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", "MLX_GPTOSS_API_KEY": KEY}
+    running = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=env)
     url = running.stderr.readline().split(" at ")[1].split(",")[0]
     until(lambda: _answers(url))
     yield running, url
@@ -176,12 +179,12 @@ def _answers(url):
 def test_sigterm_lets_what_runs_come_to_its_end(process, endless):
     running, url = process
     body = {**endless, "max_tokens": 300, "stream": True}
-    with httpx.stream("POST", url + "/v1/completions", json=body, timeout=30) as answer:
+    with httpx.stream("POST", url + "/v1/completions", json=body, timeout=30, headers=KEYED) as answer:
         lines = answer.iter_lines()
         next(lines)
         running.send_signal(signal.SIGTERM)
         until(lambda: httpx.get(url + "/health").status_code == 503)
-        refused = httpx.post(url + PATH, json={"messages": SUM})
+        refused = httpx.post(url + PATH, json={"messages": SUM}, headers=KEYED)
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
         *_, reason, last = [line for line in lines if line]
     assert last == "data: [DONE]" and json.loads(reason[6:])["choices"][0]["finish_reason"] == "length"
@@ -191,7 +194,8 @@ def test_sigterm_lets_what_runs_come_to_its_end(process, endless):
 
 def test_a_second_signal_does_not_wait(process, endless):
     running, url = process
-    with httpx.stream("POST", url + "/v1/completions", json={**endless, "stream": True}, timeout=30) as answer:
+    body = {**endless, "stream": True}
+    with httpx.stream("POST", url + "/v1/completions", json=body, timeout=30, headers=KEYED) as answer:
         lines = answer.iter_lines()
         next(lines)
         running.send_signal(signal.SIGTERM)
@@ -205,8 +209,10 @@ def test_a_second_signal_does_not_wait(process, endless):
     assert "Traceback" not in running.stderr.read()
 
 
-def test_ctrl_c_exits_with_130(process):
-    running, _ = process
+def test_the_key_may_come_from_the_environment_and_ctrl_c_exits_with_130(process):
+    running, url = process
+    assert httpx.get(url + "/v1/models").status_code == 401
+    assert httpx.get(url + "/v1/models", headers=KEYED).status_code == 200
     running.send_signal(signal.SIGINT)
     assert running.wait(10) == 130
     assert "Traceback" not in running.stderr.read()
