@@ -204,3 +204,23 @@ def test_a_connection_that_is_kept_alive_may_rest(impatient):
         assert client.get("/health").status_code == 200
         time.sleep(0.5)
         assert client.get("/health").status_code == 200
+
+
+def test_a_client_that_does_not_read_is_cut_off(impatient):
+    """It asks for more than all buffers hold."""
+    ask = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", impatient.port)) as connection:
+        connection.sendall(ask * 600)
+        until = time.monotonic() + 10
+        while not impatient.server_state.connections and time.monotonic() < until:
+            time.sleep(0.01)
+        assert impatient.server_state.connections
+        while impatient.server_state.connections and time.monotonic() < until:
+            time.sleep(0.01)
+        assert not impatient.server_state.connections
+        received = 0
+        with pytest.raises(ConnectionError):
+            while piece := connection.recv(1 << 20):
+                received += len(piece)
+            raise ConnectionResetError  # an end without a reset, but an early one
+        assert received < 600 * len(httpx.get(impatient.url + "/openapi.json").content)
