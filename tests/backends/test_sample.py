@@ -62,19 +62,24 @@ def expected_distribution(logits: np.ndarray, s: Sampling, mask: bytes | None) -
     return p / p.sum()
 
 
+WHOLE_CHAIN = Sampling(temperature=1.5, top_k=10, top_p=0.8, min_p=0.05, logit_bias={0: 3.0, 5: -100.0})
+MASK = b"\xa7\x11"  # ends before the vocabulary
+
+
 @pytest.mark.parametrize(
-    "sampling",
+    ("sampling", "mask"),
     [
-        Sampling(),
-        Sampling(temperature=0.5),
-        Sampling(top_k=3),
-        Sampling(top_p=0.6),
-        Sampling(min_p=0.2),
-        Sampling(temperature=1.5, top_k=10, top_p=0.8, min_p=0.05, logit_bias={0: 3.0, 5: -100.0}),
+        (Sampling(), None),
+        (Sampling(temperature=0.5), None),
+        (Sampling(top_k=3), None),
+        (Sampling(top_p=0.6), None),
+        (Sampling(min_p=0.2), None),
+        (WHOLE_CHAIN, None),
+        (Sampling(), MASK),
+        (WHOLE_CHAIN, MASK),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("mask", [None, b"\xa7\x11"], ids=["free", "masked"])  # the mask ends before the vocabulary
 def test_draws_follow_the_chain(sampler, sampling, mask):
     logits = logits_for(1)
     history = sampler.begin(sampling, seed=7)
