@@ -29,7 +29,8 @@ def batch(requests: Path, answers: Path, model: str | None, slots: int, as_json:
     """Answer the requests in IN.jsonl, in the form of OpenAI's batches, and add the answers to OUT.jsonl as they come.
 
     A request's answer is what the server would say. Lines that cannot be answered get an error of their own. Whatever
-    ends the command early: the same command again goes on after the answers that OUT.jsonl holds.
+    ends the command early: the same command again goes on after the answers that OUT.jsonl holds. It ends with 0 when
+    every line has an answer or an error.
     """
     with serve_extra():
         from mlx_gptoss.server.batch import Batch
@@ -45,7 +46,8 @@ def batch(requests: Path, answers: Path, model: str | None, slots: int, as_json:
                     work.run(Service(loaded, Gate(), *names(model), store=Store(most_bytes=0)), progress)
         except KeyboardInterrupt:
             click.echo(
-                f"interrupted; {work.done} of {work.total} lines are answered, and the same command goes on", err=True
+                f"interrupted; {work.done} of {work.total} lines are answered, and the same command goes on after them",
+                err=True,
             )
             raise SystemExit(130) from None
         report = _report(work)
