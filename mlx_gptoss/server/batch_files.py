@@ -177,9 +177,11 @@ class Answers:
             while rest:
                 rest = rest[os.pwrite(self._file, rest, self._size + len(data) - len(rest)) :]
             os.fsync(self._file)
-        except OSError as error:
+        except BaseException as error:  # Ctrl-C, too, which Python 3.10 has break in here
             with contextlib.suppress(OSError):  # then the next start cuts it off
                 os.ftruncate(self._file, self._size)
+            if not isinstance(error, OSError):
+                raise
             kept = f"the {self.done} answers in it are kept, and the same command goes on after them"
             raise GptOssError(f"{self._path} could not be written ({error.strerror}); {kept}") from error
         self._size += len(data)
