@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 
@@ -54,11 +55,29 @@ def group() -> None:
     """
 
 
+def _among_others() -> bool:
+    """Whether this is one of several ranks, but not the one that reads the command and speaks; then it has done what
+    that one says, to the end."""
+    if not {"MLX_RANK", "RANK"} & set(os.environ):
+        return False
+    from mlx_gptoss.ranks import find_launch
+
+    launch = find_launch()
+    if launch is None or launch.rank == 0:
+        return False
+    from mlx_gptoss.spread import follow
+
+    follow(launch)
+    return True
+
+
 def main() -> None:
     """Exit codes: 0; 1 with one line on stderr; 2 for usage; 130 for Ctrl-C."""
     from mlx_gptoss.errors import GptOssError
 
     try:
+        if _among_others():
+            return
         group.main(standalone_mode=False)
     except click.ClickException as error:
         error.show()

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
+import sys
 import time
-from importlib import metadata
+from functools import partial
 from pathlib import Path
 
 from . import hub
-from .backends import find_backend
-from .backends.base import Backend, Limits
 from .engine import Engine, PrefixFiles
-from .errors import CheckpointError, InvalidRequest
-from .memory import MemoryPlan, plan_memory, require_fit
+from .errors import InvalidRequest
+from .loading import NANO as NANO
+from .loading import Order, Settled, open_source, settle
+from .loading import memory_plan as memory_plan
+from .loading import open_checkpoint as open_checkpoint
+from .loading import sizes_in_other_formats as sizes_in_other_formats
+from .memory import require_fit
 from .model import Model
-from .recommend import mappable, mappable_bytes, recommend, used_vocabulary, widenable_bytes
-from .weights import checkpoint as checkpoints
+from .ranks import find_launch
+from .recommend import mappable, recommend
+from .spread import follow, lead
 from .weights import convert as conversion
-from .weights.formats import WRITERS
-from .weights.requantize import Requantized
-
-NANO = Path(__file__).parent / "nano"  # the bundled model
-DRAFTS = 3  # with the token before them 4, the most queries that Metal's attention for a single one takes
-LIBRARY = {"mlx": "mlx", "cuda": "torch"}  # what computes: another version may round otherwise
-ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+from .weights.checkpoint import Checkpoint, Summary
 
 
 def load(
@@ -61,133 +59,78 @@ def load(
     prefix_cache: bytes on the device for what was computed of prompts, from which prompts that begin alike go on; 0
         keeps none; None takes half of what is left, 2 GB at most.
     prompt_cache: a folder where that is kept for other processes, too.
+    On one of several ranks (mlx.launch, torchrun) the model is split among them, and rank 0 alone has a Model: on the
+    others this call does what rank 0 tells, until that closes its model, and then ends the process (SystemExit).
     Raises CheckpointError, DoesNotFit (before anything is loaded), BackendUnavailable or InvalidRequest.
     """
     started = time.perf_counter()
-    if slots < 1:
-        raise InvalidRequest(f"slots must be at least 1, not {slots}")
-    name = "the bundled model" if path_or_repo_id is None else str(path_or_repo_id)
-    checkpoint = open_checkpoint(path_or_repo_id)
-    weights: checkpoints.Checkpoint | Requantized = (
-        checkpoint if quantize is None else Requantized(checkpoint, quantize)
-    )
-    tokenizer = checkpoint.tokenizer()
-    sizes = sizes_in_other_formats(checkpoint)
-    size = weights.size_bytes
-    module, backend = find_backend(backend, size)
-    _check_options(backend, kv_bits, speculate)
-    plan = memory_plan(
-        checkpoint,
-        module,
-        size,
+    order = Order(
+        model=None if path_or_repo_id is None else str(path_or_repo_id),
+        backend=backend,
         device=device,
         dtype=dtype,
         max_context=max_context,
         slots=slots,
+        quantize=quantize,
         kv_bits=kv_bits,
-        as_stored=backend == "mlx" and quantize is None,
-        prefix_bytes=prefix_cache,
+        speculate=speculate,
+        prefix_cache=prefix_cache,
     )
-    if not plan.fits:
-        best = recommend(checkpoint, plan, sizes, max_context, mappable(checkpoint) if backend == "mlx" else None)
-        require_fit(plan, name, {best.format: best.size_bytes} if best else sizes)
-    files = None
-    if prompt_cache is not None:
-        where = (module.device_name(device), module.dtype_name(device, dtype), plan.chunk, plan.widened_bytes > 0)
-        programs = [(name, metadata.version(name)) for name in ("mlx-gptoss", LIBRARY[backend])]
-        known = (programs, checkpoint.fingerprint(), quantize, kv_bits, speculate, where)
-        files = PrefixFiles(Path(prompt_cache), repr(known))
-    limits = Limits(
-        slots=slots,
-        max_context=plan.context,
-        chunk=plan.chunk,
-        drafts=DRAFTS if speculate else 0,
-        kv_bits=kv_bits,
-        resident_vocab=used_vocabulary(checkpoint) if plan.mapped_bytes else None,
-        widen=plan.widened_bytes > 0,
-    )
-    engine = Engine(
-        lambda: module.load(weights, device=device, dtype=dtype, limits=limits),
-        max_waiting=max_waiting,
-        prefix_bytes=plan.prefix_bytes,
-        prefix_files=files,
-    )
+    launch, files = find_launch(), None
+    if launch is not None and launch.rank:
+        follow(launch)
+        sys.exit(0)
+    if launch is not None:
+        if prompt_cache is not None:
+            raise InvalidRequest("several ranks cannot keep what they computed of prompts in files; leave that out")
+        settled, make_runner = lead(order, launch)
+    else:
+        settled = settle(order, open_source(order))
+        _require_fit(settled)
+        make_runner = partial(settled.load, settled.limits())
+        if prompt_cache is not None:
+            files = PrefixFiles(Path(prompt_cache), _fingerprint(settled))
+    checkpoint = settled.source
+    assert isinstance(checkpoint, Checkpoint)
+    tokenizer = checkpoint.tokenizer()
+    engine = Engine(make_runner, max_waiting=max_waiting, prefix_bytes=settled.plan.prefix_bytes, prefix_files=files)
     return Model(
         checkpoint,
         quantize or checkpoint.format,
         tokenizer,
         engine,
-        backend,
-        plan,
-        name,
+        settled.backend,
+        settled.plan,
+        order.name,
         load_s=time.perf_counter() - started,
     )
 
 
-def _check_options(backend: str, kv_bits: int | None, speculate: bool) -> None:
-    """What the mlx backend alone can do."""
-    if kv_bits is not None and (kv_bits != 8 or backend != "mlx"):
-        raise InvalidRequest(f"kv_bits must be 8, and the backend mlx, not {kv_bits!r} and {backend}; or leave it out")
-    if speculate and backend != "mlx":
-        raise InvalidRequest(f"the {backend} backend cannot speculate; leave it out, or take the mlx backend")
+def _require_fit(settled: Settled) -> None:
+    """Raise DoesNotFit if it does not, with the format that would fit."""
+    checkpoint = settled.source
+    if settled.plan.fits or not isinstance(checkpoint, Checkpoint):
+        return
+    sizes, context = sizes_in_other_formats(checkpoint), settled.order.max_context
+    may_stay = mappable(checkpoint) if settled.backend == "mlx" else None
+    best = recommend(checkpoint, settled.plan, sizes, context, may_stay)
+    require_fit(settled.plan, settled.order.name, {best.format: best.size_bytes} if best else sizes)
 
 
-def open_checkpoint(path_or_repo_id: str | Path | None) -> checkpoints.Checkpoint:
-    """The checkpoint with its headers read and checked, and no weight touched. None is the bundled model."""
-    return checkpoints.open(NANO if path_or_repo_id is None else hub.resolve(path_or_repo_id))
-
-
-def memory_plan(
-    checkpoint: checkpoints.Checkpoint,
-    backend: Backend,
-    weights_bytes: int | None = None,
-    *,
-    device: str | None = None,
-    dtype: str | None = None,
-    max_context: int | None = None,
-    slots: int = 1,
-    kv_bits: int | None = None,
-    as_stored: bool = False,
-    prefix_bytes: int | None = 0,
-) -> MemoryPlan:
-    """What the checkpoint will take on this backend's device, and what the device has. weights_bytes: where that is
-    not the checkpoint's own size, for it is quantized on the way. as_stored: whether the backend (mlx) may leave
-    embeddings in the mapped file where memory is short, and on a CPU widen what is dense where there is enough.
-    prefix_bytes: as plan_memory has it."""
-    config = checkpoint.config
-    if kv_bits is not None and config.head_dim % 64:
-        raise InvalidRequest(f"kv_bits needs heads of 64, and this model's have {config.head_dim}; leave it out")
-    if max_context is not None and not 1 <= max_context <= config.max_position_embeddings:
-        raise InvalidRequest(f"max_context must be from 1 to {config.max_position_embeddings}, not {max_context}")
-    activation_bytes = ACTIVATION_BYTES[backend.dtype_name(device, dtype)]
-    may_widen = as_stored and backend.device_name(device) == "cpu"
-    return plan_memory(
-        config,
-        checkpoint.size_bytes if weights_bytes is None else weights_bytes,
-        backend.available_memory(device),
-        activation_bytes=activation_bytes,
-        context=max_context,
-        slots=slots,
-        chunk=backend.prefill_chunk(device),
-        kv_bits=kv_bits,
-        mappable_bytes=mappable_bytes(checkpoint) if as_stored else 0,
-        widenable_bytes=widenable_bytes(checkpoint, activation_bytes) if may_widen else 0,
-        prefix_bytes=prefix_bytes,
+def _fingerprint(settled: Settled) -> str:
+    """Of everything that what is computed of a prompt hangs on."""
+    order, plan, module = settled.order, settled.plan, settled.module
+    where = (
+        module.device_name(order.device),
+        module.dtype_name(order.device, order.dtype),
+        plan.chunk,
+        plan.widened_bytes > 0,
     )
+    checkpoint = settled.source.fingerprint()
+    return repr((settled.programs(), checkpoint, order.quantize, order.kv_bits, order.speculate, where))
 
 
-def sizes_in_other_formats(checkpoint: checkpoints.Readable) -> dict[str, int]:
-    """Bytes of the same model in each format that can hold it, from its layout alone."""
-    dtypes = {param.name: "BF16" for param in checkpoint.params}
-    sizes = {}
-    for name, form in WRITERS.items():
-        with contextlib.suppress(CheckpointError):  # groups that do not divide this model's rows
-            units = form.units(name, checkpoint.params, dtypes)
-            sizes[name] = sum(info.nbytes for unit in units for info in unit.tensors)
-    return sizes
-
-
-def describe(path_or_repo_id: str | Path | None = None) -> checkpoints.Summary:
+def describe(path_or_repo_id: str | Path | None = None) -> Summary:
     """Format, sizes and bits per weight of a checkpoint, from its headers alone."""
     return open_checkpoint(path_or_repo_id).summary()
 

@@ -14,11 +14,11 @@ from statistics import geometric_mean, median
 
 from . import agreement
 from .agreement import Agreement
-from .api import ACTIVATION_BYTES
 from .backends import find_backend
 from .backends.base import Backend, Limits
 from .config import FULL, PRESETS, ModelConfig
 from .errors import InvalidRequest
+from .loading import ACTIVATION_BYTES
 from .memory import plan_memory, require_fit
 from .recommend import widenable_bytes
 from .timing import Case, Contender, Ours

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LEVEL_0 = {"config", "errors", "sampling", "rope", "tokenizer", "hub", "memory", "machine"}
-BACKEND = LEVEL_0 | {"backends.base", "weights.tensor", "weights.codecs"}
+BACKEND = LEVEL_0 | {"backends.base", "weights.tensor", "weights.codecs", "weights.split"}
 MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it may import, besides its own package
     "memory": {"config", "errors"},
     "machine": set(),
@@ -23,21 +23,24 @@ MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it ma
     "errors": set(),
     "weights": LEVEL_0,
     "harmony": LEVEL_0,
-    "backends.base": LEVEL_0 | {"weights.tensor"},
+    "backends.base": LEVEL_0 | {"weights.split", "weights.tensor"},
     "engine": {"backends.base", "sampling", "errors"},
     "backends.mlx": BACKEND,
     "backends.cuda": BACKEND,
     "reply": {"engine", "errors", "harmony", "tokenizer"},
     "chat": LEVEL_0 | {"engine", "harmony", "reply"},
     "model": LEVEL_0 | {"engine", "harmony", "chat", "reply", "weights.checkpoint"},
-    "api": LEVEL_0 | {"engine", "model", "weights", "recommend", "backends"},
+    "ranks": {"backends.base", "errors", "sampling"},
+    "loading": LEVEL_0 | {"weights", "recommend", "backends"},
+    "spread": {"backends.base", "errors", "loading", "memory", "ranks", "weights"},
+    "api": LEVEL_0 | {"engine", "loading", "model", "ranks", "recommend", "spread", "weights"},
     "tools": LEVEL_0 | {"model", "chat", "harmony", "reply"},
     "recommend": {"errors", "memory", "weights"},
     "passages": {"errors", "tokenizer"},
     "evaluation": LEVEL_0 | {"api", "passages", "weights.checkpoint"},
     "agreement": {"backends.base", "config", "errors", "evaluation", "sampling", "weights.tensor"},
     "timing": {"backends.base", "sampling"},
-    "benchmark": LEVEL_0 | {"agreement", "api", "backends", "backends.base", "recommend", "timing", "weights"},
+    "benchmark": LEVEL_0 | {"agreement", "backends", "backends.base", "loading", "recommend", "timing", "weights"},
     "plot": {"benchmark", "errors", "evaluation"},
     "server": LEVEL_0 | {"model", "chat", "engine", "harmony", "reply"},
     "nano": set(),

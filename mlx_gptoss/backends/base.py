@@ -18,6 +18,7 @@ from ..config import ModelConfig
 from ..sampling import Sampling
 
 if TYPE_CHECKING:
+    from ..weights.split import Share
     from ..weights.tensor import Weights
 
 
@@ -162,8 +163,11 @@ class Runner(Protocol):
 class Backend(Protocol):
     """What the module of a backend offers. `device` and `dtype` None are the backend's best and its own default."""
 
-    def load(self, checkpoint: Weights, *, device: str | None, dtype: str | None, limits: Limits) -> Runner:
-        """The whole model on the device."""
+    def load(
+        self, checkpoint: Weights, *, device: str | None, dtype: str | None, limits: Limits, share: Share | None = None
+    ) -> Runner:
+        """The whole model on the device; or a rank's share of it, where `checkpoint` is that part (weights/split.py)
+        and the other ranks load theirs at the same time. Those then have to be called alike, in the same order."""
         ...
 
     def dtype_name(self, device: str | None, dtype: str | None) -> str:

@@ -71,7 +71,7 @@ class Part:
     more than that, where the format itself stores a parameter in one piece.
 
     config: the model's with the rank's own heads; experts and vocabulary are counted whole, as the router and who reads
-    the logits see them.
+    the logits see them. size_bytes: of the rank's matrices; what is no matrix, under a hundredth, is counted whole.
     """
 
     def __init__(self, checkpoint: Readable, share: Share) -> None:
@@ -85,12 +85,8 @@ class Part:
         self._checkpoint = checkpoint
         self._cuts = {param.name: _cut(param, whole, share) for param in checkpoint.params}
         self.params: tuple[Param, ...] = tuple(replace(p, shape=self._shape(p)) for p in checkpoint.params)
-
-    @property
-    def size_bytes(self) -> int:
-        """Of the rank's matrices; what is not one, under a hundredth, is counted whole."""
-        whole = sum(self._checkpoint.matrix_bytes(role) for role in MATRICES)
-        return self._checkpoint.size_bytes - whole + sum(self.matrix_bytes(role) for role in MATRICES)
+        matrices = sum(checkpoint.matrix_bytes(role) - self.matrix_bytes(role) for role in MATRICES)
+        self.size_bytes = checkpoint.size_bytes - matrices
 
     def read(self, name: str) -> Weight:
         """As Checkpoint.read, of the rank's part."""
@@ -119,11 +115,10 @@ class Part:
 
     def _shape(self, param: Param) -> tuple[int, ...]:
         cut = self._cuts[param.name]
-        return (
-            param.shape
-            if cut is None
-            else tuple(len(cut[1]) if axis == cut[0] else length for axis, length in enumerate(param.shape))
-        )
+        if cut is None:
+            return param.shape
+        at, places = cut
+        return (*param.shape[:at], len(places), *param.shape[at + 1 :])
 
 
 def _cut(param: Param, config: ModelConfig, share: Share) -> tuple[int, range] | None:

@@ -28,7 +28,7 @@ class Layer:
             ExpertLinear((part.matrix,), bias.to(device))
             for part, bias in zip((self.gate_up, self.down), self.biases, strict=True)
         )
-        self.experts = Experts(gate_up, down, A, LIMIT, ALPHA)
+        self.experts = Experts(gate_up, down, A, LIMIT, ALPHA, range(experts))
 
     def oracle(self, x: torch.Tensor, normed: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         scores, chosen = logits.double().cpu().topk(A, dim=-1)

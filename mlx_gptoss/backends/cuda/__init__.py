@@ -15,11 +15,13 @@ import torch
 from ...errors import BackendUnavailable, CheckpointError, InvalidRequest
 from ...machine import ram_copy_bandwidth
 from ...memory import system_available
+from ...weights.split import Share
 from ...weights.tensor import Weights
 from ..base import Limits
 from .layers import Operations
 from .load import load_model
 from .plain import Plain
+from .ranks import Ranks
 from .runner import CudaRunner
 
 GPU_CHUNK, CPU_CHUNK = 4096, 1024
@@ -27,18 +29,26 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load(
-    checkpoint: Weights, *, device: str | None, dtype: str | None, limits: Limits, kernels: bool | None = None
+    checkpoint: Weights,
+    *,
+    device: str | None,
+    dtype: str | None,
+    limits: Limits,
+    share: Share | None = None,
+    kernels: bool | None = None,
 ) -> CudaRunner:
     """Load onto `device` ("cpu", "cuda", "cuda:1" or None for a GPU where there is one) with activations of `dtype`;
-    both as below. kernels: whether Triton's kernels compute (None: on a GPU), or torch alone, which is their oracle."""
+    both as below. share: of the model that `checkpoint` is a part of, whose other parts other ranks load at the same
+    time; None is all. kernels: whether Triton's kernels compute (None: on a GPU), or torch alone, their oracle."""
     where = pick_device(device)
     kernels = where.type == "cuda" if kernels is None else kernels
     if where.type == "cuda":
         torch.cuda.set_device(where)  # of this thread, which is the runner's: Triton launches there
         torch.cuda.reset_peak_memory_stats(where)
     ops = _fused(checkpoint) if kernels else Plain(torch.get_num_threads() if where.type == "cpu" else 1)
+    ranks = None if share is None else Ranks.join(share, where)
     with torch.inference_mode():
-        model = load_model(checkpoint, DTYPES[dtype_name(device, dtype)], where, ops)
+        model = load_model(checkpoint, DTYPES[dtype_name(device, dtype)], where, ops, ranks)
     if kernels and any(len(block.mlp.experts.gate_up.matrices) > 1 for block in model.blocks):
         raise CheckpointError(
             "gate and up of some experts are stored differently, and the CUDA kernels take them as one matrix; use "
@@ -116,7 +126,7 @@ def pick_device(device: str | None) -> torch.device:
     if not re.fullmatch(r"cuda(:\d+)?", name):
         raise InvalidRequest(f"device must be cpu, cuda or cuda:N for the cuda backend, not {device!r}")
     found = torch.cuda.device_count() if has_gpu() else 0
-    index = int(name.partition(":")[2] or 0)
+    index = int(name.partition(":")[2] or os.environ.get("LOCAL_RANK", "0"))  # torchrun's: a GPU for each rank
     if index >= found:
         raise BackendUnavailable(
             f"torch {torch.__version__} finds {found or 'no'} CUDA device{'s' * (found > 1)} here; leave --device out, "

@@ -84,6 +84,9 @@ class Buffers:
             new(pairs, dtype=torch.float32),
         )
         self.hidden, self.parts = new(pairs, c.intermediate_size), new(pairs, D)
+        if not model.ranks.alone:
+            self.share = new(rows, D)  # this rank's part of a sum
+            self.own_logits = new(rows, len(model.ranks.share.vocabulary), dtype=torch.float32)
         self.logits = new(rows, c.vocab_size, dtype=torch.float32)
         self.draw = sample.scratch(rows, c.vocab_size, device)
         self.tokens, self.logprobs = new(rows, dtype=torch.int64), new(rows, dtype=torch.float32)
@@ -169,10 +172,17 @@ class Decoder:
             attention.decode_attention(
                 b.q, layer.keys, layer.values, i.slots, i.positions, at.sinks, at.scale, b.y, b.attention, ring=ring
             )
-            linear.linear(b.y, at.out.matrices[0], b.x, bias=at.out.bias, residual=b.x)
+            if model.ranks.alone:
+                linear.linear(b.y, at.out.matrices[0], b.x, bias=at.out.bias, residual=b.x)
+            else:
+                linear.linear(b.y, at.out.matrices[0], b.share, bias=at.out.bias)
+                b.x += model.ranks.sum(b.share)
             self._mixture(b, block)
         x, gain, eps = self._normed(b, model.norm)
-        linear.linear(x, model.lm_head.matrices[0], b.logits, norm=gain, eps=eps)
+        own = b.logits if model.ranks.alone else b.own_logits
+        linear.linear(x, model.lm_head.matrices[0], own, norm=gain, eps=eps)
+        if not model.ranks.alone:
+            b.logits.copy_(model.ranks.gather(own, b.logits.shape[-1]))
         sample.draw(b.logits, i.temperatures, i.keys, i.slots, i.positions, b.tokens, b.logprobs, self._last, b.draw)
 
     def _mixture(self, b: Buffers, block: Block) -> None:
@@ -183,12 +193,18 @@ class Decoder:
             moe.mixture_of_one(b.x, b.scores, experts, b.hidden, gain, eps)
         else:
             routing.sort(b.scores, b.inputs.positions, experts.active, b.groups)
-            moe.mixture(b.x, x, b.groups, experts, b.hidden, b.parts, b.x, b.inputs.positions)
+            if self._model.ranks.alone:
+                moe.mixture(b.x, x, b.groups, experts, b.hidden, b.parts, b.x, b.inputs.positions)
+            else:
+                b.parts.zero_()  # of experts that other ranks hold
+                groups = b.groups.held(experts.held)
+                moe.mixture(None, x, groups, experts, b.hidden, b.parts, b.share, b.inputs.positions)
+                b.x += self._model.ranks.sum(b.share)
 
     def _normed(self, b: Buffers, norm: Norm) -> tuple[Tensor, Tensor | None, float]:
         """What the next products multiply, and the norm that they still have to apply: one row's is folded into them,
-        for several it is a kernel of its own."""
-        if len(b.x) == 1:
+        for several, and for one of several ranks, it is a kernel of its own."""
+        if len(b.x) == 1 and self._model.ranks.alone:
             return b.x, norm.weight, norm.eps
         linear.norm(b.x, norm.weight, norm.eps, b.normed)
         return b.normed, None, 0.0

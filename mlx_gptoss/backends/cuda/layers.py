@@ -119,7 +119,7 @@ class Operations(Protocol):
 
     def mixture(self, x: Tensor, scores: Tensor, experts: Experts) -> Tensor:
         """x [T, D] through each token's A likeliest experts by scores, float32 [T, E], weighted by the softmax over
-        those -> [T, D]"""
+        those -> [T, D], as far as they are held here"""
         ...
 
 
@@ -159,13 +159,15 @@ class ExpertLinear:
 
 @dataclass(frozen=True)
 class Experts:
-    """gate_up: D -> 2 I per expert, gate rows first; down: I -> D. active: A. limit and alpha: of the SwiGLU."""
+    """gate_up: D -> 2 I per expert, gate rows first; down: I -> D. active: A. limit and alpha: of the SwiGLU. held:
+    those of the router's experts that these are; what other ranks hold is left out of every sum."""
 
     gate_up: ExpertLinear
     down: ExpertLinear
     active: int
     limit: float
     alpha: float
+    held: range
 
 
 def _values(codes: Tensor, spec: Spec) -> Tensor:

@@ -16,14 +16,19 @@ from ...config import ModelConfig
 from ...errors import CheckpointError
 from ...rope import yarn_concentration, yarn_frequencies
 from ...weights.codecs import straight
+from ...weights.split import Share
 from ...weights.tensor import Array, Dense, Quantized, Weight, Weights
 from .layers import DenseMatrix, ExpertLinear, Experts, Linear, Matrix, Operations, QuantizedMatrix
 from .model import Attention, Block, GptOss, MixtureOfExperts, Norm, Rotary
+from .ranks import Ranks
 
 
-def load_model(checkpoint: Weights, dtype: torch.dtype, device: torch.device, ops: Operations) -> GptOss:
-    """The whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight once."""
-    place = _Placer(checkpoint, dtype, device, ops)
+def load_model(
+    checkpoint: Weights, dtype: torch.dtype, device: torch.device, ops: Operations, ranks: Ranks | None = None
+) -> GptOss:
+    """The whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight once.
+    ranks: those that share the model, if the checkpoint is a part of it."""
+    place = _Placer(checkpoint, dtype, device, ops, ranks or Ranks(Share.of(checkpoint.config, 0, 1)))
     config = checkpoint.config
     # The two largest come first, while there is room to read one beside its copy.
     embed = place.matrix("embed.weight")
@@ -31,7 +36,7 @@ def load_model(checkpoint: Weights, dtype: torch.dtype, device: torch.device, op
     frequencies = torch.from_numpy(yarn_frequencies(config.yarn, config.head_dim)).to(device)
     rotary = Rotary(frequencies, config.head_dim**-0.5 * yarn_concentration(config.yarn) ** 2)
     blocks = tuple(_block(place, config, layer, rotary.score_scale) for layer in range(config.num_hidden_layers))
-    return GptOss(config, dtype, embed, rotary, blocks, place.norm("norm.weight", config), lm_head)
+    return GptOss(config, dtype, embed, rotary, blocks, place.norm("norm.weight", config), lm_head, place.ranks)
 
 
 def _block(place: _Placer, config: ModelConfig, layer: int, scale: float) -> Block:
@@ -39,8 +44,9 @@ def _block(place: _Placer, config: ModelConfig, layer: int, scale: float) -> Blo
     attention = Attention(
         config,
         place.ops,
+        place.ranks,
         qkv=place.linear([f"{at}.attention.{part}" for part in "qkv"]),
-        out=place.linear([f"{at}.attention.o"]),
+        out=place.linear([f"{at}.attention.o"], biased=place.ranks.first),
         sinks=place.vector(f"{at}.attention.sinks").float(),
         scale=scale,
     )
@@ -50,8 +56,9 @@ def _block(place: _Placer, config: ModelConfig, layer: int, scale: float) -> Blo
         active=config.num_experts_per_tok,
         limit=config.swiglu_limit,
         alpha=config.swiglu_alpha,
+        held=place.ranks.share.experts,
     )
-    mlp = MixtureOfExperts(place.ops, place.linear([f"{at}.router"]), experts)
+    mlp = MixtureOfExperts(place.ops, place.ranks, place.linear([f"{at}.router"]), experts)
     attention_norm = place.norm(f"{at}.attention_norm.weight", config)
     return Block(attention_norm, attention, place.norm(f"{at}.mlp_norm.weight", config), mlp)
 
@@ -59,11 +66,14 @@ def _block(place: _Placer, config: ModelConfig, layer: int, scale: float) -> Blo
 class _Placer:
     """Reads weights by canonical name and puts them on the device."""
 
-    def __init__(self, checkpoint: Weights, dtype: torch.dtype, device: torch.device, ops: Operations) -> None:
+    def __init__(
+        self, checkpoint: Weights, dtype: torch.dtype, device: torch.device, ops: Operations, ranks: Ranks
+    ) -> None:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
         self.ops = ops
+        self.ranks = ranks
 
     def vector(self, name: str) -> Tensor:
         """Norms, sinks and biases, in the activation dtype."""
@@ -75,8 +85,8 @@ class _Placer:
     def matrix(self, name: str) -> Matrix:
         return self._matrices([name])[0]
 
-    def linear(self, names: Sequence[str]) -> Linear:
-        bias = self._vectors([f"{n}.bias" for n in names])
+    def linear(self, names: Sequence[str], *, biased: bool = True) -> Linear:
+        bias = self._vectors([f"{n}.bias" for n in names]) if biased else None
         return Linear(self._matrices([f"{n}.weight" for n in names]), bias, self.ops)
 
     def experts(self, names: Sequence[str]) -> ExpertLinear:

@@ -17,6 +17,7 @@ from ...config import ModelConfig
 from .cache import Cache, FullCache, LayerCache, Span
 from .layers import Experts, Linear, Matrix, Operations, Turn
 from .plain import heads_of
+from .ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,12 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Attention:
-    """qkv: D -> (H + 2 K) * 64; out: H * 64 -> D; sinks float32 [H]."""
+    """qkv: D -> (H + 2 K) * 64; out: H * 64 -> D; sinks float32 [H]. H and K are this rank's; out's bias is the first
+    rank's alone."""
 
     config: ModelConfig
     ops: Operations
+    ranks: Ranks
     qkv: Linear
     out: Linear
     sinks: Tensor
@@ -58,21 +61,22 @@ class Attention:
         else:
             past = min(span.starts[0], cache.window)
             y = self.ops.banded(q, *cache.extend(k, v, span), self.sinks, self.scale, past)
-        return self.out(y)
+        return self.ranks.sum(self.out(y))
 
 
 @dataclass(frozen=True)
 class MixtureOfExperts:
-    """router: D -> E."""
+    """router: D -> E. experts: those that this rank holds."""
 
     ops: Operations
+    ranks: Ranks
     router: Linear
     experts: Experts
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [B, L, D] -> [B, L, D]"""
         tokens = x.view(-1, x.shape[-1])  # [T, D]
-        return self.ops.mixture(tokens, self.router(tokens).float(), self.experts).view(x.shape)
+        return self.ranks.sum(self.ops.mixture(tokens, self.router(tokens).float(), self.experts)).view(x.shape)
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ class GptOss:
     blocks: tuple[Block, ...]
     norm: Norm
     lm_head: Linear
+    ranks: Ranks
 
     def __call__(self, ids: Tensor, cache: Cache, span: Span) -> Tensor:
         """ids [B, L] -> hidden states before the final norm, [B, L, D]"""
@@ -121,4 +126,4 @@ class GptOss:
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states [..., D] -> float32 logits [..., V]"""
-        return self.lm_head(self.norm(x)).float()
+        return self.ranks.gather(self.lm_head(self.norm(x)).float(), self.config.vocab_size)

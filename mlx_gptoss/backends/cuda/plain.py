@@ -115,13 +115,14 @@ class Plain:
         y = torch.zeros_like(x, dtype=torch.float32)
         start = 0
         for expert, count in enumerate(counts.tolist()):  # a GPU is waited for here
-            if count:
+            if count and expert in experts.held:
+                place = expert - experts.held.start
                 pairs = order[start : start + count]
                 mine = pairs // experts.active
-                gate, up = experts.gate_up.expert(expert, self)(x[mine]).chunk(2, dim=-1)
-                out = experts.down.expert(expert, self)(clamped_swiglu(gate, up, experts.limit, experts.alpha))
+                gate, up = experts.gate_up.expert(place, self)(x[mine]).chunk(2, dim=-1)
+                out = experts.down.expert(place, self)(clamped_swiglu(gate, up, experts.limit, experts.alpha))
                 y.index_add_(0, mine, out.float() * weights[pairs, None])
-                start += count
+            start += count
         return y.to(x.dtype)
 
 

@@ -119,6 +119,7 @@ class CudaRunner:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def close(self) -> None:
+        self._model.ranks.leave()
         del self._model, self._cache, self._last, self._decoder
         self._histories.clear()
         if self._device.type == "cuda":

@@ -9,10 +9,12 @@ import mlx.core as mx
 from ...errors import BackendUnavailable, InvalidRequest
 from ...machine import ram_copy_bandwidth
 from ...memory import system_available
+from ...weights.split import Share
 from ...weights.tensor import Weights
 from ..base import Limits
 from .elementwise import PLAIN, compiled
 from .load import load_model
+from .ranks import Ranks
 from .runner import MlxRunner
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
@@ -20,8 +22,11 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 MAX_SCORES_GPU, MAX_SCORES_CPU = 1 << 28, 1 << 19
 
 
-def load(checkpoint: Weights, *, device: str | None, dtype: str | None, limits: Limits) -> MlxRunner:
-    """Load onto `device` ("cpu", "gpu" or None for MLX's default) with activations of `dtype`; both as below."""
+def load(
+    checkpoint: Weights, *, device: str | None, dtype: str | None, limits: Limits, share: Share | None = None
+) -> MlxRunner:
+    """Load onto `device` ("cpu", "gpu" or None for MLX's default) with activations of `dtype`; both as below. share:
+    of the model that `checkpoint` is a part of, whose other parts other ranks load at the same time; None is all."""
     where = pick_device(device)
     with mx.stream(where):
         gpu = _on_gpu(device)
@@ -34,7 +39,8 @@ def load(checkpoint: Weights, *, device: str | None, dtype: str | None, limits: 
             max_scores,
             limits.resident_vocab,
             widen=limits.widen,
-            share=not gpu,
+            on_cpu=not gpu,
+            ranks=None if share is None else Ranks.join(share),
         )
         return MlxRunner(model, limits, where)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -20,7 +20,6 @@ import numpy as np
 
 from ...weights import codecs
 from ...weights.tensor import Weight
-from .elementwise import Elementwise
 
 # Elements of a dense matrix widened at once. 8 MB in float32 come from memory that is still mapped and cached, which
 # on a CPU makes the product 2.5 times as fast as with the whole matrix widened first, and as fast as a float32 one.
@@ -157,10 +156,6 @@ class Linear:
             return self.matrices[0].matmul(x, self.bias)
         y = _side_by_side(self.matrices, self.streams, lambda matrix: matrix.matmul(x))
         return y if self.bias is None else y + self.bias
-
-    def onto(self, residual: mx.array, x: mx.array, elementwise: Elementwise) -> mx.array:
-        """x [..., D], residual [..., N] -> the layer's output on top of it, [..., N]"""
-        return elementwise.add(replace(self, bias=None)(x), self.bias, residual)
 
 
 @dataclass(frozen=True)

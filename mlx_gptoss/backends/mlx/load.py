@@ -19,6 +19,7 @@ from ...errors import CheckpointError
 from ...machine import cores
 from ...rope import yarn_concentration, yarn_frequencies
 from ...weights import codecs
+from ...weights.split import Share
 from ...weights.tensor import (
     AFFINE4,
     AFFINE8,
@@ -37,6 +38,7 @@ from ...weights.tensor import (
 from .elementwise import Elementwise
 from .layers import DenseMatrix, ExpertLinear, Linear, MappedRows, Matrix, QuantizedMatrix
 from .model import Attention, Block, GptOss, MixtureOfExperts, Rotary
+from .ranks import Ranks
 
 MODES: dict[Spec, str] = {
     MXFP4: "mxfp4",
@@ -47,6 +49,7 @@ MODES: dict[Spec, str] = {
     AFFINE8_G32: "affine",
 }
 UNIT_E8M0 = 127  # the e8m0 byte for 2^0
+SORT_FROM = 64  # token-expert pairs from which sorting them by expert pays: each expert is then read once
 SHARED_FROM = 4 << 20  # bytes of a matrix from which streams share it: less is computed before the second has begun
 
 
@@ -58,13 +61,14 @@ def load_model(
     resident_vocab: int | None = None,
     *,
     widen: bool = False,
-    share: bool = False,
+    on_cpu: bool = False,
+    ranks: Ranks | None = None,
 ) -> GptOss:
     """The whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight once.
-    elementwise, max_scores: as model.py has them. resident_vocab, widen: as in Limits. share: large matrices are
-    shared between streams, one for each core of a CPU."""
-    place = _Placer(checkpoint, dtype, elementwise, widen, share)
+    elementwise, max_scores: as model.py has them. resident_vocab, widen: as in Limits. on_cpu: large matrices are
+    shared between streams, one for each core. ranks: those that share the model, if the checkpoint is a part of it."""
     config = checkpoint.config
+    place = _Placer(checkpoint, dtype, elementwise, ranks or Ranks(Share.of(config, 0, 1), None), widen, on_cpu)
     # The two largest come first, while there is room to read one beside its copy.
     if resident_vocab is None:
         embed: Matrix | MappedRows = place.matrix("embed.weight")
@@ -76,7 +80,7 @@ def load_model(
     frequencies = mx.array((1.0 / yarn_frequencies(config.yarn, config.head_dim)).astype(np.float32))
     rotary = Rotary(frequencies, config.head_dim**-0.5 * yarn_concentration(config.yarn) ** 2)
     blocks = tuple(_block(place, config, layer, rotary, max_scores) for layer in range(config.num_hidden_layers))
-    return GptOss(config, dtype, embed, blocks, place.vector("norm.weight"), lm_head, rest, elementwise)
+    return GptOss(config, dtype, embed, blocks, place.vector("norm.weight"), lm_head, rest, elementwise, place.ranks)
 
 
 def _cut(weight: Weight, resident: int) -> tuple[Linear, Callable[[], Linear] | None]:
@@ -98,6 +102,7 @@ def _block(place: _Placer, config: ModelConfig, layer: int, rotary: Rotary, max_
         sinks=place.vector(f"{at}.attention.sinks"),
         rotary=rotary,
         elementwise=place.elementwise,
+        ranks=place.ranks,
         max_scores=max_scores,
     )
     mlp = MixtureOfExperts(
@@ -107,6 +112,8 @@ def _block(place: _Placer, config: ModelConfig, layer: int, rotary: Rotary, max_
         down=place.experts([f"{at}.experts.down"]),
         bias=place.vectors([f"{at}.experts.{part}.bias" for part in ("gate", "up", "down")]),
         elementwise=place.elementwise,
+        ranks=place.ranks,
+        sort_from=place.sort_from,
     )
     return Block(
         config, place.vector(f"{at}.attention_norm.weight"), attention, place.vector(f"{at}.mlp_norm.weight"), mlp
@@ -117,11 +124,20 @@ class _Placer:
     """Reads weights by canonical name and puts them on the device."""
 
     def __init__(
-        self, checkpoint: Weights, dtype: mx.Dtype, elementwise: Elementwise, widen: bool, share: bool
+        self,
+        checkpoint: Weights,
+        dtype: mx.Dtype,
+        elementwise: Elementwise,
+        ranks: Ranks,
+        widen: bool,
+        on_cpu: bool,
     ) -> None:
         self.elementwise = elementwise
+        self.ranks = ranks
+        # On a CPU a rank sorts always: waiting for the router costs nothing there, computing what others hold does.
+        self.sort_from = SORT_FROM if ranks.alone or not on_cpu else 1
         self._widen = widen
-        self._share = share
+        self._on_cpu = on_cpu
         self._checkpoint = checkpoint
         self._dtype = dtype
 
@@ -151,7 +167,7 @@ class _Placer:
         """The matrices; a large one in as many parts of its rows as there are streams, and those."""
         weights = [self._checkpoint.read(name) for name in names]
         size = sum(codecs.nbytes(weight) for weight in weights)
-        if not self._share or size < SHARED_FROM or not _alike(weights):
+        if not self._on_cpu or size < SHARED_FROM or not _alike(weights):
             return self._matrices(names), ()
         matrices = tuple(fuse(part) for part in parts_of(weights, len(self._streams)))
         self._settle(matrices)

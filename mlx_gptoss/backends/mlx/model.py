@@ -16,9 +16,9 @@ from ...config import ModelConfig
 from .cache import Cache, FullCache, LayerCache, Packed, RingCache, Span
 from .elementwise import Elementwise
 from .layers import ExpertLinear, Linear, MappedRows, Matrix
+from .ranks import Ranks
 
 FEW = 8  # tokens whose attention to a cache in 8 bits costs less by its codes than decoded
-SORT_FROM = 64  # token-expert pairs from which sorting them by expert pays: each expert is then read once
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Attention:
-    """qkv: D -> (H + 2 K) * 64; out: H * 64 -> D; sinks [H] in the activation dtype.
+    """qkv: D -> (H + 2 K) * 64; out: H * 64 -> D; sinks [H] in the activation dtype. H and K are this rank's.
 
     max_scores: most attention scores, H * queries * keys, that a full layer holds at once; None where MLX's kernel
     holds none (Metal).
@@ -49,6 +49,7 @@ class Attention:
     sinks: mx.array
     rotary: Rotary
     elementwise: Elementwise
+    ranks: Ranks
     max_scores: int | None
 
     def __call__(self, x: mx.array, residual: mx.array, cache: LayerCache, span: Span) -> mx.array:
@@ -66,7 +67,8 @@ class Attention:
                 y = self._causal(q, *held)
             else:
                 y = self._attend(q, *held, mask)
-        return self.out.onto(residual, y.swapaxes(1, 2).reshape(B, L, self.config.q_size), self.elementwise)
+        y = replace(self.out, bias=None)(y.swapaxes(1, 2).reshape(B, L, self.config.q_size))
+        return self.elementwise.add(self.ranks.sum(y), self.out.bias, residual)
 
     def _rotated(self, x: mx.array, span: Span) -> tuple[mx.array, mx.array]:
         """x [B, L, (H + 2 K) * 64] -> queries [B, H, L, 64]; keys and values [2, B, K, L, 64]"""
@@ -144,7 +146,8 @@ class Attention:
 @dataclass(frozen=True)
 class MixtureOfExperts:
     """router: D -> E; gate_up: D -> 2 I per expert, gate rows first; down: I -> D per expert.
-    bias [E, 2 I + D]: of both, so that a token's four are fetched at once."""
+    bias [E, 2 I + D]: of both, so that a token's four are fetched at once. The experts are those that this rank holds,
+    the router's all. sort_from: token-expert pairs from which sorting them by expert pays."""
 
     config: ModelConfig
     router: Linear
@@ -152,21 +155,28 @@ class MixtureOfExperts:
     down: ExpertLinear
     bias: mx.array
     elementwise: Elementwise
+    ranks: Ranks
+    sort_from: int
 
     def __call__(self, x: mx.array, residual: mx.array, span: Span) -> mx.array:
         """x, residual [B, L, D] -> residual + the experts' answers to x, [B, L, D]"""
         shape, D = x.shape, x.shape[-1]
         x = x.reshape(-1, D)
-        experts, weights = self._route(x)  # [T, A] each
-        if experts.size >= SORT_FROM:
-            y, bias = self._sorted(x, experts), self.bias[:, -D:][experts]  # [T, A, D] each
+        chosen, weights = self._route(x)  # [T, A] each
+        experts, weights = self.ranks.held(chosen, weights)
+        if chosen.size >= self.sort_from:
+            y, bias = self._sorted(x, chosen), self.bias[:, -D:][experts]  # [T, A, D] each
         else:
             bias = self.bias[experts]
             T = len(x)
             hidden = self._swiglu(self.gate_up(x[:, None, None], experts, span.tokens[:T]), bias[..., None, :-D])
             y, bias = self.down(hidden, experts, span.pairs[:T]).squeeze(-2), bias[..., -D:]
         parts = [[a[:, i] for i in range(a.shape[1])] for a in (y, bias, weights[..., None])]
-        return self.elementwise.combine(residual.reshape(-1, D), *parts).reshape(shape)
+        residual = residual.reshape(-1, D)
+        if self.ranks.alone:
+            return self.elementwise.combine(residual, *parts).reshape(shape)
+        y = self.ranks.sum(self.elementwise.combine(mx.zeros_like(residual), *parts))
+        return (residual + y).reshape(shape)
 
     def _route(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Softmax over the A largest router logits, in float32."""
@@ -176,15 +186,19 @@ class MixtureOfExperts:
         weights = mx.softmax(mx.take_along_axis(logits, experts, axis=-1), axis=-1, precise=True)
         return experts, weights
 
-    def _sorted(self, x: mx.array, experts: mx.array) -> mx.array:
+    def _sorted(self, x: mx.array, chosen: mx.array) -> mx.array:
         """The experts' answers without their biases, [T, A, D], computed with the T * A pairs ordered by expert, so
-        that each expert's rows are adjacent."""
-        T, A = experts.shape
-        order = mx.argsort(experts.flatten())
-        chosen = experts.flatten()[order]
-        y = self.gate_up(x[order // A][:, None], chosen, None)  # [T * A, 1, 2 I]
-        y = self.down(self._swiglu(y, self.bias[:, : -x.shape[-1]][chosen][:, None]), chosen, None)
-        return y[mx.argsort(order)].reshape(T, A, -1)
+        that each expert's rows are adjacent. Zeros where another rank has the expert."""
+        (T, A), pairs = chosen.shape, chosen.flatten()
+        order = self.ranks.own(mx.argsort(pairs), pairs)
+        if not order.size:
+            return mx.zeros((T, A, x.shape[-1]), dtype=x.dtype)
+        experts = pairs[order] - self.ranks.share.experts.start
+        y = self.gate_up(x[order // A][:, None], experts, None)  # [pairs, 1, 2 I]
+        y = self.down(self._swiglu(y, self.bias[:, : -x.shape[-1]][experts][:, None]), experts, None)
+        if self.ranks.alone:
+            return y[mx.argsort(order)].reshape(T, A, -1)
+        return mx.zeros((T * A, x.shape[-1]), dtype=x.dtype).at[order].add(y[:, 0]).reshape(T, A, -1)
 
     def _swiglu(self, gate_up: mx.array, bias: mx.array) -> mx.array:
         """gate_up, bias [..., 2 I] -> [..., I]"""
@@ -222,6 +236,7 @@ class GptOss:
     lm_head: Linear
     rest: Callable[[], Linear] | None
     elementwise: Elementwise
+    ranks: Ranks
 
     def __call__(self, ids: mx.array, cache: Cache, span: Span, last: int) -> mx.array:
         """ids [B, L] -> hidden states before the final norm, [B, last, D], of the last positions alone: what the
@@ -233,7 +248,8 @@ class GptOss:
 
     def logits(self, x: mx.array) -> mx.array:
         """Hidden states [..., D] -> float32 logits [..., V], of the resident part of the vocabulary"""
-        return self.lm_head(mx.fast.rms_norm(x, self.norm, self.config.rms_norm_eps)).astype(mx.float32)
+        y = self.lm_head(mx.fast.rms_norm(x, self.norm, self.config.rms_norm_eps)).astype(mx.float32)
+        return self.ranks.gather(y, self.config.vocab_size)
 
     def all_logits(self, x: mx.array) -> mx.array:
         """The same of the whole vocabulary: for evaluation."""

@@ -98,7 +98,10 @@ class MlxRunner:
         single.sort(key=lambda i: rows[i].slot)
         groups = [single] if single else []
         groups += [[i] for i in range(len(rows)) if i not in set(single)]
-        last = [self._forward([rows[i] for i in group], group, results) for group in groups][-1]
+        for group in groups:
+            last = self._forward([rows[i] for i in group], group, results)
+            if not self._model.ranks.alone:  # all ranks sum in the order of the groups, not in one of MLX's making
+                mx.async_eval(last, self._cache.arrays)  # type: ignore[no-untyped-call]
         choices = {id(drawn.choice): drawn.choice for drawn in results if drawn is not None}
         arrays = [a for choice in choices.values() for a in vars(choice).values() if a is not None]
         kept = [a for h in self._histories.values() for a in (h.seen, h.counts) if a is not None]

@@ -56,7 +56,11 @@ class Fused(Plain):
         (T, D), A = x.shape, experts.active
         inner = experts.down.matrices[0].shape[-1]
         hidden, parts, out = (torch.empty(shape, dtype=x.dtype, device=x.device) for shape in _shapes(T, A, inner, D))
-        moe.mixture(None, x, routing.sort_many(scores, A), experts, hidden, parts, out)
+        groups = routing.sort_many(scores, A)
+        if len(experts.held) < scores.shape[1]:
+            parts.zero_()  # of experts that other ranks hold
+            groups = groups.held(experts.held)
+        moe.mixture(None, x, groups, experts, hidden, parts, out)
         return out
 
 

@@ -7,7 +7,7 @@ Legend: T tokens, E experts, A active experts, P = T * A pairs, D hidden.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -29,6 +29,10 @@ class Groups:
     order: Tensor
     starts: Tensor
     weights: Tensor
+
+    def held(self, experts: range) -> Groups:
+        """Those of a range of the experts."""
+        return replace(self, starts=self.starts[experts.start : experts.stop + 1])
 
 
 @triton.jit

@@ -1,0 +1,83 @@
+"""What `mlx.launch` or `torchrun` have told this process: which rank it is, of how many, and where rank 0 is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import GptOssError
+
+SECRET = "MLX_GPTOSS_SECRET"  # an environment variable that strangers on the network do not know, if anyone sets it
+
+
+@dataclass(frozen=True)
+class Launch:
+    """backend: whose collectives the launcher has prepared. host, port: where rank 0 listens for the others. beside:
+    ranks on this machine. token: what the others show rank 0, so that nobody is let in by accident; whoever knows the
+    launch can make it, but for SECRET."""
+
+    backend: str
+    rank: int
+    ranks: int
+    host: str
+    port: int
+    beside: int
+    token: str = field(repr=False)
+
+
+def find_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
+    """The launch that this process is part of; None for one that runs alone. Raises GptOssError for half of one."""
+    found = _mlx(environment) if "MLX_RANK" in environment else _torchrun(environment)
+    return None if found is None or found.ranks == 1 else found
+
+
+def _mlx(environment: Mapping[str, str]) -> Launch | None:
+    """The hostfile lists each rank's addresses; JACCL's device file has a row for each rank, a machine of its own.
+    Rank 0 listens behind the last port that the launcher has given away."""
+    rank, secret = int(environment["MLX_RANK"]), environment.get(SECRET, "")
+    if "MLX_JACCL_COORDINATOR" in environment:
+        host, port = _address(environment["MLX_JACCL_COORDINATOR"])
+        devices = _json(environment, "MLX_IBV_DEVICES")
+        return Launch("mlx", rank, len(devices), host, port + 1, 1, _token(devices, host, port, secret))
+    hosts = _json(environment, "MLX_HOSTFILE") if environment.get("MLX_HOSTFILE") else []
+    if len(hosts) < 2:
+        return None
+    addresses = [[_address(address) for address in host] for host in hosts]
+    first = [host[0][0] for host in addresses]
+    port = max(port for host in addresses for _, port in host) + 1
+    return Launch("mlx", rank, len(hosts), first[0], port, first.count(first[rank]), _token(hosts, secret))
+
+
+def _torchrun(environment: Mapping[str, str]) -> Launch | None:
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
+    if not all(name in environment for name in names):
+        return None
+    rank, ranks, host, port, beside = (environment[name] for name in names)
+    token = _token(host, port, environment.get("TORCHELASTIC_RUN_ID"), environment.get(SECRET, ""))
+    return Launch("cuda", int(rank), int(ranks), host, int(port) + 1, int(beside), token)
+
+
+def _token(*known: Any) -> str:
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+def _json(environment: Mapping[str, str], name: str) -> list[Any]:
+    try:
+        found = json.loads(Path(environment[name]).read_text() or "[]")
+    except (KeyError, OSError, ValueError) as error:
+        raise GptOssError(f"MLX_RANK is set, but {name} leads to no hostfile; start ranks by mlx.launch") from error
+    if not isinstance(found, list):
+        raise GptOssError(f"{name} does not list hosts; start ranks by mlx.launch")
+    return found
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = str(text).rpartition(":")
+    if not host or not port.isdigit():
+        raise GptOssError(f"{text!r} is no address with a port; start ranks by mlx.launch")
+    return host, int(port)

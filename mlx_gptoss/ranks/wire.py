@@ -1,0 +1,106 @@
+"""What goes between two ranks: lines of JSON, and an empty line every second as a sign of life."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from base64 import b64decode, b64encode
+from collections.abc import Callable
+from typing import Any
+
+from ..backends.base import Row
+from ..sampling import Sampling
+
+BEAT_S = 1.0
+SILENCE_S = 8.0  # without a sign of life a rank counts as lost
+LOADING_SILENCE_S = 60.0  # while it loads: copying a large weight from a slow disk holds up all of Python
+
+
+class Lost(Exception):
+    """The other side is gone; the message says how, as the end of a sentence."""
+
+
+class Channel:
+    """One connection. Any thread may send; one receives."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket = connection
+        self._lines = connection.makefile("rb")
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+
+    def send(self, message: Any) -> None:
+        """Raises Lost."""
+        self._write(json.dumps(message).encode() + b"\n")
+
+    def receive(self, silence_s: float) -> Any:
+        """The next message. Raises Lost at the end of the connection, after silence, and for what is no JSON."""
+        while True:
+            try:
+                self._socket.settimeout(silence_s)
+                line = self._lines.readline()
+            except TimeoutError as error:
+                raise Lost(f"has given no sign of life for {silence_s:.0f} seconds") from error
+            except (OSError, ValueError) as error:
+                raise Lost(f"has lost its connection ({error})") from error
+            if not line.endswith(b"\n"):
+                raise Lost("has ended" if not line else "has broken off")
+            if line != b"\n":
+                try:
+                    return json.loads(line)
+                except ValueError as error:
+                    raise Lost("does not speak as a rank does") from error
+
+    def beat(self, lost: Callable[[Lost], None]) -> None:
+        """Send signs of life from now on, on a thread of their own. `lost` is called there if they do not go out."""
+
+        def run() -> None:
+            while not self._closed.wait(BEAT_S):
+                try:
+                    self._write(b"\n")
+                except Lost as error:
+                    if not self._closed.is_set():
+                        lost(error)
+                    return
+
+        threading.Thread(target=run, name="mlx-gptoss sign of life", daemon=True).start()
+
+    def close(self) -> None:
+        self._closed.set()
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return  # the other side was faster
+        finally:
+            self._socket.close()
+
+    def _write(self, data: bytes) -> None:
+        with self._lock:
+            try:
+                self._socket.sendall(data)
+            except OSError as error:
+                raise Lost(f"takes no messages ({error})") from error
+
+
+def row_to_json(row: Row) -> dict[str, Any]:
+    mask = None if row.mask is None else b64encode(row.mask).decode()
+    return vars(row) | {"sampling": row.sampling and vars(row.sampling), "mask": mask}
+
+
+def row_from_json(data: dict[str, Any]) -> Row:
+    sampling, mask, tokens, prompt = (data[name] for name in ("sampling", "mask", "tokens", "prompt"))
+    if sampling is not None:
+        bias = sampling["logit_bias"]
+        sampling["logit_bias"] = None if bias is None else {int(token): value for token, value in bias.items()}
+        sampling = Sampling(**sampling)
+    return Row(
+        data["slot"],
+        data["start"],
+        None if tokens is None else tuple(tokens),
+        sampling,
+        None if prompt is None else tuple(prompt),
+        tuple(data["drafts"]),
+        None if mask is None else b64decode(mask),
+    )

@@ -1,0 +1,60 @@
+"""Run by the tests on every rank: logits and greedy tokens of several checkpoints, alone and split, printed as JSON.
+
+usage: python logits.py mlx|cuda|kernels FOLDER...
+
+"kernels" is cuda with Triton's, which its interpreter runs on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+
+from mlx_gptoss.backends.base import Limits, Row
+from mlx_gptoss.loading import Order, open_source, settle
+from mlx_gptoss.ranks import find_launch
+from mlx_gptoss.sampling import Sampling
+
+LIMITS = Limits(slots=2, max_context=200, chunk=32)
+GREEDY = Sampling(temperature=0)
+PROMPT = tuple(np.random.default_rng(1).integers(0, 300, 40).tolist())  # over the window of 8, and a chunk and a bit
+TOKENS = 6
+
+
+def greedy(runner):
+    """Two sequences: one in chunks, the other joining it, so that steps have rows of every kind."""
+    runner.submit([Row(1, 0, PROMPT[:32], None)])
+    first = [Row(1, 32, PROMPT[32:], GREEDY, PROMPT), Row(0, 0, PROMPT[:9], GREEDY, PROMPT[:9])]
+    steps = [runner.submit(first)]
+    steps += [
+        runner.submit([Row(0, 9 + n, None, GREEDY), Row(1, 40 + n, None, GREEDY)][:: -1 if n % 2 else 1])
+        for n in range(TOKENS)
+    ]
+    return [sorted(sampled.token for sampled in step.wait()) for step in steps]
+
+
+def load(settled, backend):
+    if backend != "kernels":
+        return settled.load(LIMITS)
+    load = settled.module.load
+    return load(settled.weights, device="cpu", dtype="float32", limits=LIMITS, share=settled.share, kernels=True)
+
+
+def main(backend: str, *folders: str) -> None:
+    launch = find_launch()
+    assert launch is not None
+    for folder in folders:
+        order = Order(folder, backend=launch.backend, device="cpu", dtype="float32", max_context=LIMITS.max_context)
+        split = load(settle(order, open_source(order), launch.rank, launch.ranks), backend)
+        logits, tokens = split.logits(PROMPT), greedy(split)
+        if launch.rank == 0:
+            alone = settle(order, open_source(order)).load(LIMITS)
+            wanted = alone.logits(PROMPT)
+            error = float((np.abs(logits - wanted).max(axis=-1) / np.abs(wanted).max(axis=-1)).max())
+            print(json.dumps({"folder": folder, "error": error, "same": tokens == greedy(alone)}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

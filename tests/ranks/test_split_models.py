@@ -1,0 +1,42 @@
+"""A model that several ranks share gives the logits and the tokens of one process, from every format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+FORMATS = ["mxfp4", "mxfp4-original", "fp8-dynamic", "int4-autoround", "mlx-4bit", "mlx-mxfp4-all", "nvfp4"]
+FORMATS += ["nvfp4-bf16", "gguf/model-q8_0.gguf"]
+LOGITS = str(Path(__file__).parent / "logits.py")
+
+
+def check(ranks, folders, seconds=120):
+    (code, out, err), *others = ranks.end(seconds)
+    assert code == 0, err
+    assert all(code == 0 and not out for code, out, _ in others)
+    results = [json.loads(line) for line in out.splitlines()]
+    assert [result["folder"] for result in results] == folders
+    for result in results:
+        assert result["error"] < 1e-4 and result["same"], result
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_through_torch(torchrun, mini, count):
+    folders = [str(mini / name) for name in FORMATS]
+    check(torchrun(count, LOGITS, "cuda", *folders), folders)
+
+
+@pytest.mark.slow
+def test_through_kernels(torchrun, mini):
+    """Interpreted: prompts, and decode.py's steps, in which a rank leaves out what others hold."""
+    folders = [str(mini / "mxfp4")]
+    check(torchrun(2, LOGITS, "kernels", *folders), folders, seconds=900)
+
+
+@pytest.mark.parametrize("count", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+def test_through_mlx(ring, mini, count):
+    """With 3 and 4 ranks, these checkpoints' two KV heads are on more than one rank each."""
+    folders = [str(mini / name) for name in (FORMATS if count == 2 else FORMATS[:4])]
+    check(ring(count, LOGITS, "mlx", *folders), folders)
