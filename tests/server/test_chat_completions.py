@@ -125,7 +125,7 @@ def test_several_choices(client):
     asked = {
         "messages": [{"role": "user", "content": "Reverse the word supercalifragilistic."}],
         "temperature": 2,
-        "max_tokens": 90,
+        "max_tokens": 45,
     }
     first, second = (create(client, n=3, seed=7, **asked).choices for _ in range(2))
     texts = [choice.message.content for choice in first]
