@@ -21,7 +21,6 @@ MOST_CHARACTERS = 1 << 17  # of the schema as JSON
 MOST_SCHEMAS = 2000  # schemas within it, each counted once
 MOST_PATTERNS = 50  # in one patternProperties: each is held against each
 MOST_CHOICES = 100  # of one oneOf, likewise
-MOST_AT_ONCE = 200  # schemas that a reference leads to before there is an array or object
 LARGEST_NUMBER = 2**53  # bounds are compared as float64
 LARGEST_MULTIPLE = 20_000  # time and memory of multipleOf grow with the least common multiple, faster than it
 FORMATS = ("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
@@ -74,7 +73,7 @@ class _Check:
         self._root = root
         self._where = where
         self._todo: list[tuple[str, Any]] = [("#", root)]  # no recursion: references may form long chains
-        self._seen: set[int] = set()
+        self._seen: dict[int, tuple[str, dict[str, Any]]] = {}
         self._multiple = 1
 
     def all(self) -> None:
@@ -84,7 +83,7 @@ class _Check:
                 continue
             if not isinstance(schema, dict):
                 self._refuse(place, f"{schema!r} is no schema: use an object, true or false")
-            self._seen.add(id(schema))
+            self._seen[id(schema)] = (place, schema)
             if len(self._seen) > MOST_SCHEMAS:
                 raise InvalidRequest(f"{self._where} holds more than {MOST_SCHEMAS} schemas; give a smaller one")
             for keyword, value in list(schema.items()):
@@ -94,6 +93,7 @@ class _Check:
                 elif keyword not in _ANNOTATIONS:
                     hint = _INSTEAD.get(keyword, "leave it out")
                     self._refuse(place, f"the keyword {keyword!r} cannot be enforced; {hint}")
+        self._check_circles()
 
     def _refuse(self, place: str, why: str) -> NoReturn:
         raise InvalidRequest(f"{self._where} cannot be enforced: at {place[:200]}: {why}")
@@ -151,8 +151,6 @@ class _Check:
 
     def reference(self, place: str, value: Any, schema: Any) -> None:
         self._todo.append((str(value), self._target(place, value)))
-        if self._leads_back(schema):
-            self._refuse(place, f"{value!r} leads back here, or too far, with no array or object in between")
 
     def type_names(self, place: str, value: Any, schema: Any) -> None:
         for name in value if isinstance(value, list) else [value]:
@@ -200,22 +198,30 @@ class _Check:
                 self._refuse(place, f"{reference!r} points to nothing")
         return target
 
-    def _leads_back(self, schema: Any) -> bool:
-        """Whether what holds of the schema holds if the schema holds; or too many schemas have to at once."""
-        reached: set[int] = set()
-        todo = [schema]
-        while todo and len(reached) < MOST_AT_ONCE:
-            one = todo.pop()
-            if not isinstance(one, dict) or id(one) in reached:
-                continue
-            reached.add(id(one))
-            lists = [one.get("allOf"), *(one[key] for key in ("anyOf", "oneOf") if len(_list(one.get(key))) == 1)]
-            found = [item for items in lists for item in _list(items)]
-            found += [self._target("#", one["$ref"])] if "$ref" in one else []
-            if any(item is schema for item in found):
-                return True
-            todo += found
-        return bool(todo)
+    def _check_circles(self) -> None:
+        """Refuse references that lead back to where they stand with no array or object in between."""
+        entered: set[int] = set()  # on the way to the schema at hand
+        left: set[int] = set()
+        for place, start in self._seen.values():
+            todo = [start]
+            while todo:
+                one = todo[-1]
+                if id(one) in entered or id(one) in left:
+                    todo.pop()
+                    entered.discard(id(one))
+                    left.add(id(one))
+                    continue
+                entered.add(id(one))
+                for item in self._at_once(one):
+                    if id(item) in entered:
+                        self._refuse(place, "a reference leads back to itself with no array or object in between")
+                    todo.append(item)
+
+    def _at_once(self, schema: dict[str, Any]) -> list[dict[str, Any]]:
+        """The schemas that speak of the same value."""
+        items = [item for key in ("allOf", "anyOf", "oneOf") for item in _list(schema.get(key))]
+        items += [self._target("#", schema["$ref"])] if "$ref" in schema else []
+        return [item for item in items if isinstance(item, dict)]
 
     def _resolved(self, schema: Any) -> Any:
         """The schema that a lone reference leads to, through at most a few others."""

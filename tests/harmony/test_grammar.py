@@ -85,6 +85,7 @@ REFUSED: list[tuple[Any, str]] = [
     ({"$ref": "#/$defs/a"}, "points to nothing"),
     ({"$ref": "#/examples/0", "examples": [{"not": {}}]}, "#/examples/0: the keyword 'not'"),
     ({"$ref": "#"}, "leads back"),
+    ({"anyOf": [{"$ref": "#"}, {"type": "null"}]}, "leads back"),
     ({"items": {"allOf": [{"$ref": "#/$defs/a"}]}, "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}]}}}, "leads back"),
     ({"type": "integer", "minimum": 2**60}, "2\\^53"),
     ({"type": "integer", "exclusiveMaximum": True}, "not a number"),
