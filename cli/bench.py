@@ -86,17 +86,25 @@ def bench(
 def _bench(cases: list[Case], repeat: int, tell: Callable[[str], None], **choices: Any) -> Report:
     from mlx_gptoss.backends import BACKENDS
     from mlx_gptoss.benchmark import Model, Where, bench, load
+    from mlx_gptoss.loading import Order
+    from mlx_gptoss.ranks import find_launch
     from mlx_gptoss.weights.formats import WRITERS
     from mlx_gptoss.weights.requantize import Requantized
 
-    quantize, against = choices["quantize"], choices["against"]
+    quantize, against, launch = choices["quantize"], choices["against"], find_launch()
+    if launch is not None:
+        if against:
+            raise click.UsageError("--against is for one process: leave it out among several ranks")
+        choices["backend"] = launch.backend if choices["backend"] == "auto" else choices["backend"]
     with ExitStack() as stack:
         source, folder = _source(stack, tell, **choices)
-        model = Model(source, source.size_bytes, source.format)
+        synthetic = (choices["synthetic"], choices["layers"], source.format) if choices["synthetic"] else None
+        order = Order(choices["model"], synthetic, choices["backend"], quantize=quantize)
+        model = Model(source, source.size_bytes, source.format, order)
         if quantize:
             weights = Requantized(source, quantize)
             form = quantize if quantize in WRITERS else f"{source.format}, {quantize}"
-            model = Model(weights, weights.size_bytes, form)
+            model = Model(weights, weights.size_bytes, form, order)
         where = Where.find(choices["backend"], choices["device"], choices["dtype"], model.size_bytes)
         others: list[Contender] = []
         if against in BACKENDS:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 if TYPE_CHECKING:
+    from mlx_gptoss.loading import Settled
     from mlx_gptoss.memory import MemoryPlan
     from mlx_gptoss.recommend import Recommendation
     from mlx_gptoss.weights.checkpoint import Summary
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 @click.option("--device", metavar="cpu|gpu|cuda:N", help="Plan for this device.")
 @click.option("--dtype", metavar="NAME", help="Plan for activations of this dtype.")
 @click.option("--kv-bits", type=click.Choice(["8"]), help="Plan for a K/V cache of full layers in 8 bits.")
+@click.option("--ranks", type=click.IntRange(min=2), metavar="N", help="What each of N ranks would hold of it.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def show(
     model: str | None,
@@ -30,6 +33,7 @@ def show(
     device: str | None,
     dtype: str | None,
     kv_bits: str | None,
+    ranks: int | None,
     as_json: bool,
 ) -> None:
     """Format, sizes and bits per weight of MODEL (a folder or a hub id), and the memory it needs here.
@@ -38,6 +42,7 @@ def show(
     """
     from mlx_gptoss import api
     from mlx_gptoss.backends import find_backend
+    from mlx_gptoss.loading import Order, settle
     from mlx_gptoss.recommend import mappable, recommend
 
     checkpoint = api.open_checkpoint(model)
@@ -54,11 +59,19 @@ def show(
     may_stay = mappable(checkpoint) if name == "mlx" else None
     best = recommend(checkpoint, plan, api.sizes_in_other_formats(checkpoint), context, may_stay)
     summary = checkpoint.summary()
+    parts: list[Settled] = []
+    if ranks is not None:
+        bits = None if kv_bits is None else int(kv_bits)
+        order = Order(model, backend=name, device=device, dtype=dtype, max_context=context, kv_bits=bits)
+        parts = [settle(order, checkpoint, rank, ranks) for rank in range(ranks)]
     if as_json:
-        click.echo(json.dumps(_report(summary, plan, best)))
+        report = _report(summary, plan, best)
+        click.echo(json.dumps(report | {"ranks": [_part_report(part) for part in parts]} if parts else report))
     else:
         _print(model or "the bundled nano model", summary, plan)
         click.echo(_advice(best, model or "MODEL"))
+        if parts:
+            _print_parts(parts)
 
 
 def _advice(best: Recommendation | None, model: str) -> str:
@@ -85,19 +98,52 @@ def _report(summary: Summary, plan: MemoryPlan, best: Recommendation | None) -> 
         "roles": summary.roles,
         "note": summary.note,
         "recommended": best and best.format,
-        "memory": {
-            "weights_bytes": plan.weights_bytes,
-            "mapped_bytes": plan.mapped_bytes,
-            "widened_bytes": plan.widened_bytes,
-            "kv_bytes_per_token": plan.kv_bytes_per_token,
-            "ring_bytes": plan.ring_bytes,
-            "working_bytes": plan.working_bytes,
-            "context": plan.context,
-            "needed_bytes": plan.needed_bytes,
-            "available_bytes": plan.available_bytes,
-            "fits": plan.fits,
-        },
+        "memory": _memory(plan),
     }
+
+
+def _memory(plan: MemoryPlan) -> dict[str, Any]:
+    return {
+        "weights_bytes": plan.weights_bytes,
+        "mapped_bytes": plan.mapped_bytes,
+        "widened_bytes": plan.widened_bytes,
+        "kv_bytes_per_token": plan.kv_bytes_per_token,
+        "ring_bytes": plan.ring_bytes,
+        "working_bytes": plan.working_bytes,
+        "context": plan.context,
+        "needed_bytes": plan.needed_bytes,
+        "available_bytes": plan.available_bytes,
+        "fits": plan.fits,
+    }
+
+
+def _part_report(part: Settled) -> dict[str, Any]:
+    share = part.share
+    assert share is not None
+    held = {"query_heads": len(share.queries), "kv_heads": len(share.kv), "experts": len(share.experts)}
+    return {"rank": share.rank, **held, "vocabulary": len(share.vocabulary), "memory": _memory(part.plan)}
+
+
+def _print_parts(parts: Sequence[Settled]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mlx_gptoss.memory import gigabytes
+
+    table = Table(box=None, header_style="bold")
+    for column in ("rank", "KV heads", "experts", "token ids", "weights", "context", "needed"):
+        table.add_column(column, justify="right")
+    table.add_column("on a machine like this")
+    for part in map(_part_report, parts):
+        memory = part["memory"]
+        table.add_row(
+            *(str(part[name]) for name in ("rank", "kv_heads", "experts", "vocabulary")),
+            gigabytes(memory["weights_bytes"]),
+            str(memory["context"]),
+            gigabytes(memory["needed_bytes"]),
+            "[green]fits[/green]" if memory["fits"] else "[red]does not fit[/red]",
+        )
+    Console(highlight=False).print(table)
 
 
 def _print(name: str, summary: Summary, plan: MemoryPlan) -> None:

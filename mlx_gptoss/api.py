@@ -83,7 +83,8 @@ def load(
     if launch is not None:
         if prompt_cache is not None:
             raise InvalidRequest("several ranks cannot keep what they computed of prompts in files; leave that out")
-        settled, make_runner = lead(order, launch)
+        settled, start = lead(order, launch)
+        make_runner = partial(start, partial(settled.load, settled.limits()))
     else:
         settled = settle(order, open_source(order))
         _require_fit(settled)

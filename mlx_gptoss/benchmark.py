@@ -7,7 +7,8 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from statistics import geometric_mean, median
@@ -18,9 +19,11 @@ from .backends import find_backend
 from .backends.base import Backend, Limits
 from .config import FULL, PRESETS, ModelConfig
 from .errors import InvalidRequest
-from .loading import ACTIVATION_BYTES
+from .loading import ACTIVATION_BYTES, Order
 from .memory import plan_memory, require_fit
+from .ranks import Launch, find_launch
 from .recommend import widenable_bytes
+from .spread import lead
 from .timing import Case, Contender, Ours
 from .weights import codecs
 from .weights.checkpoint import Readable
@@ -93,11 +96,12 @@ class Counted:
 
 @dataclass(frozen=True)
 class Model:
-    """Weights to be timed, of `size_bytes` in the format `form`."""
+    """Weights to be timed, of `size_bytes` in the format `form`. order: what they are, for other ranks."""
 
     weights: Readable | Requantized
     size_bytes: int
     form: str
+    order: Order = field(default_factory=Order)
 
 
 def load(model: Model, cases: Sequence[Case], repeat: int, where: Where, tell: Tell) -> tuple[Ours, Counted]:
@@ -109,7 +113,10 @@ def load(model: Model, cases: Sequence[Case], repeat: int, where: Where, tell: T
         raise InvalidRequest(
             f"the model's context ends at {config.max_position_embeddings}; give at most {most} tokens"
         )
-    limits = Limits(max(case.batch for case in cases), context, module.prefill_chunk(where.device))
+    launch = find_launch()
+    if launch is not None:
+        return _load_split(model, replace(model.order, max_context=context, slots=_slots(cases)), launch, where, tell)
+    limits = Limits(_slots(cases), context, module.prefill_chunk(where.device))
     activation_bytes = ACTIVATION_BYTES[where.dtype]
     widenable = 0
     if where.backend == "mlx" and where.name == "cpu" and not isinstance(model.weights, Requantized):
@@ -130,6 +137,21 @@ def load(model: Model, cases: Sequence[Case], repeat: int, where: Where, tell: T
     counted, started = Counted(model.weights), time.perf_counter()
     runner = module.load(counted, device=where.device, dtype=where.dtype, limits=limits)
     return Ours(runner, where.backend, where.name, model.form, time.perf_counter() - started), counted
+
+
+def _load_split(model: Model, order: Order, launch: Launch, where: Where, tell: Tell) -> tuple[Ours, Counted]:
+    """On rank 0 of several: the same, with what it holds itself counted."""
+    tell(f"loading onto {where.name}, backend {where.backend}, with {launch.ranks - 1} other ranks")
+    started = time.perf_counter()
+    settled, start = lead(replace(order, device=where.device, dtype=where.dtype), launch)
+    counted = Counted(settled.weights)
+    runner = start(partial(replace(settled, weights=counted).load, settled.limits()))
+    engine = f"mlx-gptoss, {launch.ranks} ranks"
+    return Ours(runner, where.backend, where.name, model.form, time.perf_counter() - started, engine), counted
+
+
+def _slots(cases: Sequence[Case]) -> int:
+    return max(case.batch for case in cases)
 
 
 @dataclass(frozen=True)
@@ -185,6 +207,8 @@ def bench(
         ours.close()
     ratios = [result.ratio for result in results if result.ratio]
     overall = {key: geometric_mean(ratio[key] for ratio in ratios) for key in ("prefill", "decode")} if ratios else None
+    if find_launch() is not None:
+        return Report(tuple(results), tuple(agreements), overall, {})
     tell("counting launches")
     with_mlx_lm = any(other.engine.startswith("mlx-lm") for other in others)
     launches = launches_per_token(where, model, beside_mlx_lm=with_mlx_lm)

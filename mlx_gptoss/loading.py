@@ -23,7 +23,7 @@ from .weights.formats import WRITERS
 from .weights.requantize import Requantized
 from .weights.split import Part, Share
 from .weights.synthetic import Synthetic, preset
-from .weights.tensor import Dense
+from .weights.tensor import Dense, Weights
 
 NANO = Path(__file__).parent / "nano"  # the bundled model
 DRAFTS = 3  # with the token before them 4, the most queries that Metal's attention for a single one takes
@@ -62,7 +62,7 @@ class Settled:
 
     order: Order
     source: Readable
-    weights: Readable | Requantized
+    weights: Weights
     module: Backend
     backend: str
     plan: MemoryPlan

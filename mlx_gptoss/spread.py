@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
 from .backends.base import Limits, Runner
@@ -13,9 +12,12 @@ from .loading import Order, Settled, identity, open_source, settle
 from .memory import MemoryPlan, require_fit
 from .ranks import Follower, Launch, Leader
 
+Start = Callable[[Callable[[], Runner]], Runner]
 
-def lead(order: Order, launch: Launch) -> tuple[Settled, Callable[[], Runner]]:
-    """On rank 0: what all ranks load, with a plan that all can keep, and what makes the runner.
+
+def lead(order: Order, launch: Launch) -> tuple[Settled, Start]:
+    """On rank 0: what all ranks load, with a plan that all can keep, and what makes the runner of all, given what loads
+    this rank's.
 
     Raises GptOssError if a rank does not come, has another checkpoint or version, or has not the memory; then none has
     loaded anything, and the others end.
@@ -42,7 +44,7 @@ def lead(order: Order, launch: Launch) -> tuple[Settled, Callable[[], Runner]]:
         leader.close()
         raise
     largest = max([mine["kv_heads"], *(answer["kv_heads"] for answer in answers)]) / mine["kv_heads"]
-    return settled, lambda: leader.load(limits, partial(settled.load, limits), largest)
+    return settled, lambda load: leader.load(limits, load, largest)
 
 
 def follow(launch: Launch) -> None:

@@ -71,9 +71,10 @@ class Contender(Protocol):
 class Ours:
     """Our model behind the Contender interface. To be used from one thread."""
 
-    engine = "mlx-gptoss"
-
-    def __init__(self, runner: Runner, backend: str, device: str, form: str, load_s: float) -> None:
+    def __init__(
+        self, runner: Runner, backend: str, device: str, form: str, load_s: float, engine: str = "mlx-gptoss"
+    ) -> None:
+        self.engine = engine
         self.backend, self.device, self.format, self.load_s = backend, device, form, load_s
         self._runner = runner
         self._case = Case(0, 0, 0, 0)

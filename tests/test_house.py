@@ -40,7 +40,8 @@ MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it ma
     "evaluation": LEVEL_0 | {"api", "passages", "weights.checkpoint"},
     "agreement": {"backends.base", "config", "errors", "evaluation", "sampling", "weights.tensor"},
     "timing": {"backends.base", "sampling"},
-    "benchmark": LEVEL_0 | {"agreement", "backends", "backends.base", "loading", "recommend", "timing", "weights"},
+    "benchmark": LEVEL_0
+    | {"agreement", "backends", "backends.base", "loading", "ranks", "recommend", "spread", "timing", "weights"},
     "plot": {"benchmark", "errors", "evaluation"},
     "server": LEVEL_0 | {"model", "chat", "engine", "harmony", "reply"},
     "nano": set(),

@@ -86,6 +86,16 @@ def test_show_json_has_the_promised_fields(run):
     assert "fits" in run("show", "MINI").stdout
 
 
+def test_show_ranks(run):
+    """What each would hold: two KV heads and six experts, over two."""
+    report = json.loads(run("show", "MINI", "--json", "--context", 4096, "--ranks", 2).stdout)
+    assert [(part["rank"], part["kv_heads"], part["experts"]) for part in report["ranks"]] == [(0, 1, 3), (1, 1, 3)]
+    whole, part = report["memory"], report["ranks"][1]["memory"]
+    assert part["kv_bytes_per_token"] * 2 == whole["kv_bytes_per_token"]
+    assert whole["weights_bytes"] / 2 < part["weights_bytes"] < 0.8 * whole["weights_bytes"]
+    assert "KV heads" in run("show", "MINI", "--ranks", 2).stdout
+
+
 def test_convert_then_generate(run, tmp_path):
     out = run("convert", "MINI", tmp_path / "q", "--to", "mlx-4bit")
     assert out.returncode == 0 and "mlx-4bit" in out.stdout

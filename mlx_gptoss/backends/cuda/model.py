@@ -126,4 +126,4 @@ class GptOss:
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states [..., D] -> float32 logits [..., V]"""
-        return self.ranks.gather(self.lm_head(self.norm(x)).float(), self.config.vocab_size)
+        return self.ranks.gather(self.lm_head(self.norm(x)), self.config.vocab_size).float()

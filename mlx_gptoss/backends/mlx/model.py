@@ -248,8 +248,8 @@ class GptOss:
 
     def logits(self, x: mx.array) -> mx.array:
         """Hidden states [..., D] -> float32 logits [..., V], of the resident part of the vocabulary"""
-        y = self.lm_head(mx.fast.rms_norm(x, self.norm, self.config.rms_norm_eps)).astype(mx.float32)
-        return self.ranks.gather(y, self.config.vocab_size)
+        y = self.lm_head(mx.fast.rms_norm(x, self.norm, self.config.rms_norm_eps))
+        return self.ranks.gather(y, self.config.vocab_size).astype(mx.float32)
 
     def all_logits(self, x: mx.array) -> mx.array:
         """The same of the whole vocabulary: for evaluation."""
