@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,3 +43,14 @@ def test_through_mlx(ring, mini, count):
     """With 3 and 4 ranks, these checkpoints' two KV heads are on more than one rank each."""
     folders = [str(mini / name) for name in (FORMATS if count == 2 else FORMATS[:4])]
     check(ring(count, LOGITS, "mlx", *folders), folders)
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_bytes_of_a_token(count):
+    """As many as the formula says, in a network of their own."""
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode:
+        pytest.skip("a network of its own needs root on Linux")
+    script = Path(__file__).parent / "count_bytes.py"
+    command = ["unshare", "-n", sys.executable, script, str(count)]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
+    assert found["counted"] == pytest.approx(found["formula"], rel=0.02)
