@@ -43,6 +43,8 @@ class Channel:
                 line = self._lines.readline()
             except TimeoutError as error:
                 raise Lost(f"has given no sign of life for {silence_s:.0f} seconds") from error
+            except ConnectionError as error:
+                raise Lost("has ended") from error
             except (OSError, ValueError) as error:
                 raise Lost(f"has lost its connection ({error})") from error
             if not line.endswith(b"\n"):
@@ -80,6 +82,8 @@ class Channel:
         with self._lock:
             try:
                 self._socket.sendall(data)
+            except ConnectionError as error:
+                raise Lost("has ended") from error
             except OSError as error:
                 raise Lost(f"takes no messages ({error})") from error
 

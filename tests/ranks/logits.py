@@ -54,6 +54,7 @@ def main(backend: str, *folders: str) -> None:
             wanted = alone.logits(PROMPT)
             error = float((np.abs(logits - wanted).max(axis=-1) / np.abs(wanted).max(axis=-1)).max())
             print(json.dumps({"folder": folder, "error": error, "same": tokens == greedy(alone)}), flush=True)
+    split.close()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ LOGITS = str(Path(__file__).parent / "logits.py")
 def check(ranks, folders, seconds=120):
     (code, out, err), *others = ranks.end(seconds)
     assert code == 0, err
-    assert all(code == 0 and not out for code, out, _ in others)
+    for code, said, err in others:
+        assert (code, said) == (0, ""), err
     results = [json.loads(line) for line in out.splitlines()]
     assert [result["folder"] for result in results] == folders
     for result in results:
