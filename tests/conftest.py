@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from types import ModuleType
 from typing import cast
@@ -15,6 +16,9 @@ from mlx_gptoss.errors import BackendUnavailable
 
 if not any(path.exists() for path in NVIDIA_DRIVER):
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels then run on the CPU
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # xdist ignores Ctrl-C in its workers, and a process hands that on
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DATA = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[1] / ".." / "shared"
