@@ -2,10 +2,11 @@
 
 Starts `mlx-gptoss serve` with the bundled model and asks it from sixteen threads: chat completions, responses and
 completions, whole and streamed, with random fields; bodies with one value spoilt; clients that leave; bytes that are no
-HTTP. Prints how they ended, and fails on any answer of 500, any that takes a minute, a slot that is not free in the
-end, a server that has ended, or memory that is ever more than 5% from its median, taken after each tenth of the
-requests but the first, in which the prefix cache, which is given 8 MB, becomes full. glibc is told to give freed memory
-back at once, so that what is measured is what the server holds.
+HTTP. The context is 512 tokens, so that a reply without a limit ends, too. Prints how they ended, and fails on any
+answer of 500, any that takes a minute, a slot that is not free in the end, a server that has ended, or memory that is
+ever more than 5% from its median, taken after each tenth of the requests but the first, in which the prefix cache,
+which is given 8 MB, becomes full. glibc is told to give freed memory back at once, so that what is measured is what the
+server holds.
 """
 
 from __future__ import annotations
@@ -168,7 +169,7 @@ def main() -> None:
         "--slots",
         str(SLOTS),
         "--max-context",
-        "1024",
+        "512",
     ]
     process = subprocess.Popen(
         [*words, "--backend", "mlx", "--prefix-cache", "8"],
