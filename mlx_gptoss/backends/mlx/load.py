@@ -229,12 +229,14 @@ def fuse(weights: Sequence[Weight]) -> Matrix:
 
 
 def widened(matrices: Sequence[Matrix], streams: Sequence[mx.Stream], dtype: mx.Dtype) -> tuple[Matrix, ...]:
-    """Dense matrices in `dtype`, each made on its own stream if there are any; quantized ones as they are."""
+    """Dense matrices in `dtype`, each made on its own stream if there are any, while the next weights are read;
+    quantized ones as they are."""
     found: list[Matrix] = []
     for i, matrix in enumerate(matrices):
         with mx.stream(streams[i]) if streams else nullcontext():
             found.append(DenseMatrix(matrix.weight.astype(dtype)) if isinstance(matrix, DenseMatrix) else matrix)
-    mx.eval([matrix.weight for matrix in found if isinstance(matrix, DenseMatrix)])
+    dense = [matrix.weight for matrix in found if isinstance(matrix, DenseMatrix)]
+    mx.async_eval(dense)  # type: ignore[no-untyped-call]
     return tuple(found)
 
 
