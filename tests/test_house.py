@@ -30,7 +30,7 @@ MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it ma
     "reply": {"engine", "errors", "harmony", "tokenizer"},
     "chat": LEVEL_0 | {"engine", "harmony", "reply"},
     "model": LEVEL_0 | {"engine", "harmony", "chat", "reply", "weights.checkpoint"},
-    "ranks": {"backends.base", "errors", "sampling"},
+    "ranks": {"backends.base", "errors", "machine", "sampling"},
     "loading": LEVEL_0 | {"weights", "recommend", "backends"},
     "spread": {"backends.base", "errors", "loading", "memory", "ranks", "weights"},
     "api": LEVEL_0 | {"engine", "loading", "model", "ranks", "recommend", "spread", "weights"},

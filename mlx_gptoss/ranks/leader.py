@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .. import machine
 from ..backends.base import Limits, Runner
 from ..errors import GptOssError
 from .launch import Launch
@@ -170,13 +171,8 @@ def _first_line(connection: socket.socket) -> bytes:
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(64)
+        return machine.listen(host, port, 64)
     except OSError as error:
         raise GptOssError(
             f"rank 0 cannot listen on {host}:{port} for the others ({error}); give the launcher another port"
         ) from error
-    return listener

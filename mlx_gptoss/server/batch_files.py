@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import GptOssError, InvalidRequest
+from ..machine import sync_folder
 from .errors import dump
 from .guard import Gate
 
@@ -161,7 +162,7 @@ class Answers:
             self._lock()
             self._size = self._recover()
             os.ftruncate(self._file, self._size)
-            _sync(path.absolute().parent)
+            sync_folder(path.absolute().parent)
         except BaseException:
             self.close()
             raise
@@ -241,11 +242,3 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _key(name: str) -> bytes:
     return blake2b(name.encode(errors="surrogatepass"), digest_size=KEY_BYTES).digest()
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

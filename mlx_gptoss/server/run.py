@@ -12,6 +12,7 @@ from types import FrameType
 
 import uvicorn
 
+from .. import machine
 from ..errors import GptOssError
 from .app import build
 from .connection import Patience, patient
@@ -29,14 +30,9 @@ log = logging.getLogger(__name__)
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens there, so that a port in use is known before a model is loaded. Raises GptOssError."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(2048)
+        return machine.listen(host, port, 2048)
     except (OSError, OverflowError) as error:
         raise GptOssError(f"cannot listen on {host}:{port} ({error}); choose another --port or --host") from error
-    return listener
 
 
 def known_hosts(host: str) -> Sequence[str] | None:

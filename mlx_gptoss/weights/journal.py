@@ -22,6 +22,7 @@ from threading import Lock
 from typing import Any
 
 from ..errors import CheckpointError, GptOssError
+from ..machine import sync_folder
 from .writer import Run
 
 _JOURNAL, _RESULT, _OLD = "journal", "checkpoint", "old"
@@ -55,13 +56,13 @@ class Workspace:
     def note(self, shard: str, runs: Sequence[Run]) -> None:
         """Write down that a shard is whole and on the disk."""
         with self._notes_lock:
-            _sync(self.folder)
+            sync_folder(self.folder)
             self._append({"shard": shard, "runs": runs})
             self.whole[shard] = runs
 
     def install(self) -> None:
         """Rename the finished result into place; what was there before goes last, or comes back."""
-        _sync(self.folder)
+        sync_folder(self.folder)
         old = self._root / _OLD
         replaced = self._target.exists()
         if replaced:
@@ -72,7 +73,7 @@ class Workspace:
             if replaced:
                 old.rename(self._target)
             raise
-        _sync(self._target.parent)
+        sync_folder(self._target.parent)
 
     def leave(self) -> str:
         """After a failure: remove what is not whole, or everything if nothing is; returns what to tell the user."""
@@ -205,11 +206,3 @@ def _parsed(line: bytes) -> Any:
         return json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
         return None
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
