@@ -1,0 +1,230 @@
+"""A small deterministic runner that checks every rule of the seam, and engines over it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+
+from mlx_gptoss.backends.base import Limits, Row, Sampled
+from mlx_gptoss.config import TINY
+from mlx_gptoss.engine import Engine, Request, Stream
+from mlx_gptoss.sampling import Sampling
+
+VOCAB = TINY.vocab_size
+LIMITS = Limits(slots=3, max_context=64, chunk=8)
+
+
+def next_id(history: Sequence[int], seed: int | None) -> int:
+    state = 17 if seed is None else seed
+    for token in history:
+        state = (state * 1000003 + token + 1) % (2**61 - 1)
+    return (state >> 11) % VOCAB
+
+
+def alone(request: Request, limits: Limits = LIMITS) -> tuple[list[int], str]:
+    """What a request gives, computed without an engine."""
+    history, ids = list(request.prompt), []
+    for _ in range(min(request.max_tokens, limits.max_context - len(request.prompt))):
+        ids.append(next_id(history, request.sampling.seed))
+        history.append(ids[-1])
+        if ids[-1] in request.stop_ids:
+            return ids, "stop"
+    return ids, "length"
+
+
+@dataclass
+class Slot:
+    history: list[int] = field(default_factory=list)
+    fresh: int | None = None  # sampled, not yet fed back
+    sampled_in: int = -2  # the step it was sampled in
+    has_sampled: bool = False
+
+
+class Step:
+    def __init__(self, runner: MockRunner, number: int, rows: tuple[Row, ...], results: list[Sampled | None]) -> None:
+        self.runner, self.number, self.rows, self.results = runner, number, rows, results
+
+    def wait(self) -> list[Sampled | None]:
+        return self.runner.wait(self)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A span of a history, and the ring's worth of what came before: a sequence goes on from both."""
+
+    start: int
+    end: int
+    span: tuple[int, ...]
+    ring: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.span) + len(self.ring)
+
+
+RING = 3
+
+
+class MockRunner:
+    """The next token is a hash of the slot's history and the seed. Breaches of the seam are kept in `breaches`."""
+
+    def __init__(self, limits: Limits = LIMITS, delay: Callable[[], float] = lambda: 0.0) -> None:
+        self.config = TINY
+        self.limits = limits
+        self.delay = delay
+        self.thread = threading.get_ident()
+        self.slots = [Slot() for _ in range(limits.slots)]
+        self.steps: list[tuple[Row, ...]] = []
+        self.saved = 0
+        self.flying: list[Step] = []
+        self.breaches: list[str] = []
+        self.closed = False
+        self.fail_submit: Callable[[tuple[Row, ...]], Exception | None] = lambda rows: None
+        self.fail_wait: Callable[[tuple[Row, ...]], Exception | None] = lambda rows: None
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def rule(self, holds: bool, text: str) -> None:
+        if not holds:
+            self.breaches.append(text)
+
+    def on_thread(self) -> None:
+        self.rule(threading.get_ident() == self.thread, "called from another thread")
+        self.rule(not self.closed, "used after close")
+
+    def submit(self, rows: Sequence[Row]) -> Step:
+        self.on_thread()
+        rows = tuple(rows)
+        number = len(self.steps)
+        self.steps.append(rows)
+        error = self.fail_submit(rows)
+        if error:
+            raise error
+        self.rule(bool(rows), "an empty step")
+        self.rule(len({row.slot for row in rows}) == len(rows), "a slot twice in a step")
+        self.rule(sum(len(row.tokens or ()) for row in rows) <= self.limits.chunk, "too much prefill in a step")
+        self.rule(len(self.flying) < 2, "more than two steps in flight")
+        step = Step(self, number, rows, [self.feed(row, number) for row in rows])
+        self.flying.append(step)
+        return step
+
+    def feed(self, row: Row, number: int) -> Sampled | None:
+        slot = self.slots[row.slot]
+        self.rule(row.start == len(slot.history), f"start {row.start} is not the length {len(slot.history)}")
+        if row.tokens is None:
+            self.rule(slot.fresh is not None and slot.sampled_in == number - 1, "feedback of nothing, or of old news")
+            slot.history.append(slot.fresh or 0)
+        else:
+            self.rule(slot.fresh is None, "tokens given over the slot's own sample")
+            slot.history.extend(row.tokens)
+        slot.fresh = None
+        self.rule(len(slot.history) <= self.limits.max_context, "past the context")
+        if row.sampling is None:
+            self.rule(row.prompt is None, "a prompt without sampling")
+            return None
+        first = not slot.has_sampled
+        self.rule((row.prompt is not None) == first, "the prompt stands on the first sampled row only")
+        self.rule(not first or row.prompt == tuple(slot.history), "another prompt than was fed")
+        slot.has_sampled, slot.sampled_in = True, number
+        slot.fresh = next_id(slot.history, row.sampling.seed)
+        return Sampled(slot.fresh, -float(slot.fresh), ((slot.fresh, -float(slot.fresh)),))
+
+    def wait(self, step: Step) -> list[Sampled | None]:
+        self.on_thread()
+        self.rule(self.flying[0] is step, "waited out of order")
+        self.gate.wait()
+        time.sleep(self.delay())
+        self.flying.remove(step)
+        error = self.fail_wait(step.rows)
+        if error:
+            raise error
+        return step.results
+
+    def release(self, slot: int) -> None:
+        self.on_thread()
+        touched = any(row.slot == slot for step in self.flying for row in step.rows)
+        self.rule(not touched, "released while in flight")
+        self.slots[slot] = Slot()
+
+    def save(self, slot: int, start: int, end: int) -> Saved:
+        self.on_thread()
+        history = self.slots[slot].history
+        self.rule(0 <= start < end == len(history), "saved is not where the sequence stands")
+        self.saved += 1
+        return Saved(start, end, tuple(history[start:end]), tuple(history[-RING:]))
+
+    def restore(self, slot: int, chain: Sequence[Saved]) -> None:
+        self.on_thread()
+        starts = [0, *(saved.end for saved in chain)]
+        self.rule([saved.start for saved in chain] == starts[:-1], "restored with a gap")
+        history = [token for saved in chain for token in saved.span]
+        self.rule(tuple(history[-RING:]) == chain[-1].ring, "a ring of another place")
+        self.slots[slot] = Slot(history)
+
+    def logits(self, ids: Sequence[int]) -> Any:
+        self.on_thread()
+        return np.zeros((len(ids), VOCAB), np.float32)
+
+    def peak_memory(self) -> int:
+        self.on_thread()
+        return 42
+
+    def close(self) -> None:
+        self.on_thread()
+        self.rule(not self.flying, "closed with a step in flight")
+        self.closed = True
+
+    @property
+    def empty(self) -> bool:
+        return all(not slot.history for slot in self.slots)
+
+
+@contextmanager
+def mock_engine(
+    limits: Limits = LIMITS, delay: Callable[[], float] = lambda: 0.0, **options: Any
+) -> Iterator[tuple[Engine, MockRunner]]:
+    """An engine and its runner; on the way out, no slot is left occupied and no rule of the seam was broken."""
+    made: list[MockRunner] = []
+
+    def make() -> MockRunner:
+        made.append(MockRunner(limits, delay))
+        return made[0]
+
+    with Engine(make, **options) as engine:
+        runner = made[0]
+        yield engine, runner
+        runner.gate.set()
+        eventually(lambda: engine.call(lambda r: runner.empty and not runner.flying))
+    assert runner.breaches == []
+    assert runner.closed
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.002)
+
+
+def ids(stream: Stream) -> list[int]:
+    return [token.id for token in stream]
+
+
+def request(length: int = 5, max_tokens: int = 6, seed: int | None = None, stop: tuple[int, ...] = ()) -> Request:
+    return Request(tuple(range(length)), max_tokens, Sampling(seed=seed), frozenset(stop))
+
+
+requests = st.builds(
+    Request,
+    prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40).map(tuple),
+    max_tokens=st.integers(1, 40),
+    sampling=st.integers(0, 3).map(lambda seed: Sampling(seed=seed)),
+    stop_ids=st.frozensets(st.integers(0, VOCAB - 1), max_size=30),
+)

@@ -1,0 +1,263 @@
+"""The engine driven by a mock runner: errors, closing, Ctrl-C, and what nobody holds on to."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+import time
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mock_runner import (
+    VOCAB,
+    MockRunner,
+    alone,
+    eventually,
+    ids,
+    mock_engine,
+    request,
+    requests,
+)
+
+from mlx_gptoss.backends.base import Limits, Row
+from mlx_gptoss.engine import Engine, Finished, Request
+from mlx_gptoss.engine.loop import Loop, Ticket
+from mlx_gptoss.errors import GptOssError
+
+
+def test_an_error_in_submit_fails_the_streams_of_that_step_only() -> None:
+    boom = GptOssError("out of memory; use a smaller context")
+    with mock_engine() as (engine, runner):
+        runner.fail_submit = lambda rows: boom if any(row.prompt and len(row.prompt) == 7 for row in rows) else None
+        runner.gate.clear()
+        good = engine.submit(Request((1,) * 10, 1))  # two chunks; its last step is read while the bad one is refused
+        bad = engine.submit(request(length=7, seed=3))
+        runner.gate.set()
+        with pytest.raises(GptOssError, match="out of memory"):
+            list(bad)
+        with pytest.raises(GptOssError, match="out of memory"):
+            next(bad)
+        with pytest.raises(GptOssError, match="out of memory"):
+            bad.drain()
+        assert good.drain().completion_tokens == 1
+        assert ids(engine.submit(request())) == alone(request())[0]
+
+
+def test_an_error_in_wait_fails_the_streams_of_that_step_and_the_engine_goes_on() -> None:
+    with mock_engine() as (engine, runner):
+        fuse = [5]
+
+        def fail(rows: tuple[Row, ...]) -> Exception | None:
+            fuse[0] -= 1
+            return ValueError("the device is on fire") if fuse[0] == 0 else None
+
+        runner.fail_wait = fail
+        streams = [engine.submit(request(max_tokens=20, seed=seed)) for seed in range(3)]
+        for stream in streams:
+            with pytest.raises(ValueError, match="on fire"):
+                list(stream)
+        assert ids(engine.submit(request())) == alone(request())[0]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.lists(requests, min_size=1, max_size=8),
+    failures=st.sets(st.integers(0, 40), max_size=5),
+    in_wait=st.booleans(),
+)
+def test_random_errors_never_hang_nor_leak_nor_corrupt(batch: list[Request], failures: set[int], in_wait: bool) -> None:
+    with mock_engine() as (engine, runner):
+        count = iter(range(10**9))
+
+        def fail(rows: tuple[Row, ...]) -> Exception | None:
+            return ValueError("broken step") if next(count) in failures else None
+
+        if in_wait:
+            runner.fail_wait = fail
+        else:
+            runner.fail_submit = fail
+        streams = [engine.submit(one) for one in batch]
+        for one, stream in zip(batch, streams, strict=True):
+            got: list[int] = []
+            try:
+                got.extend(token.id for token in stream)
+            except ValueError:
+                assert failures
+                continue
+            assert got == alone(one)[0]
+
+
+def test_an_error_that_leaves_the_runner_in_doubt_closes_the_engine() -> None:
+    class Lost(MockRunner):
+        def release(self, slot: int) -> None:
+            raise OSError("lost the device")
+
+    runner: list[MockRunner] = []
+
+    def make() -> MockRunner:
+        runner.append(Lost())
+        return runner[0]
+
+    engine = Engine(make)
+    with pytest.raises(GptOssError, match=r"stopped after an error .*lost the device"):
+        engine.submit(request()).drain()
+    eventually(lambda: runner[0].closed)
+    with pytest.raises(GptOssError, match=r"stopped after an error .*lost the device"):
+        engine.submit(request())
+    with pytest.raises(GptOssError, match="lost the device"):
+        engine.call(lambda r: 1)
+    with pytest.raises(OSError, match="lost the device"):
+        engine.close()
+    engine.close()
+
+
+def test_what_make_runner_raises_is_raised_to_the_caller() -> None:
+    def make() -> MockRunner:
+        raise GptOssError("no such checkpoint")
+
+    before = threading.active_count()
+    with pytest.raises(GptOssError, match="no such checkpoint"):
+        Engine(make)
+    eventually(lambda: threading.active_count() == before)
+
+
+def test_close_fails_what_is_open_and_joins() -> None:
+    runner: list[MockRunner] = []
+
+    def make() -> MockRunner:
+        runner.append(MockRunner(Limits(1, 5000, 8), lambda: 0.001))
+        return runner[0]
+
+    before = threading.active_count()
+    engine = Engine(make)
+    running, waiting = engine.submit(request(max_tokens=4000)), engine.submit(request())
+    next(running)
+    engine.close()
+    assert threading.active_count() == before and runner[0].closed and runner[0].breaches == []
+    for stream in (running, waiting):
+        with pytest.raises(GptOssError, match="the engine is closed"):
+            list(stream)
+    with pytest.raises(GptOssError, match="the engine is closed"):
+        engine.submit(request())
+    with pytest.raises(GptOssError, match="the engine is closed"):
+        engine.call(lambda r: 1)
+    with pytest.raises(GptOssError, match="the engine is closed"):
+        _ = engine.status
+    engine.close()
+
+
+def test_submitting_while_closing_never_hangs() -> None:
+    for _ in range(20):
+        engine = Engine(MockRunner)
+
+        def client(engine: Engine = engine) -> None:
+            for _ in range(1000):
+                try:
+                    engine.submit(request(max_tokens=3)).drain()
+                    engine.call(lambda r: r.peak_memory())
+                except GptOssError:
+                    return
+
+        with ThreadPoolExecutor(4) as pool:
+            jobs = [pool.submit(client) for _ in range(4)]
+            time.sleep(0.003)
+            engine.close()
+            for job in jobs:
+                job.result(timeout=10)
+
+
+def test_a_request_that_slips_in_while_the_thread_ends_is_failed() -> None:
+    def make() -> MockRunner:
+        raise GptOssError("no such checkpoint")
+
+    loop = Loop()
+    ticket = Ticket(request())
+    result: Future[object] = Future()
+    loop.post_unless_closed(partial(loop.admit, ticket))
+    loop.post_unless_closed(partial(loop.call, lambda r: 1, result))
+    loop.run(make, Future())
+    assert "closed" in str(ticket.box.get_nowait())
+    with pytest.raises(GptOssError, match="closed"):
+        result.result(timeout=0)
+
+
+def test_call_runs_on_the_engine_thread_and_passes_errors_on() -> None:
+    with mock_engine() as (engine, runner):
+        assert engine.call(lambda r: r.peak_memory()) == 42
+        assert engine.call(lambda r: r.logits((1, 2))).shape == (2, VOCAB)
+        with pytest.raises(ZeroDivisionError):
+            engine.call(lambda r: 1 // 0)
+        with pytest.raises(RuntimeError, match="wait for itself"):
+            engine.call(lambda r: engine.call(lambda r: 1))
+        assert runner.breaches == []
+
+
+def test_an_idle_engine_does_not_spin() -> None:
+    with mock_engine() as (engine, _):
+        engine.submit(request()).drain()
+        before = time.process_time()
+        time.sleep(0.3)
+        assert time.process_time() - before < 0.05
+
+
+def test_a_forgotten_engine_ends_its_thread_and_an_open_stream_keeps_it() -> None:
+    runner: list[MockRunner] = []
+
+    def make() -> MockRunner:
+        runner.append(MockRunner())
+        return runner[0]
+
+    before = threading.active_count()
+    engine = Engine(make)
+    watch = weakref.ref(engine)
+    stream = engine.submit(request())
+    del engine
+    gc.collect()
+    assert watch() is not None
+    assert ids(stream) == alone(request())[0]
+    del stream
+    gc.collect()
+    assert watch() is None and runner[0].closed
+    eventually(lambda: threading.active_count() == before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
+def test_ctrl_c_interrupts_a_blocked_iteration() -> None:
+    with mock_engine() as (engine, runner):
+        runner.gate.clear()
+        stream = engine.submit(request())
+        timer = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT))
+        timer.start()
+        begin = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            next(stream)
+        assert time.monotonic() - begin < 2
+        timer.join()
+        stream.cancel()
+        runner.gate.set()
+        assert isinstance(stream.drain(), Finished)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
+def test_ctrl_c_while_loading_closes_the_runner_once_it_is_there() -> None:
+    go = threading.Event()
+    runner: list[MockRunner] = []
+
+    def make() -> MockRunner:
+        go.wait(5)
+        runner.append(MockRunner())
+        return runner[0]
+
+    timer = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        Engine(make)
+    timer.join()
+    go.set()
+    eventually(lambda: bool(runner) and runner[0].closed)
