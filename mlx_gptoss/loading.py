@@ -17,7 +17,6 @@ from .errors import CheckpointError, InvalidRequest
 from .memory import MemoryPlan, plan_memory
 from .recommend import mappable_bytes, used_vocabulary, widenable_bytes
 from .weights import checkpoint as checkpoints
-from .weights import codecs
 from .weights.checkpoint import Checkpoint, Readable
 from .weights.formats import WRITERS
 from .weights.requantize import Requantized
@@ -134,7 +133,7 @@ def identity(source: Readable) -> str:
         digest.update(repr((name, size, rest[-1])).encode())  # without the time of the last change
     for param in source.params:
         if param.role not in ("experts", "lm_head", "embed"):
-            row = codecs.rows(source.read(param.name), 0, 1)
+            row = source.read(param.name, range(1))
             arrays = [row.values] if isinstance(row, Dense) else [row.codes, row.scale, row.bias, row.outer]
             for array in arrays:
                 digest.update(b"" if array is None else array.tobytes())

@@ -57,6 +57,7 @@ class Readable(Weights, Protocol):
     size_bytes: int
     stop_ids: tuple[int, ...]
 
+    def read(self, name: str, rows: range | None = None) -> Weight: ...
     def stored_as(self, name: str) -> tuple[Spec | None, str | None]: ...
     def matrix_bytes(self, role: Role) -> int: ...
     def release(self, weight: Weight | None = None) -> None: ...
@@ -105,13 +106,19 @@ class Checkpoint:
         text = self.embedded().get("tokenizer.json")
         return None if text is None else Tokenizer.from_text(text, f"of {self._files[0].path}")
 
-    def read(self, name: str) -> Weight:
+    def read(self, name: str, rows: range | None = None) -> Weight:
         """The weight of a parameter by its canonical name, exact; its scales are read and checked, its codes not.
 
+        rows: of its first axis (experts, where it has such), those wanted; nothing of the others is read.
         Raises CheckpointError if a scale is NaN, KeyError for a name that no parameter has.
         """
         source = self._binding.sources[name]
-        weight = source.load(self._get)
+        if rows is None:
+            weight = source.load(self._get)
+        elif source.load_experts is not None:
+            weight = source.load_experts(self._get, rows)
+        else:
+            weight = codecs.rows(source.load(self._get), rows.start, rows.stop)
         codecs.check_scales(weight, name)
         self._release_copied(source, weight)
         return weight

@@ -67,13 +67,12 @@ def rows(weight: Weight, start: int, stop: int) -> Weight:
 def take_rows(weight: Weight, which: slice | NDArray[Any]) -> Weight:
     """A slice of a weight's first axis, as views, or the places that an array of integers lists, copied."""
     if isinstance(weight, Dense):
-        return Dense(weight.values[which])
+        return replace(weight, values=weight.values[which])
     outer = weight.outer
-    if outer is not None:
-        outer = np.broadcast_to(outer, (*weight.codes.shape[:-1], 1))[which]
-    scale = None if weight.scale is None else weight.scale[which]
-    bias = None if weight.bias is None else weight.bias[which]
-    return Quantized(weight.spec, weight.codes[which], scale, bias, outer)
+    if outer is not None and outer.ndim == weight.codes.ndim and outer.shape[0] > 1:
+        outer = outer[which]
+    scale, bias = (None if array is None else array[which] for array in (weight.scale, weight.bias))
+    return replace(weight, codes=weight.codes[which], scale=scale, bias=bias, outer=outer)
 
 
 def output_rows(weight: Weight, start: int, stop: int) -> Weight:
@@ -252,7 +251,8 @@ def _matrix(weight: Weight, index: tuple[int, ...]) -> Weight:
         if isinstance(part, Dense):
             weight = Dense(part.values[0])
         else:
-            scale, bias, outer = (None if x is None else x[0] for x in (part.scale, part.bias, part.outer))
+            scale, bias = (None if x is None else x[0] for x in (part.scale, part.bias))
+            outer = part.outer[0] if part.outer is not None and part.outer.ndim == part.codes.ndim else part.outer
             weight = Quantized(part.spec, part.codes[0], scale, bias, outer)
     return weight
 

@@ -67,8 +67,7 @@ def _heads(config: ModelConfig, rank: int, ranks: int) -> tuple[range, range]:
 
 
 class Part:
-    """One rank's share of a checkpoint: each weight is a view of what the rank holds of it, so that a loader reads no
-    more than that, where the format itself stores a parameter in one piece.
+    """One rank's share of a checkpoint: a loader reads no more than that.
 
     config: the model's with the rank's own heads; experts and vocabulary are counted whole, as the router and who reads
     the logits see them. size_bytes: of the rank's matrices; what is no matrix, under a hundredth, is counted whole.
@@ -88,13 +87,13 @@ class Part:
         matrices = sum(checkpoint.matrix_bytes(role) - self.matrix_bytes(role) for role in MATRICES)
         self.size_bytes = checkpoint.size_bytes - matrices
 
-    def read(self, name: str) -> Weight:
+    def read(self, name: str, rows: range | None = None) -> Weight:
         """As Checkpoint.read, of the rank's part."""
-        weight, cut = self._checkpoint.read(name), self._cuts[name]
-        if cut is None:
-            return weight
-        axis, places = cut
-        return _rows(weight, places) if axis == 0 else _columns(weight, places, name)
+        axis, places = self._cuts[name] or (0, None)
+        if axis == 0:
+            return self._checkpoint.read(name, _within(places, rows))
+        assert places is not None
+        return _columns(self._checkpoint.read(name, rows), places, name)
 
     def release(self, weight: Weight | None = None) -> None:
         self._checkpoint.release(weight)
@@ -138,16 +137,9 @@ def _cut(param: Param, config: ModelConfig, share: Share) -> tuple[int, range] |
     return next((cut for kind, cut in cuts.items() if f"{param.kind}.".startswith(f"{kind}.")), None)
 
 
-def _rows(weight: Weight, places: range) -> Weight:
-    """A range of the first axis, as views."""
-    at = slice(places.start, places.stop)
-    if isinstance(weight, Dense):
-        return replace(weight, values=weight.values[at])
-    outer = weight.outer
-    if outer is not None and outer.ndim == weight.codes.ndim and outer.shape[0] > 1:
-        outer = outer[at]
-    scale, bias = (None if array is None else array[at] for array in (weight.scale, weight.bias))
-    return replace(weight, codes=weight.codes[at], scale=scale, bias=bias, outer=outer)
+def _within(places: range | None, rows: range | None) -> range | None:
+    """Rows counted in `places`, of the whole."""
+    return rows if places is None else places if rows is None else places[rows.start : rows.stop]
 
 
 def _columns(weight: Weight, places: range, name: str) -> Weight:

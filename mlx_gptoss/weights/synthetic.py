@@ -66,8 +66,12 @@ class Synthetic:
         self._params = {param.name: param for param in self.params}
         self._seed = seed
 
-    def read(self, name: str) -> Weight:
-        """The weight of a parameter by its canonical name; the same every time."""
+    def read(self, name: str, rows: range | None = None) -> Weight:
+        """As Checkpoint.read; the same every time. The whole is drawn, whatever is wanted of it."""
+        weight = self._whole(name)
+        return weight if rows is None else codecs.rows(weight, rows.start, rows.stop)
+
+    def _whole(self, name: str) -> Weight:
         param = self._params[name]
         if not param.is_matrix:
             return Dense(self._vector(param))

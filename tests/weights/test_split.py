@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -69,6 +70,24 @@ def test_parts_put_together_are_the_checkpoint(mini, name, ranks):
             assert np.array_equal(np.concatenate([held[0], held[-1]]), whole)
         else:
             assert np.array_equal(np.concatenate(held, AXES.get(param.kind, 0)), whole)
+
+
+@pytest.mark.parametrize("name", ["fp8-dynamic", "int4-autoround", "mxfp4", "mlx-4bit", "mlx-mxfp4-all"])
+def test_nothing_of_other_ranks_is_read(mini, tmp_path, name):
+    """With scales that are no numbers in the last expert, whoever has no part of it does not notice."""
+    folder = shutil.copytree(mini / name, tmp_path / name)
+    damaged = open_checkpoint(folder)
+    parameter = "layers.0.experts.down.weight"
+    stored = [want for want in damaged._binding.sources[parameter].wants if "scale" in want.name][-1].name
+    holder = damaged._holder[stored]
+    info, start = holder.header.tensors[stored], holder.header.offsets[stored]
+    with holder.path.open("r+b") as file:
+        file.seek(start + info.nbytes - 2)
+        file.write(b"\xff\xff")  # NaN in every format of scales
+    first, last = (Part(open_checkpoint(folder), share) for share in shares(damaged.config, 2))
+    assert np.isfinite(values(first.read(parameter))).all()
+    with pytest.raises(CheckpointError, match="not a number"):
+        last.read(parameter)
 
 
 def test_a_part_is_a_view_of_the_file(mini):

@@ -31,7 +31,16 @@ from .base import (
     matrix_recipe,
     plain_name,
 )
-from .per_expert import Modules, block_of, dense_experts, dense_experts_unit, is_per_expert, modules_of, one_dtype
+from .per_expert import (
+    Modules,
+    block_of,
+    dense_experts,
+    dense_experts_unit,
+    is_per_expert,
+    made_of,
+    modules_of,
+    one_dtype,
+)
 
 FAMILY = "int4-autoround"
 _GROUP = AFFINE4.group
@@ -114,7 +123,7 @@ def _integers(modules: Modules, param: Param, stored: Stored) -> Source:
         wants += modules.wants("g_idx", ("I32",), (width,))
     zeros = _stored_zeros(stored)
 
-    def load(get: Get) -> Weight:
+    def load(get: Get, modules: Modules) -> Weight:
         for name in (name for names in modules.names for name in names):
             _check_zeros(f"{name}.qzeros", get(f"{name}.qzeros"), zeros)
             if ordered and not np.array_equal(get(f"{name}.g_idx"), np.arange(width) // _GROUP):
@@ -123,7 +132,7 @@ def _integers(modules: Modules, param: Param, stored: Stored) -> Source:
         scale = modules.read(get, "scales", lambda found: codecs.straight(found.T))
         return Quantized(AFFINE4, codes, scale, codecs.symmetric_bias(scale))
 
-    return Source(FAMILY, AFFINE4, tuple(wants), load, scales)
+    return made_of(modules, FAMILY, AFFINE4, wants, load, scales)
 
 
 def _check_layout(module: str, rows: int, width: int, stored: Stored) -> None:

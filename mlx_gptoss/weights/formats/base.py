@@ -64,6 +64,7 @@ class Source:
         which every family but `original` shares.
     spec: how its numbers are stored; None when dense.
     load: makes the Weight; lazy views wherever the layout allows, and never a change of a value.
+    load_experts: makes that of a range of experts alone; None where a view of the whole does as well.
     scales: the first tensor of its scales if they are floats, whose dtype then matters to whoever copies them.
     note: what a user should know of weights stored so, in one line.
     """
@@ -74,6 +75,7 @@ class Source:
     load: Callable[[Get], Weight]
     scales: str | None = None
     note: str = ""
+    load_experts: Callable[[Get, range], Weight] | None = None
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from .per_expert import (
     dense_experts,
     dense_experts_unit,
     is_per_expert,
+    made_of,
     modules_of,
     one_dtype,
 )
@@ -181,11 +182,11 @@ def _float8(modules: Modules, param: Param, stored: Stored) -> Source:
     wants += modules.wants("weight_scale", one_dtype(stored, scales), shape if shape in ((), (1,)) else (rows, 1))
     wants += _unused(modules, stored)
 
-    def load(get: Get) -> Weight:
+    def load(get: Get, modules: Modules) -> Weight:
         outer = modules.read(get, "weight_scale", lambda scale: _per_row(scale, rows))
         return Quantized(FP8_ROW, modules.read(get, "weight"), outer=outer)
 
-    return Source(FAMILY, FP8_ROW, tuple(wants), load, scales)
+    return made_of(modules, FAMILY, FP8_ROW, wants, load, scales)
 
 
 def _float4(modules: Modules, param: Param, stored: Stored) -> Source:
@@ -201,14 +202,15 @@ def _float4(modules: Modules, param: Param, stored: Stored) -> Source:
         wants += modules.wants("weight_global_scale", ("F32",), (1,))
     wants += _unused(modules, stored)
 
-    def load(get: Get) -> Weight:
+    def load(get: Get, modules: Modules) -> Weight:
         codes, scale = modules.read(get, "weight_packed"), modules.read(get, "weight_scale")
         outer = None
         if with_global:
             outer = modules.read(get, "weight_global_scale", lambda scale: _per_row(_reciprocal(scale), rows))
         return Quantized(spec, codes, scale, outer=outer)
 
-    return Source("nvfp4-pack-quantized" if with_global else "mxfp4-pack-quantized", spec, tuple(wants), load)
+    family = "nvfp4-pack-quantized" if with_global else "mxfp4-pack-quantized"
+    return made_of(modules, family, spec, wants, load)
 
 
 def _unused(modules: Modules, stored: Stored) -> list[Any]:

@@ -4,7 +4,7 @@ experts. Shared by compressed-tensors and AutoRound; an expert parameter is put 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from ...errors import CheckpointError
 from .. import codecs
 from ..params import Param
 from ..safetensors import DTYPES, TensorInfo
-from ..tensor import Array, Dense, Weight
+from ..tensor import Array, Dense, Spec, Weight
 from .base import FLOATS, Encoder, Get, Piece, Source, Stored, Unit, Want, experts_prefix, plain_name
 
 Turn = Callable[[Array], Array]  # from a stored tensor to rows [N, ...]
@@ -52,6 +52,10 @@ class Modules:
             _words(found)[expert] = _words(rows)
         assert found is not None
         return found
+
+    def of(self, experts: range) -> Modules:
+        """Those of some experts."""
+        return replace(self, names=self.names[experts.start : experts.stop])
 
     def infos(self, part: str, dtype: str, shape: tuple[int, ...]) -> list[TensorInfo]:
         """The tensors `part` to write, one a module."""
@@ -96,10 +100,27 @@ def one_dtype(stored: Stored, name: str) -> tuple[str, ...]:
     return (dtype,) if dtype in FLOATS else FLOATS
 
 
+def made_of(
+    modules: Modules,
+    family: str,
+    spec: Spec | None,
+    wants: Sequence[Want],
+    load: Callable[[Get, Modules], Weight],
+    scales: str | None = None,
+) -> Source:
+    """A parameter that `load` puts together from its modules, or some experts of it from theirs alone."""
+
+    def load_experts(get: Get, experts: range) -> Weight:
+        return load(get, modules.of(experts))
+
+    some = load_experts if modules.stacked else None
+    return Source(family, spec, tuple(wants), lambda get: load(get, modules), scales, load_experts=some)
+
+
 def dense_experts(modules: Modules, part: str, param: Param, stored: Stored) -> Source:
     """Biases [E, N], or weights [E, N, K] that were left as they are."""
     wants = modules.wants(part, one_dtype(stored, f"{modules.first}.{part}"), param.shape[1:])
-    return Source("plain", None, tuple(wants), lambda get: Dense(modules.read(get, part)))
+    return made_of(modules, "plain", None, wants, lambda get, modules: Dense(modules.read(get, part)))
 
 
 def dense_experts_unit(param: Param, dtype: str) -> Unit:
