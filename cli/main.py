@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from mlx_gptoss.ranks import Launch
 
 COMMANDS = {
     "generate": "Answer one prompt.",
@@ -55,30 +59,28 @@ def group() -> None:
     """
 
 
-def _among_others() -> bool:
-    """Whether this is one of several ranks, but not the one that reads the command and speaks; then it has done what
-    that one says, to the end."""
+def _launch() -> Launch | None:
+    """What a launcher of several ranks says; None without one."""
     if not {"MLX_RANK", "RANK"} & set(os.environ):
-        return False
+        return None
     from mlx_gptoss.ranks import find_launch
 
-    launch = find_launch()
-    if launch is None or launch.rank == 0:
-        return False
-    from mlx_gptoss.spread import follow
-
-    follow(launch)
-    return True
+    return find_launch()
 
 
 def main() -> None:
     """Exit codes: 0; 1 with one line on stderr; 2 for usage; 130 for Ctrl-C."""
     from mlx_gptoss.errors import GptOssError
 
+    launch = None
     try:
-        if _among_others():
-            return
-        group.main(standalone_mode=False)
+        launch = _launch()
+        if launch is not None and launch.rank:  # rank 0 reads the command and speaks; this one does what that one says
+            from mlx_gptoss.spread import follow
+
+            follow(launch)
+        else:
+            group.main(standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -90,3 +92,8 @@ def main() -> None:
     except (GptOssError, OSError) as error:
         click.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(1)
+    finally:
+        if launch is not None and not launch.rank:
+            from mlx_gptoss.spread import dismiss
+
+            dismiss(launch)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from . import hub
 from .engine import Engine, PrefixFiles
-from .errors import InvalidRequest
 from .loading import NANO as NANO
 from .loading import Order, Settled, open_source, settle
 from .loading import memory_plan as memory_plan
@@ -81,16 +80,14 @@ def load(
         follow(launch)
         sys.exit(0)
     if launch is not None:
-        if prompt_cache is not None:
-            raise InvalidRequest("several ranks cannot keep what they computed of prompts in files; leave that out")
         settled, start = lead(order, launch)
         make_runner = partial(start, partial(settled.load, settled.limits()))
     else:
         settled = settle(order, open_source(order))
         _require_fit(settled)
         make_runner = partial(settled.load, settled.limits())
-        if prompt_cache is not None:
-            files = PrefixFiles(Path(prompt_cache), _fingerprint(settled))
+    if prompt_cache is not None:
+        files = PrefixFiles(Path(prompt_cache), _fingerprint(settled))
     checkpoint = settled.source
     assert isinstance(checkpoint, Checkpoint)
     tokenizer = checkpoint.tokenizer()
@@ -127,7 +124,7 @@ def _fingerprint(settled: Settled) -> str:
         plan.chunk,
         plan.widened_bytes > 0,
     )
-    checkpoint = settled.source.fingerprint()
+    checkpoint = settled.part.fingerprint()
     return repr((settled.programs(), checkpoint, order.quantize, order.kv_bits, order.speculate, where))
 
 

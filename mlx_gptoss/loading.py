@@ -56,11 +56,12 @@ class Order:
 
 @dataclass(frozen=True)
 class Settled:
-    """What an order comes to on one rank. source: the whole checkpoint. weights: what is loaded. share: the rank's;
-    None for one that is alone."""
+    """What an order comes to on one rank. source: the whole checkpoint. part: the rank's. weights: what is loaded.
+    share: the rank's; None for one that is alone."""
 
     order: Order
     source: Readable
+    part: Readable
     weights: Weights
     module: Backend
     backend: str
@@ -72,7 +73,7 @@ class Settled:
         resident = None
         if self.plan.mapped_bytes:
             assert isinstance(self.source, Checkpoint)
-            resident = used_vocabulary(self.source)
+            resident = self.source.config.vocab_size if self.share else used_vocabulary(self.source)
         return Limits(
             slots=self.order.slots,
             max_context=self.plan.context,
@@ -122,7 +123,7 @@ def settle(order: Order, source: Readable, rank: int = 0, ranks: int = 1, beside
         prefix_bytes=order.prefix_cache,
         beside=beside,
     )
-    return Settled(order, source, weights, module, backend, plan, share)
+    return Settled(order, source, part, weights, module, backend, plan, share)
 
 
 def identity(source: Readable) -> str:
@@ -188,10 +189,17 @@ def memory_plan(
         slots=slots,
         chunk=backend.prefill_chunk(device),
         kv_bits=kv_bits,
-        mappable_bytes=mappable_bytes(checkpoint) if as_stored and isinstance(checkpoint, Checkpoint) else 0,
+        mappable_bytes=mappable(checkpoint) if as_stored else 0,
         widenable_bytes=widenable_bytes(checkpoint, activation_bytes) if may_widen else 0,
         prefix_bytes=prefix_bytes,
     )
+
+
+def mappable(checkpoint: Readable) -> int:
+    """Bytes that may stay in the mapped file; a rank's are its embeddings alone."""
+    if isinstance(checkpoint, Part):
+        return checkpoint.matrix_bytes("embed") if isinstance(checkpoint.whole, Checkpoint) else 0
+    return mappable_bytes(checkpoint) if isinstance(checkpoint, Checkpoint) else 0
 
 
 def sizes_in_other_formats(checkpoint: Readable) -> dict[str, int]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
 from .backends.base import Limits, Runner
 from .errors import GptOssError, InvalidRequest
-from .loading import Order, Settled, identity, open_source, settle
+from .loading import Order, Settled, identity, mappable, open_source, settle
 from .memory import MemoryPlan, require_fit
 from .ranks import Follower, Launch, Leader
+
+DISMISS_S = 10.0  # how long ranks may take to come only to be told to go
 
 Start = Callable[[Callable[[], Runner]], Runner]
 
@@ -38,6 +41,8 @@ def lead(order: Order, launch: Launch) -> tuple[Settled, Start]:
             prefix_bytes=min(plan.prefix_bytes for plan in plans),
             widened_bytes=settled.plan.widened_bytes if all(plan.widened_bytes for plan in plans) else 0,
         )
+        if any(plan.mapped_bytes for plan in plans):
+            plan = replace(plan, mapped_bytes=settled.plan.mapped_bytes or mappable(settled.part), widened_bytes=0)
         settled = replace(settled, plan=plan)
         limits = settled.limits()
     except BaseException:
@@ -57,6 +62,13 @@ def follow(launch: Launch) -> None:
         return _said(settled), settled.load
 
     Follower(launch).follow(answer)
+
+
+def dismiss(launch: Launch) -> None:
+    """Rank 0 ends; if it has not led, the others still wait to be told what to load, and end now."""
+    if not Leader.led:
+        with contextlib.suppress(GptOssError):  # they have ended already
+            Leader(launch, DISMISS_S).close()
 
 
 def _of_launch(order: Order, launch: Launch) -> Order:

@@ -8,14 +8,17 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
 from ..backends.base import Limits, Pending, Runner, Snapshot
 from ..errors import GptOssError
-from .launch import Launch
-from .leader import JOIN_S
-from .wire import LOADING_SILENCE_S, SILENCE_S, Channel, Lost, row_from_json
+from .launch import JOIN_S, Launch
+from .neighbours import Neighbours
+from .wire import SILENCE_S, Channel, Lost, bytes_from_json, bytes_to_json, row_from_json
+
+CUT_S = 2.0  # how long rank 0 may take to see what a neighbour sees
 
 
 class Follower:
@@ -29,7 +32,8 @@ class Follower:
                 signal.signal(number, signal.SIG_IGN)
         self._ended = threading.Event()
         self._channel = Channel(_connect(launch))
-        self._channel.send({"token": launch.token, "rank": launch.rank})
+        self._neighbours = Neighbours(launch, self._channel.here)
+        self._channel.send({"token": launch.token, "rank": launch.rank, "port": self._neighbours.port})
         self._channel.beat(self._gone)
         self._messages: SimpleQueue[Any] = SimpleQueue()
         threading.Thread(target=self._read, name="mlx-gptoss rank 0", daemon=True).start()
@@ -44,16 +48,19 @@ class Follower:
             while not _is_end(self._messages.get()):
                 continue
         finally:
+            self._neighbours.close()
             self._channel.close()
 
     def _follow(self, answer: Callable[[Any], tuple[Any, Callable[[Limits], Runner]]]) -> None:
         if _is_end(message := self._messages.get()):
             return
+        self._neighbours.meet(message.get("next"), self._cut)
         reply, load = answer(message["order"])
         self._channel.send({"answer": reply})
         if _is_end(message := self._messages.get()):
             return
         runner = load(Limits(**message["load"]))
+        self._neighbours.loaded()
         self._channel.send({"ready": True})
         self._obey(runner)
 
@@ -70,6 +77,10 @@ class Follower:
                     saved[number] = runner.save(slot, start, end)
                 case ["restore", slot, numbers]:
                     runner.restore(slot, [saved[number] for number in numbers])
+                case ["pack", number]:
+                    self._channel.send({"packed": bytes_to_json(runner.pack(saved[number]))})
+                case ["unpack", start, end, number, data]:
+                    saved[number] = runner.unpack(start, end, bytes_from_json(data))
                 case ["drop", numbers]:
                     for number in numbers:
                         del saved[number]
@@ -82,19 +93,24 @@ class Follower:
         runner.close()
 
     def _read(self) -> None:
-        silence = LOADING_SILENCE_S
         while True:
             try:
-                message = self._channel.receive(silence)
+                message = self._channel.receive()
             except Lost as lost:
                 self._gone(lost)
                 return
             self._messages.put(message)
             if isinstance(message, list):  # a call: all have loaded
-                silence = SILENCE_S
+                self._channel.silence_s = SILENCE_S
             elif _is_end(message):
                 self._ended.set()
                 return
+
+    def _cut(self, other: int, lost: Lost) -> None:
+        """A neighbour is lost. Rank 0 sees that itself, or is ending all, unless it is only the way to it that is."""
+        if not self._ended.wait(CUT_S):
+            with suppress(Lost):  # then rank 0 has ended
+                self._channel.send({"error": f"for it rank {other} {lost}"})
 
     def _gone(self, lost: Lost) -> None:
         if not self._ended.is_set():

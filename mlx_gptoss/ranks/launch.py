@@ -12,14 +12,16 @@ from typing import Any
 
 from ..errors import GptOssError
 
+JOIN_S = 60.0  # how long ranks wait for each other to come
 SECRET = "MLX_GPTOSS_SECRET"  # an environment variable that strangers on the network do not know, if anyone sets it
 
 
 @dataclass(frozen=True)
 class Launch:
     """backend: whose collectives the launcher has prepared. host, port: where rank 0 listens for the others. beside:
-    ranks on this machine. token: what the others show rank 0, so that nobody is let in by accident; whoever knows the
-    launch can make it, but for SECRET."""
+    ranks on this machine. token: what ranks show each other, so that nobody is let in by accident; whoever knows the
+    launch can make it, but for SECRET. hosts: where the rank before each reaches it; empty if the launcher does not
+    say."""
 
     backend: str
     rank: int
@@ -28,6 +30,7 @@ class Launch:
     port: int
     beside: int
     token: str = field(repr=False)
+    hosts: tuple[str, ...] = ()
 
 
 def find_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
@@ -48,9 +51,9 @@ def _mlx(environment: Mapping[str, str]) -> Launch | None:
     if len(hosts) < 2:
         return None
     addresses = [[_address(address) for address in host] for host in hosts]
-    first = [host[0][0] for host in addresses]
-    port = max(port for host in addresses for _, port in host) + 1
-    return Launch("mlx", rank, len(hosts), first[0], port, first.count(first[rank]), _token(hosts, secret))
+    first = tuple(host[0][0] for host in addresses)
+    port, token = max(port for host in addresses for _, port in host) + 1, _token(hosts, secret)
+    return Launch("mlx", rank, len(hosts), first[0], port, first.count(first[rank]), token, first)
 
 
 def _torchrun(environment: Mapping[str, str]) -> Launch | None:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import hmac
-import json
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, ClassVar
 
 from .. import machine
 from ..backends.base import Limits, Runner
 from ..errors import GptOssError
-from .launch import Launch
+from .launch import JOIN_S, Launch
 from .runner import GroupRunner
-from .wire import LOADING_SILENCE_S, SILENCE_S, Channel, Lost
+from .wire import SILENCE_S, Channel, Lost, admit, bytes_from_json
 
-JOIN_S = 60.0  # how long rank 0 waits for the others, and they for it
-HELLO_S = 2.0  # how long one that has connected may take to say who it is
 END_S = 10.0  # how long the others may take to end
 
 
@@ -31,22 +28,27 @@ class Leader:
     does.
     """
 
-    def __init__(self, launch: Launch) -> None:
-        """Raises GptOssError if not all ranks come."""
+    led: ClassVar[bool] = False  # whether this process has ever met the others
+
+    def __init__(self, launch: Launch, join_s: float | None = None) -> None:
+        """Raises GptOssError if not all ranks come within join_s seconds, by default JOIN_S."""
+        Leader.led = True
         self._launch = launch
-        self._channels = self._meet()
+        self._channels, self._listening = self._meet(JOIN_S if join_s is None else join_s)
         self._ready = threading.Semaphore(0)
+        self._packed: list[SimpleQueue[bytes]] = [SimpleQueue() for _ in self._channels]
         self._ending = threading.Event()
         self._readers: list[threading.Thread] = []
 
     def ask(self, order: Any) -> list[Any]:
         """What every other rank answers to the order. Raises GptOssError if one cannot do it."""
         for rank, channel in enumerate(self._channels, 1):
-            self._send(rank, channel, {"order": order})
+            behind = self._listening[rank] if rank < len(self._channels) else None
+            self._send(rank, channel, {"order": order, "next": behind})
         answers = []
         for rank, channel in enumerate(self._channels, 1):
             try:
-                answer = channel.receive(LOADING_SILENCE_S)
+                answer = channel.receive()
             except Lost as lost:
                 raise GptOssError(f"rank {rank} {lost}; see what it printed, and start all ranks again") from lost
             if "error" in answer:
@@ -67,16 +69,24 @@ class Leader:
         own = load()
         for _ in self._channels:
             self._ready.acquire()
-        return GroupRunner(own, self.tell, self.close, largest)
+        return GroupRunner(own, self, largest)
 
-    def tell(self, messages: Sequence[Any]) -> None:
+    def tell(self, *messages: Any) -> None:
         """Send messages to every other rank."""
-        for rank, channel in enumerate(self._channels, 1):
-            for message in messages:
+        self.tell_each([messages] * len(self._channels))
+
+    def tell_each(self, messages: Sequence[Sequence[Any]]) -> None:
+        """Send each other rank its own."""
+        for rank, (channel, its) in enumerate(zip(self._channels, messages, strict=True), 1):
+            for message in its:
                 try:
                     channel.send(message)
                 except Lost as lost:
                     self._die(rank, lost)
+
+    def packed(self) -> list[bytes]:
+        """What each other rank has packed, as it was told to."""
+        return [queue.get() for queue in self._packed]
 
     def close(self) -> None:
         """End the other ranks, and wait until they have."""
@@ -91,43 +101,32 @@ class Leader:
         for channel in self._channels:
             channel.close()
 
-    def _meet(self) -> list[Channel]:
-        """Listen until every other rank has come and shown the token; whoever else connects is hung up on."""
-        launch, found = self._launch, dict[int, Channel]()
-        until = time.monotonic() + JOIN_S
+    def _meet(self, join_s: float) -> tuple[list[Channel], list[tuple[str, int]]]:
+        """Listen until every other rank has come and shown the token: connections, and where each rank listens for the
+        one before it."""
+        launch, found = self._launch, dict[int, tuple[Channel, int]]()
+        until = time.monotonic() + join_s
         with _listen(launch.host, launch.port) as listener:
             while len(found) < launch.ranks - 1:
-                listener.settimeout(max(0.01, until - time.monotonic()))
                 try:
-                    connection, _ = listener.accept()
+                    hello, channel = admit(listener, launch, until)
                 except TimeoutError as error:
                     missing = sorted(set(range(1, launch.ranks)) - set(found))
-                    for channel in found.values():
+                    for channel, _ in found.values():
                         channel.close()
                     raise GptOssError(
-                        f"rank {', '.join(map(str, missing))} did not come within {JOIN_S:.0f} seconds to "
+                        f"rank {', '.join(map(str, missing))} did not come within {join_s:.0f} seconds to "
                         f"{launch.host}:{launch.port}; see whether that can be reached, and start all ranks again"
                     ) from error
-                rank, channel = self._greet(connection)
-                if rank is None or rank in found:
+                rank = hello["rank"]
+                if rank in found:
                     channel.close()
                 else:
-                    found[rank] = channel
+                    found[rank] = channel, int(hello.get("port") or 0)
                     channel.beat(lambda lost, rank=rank: self._die(rank, lost))  # type: ignore[misc]
-        return [found[rank] for rank in sorted(found)]
-
-    def _greet(self, connection: socket.socket) -> tuple[int | None, Channel]:
-        """The rank that has connected; None if it is none."""
-        channel = Channel(connection)
-        try:
-            hello = json.loads(_first_line(connection))
-        except (OSError, ValueError):
-            return None, channel
-        if not isinstance(hello, dict) or not isinstance(hello.get("token"), str):
-            return None, channel
-        known = hmac.compare_digest(hello["token"].encode(), self._launch.token.encode())
-        rank = hello.get("rank")
-        return (rank if known and rank in range(1, self._launch.ranks) else None), channel
+        channels = [found[rank][0] for rank in sorted(found)]
+        hosts = launch.hosts[1:] or [channel.there for channel in channels]
+        return channels, [(host, found[rank][1]) for rank, host in enumerate(hosts, 1)]
 
     def _send(self, rank: int, channel: Channel, message: Any) -> None:
         try:
@@ -137,17 +136,19 @@ class Leader:
 
     def _watch(self, rank: int, channel: Channel) -> None:
         """Read what one rank says until the end."""
-        silence = LOADING_SILENCE_S
         while True:
             try:
-                message = channel.receive(silence)
+                message = channel.receive()
             except Lost as lost:
                 self._die(rank, lost)
                 return
             if "error" in message:
                 self._die(rank, Lost(f"failed: {message['error']}"))
-            silence = SILENCE_S
-            self._ready.release()
+            channel.silence_s = SILENCE_S
+            if "packed" in message:
+                self._packed[rank - 1].put(bytes_from_json(message["packed"]))
+            else:
+                self._ready.release()
 
     def _die(self, rank: int, lost: Lost) -> None:
         if self._ending.is_set():
@@ -155,18 +156,6 @@ class Leader:
         text = f"error: rank {rank} {lost}; all ranks have ended, start them again"
         os.write(2, (" ".join(text.split()) + "\n").encode())
         os._exit(1)
-
-
-def _first_line(connection: socket.socket) -> bytes:
-    """At most 1000 bytes, within HELLO_S all in all: a stranger must not hold up the others."""
-    line, until = b"", time.monotonic() + HELLO_S
-    while not line.endswith(b"\n") and len(line) < 1000:
-        connection.settimeout(max(0.01, until - time.monotonic()))
-        piece = connection.recv(1)
-        if not piece:
-            break
-        line += piece
-    return line
 
 
 def _listen(host: str, port: int) -> socket.socket:

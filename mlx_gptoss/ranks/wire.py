@@ -1,19 +1,24 @@
-"""What goes between two ranks: lines of JSON, and an empty line every second as a sign of life."""
+"""What goes between two ranks: a line that says who calls, lines of JSON, and an empty line every second as a sign of
+life."""
 
 from __future__ import annotations
 
+import hmac
 import json
 import socket
 import threading
+import time
 from base64 import b64decode, b64encode
 from collections.abc import Callable
 from typing import Any
 
 from ..backends.base import Row
 from ..sampling import Sampling
+from .launch import Launch
 
 BEAT_S = 1.0
 SILENCE_S = 8.0  # without a sign of life a rank counts as lost
+HELLO_S = 2.0  # how long one that has connected may take to say who it is
 LOADING_SILENCE_S = 60.0  # while it loads: copying a large weight from a slow disk holds up all of Python
 
 
@@ -22,7 +27,10 @@ class Lost(Exception):
 
 
 class Channel:
-    """One connection. Any thread may send; one receives."""
+    """One connection. Any thread may send; one receives.
+
+    silence_s: how long the other side may give no sign of life. LOADING_SILENCE_S until somebody sets it.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -30,15 +38,27 @@ class Channel:
         self._lines = connection.makefile("rb")
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        self.silence_s = LOADING_SILENCE_S
+
+    @property
+    def there(self) -> str:
+        """The other side's address."""
+        return str(self._socket.getpeername()[0])
+
+    @property
+    def here(self) -> str:
+        """This side's address."""
+        return str(self._socket.getsockname()[0])
 
     def send(self, message: Any) -> None:
         """Raises Lost."""
         self._write(json.dumps(message).encode() + b"\n")
 
-    def receive(self, silence_s: float) -> Any:
+    def receive(self) -> Any:
         """The next message. Raises Lost at the end of the connection, after silence, and for what is no JSON."""
         while True:
             try:
+                silence_s = self.silence_s
                 self._socket.settimeout(silence_s)
                 line = self._lines.readline()
             except TimeoutError as error:
@@ -88,8 +108,52 @@ class Channel:
                 raise Lost(f"takes no messages ({error})") from error
 
 
+def admit(listener: socket.socket, launch: Launch, until: float) -> tuple[dict[str, Any], Channel]:
+    """The next rank that connects, and what it says of itself; whoever else does is hung up on. Raises TimeoutError
+    when time.monotonic() comes to `until`."""
+    while True:
+        listener.settimeout(max(0.01, until - time.monotonic()))
+        connection, _ = listener.accept()
+        hello = _hello(connection, launch)
+        if hello is not None:
+            return hello, Channel(connection)
+        connection.close()
+
+
+def _hello(connection: socket.socket, launch: Launch) -> dict[str, Any] | None:
+    """What a rank says of itself first; None of whoever is none, or has not the token."""
+    try:
+        hello = json.loads(_first_line(connection))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(hello, dict) or not isinstance(hello.get("token"), str):
+        return None
+    known = hmac.compare_digest(hello["token"].encode(), launch.token.encode())
+    return hello if known and hello.get("rank") in range(1, launch.ranks) else None
+
+
+def _first_line(connection: socket.socket) -> bytes:
+    """At most 1000 bytes, within HELLO_S all in all: a stranger must not hold up the others."""
+    line, until = b"", time.monotonic() + HELLO_S
+    while not line.endswith(b"\n") and len(line) < 1000:
+        connection.settimeout(max(0.01, until - time.monotonic()))
+        piece = connection.recv(1)
+        if not piece:
+            break
+        line += piece
+    return line
+
+
+def bytes_to_json(data: bytes) -> str:
+    return b64encode(data).decode()
+
+
+def bytes_from_json(text: str) -> bytes:
+    return b64decode(text)
+
+
 def row_to_json(row: Row) -> dict[str, Any]:
-    mask = None if row.mask is None else b64encode(row.mask).decode()
+    mask = None if row.mask is None else bytes_to_json(row.mask)
     return vars(row) | {"sampling": row.sampling and vars(row.sampling), "mask": mask}
 
 
@@ -106,5 +170,5 @@ def row_from_json(data: dict[str, Any]) -> Row:
         sampling,
         None if prompt is None else tuple(prompt),
         tuple(data["drafts"]),
-        None if mask is None else b64decode(mask),
+        None if mask is None else bytes_from_json(mask),
     )

@@ -69,8 +69,9 @@ def _heads(config: ModelConfig, rank: int, ranks: int) -> tuple[range, range]:
 class Part:
     """One rank's share of a checkpoint: a loader reads no more than that.
 
-    config: the model's with the rank's own heads; experts and vocabulary are counted whole, as the router and who reads
-    the logits see them. size_bytes: of the rank's matrices; what is no matrix, under a hundredth, is counted whole.
+    whole: the checkpoint. config: the model's with the rank's own heads; experts and vocabulary are counted whole, as
+    the router and who reads the logits see them. size_bytes: of the rank's matrices; what is no matrix, under a
+    hundredth, is counted whole.
     """
 
     def __init__(self, checkpoint: Readable, share: Share) -> None:
@@ -81,7 +82,7 @@ class Part:
         )
         self.format = checkpoint.format
         self.stop_ids = checkpoint.stop_ids
-        self._checkpoint = checkpoint
+        self.whole = checkpoint
         self._cuts = {param.name: _cut(param, whole, share) for param in checkpoint.params}
         self.params: tuple[Param, ...] = tuple(replace(p, shape=self._shape(p)) for p in checkpoint.params)
         matrices = sum(checkpoint.matrix_bytes(role) - self.matrix_bytes(role) for role in MATRICES)
@@ -91,26 +92,26 @@ class Part:
         """As Checkpoint.read, of the rank's part."""
         axis, places = self._cuts[name] or (0, None)
         if axis == 0:
-            return self._checkpoint.read(name, _within(places, rows))
+            return self.whole.read(name, _within(places, rows))
         assert places is not None
-        return _columns(self._checkpoint.read(name, rows), places, name)
+        return _columns(self.whole.read(name, rows), places, name)
 
     def release(self, weight: Weight | None = None) -> None:
-        self._checkpoint.release(weight)
+        self.whole.release(weight)
 
     def stored_as(self, name: str) -> tuple[Spec | None, str | None]:
-        return self._checkpoint.stored_as(name)
+        return self.whole.stored_as(name)
 
     def matrix_bytes(self, role: Role) -> int:
         """By the rank's share of the role's numbers."""
         sizes = [
             sum(param.size for param in params if param.role == role and param.is_matrix)
-            for params in (self.params, self._checkpoint.params)
+            for params in (self.params, self.whole.params)
         ]
-        return self._checkpoint.matrix_bytes(role) * sizes[0] // sizes[1]
+        return self.whole.matrix_bytes(role) * sizes[0] // sizes[1]
 
     def fingerprint(self) -> list[list[Any]]:
-        return [*self._checkpoint.fingerprint(), ["share", self.share.rank, self.share.ranks]]
+        return [*self.whole.fingerprint(), ["share", self.share.rank, self.share.ranks]]
 
     def _shape(self, param: Param) -> tuple[int, ...]:
         cut = self._cuts[param.name]

@@ -6,15 +6,18 @@ import json
 import socket
 import threading
 import time
+from dataclasses import replace
+from queue import SimpleQueue
 
 import pytest
 
 from mlx_gptoss.backends.base import Row
 from mlx_gptoss.errors import GptOssError
-from mlx_gptoss.ranks import Follower, Leader, find_launch, leader, wire
+from mlx_gptoss.ranks import Follower, Leader, find_launch, leader, neighbours, wire
 from mlx_gptoss.ranks.launch import SECRET, Launch
+from mlx_gptoss.ranks.neighbours import Neighbours
 from mlx_gptoss.ranks.runner import GroupRunner
-from mlx_gptoss.ranks.wire import Channel, Lost, row_from_json, row_to_json
+from mlx_gptoss.ranks.wire import Channel, Lost, bytes_from_json, row_from_json, row_to_json
 from mlx_gptoss.sampling import Sampling
 from mlx_gptoss.spread import _compare
 
@@ -148,11 +151,46 @@ def test_signs_of_life(monkeypatch):
     one, other = pair()
     other.beat(lambda lost: None)
     threading.Timer(0.6, lambda: other.send("message")).start()
-    assert one.receive(0.3) == "message"
+    one.silence_s, other.silence_s = 0.3, 0.05
+    assert one.receive() == "message"
     with pytest.raises(Lost, match="no sign of life"):
-        other.receive(0.05)
+        other.receive()
     one.close()
     other.close()
+
+
+def test_neighbours_that_lose_each_other(launches, monkeypatch):
+    """The ranks between which there is no rank 0: as long as each hears from the other they are content."""
+    launches = [replace(launches[0], rank=rank, ranks=4) for rank in range(4)]
+    monkeypatch.setattr(wire, "BEAT_S", 0.05)
+    monkeypatch.setattr(neighbours, "SILENCE_S", 0.4)
+    ranks, lost = {rank: Neighbours(launches[rank], "127.0.0.1") for rank in (1, 2, 3)}, SimpleQueue()
+    assert ranks[1].port == 0
+    behind = {rank: ("127.0.0.1", ranks[rank + 1].port) for rank in (1, 2)}
+    stranger = connect(ranks[2].port)
+    stranger.sendall(b"{}\n")
+
+    def meet(rank):
+        ranks[rank].meet(behind.get(rank), lambda other, gone: lost.put((rank, other, str(gone))))
+
+    threads = [threading.Thread(target=meet, args=[rank]) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert stranger.recv(1) == b""
+    stranger.close()
+    for rank in ranks.values():
+        rank.loaded()
+    time.sleep(1)
+    assert lost.empty()
+    monkeypatch.setattr(Channel, "_write", lambda self, data: None)  # nothing comes through any more
+    silence = "has given no sign of life for 0 seconds"
+    assert sorted(lost.get(timeout=10) for _ in range(4)) == [
+        (rank, other, silence) for rank, other in [(1, 2), (2, 1), (2, 3), (3, 2)]
+    ]
+    for rank in ranks.values():
+        rank.close()
 
 
 def pair():
@@ -187,10 +225,33 @@ class Own:
     def restore(self, slot, chain):
         self.restored = chain
 
+    def pack(self, snapshot):
+        return b""
+
+    def unpack(self, start, end, data):
+        assert data == b""
+        return self.save(0, start, end)
+
+
+class Others:
+    """Two other ranks, which pack what lies under the number of a snapshot."""
+
+    def __init__(self):
+        self.told, self.each = [], []
+
+    def tell(self, *messages):
+        self.told += messages
+
+    def tell_each(self, messages):
+        self.each += messages
+
+    def packed(self):
+        return [f"rank {rank}'s {self.told[-1][1]}".encode() for rank in (1, 2)]
+
 
 def test_every_rank_is_told_the_seed_and_what_is_dropped():
-    own, told = Own(), []
-    runner = GroupRunner(own, told.extend, lambda: None, largest=1.5)
+    own, others = Own(), Others()
+    runner, told = GroupRunner(own, others, largest=1.5), others.told
     runner.submit([Row(0, 0, (1,), Sampling(), (1,)), Row(1, 0, (2,), Sampling(seed=5), (2,)), Row(2, 3, None)])
     first, second, third = own.rows[0]
     assert first.sampling.seed is not None and (second.sampling.seed, third.sampling) == (5, None)
@@ -201,6 +262,23 @@ def test_every_rank_is_told_the_seed_and_what_is_dropped():
     del dropped
     runner.restore(1, [kept])
     assert told == [["drop", [1]], ["restore", 1, [0]]] and own.restored == [kept.own]
+
+
+def test_a_snapshot_in_a_file_has_every_ranks_part():
+    others = Others()
+    runner = GroupRunner(Own(), others, largest=1)
+    runner.save(0, 0, 10)
+    data = runner.pack(runner.save(0, 10, 20))
+    assert others.told[-1] == ["pack", 1]
+    again = runner.unpack(10, 20, data)
+    assert (again.start, again.end) == (10, 20)
+    parts = [[(name, start, end, bytes_from_json(part)) for name, start, end, _, part in its] for its in others.each]
+    assert parts == [[("unpack", 10, 20, f"rank {rank}'s 1".encode())] for rank in (1, 2)]
+    runner.restore(1, [again])
+    assert others.told[-1] == ["restore", 1, [others.each[0][0][3]]]
+    for cut in (data[:-1], data[:9], data + b"x"):
+        with pytest.raises(ValueError, match="cut off"):
+            runner.unpack(10, 20, cut)
 
 
 def test_ranks_that_would_not_compute_the_same():

@@ -62,6 +62,16 @@ def test_a_server_over_two_ranks_and_a_rank_that_is_killed(ring):
     assert is_free(int(url.rpartition(":")[2])) and is_free(ranks.port) and is_free(ranks.port - 1)
 
 
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [(["show"], 0), (["--help"], 0), (["generate", "a", "--nonsense"], 2), (["batch", "a", "b"], 1)],
+)
+def test_a_command_that_loads_nothing_lets_the_others_go(ring, tmp_path, command, code):
+    ranks = ring(2, *CLI, *[str(tmp_path / word) if len(word) == 1 else word for word in command])
+    (first, _, _), other = ranks.end(15)
+    assert (first, other) == (code, (0, "", ""))
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_to_all_ranks_ends_them_in_order(ring, number, code):
     ranks = ring(2, *SERVE)
