@@ -24,8 +24,11 @@ FILE = click.Path(path_type=Path)
 @click.argument("answers", metavar="OUT.jsonl", type=FILE)
 @options(MODEL_OPTIONS, RUN_OPTIONS, CACHE_OPTIONS)
 @click.option("--slots", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences at once.")
+@click.option("--retry", is_flag=True, help="Ask the lines again that failed; their errors leave OUT.jsonl.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object in the end.")
-def batch(requests: Path, answers: Path, model: str | None, slots: int, as_json: bool, **loading: Any) -> None:
+def batch(
+    requests: Path, answers: Path, model: str | None, slots: int, retry: bool, as_json: bool, **loading: Any
+) -> None:
     """Answer the requests in IN.jsonl, in the form of OpenAI's batches, and add the answers to OUT.jsonl as they come.
 
     A request's answer is what the server would say. Lines that cannot be answered get an error of their own. Whatever
@@ -39,7 +42,7 @@ def batch(requests: Path, answers: Path, model: str | None, slots: int, as_json:
         from mlx_gptoss.server.store import Store
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    with Batch(requests, answers) as work:
+    with Batch(requests, answers, retry=retry) as work:
         try:
             if work.done < work.total:
                 with load(model, **loading, slots=slots) as loaded, _bar(work) as progress:

@@ -36,16 +36,16 @@ ENDPOINTS: dict[str, tuple[type[Strict], Whole]] = {
 class Batch:
     """A file of requests and the file of their answers, in OpenAI's batch form. A context manager.
 
-    done, failed: answers in the file, those of an earlier run included. prompt_tokens, completion_tokens: of this run.
-    Raises InvalidRequest for files that are not what they should be, and GptOssError if the answers cannot be written,
-    or are being written by another process.
+    retry: ask again what failed in an earlier run. done, failed: answers in the file, those of an earlier run included.
+    prompt_tokens, completion_tokens: of this run. Raises InvalidRequest for files that are not what they should be, and
+    GptOssError if the answers cannot be written, or are being written by another process.
     """
 
-    def __init__(self, requests: Path, answers: Path) -> None:
+    def __init__(self, requests: Path, answers: Path, *, retry: bool = False) -> None:
         if answers.exists() and requests.exists() and answers.samefile(requests):
             raise InvalidRequest(f"{answers} holds the requests: name another file for the answers")
         self._requests = Requests(requests)
-        self._answers = Answers(answers, self._requests)
+        self._answers = Answers(answers, self._requests, retry=retry)
         self.total = self._requests.total
         self.earlier = self.done
         self.prompt_tokens = self.completion_tokens = 0

@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from itertools import count
@@ -146,20 +147,22 @@ class Requests:
 class Answers:
     """The file of answers, held by this process alone. What it has is taken off `requests`. To be closed.
 
+    retry: take out the answers that failed, so that their lines wait again.
     Raises InvalidRequest if it is not the answers of a batch of these requests, and GptOssError if another process
     writes it.
     """
 
-    def __init__(self, path: Path, requests: Requests) -> None:
+    def __init__(self, path: Path, requests: Requests, *, retry: bool = False) -> None:
         self.done = self.failed = 0
         self._path = path
         self._requests = requests
-        try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise GptOssError(f"{path} cannot be written: {error.strerror}") from error
+        self._size, self._new, before = 0, False, path.exists()
+        self._file = self._open()
         try:
             self._lock()
+            self._new = not before
+            if retry:
+                self._drop_failed()
             self._size = self._recover()
             os.ftruncate(self._file, self._size)
             sync_folder(path.absolute().parent)
@@ -168,6 +171,9 @@ class Answers:
             raise
 
     def close(self) -> None:
+        """Without a single answer there is no file, unless there was one before."""
+        if self._new and not self._size:
+            self._path.unlink(missing_ok=True)
         os.close(self._file)
 
     def append(self, entries: Sequence[dict[str, Any]]) -> None:
@@ -197,6 +203,12 @@ class Answers:
         self.failed += waited and failed(entry)
         return waited
 
+    def _open(self) -> int:
+        try:
+            return os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise GptOssError(f"{self._path} cannot be written: {error.strerror}") from error
+
     def _lock(self) -> None:
         if not stat.S_ISREG(os.fstat(self._file).st_mode):
             raise InvalidRequest(f"{self._path} is not a file: the answers need one, to go on from")
@@ -208,24 +220,49 @@ class Answers:
     def _recover(self) -> int:
         """Take over the whole lines; returns their bytes."""
         size = 0
-        with os.fdopen(os.dup(self._file), "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n") and (line.startswith(HEAD) or HEAD.startswith(line)):
-                    break
-                self._take(number, line)
-                size += len(line)
+        for number, line, entry in self._entries():
+            if not self._note(entry):
+                what = f"answers {str(entry['custom_id'])[:100]!r}, for which no line of the requests waits"
+                raise InvalidRequest(f"line {number} of {self._path} {what}; name another file for these requests")
+            size += len(line)
         return size
 
-    def _take(self, number: int, line: bytes) -> None:
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
-        if not line.startswith(HEAD) or not isinstance(entry, dict) or "custom_id" not in entry:
-            raise InvalidRequest(f"{self._path} is no file of answers, see its line {number}; name another file")
-        if not self._note(entry):
-            what = f"answers {str(entry['custom_id'])[:100]!r}, for which no line of the requests waits"
-            raise InvalidRequest(f"line {number} of {self._path} {what}; name another file for these requests")
+    def _drop_failed(self) -> None:
+        """Put a file without the answers that failed in the place of this one."""
+        with tempfile.NamedTemporaryFile(dir=self._path.parent, prefix=f".{self._path.name}-", delete=False) as kept:
+            try:
+                for _, line, entry in self._entries():
+                    if not failed(entry):
+                        kept.write(line)
+                kept.flush()
+                os.fchmod(kept.fileno(), stat.S_IMODE(os.fstat(self._file).st_mode))
+                os.fsync(kept.fileno())
+                os.replace(kept.name, self._path.resolve())
+            except BaseException as error:
+                Path(kept.name).unlink(missing_ok=True)
+                if isinstance(error, OSError):
+                    raise GptOssError(f"{self._path} could not be written anew: {error.strerror}") from error
+                raise
+        old, self._file = self._file, self._open()
+        os.close(old)
+        self._lock()
+
+    def _entries(self) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
+        """Whole lines: number, content, and what it says."""
+        with os.fdopen(os.dup(self._file), "rb") as file:
+            file.seek(0)
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n") and (line.startswith(HEAD) or HEAD.startswith(line)):
+                    return
+                try:
+                    entry = json.loads(line)
+                except (ValueError, RecursionError):
+                    entry = None
+                if not line.startswith(HEAD) or not isinstance(entry, dict) or "custom_id" not in entry:
+                    raise InvalidRequest(
+                        f"{self._path} is no file of answers, see its line {number}; name another file"
+                    )
+                yield number, line, entry
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -255,6 +255,38 @@ def test_the_requests_are_not_written_over(tmp_path):
             Batch(tmp_path / "in.jsonl", tmp_path / name)
 
 
+def test_what_failed_is_asked_again_if_that_is_wanted(run, tmp_path):
+    short = request("long", COMPLETIONS, {"prompt": "Hi", "max_tokens": 1, "temperature": 0})
+    lines = [ONE, request("long", COMPLETIONS, {"prompt": "Hi " * 2000}), b"no JSON", request("b", "/v1/files", {})]
+    run(*lines)
+    out, (requests,) = tmp_path / "out.jsonl", [tmp_path / "in.jsonl"]
+    out.chmod(0o640)
+    kept = [line for line in out.read_bytes().splitlines(keepends=True) if b'"custom_id":"a"' in line]
+    requests.write_bytes(b"\n".join([ONE, short, b"no JSON"]))
+    with pytest.raises(InvalidRequest, match="for which no line of the requests waits"):
+        Batch(requests, out)
+    with Batch(requests, out, retry=True) as batch:
+        assert (batch.done, batch.failed, batch.total) == (1, 0, 3)
+    assert out.read_bytes() == b"".join(kept) and out.stat().st_mode & 0o777 == 0o640
+    again = run(ONE, short, b"no JSON")
+    assert {entry["custom_id"]: (entry["response"] or {}).get("status_code") for entry in again} == {
+        "a": 200, "long": 200, None: None,
+    }  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_without_an_answer_there_is_no_file(tmp_path):
+    """As when the model cannot be loaded; one that was there, and is empty, stays."""
+    (tmp_path / "in.jsonl").write_bytes(ONE)
+    words = [str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "--model", str(tmp_path)]
+    out = subprocess.run([*CLI, *words], capture_output=True, text=True, timeout=60)
+    assert (out.returncode, out.stderr.count("\n")) == (1, 1) and "is not a checkpoint" in out.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+    (tmp_path / "out.jsonl").touch()
+    Batch(tmp_path / "in.jsonl", tmp_path / "out.jsonl").close()
+    assert (tmp_path / "out.jsonl").exists()
+
+
 def test_two_do_not_write_one_file(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(ONE)
     with Batch(tmp_path / "in.jsonl", tmp_path / "out.jsonl") as first:
