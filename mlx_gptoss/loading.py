@@ -15,7 +15,7 @@ from .backends import find_backend
 from .backends.base import Backend, Limits, Runner
 from .errors import CheckpointError, InvalidRequest
 from .memory import MemoryPlan, plan_memory
-from .recommend import mappable_bytes, used_vocabulary, widenable_bytes
+from .recommend import made_bytes, mappable_bytes, used_vocabulary, widenable_bytes
 from .weights import checkpoint as checkpoints
 from .weights.checkpoint import Checkpoint, Readable
 from .weights.formats import WRITERS
@@ -113,7 +113,7 @@ def settle(order: Order, source: Readable, rank: int = 0, ranks: int = 1, beside
     plan = memory_plan(
         part,
         module,
-        weights.size_bytes,
+        None if order.quantize is None else weights.size_bytes,
         device=order.device,
         dtype=order.dtype,
         max_context=order.max_context,
@@ -182,7 +182,7 @@ def memory_plan(
     may_widen = as_stored and backend.device_name(device) == "cpu"
     return plan_memory(
         config,
-        checkpoint.size_bytes if weights_bytes is None else weights_bytes,
+        checkpoint.size_bytes + made_bytes(checkpoint) if weights_bytes is None else weights_bytes,
         backend.available_memory(device) // beside,
         activation_bytes=activation_bytes,
         context=max_context,

@@ -23,7 +23,7 @@ import numpy as np
 from .errors import CheckpointError
 from .memory import COMFORTABLE_CONTEXT, SMALLEST_CONTEXT, MemoryPlan
 from .weights import codecs
-from .weights.checkpoint import Checkpoint, Readable
+from .weights.checkpoint import ROLES, Checkpoint, Readable
 from .weights.formats import WRITERS
 from .weights.params import Role
 from .weights.tensor import MXFP4, Dense
@@ -133,4 +133,21 @@ def widenable_bytes(weights: Readable, activation_bytes: int) -> int:
         if all(weights.stored_as(param.name)[0] is None for param in matrices):
             wide = activation_bytes * sum(param.size for param in matrices)
             extra += max(0, wide - weights.matrix_bytes(role))
+    return extra
+
+
+def made_bytes(weights: Readable) -> int:
+    """Bytes of biases that are not stored but made while reading, since codes and scales tell them: of int4-autoround
+    and of GGUF's Q8_0."""
+    extra = 0
+    for role in ROLES:
+        matrices = [param for param in weights.params if param.role == role and param.is_matrix]
+        held = 0
+        for param in matrices:
+            spec, dtype = weights.stored_as(param.name)
+            if spec is None or spec.scale != "float":
+                break  # a bias goes with float scales alone, and a role's matrices are stored alike
+            held += param.size * spec.bits // 8 + 2 * param.size // spec.group * (4 if dtype == "F32" else 2)
+        else:
+            extra += max(0, held - weights.matrix_bytes(role))
     return extra

@@ -6,9 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from mlx_gptoss.backends import find_backend
 from mlx_gptoss.config import GPT_OSS_20B, GPT_OSS_120B
 from mlx_gptoss.errors import DoesNotFit
+from mlx_gptoss.loading import memory_plan, open_checkpoint
 from mlx_gptoss.memory import plan_memory, require_fit, system_available, wired_limit
+from mlx_gptoss.weights import codecs
 from mlx_gptoss.weights.formats import WRITERS
 from mlx_gptoss.weights.params import parameters
 
@@ -135,3 +138,16 @@ def test_available_memory_is_plausible():
     import psutil
 
     assert 0 < system_available() <= psutil.virtual_memory().total
+
+
+@pytest.mark.parametrize(
+    "name", ["mxfp4", "fp8-dynamic", "int4-autoround", "mlx-4bit", "nvfp4", "gguf/model-q8_0.gguf"]
+)
+def test_the_plan_knows_what_is_made_while_reading(mini, name):
+    """Biases that the file does not hold."""
+    checkpoint = open_checkpoint(mini / name)
+    plan = memory_plan(checkpoint, find_backend("mlx", 0)[0], device="cpu", max_context=64)
+    read = sum(codecs.nbytes(checkpoint.read(param.name)) for param in checkpoint.params)
+    assert plan.weights_bytes == pytest.approx(read, rel=1e-4)
+    made = name in ("int4-autoround", "gguf/model-q8_0.gguf")
+    assert (plan.weights_bytes > checkpoint.size_bytes * 1.005) == made

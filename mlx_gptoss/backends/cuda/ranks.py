@@ -28,7 +28,8 @@ class Ranks:
         try:
             if not dist.is_initialized():  # by a model that this process loaded before
                 kind = "nccl" if device.type == "cuda" else "gloo"
-                dist.init_process_group(kind, rank=share.rank, world_size=share.ranks)
+                bound = device if device.type == "cuda" else None  # connects at once, and what fails does so here
+                dist.init_process_group(kind, rank=share.rank, world_size=share.ranks, device_id=bound)
         except (RuntimeError, ValueError) as error:
             raise BackendUnavailable(f"torch cannot reach the other ranks ({error}); start them by torchrun") from error
         return Ranks(share)
