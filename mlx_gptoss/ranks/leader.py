@@ -34,11 +34,11 @@ class Leader:
         """Raises GptOssError if not all ranks come within join_s seconds, by default JOIN_S."""
         Leader.led = True
         self._launch = launch
-        self._channels, self._listening = self._meet(JOIN_S if join_s is None else join_s)
-        self._ready = threading.Semaphore(0)
-        self._packed: list[SimpleQueue[bytes]] = [SimpleQueue() for _ in self._channels]
         self._ending = threading.Event()
+        self._ready = threading.Semaphore(0)
+        self._packed: list[SimpleQueue[bytes]] = [SimpleQueue() for _ in range(1, launch.ranks)]
         self._readers: list[threading.Thread] = []
+        self._channels, self._listening = self._meet(JOIN_S if join_s is None else join_s)
 
     def ask(self, order: Any) -> list[Any]:
         """What every other rank answers to the order. Raises GptOssError if one cannot do it."""
