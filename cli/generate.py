@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
@@ -79,6 +80,8 @@ def _prompt(argument: str | None) -> str:
     if argument is None and sys.stdin.isatty():
         raise click.UsageError("give a PROMPT, or - to read it from stdin")
     if argument is None or argument == "-":
+        if "MLX_RANK" in os.environ:
+            raise click.UsageError("give the PROMPT as an argument: mlx.launch does not say where stdin ends")
         text = sys.stdin.buffer.read().decode("utf-8", errors="replace")
     else:
         text = argument

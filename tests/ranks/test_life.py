@@ -64,7 +64,7 @@ def test_a_server_over_two_ranks_and_a_rank_that_is_killed(ring):
 
 @pytest.mark.parametrize(
     ("command", "code"),
-    [(["show"], 0), (["--help"], 0), (["generate", "a", "--nonsense"], 2), (["batch", "a", "b"], 1)],
+    [(["show"], 0), (["--help"], 0), (["generate", "a", "--nonsense"], 2), (["generate"], 2), (["batch", "a", "b"], 1)],
 )
 def test_a_command_that_loads_nothing_lets_the_others_go(ring, tmp_path, command, code):
     ranks = ring(2, *CLI, *[str(tmp_path / word) if len(word) == 1 else word for word in command])
