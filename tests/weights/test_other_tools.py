@@ -1,4 +1,4 @@
-"""transformers and mlx-lm load what convert writes; each runs in a process of its own, as importing them is slow."""
+"""transformers, auto-round under it, and mlx-lm load what convert writes, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -27,6 +27,18 @@ model = GptOssForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32, attn
 with torch.no_grad():
     np.save(sys.argv[4], model(torch.tensor(np.load(sys.argv[3]))[None].long()).logits[0].numpy())
 """
+AUTO_ROUND = """
+import sys, numpy as np, torch
+from transformers import AutoModelForCausalLM
+model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], device_map="cpu", output_loading_info=True)
+assert not any(info.values()), info
+weights = {}
+for name, module in model.named_modules():
+    if hasattr(module, "qweight"):
+        with torch.no_grad():  # the rows of the identity pick out the columns
+            weights[name] = (module(torch.eye(module.qweight.shape[0] * 8)) - module.bias).float().T.numpy()
+np.savez(sys.argv[2], **weights)
+"""
 MLX_LM = """
 import sys, numpy as np, mlx.core as mx
 from pathlib import Path
@@ -54,6 +66,20 @@ def test_transformers_computes_the_reference_logits(mini, tmp_path, relative_err
     np.save(tmp_path / "prompt.npy", reference["prompt"])
     run(TRANSFORMERS, tmp_path / name, name, tmp_path / "prompt.npy", tmp_path / "logits.npy")
     assert relative_error(np.load(tmp_path / "logits.npy"), reference["logits"]) < 1e-4
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("auto_round"), reason="auto-round is not installed")
+def test_transformers_fills_every_expert_through_auto_round(mini, tmp_path):
+    """The experts alone: how auto-round 0.16.1 joins them under transformers 5 is wrong, see the README."""
+    convert(mini / "mxfp4", tmp_path / "out", "int4-autoround")
+    run(AUTO_ROUND, tmp_path / "out", tmp_path / "weights.npz")
+    theirs, ours = np.load(tmp_path / "weights.npz"), checkpoint.open(tmp_path / "out")
+    names = [(layer, kind) for layer in range(2) for kind in ("gate", "up", "down")]
+    assert len(theirs.files) == 6 * len(names)
+    for layer, kind in names:
+        for expert, wanted in enumerate(codecs.dequantize(ours.read(f"layers.{layer}.experts.{kind}.weight"))):
+            got = theirs[f"model.layers.{layer}.mlp.experts.{expert}.{kind}_proj"]
+            assert np.allclose(got, wanted, rtol=0, atol=2e-3), (layer, expert, kind)  # theirs: float16
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("mlx_lm"), reason="mlx-lm is not installed")
