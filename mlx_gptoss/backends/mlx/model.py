@@ -84,21 +84,25 @@ class Attention:
     def _banded(self, q: mx.array, keys: mx.array, values: mx.array, past: int) -> mx.array:
         """Sliding attention of one slot's L new queries over W past and L new keys, S = min(L, W) queries at a time.
 
-        Work per token does not grow with L: block n of S queries sees only the keys [n S, n S + W + S).
+        Work per token does not grow with L: block n of S queries sees only the keys [n S, n S + W + S). past: how many
+        of the W there are; a single block leaves out the others.
         """
         L = q.shape[2]
         W = keys.shape[2] - L
         S = min(L, W)
-        n = -(-L // S)
-        if n > 1:
+        n, P = -(-L // S), W
+        if n == 1:
+            P = past
+            keys, values = keys[:, :, W - P :], values[:, :, W - P :]
+        else:
             pad = [(0, 0), (0, 0), (0, n * S - L), (0, 0)]
             q = _blocks(mx.pad(q, pad), S)  # [n, H, S, 64]
             k, v = (_blocks(mx.pad(a, pad), S) for a in (keys, values))  # [n + 1, K, S, 64], as S = W
             keys, values = (mx.concatenate([a[:-1], a[1:]], axis=2) for a in (k, v))  # [n, K, W + S, 64]
-        # Query i stands at place W + i of its block's keys and sees the W places up to itself.
-        i, j = mx.arange(S)[:, None], mx.arange(W + S)[None, :]
-        mask = mx.broadcast_to((j > i) & (j <= i + W), (n, 1, S, W + S))
-        if past < W:  # the first block's oldest places lie before position 0
+        # Query i stands at place P + i of its block's keys and sees the W places up to itself.
+        i, j = mx.arange(S)[:, None], mx.arange(P + S)[None, :]
+        mask = mx.broadcast_to((j > i + P - W) & (j <= i + P), (n, 1, S, P + S))
+        if past < P:  # the first block's oldest places lie before position 0
             exists = (mx.arange(n)[:, None] > 0) | (j >= W - past)
             mask = mask & exists[:, None, None, :]
         y = self._attend(q, keys, values, mask)  # [n, H, S, 64]
