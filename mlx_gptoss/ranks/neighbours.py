@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from .. import machine
 from ..errors import GptOssError
@@ -51,9 +52,12 @@ class Neighbours:
             ).start()
 
     def loaded(self) -> None:
-        """From now on nobody has a reason to be silent for long."""
+        """From now on nobody has a reason to be silent for long. A neighbour that has begun to wait before counts anew
+        from the next sign of life; so that comes at once."""
         for channel in self._channels.values():
             channel.silence_s = SILENCE_S
+            with suppress(Lost):  # whoever watches it says so
+                channel.live()
 
     def close(self) -> None:
         if self._listener is not None:

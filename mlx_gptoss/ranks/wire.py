@@ -75,13 +75,17 @@ class Channel:
                 except ValueError as error:
                     raise Lost("does not speak as a rank does") from error
 
+    def live(self) -> None:
+        """Send one sign of life. Raises Lost."""
+        self._write(b"\n")
+
     def beat(self, lost: Callable[[Lost], None]) -> None:
         """Send signs of life from now on, on a thread of their own. `lost` is called there if they do not go out."""
 
         def run() -> None:
             while not self._closed.wait(BEAT_S):
                 try:
-                    self._write(b"\n")
+                    self.live()
                 except Lost as error:
                     if not self._closed.is_set():
                         lost(error)
