@@ -1,7 +1,9 @@
-"""Ranks on the loopback, started as mlx.launch and torchrun start them: processes with an environment."""
+"""Ranks on the loopback or on a slow network, started as mlx.launch and torchrun start them: processes with an
+environment."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from slow_network import DEVICE, SlowNetwork, Unavailable
 
 
 def free_ports(count: int) -> list[int]:
@@ -30,20 +33,22 @@ def free_ports(count: int) -> list[int]:
 
 
 class Ranks:
-    """Processes of one launch, rank 0 first."""
+    """Processes of one launch, rank 0 first; on a network, each on a host of its own."""
 
-    def __init__(self, environments: list[dict[str, str]], command: list[str], port: int) -> None:
+    def __init__(
+        self, environments: list[dict[str, str]], command: list[str], port: int, network: SlowNetwork | None
+    ) -> None:
         self.port = port  # where rank 0 listens for the others
         self.processes = [
             subprocess.Popen(
-                [sys.executable, *command],
+                [*(network.inside(rank) if network else []), sys.executable, *command],
                 env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for environment in environments
+            for rank, environment in enumerate(environments)
         ]
 
     def __getitem__(self, rank: int) -> subprocess.Popen[str]:
@@ -65,12 +70,18 @@ def ring(tmp_path: Path) -> Any:
     """ring(2, "-m", "mlx_gptoss_cli", ...): ranks of the mlx backend. Whatever of them is left is killed."""
     started: list[Ranks] = []
 
-    def start(count: int, *command: str, more: Callable[[int], dict[str, str]] = lambda rank: {}) -> Ranks:
+    def start(
+        count: int,
+        *command: str,
+        more: Callable[[int], dict[str, str]] = lambda rank: {},
+        network: SlowNetwork | None = None,
+    ) -> Ranks:
         ports = free_ports(count)
+        hosts = [network.address(rank) if network else "127.0.0.1" for rank in range(count)]
         hostfile = tmp_path / f"hosts{len(started)}.json"
-        hostfile.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
+        hostfile.write_text(json.dumps([[f"{host}:{port}"] for host, port in zip(hosts, ports, strict=True)]))
         each = [{"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile), **more(rank)} for rank in range(count)]
-        started.append(Ranks(each, list(command), ports[-1] + 1))
+        started.append(Ranks(each, list(command), ports[-1] + 1, network))
         return started[-1]
 
     yield start
@@ -83,15 +94,31 @@ def torchrun() -> Any:
     """The same of the cuda backend, on CPUs."""
     started: list[Ranks] = []
 
-    def start(count: int, *command: str) -> Ranks:
+    def start(count: int, *command: str, network: SlowNetwork | None = None) -> Ranks:
         port = free_ports(1)[0]
         shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
+        if network:
+            shared |= {"LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": network.address(0), "GLOO_SOCKET_IFNAME": DEVICE}
         each = [
             {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)} for rank in range(count)
         ]
-        started.append(Ranks(each, list(command), port + 1))
+        started.append(Ranks(each, list(command), port + 1, network))
         return started[-1]
 
     yield start
     for ranks in started:
         ranks.kill()
+
+
+@pytest.fixture
+def slow_network() -> Any:
+    """slow_network(2, delay_s=0.005, loss=0.01): a SlowNetwork of so many hosts."""
+    with contextlib.ExitStack() as stack:
+
+        def start(hosts: int, **settings: float) -> SlowNetwork:
+            try:
+                return stack.enter_context(SlowNetwork(hosts, **settings))
+            except Unavailable as error:
+                pytest.skip(str(error))
+
+        yield start
