@@ -39,11 +39,11 @@ def _pairs(nibbles: Floats) -> NDArray[np.complex64]:
 _E2M1_PAIRS = _pairs(E2M1)
 _UINT4_PAIRS = _pairs(np.arange(16, dtype=np.float32))
 _UINT8 = np.arange(256, dtype=np.float32)
-_VALUES: Mapping[tuple[Element, int], Callable[[Bytes], Floats]] = {
-    ("e2m1", 4): lambda codes: _E2M1_PAIRS.take(codes).view(np.float32),
-    ("uint", 4): lambda codes: _UINT4_PAIRS.take(codes).view(np.float32),
-    ("uint", 8): lambda codes: _UINT8.take(codes),
-    ("e4m3", 8): lambda codes: E4M3.take(codes),
+_VALUES: Mapping[tuple[Element, int], Array] = {  # of each byte, one or two
+    ("e2m1", 4): _E2M1_PAIRS,
+    ("uint", 4): _UINT4_PAIRS,
+    ("uint", 8): _UINT8,
+    ("e4m3", 8): E4M3,
 }
 _SCALES: Mapping[ScaleKind, Callable[[Array], Floats]] = {
     "e8m0": lambda scale: E8M0.take(scale),
@@ -109,11 +109,12 @@ def pack(codes: Bytes, bits: int) -> Bytes:
     return packed
 
 
-def dequantize(weight: Weight) -> Floats:
-    """float32 [..., N, K]: `(value(code) * scale + bias) * outer`, never rounded further."""
-    out = np.empty(shape(weight), np.float32)
+def dequantize(weight: Weight, out: Floats | None = None) -> Floats:
+    """float32 [..., N, K]: `(value(code) * scale + bias) * outer`, never rounded further. out: where to put it, in
+    memory order; memory that is used again saves the system its zeroing, which takes longer than decoding."""
+    out = np.empty(shape(weight), np.float32) if out is None else out
     for at, part in _blocks(weight):
-        out[at] = _decode(part)
+        _decode(part, out[at])
     return out
 
 
@@ -257,12 +258,16 @@ def _matrix(weight: Weight, index: tuple[int, ...]) -> Weight:
     return weight
 
 
-def _decode(weight: Weight) -> Floats:
+def _decode(weight: Weight, out: Floats | None = None) -> Floats:
     """One block as float32, in memory order."""
+    values = np.empty(shape(weight), np.float32) if out is None else out
     if isinstance(weight, Dense):
-        return straight(weight.values).astype(np.float32)
+        values[...] = straight(weight.values)
+        return values
     spec = weight.spec
-    values = _VALUES[spec.element, spec.bits](np.ascontiguousarray(weight.codes))
+    table = _VALUES[spec.element, spec.bits]
+    # A byte is never out of range, and where that is not checked numpy writes straight to its place.
+    np.take(table, np.ascontiguousarray(weight.codes), out=values.view(table.dtype), mode="clip")
     if weight.scale is not None:
         grouped = values.reshape(*values.shape[:-1], -1, spec.group)
         grouped *= _SCALES[spec.scale](weight.scale)[..., None]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_gptoss.backends.base import Limits, Row
-from mlx_gptoss.backends.mlx import load
+from mlx_gptoss.backends.mlx import host, load
 from mlx_gptoss.backends.mlx.layers import ExpertLinear
 from mlx_gptoss.backends.mlx.model import GptOss
 from mlx_gptoss.sampling import Sampling
@@ -23,7 +23,8 @@ def work(monkeypatch):
     """What was asked for since the last reset(): scores, a list a layer of queries times keys (padding included);
     pairs, of tokens and experts, a list a layer; rows of logits."""
     seen = SimpleNamespace(scores=[], pairs=[], logits=0)
-    attend, gather, logits = mx.fast.scaled_dot_product_attention, ExpertLinear.__call__, GptOss.logits
+    kind = host.HostExperts if host.used(on_cpu=True, dtype=mx.float32) else ExpertLinear
+    attend, gather, logits = mx.fast.scaled_dot_product_attention, kind.__call__, GptOss.logits
 
     def counted_attend(q, k, v, **options):
         seen.scores.append(q.shape[0] * q.shape[2] * k.shape[2])
@@ -38,7 +39,7 @@ def work(monkeypatch):
         return logits(self, x)
 
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", counted_attend)
-    monkeypatch.setattr(ExpertLinear, "__call__", counted_gather)
+    monkeypatch.setattr(kind, "__call__", counted_gather)
     monkeypatch.setattr(GptOss, "logits", counted_logits)
     return seen
 

@@ -34,7 +34,8 @@ def generate(runner, sampling, tokens=30):
 
 @pytest.mark.parametrize("name", ["mxfp4", "mlx-4bit", "fp8-dynamic", "nvfp4"])
 def test_logits_of_all_ids_are_the_same(mini, name):
-    assert np.array_equal(load(mini / name, USED).logits(PROMPT), load(mini / name, None).logits(PROMPT))
+    whole = load(mini / name, None).logits(PROMPT)
+    assert np.abs(load(mini / name, USED).logits(PROMPT) - whole).max() < 1e-5 * np.abs(whole).max()
 
 
 def test_unused_ids_are_never_sampled(mini):

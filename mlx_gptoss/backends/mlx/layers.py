@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -19,11 +19,19 @@ import mlx.core as mx
 import numpy as np
 
 from ...weights import codecs
-from ...weights.tensor import Weight
+from ...weights.tensor import AFFINE4, AFFINE8, AFFINE8_G32, MXFP4, MXFP8, NVFP4, Spec, Weight
 
 # Elements of a dense matrix widened at once. 8 MB in float32 come from memory that is still mapped and cached, which
 # on a CPU makes the product 2.5 times as fast as with the whole matrix widened first, and as fast as a float32 one.
 WIDEN_ELEMENTS = 1 << 21
+MODES: dict[Spec, str] = {  # what MLX calls them
+    MXFP4: "mxfp4",
+    NVFP4: "nvfp4",
+    MXFP8: "mxfp8",
+    AFFINE4: "affine",
+    AFFINE8: "affine",
+    AFFINE8_G32: "affine",
+}
 
 
 @dataclass(frozen=True)
@@ -45,16 +53,16 @@ class DenseMatrix:
         """As ExpertLinear."""
         if self.weight.dtype == x.dtype:
             return mx.gather_mm(x, self.weight.swapaxes(-1, -2), tokens, experts, sorted_indices=tokens is None)
-        return self._gather_widened(x, experts)
+        return self.by_expert(x, experts)
 
-    def _gather_widened(self, x: mx.array, experts: mx.array) -> mx.array:
+    def by_expert(self, x: mx.array, experts: mx.array) -> mx.array:
         """One product per expert in use, each expert widened alone: a CPU with float32 activations and bfloat16
         experts. It waits for the router's choice, which costs a CPU nothing."""
         chosen: list[int] = np.array(experts).ravel().tolist()
         order = sorted(range(len(chosen)), key=chosen.__getitem__)
         pairs = mx.broadcast_to(x, (*experts.shape, *x.shape[-2:])).reshape(len(chosen), x.shape[-1])
         products = [
-            DenseMatrix(self.weight[expert]).matmul(pairs[mx.array(list(mine))])
+            replace(self, weight=self.weight[expert]).matmul(pairs[mx.array(list(mine))])
             for expert, mine in groupby(order, key=chosen.__getitem__)
         ]
         y = mx.concatenate(products)[mx.argsort(mx.array(order))]
@@ -70,15 +78,14 @@ class QuantizedMatrix:
     """codes uint32 [..., N, D * bits / 32], scales [..., N, D / group], biases like scales for mode "affine" only.
 
     outer: a factor on the output: [] for the whole matrix, [N] per row, [E, 1] or [E, N] for experts; None is 1.
+    spec: of codes and scales, one of MODES; FP8_ROW is MXFP8 here, with scales of 1.
     """
 
     codes: mx.array
     scales: mx.array
     biases: mx.array | None
     outer: mx.array | None
-    mode: str
-    group: int
-    bits: int
+    spec: Spec
 
     def matmul(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
         """x [..., D] -> [..., N]"""
@@ -107,7 +114,7 @@ class QuantizedMatrix:
         """ids [...] -> [..., D], decoded in float32"""
         scales = self.scales[ids]
         biases = None if self.biases is None else self.biases[ids].astype(mx.float32)
-        scales = scales.astype(mx.float32) if self.mode == "affine" else scales
+        scales = scales.astype(mx.float32) if self.spec.scale == "float" else scales
         w = mx.dequantize(self.codes[ids], scales, biases, **self._format).astype(mx.float32)
         if self.outer is not None:
             w = w * (self.outer if self.outer.ndim == 0 else self.outer[ids][..., None])
@@ -115,7 +122,7 @@ class QuantizedMatrix:
 
     @property
     def _format(self) -> dict[str, Any]:
-        return {"group_size": self.group, "bits": self.bits, "mode": self.mode}
+        return {"group_size": self.spec.group, "bits": self.spec.bits, "mode": MODES[self.spec]}
 
 
 Matrix = DenseMatrix | QuantizedMatrix

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -21,33 +22,20 @@ from ...rope import yarn_concentration, yarn_frequencies
 from ...weights import codecs
 from ...weights.split import Share
 from ...weights.tensor import (
-    AFFINE4,
-    AFFINE8,
-    AFFINE8_G32,
     FP8_ROW,
-    MXFP4,
     MXFP8,
-    NVFP4,
     Array,
     Dense,
     Quantized,
-    Spec,
     Weight,
     Weights,
 )
+from . import host
 from .elementwise import Elementwise
-from .layers import DenseMatrix, ExpertLinear, Linear, MappedRows, Matrix, QuantizedMatrix
+from .layers import MODES, DenseMatrix, ExpertLinear, Linear, MappedRows, Matrix, QuantizedMatrix
 from .model import Attention, Block, GptOss, MixtureOfExperts, Rotary
 from .ranks import Ranks
 
-MODES: dict[Spec, str] = {
-    MXFP4: "mxfp4",
-    NVFP4: "nvfp4",
-    MXFP8: "mxfp8",
-    AFFINE4: "affine",
-    AFFINE8: "affine",
-    AFFINE8_G32: "affine",
-}
 UNIT_E8M0 = 127  # the e8m0 byte for 2^0
 SORT_FROM = 64  # token-expert pairs from which sorting them by expert pays: each expert is then read once
 SHARED_FROM = 4 << 20  # bytes of a matrix from which streams share it: less is computed before the second has begun
@@ -138,6 +126,7 @@ class _Placer:
         self.sort_from = SORT_FROM if ranks.alone or not on_cpu else 1
         self._widen = widen
         self._on_cpu = on_cpu
+        self._by_host = host.used(on_cpu=on_cpu, dtype=dtype)
         self._checkpoint = checkpoint
         self._dtype = dtype
 
@@ -161,13 +150,15 @@ class _Placer:
         return Linear(matrices, self.vectors([f"{n}.bias" for n in names]) if biased else None, streams)
 
     def experts(self, names: Sequence[str]) -> ExpertLinear:
-        return ExpertLinear(*self._shared([f"{n}.weight" for n in names]))
+        kind = host.HostExperts if self._by_host else ExpertLinear
+        return kind(*self._shared([f"{n}.weight" for n in names]))
 
     def _shared(self, names: Sequence[str]) -> tuple[tuple[Matrix, ...], tuple[mx.Stream, ...]]:
         """The matrices; a large one in as many parts of its rows as there are streams, and those."""
         weights = [self._checkpoint.read(name) for name in names]
         size = sum(codecs.nbytes(weight) for weight in weights)
-        if not self._on_cpu or size < SHARED_FROM or not _alike(weights):
+        by_blas = self._by_host and isinstance(weights[0], Dense)
+        if not self._on_cpu or by_blas or size < SHARED_FROM or not _alike(weights):
             return self._matrices(names), ()
         matrices = tuple(fuse(part) for part in parts_of(weights, len(self._streams)))
         self._settle(matrices)
@@ -188,7 +179,9 @@ class _Placer:
         weights = [self._checkpoint.read(name) for name in names]
         matrices = (fuse(weights),) if _alike(weights) else tuple(fuse([weight]) for weight in weights)
         self._settle(matrices)
-        return matrices
+        if not self._by_host:
+            return matrices
+        return tuple(host.HostMatrix(m.weight) if isinstance(m, DenseMatrix) else m for m in matrices)
 
     def _settle(self, matrices: Sequence[Matrix]) -> None:
         for matrix in matrices:
@@ -220,12 +213,12 @@ def fuse(weights: Sequence[Weight]) -> Matrix:
     codes = _joined([w.codes for w in parts], axis=-2).view(mx.uint32)
     if first.spec == FP8_ROW:
         scales = mx.full((*codes.shape[:-1], codes.shape[-1] // 8), UNIT_E8M0, dtype=mx.uint8)
-        return QuantizedMatrix(codes, scales, None, _outer(parts), "mxfp8", 32, 8)
+        return QuantizedMatrix(codes, scales, None, _outer(parts), MXFP8)
     if first.spec not in MODES:
         raise CheckpointError(f"MLX has no kernel for {first.spec}; convert the checkpoint with --to mlx-4bit")
     scales = _joined([w.scale for w in parts if w.scale is not None], axis=-2)
     biases = None if first.bias is None else _joined([w.bias for w in parts if w.bias is not None], axis=-2)
-    return QuantizedMatrix(codes, scales, biases, _outer(parts), MODES[first.spec], first.spec.group, first.spec.bits)
+    return QuantizedMatrix(codes, scales, biases, _outer(parts), first.spec)
 
 
 def widened(matrices: Sequence[Matrix], streams: Sequence[mx.Stream], dtype: mx.Dtype) -> tuple[Matrix, ...]:
@@ -234,7 +227,9 @@ def widened(matrices: Sequence[Matrix], streams: Sequence[mx.Stream], dtype: mx.
     found: list[Matrix] = []
     for i, matrix in enumerate(matrices):
         with mx.stream(streams[i]) if streams else nullcontext():
-            found.append(DenseMatrix(matrix.weight.astype(dtype)) if isinstance(matrix, DenseMatrix) else matrix)
+            found.append(
+                replace(matrix, weight=matrix.weight.astype(dtype)) if isinstance(matrix, DenseMatrix) else matrix
+            )
     dense = [matrix.weight for matrix in found if isinstance(matrix, DenseMatrix)]
     mx.async_eval(dense)  # type: ignore[no-untyped-call]
     return tuple(found)

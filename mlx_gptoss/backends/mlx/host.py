@@ -1,0 +1,117 @@
+"""Products on a CPU through numpy's BLAS.
+
+MLX's wheel for Linux brings the reference BLAS, which does about half a billion multiply-adds a second; numpy brings
+OpenBLAS, which does tens of them. A product here waits for its input, which costs a CPU nothing, and is made at once,
+on all cores. A Mac's CPU needs none of this: there MLX has Accelerate.
+
+Legend: P rows, N outputs, D inputs, E experts.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from ...weights import codecs
+from ...weights.tensor import Quantized
+from .layers import WIDEN_ELEMENTS, DenseMatrix, ExpertLinear, QuantizedMatrix
+
+Floats = NDArray[np.float32]
+WORTH = 1 << 20  # multiply-adds from which a product pays for waiting
+ROWS_WORTH = 10  # rows an expert from which it pays to decode it, where MLX's kernel decodes for each row anew
+DECODED = 1 << 17  # weights decoded at once: half a megabyte, which stays in the cache until it has been used
+
+
+def used(*, on_cpu: bool, dtype: mx.Dtype) -> bool:
+    """Whether products with activations of `dtype` are made here."""
+    return on_cpu and dtype == mx.float32 and sys.platform != "darwin"
+
+
+def on_host(x: mx.array) -> NDArray[Any]:
+    """x, as a view, when it has been computed."""
+    mx.eval(x)  # which lets other threads run, as numpy's own waiting does not
+    return np.asarray(x)
+
+
+@dataclass(frozen=True)
+class HostMatrix(DenseMatrix):
+    """A DenseMatrix whose larger products with float32 are numpy's."""
+
+    def matmul(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
+        """x float32 [..., D] -> [..., N]"""
+        if x.size * self.weight.shape[-2] < WORTH:
+            return super().matmul(x, bias)
+        rows = on_host(x.reshape(-1, x.shape[-1]))
+        y = mx.array(np.concatenate([rows @ block.T for block in self._blocks()], axis=-1))
+        y = y.reshape(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
+
+    def gather(self, x: mx.array, experts: mx.array, tokens: mx.array | None) -> mx.array:
+        """As ExpertLinear."""
+        return self.by_expert(x, experts)
+
+    def _blocks(self) -> Iterator[Floats]:
+        """The rows in float32: all, or so many at a time where they are stored otherwise."""
+        if self.weight.dtype == mx.float32:
+            yield on_host(self.weight)
+            return
+        step = max(1, WIDEN_ELEMENTS // self.weight.shape[-1])
+        for start in range(0, len(self.weight), step):
+            yield on_host(self.weight[start : start + step].astype(mx.float32))
+
+
+@dataclass(frozen=True)
+class HostExperts(ExpertLinear):
+    """Experts of which those with many rows are decoded once for all of these."""
+
+    def __call__(self, x: mx.array, experts: mx.array, tokens: mx.array | None) -> mx.array:
+        quantized = [matrix for matrix in self.matrices if isinstance(matrix, QuantizedMatrix)]
+        if tokens is not None or len(quantized) < len(self.matrices):
+            return super().__call__(x, experts, tokens)
+        found, starts = np.unique(on_host(experts), return_index=True)
+        if len(experts) < ROWS_WORTH * len(found):
+            return super().__call__(x, experts, tokens)
+        banks = [stored(matrix) for matrix in quantized]
+        rows = on_host(x.reshape(-1, x.shape[-1]))
+        y = np.empty((len(rows), sum(bank.codes.shape[-2] for bank in banks)), np.float32)
+        step = max(1, DECODED // rows.shape[-1])
+        memory = np.empty((step, rows.shape[-1]), np.float32)
+        for expert, first, last in zip(found.tolist(), starts.tolist(), [*starts[1:].tolist(), len(rows)], strict=True):
+            at = 0
+            for part in (part for bank in banks for part in _blocks(_expert(bank, expert), step)):
+                decoded = codecs.dequantize(part, memory[: len(part.codes)])
+                np.matmul(rows[first:last], decoded.T, out=y[first:last, at : at + len(decoded)])
+                at += len(decoded)
+        return mx.array(y)[:, None]
+
+
+def stored(matrix: QuantizedMatrix) -> Quantized:
+    """As the checkpoint's reader gave it: views of the same memory, but for FP8_ROW, which stays MXFP8."""
+    scale, bias = _as_stored(matrix.scales), None if matrix.biases is None else _as_stored(matrix.biases)
+    outer = None if matrix.outer is None else on_host(matrix.outer)[..., None]
+    return Quantized(matrix.spec, on_host(matrix.codes).view(np.uint8), scale, bias, outer)
+
+
+def _as_stored(scales: mx.array) -> NDArray[Any]:
+    return on_host(scales.view(mx.uint16)).view(codecs.BFLOAT16) if scales.dtype == mx.bfloat16 else on_host(scales)
+
+
+def _expert(bank: Quantized, expert: int) -> Quantized:
+    """One expert, [N, D], of [E, N, D]."""
+    scale, bias = (None if array is None else array[expert] for array in (bank.scale, bank.bias))
+    outer = bank.outer[expert] if bank.outer is not None and bank.outer.ndim == 3 else bank.outer
+    return Quantized(bank.spec, bank.codes[expert], scale, bias, outer)
+
+
+def _blocks(matrix: Quantized, step: int) -> Iterator[Quantized]:
+    """`step` rows at a time, as views."""
+    for start in range(0, len(matrix.codes), step):
+        part = codecs.output_rows(matrix, start, start + step)
+        assert isinstance(part, Quantized)
+        yield part
