@@ -89,3 +89,34 @@ def test_experts(monkeypatch, name, parts):
 
 def values(weight):
     return weight.values.astype(np.float32) if isinstance(weight, Dense) else codecs.dequantize(weight)
+
+
+def exact(q, k, v, mask, sinks):
+    """Attention with sinks in float64, as transformers' eager_attention_forward of gpt-oss computes it."""
+    q, k, v, sinks = (np.asarray(a, np.float64) for a in (q, k, v, sinks))
+    each, (L, S) = q.shape[1] // k.shape[1], (q.shape[2], k.shape[2])
+    scores = 0.125 * q @ np.repeat(k, each, axis=1).swapaxes(-1, -2)
+    if isinstance(mask, str):
+        scores = np.where(np.arange(S) <= np.arange(S - L, S)[:, None], scores, -np.inf)
+    elif mask is not None:
+        scores = np.where(np.asarray(mask), scores, -np.inf)
+    sink = np.broadcast_to(sinks[:, None, None], (*scores.shape[:-1], 1))
+    weights = np.exp(np.concatenate([scores, sink], axis=-1))
+    return (weights / weights.sum(axis=-1, keepdims=True))[..., :-1] @ np.repeat(v, each, axis=1)
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 50), (7, 50), (50, 50)])
+@pytest.mark.parametrize("mask", ["causal", "some", None])
+def test_attention(monkeypatch, slots, queries, keys, mask):
+    """In blocks of few queries, over keys that lie in a larger cache."""
+    monkeypatch.setattr(host, "WORTH", 1)
+    monkeypatch.setattr(host, "SCORES", 3 * 2 * 50)
+    q = normal(slots, queries, 4, 64).swapaxes(1, 2)
+    k, v = (normal(slots, 2, 90, 64)[:, :, 20 : 20 + keys] for _ in range(2))
+    if mask == "some":
+        mask = mx.array(RNG.random((slots, 1, queries, keys)) < 0.3)
+        mask[:, :, 0] = queries == 1  # else the first query sees nothing, and the sink takes all
+    sinks = normal(4)
+    found = host.attend(q, k, v, 0.125, mask, sinks)
+    assert error(found, exact(q, k, v, mask, sinks)) < 1e-6

@@ -4,7 +4,8 @@ MLX's wheel for Linux brings the reference BLAS, which does about half a billion
 OpenBLAS, which does tens of them. A product here waits for its input, which costs a CPU nothing, and is made at once,
 on all cores. A Mac's CPU needs none of this: there MLX has Accelerate.
 
-Legend: P rows, N outputs, D inputs, E experts.
+Legend: P rows, N outputs, D inputs, E experts; in attention B slots, H heads, K KV heads, L queries, S keys, D a head's
+64.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import mlx.core as mx
@@ -20,11 +22,12 @@ from numpy.typing import NDArray
 
 from ...weights import codecs
 from ...weights.tensor import Quantized
-from .layers import WIDEN_ELEMENTS, DenseMatrix, ExpertLinear, QuantizedMatrix
+from .layers import WIDEN_ELEMENTS, DenseMatrix, ExpertLinear, Mask, QuantizedMatrix, fused
 
 Floats = NDArray[np.float32]
 WORTH = 1 << 20  # multiply-adds from which a product pays for waiting
 ROWS_WORTH = 10  # rows an expert from which it pays to decode it, where MLX's kernel decodes for each row anew
+SCORES = 1 << 20  # attention scores at once, 4 MB
 DECODED = 1 << 17  # weights decoded at once: half a megabyte, which stays in the cache until it has been used
 
 
@@ -89,6 +92,34 @@ class HostExperts(ExpertLinear):
                 np.matmul(rows[first:last], decoded.T, out=y[first:last, at : at + len(decoded)])
                 at += len(decoded)
         return mx.array(y)[:, None]
+
+
+def attend(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, sinks: mx.array) -> mx.array:
+    """As layers.fused. Of one KV head at a time, and of so many queries that their scores are few enough to stay in the
+    cache; what no query of those sees is left out."""
+    (B, H, L, D), (_, K, S, _) = q.shape, k.shape
+    if q.size * S < WORTH:
+        return fused(q, k, v, scale, mask, sinks)
+    queries, keys, held = (on_host(a) for a in (q * scale, k, v))
+    seen = np.broadcast_to(on_host(mask), (B, 1, L, S))[:, 0] if isinstance(mask, mx.array) else None
+    sink = on_host(sinks).reshape(K, H // K, 1, 1)
+    out = np.empty((B, K, H // K, L, D), np.float32)
+    step = max(1, SCORES // (H // K * S))
+    for b, head, start in product(range(B), range(K), range(0, L, step)):
+        asked = queries[b].reshape(K, H // K, L, D)[head, :, start : start + step]
+        rows = asked.shape[1]
+        last = S - L + start + rows if mask == "causal" else S
+        scores = (asked.reshape(-1, D) @ keys[b, head, :last].T).reshape(H // K, rows, last)
+        if mask == "causal":
+            np.copyto(scores[..., last - rows :], -np.inf, where=np.triu(np.ones((rows, rows), np.bool_), 1))
+        elif seen is not None:
+            np.copyto(scores, -np.inf, where=~seen[b, start : start + rows])
+        most = np.maximum(scores.max(axis=-1, keepdims=True), sink[head])
+        np.exp(np.subtract(scores, most, out=scores), out=scores)
+        whole = scores.sum(axis=-1, keepdims=True) + np.exp(sink[head] - most)
+        found = (scores.reshape(-1, last) @ held[b, head, :last]).reshape(H // K, rows, D)
+        np.divide(found, whole, out=out[b, head, :, start : start + rows])
+    return mx.array(out.reshape(B, H, L, D))
 
 
 def stored(matrix: QuantizedMatrix) -> Quantized:

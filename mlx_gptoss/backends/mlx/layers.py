@@ -34,6 +34,16 @@ MODES: dict[Spec, str] = {  # what MLX calls them
 }
 
 
+Mask = mx.array | str | None
+Attend = Callable[[mx.array, mx.array, mx.array, float, Mask, mx.array], mx.array]
+
+
+def fused(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, sinks: mx.array) -> mx.array:
+    """Attention with sinks by MLX: q [B, H, L, 64], keys and values [B, K, S, 64], mask bool [B, 1, L, S] of what is
+    seen, or "causal", for queries that are the last L of S positions; sinks [H] -> [B, H, L, 64]"""
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
+
+
 @dataclass(frozen=True)
 class DenseMatrix:
     """weight: [N, D] or [E, N, D] in the dtype it is stored in."""

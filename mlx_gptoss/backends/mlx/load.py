@@ -32,7 +32,7 @@ from ...weights.tensor import (
 )
 from . import host
 from .elementwise import Elementwise
-from .layers import MODES, DenseMatrix, ExpertLinear, Linear, MappedRows, Matrix, QuantizedMatrix
+from .layers import MODES, DenseMatrix, ExpertLinear, Linear, MappedRows, Matrix, QuantizedMatrix, fused
 from .model import Attention, Block, GptOss, MixtureOfExperts, Rotary
 from .ranks import Ranks
 
@@ -56,7 +56,8 @@ def load_model(
     elementwise, max_scores: as model.py has them. resident_vocab, widen: as in Limits. on_cpu: large matrices are
     shared between streams, one for each core. ranks: those that share the model, if the checkpoint is a part of it."""
     config = checkpoint.config
-    place = _Placer(checkpoint, dtype, elementwise, ranks or Ranks(Share.of(config, 0, 1), None), widen, on_cpu)
+    ranks = ranks or Ranks(Share.of(config, 0, 1), None)
+    place = _Placer(checkpoint, dtype, elementwise, max_scores, ranks, widen, on_cpu)
     # The two largest come first, while there is room to read one beside its copy.
     if resident_vocab is None:
         embed: Matrix | MappedRows = place.matrix("embed.weight")
@@ -67,7 +68,7 @@ def load_model(
         checkpoint.release()
     frequencies = mx.array((1.0 / yarn_frequencies(config.yarn, config.head_dim)).astype(np.float32))
     rotary = Rotary(frequencies, config.head_dim**-0.5 * yarn_concentration(config.yarn) ** 2)
-    blocks = tuple(_block(place, config, layer, rotary, max_scores) for layer in range(config.num_hidden_layers))
+    blocks = tuple(_block(place, config, layer, rotary) for layer in range(config.num_hidden_layers))
     return GptOss(config, dtype, embed, blocks, place.vector("norm.weight"), lm_head, rest, elementwise, place.ranks)
 
 
@@ -81,7 +82,7 @@ def _cut(weight: Weight, resident: int) -> tuple[Linear, Callable[[], Linear] | 
     return Linear((first,)), lambda: Linear((fuse([codecs.rows(weight, resident, size)]),))
 
 
-def _block(place: _Placer, config: ModelConfig, layer: int, rotary: Rotary, max_scores: int | None) -> Block:
+def _block(place: _Placer, config: ModelConfig, layer: int, rotary: Rotary) -> Block:
     at = f"layers.{layer}"
     attention = Attention(
         config,
@@ -91,7 +92,8 @@ def _block(place: _Placer, config: ModelConfig, layer: int, rotary: Rotary, max_
         rotary=rotary,
         elementwise=place.elementwise,
         ranks=place.ranks,
-        max_scores=max_scores,
+        attend=place.attend,
+        max_scores=place.max_scores,
     )
     mlp = MixtureOfExperts(
         config,
@@ -116,6 +118,7 @@ class _Placer:
         checkpoint: Weights,
         dtype: mx.Dtype,
         elementwise: Elementwise,
+        max_scores: int | None,
         ranks: Ranks,
         widen: bool,
         on_cpu: bool,
@@ -127,6 +130,8 @@ class _Placer:
         self._widen = widen
         self._on_cpu = on_cpu
         self._by_host = host.used(on_cpu=on_cpu, dtype=dtype)
+        self.attend = host.attend if self._by_host else fused
+        self.max_scores = None if self._by_host else max_scores
         self._checkpoint = checkpoint
         self._dtype = dtype
 

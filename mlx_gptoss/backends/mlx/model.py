@@ -15,7 +15,7 @@ import mlx.core as mx
 from ...config import ModelConfig
 from .cache import Cache, FullCache, LayerCache, Packed, RingCache, Span
 from .elementwise import Elementwise
-from .layers import ExpertLinear, Linear, MappedRows, Matrix
+from .layers import Attend, ExpertLinear, Linear, MappedRows, Matrix
 from .ranks import Ranks
 
 FEW = 8  # tokens whose attention to a cache in 8 bits costs less by its codes than decoded
@@ -39,8 +39,8 @@ class Rotary:
 class Attention:
     """qkv: D -> (H + 2 K) * 64; out: H * 64 -> D; sinks [H] in the activation dtype. H and K are this rank's.
 
-    max_scores: most attention scores, H * queries * keys, that a full layer holds at once; None where MLX's kernel
-    holds none (Metal).
+    attend: fused(), or what stands in for it. max_scores: most attention scores, H * queries * keys, that a full layer
+    has it hold at once; None where that does not hang on how much is asked for at once.
     """
 
     config: ModelConfig
@@ -50,6 +50,7 @@ class Attention:
     rotary: Rotary
     elementwise: Elementwise
     ranks: Ranks
+    attend: Attend
     max_scores: int | None
 
     def __call__(self, x: mx.array, residual: mx.array, cache: LayerCache, span: Span) -> mx.array:
@@ -143,8 +144,7 @@ class Attention:
         return y.reshape(B, H, L, dim).astype(q.dtype)
 
     def _attend(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None) -> mx.array:
-        scale = self.rotary.score_scale
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=self.sinks)
+        return self.attend(q, k, v, self.rotary.score_scale, mask, self.sinks)
 
 
 @dataclass(frozen=True)
