@@ -105,7 +105,7 @@ def _bench(cases: list[Case], repeat: int, tell: Callable[[str], None], **choice
             weights = Requantized(source, quantize)
             form = quantize if quantize in WRITERS else f"{source.format}, {quantize}"
             model = Model(weights, weights.size_bytes, form, order)
-        where = Where.find(choices["backend"], choices["device"], choices["dtype"], model.size_bytes)
+        where = Where.find(choices["backend"], choices["device"], choices["dtype"])
         others: list[Contender] = []
         if against in BACKENDS:
             other = Where.find(against, choices["device"], choices["against_dtype"] or where.dtype)

@@ -46,7 +46,7 @@ def show(
     from mlx_gptoss.recommend import mappable, recommend
 
     checkpoint = api.open_checkpoint(model)
-    module, name = find_backend(backend, checkpoint.size_bytes)
+    module, name = find_backend(backend)
     plan = api.memory_plan(
         checkpoint,
         module,

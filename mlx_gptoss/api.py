@@ -42,8 +42,8 @@ def load(
 
     path_or_repo_id: a folder in any format of the README's table, a hub id such as "openai/gpt-oss-20b" (downloaded
         once), or None for the bundled nano model.
-    backend: "mlx"; "cuda", which is torch, on a CPU too; or "auto": mlx on a Mac; elsewhere cuda where torch is
-        installed and finds a GPU or the model is not small; else mlx.
+    backend: "mlx"; "cuda", which is torch, on a CPU too; or "auto": cuda where torch is installed and finds an NVIDIA
+        GPU, else mlx.
     device: "cpu", "gpu" or, for cuda, "cuda:1"; None is the backend's best.
     dtype: of activations and KV cache, "float32", "bfloat16" or "float16"; None is bfloat16 on a GPU, float32 on a CPU.
     max_context: tokens a sequence may have; None is the model's longest, or what fits into memory of it.

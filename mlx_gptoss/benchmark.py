@@ -165,8 +165,8 @@ class Where:
     dtype: str
 
     @staticmethod
-    def find(backend: str, device: str | None, dtype: str | None, weights_bytes: int = 0) -> Where:
-        module, chosen = find_backend(backend, weights_bytes)
+    def find(backend: str, device: str | None, dtype: str | None) -> Where:
+        module, chosen = find_backend(backend)
         return Where(module, chosen, device, module.device_name(device), module.dtype_name(device, dtype))
 
 

@@ -108,7 +108,7 @@ def settle(order: Order, source: Readable, rank: int = 0, ranks: int = 1, beside
     share = None if ranks == 1 else Share.of(source.config, rank, ranks)
     part: Readable = source if share is None else Part(source, share)
     weights = part if order.quantize is None else Requantized(part, order.quantize)
-    module, backend = find_backend(order.backend, weights.size_bytes)
+    module, backend = find_backend(order.backend)
     _check_options(backend, order.kv_bits, order.speculate)
     plan = memory_plan(
         part,

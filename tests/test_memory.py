@@ -146,7 +146,7 @@ def test_available_memory_is_plausible():
 def test_the_plan_knows_what_is_made_while_reading(mini, name):
     """Biases that the file does not hold."""
     checkpoint = open_checkpoint(mini / name)
-    plan = memory_plan(checkpoint, find_backend("mlx", 0)[0], device="cpu", max_context=64)
+    plan = memory_plan(checkpoint, find_backend("mlx")[0], device="cpu", max_context=64)
     read = sum(codecs.nbytes(checkpoint.read(param.name)) for param in checkpoint.params)
     assert plan.weights_bytes == pytest.approx(read, rel=1e-4)
     made = name in ("int4-autoround", "gguf/model-q8_0.gguf")
