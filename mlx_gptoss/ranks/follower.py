@@ -60,7 +60,6 @@ class Follower:
         if _is_end(message := self._messages.get()):
             return
         runner = load(Limits(**message["load"]))
-        self._neighbours.loaded()
         self._channel.send({"ready": True})
         self._obey(runner)
 
@@ -69,6 +68,8 @@ class Follower:
         last: Pending | None = None
         while isinstance(message := self._messages.get(), list):
             match message:
+                case ["loaded"]:
+                    self._neighbours.loaded()
                 case ["submit", rows]:
                     last = runner.submit([row_from_json(row) for row in rows])
                 case ["release", slot]:

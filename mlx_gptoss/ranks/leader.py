@@ -69,6 +69,7 @@ class Leader:
         own = load()
         for _ in self._channels:
             self._ready.acquire()
+        self.tell(["loaded"])
         return GroupRunner(own, self, largest)
 
     def tell(self, *messages: Any) -> None:

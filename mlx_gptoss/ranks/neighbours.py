@@ -52,8 +52,8 @@ class Neighbours:
             ).start()
 
     def loaded(self) -> None:
-        """From now on nobody has a reason to be silent for long. A neighbour that has begun to wait before counts anew
-        from the next sign of life; so that comes at once."""
+        """All ranks have: from now on nobody has a reason to be silent for long. A neighbour that has begun to wait
+        before counts anew from the next sign of life; so that comes at once."""
         for channel in self._channels.values():
             channel.silence_s = SILENCE_S
             with suppress(Lost):  # whoever watches it says so
