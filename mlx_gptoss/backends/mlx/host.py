@@ -28,7 +28,7 @@ Floats = NDArray[np.float32]
 WORTH = 1 << 20  # multiply-adds from which a product pays for waiting
 ROWS_WORTH = 10  # rows an expert from which it pays to decode it, where MLX's kernel decodes for each row anew
 SCORES = 1 << 20  # attention scores at once, 4 MB
-DECODED = 1 << 17  # weights decoded at once: half a megabyte, which stays in the cache until it has been used
+DECODED = 1 << 21  # weights decoded at once, 8 MB: smaller ones have BLAS start its threads too often
 
 
 def used(*, on_cpu: bool, dtype: mx.Dtype) -> bool:
