@@ -22,7 +22,7 @@ from .errors import InvalidRequest
 from .loading import ACTIVATION_BYTES, Order
 from .memory import plan_memory, require_fit
 from .ranks import Launch, find_launch
-from .recommend import widenable_bytes
+from .recommend import made_bytes, widenable_bytes
 from .spread import lead
 from .timing import Case, Contender, Ours
 from .weights import codecs
@@ -118,12 +118,14 @@ def load(model: Model, cases: Sequence[Case], repeat: int, where: Where, tell: T
         return _load_split(model, replace(model.order, max_context=context, slots=_slots(cases)), launch, where, tell)
     limits = Limits(_slots(cases), context, module.prefill_chunk(where.device))
     activation_bytes = ACTIVATION_BYTES[where.dtype]
-    widenable = 0
-    if where.backend == "mlx" and where.name == "cpu" and not isinstance(model.weights, Requantized):
-        widenable = widenable_bytes(model.weights, activation_bytes)
+    made = widenable = 0
+    if not isinstance(model.weights, Requantized):
+        made = made_bytes(model.weights)
+        if where.backend == "mlx" and where.name == "cpu":
+            widenable = widenable_bytes(model.weights, activation_bytes)
     plan = plan_memory(
         config,
-        model.size_bytes,
+        model.size_bytes + made,
         module.available_memory(where.device),
         activation_bytes=activation_bytes,
         context=context,

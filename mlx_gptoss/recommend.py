@@ -70,8 +70,10 @@ def recommend(
     most = checkpoint.config.max_position_embeddings
     for wanted in [context] if context else [min(COMFORTABLE_CONTEXT, most), min(SMALLEST_CONTEXT, most)]:
         for name, size in _candidates(checkpoint, sizes):
-            if replace(plan, weights_bytes=size, context=wanted, mapped_bytes=mappable.get(name, 0)).fits:
-                return Recommendation(name, size, wanted, as_is=size == checkpoint.size_bytes)
+            as_is = size == checkpoint.size_bytes
+            held = size + made_bytes(checkpoint) if as_is else size
+            if replace(plan, weights_bytes=held, context=wanted, mapped_bytes=mappable.get(name, 0)).fits:
+                return Recommendation(name, size, wanted, as_is)
     return None
 
 

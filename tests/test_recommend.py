@@ -13,7 +13,7 @@ from mlx_gptoss import api
 from mlx_gptoss.backends import mlx
 from mlx_gptoss.errors import DoesNotFit
 from mlx_gptoss.memory import plan_memory
-from mlx_gptoss.recommend import recommend
+from mlx_gptoss.recommend import made_bytes, recommend
 from mlx_gptoss.weights import checkpoint
 from mlx_gptoss.weights.convert import convert
 
@@ -51,6 +51,15 @@ def test_experts_trained_in_bfloat16_are_not_taken_for_mxfp4(mini, tmp_path):
 def test_what_is_quantized_otherwise_runs_as_it_is(mini, source):
     best = advice(mini / source)
     assert best.as_is and best.size_bytes == checkpoint.open(mini / source).size_bytes
+
+
+def test_what_is_made_while_reading_must_fit_as_well(mini):
+    """AutoRound's biases: with room for the file alone, the format that has none to make is recommended."""
+    opened = checkpoint.open(mini / "int4-autoround")
+    assert made_bytes(opened) > 1000
+    enough = room_for(mini / "int4-autoround", opened.size_bytes + made_bytes(opened), 2048)
+    assert advice(mini / "int4-autoround", enough, context=2048).as_is
+    assert advice(mini / "int4-autoround", enough - 1, context=2048).format == "mlx-4bit"
 
 
 @pytest.mark.parametrize("target", ["mlx-mxfp4-q8", "mlx-mxfp4-q4"])

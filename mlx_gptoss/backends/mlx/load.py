@@ -151,7 +151,7 @@ class _Placer:
     def linear(self, names: Sequence[str], *, biased: bool = True) -> Linear:
         matrices, streams = self._shared([f"{n}.weight" for n in names])
         if self._widen:
-            matrices = widened(matrices, streams, self._dtype)
+            matrices = widened(matrices, streams or self._aside(matrices), self._dtype)
         return Linear(matrices, self.vectors([f"{n}.bias" for n in names]) if biased else None, streams)
 
     def experts(self, names: Sequence[str]) -> ExpertLinear:
@@ -168,6 +168,12 @@ class _Placer:
         matrices = tuple(fuse(part) for part in parts_of(weights, len(self._streams)))
         self._settle(matrices)
         return matrices, self._streams
+
+    def _aside(self, matrices: Sequence[Matrix]) -> tuple[mx.Stream, ...]:
+        """A stream for each matrix to be widened on, if one is large and numpy is to multiply it whole: on the stream
+        that reads, the next weights would wait for it."""
+        large = any(isinstance(m, DenseMatrix) and m.weight.nbytes >= SHARED_FROM for m in matrices)
+        return self._streams[:1] * len(matrices) if self._by_host and large else ()
 
     @cached_property
     def _streams(self) -> tuple[mx.Stream, ...]:
