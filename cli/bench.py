@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from mlx_gptoss.benchmark import Report, Where
-    from mlx_gptoss.timing import Case, Contender
+    from mlx_gptoss.measure.benchmark import Report, Where
+    from mlx_gptoss.measure.timing import Case, Contender
     from mlx_gptoss.weights.checkpoint import Readable
 
 COUNT = click.IntRange(min=1)
@@ -65,10 +65,10 @@ def bench(
     if min(context, default=prompt) < prompt:
         raise click.UsageError(f"the context of {min(context)} tokens is shorter than the prompt of {prompt}")
     if plot:
-        from mlx_gptoss.plot import check_plot
+        from mlx_gptoss.measure.plot import check_plot
 
         check_plot(plot)
-    from mlx_gptoss.timing import Case
+    from mlx_gptoss.measure.timing import Case
 
     cases = [Case(b, prompt, c, generate) for b in sorted(set(batch)) for c in sorted(set(context or (prompt,)))]
     with _telling() as tell:
@@ -78,15 +78,15 @@ def bench(
     else:
         _print(report)
     if plot:
-        from mlx_gptoss.plot import plot_speeds
+        from mlx_gptoss.measure.plot import plot_speeds
 
         plot_speeds(report.results, plot)
 
 
 def _bench(cases: list[Case], repeat: int, tell: Callable[[str], None], **choices: Any) -> Report:
     from mlx_gptoss.backends import BACKENDS
-    from mlx_gptoss.benchmark import Model, Where, bench, load
-    from mlx_gptoss.loading import Order
+    from mlx_gptoss.loading.plan import Order
+    from mlx_gptoss.measure.benchmark import Model, Where, bench, load
     from mlx_gptoss.ranks import find_launch
     from mlx_gptoss.weights.formats import WRITERS
     from mlx_gptoss.weights.requantize import Requantized
@@ -171,7 +171,7 @@ def _print(report: Report) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from mlx_gptoss.memory import gigabytes
+    from mlx_gptoss.loading.memory import gigabytes
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     first = report.results[0]

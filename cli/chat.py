@@ -75,7 +75,7 @@ class Session:
         show_reasoning: bool,
         stats: bool,
     ) -> None:
-        from mlx_gptoss.chat import as_conversation
+        from mlx_gptoss.chat.stream import as_conversation
 
         self.model = model
         self.sampling = sampling
@@ -121,7 +121,7 @@ class Session:
     def turn(self, line: str) -> None:
         """One question and its answer. A question that cannot be answered is taken back."""
         from mlx_gptoss import GptOssError, Message, answer
-        from mlx_gptoss.chat import answered
+        from mlx_gptoss.chat.stream import answered
 
         from .printer import show_events, stats_line
 

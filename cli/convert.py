@@ -25,7 +25,7 @@ def convert(source: str, destination: str, to: str, search: str | None, overwrit
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from mlx_gptoss import api
-    from mlx_gptoss.memory import gigabytes
+    from mlx_gptoss.loading.memory import gigabytes
 
     columns = (
         TextColumn("{task.description}"),

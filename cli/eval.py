@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 if TYPE_CHECKING:
-    from mlx_gptoss.evaluation import Divergence, Evaluation
+    from mlx_gptoss.measure.evaluation import Divergence, Evaluation
 
 
 @click.command()
@@ -50,7 +50,7 @@ def eval(
     if plot and not against:
         raise click.UsageError("--plot draws the divergence from a reference: give one with --against")
     if plot:
-        from mlx_gptoss.plot import check_plot
+        from mlx_gptoss.measure.plot import check_plot
 
         check_plot(plot)
     results = _evaluate(
@@ -69,7 +69,7 @@ def eval(
     else:
         _print(results)
     if plot:
-        from mlx_gptoss.plot import plot_divergences
+        from mlx_gptoss.measure.plot import plot_divergences
 
         plot_divergences(results, plot)
 
@@ -88,7 +88,7 @@ def _evaluate(models: tuple[str, ...], **options: Any) -> tuple[Evaluation, ...]
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from mlx_gptoss.evaluation import evaluate
+    from mlx_gptoss.measure.evaluation import evaluate
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
@@ -130,7 +130,7 @@ def _print(results: tuple[Evaluation, ...]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from mlx_gptoss.memory import gigabytes
+    from mlx_gptoss.loading.memory import gigabytes
 
     console = Console(highlight=False)
     first = results[0]

@@ -55,7 +55,7 @@ def generate(
 
     The answer streams to stdout, the model's reasoning dimmed to stderr.
     """
-    from mlx_gptoss.chat import as_conversation
+    from mlx_gptoss.chat.stream import as_conversation
     from mlx_gptoss.tools import answer
 
     text = _prompt(prompt)
@@ -99,7 +99,7 @@ def _print(model: Model, events: Events, *, reasoning: bool, stats: bool) -> Non
 
 
 def _report(model: Model, events: Events) -> dict[str, Any]:
-    from mlx_gptoss.reply import fold
+    from mlx_gptoss.chat.reply import fold
     from mlx_gptoss.tools import ToolResult
 
     reasoning, text, calls, finished = fold(event for event in events if not isinstance(event, ToolResult))

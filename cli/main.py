@@ -76,7 +76,7 @@ def main() -> None:
     try:
         launch = _launch()
         if launch is not None and launch.rank:  # rank 0 reads the command and speaks; this one does what that one says
-            from mlx_gptoss.spread import follow
+            from mlx_gptoss.loading.distributed import follow
 
             follow(launch)
         else:
@@ -94,6 +94,6 @@ def main() -> None:
         sys.exit(1)
     finally:
         if launch is not None and not launch.rank:
-            from mlx_gptoss.spread import dismiss
+            from mlx_gptoss.loading.distributed import dismiss
 
             dismiss(launch)

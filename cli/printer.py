@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import click
 
+from mlx_gptoss.chat.reply import Event, Finished, ReasoningDelta, TextDelta, ToolCall
 from mlx_gptoss.errors import GptOssError
-from mlx_gptoss.reply import Event, Finished, ReasoningDelta, TextDelta, ToolCall
 from mlx_gptoss.tools import ToolResult
 
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from mlx_gptoss.loading import Settled
-    from mlx_gptoss.memory import MemoryPlan
-    from mlx_gptoss.recommend import Recommendation
+    from mlx_gptoss.loading.memory import MemoryPlan
+    from mlx_gptoss.loading.plan import Settled
+    from mlx_gptoss.loading.recommend import Recommendation
     from mlx_gptoss.weights.checkpoint import Summary
 
 
@@ -42,8 +42,8 @@ def show(
     """
     from mlx_gptoss import api
     from mlx_gptoss.backends import find_backend
-    from mlx_gptoss.loading import Order, settle
-    from mlx_gptoss.recommend import mappable, recommend
+    from mlx_gptoss.loading.plan import Order, settle
+    from mlx_gptoss.loading.recommend import mappable, recommend
 
     checkpoint = api.open_checkpoint(model)
     module, name = find_backend(backend)
@@ -75,8 +75,8 @@ def show(
 
 
 def _advice(best: Recommendation | None, model: str) -> str:
-    from mlx_gptoss.memory import gigabytes
-    from mlx_gptoss.recommend import WHAT_IT_DOES
+    from mlx_gptoss.loading.memory import gigabytes
+    from mlx_gptoss.loading.recommend import WHAT_IT_DOES
 
     if best is None:
         return "Recommended here: a machine with more memory; in no format does it fit"
@@ -128,7 +128,7 @@ def _print_parts(parts: Sequence[Settled]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from mlx_gptoss.memory import gigabytes
+    from mlx_gptoss.loading.memory import gigabytes
 
     table = Table(box=None, header_style="bold")
     for column in ("rank", "KV heads", "experts", "token ids", "weights", "context", "needed"):
@@ -151,7 +151,8 @@ def _print(name: str, summary: Summary, plan: MemoryPlan) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from mlx_gptoss.memory import gigabytes, mac_memory, wired_limit
+    from mlx_gptoss.loading.memory import gigabytes, wired_limit
+    from mlx_gptoss.machine import mac_memory
 
     console = Console(highlight=False)
     console.print(

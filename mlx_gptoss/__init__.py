@@ -14,26 +14,27 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 if TYPE_CHECKING:
+    __version__: str
     from .api import convert as convert
     from .api import describe as describe
     from .api import load as load
+    from .chat.reply import Event as Event
+    from .chat.reply import Finished as Finished
+    from .chat.reply import ReasoningDelta as ReasoningDelta
+    from .chat.reply import TextDelta as TextDelta
+    from .chat.reply import ToolCall as ToolCall
+    from .chat.reply import ToolCallDelta as ToolCallDelta
     from .config import ModelConfig as ModelConfig
     from .errors import GptOssError as GptOssError
-    from .evaluation import Divergence as Divergence
-    from .evaluation import Evaluation as Evaluation
-    from .evaluation import evaluate as evaluate
     from .harmony.messages import Conversation as Conversation
     from .harmony.messages import Function as Function
     from .harmony.messages import Message as Message
+    from .measure.evaluation import Divergence as Divergence
+    from .measure.evaluation import Evaluation as Evaluation
+    from .measure.evaluation import evaluate as evaluate
     from .model import Completion as Completion
     from .model import Model as Model
     from .model import Reply as Reply
-    from .reply import Event as Event
-    from .reply import Finished as Finished
-    from .reply import ReasoningDelta as ReasoningDelta
-    from .reply import TextDelta as TextDelta
-    from .reply import ToolCall as ToolCall
-    from .reply import ToolCallDelta as ToolCallDelta
     from .sampling import Sampling as Sampling
     from .tools import Tool as Tool
     from .tools import ToolResult as ToolResult
@@ -47,17 +48,17 @@ _HOME = {
     "convert": "api",
     "describe": "api",
     "load": "api",
-    "Event": "reply",
-    "Finished": "reply",
-    "ReasoningDelta": "reply",
-    "TextDelta": "reply",
-    "ToolCall": "reply",
-    "ToolCallDelta": "reply",
+    "Event": "chat.reply",
+    "Finished": "chat.reply",
+    "ReasoningDelta": "chat.reply",
+    "TextDelta": "chat.reply",
+    "ToolCall": "chat.reply",
+    "ToolCallDelta": "chat.reply",
     "ModelConfig": "config",
     "GptOssError": "errors",
-    "Divergence": "evaluation",
-    "Evaluation": "evaluation",
-    "evaluate": "evaluation",
+    "Divergence": "measure.evaluation",
+    "Evaluation": "measure.evaluation",
+    "evaluate": "measure.evaluation",
     "Conversation": "harmony.messages",
     "Function": "harmony.messages",
     "Message": "harmony.messages",
@@ -67,10 +68,14 @@ _HOME = {
     "answer": "tools",
     "load_tools": "tools",
 }
-__all__ = sorted(_HOME)
+__all__ = sorted(["__version__", *_HOME])
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("mlx-gptoss")
     if name not in _HOME:
         raise AttributeError(f"module 'mlx_gptoss' has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)

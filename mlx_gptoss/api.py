@@ -7,18 +7,18 @@ import time
 from functools import partial
 from pathlib import Path
 
-from . import hub
 from .engine import Engine, PrefixFiles
-from .loading import NANO as NANO
-from .loading import Order, Settled, open_source, settle
-from .loading import memory_plan as memory_plan
-from .loading import open_checkpoint as open_checkpoint
-from .loading import sizes_in_other_formats as sizes_in_other_formats
-from .memory import require_fit
+from .loading import hub
+from .loading.distributed import follow, lead
+from .loading.memory import require_fit
+from .loading.plan import NANO as NANO
+from .loading.plan import Order, Settled, open_source, settle
+from .loading.plan import memory_plan as memory_plan
+from .loading.plan import open_checkpoint as open_checkpoint
+from .loading.plan import sizes_in_other_formats as sizes_in_other_formats
+from .loading.recommend import mappable, recommend
 from .model import Model
 from .ranks import find_launch
-from .recommend import mappable, recommend
-from .spread import follow, lead
 from .weights import convert as conversion
 from .weights.checkpoint import Checkpoint, Summary
 

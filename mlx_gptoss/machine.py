@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +36,32 @@ def ram_copy_bandwidth() -> float:
             list(pool.map(copy, range(threads)))
             best = min(best, time.perf_counter() - started)
     return 2 * source.nbytes / best
+
+
+def mac_memory() -> int:
+    """Bytes of RAM of this Mac; 0 on anything else."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if sys.platform == "darwin" else 0
+
+
+def system_available() -> int:
+    """Bytes of RAM that a new program can take without swapping: Linux's MemAvailable within the control group's
+    limit; elsewhere all physical memory less an eighth for the system."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 7 // 8
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    return min(available, _cgroup_room())
+
+
+def _cgroup_room(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """What control group version 2 leaves this process."""
+    limit, current = root / "memory.max", root / "memory.current"
+    if not limit.exists() or not current.exists() or limit.read_text().strip() == "max":
+        return 2**63 - 1
+    used = int(current.read_text())
+    stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+    return int(limit.read_text()) - used + int(stat.get("inactive_file", 0))
 
 
 def listen(host: str, port: int, backlog: int) -> socket.socket:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from .chat import Events, Prompt, answered, as_conversation, stream_chat, stream_raw
+from .chat.reply import FinishReason, Timings, ToolCall, Usage, fold
+from .chat.stream import Events, Prompt, answered, as_conversation, stream_chat, stream_raw
 from .config import ModelConfig
 from .engine import Engine, Status, Token
 from .errors import CheckpointError, InvalidRequest
 from .harmony.messages import Conversation, Effort
-from .memory import MemoryPlan
-from .reply import FinishReason, Timings, ToolCall, Usage, fold
+from .loading.memory import MemoryPlan
 from .sampling import Sampling, default_sampling
 from .tokenizer import Tokenizer
 from .weights.checkpoint import Checkpoint

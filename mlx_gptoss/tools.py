@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .chat import answered
+from .chat.reply import Event, Finished, ToolCall
+from .chat.stream import answered
 from .errors import InvalidRequest
 from .harmony.messages import Conversation, Function, Message
-from .reply import Event, Finished, ToolCall
 
 if TYPE_CHECKING:
     from .model import Model

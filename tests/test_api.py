@@ -12,7 +12,7 @@ import pytest
 import mlx_gptoss
 from mlx_gptoss import Finished, Message, ReasoningDelta, Sampling, TextDelta, ToolCall
 from mlx_gptoss.api import NANO
-from mlx_gptoss.chat import answered, as_conversation
+from mlx_gptoss.chat.stream import answered, as_conversation
 from mlx_gptoss.errors import BackendUnavailable, CheckpointError, DoesNotFit, GptOssError, InvalidRequest
 from mlx_gptoss.sampling import default_sampling
 

@@ -10,51 +10,49 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEVEL_0 = {"config", "errors", "sampling", "rope", "tokenizer", "hub", "memory", "machine"}
-BACKEND = LEVEL_0 | {"backends.base", "weights.tensor", "weights.codecs", "weights.split"}
+LEVEL_0 = {"config", "errors", "sampling", "tokenizer", "machine"}
+SEAM = {"backends.base", "backends.rope"}
+BACKEND = LEVEL_0 | SEAM | {"weights.tensor", "weights.codecs", "weights.split"}
 MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it may import, besides its own package
-    "memory": {"config", "errors"},
+    # 0: the shared vocabulary
+    "errors": set(),
     "machine": set(),
     "config": {"errors"},
-    "rope": {"config"},
     "sampling": {"errors"},
     "tokenizer": {"errors"},
-    "hub": {"errors"},
-    "errors": set(),
+    "nano": set(),
+    # 1
     "weights": LEVEL_0,
     "harmony": LEVEL_0,
+    "backends": {"errors"},
     "backends.base": LEVEL_0 | {"weights.split", "weights.tensor"},
-    "engine": {"backends.base", "sampling", "errors"},
+    "backends.rope": {"config"},
+    # 2
     "backends.mlx": BACKEND,
     "backends.cuda": BACKEND,
-    "reply": {"engine", "errors", "harmony", "tokenizer"},
-    "chat": LEVEL_0 | {"engine", "harmony", "reply"},
-    "model": LEVEL_0 | {"engine", "harmony", "chat", "reply", "weights.checkpoint"},
+    "engine": {"backends.base", "sampling", "errors"},
     "ranks": {"backends.base", "errors", "machine", "sampling"},
-    "loading": LEVEL_0 | {"weights", "recommend", "backends"},
-    "spread": {"backends.base", "errors", "loading", "memory", "ranks", "weights"},
-    "api": LEVEL_0 | {"engine", "loading", "model", "ranks", "recommend", "spread", "weights"},
-    "tools": LEVEL_0 | {"model", "chat", "harmony", "reply"},
-    "recommend": {"errors", "memory", "weights"},
-    "passages": {"errors", "tokenizer"},
-    "evaluation": LEVEL_0 | {"api", "passages", "weights.checkpoint"},
-    "agreement": {"backends.base", "config", "errors", "evaluation", "sampling", "weights.tensor"},
-    "timing": {"backends.base", "sampling"},
-    "benchmark": LEVEL_0
-    | {"agreement", "backends", "backends.base", "loading", "ranks", "recommend", "spread", "timing", "weights"},
-    "plot": {"benchmark", "errors", "evaluation"},
-    "server": LEVEL_0 | {"model", "chat", "engine", "harmony", "reply"},
-    "nano": set(),
-    "backends": {"errors"},
+    # 3
+    "chat": LEVEL_0 | {"engine", "harmony"},
+    "loading": LEVEL_0 | {"backends", "backends.base", "ranks", "weights"},
+    # 4
+    "model": LEVEL_0 | {"chat", "engine", "harmony.messages", "loading.memory", "weights.checkpoint"},
+    # 5
+    "api": LEVEL_0 | {"engine", "loading", "model", "ranks", "weights"},
+    "tools": LEVEL_0 | {"chat", "harmony.messages", "model"},
+    # 6, 7
+    "__main__": set(),
+    "measure": LEVEL_0 | {"api", "backends", "backends.base", "loading", "ranks", "weights"},
+    "server": LEVEL_0 | {"chat", "engine", "harmony", "model"},
 }
 ONLY_IN = {  # outside packages -> the only modules that may import them
     "mlx": ("backends.mlx",),
     "torch": ("backends.cuda",),
     "triton": ("backends.cuda",),
-    "huggingface_hub": ("hub",),
+    "huggingface_hub": ("loading.hub",),
     "tokenizers": ("tokenizer",),
     "llguidance": ("harmony.grammar",),
-    "matplotlib": ("plot",),
+    "matplotlib": ("measure.plot",),
     "fastapi": ("server",),
     "starlette": ("server",),
     "pydantic": ("server",),
@@ -134,6 +132,14 @@ def test_the_api_needs_no_backend():
     code = "import sys, mlx_gptoss; mlx_gptoss.load; print([m for m in ('mlx.core', 'torch') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_rooms_and_files_are_small():
+    """At most ten modules beside the rooms, and every file of the program can be read in one sitting."""
+    assert len(list((ROOT / "mlx_gptoss").glob("*.py"))) <= 10
+    files = [path for folder in ("mlx_gptoss", "cli") for path in (ROOT / folder).rglob("*.py")]
+    long = {str(path.relative_to(ROOT)): lines for path in files if (lines := len(path.read_text().splitlines())) > 400}
+    assert not long
 
 
 def test_only_known_things_at_the_top():

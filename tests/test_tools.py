@@ -12,10 +12,10 @@ import pytest
 import mlx_gptoss
 from mlx_gptoss import Conversation, Finished, Message, Sampling, Tool, ToolCall, ToolResult, answer, load_tools
 from mlx_gptoss.api import NANO
-from mlx_gptoss.chat import answered, as_conversation
+from mlx_gptoss.chat.reply import Timings, Usage
+from mlx_gptoss.chat.stream import answered, as_conversation
 from mlx_gptoss.errors import InvalidRequest
 from mlx_gptoss.harmony.grammar import Grammar
-from mlx_gptoss.reply import Timings, Usage
 from mlx_gptoss.tokenizer import Tokenizer
 
 GREEDY = Sampling(temperature=0)

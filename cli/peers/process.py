@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_gptoss.errors import GptOssError
-from mlx_gptoss.timing import Case
+from mlx_gptoss.measure.timing import Case
 
 PEERS = {"mlx-lm": "mlx_lm", "transformers": "transformers"}  # name -> the package it needs; with_PACKAGE.py times it
 

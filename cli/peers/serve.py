@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_gptoss.timing import CPU_WARM_PROMPT, WARM_STEPS, Case, prompts
+from mlx_gptoss.measure.timing import CPU_WARM_PROMPT, WARM_STEPS, Case, prompts
 
 
 class Program(Protocol):

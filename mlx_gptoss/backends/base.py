@@ -190,3 +190,13 @@ class Backend(Protocol):
         """Bytes a second that a copy in the device's memory reaches, read and written counted: the ceiling of decoding.
         Measured now, in well under a second, before a model is loaded; its buffers are given back."""
         ...
+
+
+def working_space(config: ModelConfig, chunk: int, slots: int, activation_bytes: int) -> int:
+    """The largest set of arrays alive at once in a forward pass: one layer's MoE, or its attention, or the logits."""
+    active = config.num_experts_per_tok
+    experts = chunk * active * (2 * config.hidden_size + 4 * config.intermediate_size)
+    attention = chunk * 3 * (config.q_size + 2 * config.kv_size)
+    stream = 3 * chunk * config.hidden_size
+    logits = 4 * slots * config.vocab_size * 4
+    return (stream + max(experts, attention)) * activation_bytes + logits

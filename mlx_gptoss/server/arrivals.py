@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from ..chat import Events
-from ..reply import Event, Finished
+from ..chat.reply import Event, Finished
+from ..chat.stream import Events
 from .errors import ApiError
 
 T = TypeVar("T")

@@ -12,9 +12,9 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
-from ..chat import Events
+from ..chat.reply import Event, Finished, TextDelta
+from ..chat.stream import Events
 from ..engine import Token
-from ..reply import Event, Finished, TextDelta
 from ..sampling import Sampling
 from ..tokenizer import Tokenizer
 from .arrivals import Arrivals, unless_gone

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..reply import Event, Finished, ReasoningDelta, TextDelta, ToolCallDelta
+from ..chat.reply import Event, Finished, ReasoningDelta, TextDelta, ToolCallDelta
 from ..tokenizer import Tokenizer
 from .chat_completions import logprob
 from .errors import ApiError

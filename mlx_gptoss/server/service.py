@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
-from ..chat import Events
+from ..chat.stream import Events
 from ..model import Model
 from .arrivals import Arrivals
 from .errors import ApiError

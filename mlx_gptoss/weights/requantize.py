@@ -6,7 +6,7 @@ from typing import Final
 
 from ..config import ModelConfig
 from ..errors import InvalidRequest
-from . import codecs
+from . import codecs, quantization
 from .checkpoint import Readable
 from .formats import WRITERS
 from .params import Param, Role
@@ -57,7 +57,7 @@ class Requantized:
         if self._name in REST and param.role not in REST_ROLES:
             return weight
         spec = self._spec(param)
-        return Dense(codecs.to_bfloat16(weight)) if spec is None else codecs.convert(weight, spec)
+        return Dense(codecs.to_bfloat16(weight)) if spec is None else quantization.convert(weight, spec)
 
     def release(self) -> None:
         self._checkpoint.release()

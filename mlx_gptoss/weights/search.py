@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from . import codecs
+from . import quantization
 from .codecs import BFLOAT16, Bytes, Floats
 from .tensor import Quantized, Spec, Weight
 
@@ -29,14 +29,14 @@ _GROUPS = 1024  # worked on at once: three float32 arrays of these stay in the p
 
 
 def convert(weight: Weight, spec: Spec, scale_dtype: np.dtype[Any] = BFLOAT16) -> Quantized:
-    """As codecs.convert, but what it would quantize to 4-bit affine gets the scales and biases of least squared error.
+    """As quantization.convert, but 4-bit affine gets the scales and biases of least squared error.
 
     `scale_dtype` is what they are rounded to before codes are chosen, so that the error counts that too.
     """
     stored_so = isinstance(weight, Quantized) and weight.spec == spec and weight.outer is None
     if stored_so or (spec.element, spec.bits) != ("uint", 4):
-        return codecs.convert(weight, spec, scale_dtype)
-    return codecs.recode(weight, spec, partial(_search, dtype=scale_dtype), scale_dtype)
+        return quantization.convert(weight, spec, scale_dtype)
+    return quantization.recode(weight, spec, partial(_search, dtype=scale_dtype), scale_dtype)
 
 
 def _search(groups: Floats, spec: Spec, *, dtype: np.dtype[Any]) -> tuple[Bytes, Floats, Floats]:
@@ -53,7 +53,7 @@ def _search(groups: Floats, spec: Spec, *, dtype: np.dtype[Any]) -> tuple[Bytes,
 
 def _best(groups: Floats, spec: Spec, dtype: np.dtype[Any]) -> tuple[Floats, Floats]:
     """Scale and bias [n] of groups [n, g]."""
-    _, scale, bias = codecs.affine(groups.copy(), spec)
+    _, scale, bias = quantization.affine(groups.copy(), spec)
     scale, bias = _step(scale, dtype), _rounded(bias, dtype)
     least = _error(groups, scale, bias)
     for found_scale, found_bias in _proposals(groups, dtype):

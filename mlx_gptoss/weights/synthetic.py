@@ -23,7 +23,7 @@ import numpy as np
 from ..config import PRESETS, ModelConfig
 from ..errors import InvalidRequest
 from ..machine import cores
-from . import codecs
+from . import codecs, quantization
 from .convert import Progress, write_checkpoint
 from .formats import recipe_of
 from .params import Param, Role, parameters
@@ -136,7 +136,7 @@ class Synthetic:
             draw = _spread(size, "float16" if self._symmetric else codecs.BFLOAT16.name, signed=True)
             scale = self._array(f"{name} scale", grouped, np.uint16, draw)
             if self._symmetric:
-                return Quantized(spec, codes, scale, codecs.symmetric_bias(scale))
+                return Quantized(spec, codes, scale, quantization.symmetric_bias(scale))
             middle = np.float32((1 - 2**spec.bits) / 2)
             return Quantized(spec, codes, scale, (scale.astype(np.float32) * middle).astype(scale.dtype))
         # ModelOpt's second scale keeps e4m3 scales in the middle of their range.

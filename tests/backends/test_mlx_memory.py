@@ -15,7 +15,7 @@ from mlx_gptoss.backends import mlx as backend
 from mlx_gptoss.backends.base import Limits, Row
 from mlx_gptoss.config import TINY
 from mlx_gptoss.errors import InvalidRequest
-from mlx_gptoss.memory import RUNTIME_BYTES, plan_memory
+from mlx_gptoss.loading.memory import RUNTIME_BYTES, plan_memory
 from mlx_gptoss.sampling import Sampling
 from mlx_gptoss.weights import checkpoint as checkpoints
 from mlx_gptoss.weights.synthetic import Synthetic

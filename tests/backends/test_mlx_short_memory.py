@@ -11,7 +11,7 @@ import mlx_gptoss
 from mlx_gptoss import api
 from mlx_gptoss.backends import mlx as backend
 from mlx_gptoss.backends.base import Limits, Row
-from mlx_gptoss.recommend import mappable_bytes
+from mlx_gptoss.loading.recommend import mappable_bytes
 from mlx_gptoss.sampling import Sampling
 from mlx_gptoss.weights import checkpoint as checkpoints
 

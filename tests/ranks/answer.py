@@ -12,7 +12,7 @@ import numpy as np
 
 import mlx_gptoss
 from mlx_gptoss.backends import mlx as backend
-from mlx_gptoss.loading import Order, open_source, settle
+from mlx_gptoss.loading.plan import Order, open_source, settle
 from mlx_gptoss.ranks import find_launch
 from mlx_gptoss.sampling import Sampling
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mlx_gptoss.backends.base import Limits, Row
 from mlx_gptoss.config import PRESETS
-from mlx_gptoss.loading import Order, open_source, settle
+from mlx_gptoss.loading.plan import Order, open_source, settle
 from mlx_gptoss.ranks import find_launch
 from mlx_gptoss.sampling import Sampling
 

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 
 from mlx_gptoss.backends.base import Limits, Row
-from mlx_gptoss.loading import Order, open_source, settle
+from mlx_gptoss.loading.plan import Order, open_source, settle
 from mlx_gptoss.ranks import find_launch
 from mlx_gptoss.sampling import Sampling
 

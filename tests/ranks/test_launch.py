@@ -13,13 +13,13 @@ import pytest
 
 from mlx_gptoss.backends.base import Row
 from mlx_gptoss.errors import GptOssError
+from mlx_gptoss.loading.distributed import _compare
 from mlx_gptoss.ranks import Follower, Leader, find_launch, leader, neighbours, wire
 from mlx_gptoss.ranks.launch import SECRET, Launch
 from mlx_gptoss.ranks.neighbours import Neighbours
 from mlx_gptoss.ranks.runner import GroupRunner
 from mlx_gptoss.ranks.wire import Channel, Lost, bytes_from_json, row_from_json, row_to_json
 from mlx_gptoss.sampling import Sampling
-from mlx_gptoss.spread import _compare
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"}
 

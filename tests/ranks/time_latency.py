@@ -17,7 +17,7 @@ from slow_network import DEVICE, SlowNetwork
 
 import mlx_gptoss
 from mlx_gptoss import Sampling
-from mlx_gptoss.reply import TextDelta
+from mlx_gptoss.chat.reply import TextDelta
 
 DELAYS_S, PORT, TOKENS, WINDOW = (0.0, 0.001, 0.002, 0.005), 32400, 100, 10
 ENDLESS = Sampling(temperature=0, logit_bias={339: -100, 340: -100})

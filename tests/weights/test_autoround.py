@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from mlx_gptoss.backends import mlx as backend
 from mlx_gptoss.backends.base import Limits
 from mlx_gptoss.errors import CheckpointError
-from mlx_gptoss.weights import checkpoint, codecs
+from mlx_gptoss.weights import checkpoint, codecs, quantization
 from mlx_gptoss.weights.convert import convert
 from mlx_gptoss.weights.tensor import AFFINE4, Dense, Quantized
 
@@ -125,7 +125,7 @@ def test_to_mlx_and_back_loses_nothing(variant, tmp_path):
 def test_affine_that_is_not_symmetric_is_quantized_anew(mini, tmp_path):
     convert(mini / "mlx-4bit", tmp_path / "out", "int4-autoround")
     source = checkpoint.open(mini / "mlx-4bit").read(NAME)
-    wanted = codecs.quantize_symmetric(source)
+    wanted = quantization.quantize_symmetric(source)
     assert np.array_equal(read(tmp_path / "out"), codecs.dequantize(wanted))
     error = np.abs(codecs.dequantize(source) - codecs.dequantize(wanted))
     steps = np.abs(np.repeat(wanted.scale.astype(np.float32), 64, axis=-1))
@@ -325,7 +325,7 @@ def difficult() -> torch.Tensor:
 
 def test_largest_gets_code_zero():
     values = difficult().float().numpy()
-    got = codecs.quantize_symmetric(Dense(values))
+    got = quantization.quantize_symmetric(Dense(values))
     codes = codecs.unpack(got.codes, 4).reshape(-1, 64)
     groups = values.reshape(-1, 64)
     normal = np.abs(groups).max(axis=1) > 1e-3
@@ -337,9 +337,9 @@ def test_largest_gets_code_zero():
 
 def test_too_large_for_float16():
     with pytest.raises(CheckpointError, match="float16"):
-        codecs.quantize_symmetric(Dense(np.full((1, 64), 1e6, np.float32)))
+        quantization.quantize_symmetric(Dense(np.full((1, 64), 1e6, np.float32)))
     with pytest.raises(CheckpointError, match="too large"):
-        codecs.quantize_symmetric(Dense(np.full((1, 64), 1e5, np.float32)))
+        quantization.quantize_symmetric(Dense(np.full((1, 64), 1e5, np.float32)))
 
 
 def test_a_bias_beyond_float16_is_refused(mini, tmp_path):
@@ -389,6 +389,6 @@ def test_quantizes_and_packs_as_autoround_does(quant_linear):
     linear.weight.data = rounded
     layer = quant_linear(4, 64, 256, 200, bias=False)
     layer.pack(linear, scale.reshape(200, -1), zero, None, device="cpu")
-    ours = codecs.quantize_symmetric(Dense(values.float().numpy()))
+    ours = quantization.quantize_symmetric(Dense(values.float().numpy()))
     assert np.array_equal(ours.scale.T, layer.scales.numpy())
     assert np.array_equal(ours.codes.view(np.int32).T, layer.qweight.numpy())

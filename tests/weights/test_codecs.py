@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_gptoss.errors import CheckpointError
-from mlx_gptoss.weights import codecs
+from mlx_gptoss.weights import codecs, quantization
 from mlx_gptoss.weights.tensor import AFFINE4, AFFINE8, FP8_ROW, MXFP4, MXFP8, NVFP4, Dense, Quantized
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -95,7 +95,7 @@ def test_equals_mlx_bit_for_bit(mode, size, dtype):
     spec, values = MODES[mode], difficult(int(1 / size), size, dtype)
     array = mx.array(bits(values)).view(mx.bfloat16 if dtype == BF16 else mx.float32)
     theirs = mx.quantize(array, spec.group, spec.bits, mode=mode.split()[0])
-    ours = codecs.quantize(values, spec, dtype)
+    ours = quantization.quantize(values, spec, dtype)
     for mine, their in zip((ours.codes, ours.scale, ours.bias), theirs, strict=False):
         raw = np.array(their.view(mx.uint8))
         assert np.array_equal(bits(mine).view(np.uint8), raw.reshape(mine.shape[0], -1))
@@ -106,7 +106,7 @@ def test_equals_mlx_bit_for_bit(mode, size, dtype):
 def test_the_codes_of_mxfp4_are_found_again(least, dtype):
     weight = random_mxfp4(3, least=least)
     weight = Quantized(MXFP4, weight.codes, np.minimum(weight.scale, 250))  # 6 * 2^125 is still a number
-    found = codecs.quantize(codecs.dequantize(weight).astype(dtype), MXFP4)
+    found = quantization.quantize(codecs.dequantize(weight).astype(dtype), MXFP4)
     assert np.array_equal(found.codes, weight.codes)
     assert np.array_equal(found.scale, weight.scale)
 
@@ -117,14 +117,14 @@ def test_the_values_of_mxfp4_are_found_again_whatever_the_codes():
     small = weight.codes & 0b1011_1011  # no 4 and no 6 (nor 2, nor 3)
     weight = Quantized(MXFP4, small, np.minimum(weight.scale, 250))
     values = codecs.dequantize(weight)
-    assert np.array_equal(bits(codecs.dequantize(codecs.quantize(values, MXFP4))), bits(values))
+    assert np.array_equal(bits(codecs.dequantize(quantization.quantize(values, MXFP4))), bits(values))
 
 
 def test_mxfp4_rounds_to_the_nearest_and_ties_to_even():
     values = difficult(5, 0.02, np.dtype(np.float32))
     values[0, :9] = [6, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, -0.25]
     values[0, 9:] = 0
-    found = codecs.quantize(values, MXFP4)
+    found = quantization.quantize(values, MXFP4)
     assert codecs.unpack(found.codes, 4)[0, :9].tolist() == [7, 0, 2, 2, 4, 4, 6, 6, 8]
     step = np.repeat(codecs.E8M0[found.scale], 32, axis=-1)
     amax = np.abs(values).reshape(400, -1, 32).max(-1).repeat(32, -1)
@@ -138,14 +138,14 @@ def test_mxfp4_rounds_to_the_nearest_and_ties_to_even():
 def test_blocks_and_strides_change_nothing(monkeypatch):
     fused = np.random.default_rng(6).standard_normal((3, 128, 2 * 96)).astype(BF16)  # [E, K, 2N], interleaved
     view = fused.swapaxes(1, 2)[:, 1::2]
-    whole = {spec: codecs.quantize(np.ascontiguousarray(view), spec) for spec in (MXFP4, AFFINE4, MXFP8)}
+    whole = {spec: quantization.quantize(np.ascontiguousarray(view), spec) for spec in (MXFP4, AFFINE4, MXFP8)}
     dense = codecs.dequantize(Dense(view))
     assert np.array_equal(dense, view.astype(np.float32))
     monkeypatch.setattr(codecs, "BLOCK", 1000)
     assert np.array_equal(codecs.dequantize(Dense(view)), dense)
     assert np.array_equal(codecs.straight(view), view)
     for spec, wanted in whole.items():
-        found = codecs.quantize(view, spec)
+        found = quantization.quantize(view, spec)
         assert np.array_equal(found.codes, wanted.codes) and np.array_equal(found.scale, wanted.scale)
         again = codecs.dequantize(Quantized(spec, found.codes, found.scale, found.bias))
         assert np.array_equal(again, codecs.dequantize(wanted))
@@ -154,13 +154,13 @@ def test_blocks_and_strides_change_nothing(monkeypatch):
 def test_bfloat16_rounds_to_even():
     values = np.random.default_rng(7).standard_normal((40, 100)).astype(np.float32)
     assert np.array_equal(bits(codecs.to_bfloat16(Dense(values))), bits(values.astype(BF16)))
-    weight = codecs.quantize(np.pad(values, ((0, 0), (0, 28))), AFFINE8)
+    weight = quantization.quantize(np.pad(values, ((0, 0), (0, 28))), AFFINE8)
     assert np.array_equal(bits(codecs.to_bfloat16(weight)), bits(codecs.dequantize(weight).astype(BF16)))
 
 
 def test_what_is_stored_so_already_is_handed_back():
     weight = random_mxfp4(8, least=7)
-    assert codecs.convert(weight, MXFP4) is weight
+    assert quantization.convert(weight, MXFP4) is weight
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -169,12 +169,12 @@ def test_what_is_no_number_is_refused(spec, value):
     values = np.ones((4, 128), np.float32)
     values[2, 70] = value
     with pytest.raises(CheckpointError, match="NaN or infinite"):
-        codecs.quantize(values, spec)
+        quantization.quantize(values, spec)
 
 
 def test_rows_that_are_no_whole_groups_are_refused():
     with pytest.raises(CheckpointError, match="96 values"):
-        codecs.quantize(np.ones((2, 96), np.float32), AFFINE4)
+        quantization.quantize(np.ones((2, 96), np.float32), AFFINE4)
 
 
 @pytest.mark.parametrize(

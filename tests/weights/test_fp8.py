@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from mlx_gptoss.backends import mlx as backend
 from mlx_gptoss.backends.base import Limits
 from mlx_gptoss.errors import CheckpointError
-from mlx_gptoss.weights import checkpoint, codecs
+from mlx_gptoss.weights import checkpoint, codecs, quantization
 from mlx_gptoss.weights.convert import convert
 from mlx_gptoss.weights.tensor import FP8_ROW, MXFP4, NVFP4, Dense, Quantized
 
@@ -411,7 +411,7 @@ def test_quantizes_as_compressed_tensors_does(fixture):
     values = difficult()
     scale, zero = calculate_qparams(values.amin(1, keepdim=True), values.amax(1, keepdim=True), arguments)
     codes = quantize(values, scale, zero, arguments, dtype=torch.float8_e4m3fn)
-    ours = codecs.quantize_fp8_rows(Dense(values.float().numpy()))
+    ours = quantization.quantize_fp8_rows(Dense(values.float().numpy()))
     assert np.array_equal(ours.outer.view(np.uint16), scale.view(torch.uint16).numpy())
     assert np.array_equal(ours.codes, codes.view(torch.uint8).numpy())
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from mlx_gptoss.backends import mlx as backend
 from mlx_gptoss.backends.base import Limits
 from mlx_gptoss.errors import CheckpointError
-from mlx_gptoss.weights import checkpoint, codecs
+from mlx_gptoss.weights import checkpoint, codecs, quantization
 from mlx_gptoss.weights.convert import convert
 from mlx_gptoss.weights.formats import modelopt
 from mlx_gptoss.weights.tensor import MXFP4, NVFP4, Dense, Quantized
@@ -326,8 +326,8 @@ def test_quantizing_is_within_half_a_step(amax):
     values = (chance.standard_normal((2, 16, 64)) * np.exp2(chance.integers(-6, 0, (2, 16, 64)))).astype(np.float32)
     values *= np.float32(amax) / np.abs(values).max()
     values[0, 0] = 0
-    outer = np.float32(codecs.largest(Dense(values)) / np.float32(2688))
-    found = codecs.quantize_nvfp4(Dense(values), np.asarray(outer))
+    outer = np.float32(quantization.largest(Dense(values)) / np.float32(2688))
+    found = quantization.quantize_nvfp4(Dense(values), np.asarray(outer))
     error = np.abs(codecs.dequantize(found) - values).reshape(2, 16, 4, 16)
     step = codecs.E4M3[found.scale] * outer
     assert (error <= step[..., None] * np.float32(1.0001)).all()  # codes 4 and 6 are two steps apart
@@ -422,9 +422,9 @@ def test_modelopt_decodes_what_we_write(judged):
 def test_modelopt_quantizes_the_same(judged):
     _, given, found = judged
     for key in (key for key in given if key.startswith("values")):
-        outer = np.float32(codecs.largest(Dense(given[key])) / np.float32(2688))
+        outer = np.float32(quantization.largest(Dense(given[key])) / np.float32(2688))
         assert outer == found[f"{key}.scale_2"]
-        ours = codecs.quantize_nvfp4(Dense(given[key]), np.asarray(outer))
+        ours = quantization.quantize_nvfp4(Dense(given[key]), np.asarray(outer))
         np.testing.assert_array_equal(ours.scale, found[f"{key}.scale"], err_msg=key)
         np.testing.assert_array_equal(ours.codes, found[f"{key}.codes"], err_msg=key)
 

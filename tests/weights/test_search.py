@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mlx_gptoss.api import NANO
 from mlx_gptoss.errors import CheckpointError
-from mlx_gptoss.weights import checkpoint, codecs, search
+from mlx_gptoss.weights import checkpoint, codecs, quantization, search
 from mlx_gptoss.weights.convert import convert
 from mlx_gptoss.weights.tensor import AFFINE4, AFFINE8, MXFP4, Dense, Quantized
 
@@ -24,7 +24,8 @@ def relative(weight: Quantized, wanted: np.ndarray) -> float:
 
 def both(values: np.ndarray) -> tuple[float, float]:
     """The relative error of the recipe, and with the search."""
-    return relative(codecs.quantize(values, AFFINE4), values), relative(search.convert(Dense(values), AFFINE4), values)
+    plain = quantization.quantize(values, AFFINE4)
+    return relative(plain, values), relative(search.convert(Dense(values), AFFINE4), values)
 
 
 def gaussian(rows: int, seed: int = 0) -> np.ndarray:
@@ -32,7 +33,7 @@ def gaussian(rows: int, seed: int = 0) -> np.ndarray:
 
 
 def through_mxfp4(values: np.ndarray) -> np.ndarray:
-    return codecs.dequantize(codecs.quantize(values, MXFP4))
+    return codecs.dequantize(quantization.quantize(values, MXFP4))
 
 
 def test_weights_from_mxfp4():
@@ -78,12 +79,12 @@ VALUES = st.one_of(
 )
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning:mlx_gptoss.weights.codecs")  # equal huge values
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:mlx_gptoss.weights.quantization")  # equal huge values
 @settings(max_examples=200, deadline=None)
 @given(st.lists(VALUES, min_size=1, max_size=64), st.sampled_from([codecs.BFLOAT16, np.dtype(np.float32)]))
 def test_no_group_gets_worse(values, dtype):
     group = np.resize(np.array(values, np.float32), (1, 64))
-    recipe, found = codecs.quantize(group, AFFINE4, dtype), search.convert(Dense(group), AFFINE4, dtype)
+    recipe, found = quantization.quantize(group, AFFINE4, dtype), search.convert(Dense(group), AFFINE4, dtype)
     before, squares = (((codecs.dequantize(w).astype(np.float64) - group) ** 2).sum() for w in (recipe, found))
     assert squares <= before * (1 + 1e-4) + 1e-13 * float(np.abs(group).max()) ** 2
 
@@ -97,7 +98,7 @@ def test_values_that_are_no_numbers_are_refused():
 
 def test_only_4_bits_are_searched():
     values = gaussian(2)
-    found, recipe = search.convert(Dense(values), AFFINE8), codecs.quantize(values, AFFINE8)
+    found, recipe = search.convert(Dense(values), AFFINE8), quantization.quantize(values, AFFINE8)
     assert np.array_equal(found.codes, recipe.codes)
     assert np.array_equal(found.scale, recipe.scale)
 

@@ -13,8 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from ...errors import BackendUnavailable, CheckpointError, InvalidRequest
-from ...machine import ram_copy_bandwidth
-from ...memory import system_available
+from ...machine import ram_copy_bandwidth, system_available
 from ...weights.split import Share
 from ...weights.tensor import Weights
 from ..base import Limits

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ...config import ModelConfig
 from ...errors import CheckpointError
-from ...rope import yarn_concentration, yarn_frequencies
 from ...weights.codecs import straight
 from ...weights.split import Share
 from ...weights.tensor import Array, Dense, Quantized, Weight, Weights
+from ..rope import yarn_concentration, yarn_frequencies
 from .layers import DenseMatrix, ExpertLinear, Experts, Linear, Matrix, Operations, QuantizedMatrix
 from .model import Attention, Block, GptOss, MixtureOfExperts, Norm, Rotary
 from .ranks import Ranks

@@ -7,8 +7,7 @@ import time
 import mlx.core as mx
 
 from ...errors import BackendUnavailable, InvalidRequest
-from ...machine import ram_copy_bandwidth
-from ...memory import system_available
+from ...machine import ram_copy_bandwidth, system_available
 from ...weights.split import Share
 from ...weights.tensor import Weights
 from ..base import Limits

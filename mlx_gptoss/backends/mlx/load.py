@@ -18,7 +18,6 @@ import numpy as np
 from ...config import ModelConfig
 from ...errors import CheckpointError
 from ...machine import cores
-from ...rope import yarn_concentration, yarn_frequencies
 from ...weights import codecs
 from ...weights.split import Share
 from ...weights.tensor import (
@@ -30,6 +29,7 @@ from ...weights.tensor import (
     Weight,
     Weights,
 )
+from ..rope import yarn_concentration, yarn_frequencies
 from . import host
 from .elementwise import Elementwise
 from .layers import MODES, DenseMatrix, ExpertLinear, Linear, MappedRows, Matrix, QuantizedMatrix, fused

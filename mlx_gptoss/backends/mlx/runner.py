@@ -11,9 +11,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from ...memory import working_space
 from ...sampling import Sampling
-from ..base import Limits, Row, Sampled, Snapshot
+from ..base import Limits, Row, Sampled, Snapshot, working_space
 from .cache import Cache, Saved, Span
 from .model import GptOss
 from .sample import Choice, History, choose

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import CheckpointError
-from .. import codecs
+from .. import codecs, quantization
 from ..params import Param
 from ..tensor import AFFINE4, Array, Quantized, Weight
 from .base import (
@@ -130,7 +130,7 @@ def _integers(modules: Modules, param: Param, stored: Stored) -> Source:
                 raise CheckpointError(f"{name}.g_idx reorders the groups (act-order), which cannot be read: {_ADVICE}")
         codes = modules.read(get, "qweight", lambda words: codecs.straight(words.T).view(np.uint8))
         scale = modules.read(get, "scales", lambda found: codecs.straight(found.T))
-        return Quantized(AFFINE4, codes, scale, codecs.symmetric_bias(scale))
+        return Quantized(AFFINE4, codes, scale, quantization.symmetric_bias(scale))
 
     return made_of(modules, FAMILY, AFFINE4, wants, load, scales)
 
@@ -208,7 +208,7 @@ def _as_symmetric(weight: Weight) -> Quantized:
             half = scale.astype(np.float16)
         if (bias == -8 * scale).all() and (half == scale).all():
             return Quantized(AFFINE4, weight.codes, half, weight.bias)
-    return codecs.quantize_symmetric(weight)
+    return quantization.quantize_symmetric(weight)
 
 
 FORMAT = AutoRound()

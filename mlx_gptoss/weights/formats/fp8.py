@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import CheckpointError
-from .. import codecs
+from .. import codecs, quantization
 from ..params import Param
 from ..tensor import FP8_ROW, MXFP4, NVFP4, Array, Quantized, Spec, Weight
 from .base import (
@@ -234,7 +234,7 @@ def _as_rows(weight: Weight) -> Quantized:
     """The weight as it is stored if it is FP8 already, else quantized anew."""
     if isinstance(weight, Quantized) and weight.spec == FP8_ROW:
         return weight
-    return codecs.quantize_fp8_rows(weight)
+    return quantization.quantize_fp8_rows(weight)
 
 
 def _unit(param: Param, dtype: str) -> Unit:

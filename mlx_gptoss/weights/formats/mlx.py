@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import CheckpointError
-from .. import codecs, search
+from .. import codecs, quantization, search
 from ..params import Param
 from ..safetensors import DTYPES, TensorInfo
 from ..tensor import AFFINE4, AFFINE8, MXFP4, MXFP8, NVFP4, Quantized, Spec, Weight
@@ -59,7 +59,7 @@ class Mlx(Format):
         "mlx-mxfp4-q4": matrix_recipe("mlx", AFFINE4, experts=("mlx", MXFP4), router=("mlx", AFFINE8)),
     }
 
-    def __init__(self, quantize: Quantizer = codecs.convert) -> None:
+    def __init__(self, quantize: Quantizer = quantization.convert) -> None:
         self._quantize = quantize
 
     def find(self, param: Param, stored: Stored) -> Source | None:

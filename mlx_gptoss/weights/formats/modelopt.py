@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import CheckpointError
-from .. import codecs
+from .. import codecs, quantization
 from ..params import Param
 from ..safetensors import TensorInfo
 from ..tensor import MXFP4, NVFP4, Quantized, Weight
@@ -229,8 +229,8 @@ def _recoding(weights: Sequence[Weight], name: str) -> _Recoding:
                 _log.warning("%s: blocks more than 17 octaves below the largest are rounded to NVFP4's range", name)
             outer = np.ldexp(np.float32(1), top - 8)
             return _Recoding(outer, lambda part: from_mxfp4(_only(part), outer))
-    outer = np.float32(max(codecs.largest(weight) for weight in weights) / _TOP) or np.float32(1)
-    return _Recoding(outer, lambda part: codecs.quantize_nvfp4(part, np.asarray(outer)))
+    outer = np.float32(max(quantization.largest(weight) for weight in weights) / _TOP) or np.float32(1)
+    return _Recoding(outer, lambda part: quantization.quantize_nvfp4(part, np.asarray(outer)))
 
 
 def _outers(weight: Weight) -> list[np.float32]:
@@ -255,7 +255,7 @@ def from_mxfp4(weight: Quantized, outer: np.float32) -> Quantized:
     codes = weight.codes
     low = exponent < -9
     if low.any():
-        rounded = codecs.quantize_nvfp4(weight, np.asarray(outer))
+        rounded = quantization.quantize_nvfp4(weight, np.asarray(outer))
         assert rounded.scale is not None
         scale = np.where(low, rounded.scale, scale)
         codes = np.where(np.repeat(low, NVFP4.group // 2, axis=-1), rounded.codes, codes)

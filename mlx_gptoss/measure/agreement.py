@@ -11,12 +11,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import Backend, Limits, Row, Runner
-from .config import ModelConfig
-from .errors import GptOssError
+from ..backends.base import Backend, Limits, Row, Runner
+from ..config import ModelConfig
+from ..errors import GptOssError
+from ..sampling import Sampling
+from ..weights.tensor import Weight, Weights
 from .evaluation import kl_divergence, log_softmax
-from .sampling import Sampling
-from .weights.tensor import Weight, Weights
 
 LAYERS = 4  # that are compared, of each kind two
 PROMPT = 136  # tokens: with those decoded, beyond the sliding window

@@ -21,14 +21,14 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import api
-from .errors import GptOssError, InvalidRequest
-from .memory import gigabytes
+from .. import api
+from ..errors import GptOssError, InvalidRequest
+from ..loading.memory import gigabytes
+from ..tokenizer import Tokenizer
 from .passages import Score, Window, read_documents, windows
-from .tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from .weights.checkpoint import Checkpoint
+    from ..weights.checkpoint import Checkpoint
 
 Source = str | Path | None  # as load() takes it
 Progress = Callable[[int, int, str], None]  # predictions done, predictions in all, the model at work

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
+from mlx_gptoss.backends.rope import _correction_range, yarn_concentration, yarn_frequencies
 from mlx_gptoss.config import Yarn
-from mlx_gptoss.rope import _correction_range, yarn_concentration, yarn_frequencies
 
 
 def test_correction_range_of_gpt_oss():

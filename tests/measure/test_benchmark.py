@@ -7,14 +7,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mlx_gptoss import agreement, api
-from mlx_gptoss.agreement import FirstLayers
+from mlx_gptoss import api
 from mlx_gptoss.backends import BACKENDS
 from mlx_gptoss.backends.base import Limits, Sampled
-from mlx_gptoss.benchmark import Counted, Model, Where, bench, step_bytes
 from mlx_gptoss.config import TINY
 from mlx_gptoss.errors import DoesNotFit, GptOssError, InvalidRequest
-from mlx_gptoss.timing import WARM_STEPS, Case, Ours, prefill_steps, prompts
+from mlx_gptoss.measure import agreement
+from mlx_gptoss.measure.agreement import FirstLayers
+from mlx_gptoss.measure.benchmark import Counted, Model, Where, bench, step_bytes
+from mlx_gptoss.measure.timing import WARM_STEPS, Case, Ours, prefill_steps, prompts
 from mlx_gptoss.weights import checkpoint
 from mlx_gptoss.weights.synthetic import Synthetic, preset
 

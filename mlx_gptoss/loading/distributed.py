@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
-from .backends.base import Limits, Runner
-from .errors import GptOssError, InvalidRequest
-from .loading import Order, Settled, identity, mappable, open_source, settle
+from ..backends.base import Limits, Runner
+from ..errors import GptOssError, InvalidRequest
+from ..ranks import Follower, Launch, Leader
 from .memory import MemoryPlan, require_fit
-from .ranks import Follower, Launch, Leader
+from .plan import Order, Settled, identity, mappable, open_source, settle
 
 DISMISS_S = 10.0  # how long ranks may take to come only to be told to go
 

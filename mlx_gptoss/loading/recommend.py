@@ -20,13 +20,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
+from ..weights import codecs, quantization
+from ..weights.checkpoint import ROLES, Checkpoint, Readable
+from ..weights.formats import WRITERS
+from ..weights.params import Role
+from ..weights.tensor import MXFP4, Dense
 from .memory import COMFORTABLE_CONTEXT, SMALLEST_CONTEXT, MemoryPlan
-from .weights import codecs
-from .weights.checkpoint import ROLES, Checkpoint, Readable
-from .weights.formats import WRITERS
-from .weights.params import Role
-from .weights.tensor import MXFP4, Dense
 
 _PREFERRED: Mapping[str, Sequence[str]] = {
     "mxfp4": ("mlx-mxfp4-q8", "mlx-mxfp4-q4"),
@@ -93,7 +93,7 @@ def _kind(checkpoint: Checkpoint) -> str:
     some = Dense(codecs.straight(weight.values[0, :32]))
     if some.values.shape[-1] % MXFP4.group:
         return "dense"
-    decoded = codecs.dequantize(codecs.convert(some, MXFP4))
+    decoded = codecs.dequantize(quantization.convert(some, MXFP4))
     return "mxfp4" if np.array_equal(decoded, codecs.dequantize(some)) else "dense"
 
 

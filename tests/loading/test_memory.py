@@ -9,8 +9,8 @@ import pytest
 from mlx_gptoss.backends import find_backend
 from mlx_gptoss.config import GPT_OSS_20B, GPT_OSS_120B
 from mlx_gptoss.errors import DoesNotFit
-from mlx_gptoss.loading import memory_plan, open_checkpoint
-from mlx_gptoss.memory import plan_memory, require_fit, system_available, wired_limit
+from mlx_gptoss.loading.memory import plan_memory, require_fit, system_available, wired_limit
+from mlx_gptoss.loading.plan import memory_plan, open_checkpoint
 from mlx_gptoss.weights import codecs
 from mlx_gptoss.weights.formats import WRITERS
 from mlx_gptoss.weights.params import parameters

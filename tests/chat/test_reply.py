@@ -9,13 +9,13 @@ import pytest
 
 import mlx_gptoss
 from mlx_gptoss import Conversation, Finished, Sampling, TextDelta, ToolCall, ToolCallDelta
-from mlx_gptoss.chat import answered
+from mlx_gptoss.chat.reply import Continuation, Turn
+from mlx_gptoss.chat.stream import answered
 from mlx_gptoss.engine import Finished as EngineFinished
 from mlx_gptoss.engine import StopStrings, Token
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.harmony.parse import Parser
 from mlx_gptoss.harmony.render import render
-from mlx_gptoss.reply import Continuation, Turn
 
 GREEDY = Sampling(temperature=0)
 WEATHER = {

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import GptOssError, InvalidRequest
 from .benchmark import Measurement
-from .errors import GptOssError, InvalidRequest
 from .evaluation import Divergence, Evaluation
 
 if TYPE_CHECKING:

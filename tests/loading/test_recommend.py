@@ -12,8 +12,8 @@ import pytest
 from mlx_gptoss import api
 from mlx_gptoss.backends import mlx
 from mlx_gptoss.errors import DoesNotFit
-from mlx_gptoss.memory import plan_memory
-from mlx_gptoss.recommend import made_bytes, recommend
+from mlx_gptoss.loading.memory import plan_memory
+from mlx_gptoss.loading.recommend import made_bytes, recommend
 from mlx_gptoss.weights import checkpoint
 from mlx_gptoss.weights.convert import convert
 

@@ -11,7 +11,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from .config import Yarn
+from ..config import Yarn
 
 
 def yarn_frequencies(yarn: Yarn, head_dim: int) -> NDArray[np.float64]:

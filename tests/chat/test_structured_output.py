@@ -10,10 +10,10 @@ import pytest
 
 import mlx_gptoss
 from mlx_gptoss import Sampling
+from mlx_gptoss.chat.reply import fold
 from mlx_gptoss.errors import InvalidRequest
-from mlx_gptoss.reply import fold
 
-SCHEMAS: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "schemas.json").read_text("utf-8"))
+SCHEMAS: dict[str, Any] = json.loads((Path(__file__).parents[1] / "data" / "schemas.json").read_text("utf-8"))
 QUESTION = "What is the weather in Paris?"
 SUM = "What is 12 + 30?"
 FEW = (

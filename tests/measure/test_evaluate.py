@@ -17,14 +17,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import mlx_gptoss
-from mlx_gptoss import api, evaluation, plot
+from mlx_gptoss import api
 from mlx_gptoss.errors import CheckpointError, GptOssError, InvalidRequest
-from mlx_gptoss.evaluation import Divergence, Evaluation, evaluate, kl_divergence, log_softmax
-from mlx_gptoss.passages import Document, read_documents, windows
+from mlx_gptoss.measure import evaluation, plot
+from mlx_gptoss.measure.evaluation import Divergence, Evaluation, evaluate, kl_divergence, log_softmax
+from mlx_gptoss.measure.passages import Document, read_documents, windows
 from mlx_gptoss.tokenizer import Tokenizer
 
 TEXT = "<|start|>user<|message|>What is 12 + 30?<|end|>The quick brown fox jumps over the lazy dog. " * 3
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 LOGITS = arrays(np.float32, (2, 5), elements=st.floats(-60, 60, width=32))
 
 

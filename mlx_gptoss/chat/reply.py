@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from . import engine as engines
-from .engine import Token
-from .engine.stop import StopStrings
-from .errors import GptOssError
-from .harmony.messages import Message
-from .harmony.parse import Delta, Parser
-from .tokenizer import IncrementalDecoder, Tokenizer
+from .. import engine as engines
+from ..engine import Token
+from ..engine.stop import StopStrings
+from ..errors import GptOssError
+from ..harmony.messages import Message
+from ..harmony.parse import Delta, Parser
+from ..tokenizer import IncrementalDecoder, Tokenizer
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from mlx_gptoss.errors import CheckpointError
-from mlx_gptoss.hub import resolve
+from mlx_gptoss.loading.hub import resolve
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WANTED = {
     "config.json": b'{"model_type": "gpt_oss"}',

@@ -10,21 +10,21 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from ..backends import find_backend
+from ..backends.base import Backend, Limits, Runner
+from ..errors import CheckpointError, InvalidRequest
+from ..weights import checkpoint as checkpoints
+from ..weights.checkpoint import Checkpoint, Readable
+from ..weights.formats import WRITERS
+from ..weights.requantize import Requantized
+from ..weights.split import Part, Share
+from ..weights.synthetic import Synthetic, preset
+from ..weights.tensor import Dense, Weights
 from . import hub
-from .backends import find_backend
-from .backends.base import Backend, Limits, Runner
-from .errors import CheckpointError, InvalidRequest
 from .memory import MemoryPlan, plan_memory
 from .recommend import made_bytes, mappable_bytes, used_vocabulary, widenable_bytes
-from .weights import checkpoint as checkpoints
-from .weights.checkpoint import Checkpoint, Readable
-from .weights.formats import WRITERS
-from .weights.requantize import Requantized
-from .weights.split import Part, Share
-from .weights.synthetic import Synthetic, preset
-from .weights.tensor import Dense, Weights
 
-NANO = Path(__file__).parent / "nano"  # the bundled model
+NANO = Path(__file__).parents[1] / "nano"  # the bundled model
 DRAFTS = 3  # with the token before them 4, the most queries that Metal's attention for a single one takes
 LIBRARY = {"mlx": "mlx", "cuda": "torch"}  # what computes: another version may round otherwise
 ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

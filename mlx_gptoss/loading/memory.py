@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from .config import ModelConfig
-from .errors import DoesNotFit
+from ..backends.base import working_space
+from ..config import ModelConfig
+from ..errors import DoesNotFit
+from ..machine import mac_memory
 
 COMFORTABLE_CONTEXT = 8192  # tokens that are worth leaving the embeddings in the file
 SMALLEST_CONTEXT = 2048  # a default context is not cut below this; with less room the model is refused
@@ -145,16 +144,6 @@ def _settled(choices: Sequence[MemoryPlan], wanted: int, asked: bool) -> MemoryP
     return replace(plan, context=min(wanted, max(plan.largest_context, SMALLEST_CONTEXT)))
 
 
-def working_space(config: ModelConfig, chunk: int, slots: int, activation_bytes: int) -> int:
-    """The largest set of arrays alive at once in a forward pass: one layer's MoE, or its attention, or the logits."""
-    active = config.num_experts_per_tok
-    experts = chunk * active * (2 * config.hidden_size + 4 * config.intermediate_size)
-    attention = chunk * 3 * (config.q_size + 2 * config.kv_size)
-    stream = 3 * chunk * config.hidden_size
-    logits = 4 * slots * config.vocab_size * 4
-    return (stream + max(experts, attention)) * activation_bytes + logits
-
-
 def require_fit(plan: MemoryPlan, name: str, smaller_formats: dict[str, int]) -> None:
     """Raise DoesNotFit with the numbers and with what would fit. smaller_formats: name -> weight bytes."""
     if plan.fits:
@@ -188,32 +177,6 @@ def wired_limit(plan: MemoryPlan, memory: int) -> str | None:
     if plan.fits or plan.available_bytes >= memory * 7 // 8 or megabytes << 20 > memory - SYSTEM_BYTES:
         return None
     return f"sudo sysctl iogpu.wired_limit_mb={megabytes}"
-
-
-def mac_memory() -> int:
-    """Bytes of RAM of this Mac; 0 on anything else."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if sys.platform == "darwin" else 0
-
-
-def system_available() -> int:
-    """Bytes of RAM that a new program can take without swapping: Linux's MemAvailable within the control group's
-    limit; elsewhere all physical memory less an eighth for the system."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 7 // 8
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
-    return min(available, _cgroup_room())
-
-
-def _cgroup_room(root: Path = Path("/sys/fs/cgroup")) -> int:
-    """What control group version 2 leaves this process."""
-    limit, current = root / "memory.max", root / "memory.current"
-    if not limit.exists() or not current.exists() or limit.read_text().strip() == "max":
-        return 2**63 - 1
-    used = int(current.read_text())
-    stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-    return int(limit.read_text()) - used + int(stat.get("inactive_file", 0))
 
 
 def gigabytes(size: int) -> str:

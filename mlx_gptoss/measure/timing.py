@@ -12,8 +12,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .backends.base import Pending, Row, Runner
-from .sampling import Sampling
+from ..backends.base import Pending, Row, Runner
+from ..sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
 WARM_STEPS = 4  # decoding steps before those that count

@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .engine import Engine, Request, Stream, Token
-from .engine.stop import StopStrings
-from .errors import InvalidRequest
-from .harmony.guide import guide_for
-from .harmony.messages import Conversation, Effort, Message, without_old_reasoning
-from .harmony.openai import from_chat, response_format_of, tool_choice_of
-from .harmony.parse import Parser
-from .harmony.render import render
+from ..engine import Engine, Request, Stream, Token
+from ..engine.stop import StopStrings
+from ..errors import InvalidRequest
+from ..harmony.guide import guide_for
+from ..harmony.messages import Conversation, Effort, Message, without_old_reasoning
+from ..harmony.openai import from_chat, response_format_of, tool_choice_of
+from ..harmony.parse import Parser
+from ..harmony.render import render
+from ..sampling import Sampling
+from ..tokenizer import CALL, END, RETURN, Tokenizer
 from .reply import Continuation, Event, Reader, Turn
-from .sampling import Sampling
-from .tokenizer import CALL, END, RETURN, Tokenizer
 
 Prompt = str | Sequence[Mapping[str, Any]] | Conversation
 

@@ -13,25 +13,25 @@ from importlib import import_module
 from pathlib import Path
 from statistics import geometric_mean, median
 
+from ..backends import find_backend
+from ..backends.base import Backend, Limits
+from ..config import FULL, PRESETS, ModelConfig
+from ..errors import InvalidRequest
+from ..loading.distributed import lead
+from ..loading.memory import plan_memory, require_fit
+from ..loading.plan import ACTIVATION_BYTES, Order
+from ..loading.recommend import made_bytes, widenable_bytes
+from ..ranks import Launch, find_launch
+from ..weights import codecs
+from ..weights.checkpoint import Readable
+from ..weights.formats import WRITERS
+from ..weights.params import Param, parameters
+from ..weights.requantize import Requantized
+from ..weights.synthetic import Synthetic
+from ..weights.tensor import Weight, Weights
 from . import agreement
 from .agreement import Agreement
-from .backends import find_backend
-from .backends.base import Backend, Limits
-from .config import FULL, PRESETS, ModelConfig
-from .errors import InvalidRequest
-from .loading import ACTIVATION_BYTES, Order
-from .memory import plan_memory, require_fit
-from .ranks import Launch, find_launch
-from .recommend import made_bytes, widenable_bytes
-from .spread import lead
 from .timing import Case, Contender, Ours
-from .weights import codecs
-from .weights.checkpoint import Readable
-from .weights.formats import WRITERS
-from .weights.params import Param, parameters
-from .weights.requantize import Requantized
-from .weights.synthetic import Synthetic
-from .weights.tensor import Weight, Weights
 
 Tell = Callable[[str], None]  # what is being done, for whoever waits
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from .errors import InvalidRequest
-from .tokenizer import ENDOFTEXT, START, Tokenizer
+from ..errors import InvalidRequest
+from ..tokenizer import ENDOFTEXT, START, Tokenizer
 
 Score = Literal["all", "replies"]
 

@@ -1,0 +1,1 @@
+"""How fast a model is, how well it predicts, and how far it is from a reference."""
