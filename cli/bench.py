@@ -85,7 +85,7 @@ def bench(
 
 def _bench(cases: list[Case], repeat: int, tell: Callable[[str], None], **choices: Any) -> Report:
     from mlx_gptoss.backends import BACKENDS
-    from mlx_gptoss.loading.plan import Order
+    from mlx_gptoss.loading.plan import LoadOptions
     from mlx_gptoss.measure.benchmark import Model, Where, bench, load
     from mlx_gptoss.ranks import find_launch
     from mlx_gptoss.weights.formats import WRITERS
@@ -99,12 +99,12 @@ def _bench(cases: list[Case], repeat: int, tell: Callable[[str], None], **choice
     with ExitStack() as stack:
         source, folder = _source(stack, tell, **choices)
         synthetic = (choices["synthetic"], choices["layers"], source.format) if choices["synthetic"] else None
-        order = Order(choices["model"], synthetic, choices["backend"], quantize=quantize)
-        model = Model(source, source.size_bytes, source.format, order)
+        options = LoadOptions(choices["model"], synthetic, choices["backend"], quantize=quantize)
+        model = Model(source, source.size_bytes, source.format, options)
         if quantize:
             weights = Requantized(source, quantize)
             form = quantize if quantize in WRITERS else f"{source.format}, {quantize}"
-            model = Model(weights, weights.size_bytes, form, order)
+            model = Model(weights, weights.size_bytes, form, options)
         where = Where.find(choices["backend"], choices["device"], choices["dtype"])
         others: list[Contender] = []
         if against in BACKENDS:

@@ -121,7 +121,7 @@ class Session:
     def turn(self, line: str) -> None:
         """One question and its answer. A question that cannot be answered is taken back."""
         from mlx_gptoss import GptOssError, Message, answer
-        from mlx_gptoss.chat.stream import answered
+        from mlx_gptoss.chat.stream import with_reply
 
         from .printer import show_events, stats_line
 
@@ -134,9 +134,9 @@ class Session:
             click.echo(f"error: {error}", err=True)
             return
         except KeyboardInterrupt:
-            self.conversation = answered(asked, (Message("assistant", "".join(said), channel="final"),))
+            self.conversation = with_reply(asked, (Message("assistant", "".join(said), channel="final"),))
             return
-        self.conversation = answered(asked, finished.messages)
+        self.conversation = with_reply(asked, finished.messages)
         if self.stats:
             click.echo(stats_line(finished, self.model.load_s), err=True)
 

@@ -76,9 +76,9 @@ def main() -> None:
     try:
         launch = _launch()
         if launch is not None and launch.rank:  # rank 0 reads the command and speaks; this one does what that one says
-            from mlx_gptoss.loading.distributed import follow
+            from mlx_gptoss.loading.distributed import serve_rank
 
-            follow(launch)
+            serve_rank(launch)
         else:
             group.main(standalone_mode=False)
     except click.ClickException as error:

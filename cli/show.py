@@ -10,7 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from mlx_gptoss.loading.memory import MemoryPlan
-    from mlx_gptoss.loading.plan import Settled
+    from mlx_gptoss.loading.plan import LoadPlan
     from mlx_gptoss.loading.recommend import Recommendation
     from mlx_gptoss.weights.checkpoint import Summary
 
@@ -42,7 +42,7 @@ def show(
     """
     from mlx_gptoss import api
     from mlx_gptoss.backends import find_backend
-    from mlx_gptoss.loading.plan import Order, settle
+    from mlx_gptoss.loading.plan import LoadOptions, plan_load
     from mlx_gptoss.loading.recommend import mappable, recommend
 
     checkpoint = api.open_checkpoint(model)
@@ -59,11 +59,11 @@ def show(
     may_stay = mappable(checkpoint) if name == "mlx" else None
     best = recommend(checkpoint, plan, api.sizes_in_other_formats(checkpoint), context, may_stay)
     summary = checkpoint.summary()
-    parts: list[Settled] = []
+    parts: list[LoadPlan] = []
     if ranks is not None:
         bits = None if kv_bits is None else int(kv_bits)
-        order = Order(model, backend=name, device=device, dtype=dtype, max_context=context, kv_bits=bits)
-        parts = [settle(order, checkpoint, rank, ranks) for rank in range(ranks)]
+        options = LoadOptions(model, backend=name, device=device, dtype=dtype, max_context=context, kv_bits=bits)
+        parts = [plan_load(options, checkpoint, rank, ranks) for rank in range(ranks)]
     if as_json:
         report = _report(summary, plan, best)
         click.echo(json.dumps(report | {"ranks": [_part_report(part) for part in parts]} if parts else report))
@@ -106,7 +106,7 @@ def _memory(plan: MemoryPlan) -> dict[str, Any]:
     return {
         "weights_bytes": plan.weights_bytes,
         "mapped_bytes": plan.mapped_bytes,
-        "widened_bytes": plan.widened_bytes,
+        "upcast_bytes": plan.upcast_bytes,
         "kv_bytes_per_token": plan.kv_bytes_per_token,
         "ring_bytes": plan.ring_bytes,
         "working_bytes": plan.working_bytes,
@@ -117,14 +117,14 @@ def _memory(plan: MemoryPlan) -> dict[str, Any]:
     }
 
 
-def _part_report(part: Settled) -> dict[str, Any]:
+def _part_report(part: LoadPlan) -> dict[str, Any]:
     share = part.share
     assert share is not None
     held = {"query_heads": len(share.queries), "kv_heads": len(share.kv), "experts": len(share.experts)}
     return {"rank": share.rank, **held, "vocabulary": len(share.vocabulary), "memory": _memory(part.plan)}
 
 
-def _print_parts(parts: Sequence[Settled]) -> None:
+def _print_parts(parts: Sequence[LoadPlan]) -> None:
     from rich.console import Console
     from rich.table import Table
 

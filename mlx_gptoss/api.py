@@ -9,10 +9,10 @@ from pathlib import Path
 
 from .engine import Engine, PrefixFiles
 from .loading import hub
-from .loading.distributed import follow, lead
+from .loading.distributed import coordinate, serve_rank
 from .loading.memory import require_fit
 from .loading.plan import NANO as NANO
-from .loading.plan import Order, Settled, open_source, settle
+from .loading.plan import LoadOptions, LoadPlan, open_source, plan_load
 from .loading.plan import memory_plan as memory_plan
 from .loading.plan import open_checkpoint as open_checkpoint
 from .loading.plan import sizes_in_other_formats as sizes_in_other_formats
@@ -63,7 +63,7 @@ def load(
     Raises CheckpointError, DoesNotFit (before anything is loaded), BackendUnavailable or InvalidRequest.
     """
     started = time.perf_counter()
-    order = Order(
+    options = LoadOptions(
         model=None if path_or_repo_id is None else str(path_or_repo_id),
         backend=backend,
         device=device,
@@ -77,55 +77,55 @@ def load(
     )
     launch, files = find_launch(), None
     if launch is not None and launch.rank:
-        follow(launch)
+        serve_rank(launch)
         sys.exit(0)
     if launch is not None:
-        settled, start = lead(order, launch)
-        make_runner = partial(start, partial(settled.load, settled.limits()))
+        load_plan, start = coordinate(options, launch)
+        make_runner = partial(start, partial(load_plan.load, load_plan.limits()))
     else:
-        settled = settle(order, open_source(order))
-        _require_fit(settled)
-        make_runner = partial(settled.load, settled.limits())
+        load_plan = plan_load(options, open_source(options))
+        _require_fit(load_plan)
+        make_runner = partial(load_plan.load, load_plan.limits())
     if prompt_cache is not None:
-        files = PrefixFiles(Path(prompt_cache), _fingerprint(settled))
-    checkpoint = settled.source
+        files = PrefixFiles(Path(prompt_cache), _fingerprint(load_plan))
+    checkpoint = load_plan.source
     assert isinstance(checkpoint, Checkpoint)
     tokenizer = checkpoint.tokenizer()
-    engine = Engine(make_runner, max_waiting=max_waiting, prefix_bytes=settled.plan.prefix_bytes, prefix_files=files)
+    engine = Engine(make_runner, max_waiting=max_waiting, prefix_bytes=load_plan.plan.prefix_bytes, prefix_files=files)
     return Model(
         checkpoint,
         quantize or checkpoint.format,
         tokenizer,
         engine,
-        settled.backend,
-        settled.plan,
-        order.name,
+        load_plan.backend,
+        load_plan.plan,
+        options.name,
         load_s=time.perf_counter() - started,
     )
 
 
-def _require_fit(settled: Settled) -> None:
+def _require_fit(load_plan: LoadPlan) -> None:
     """Raise DoesNotFit if it does not, with the format that would fit."""
-    checkpoint = settled.source
-    if settled.plan.fits or not isinstance(checkpoint, Checkpoint):
+    checkpoint = load_plan.source
+    if load_plan.plan.fits or not isinstance(checkpoint, Checkpoint):
         return
-    sizes, context = sizes_in_other_formats(checkpoint), settled.order.max_context
-    may_stay = mappable(checkpoint) if settled.backend == "mlx" else None
-    best = recommend(checkpoint, settled.plan, sizes, context, may_stay)
-    require_fit(settled.plan, settled.order.name, {best.format: best.size_bytes} if best else sizes)
+    sizes, context = sizes_in_other_formats(checkpoint), load_plan.options.max_context
+    may_stay = mappable(checkpoint) if load_plan.backend == "mlx" else None
+    best = recommend(checkpoint, load_plan.plan, sizes, context, may_stay)
+    require_fit(load_plan.plan, load_plan.options.name, {best.format: best.size_bytes} if best else sizes)
 
 
-def _fingerprint(settled: Settled) -> str:
+def _fingerprint(load_plan: LoadPlan) -> str:
     """Of everything that what is computed of a prompt hangs on."""
-    order, plan, module = settled.order, settled.plan, settled.module
+    options, plan, module = load_plan.options, load_plan.plan, load_plan.module
     where = (
-        module.device_name(order.device),
-        module.dtype_name(order.device, order.dtype),
+        module.device_name(options.device),
+        module.dtype_name(options.device, options.dtype),
         plan.chunk,
-        plan.widened_bytes > 0,
+        plan.upcast_bytes > 0,
     )
-    checkpoint = settled.part.fingerprint()
-    return repr((settled.programs(), checkpoint, order.quantize, order.kv_bits, order.speculate, where))
+    checkpoint = load_plan.part.fingerprint()
+    return repr((load_plan.programs(), checkpoint, options.quantize, options.kv_bits, options.speculate, where))
 
 
 def describe(path_or_repo_id: str | Path | None = None) -> Summary:

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from .chat.reply import FinishReason, Timings, ToolCall, Usage, fold
-from .chat.stream import Events, Prompt, answered, as_conversation, stream_chat, stream_raw
+from .chat.stream import Events, Prompt, as_conversation, stream_chat, stream_raw, with_reply
 from .config import ModelConfig
 from .engine import Engine, Status, Token
 from .errors import CheckpointError, InvalidRequest
@@ -153,7 +153,7 @@ class Model:
             timings=finished.timings,
             ids=tuple(t.id for t in finished.tokens),
             logprobs=finished.tokens,
-            conversation=answered(conversation, finished.messages),
+            conversation=with_reply(conversation, finished.messages),
         )
 
     def stream(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .chat.reply import Event, Finished, ToolCall
-from .chat.stream import answered
+from .chat.stream import with_reply
 from .errors import InvalidRequest
 from .harmony.messages import Conversation, Function, Message
 
@@ -114,7 +114,7 @@ def answer(
         calls: list[ToolCall] = []
         for event in model.stream(conversation, tool_choice="auto" if left else "none", **options):
             if isinstance(event, Finished):
-                conversation, said = answered(conversation, event.messages), said + event.messages
+                conversation, said = with_reply(conversation, event.messages), said + event.messages
                 if not calls or not left:
                     yield replace(event, messages=said)
                     return

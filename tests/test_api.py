@@ -12,7 +12,7 @@ import pytest
 import mlx_gptoss
 from mlx_gptoss import Finished, Message, ReasoningDelta, Sampling, TextDelta, ToolCall
 from mlx_gptoss.api import NANO
-from mlx_gptoss.chat.stream import answered, as_conversation
+from mlx_gptoss.chat.stream import as_conversation, with_reply
 from mlx_gptoss.errors import BackendUnavailable, CheckpointError, DoesNotFit, GptOssError, InvalidRequest
 from mlx_gptoss.sampling import default_sampling
 
@@ -200,8 +200,8 @@ def test_an_answer_drops_its_reasoning_from_the_history_and_a_call_keeps_it():
     thought = Message("assistant", "hm", channel="analysis")
     final = Message("assistant", "Hello", channel="final")
     call = Message("assistant", "{}", channel="commentary", recipient="functions.f")
-    assert answered(asked, (thought, final)).messages == (*asked.messages, final)
-    assert answered(asked, (thought, call)).messages == (*asked.messages, thought, call)
+    assert with_reply(asked, (thought, final)).messages == (*asked.messages, final)
+    assert with_reply(asked, (thought, call)).messages == (*asked.messages, thought, call)
 
 
 def test_describe_and_convert(mini, tmp_path):

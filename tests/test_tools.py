@@ -13,7 +13,7 @@ import mlx_gptoss
 from mlx_gptoss import Conversation, Finished, Message, Sampling, Tool, ToolCall, ToolResult, answer, load_tools
 from mlx_gptoss.api import NANO
 from mlx_gptoss.chat.reply import Timings, Usage
-from mlx_gptoss.chat.stream import answered, as_conversation
+from mlx_gptoss.chat.stream import as_conversation, with_reply
 from mlx_gptoss.errors import InvalidRequest
 from mlx_gptoss.harmony.grammar import Grammar
 from mlx_gptoss.tokenizer import Tokenizer
@@ -140,7 +140,7 @@ def test_the_bundled_model_calls_and_answers_from_the_result(tmp_path: Path) -> 
         assert isinstance(last, Finished) and last.finish_reason == "stop"
         assert [m.content for m in last.messages if m.channel == "final"] == ["It is 18 degrees and sunny in Paris."]
         assert [m.role for m in last.messages if m.recipient] == ["assistant", "tool"]
-        again = answered(asked, last.messages).with_user("What is 12 + 30?")
+        again = with_reply(asked, last.messages).with_user("What is 12 + 30?")
         assert not any(m.channel == "analysis" for m in again.messages)
         *_, last = answer(model, again, tools, sampling=GREEDY)
         assert isinstance(last, Finished) and last.messages[-1].content == "12 + 30 = 42"

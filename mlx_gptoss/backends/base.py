@@ -61,13 +61,13 @@ def allowed_tokens(masks: Sequence[bytes | None], vocabulary: int) -> NDArray[np
 @dataclass(frozen=True)
 class Sampled:
     """One chosen token. `logprob` and `top` are natural logarithms under the raw logits (temperature 1, no
-    penalties); `top` lists (id, logprob), likeliest first, Sampling.logprobs of them. `more`: the tokens after it, one
-    for each draft of the row that was guessed right."""
+    penalties); `top` lists (id, logprob), likeliest first, Sampling.logprobs of them. `accepted`: the tokens after it,
+    one for each draft of the row that was guessed right."""
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
-    more: tuple[Sampled, ...] = ()
+    accepted: tuple[Sampled, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Limits:
     values in 8 bits; None as they are computed. resident_vocab: None has all weights on the device. A number, where
     memory is short, leaves the embeddings in the mapped file, to be looked up there, and of lm_head all rows but so
     many first ones, those of ids that the tokenizer has: the others are never sampled, and only logits() computes them.
-    widen: hold the dense matrices that every token reads in the activations' dtype, where a CPU has the memory for it.
+    upcast: hold the dense matrices that every token reads in the activations' dtype, where a CPU has the memory for it.
     """
 
     slots: int
@@ -87,7 +87,7 @@ class Limits:
     drafts: int = 0
     kv_bits: int | None = None
     resident_vocab: int | None = None
-    widen: bool = False
+    upcast: bool = False
 
 
 class Snapshot(Protocol):

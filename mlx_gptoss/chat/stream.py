@@ -167,6 +167,6 @@ class Events(Iterator[Event]):
             self._made.extend(self._reader.finish(self._stream.finished))
 
 
-def answered(conversation: Conversation, reply: tuple[Message, ...]) -> Conversation:
+def with_reply(conversation: Conversation, reply: tuple[Message, ...]) -> Conversation:
     """The conversation with a reply appended, ready for the next turn: reasoning that led to an answer is dropped."""
     return replace(conversation, messages=without_old_reasoning(conversation.messages + reply))

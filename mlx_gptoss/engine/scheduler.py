@@ -207,10 +207,10 @@ class Scheduler:
         if sampled is None:
             raise RuntimeError(f"the runner sampled no token for slot {track.slot}, whose row asked for one")
         track.drafted += len(row.drafts)
-        track.accepted += len(sampled.more)
-        track.length += len(sampled.more)
+        track.accepted += len(sampled.accepted)
+        track.length += len(sampled.accepted)
         outputs: list[Output] = []
-        for token in (sampled, *sampled.more):
+        for token in (sampled, *sampled.accepted):
             outputs.append(self._deliver(track, token))
             if track.ended:
                 break

@@ -1,4 +1,4 @@
-"""One model over several ranks: they settle on what all can do, and load it together."""
+"""One model over several ranks: agree on one plan, then load it together."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ..backends.base import Limits, Runner
 from ..errors import GptOssError, InvalidRequest
 from ..ranks import Follower, Launch, Leader
 from .memory import MemoryPlan, require_fit
-from .plan import Order, Settled, identity, mappable, open_source, settle
+from .plan import LoadOptions, LoadPlan, identity, mappable, open_source, plan_load
 
 DISMISS_S = 10.0  # how long ranks may take to come only to be told to go
 
 Start = Callable[[Callable[[], Runner]], Runner]
 
 
-def lead(order: Order, launch: Launch) -> tuple[Settled, Start]:
+def coordinate(options: LoadOptions, launch: Launch) -> tuple[LoadPlan, Start]:
     """On rank 0: what all ranks load, with a plan that all can keep, and what makes the runner of all, given what loads
     this rank's.
 
@@ -27,39 +27,39 @@ def lead(order: Order, launch: Launch) -> tuple[Settled, Start]:
     """
     leader = Leader(launch)
     try:
-        order = _of_launch(order, launch)
-        settled = _settle(order, launch)
-        mine = _said(settled)
-        answers = leader.ask(vars(order))
+        options = _with_launch_backend(options, launch)
+        load_plan = _plan_and_require_fit(options, launch)
+        mine = _summary(load_plan)
+        answers = leader.ask(vars(options))
         for rank, theirs in enumerate(answers, 1):
             _compare(rank, mine, theirs)
-        plans = [settled.plan, *(MemoryPlan(**answer["plan"]) for answer in answers)]
+        plans = [load_plan.plan, *(MemoryPlan(**answer["plan"]) for answer in answers)]
         plan = replace(
-            settled.plan,
+            load_plan.plan,
             context=min(plan.context for plan in plans),
             chunk=min(plan.chunk for plan in plans),
             prefix_bytes=min(plan.prefix_bytes for plan in plans),
-            widened_bytes=settled.plan.widened_bytes if all(plan.widened_bytes for plan in plans) else 0,
+            upcast_bytes=load_plan.plan.upcast_bytes if all(plan.upcast_bytes for plan in plans) else 0,
         )
         if any(plan.mapped_bytes for plan in plans):
-            plan = replace(plan, mapped_bytes=settled.plan.mapped_bytes or mappable(settled.part), widened_bytes=0)
-        settled = replace(settled, plan=plan)
-        limits = settled.limits()
+            plan = replace(plan, mapped_bytes=load_plan.plan.mapped_bytes or mappable(load_plan.part), upcast_bytes=0)
+        load_plan = replace(load_plan, plan=plan)
+        limits = load_plan.limits()
     except BaseException:
         leader.close()
         raise
     largest = max([mine["kv_heads"], *(answer["kv_heads"] for answer in answers)]) / mine["kv_heads"]
-    return settled, lambda load: leader.load(limits, load, largest)
+    return load_plan, lambda load: leader.load(limits, load, largest)
 
 
-def follow(launch: Launch) -> None:
+def serve_rank(launch: Launch) -> None:
     """On every other rank: load what rank 0 says and do what it does, until it ends."""
 
     def answer(data: dict[str, Any]) -> tuple[dict[str, Any], Callable[[Limits], Runner]]:
         synthetic = data["synthetic"]
-        order = Order(**data | {"synthetic": synthetic and tuple(synthetic)})
-        settled = _settle(order, launch)
-        return _said(settled), settled.load
+        options = LoadOptions(**data | {"synthetic": synthetic and tuple(synthetic)})
+        load_plan = _plan_and_require_fit(options, launch)
+        return _summary(load_plan), load_plan.load
 
     Follower(launch).follow(answer)
 
@@ -71,30 +71,30 @@ def dismiss(launch: Launch) -> None:
             Leader(launch, DISMISS_S).close()
 
 
-def _of_launch(order: Order, launch: Launch) -> Order:
+def _with_launch_backend(options: LoadOptions, launch: Launch) -> LoadOptions:
     """With the backend whose collectives the launcher has prepared."""
-    if order.backend not in ("auto", launch.backend):
-        program = "mlx.launch" if order.backend == "mlx" else "torchrun"
-        raise InvalidRequest(f"start ranks of the {order.backend} backend by {program}, or leave --backend out")
-    return replace(order, backend=launch.backend)
+    if options.backend not in ("auto", launch.backend):
+        program = "mlx.launch" if options.backend == "mlx" else "torchrun"
+        raise InvalidRequest(f"start ranks of the {options.backend} backend by {program}, or leave --backend out")
+    return replace(options, backend=launch.backend)
 
 
-def _settle(order: Order, launch: Launch) -> Settled:
-    settled = settle(order, open_source(order), launch.rank, launch.ranks, launch.beside)
-    require_fit(settled.plan, f"its share of {order.name}", {})
-    return settled
+def _plan_and_require_fit(options: LoadOptions, launch: Launch) -> LoadPlan:
+    load_plan = plan_load(options, open_source(options), launch.rank, launch.ranks, launch.ranks_on_host)
+    require_fit(load_plan.plan, f"its share of {options.name}", {})
+    return load_plan
 
 
-def _said(settled: Settled) -> dict[str, Any]:
+def _summary(load_plan: LoadPlan) -> dict[str, Any]:
     """What ranks tell each other before they load."""
-    order, share = settled.order, settled.share
+    options, share = load_plan.options, load_plan.share
     assert share is not None
     return {
-        "version": settled.programs(),
-        "checkpoint": identity(settled.source),
-        "dtype": settled.module.dtype_name(order.device, order.dtype),
+        "version": load_plan.programs(),
+        "checkpoint": identity(load_plan.source),
+        "dtype": load_plan.module.dtype_name(options.device, options.dtype),
         "kv_heads": len(share.kv),
-        "plan": asdict(settled.plan),
+        "plan": asdict(load_plan.plan),
     }
 
 

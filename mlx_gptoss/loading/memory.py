@@ -30,7 +30,7 @@ class MemoryPlan:
     step_bytes: activations of one prefill chunk, logits, and the runtime itself.
     mapped_bytes: of the weights, what stays in the mapped file because memory is short (Limits.resident_vocab); 0 where
         it is not.
-    widened_bytes: what dense matrices take more in the activations' dtype than as stored (Limits.widen); 0 where they
+    upcast_bytes: what dense matrices take more in the activations' dtype than as stored (Limits.upcast); 0 where they
         are kept as stored.
     prefix_bytes: what the prefix cache may hold.
     available_bytes: what the device has to give: Metal's recommended working set, or the free memory elsewhere.
@@ -46,7 +46,7 @@ class MemoryPlan:
     step_bytes: int
     available_bytes: int
     mapped_bytes: int = 0
-    widened_bytes: int = 0
+    upcast_bytes: int = 0
     prefix_bytes: int = 0
 
     @property
@@ -54,7 +54,7 @@ class MemoryPlan:
         """What is not weights as stored and cache."""
         return (
             self.prefix_bytes
-            + self.widened_bytes
+            + self.upcast_bytes
             + self.step_bytes
             + self.slots * self.context * self.layer_bytes_per_token
         )
@@ -71,7 +71,7 @@ class MemoryPlan:
     @property
     def largest_context(self) -> int:
         """The longest context that fits, in whole 256 tokens; 0 when none does."""
-        resident = self.weights_bytes - self.mapped_bytes + self.widened_bytes + self.prefix_bytes
+        resident = self.weights_bytes - self.mapped_bytes + self.upcast_bytes + self.prefix_bytes
         room = self.available_bytes - resident - self.step_bytes - self.slots * self.ring_bytes
         each = self.slots * (self.kv_bytes_per_token + self.layer_bytes_per_token)
         return max(0, room // max(each, 1) // 256 * 256)
@@ -88,7 +88,7 @@ def plan_memory(
     chunk: int = 2048,
     kv_bits: int | None = None,
     mappable_bytes: int = 0,
-    widenable_bytes: int = 0,
+    upcastable_bytes: int = 0,
     prefix_bytes: int | None = 0,
 ) -> MemoryPlan:
     """The plan for `context` tokens a slot; None takes the model's longest, or what fits of it
@@ -98,7 +98,7 @@ def plan_memory(
     it is halved, down to SMALLEST_CHUNK, until the context fits, or DEFAULT_CHUNK_CONTEXT of a default one.
     kv_bits: 8 where the full layers' keys and values are kept in 8 bits, with two float32 to 64 of them.
     mappable_bytes: of the weights, what may stay in the file; it does if a COMFORTABLE_CONTEXT does not fit otherwise.
-    widenable_bytes: what dense matrices would take more if they were widened; they are if the plan fits all the same.
+    upcastable_bytes: what dense matrices would take more if they were upcast; they are if the plan fits all the same.
     prefix_bytes: for the prefix cache; None gives it half of what is left, PREFIX_BYTES at most.
     """
     entry = 2 * config.kv_size * activation_bytes  # one key and one value, all heads
@@ -118,11 +118,13 @@ def plan_memory(
     )
     steps = [RUNTIME_BYTES + working_space(config, size, slots, activation_bytes) for size in _chunks(chunk)]
     choices = [replace(plan, chunk=size, step_bytes=step) for size, step in zip(_chunks(chunk), steps, strict=True)]
-    whole = _settled(choices, wanted, context is not None)
+    whole = _first_that_fits(choices, wanted, context is not None)
     if not mappable_bytes or (whole.fits and whole.context >= min(wanted, COMFORTABLE_CONTEXT)):
-        wide = replace(whole, widened_bytes=widenable_bytes)
+        wide = replace(whole, upcast_bytes=upcastable_bytes)
         return _with_prefix(wide if wide.fits else whole, prefix_bytes)
-    lean = _settled([replace(choice, mapped_bytes=mappable_bytes) for choice in choices], wanted, context is not None)
+    lean = _first_that_fits(
+        [replace(choice, mapped_bytes=mappable_bytes) for choice in choices], wanted, context is not None
+    )
     return _with_prefix(lean if lean.fits else whole, prefix_bytes)
 
 
@@ -136,7 +138,7 @@ def _chunks(most: int) -> list[int]:
     return [most, *(_chunks(most // 2) if most > SMALLEST_CHUNK else [])]
 
 
-def _settled(choices: Sequence[MemoryPlan], wanted: int, asked: bool) -> MemoryPlan:
+def _first_that_fits(choices: Sequence[MemoryPlan], wanted: int, asked: bool) -> MemoryPlan:
     """The first of the plans that fits, or the last, with the wanted context or, if it was not asked for, what fits."""
     plan = replace(next((choice for choice in choices if choice.fits), choices[-1]), context=wanted)
     if asked or plan.fits:

@@ -1,6 +1,4 @@
-"""From what is asked for to weights, a backend and a memory plan: what is settled before anything is loaded, for a
-process that runs alone and for each of several ranks.
-"""
+"""The load plan: weights, backend, memory and limits, resolved before any weight is read. One per process or rank."""
 
 from __future__ import annotations
 
@@ -17,12 +15,12 @@ from ..weights import checkpoint as checkpoints
 from ..weights.checkpoint import Checkpoint, Readable
 from ..weights.formats import WRITERS
 from ..weights.requantize import Requantized
-from ..weights.split import Part, Share
+from ..weights.split import RankWeights, Share
 from ..weights.synthetic import Synthetic, preset
 from ..weights.tensor import Dense, Weights
 from . import hub
 from .memory import MemoryPlan, plan_memory
-from .recommend import made_bytes, mappable_bytes, used_vocabulary, widenable_bytes
+from .recommend import derived_bytes, mappable_bytes, upcastable_bytes, used_vocabulary
 
 NANO = Path(__file__).parents[1] / "nano"  # the bundled model
 DRAFTS = 3  # with the token before them 4, the most queries that Metal's attention for a single one takes
@@ -31,7 +29,7 @@ ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
-class Order:
+class LoadOptions:
     """What to load, and how: the options of api.load() that every rank has to know. JSON can hold it.
 
     synthetic: preset, layers (None for all) and format of weights that lie nowhere, in place of a model's.
@@ -55,11 +53,11 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Settled:
-    """What an order comes to on one rank. source: the whole checkpoint. part: the rank's. weights: what is loaded.
+class LoadPlan:
+    """What LoadOptions resolve to on one rank. source: the whole checkpoint. part: the rank's. weights: what is loaded.
     share: the rank's; None for one that is alone."""
 
-    order: Order
+    options: LoadOptions
     source: Readable
     part: Readable
     weights: Weights
@@ -75,55 +73,59 @@ class Settled:
             assert isinstance(self.source, Checkpoint)
             resident = self.source.config.vocab_size if self.share else used_vocabulary(self.source)
         return Limits(
-            slots=self.order.slots,
+            slots=self.options.slots,
             max_context=self.plan.context,
             chunk=self.plan.chunk,
-            drafts=DRAFTS if self.order.speculate else 0,
-            kv_bits=self.order.kv_bits,
+            drafts=DRAFTS if self.options.speculate else 0,
+            kv_bits=self.options.kv_bits,
             resident_vocab=resident,
-            widen=self.plan.widened_bytes > 0,
+            upcast=self.plan.upcast_bytes > 0,
         )
 
     def load(self, limits: Limits) -> Runner:
-        order = self.order
-        return self.module.load(self.weights, device=order.device, dtype=order.dtype, limits=limits, share=self.share)
+        options = self.options
+        return self.module.load(
+            self.weights, device=options.device, dtype=options.dtype, limits=limits, share=self.share
+        )
 
     def programs(self) -> list[list[str]]:
         """What computes, with versions."""
         return [[name, metadata.version(name)] for name in ("mlx-gptoss", LIBRARY[self.backend])]
 
 
-def open_source(order: Order) -> Readable:
-    """The order's checkpoint, with no weight touched."""
-    if order.synthetic is None:
-        return open_checkpoint(order.model)
-    name, layers, form = order.synthetic
+def open_source(options: LoadOptions) -> Readable:
+    """The checkpoint that the options name; reads headers only."""
+    if options.synthetic is None:
+        return open_checkpoint(options.model)
+    name, layers, form = options.synthetic
     return Synthetic(preset(name, layers), form)
 
 
-def settle(order: Order, source: Readable, rank: int = 0, ranks: int = 1, beside: int = 1) -> Settled:
-    """Plan for one rank. source: as open_source() gives it. beside: ranks that share this machine's memory."""
-    if order.slots < 1:
-        raise InvalidRequest(f"slots must be at least 1, not {order.slots}")
+def plan_load(
+    options: LoadOptions, source: Readable, rank: int = 0, ranks: int = 1, ranks_on_host: int = 1
+) -> LoadPlan:
+    """The plan of one rank. source: from open_source(). ranks_on_host: ranks that share this machine's memory."""
+    if options.slots < 1:
+        raise InvalidRequest(f"slots must be at least 1, not {options.slots}")
     share = None if ranks == 1 else Share.of(source.config, rank, ranks)
-    part: Readable = source if share is None else Part(source, share)
-    weights = part if order.quantize is None else Requantized(part, order.quantize)
-    module, backend = find_backend(order.backend)
-    _check_options(backend, order.kv_bits, order.speculate)
+    part: Readable = source if share is None else RankWeights(source, share)
+    weights = part if options.quantize is None else Requantized(part, options.quantize)
+    module, backend = find_backend(options.backend)
+    _check_options(backend, options.kv_bits, options.speculate)
     plan = memory_plan(
         part,
         module,
-        None if order.quantize is None else weights.size_bytes,
-        device=order.device,
-        dtype=order.dtype,
-        max_context=order.max_context,
-        slots=order.slots,
-        kv_bits=order.kv_bits,
-        as_stored=backend == "mlx" and order.quantize is None,
-        prefix_bytes=order.prefix_cache,
-        beside=beside,
+        None if options.quantize is None else weights.size_bytes,
+        device=options.device,
+        dtype=options.dtype,
+        max_context=options.max_context,
+        slots=options.slots,
+        kv_bits=options.kv_bits,
+        as_stored=backend == "mlx" and options.quantize is None,
+        prefix_bytes=options.prefix_cache,
+        ranks_on_host=ranks_on_host,
     )
-    return Settled(order, source, part, weights, module, backend, plan, share)
+    return LoadPlan(options, source, part, weights, module, backend, plan, share)
 
 
 def identity(source: Readable) -> str:
@@ -167,12 +169,12 @@ def memory_plan(
     kv_bits: int | None = None,
     as_stored: bool = False,
     prefix_bytes: int | None = 0,
-    beside: int = 1,
+    ranks_on_host: int = 1,
 ) -> MemoryPlan:
     """What the checkpoint will take on this backend's device, and what the device has. weights_bytes: where that is
     not the checkpoint's own size, for it is quantized on the way. as_stored: whether the backend (mlx) may leave
     embeddings in the mapped file where memory is short, and on a CPU widen what is dense where there is enough.
-    prefix_bytes: as plan_memory has it. beside: processes that share the device, each of which gets its part of it."""
+    prefix_bytes: as in plan_memory. ranks_on_host: processes that share the device's memory equally."""
     config = checkpoint.config
     if kv_bits is not None and config.head_dim % 64:
         raise InvalidRequest(f"kv_bits needs heads of 64, and this model's have {config.head_dim}; leave it out")
@@ -182,22 +184,22 @@ def memory_plan(
     may_widen = as_stored and backend.device_name(device) == "cpu"
     return plan_memory(
         config,
-        checkpoint.size_bytes + made_bytes(checkpoint) if weights_bytes is None else weights_bytes,
-        backend.available_memory(device) // beside,
+        checkpoint.size_bytes + derived_bytes(checkpoint) if weights_bytes is None else weights_bytes,
+        backend.available_memory(device) // ranks_on_host,
         activation_bytes=activation_bytes,
         context=max_context,
         slots=slots,
         chunk=backend.prefill_chunk(device),
         kv_bits=kv_bits,
         mappable_bytes=mappable(checkpoint) if as_stored else 0,
-        widenable_bytes=widenable_bytes(checkpoint, activation_bytes) if may_widen else 0,
+        upcastable_bytes=upcastable_bytes(checkpoint, activation_bytes) if may_widen else 0,
         prefix_bytes=prefix_bytes,
     )
 
 
 def mappable(checkpoint: Readable) -> int:
     """Bytes that may stay in the mapped file; a rank's are its embeddings alone."""
-    if isinstance(checkpoint, Part):
+    if isinstance(checkpoint, RankWeights):
         return checkpoint.matrix_bytes("embed") if isinstance(checkpoint.whole, Checkpoint) else 0
     return mappable_bytes(checkpoint) if isinstance(checkpoint, Checkpoint) else 0
 

@@ -71,7 +71,7 @@ def recommend(
     for wanted in [context] if context else [min(COMFORTABLE_CONTEXT, most), min(SMALLEST_CONTEXT, most)]:
         for name, size in _candidates(checkpoint, sizes):
             as_is = size == checkpoint.size_bytes
-            held = size + made_bytes(checkpoint) if as_is else size
+            held = size + derived_bytes(checkpoint) if as_is else size
             if replace(plan, weights_bytes=held, context=wanted, mapped_bytes=mappable.get(name, 0)).fits:
                 return Recommendation(name, size, wanted, as_is)
     return None
@@ -127,7 +127,7 @@ def mappable(checkpoint: Checkpoint) -> dict[str, int]:
     return found | {checkpoint.format: mappable_bytes(checkpoint)}
 
 
-def widenable_bytes(weights: Readable, activation_bytes: int) -> int:
+def upcastable_bytes(weights: Readable, activation_bytes: int) -> int:
     """Bytes that the dense matrices which every token reads would take more in activations of this size."""
     extra = 0
     for role in READ_BY_EVERY_TOKEN:
@@ -138,7 +138,7 @@ def widenable_bytes(weights: Readable, activation_bytes: int) -> int:
     return extra
 
 
-def made_bytes(weights: Readable) -> int:
+def derived_bytes(weights: Readable) -> int:
     """Bytes of biases that are not stored but made while reading, since codes and scales tell them: of int4-autoround
     and of GGUF's Q8_0."""
     extra = 0

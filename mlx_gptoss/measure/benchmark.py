@@ -17,10 +17,10 @@ from ..backends import find_backend
 from ..backends.base import Backend, Limits
 from ..config import FULL, PRESETS, ModelConfig
 from ..errors import InvalidRequest
-from ..loading.distributed import lead
+from ..loading.distributed import coordinate
 from ..loading.memory import plan_memory, require_fit
-from ..loading.plan import ACTIVATION_BYTES, Order
-from ..loading.recommend import made_bytes, widenable_bytes
+from ..loading.plan import ACTIVATION_BYTES, LoadOptions
+from ..loading.recommend import derived_bytes, upcastable_bytes
 from ..ranks import Launch, find_launch
 from ..weights import codecs
 from ..weights.checkpoint import Readable
@@ -96,12 +96,12 @@ class Counted:
 
 @dataclass(frozen=True)
 class Model:
-    """Weights to be timed, of `size_bytes` in the format `form`. order: what they are, for other ranks."""
+    """Weights to be timed, of `size_bytes` in the format `form`. options: what they are, for other ranks."""
 
     weights: Readable | Requantized
     size_bytes: int
     form: str
-    order: Order = field(default_factory=Order)
+    options: LoadOptions = field(default_factory=LoadOptions)
 
 
 def load(model: Model, cases: Sequence[Case], repeat: int, where: Where, tell: Tell) -> tuple[Ours, Counted]:
@@ -115,14 +115,14 @@ def load(model: Model, cases: Sequence[Case], repeat: int, where: Where, tell: T
         )
     launch = find_launch()
     if launch is not None:
-        return _load_split(model, replace(model.order, max_context=context, slots=_slots(cases)), launch, where, tell)
+        return _load_split(model, replace(model.options, max_context=context, slots=_slots(cases)), launch, where, tell)
     limits = Limits(_slots(cases), context, module.prefill_chunk(where.device))
     activation_bytes = ACTIVATION_BYTES[where.dtype]
-    made = widenable = 0
+    made = upcastable = 0
     if not isinstance(model.weights, Requantized):
-        made = made_bytes(model.weights)
+        made = derived_bytes(model.weights)
         if where.backend == "mlx" and where.name == "cpu":
-            widenable = widenable_bytes(model.weights, activation_bytes)
+            upcastable = upcastable_bytes(model.weights, activation_bytes)
     plan = plan_memory(
         config,
         model.size_bytes + made,
@@ -131,23 +131,23 @@ def load(model: Model, cases: Sequence[Case], repeat: int, where: Where, tell: T
         context=context,
         slots=limits.slots,
         chunk=limits.chunk,
-        widenable_bytes=widenable,
+        upcastable_bytes=upcastable,
     )
     require_fit(plan, "this benchmark", {})
     tell(f"loading onto {where.name}, backend {where.backend}")
-    limits = replace(limits, widen=plan.widened_bytes > 0)
+    limits = replace(limits, upcast=plan.upcast_bytes > 0)
     counted, started = Counted(model.weights), time.perf_counter()
     runner = module.load(counted, device=where.device, dtype=where.dtype, limits=limits)
     return Ours(runner, where.backend, where.name, model.form, time.perf_counter() - started), counted
 
 
-def _load_split(model: Model, order: Order, launch: Launch, where: Where, tell: Tell) -> tuple[Ours, Counted]:
+def _load_split(model: Model, options: LoadOptions, launch: Launch, where: Where, tell: Tell) -> tuple[Ours, Counted]:
     """On rank 0 of several: the same, with what it holds itself counted."""
     tell(f"loading onto {where.name}, backend {where.backend}, with {launch.ranks - 1} other ranks")
     started = time.perf_counter()
-    settled, start = lead(replace(order, device=where.device, dtype=where.dtype), launch)
-    counted = Counted(settled.weights)
-    runner = start(partial(replace(settled, weights=counted).load, settled.limits()))
+    load_plan, start = coordinate(replace(options, device=where.device, dtype=where.dtype), launch)
+    counted = Counted(load_plan.weights)
+    runner = start(partial(replace(load_plan, weights=counted).load, load_plan.limits()))
     engine = f"mlx-gptoss, {launch.ranks} ranks"
     return Ours(runner, where.backend, where.name, model.form, time.perf_counter() - started, engine), counted
 

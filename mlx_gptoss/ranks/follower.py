@@ -39,7 +39,7 @@ class Follower:
         threading.Thread(target=self._read, name="mlx-gptoss rank 0", daemon=True).start()
 
     def follow(self, answer: Callable[[Any], tuple[Any, Callable[[Limits], Runner]]]) -> None:
-        """Until rank 0 ends. answer: what to say to its order, and what then loads this rank's part."""
+        """Until rank 0 ends. answer: what to answer to its load options, and what then loads this rank's part."""
         try:
             self._follow(answer)
         except Exception as error:  # rank 0 says it, and ends; so does this one then
@@ -55,7 +55,7 @@ class Follower:
         if _is_end(message := self._messages.get()):
             return
         self._neighbours.meet(message.get("next"), self._cut)
-        reply, load = answer(message["order"])
+        reply, load = answer(message["options"])
         self._channel.send({"answer": reply})
         if _is_end(message := self._messages.get()):
             return

@@ -18,17 +18,17 @@ SECRET = "MLX_GPTOSS_SECRET"  # an environment variable that strangers on the ne
 
 @dataclass(frozen=True)
 class Launch:
-    """backend: whose collectives the launcher has prepared. host, port: where rank 0 listens for the others. beside:
-    ranks on this machine. token: what ranks show each other, so that nobody is let in by accident; whoever knows the
-    launch can make it, but for SECRET. hosts: where the rank before each reaches it; empty if the launcher does not
-    say."""
+    """backend: whose collectives the launcher has prepared. host, port: where rank 0 listens for the others.
+    ranks_on_host: ranks on this machine. token: what ranks show each other, so that nobody is let in by accident;
+    whoever knows the launch can make it, but for SECRET. hosts: where the rank before each reaches it; empty if
+    the launcher does not say."""
 
     backend: str
     rank: int
     ranks: int
     host: str
     port: int
-    beside: int
+    ranks_on_host: int
     token: str = field(repr=False)
     hosts: tuple[str, ...] = ()
 
@@ -60,9 +60,9 @@ def _torchrun(environment: Mapping[str, str]) -> Launch | None:
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
     if not all(name in environment for name in names):
         return None
-    rank, ranks, host, port, beside = (environment[name] for name in names)
+    rank, ranks, host, port, ranks_on_host = (environment[name] for name in names)
     token = _token(host, port, environment.get("TORCHELASTIC_RUN_ID"), environment.get(SECRET, ""))
-    return Launch("cuda", int(rank), int(ranks), host, int(port) + 1, int(beside), token)
+    return Launch("cuda", int(rank), int(ranks), host, int(port) + 1, int(ranks_on_host), token)
 
 
 def _token(*known: Any) -> str:

@@ -40,11 +40,11 @@ class Leader:
         self._readers: list[threading.Thread] = []
         self._channels, self._listening = self._meet(JOIN_S if join_s is None else join_s)
 
-    def ask(self, order: Any) -> list[Any]:
-        """What every other rank answers to the order. Raises GptOssError if one cannot do it."""
+    def ask(self, options: Any) -> list[Any]:
+        """What every other rank answers to rank 0's load options. Raises GptOssError if one cannot do it."""
         for rank, channel in enumerate(self._channels, 1):
             behind = self._listening[rank] if rank < len(self._channels) else None
-            self._send(rank, channel, {"order": order, "next": behind})
+            self._send(rank, channel, {"options": options, "next": behind})
         answers = []
         for rank, channel in enumerate(self._channels, 1):
             try:

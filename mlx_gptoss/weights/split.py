@@ -66,7 +66,7 @@ def _heads(config: ModelConfig, rank: int, ranks: int) -> tuple[range, range]:
     return range(head * each + mine.start, head * each + mine.stop), range(head, head + 1)
 
 
-class Part:
+class RankWeights:
     """One rank's share of a checkpoint: a loader reads no more than that.
 
     whole: the checkpoint. config: the model's with the rank's own heads; experts and vocabulary are counted whole, as

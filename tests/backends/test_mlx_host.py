@@ -43,7 +43,7 @@ def error(found, wanted):
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_dense_matrix(monkeypatch, dtype, lead, biased):
     monkeypatch.setattr(host, "WORTH", 1)
-    monkeypatch.setattr(host, "WIDEN_ELEMENTS", 50 * 192)  # seven blocks of rows
+    monkeypatch.setattr(host, "UPCAST_ELEMENTS", 50 * 192)  # seven blocks of rows
     weight, x, bias = normal(320, 192).astype(dtype), normal(*lead, 192), normal(320) if biased else None
     wanted = np.asarray(x, np.float64) @ np.asarray(weight.astype(mx.float32), np.float64).T
     wanted = wanted + np.asarray(bias) if biased else wanted

@@ -40,7 +40,7 @@ def test_stepping_back_is_exact_at_every_position(runner):
         (plain,) = runner.submit([Row(1, position, (token,), GREEDY)]).wait()
         wrong = tuple((plain.token + step) % 320 for step in (1, 2, 3))
         (drafted,) = runner.submit([Row(0, position, (token,), GREEDY, drafts=wrong)]).wait()
-        assert (drafted.token, drafted.more) == (plain.token, ())
+        assert (drafted.token, drafted.accepted) == (plain.token, ())
         assert drafted.logprob == pytest.approx(plain.logprob, abs=1e-4)
         token = plain.token
 
@@ -56,7 +56,7 @@ def test_as_many_drafts_are_taken_as_are_right(runner, right):
     assert begin(runner, prompt, GREEDY, slot=1) == first
     drafts = tuple(t if i < right else (t + 1) % 320 for i, t in enumerate(expected[:3]))
     (got,) = runner.submit([Row(1, 30, (first,), GREEDY, drafts=drafts)]).wait()
-    assert [got.token, *(sampled.token for sampled in got.more)] == expected[: right + 1]
+    assert [got.token, *(sampled.token for sampled in got.accepted)] == expected[: right + 1]
     (after,) = runner.submit([Row(1, 31 + right, (expected[right],), GREEDY)]).wait()
     assert after.token == expected[right + 1]
 
@@ -75,9 +75,9 @@ def test_drafted_draws_follow_the_distribution(runner):
         (sampled,) = runner.submit([row]).wait()
         firsts.append(sampled.token)
         if sampled.token == draft:
-            seconds.append(sampled.more[0].token)
+            seconds.append(sampled.accepted[0].token)
         else:
-            assert sampled.more == ()
+            assert sampled.accepted == ()
     assert len(seconds) > 100
     for drawn, scores in ((firsts, logits), (seconds, given)):
         p = np.exp(scores - scores.max())

@@ -10,7 +10,7 @@ import pytest
 import mlx_gptoss
 from mlx_gptoss import Conversation, Finished, Sampling, TextDelta, ToolCall, ToolCallDelta
 from mlx_gptoss.chat.reply import Continuation, Turn
-from mlx_gptoss.chat.stream import answered
+from mlx_gptoss.chat.stream import with_reply
 from mlx_gptoss.engine import Finished as EngineFinished
 from mlx_gptoss.engine import StopStrings, Token
 from mlx_gptoss.errors import GptOssError
@@ -83,7 +83,7 @@ def test_a_builtin_tool_is_called_on_analysis_and_answered_there(model):
     (call,) = [event for event in events if isinstance(event, ToolCall)]
     assert (call.name, call.arguments, events[-1].finish_reason) == ("python", "1 + 1", "tool_calls")
     asked = Conversation(builtin_tools=("python",)).with_user("1 + 1?")
-    prompt = render(answered(asked, events[-1].messages).with_result(call.name, "2"), model.tokenizer)
+    prompt = render(with_reply(asked, events[-1].messages).with_result(call.name, "2"), model.tokenizer)
     assert model.tokenizer.decode(prompt, specials=True).endswith(
         "<|message|>Hm.<|end|><|start|>assistant to=python<|channel|>analysis code<|message|>1 + 1<|call|>"
         "<|start|>python to=assistant<|channel|>analysis<|message|>2<|end|><|start|>assistant"

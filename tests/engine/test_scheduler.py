@@ -194,7 +194,7 @@ def test_drafts_wait_for_the_last_result_and_their_results_move_the_sequence_on(
     step = plan(scheduler)
     assert step.rows == (Row(0, 6, (3,), GREEDY, drafts=(4, 1, 2)),)
     assert scheduler.plan() is None
-    got = scheduler.read(step, [Sampled(4, 0.0, more=(Sampled(1, 0.0), Sampled(7, 0.0)))])  # two were right
+    got = scheduler.read(step, [Sampled(4, 0.0, accepted=(Sampled(1, 0.0), Sampled(7, 0.0)))])  # two were right
     assert tokens(got) == [4, 1, 7]
     step = plan(scheduler)
     assert step.rows == (Row(0, 9, (7,), GREEDY),)  # nothing followed 1 7 before
@@ -212,7 +212,7 @@ def test_a_stop_among_accepted_drafts_ends_the_sequence_there() -> None:
     answer(scheduler, plan(scheduler), token=2)
     step = plan(scheduler)
     assert step.rows[0].drafts == (9, 4, 1)
-    got = scheduler.read(step, [Sampled(9, 0.0, more=(Sampled(4, 0.0), Sampled(1, 0.0), Sampled(2, 0.0)))])
+    got = scheduler.read(step, [Sampled(9, 0.0, accepted=(Sampled(4, 0.0), Sampled(1, 0.0), Sampled(2, 0.0)))])
     assert [(output.sampled.token, output.ended) for output in got] == [(9, "stop")]
     assert scheduler.idle
 
@@ -223,7 +223,7 @@ def test_no_more_drafts_than_there_is_room_for() -> None:
     answer(scheduler, plan(scheduler), token=5)
     step = plan(scheduler)
     assert len(step.rows[0].drafts) == 1
-    got = scheduler.read(step, [Sampled(6, 0.0, more=(Sampled(5, 0.0),))])
+    got = scheduler.read(step, [Sampled(6, 0.0, accepted=(Sampled(5, 0.0),))])
     assert got[-1].ended == "length"
 
 

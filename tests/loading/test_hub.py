@@ -151,7 +151,7 @@ def run_resolve(
 import json, sys
 {before}
 from mlx_gptoss.errors import GptOssError
-from mlx_gptoss.hub import resolve
+from mlx_gptoss.loading.hub import resolve
 try:
     print(json.dumps({{"path": str(resolve({name!r}{options}))}}))
 except GptOssError as error:

@@ -9,8 +9,9 @@ import pytest
 from mlx_gptoss.backends import find_backend
 from mlx_gptoss.config import GPT_OSS_20B, GPT_OSS_120B
 from mlx_gptoss.errors import DoesNotFit
-from mlx_gptoss.loading.memory import plan_memory, require_fit, system_available, wired_limit
+from mlx_gptoss.loading.memory import plan_memory, require_fit, wired_limit
 from mlx_gptoss.loading.plan import memory_plan, open_checkpoint
+from mlx_gptoss.machine import system_available
 from mlx_gptoss.weights import codecs
 from mlx_gptoss.weights.formats import WRITERS
 from mlx_gptoss.weights.params import parameters
@@ -98,15 +99,15 @@ def test_what_may_stay_in_the_file_is_read_as_long_as_there_is_room():
 
 def test_dense_matrices_are_widened_where_nothing_else_has_to_give_way():
     def wide(available, context=None):
-        room = {"activation_bytes": 4, "context": context, "mappable_bytes": GB, "widenable_bytes": 2 * GB}
+        room = {"activation_bytes": 4, "context": context, "mappable_bytes": GB, "upcastable_bytes": 2 * GB}
         return plan_memory(GPT_OSS_20B, 13 * GB, available, **room)
 
     kept = wide(16 * GB, 8192)
-    assert kept.fits and kept.widened_bytes == 0
+    assert kept.fits and kept.upcast_bytes == 0
     roomy = wide(kept.needed_bytes + 2 * GB, 8192)
-    assert roomy.fits and roomy.widened_bytes == 2 * GB and roomy.needed_bytes == kept.needed_bytes + 2 * GB
+    assert roomy.fits and roomy.upcast_bytes == 2 * GB and roomy.needed_bytes == kept.needed_bytes + 2 * GB
     assert wide(30 * GB).context == wide(28 * GB).context == 131072  # the context comes first
-    assert wide(11 * GB, 2048).widened_bytes == 0
+    assert wide(11 * GB, 2048).upcast_bytes == 0
 
 
 def test_an_asked_context_is_never_shrunk():

@@ -13,7 +13,7 @@ from mlx_gptoss import api
 from mlx_gptoss.backends import mlx
 from mlx_gptoss.errors import DoesNotFit
 from mlx_gptoss.loading.memory import plan_memory
-from mlx_gptoss.loading.recommend import made_bytes, recommend
+from mlx_gptoss.loading.recommend import derived_bytes, recommend
 from mlx_gptoss.weights import checkpoint
 from mlx_gptoss.weights.convert import convert
 
@@ -56,8 +56,8 @@ def test_what_is_quantized_otherwise_runs_as_it_is(mini, source):
 def test_what_is_made_while_reading_must_fit_as_well(mini):
     """AutoRound's biases: with room for the file alone, the format that has none to make is recommended."""
     opened = checkpoint.open(mini / "int4-autoround")
-    assert made_bytes(opened) > 1000
-    enough = room_for(mini / "int4-autoround", opened.size_bytes + made_bytes(opened), 2048)
+    assert derived_bytes(opened) > 1000
+    enough = room_for(mini / "int4-autoround", opened.size_bytes + derived_bytes(opened), 2048)
     assert advice(mini / "int4-autoround", enough, context=2048).as_is
     assert advice(mini / "int4-autoround", enough - 1, context=2048).format == "mlx-4bit"
 

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 
 from mlx_gptoss.backends.base import Limits, Row
-from mlx_gptoss.loading.plan import Order, open_source, settle
+from mlx_gptoss.loading.plan import LoadOptions, open_source, plan_load
 from mlx_gptoss.ranks import find_launch
 from mlx_gptoss.sampling import Sampling
 
@@ -35,22 +35,24 @@ def greedy(runner):
     return [sorted(sampled.token for sampled in step.wait()) for step in steps]
 
 
-def load(settled, backend):
+def load(load_plan, backend):
     if backend != "kernels":
-        return settled.load(LIMITS)
-    load = settled.module.load
-    return load(settled.weights, device="cpu", dtype="float32", limits=LIMITS, share=settled.share, kernels=True)
+        return load_plan.load(LIMITS)
+    load = load_plan.module.load
+    return load(load_plan.weights, device="cpu", dtype="float32", limits=LIMITS, share=load_plan.share, kernels=True)
 
 
 def main(backend: str, *folders: str) -> None:
     launch = find_launch()
     assert launch is not None
     for folder in folders:
-        order = Order(folder, backend=launch.backend, device="cpu", dtype="float32", max_context=LIMITS.max_context)
-        split = load(settle(order, open_source(order), launch.rank, launch.ranks), backend)
+        options = LoadOptions(
+            folder, backend=launch.backend, device="cpu", dtype="float32", max_context=LIMITS.max_context
+        )
+        split = load(plan_load(options, open_source(options), launch.rank, launch.ranks), backend)
         logits, tokens = split.logits(PROMPT), greedy(split)
         if launch.rank == 0:
-            alone = settle(order, open_source(order)).load(LIMITS)
+            alone = plan_load(options, open_source(options)).load(LIMITS)
             wanted = alone.logits(PROMPT)
             error = float((np.abs(logits - wanted).max(axis=-1) / np.abs(wanted).max(axis=-1)).max())
             print(json.dumps({"folder": folder, "error": error, "same": tokens == greedy(alone)}), flush=True)

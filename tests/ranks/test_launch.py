@@ -36,7 +36,7 @@ def test_mlx_launch(tmp_path):
     assert [(f.backend, f.rank, f.ranks, f.host, f.port) for f in found] == [
         ("mlx", rank, 3, "10.0.0.7", 5004) for rank in range(3)
     ]
-    assert [f.beside for f in found] == [1, 2, 2]
+    assert [f.ranks_on_host for f in found] == [1, 2, 2]
     assert len({f.token for f in found}) == 1
     assert find_launch({"MLX_RANK": "0", SECRET: "x", **files}).token != found[0].token
 

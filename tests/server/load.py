@@ -129,12 +129,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "nano"
         mlx_gptoss.convert(NANO, folder, to="mlx-mxfp4")
-        widened = widen(folder, Path(scratch) / "float32") if given.mlx_lm else folder
+        upcast = widen(folder, Path(scratch) / "float32") if given.mlx_lm else folder
         with mlx_gptoss.load() as model:
             bias = {str(id): -100 for id in model.tokenizer.specials.values()}  # no end before max_tokens
         for turn in range(given.repeat):
             for name in (OURS, THEIRS) if given.mlx_lm else (OURS,):
-                weights = widened if name == THEIRS else folder
+                weights = upcast if name == THEIRS else folder
                 with serving(name, weights, given.slots) as url:
                     measure(f"{turn} {name}", url, str(weights), given.clients, given.tokens, bias)
 

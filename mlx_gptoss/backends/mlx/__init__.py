@@ -37,7 +37,7 @@ def load(
             elementwise,
             max_scores,
             limits.resident_vocab,
-            widen=limits.widen,
+            upcast=limits.upcast,
             on_cpu=not gpu,
             ranks=None if share is None else Ranks.join(share),
         )

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ...weights import codecs
 from ...weights.tensor import Quantized
-from .layers import WIDEN_ELEMENTS, DenseMatrix, ExpertLinear, Mask, QuantizedMatrix, fused
+from .layers import UPCAST_ELEMENTS, DenseMatrix, ExpertLinear, Mask, QuantizedMatrix, fused
 
 Floats = NDArray[np.float32]
 WORTH = 1 << 20  # multiply-adds from which a product pays for waiting
@@ -64,7 +64,7 @@ class HostMatrix(DenseMatrix):
         if self.weight.dtype == mx.float32:
             yield on_host(self.weight)
             return
-        step = max(1, WIDEN_ELEMENTS // self.weight.shape[-1])
+        step = max(1, UPCAST_ELEMENTS // self.weight.shape[-1])
         for start in range(0, len(self.weight), step):
             yield on_host(self.weight[start : start + step].astype(mx.float32))
 

@@ -1,7 +1,7 @@
 """The pieces model.py is made of: matrices as they are stored, linear layers and experts over them.
 
-A matrix is never re-quantized or widened as a whole: MLX multiplies by the codes, and a dense matrix that is
-narrower than the activations (bfloat16 weights, float32 activations on a CPU) is widened block by block. On a CPU an
+A matrix is never re-quantized or upcast as a whole: MLX multiplies by the codes, and a dense matrix that is
+narrower than the activations (bfloat16 weights, float32 activations on a CPU) is upcast block by block. On a CPU an
 MLX operation keeps one core busy; so there large matrices are cut into parts of rows, one for the stream of each core.
 
 Legend: D in, N out, E experts, T tokens, A experts active per token.
@@ -21,9 +21,9 @@ import numpy as np
 from ...weights import codecs
 from ...weights.tensor import AFFINE4, AFFINE8, AFFINE8_G32, MXFP4, MXFP8, NVFP4, Spec, Weight
 
-# Elements of a dense matrix widened at once. 8 MB in float32 come from memory that is still mapped and cached, which
-# on a CPU makes the product 2.5 times as fast as with the whole matrix widened first, and as fast as a float32 one.
-WIDEN_ELEMENTS = 1 << 21
+# Elements of a dense matrix upcast at once. 8 MB in float32 come from memory that is still mapped and cached, which
+# on a CPU makes the product 2.5 times as fast as with the whole matrix upcast first, and as fast as a float32 one.
+UPCAST_ELEMENTS = 1 << 21
 MODES: dict[Spec, str] = {  # what MLX calls them
     MXFP4: "mxfp4",
     NVFP4: "nvfp4",
@@ -54,7 +54,7 @@ class DenseMatrix:
         """x [..., D] -> [..., N]"""
         if self.weight.dtype == x.dtype:
             return x @ self.weight.T if bias is None else mx.addmm(bias, x, self.weight.T)
-        rows = max(1, WIDEN_ELEMENTS // self.weight.shape[-1])
+        rows = max(1, UPCAST_ELEMENTS // self.weight.shape[-1])
         blocks = [self.weight[i : i + rows] for i in range(0, self.weight.shape[0], rows)]
         y = mx.concatenate([x @ block.astype(x.dtype).T for block in blocks], axis=-1)
         return y if bias is None else y + bias
@@ -66,7 +66,7 @@ class DenseMatrix:
         return self.by_expert(x, experts)
 
     def by_expert(self, x: mx.array, experts: mx.array) -> mx.array:
-        """One product per expert in use, each expert widened alone: a CPU with float32 activations and bfloat16
+        """One product per expert in use, each expert upcast alone: a CPU with float32 activations and bfloat16
         experts. It waits for the router's choice, which costs a CPU nothing."""
         chosen: list[int] = np.array(experts).ravel().tolist()
         order = sorted(range(len(chosen)), key=chosen.__getitem__)

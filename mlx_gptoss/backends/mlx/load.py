@@ -48,16 +48,16 @@ def load_model(
     max_scores: int | None = None,
     resident_vocab: int | None = None,
     *,
-    widen: bool = False,
+    upcast: bool = False,
     on_cpu: bool = False,
     ranks: Ranks | None = None,
 ) -> GptOss:
     """The whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight once.
-    elementwise, max_scores: as model.py has them. resident_vocab, widen: as in Limits. on_cpu: large matrices are
+    elementwise, max_scores: as model.py has them. resident_vocab, upcast: as in Limits. on_cpu: large matrices are
     shared between streams, one for each core. ranks: those that share the model, if the checkpoint is a part of it."""
     config = checkpoint.config
     ranks = ranks or Ranks(Share.of(config, 0, 1), None)
-    place = _Placer(checkpoint, dtype, elementwise, max_scores, ranks, widen, on_cpu)
+    place = _Placer(checkpoint, dtype, elementwise, max_scores, ranks, upcast, on_cpu)
     # The two largest come first, while there is room to read one beside its copy.
     if resident_vocab is None:
         embed: Matrix | MappedRows = place.matrix("embed.weight")
@@ -120,14 +120,14 @@ class _Placer:
         elementwise: Elementwise,
         max_scores: int | None,
         ranks: Ranks,
-        widen: bool,
+        upcast: bool,
         on_cpu: bool,
     ) -> None:
         self.elementwise = elementwise
         self.ranks = ranks
         # On a CPU a rank sorts always: waiting for the router costs nothing there, computing what others hold does.
         self.sort_from = SORT_FROM if ranks.alone or not on_cpu else 1
-        self._widen = widen
+        self._upcast = upcast
         self._on_cpu = on_cpu
         self._by_host = host.used(on_cpu=on_cpu, dtype=dtype)
         self.attend = host.attend if self._by_host else fused
@@ -150,8 +150,8 @@ class _Placer:
 
     def linear(self, names: Sequence[str], *, biased: bool = True) -> Linear:
         matrices, streams = self._shared([f"{n}.weight" for n in names])
-        if self._widen:
-            matrices = widened(matrices, streams or self._aside(matrices), self._dtype)
+        if self._upcast:
+            matrices = upcast_matrices(matrices, streams or self._aside(matrices), self._dtype)
         return Linear(matrices, self.vectors([f"{n}.bias" for n in names]) if biased else None, streams)
 
     def experts(self, names: Sequence[str]) -> ExpertLinear:
@@ -170,7 +170,7 @@ class _Placer:
         return matrices, self._streams
 
     def _aside(self, matrices: Sequence[Matrix]) -> tuple[mx.Stream, ...]:
-        """A stream for each matrix to be widened on, if one is large and numpy is to multiply it whole: on the stream
+        """A stream for each matrix to be upcast on, if one is large and numpy is to multiply it whole: on the stream
         that reads, the next weights would wait for it."""
         large = any(isinstance(m, DenseMatrix) and m.weight.nbytes >= SHARED_FROM for m in matrices)
         return self._streams[:1] * len(matrices) if self._by_host and large else ()
@@ -232,7 +232,7 @@ def fuse(weights: Sequence[Weight]) -> Matrix:
     return QuantizedMatrix(codes, scales, biases, _outer(parts), first.spec)
 
 
-def widened(matrices: Sequence[Matrix], streams: Sequence[mx.Stream], dtype: mx.Dtype) -> tuple[Matrix, ...]:
+def upcast_matrices(matrices: Sequence[Matrix], streams: Sequence[mx.Stream], dtype: mx.Dtype) -> tuple[Matrix, ...]:
     """Dense matrices in `dtype`, each made on its own stream if there are any, while the next weights are read;
     quantized ones as they are."""
     found: list[Matrix] = []

@@ -41,7 +41,7 @@ class Drawn:
             tokens.append(_sampled(numbers, place, self.sampling))
             if tokens[-1].token != draft:
                 break
-        return replace(tokens[0], more=tuple(tokens[1:])) if self.drafts else tokens[0]
+        return replace(tokens[0], accepted=tuple(tokens[1:])) if self.drafts else tokens[0]
 
 
 @dataclass(frozen=True)
