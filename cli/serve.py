@@ -40,11 +40,11 @@ def serve(
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     with run.listen(host, port) as listener:
-        gate = Gate(api_key=api_key, hosts=run.known_hosts(host), origins=cors)
+        gate = Gate(api_key=api_key, allowed_hosts=run.allowed_hosts(host), allowed_origins=cors)
         with load(model, **loading, slots=slots, max_waiting=max_waiting) as loaded:
             grammar.prepare(loaded.tokenizer)
-            model_id, aliases = service.names(model)
-            if gate.hosts is None and api_key is None:
+            model_id, aliases = service.model_names(model)
+            if gate.allowed_hosts is None and api_key is None:
                 click.echo(
                     f"warning: whoever reaches {host}:{port} may use the model; --api-key asks for a key", err=True
                 )

@@ -18,18 +18,18 @@ from pydantic import ValidationError
 
 from ..errors import InvalidRequest
 from . import chat_completions, completions, responses
-from .arrivals import ended
-from .batch_files import Answers, LineError, Requests, answer, check, failed, parse
-from .errors import from_exception, from_validation, refuse
-from .fields import Strict
+from .batch_files import AnswerFile, LineError, RequestFile, answer_entry, check_line, failed, parse_line
+from .disconnect import cancel_and_wait
+from .errors import from_exception, from_validation, invalid_field
+from .fields import StrictModel
 from .service import Service
 
-Whole = Callable[[Any, Service], Awaitable[dict[str, Any]]]
+FullResponse = Callable[[Any, Service], Awaitable[dict[str, Any]]]
 
-ENDPOINTS: dict[str, tuple[type[Strict], Whole]] = {
-    "/v1/chat/completions": (chat_completions.ChatRequest, chat_completions.whole),
-    "/v1/responses": (responses.ResponsesRequest, responses.whole),
-    "/v1/completions": (completions.CompletionRequest, completions.whole),
+ENDPOINTS: dict[str, tuple[type[StrictModel], FullResponse]] = {
+    "/v1/chat/completions": (chat_completions.ChatRequest, chat_completions.full_response),
+    "/v1/responses": (responses.ResponsesRequest, responses.full_response),
+    "/v1/completions": (completions.CompletionRequest, completions.full_response),
 }
 
 
@@ -44,8 +44,8 @@ class Batch:
     def __init__(self, requests: Path, answers: Path, *, retry: bool = False) -> None:
         if answers.exists() and requests.exists() and answers.samefile(requests):
             raise InvalidRequest(f"{answers} holds the requests: name another file for the answers")
-        self._requests = Requests(requests)
-        self._answers = Answers(answers, self._requests, retry=retry)
+        self._requests = RequestFile(requests)
+        self._answers = AnswerFile(answers, self._requests, retry=retry)
         self.total = self._requests.total
         self.earlier = self.done
         self.prompt_tokens = self.completion_tokens = 0
@@ -78,22 +78,22 @@ class Batch:
         asyncio.run(self._run(service, progress))
 
     async def _run(self, service: Service, progress: Callable[[], None]) -> None:
-        waiting = self._requests.waiting()
-        under_way: set[asyncio.Task[dict[str, Any]]] = set()
-        most = 2 * service.model.status.slots
+        pending = self._requests.pending()
+        in_flight: set[asyncio.Task[dict[str, Any]]] = set()
+        max_in_flight = 2 * service.model.status.slots
         try:
             while True:
-                for line in _take(waiting, most - len(under_way)):
-                    under_way.add(asyncio.create_task(_answer(service, *line)))
-                if not under_way:
+                for line in _take(pending, max_in_flight - len(in_flight)):
+                    in_flight.add(asyncio.create_task(_answer_line(service, *line)))
+                if not in_flight:
                     return
-                done, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+                done, in_flight = await asyncio.wait(in_flight, return_when=asyncio.FIRST_COMPLETED)
                 entries = await asyncio.gather(*done)
                 self._answers.append(entries)
                 self._count(entries)
                 progress()
         finally:
-            await ended(*under_way)
+            await cancel_and_wait(*in_flight)
 
     def _count(self, entries: Iterable[dict[str, Any]]) -> None:
         self._ended = time.perf_counter()
@@ -113,41 +113,41 @@ class Batch:
         self.close()
 
 
-def _take(lines: Iterator[Any], most: int) -> Iterator[Any]:
-    yield from (line for _, line in zip(range(most), lines, strict=False))
+def _take(lines: Iterator[Any], max_in_flight: int) -> Iterator[Any]:
+    yield from (line for _, line in zip(range(max_in_flight), lines, strict=False))
 
 
-async def _answer(service: Service, number: int, line: bytes, repeated: bool) -> dict[str, Any]:
+async def _answer_line(service: Service, number: int, line: bytes, repeated: bool) -> dict[str, Any]:
     """One line of answers. Raises GptOssError if the engine has closed: then the line has none."""
     custom_id = None
     try:
-        fields = parse(line)
+        fields = parse_line(line)
         if repeated:
             message = f"the custom_id {fields['custom_id']!r} stands in an earlier line: give each line its own"
             raise LineError("duplicate_custom_id", message, "custom_id")
         custom_id = fields["custom_id"]
-        check(fields, tuple(ENDPOINTS))
+        check_line(fields, tuple(ENDPOINTS))
     except LineError as error:
-        return answer(custom_id, error=error.body(number))
+        return answer_entry(custom_id, error=error.body(number))
     status, body = await _respond(service, fields["url"], fields["body"])
     response = {"status_code": status, "request_id": f"req_{secrets.token_hex(16)}", "body": body}
-    return answer(custom_id, response=response)
+    return answer_entry(custom_id, response=response)
 
 
 async def _respond(service: Service, url: str, content: Any) -> tuple[int, dict[str, Any]]:
     """What the server would say: status and body."""
-    form, whole = ENDPOINTS[url]
+    request_class, full_response = ENDPOINTS[url]
     try:
         try:
-            body = form.model_validate(content)
+            body = request_class.model_validate(content)
         except ValidationError as error:
-            inside = [{**one, "loc": ("body", *one["loc"])} for one in error.errors()]
-            raise from_validation(RequestValidationError(inside)) from None
+            errors = [{**one, "loc": ("body", *one["loc"])} for one in error.errors()]
+            raise from_validation(RequestValidationError(errors)) from None
         if getattr(body, "stream", None):
-            raise refuse("stream", "is for a connection: leave it out of a batch")
-        return 200, await whole(body, service)
+            raise invalid_field("stream", "is for a connection: leave it out of a batch")
+        return 200, await full_response(body, service)
     except Exception as error:
-        known = from_exception(error)
-    if known.status >= 500:
+        api_error = from_exception(error)
+    if api_error.status >= 500:
         _ = service.model.status  # raises if the engine has closed
-    return known.status, known.body()
+    return api_error.status, api_error.body()

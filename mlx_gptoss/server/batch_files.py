@@ -24,15 +24,15 @@ import numpy as np
 
 from ..errors import GptOssError, InvalidRequest
 from ..machine import sync_folder
-from .errors import dump
+from .errors import dump_json
 from .guard import Gate
 
-LONGEST_LINE = Gate.body_bytes  # what the server takes
+MAX_LINE_BYTES = Gate.max_body_bytes  # what the server takes
 FIELDS = ("custom_id", "method", "url", "body")
 KEY_BYTES = 16
 KEY = f"S{KEY_BYTES}"
-HEAD = b'{"id":"batch_req_'  # how every answer begins
-BLANK, WAITING, NAMELESS, REPEATED, DONE = range(5)
+ANSWER_PREFIX = b'{"id":"batch_req_'  # how every answer begins
+BLANK, PENDING, UNIDENTIFIED, DUPLICATE, DONE = range(5)
 
 
 class LineError(Exception):
@@ -46,10 +46,10 @@ class LineError(Exception):
         return {"code": self.code, "message": str(self), "param": self.param, "line": line}
 
 
-def parse(line: bytes) -> dict[str, Any]:
+def parse_line(line: bytes) -> dict[str, Any]:
     """The JSON object of a line, with a custom_id. Raises LineError."""
-    if len(line) > LONGEST_LINE:
-        raise LineError("line_too_long", f"the line is longer than {LONGEST_LINE} bytes")
+    if len(line) > MAX_LINE_BYTES:
+        raise LineError("line_too_long", f"the line is longer than {MAX_LINE_BYTES} bytes")
     try:
         fields = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
@@ -62,7 +62,7 @@ def parse(line: bytes) -> dict[str, Any]:
     return fields
 
 
-def check(fields: dict[str, Any], urls: Sequence[str]) -> None:
+def check_line(fields: dict[str, Any], urls: Sequence[str]) -> None:
     """Raises LineError unless the line asks for one of `urls`."""
     for name in FIELDS:
         if name not in fields:
@@ -75,7 +75,7 @@ def check(fields: dict[str, Any], urls: Sequence[str]) -> None:
         raise LineError("invalid_url", f"url must be one of {', '.join(urls)}", "url")
 
 
-def answer(custom_id: str | None, **result: Any) -> dict[str, Any]:
+def answer_entry(custom_id: str | None, **result: Any) -> dict[str, Any]:
     """A line of answers. result: response or error."""
     name = f"batch_req_{secrets.token_hex(12)}"
     return {"id": name, "custom_id": custom_id, "response": None, "error": None, **result}
@@ -86,7 +86,7 @@ def failed(entry: dict[str, Any]) -> bool:
     return not isinstance(response, dict) or response.get("status_code") != 200
 
 
-class Requests:
+class RequestFile:
     """The lines of a file of requests, and which of them wait for an answer. Holds 25 bytes for each, not its text.
 
     Raises InvalidRequest for a file without a single request.
@@ -99,52 +99,52 @@ class Requests:
         self._states = bytearray()
         keys, first = bytearray(), None
         for number, line in _lines(path):
-            self._states.append(WAITING if line.strip() else BLANK)
+            self._states.append(PENDING if line.strip() else BLANK)
             key = _key(f"line {number}")
-            if self._states[-1] == WAITING:
+            if self._states[-1] == PENDING:
                 try:
-                    key = _key("id " + parse(line)["custom_id"])
+                    key = _key("id " + parse_line(line)["custom_id"])
                 except LineError as error:
-                    self._states[-1] = NAMELESS
+                    self._states[-1] = UNIDENTIFIED
                     first = first or f"line {number}: {error}"
             keys += key
-        if WAITING not in self._states:
+        if PENDING not in self._states:
             raise InvalidRequest(f"{path} holds no request; {first or 'it is empty'}")
         self.total = len(self._states) - self._states.count(BLANK)
         self._sort(np.frombuffer(keys, dtype=KEY))
 
     def _sort(self, keys: Any) -> None:
         """Have custom_ids looked up; lines that repeat one are told apart."""
-        self._places = np.argsort(keys, kind="stable")
-        self._keys = keys[self._places]
-        again = self._places[1:][self._keys[1:] == self._keys[:-1]]
-        np.frombuffer(self._states, dtype=np.uint8)[again] = REPEATED
+        self._line_indices = np.argsort(keys, kind="stable")
+        self._keys = keys[self._line_indices]
+        duplicates = self._line_indices[1:][self._keys[1:] == self._keys[:-1]]
+        np.frombuffer(self._states, dtype=np.uint8)[duplicates] = DUPLICATE
 
-    def answered(self, entry: dict[str, Any]) -> bool:
+    def mark_answered(self, entry: dict[str, Any]) -> bool:
         """Take note of an answer; False if no line waits for it."""
         custom_id, error = entry["custom_id"], entry.get("error")
         if isinstance(custom_id, str):
             key = np.frombuffer(_key("id " + custom_id), dtype=KEY)
             at = int(np.searchsorted(self._keys, key)[0])
-            place = int(self._places[at]) if (self._keys[at : at + 1] == key).any() else -1
-            wanted: tuple[int, ...] = (WAITING,)
+            place = int(self._line_indices[at]) if (self._keys[at : at + 1] == key).any() else -1
+            expected: tuple[int, ...] = (PENDING,)
         else:
             number = error.get("line") if isinstance(error, dict) else None
             place = number - 1 if isinstance(number, int) else -1
-            wanted = (NAMELESS, REPEATED)
-        if not 0 <= place < len(self._states) or self._states[place] not in wanted:
+            expected = (UNIDENTIFIED, DUPLICATE)
+        if not 0 <= place < len(self._states) or self._states[place] not in expected:
             return False
         self._states[place] = DONE
         return True
 
-    def waiting(self) -> Iterator[tuple[int, bytes, bool]]:
+    def pending(self) -> Iterator[tuple[int, bytes, bool]]:
         """Lines without an answer: number, content, and whether the custom_id stood in an earlier line."""
         for (number, line), state in zip(_lines(self._path), self._states, strict=False):  # it may have grown since
-            if state in (WAITING, NAMELESS, REPEATED):
-                yield number, line, state == REPEATED
+            if state in (PENDING, UNIDENTIFIED, DUPLICATE):
+                yield number, line, state == DUPLICATE
 
 
-class Answers:
+class AnswerFile:
     """The file of answers, held by this process alone. What it has is taken off `requests`. To be closed.
 
     retry: take out the answers that failed, so that their lines wait again.
@@ -152,7 +152,7 @@ class Answers:
     writes it.
     """
 
-    def __init__(self, path: Path, requests: Requests, *, retry: bool = False) -> None:
+    def __init__(self, path: Path, requests: RequestFile, *, retry: bool = False) -> None:
         self.done = self.failed = 0
         self._path = path
         self._requests = requests
@@ -162,8 +162,8 @@ class Answers:
             self._lock()
             self._new = not before
             if retry:
-                self._drop_failed()
-            self._size = self._recover()
+                self._remove_failed()
+            self._size = self._resume()
             os.ftruncate(self._file, self._size)
             sync_folder(path.absolute().parent)
         except BaseException:
@@ -178,7 +178,7 @@ class Answers:
 
     def append(self, entries: Sequence[dict[str, Any]]) -> None:
         """Bring whole lines to the disk, or none. Raises GptOssError."""
-        data = b"".join(dump(entry) + b"\n" for entry in entries)
+        data = b"".join(dump_json(entry) + b"\n" for entry in entries)
         try:
             rest = memoryview(data)
             while rest:
@@ -193,12 +193,12 @@ class Answers:
             raise GptOssError(f"{self._path} could not be written ({error.strerror}); {kept}") from error
         self._size += len(data)
         for entry in entries:
-            waited = self._note(entry)
+            waited = self._record(entry)
             assert waited, entry["custom_id"]
 
-    def _note(self, entry: dict[str, Any]) -> bool:
+    def _record(self, entry: dict[str, Any]) -> bool:
         """Count an answer that is on the disk; False if no line waited for it."""
-        waited = self._requests.answered(entry)
+        waited = self._requests.mark_answered(entry)
         self.done += waited
         self.failed += waited and failed(entry)
         return waited
@@ -217,17 +217,17 @@ class Answers:
         except BlockingIOError:
             raise GptOssError(f"another process is writing {self._path}; wait for it, or name another file") from None
 
-    def _recover(self) -> int:
+    def _resume(self) -> int:
         """Take over the whole lines; returns their bytes."""
         size = 0
         for number, line, entry in self._entries():
-            if not self._note(entry):
+            if not self._record(entry):
                 what = f"answers {str(entry['custom_id'])[:100]!r}, for which no line of the requests waits"
                 raise InvalidRequest(f"line {number} of {self._path} {what}; name another file for these requests")
             size += len(line)
         return size
 
-    def _drop_failed(self) -> None:
+    def _remove_failed(self) -> None:
         """Put a file without the answers that failed in the place of this one."""
         with tempfile.NamedTemporaryFile(dir=self._path.parent, prefix=f".{self._path.name}-", delete=False) as kept:
             try:
@@ -252,13 +252,13 @@ class Answers:
         with os.fdopen(os.dup(self._file), "rb") as file:
             file.seek(0)
             for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n") and (line.startswith(HEAD) or HEAD.startswith(line)):
+                if not line.endswith(b"\n") and (line.startswith(ANSWER_PREFIX) or ANSWER_PREFIX.startswith(line)):
                     return
                 try:
                     entry = json.loads(line)
                 except (ValueError, RecursionError):
                     entry = None
-                if not line.startswith(HEAD) or not isinstance(entry, dict) or "custom_id" not in entry:
+                if not line.startswith(ANSWER_PREFIX) or not isinstance(entry, dict) or "custom_id" not in entry:
                     raise InvalidRequest(
                         f"{self._path} is no file of answers, see its line {number}; name another file"
                     )
@@ -269,11 +269,11 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """All lines, from 1. Of one that is too long, as much as shows that."""
     with path.open("rb") as file:
         for number in count(1):
-            line = rest = file.readline(LONGEST_LINE + 1)
+            line = rest = file.readline(MAX_LINE_BYTES + 1)
             if not line:
                 return
             while rest and not rest.endswith(b"\n"):
-                rest = file.readline(LONGEST_LINE)
+                rest = file.readline(MAX_LINE_BYTES)
             yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 

@@ -19,23 +19,23 @@ from ..errors import Busy, DoesNotFit, GptOssError, InvalidRequest
 from ..sampling import Sampling
 
 UNION_MEMBERS = {"str", "int", "message", "reasoning", "function_call", "function_call_output"}
-LONGEST_MESSAGE = 1000  # characters; what was sent may be quoted in it
-FIELDS = ("messages", "tools", "tool_choice", "response_format", *(field.name for field in fields(Sampling)))
-_FIELD = re.compile(rf"({'|'.join(FIELDS)})(\[\d+\]|\.[a-z_]+)*(?=[ :])")  # what a message begins with
+MAX_MESSAGE_CHARS = 1000  # characters; what was sent may be quoted in it
+REQUEST_FIELDS = ("messages", "tools", "tool_choice", "response_format", *(field.name for field in fields(Sampling)))
+_LEADING_FIELD = re.compile(rf"({'|'.join(REQUEST_FIELDS)})(\[\d+\]|\.[a-z_]+)*(?=[ :])")  # what a message begins with
 
 log = logging.getLogger(__name__)
 
 
-class Json(Response):
+class JsonResponse(Response):
     """A JSON body, ASCII throughout: a lone surrogate that a client sent can be sent back."""
 
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        return dump(content)
+        return dump_json(content)
 
 
-def dump(content: Any) -> bytes:
+def dump_json(content: Any) -> bytes:
     return json.dumps(content, separators=(",", ":")).encode()
 
 
@@ -66,18 +66,18 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}...")
+        super().__init__(message if len(message) <= MAX_MESSAGE_CHARS else f"{message[:MAX_MESSAGE_CHARS]}...")
         self.status, self.param, self.code, self.headers = status, param, code, headers
 
     def body(self) -> dict[str, Any]:
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> Json:
-        return Json(self.body(), self.status, self.headers)
+    def response(self) -> JsonResponse:
+        return JsonResponse(self.body(), self.status, self.headers)
 
 
-def refuse(param: str, message: str, code: str = "invalid_value") -> ApiError:
+def invalid_field(param: str, message: str, code: str = "invalid_value") -> ApiError:
     """A field that cannot be honoured."""
     return ApiError(400, f"{param} {message}", param=param, code=code)
 
@@ -87,7 +87,7 @@ def from_exception(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, (InvalidRequest, DoesNotFit)):
-        field = _FIELD.match(str(error))
+        field = _LEADING_FIELD.match(str(error))
         too_long = "context holds" in str(error) or isinstance(error, DoesNotFit)
         code = "context_length_exceeded" if too_long else "invalid_value"
         return ApiError(400, str(error), param=field[0] if field and not too_long else None, code=code)
@@ -103,7 +103,7 @@ def from_validation(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a body, or with a query."""
     first = max(error.errors(), key=lambda one: len(one["loc"]))  # of a union's, the one that got furthest
     _, *path = first["loc"]
-    param = _dotted(path)
+    param = _field_path(path)
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{param} is not supported here: leave it out", param=param, code="unknown_parameter")
     if first["type"] == "missing" and not path:
@@ -120,14 +120,14 @@ def from_validation(error: RequestValidationError) -> ApiError:
     return ApiError(400, f"{param}: {first['msg']}", param=param, code="invalid_value")
 
 
-def _dotted(path: list[Any]) -> str:
+def _field_path(path: list[Any]) -> str:
     """messages[0].content, without what pydantic says of the members of a union."""
     first, *rest = path or [""]
     steps = (step for step in rest if isinstance(step, int) or not (step in UNION_MEMBERS or "[" in step))
     return f"{first}" + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)[:100]
 
 
-def install(app: FastAPI) -> None:
+def install_handlers(app: FastAPI) -> None:
     """Have every error of the app answered in this shape."""
 
     async def known(request: Request, error: Exception) -> Response:

@@ -16,9 +16,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .errors import ApiError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-OPEN_PATHS = ("/", "/health")  # need no key, as the page under /page/ does not
-MOST_VALUES = 2_000_000  # in one body: Python takes some 60 bytes for each
-MOST_HELD = 8  # bodies of the full size that are held at once, over all requests
+PUBLIC_PATHS = ("/", "/health")  # need no key, as the page under /page/ does not
+MAX_JSON_VALUES = 2_000_000  # in one body: Python takes some 60 bytes for each
+MAX_BUFFERED_BODIES = 8  # bodies of the full size that are held at once, over all requests
 
 
 @dataclass
@@ -31,35 +31,35 @@ class Gate:
     """
 
     api_key: str | None = None
-    hosts: Sequence[str] | None = LOOPBACK
-    origins: Sequence[str] = ()
-    body_bytes: int = 32 << 20
+    allowed_hosts: Sequence[str] | None = LOOPBACK
+    allowed_origins: Sequence[str] = ()
+    max_body_bytes: int = 32 << 20
     draining: bool = False
-    held: int = field(default=0, init=False)
+    buffered_bytes: int = field(default=0, init=False)
 
     def check(self, scope: Scope) -> None:
         """Raises ApiError for a request that is not let in, from its head alone."""
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if self.hosts is not None and _host_name(host) not in self.hosts:
+        if self.allowed_hosts is not None and _host_name(host) not in self.allowed_hosts:
             raise ApiError(403, f"this server is not called {host!r}: use http://127.0.0.1", code="wrong_host")
         origin = headers.get("origin")
-        if origin is not None and not self._knows(origin, host):
+        if origin is not None and not self._is_allowed_origin(origin, host):
             raise ApiError(403, f"pages of {origin!r} may not use this server: start it with --cors", code="origin")
         path: str = scope["path"]
-        if self.api_key is not None and path not in OPEN_PATHS and not path.startswith("/page/"):
+        if self.api_key is not None and path not in PUBLIC_PATHS and not path.startswith("/page/"):
             self._check_key(headers.get("authorization", ""))
         if self.draining and scope["method"] == "POST":
             raise ApiError(503, "the server is shutting down", code="draining", headers={"Retry-After": "10"})
         length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self.body_bytes:
+        if length.isdecimal() and int(length) > self.max_body_bytes:
             raise self.too_large()
 
     def too_large(self) -> ApiError:
-        return ApiError(413, f"the body is larger than {self.body_bytes} bytes", code="body_too_large")
+        return ApiError(413, f"the body is larger than {self.max_body_bytes} bytes", code="body_too_large")
 
-    def _knows(self, origin: str, host: str) -> bool:
-        return "*" in self.origins or origin in self.origins or urlsplit(origin).netloc == host
+    def _is_allowed_origin(self, origin: str, host: str) -> bool:
+        return "*" in self.allowed_origins or origin in self.allowed_origins or urlsplit(origin).netloc == host
 
     def _check_key(self, authorization: str) -> None:
         assert self.api_key is not None
@@ -91,9 +91,9 @@ class Guard:
             await error.response()(scope, receive, send)
             return
         finally:
-            self.gate.held -= len(body)
+            self.gate.buffered_bytes -= len(body)
         if whole:
-            await self.app(scope, _replaying(bytes(body), receive), send)
+            await self.app(scope, _replay_body(bytes(body), receive), send)
 
     async def _read(self, receive: Receive, body: bytearray) -> bool:
         """Add the body to `body`; False if the client left in the middle of it."""
@@ -104,18 +104,18 @@ class Guard:
                 return False
             piece = message.get("body", b"")
             body += piece
-            self.gate.held += len(piece)
-            if len(body) > self.gate.body_bytes:
+            self.gate.buffered_bytes += len(piece)
+            if len(body) > self.gate.max_body_bytes:
                 raise self.gate.too_large()
-            if self.gate.held > MOST_HELD * self.gate.body_bytes:
+            if self.gate.buffered_bytes > MAX_BUFFERED_BODIES * self.gate.max_body_bytes:
                 raise ApiError(503, "too many large requests at once", code="busy", headers={"Retry-After": "5"})
             more = message.get("more_body", False)
-        if body.count(b",") + body.count(b"[") + body.count(b"{") > MOST_VALUES:
-            raise ApiError(413, f"the body holds more than {MOST_VALUES} values", code="body_too_large")
+        if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_JSON_VALUES:
+            raise ApiError(413, f"the body holds more than {MAX_JSON_VALUES} values", code="body_too_large")
         return True
 
 
-def _replaying(body: bytes, receive: Receive) -> Receive:
+def _replay_body(body: bytes, receive: Receive) -> Receive:
     given = False
 
     async def next_message() -> Message:

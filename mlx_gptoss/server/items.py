@@ -13,13 +13,13 @@ from ..harmony.header import NAMESPACE, Header
 from ..harmony.messages import Message
 from ..harmony.render import instructions_text
 from ..tokenizer import CONSTRAIN
-from .errors import refuse
-from .fields import Strict
+from .errors import invalid_field
+from .fields import StrictModel
 
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
-class Part(Strict):
+class Part(StrictModel):
     """A piece of text. Annotations and logprobs of text that is sent back say nothing to the model."""
 
     type: Literal["input_text", "output_text", "text"]
@@ -28,7 +28,7 @@ class Part(Strict):
     logprobs: list[Any] | None = None
 
 
-class MessageItem(Strict):
+class MessageItem(StrictModel):
     """phase: of the assistant's; commentary is what it said before a call."""
 
     type: Literal["message"] | None = None
@@ -39,12 +39,12 @@ class MessageItem(Strict):
     status: Status | None = None
 
 
-class ReasoningPart(Strict):
+class ReasoningPart(StrictModel):
     type: Literal["reasoning_text"]
     text: str
 
 
-class ReasoningItem(Strict):
+class ReasoningItem(StrictModel):
     """What the model thought, as this server gave it: in the open, so that nothing is encrypted."""
 
     type: Literal["reasoning"]
@@ -55,7 +55,7 @@ class ReasoningItem(Strict):
     status: Status | None = None
 
 
-class CallItem(Strict):
+class FunctionCallItem(StrictModel):
     """The model called a function."""
 
     type: Literal["function_call"]
@@ -66,7 +66,7 @@ class CallItem(Strict):
     status: Status | None = None
 
 
-class ResultItem(Strict):
+class FunctionOutputItem(StrictModel):
     """What a function returned."""
 
     type: Literal["function_call_output"]
@@ -76,7 +76,7 @@ class ResultItem(Strict):
     status: Status | None = None
 
 
-def _kind(value: Any) -> Any:
+def _item_type(value: Any) -> Any:
     kind = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
     return "message" if kind is None else kind
 
@@ -84,14 +84,14 @@ def _kind(value: Any) -> Any:
 Item = Annotated[
     Annotated[MessageItem, Tag("message")]
     | Annotated[ReasoningItem, Tag("reasoning")]
-    | Annotated[CallItem, Tag("function_call")]
-    | Annotated[ResultItem, Tag("function_call_output")],
-    Discriminator(_kind),
+    | Annotated[FunctionCallItem, Tag("function_call")]
+    | Annotated[FunctionOutputItem, Tag("function_call_output")],
+    Discriminator(_item_type),
 ]
 
 
 @dataclass(frozen=True)
-class Turns:
+class ConversationItems:
     """A conversation as items tell it. instructions: system and developer messages from before the first turn.
     calls: call_id -> the message that made the call."""
 
@@ -99,31 +99,31 @@ class Turns:
     instructions: tuple[str, ...] = ()
     calls: Mapping[str, Message] = field(default_factory=dict)
 
-    def then(self, items: Sequence[Item]) -> Turns:
+    def with_items(self, items: Sequence[Item]) -> ConversationItems:
         """With more items. Raises ApiError for a result of a call that nobody made."""
-        said: list[Message] = list(self.messages)
+        messages: list[Message] = list(self.messages)
         instructions, calls = list(self.instructions), dict(self.calls)
         for place, item in enumerate(items):
             if isinstance(item, MessageItem):
                 text = _text(item.content)
-                if item.role in ("system", "developer") and not said:
+                if item.role in ("system", "developer") and not messages:
                     instructions.append(text)
                 else:
                     after = items[place + 1] if place + 1 < len(items) else None
-                    said.append(_message(item, text, before_call=isinstance(after, CallItem)))
+                    messages.append(_message(item, text, before_call=isinstance(after, FunctionCallItem)))
             elif isinstance(item, ReasoningItem):
                 thought = "".join(part.text for part in item.content or ())
-                said += [Message("assistant", thought, "analysis")] if thought else []
-            elif isinstance(item, CallItem):
+                messages += [Message("assistant", thought, "analysis")] if thought else []
+            elif isinstance(item, FunctionCallItem):
                 recipient = NAMESPACE + item.name.removeprefix(NAMESPACE)
                 call = Message("assistant", item.arguments, "commentary", recipient, f"{CONSTRAIN}json")
                 calls[item.call_id] = call
-                said.append(call)
+                messages.append(call)
             else:
-                said.append(_result(item, calls.get(item.call_id), f"input[{place}].call_id"))
-        return Turns(tuple(said), tuple(instructions), calls)
+                messages.append(_result(item, calls.get(item.call_id), f"input[{place}].call_id"))
+        return ConversationItems(tuple(messages), tuple(instructions), calls)
 
-    def answered(self, messages: tuple[Message, ...], call_ids: Sequence[str]) -> Turns:
+    def with_reply(self, messages: tuple[Message, ...], call_ids: Sequence[str]) -> ConversationItems:
         """With the model's reply, in which it made the calls of these ids, in order."""
         made = (m for m in messages if Header(m.role, m.channel, m.recipient).function is not None)
         return replace(
@@ -135,7 +135,7 @@ def new_id(prefix: str) -> str:
     return f"{prefix}_{secrets.token_hex(24)}"
 
 
-def listed(items: Sequence[Item]) -> list[dict[str, Any]]:
+def item_objects(items: Sequence[Item]) -> list[dict[str, Any]]:
     """Input items as the interface shows them: with an id, content in parts."""
     shown = []
     for item in items:
@@ -162,8 +162,8 @@ def _message(item: MessageItem, text: str, before_call: bool) -> Message:
     return Message("developer", instructions_text(text))
 
 
-def _result(item: ResultItem, call: Message | None, where: str) -> Message:
+def _result(item: FunctionOutputItem, call: Message | None, where: str) -> Message:
     if call is None:
-        raise refuse(where, f"is {item.call_id!r}: no function_call before it has that call_id")
+        raise invalid_field(where, f"is {item.call_id!r}: no function_call before it has that call_id")
     channel = "analysis" if call.channel == "analysis" else "commentary"
     return Message("tool", _text(item.output), channel, "assistant", name=call.recipient)

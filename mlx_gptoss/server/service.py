@@ -13,11 +13,11 @@ from fastapi import Depends, Request
 
 from ..chat.stream import Events
 from ..model import Model
-from .arrivals import Arrivals
 from .errors import ApiError
+from .event_queue import EventQueue
 from .guard import Gate
 from .metrics import Metrics
-from .store import Store
+from .store import ResponseStore
 
 NANO_NAME = "mlx-gptoss-nano"
 
@@ -33,9 +33,9 @@ class Service:
     aliases: Sequence[str] = ()
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
-    open: set[Arrivals] = field(default_factory=set)
-    store: Store = field(default_factory=Store)
-    running: dict[str, tuple[dict[str, Any], Arrivals]] = field(default_factory=dict)
+    open_queues: set[EventQueue] = field(default_factory=set)
+    store: ResponseStore = field(default_factory=ResponseStore)
+    running_responses: dict[str, tuple[dict[str, Any], EventQueue]] = field(default_factory=dict)
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError unless it is the model that is loaded; None is."""
@@ -43,30 +43,30 @@ class Service:
             message = f"the model {name!r} is not loaded here: ask for {self.model_id!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def start(self, *replies: Callable[[], Events]) -> Arrivals:
+    async def start(self, *replies: Callable[[], Events]) -> EventQueue:
         """Call these, which submit one reply each, and listen to them. To be given to finish() in the end.
 
         They run on another thread: rendering and tokenizing a long conversation takes its time.
         """
-        arrivals = Arrivals(await asyncio.to_thread(_all, replies))
-        self.open.add(arrivals)
-        return arrivals
+        queue = EventQueue(await asyncio.to_thread(_start_all, replies))
+        self.open_queues.add(queue)
+        return queue
 
-    def measure(self) -> bytes:
+    def render_metrics(self) -> bytes:
         """The metrics, as of now."""
         status = self.model.status
         self.metrics.running.set(status.running)
         self.metrics.waiting.set(status.waiting)
-        self.metrics.prefixes.set(status.prefix_bytes)
-        return self.metrics.text()
+        self.metrics.prefix_cache_bytes.set(status.prefix_bytes)
+        return self.metrics.render()
 
-    def finish(self, arrivals: Arrivals) -> None:
+    def finish(self, queue: EventQueue) -> None:
         """End what still runs of a request."""
-        self.open.discard(arrivals)
-        arrivals.close()
+        self.open_queues.discard(queue)
+        queue.close()
 
 
-def names(model: str | None) -> tuple[str, tuple[str, ...]]:
+def model_names(model: str | None) -> tuple[str, tuple[str, ...]]:
     """The name of a --model for the interface, and its other names. Where a folder lies is nobody's business."""
     if model is None:
         return NANO_NAME, ()
@@ -76,7 +76,7 @@ def names(model: str | None) -> tuple[str, tuple[str, ...]]:
     return model, (model.rpartition("/")[2],)
 
 
-def _all(replies: Sequence[Callable[[], Events]]) -> list[Events]:
+def _start_all(replies: Sequence[Callable[[], Events]]) -> list[Events]:
     started: list[Events] = []
     try:
         for reply in replies:
@@ -88,10 +88,10 @@ def _all(replies: Sequence[Callable[[], Events]]) -> list[Events]:
     return started
 
 
-def _service(request: Request) -> Service:
+def _get_service(request: Request) -> Service:
     service = request.app.state.service
     assert isinstance(service, Service)
     return service
 
 
-Here = Annotated[Service, Depends(_service)]
+ServiceDep = Annotated[Service, Depends(_get_service)]

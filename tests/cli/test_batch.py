@@ -20,12 +20,12 @@ import mlx_gptoss
 from mlx_gptoss.errors import GptOssError, InvalidRequest
 
 pytest.importorskip("fastapi", reason="batches need the serve extra")
-from mlx_gptoss.server.app import build
+from mlx_gptoss.server.app import build_app
 from mlx_gptoss.server.batch import Batch
-from mlx_gptoss.server.batch_files import LONGEST_LINE, Requests
+from mlx_gptoss.server.batch_files import MAX_LINE_BYTES, RequestFile
 from mlx_gptoss.server.guard import Gate
-from mlx_gptoss.server.service import Service, names
-from mlx_gptoss.server.store import Store
+from mlx_gptoss.server.service import Service, model_names
+from mlx_gptoss.server.store import ResponseStore
 
 CLI = [sys.executable, "-m", "mlx_gptoss_cli", "batch"]
 HERE = ["--backend", "mlx", "--device", "cpu"]
@@ -77,7 +77,7 @@ def run(model, tmp_path):
     def run(*lines, progress=lambda: None, model=model):
         (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
         with Batch(tmp_path / "in.jsonl", tmp_path / "out.jsonl") as batch:
-            batch.run(Service(model, Gate(), *names(None), store=Store(most_bytes=0)), progress)
+            batch.run(Service(model, Gate(), *model_names(None), store=ResponseStore(max_bytes=0)), progress)
         return read(tmp_path / "out.jsonl")
 
     return run
@@ -138,10 +138,10 @@ def test_an_answer_is_what_the_server_would_say(run, model):
         (COMPLETIONS, ["Hi"]),
         (COMPLETIONS, "Hi"),
     ]
-    service = Service(model, Gate(), *names(None), store=Store(most_bytes=0))
+    service = Service(model, Gate(), *model_names(None), store=ResponseStore(max_bytes=0))
 
     async def served():
-        transport = httpx.ASGITransport(build(service))
+        transport = httpx.ASGITransport(build_app(service))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return [await client.post(url, json=body) for url, body in asked]
 
@@ -161,7 +161,7 @@ def test_bad_lines_get_an_error_of_their_own(run, tmp_path):
         (b"\xff\xfe", None, "invalid_json_line"),
         (b"[" * 100_000, None, "invalid_json_line"),
         (b'"a line"', None, "invalid_json_line"),
-        (b'{"a": "' + b"x" * LONGEST_LINE + b'"}', None, "line_too_long"),
+        (b'{"a": "' + b"x" * MAX_LINE_BYTES + b'"}', None, "line_too_long"),
         (request("", *good), None, "missing_required_parameter"),
         (request("first", *good), None, "duplicate_custom_id"),
         (request("first", *good), None, "duplicate_custom_id"),
@@ -181,7 +181,8 @@ def test_bad_lines_get_an_error_of_their_own(run, tmp_path):
     assert len(entries) == len(lines) - 1
 
     whole = (tmp_path / "out.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "out.jsonl").write_bytes(b"".join(whole[:4] + whole[9:]))
+    removed = [line for line in whole if b'"response":null' in line][:5]
+    (tmp_path / "out.jsonl").write_bytes(b"".join(line for line in whole if line not in removed))
     again = run(*lines)
     assert sorted(json.dumps(steady(one)) for one in again) == sorted(json.dumps(steady(one)) for one in entries)
 
@@ -194,10 +195,10 @@ def test_streaming_is_refused(run):
 
 def test_slots_are_busy_and_few_lines_are_under_way(lines, model, tmp_path):
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
-    service = Service(model, Gate(), *names(None))
+    service = Service(model, Gate(), *model_names(None))
     seen = []
     with Batch(tmp_path / "in.jsonl", tmp_path / "out.jsonl") as batch:
-        batch.run(service, lambda: seen.append((model.status.running, len(service.open), batch.done)))
+        batch.run(service, lambda: seen.append((model.status.running, len(service.open_queues), batch.done)))
     early = [running for running, _, done in seen if done < len(lines) - 2 * 4]
     assert early and max(early) == 4 and sum(early) / len(early) >= 3
     assert max(under_way for _, under_way, _ in seen) <= 2 * 4
@@ -208,16 +209,16 @@ def test_a_line_costs_few_bytes_of_memory(tmp_path):
         for number in range(5000):
             file.write(request(f"a rather long custom_id with the number {number}", CHAT, {"text": "x" * 1000}) + b"\n")
     tracemalloc.start()
-    requests = Requests(tmp_path / "in.jsonl")
+    requests = RequestFile(tmp_path / "in.jsonl")
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert requests.total == 5000
     assert held < 5000 * 30 and peak < 5000 * 80 + 200_000
-    assert sum(1 for _ in requests.waiting()) == 5000
+    assert sum(1 for _ in requests.pending()) == 5000
     for number in range(5000):
         entry = {"custom_id": f"a rather long custom_id with the number {number}"}
-        assert requests.answered(entry) and not requests.answered(entry)
-    assert list(requests.waiting()) == []
+        assert requests.mark_answered(entry) and not requests.mark_answered(entry)
+    assert list(requests.pending()) == []
 
 
 ONE = request("a", COMPLETIONS, {"prompt": "Hi", "max_tokens": 1})

@@ -125,7 +125,7 @@ def test_a_reply_arrives_piece_by_piece_until_it_is_stopped(visit: Any, server: 
     for _ in range(3):
         seen = thoughts.text_content()
         expect(thoughts).not_to_have_text(seen)
-        assert thoughts.text_content().startswith(seen) and server.service.open
+        assert thoughts.text_content().startswith(seen) and server.service.open_queues
     expect(page.get_by_role("button", name="Send")).to_be_hidden()
     if how == "button":
         page.get_by_role("button", name="Stop").click()
