@@ -1,4 +1,4 @@
-"""The application: which path is answered by whom. One file an endpoint; a new one is one line in ROUTERS."""
+"""The ASGI application: routes, middleware and the chat page. One file per endpoint; ROUTERS lists them."""
 
 from __future__ import annotations
 
@@ -25,47 +25,48 @@ ROUTERS = (router, chat_completions.router, responses.router, completions.router
 
 @router.get("/v1/models")
 async def list_models(service: ServiceDep) -> Response:
-    """The one model that is loaded."""
+    """List the loaded model, the only one that this server has."""
     return JsonResponse({"object": "list", "data": [_model_object(service)]})
 
 
 @router.get("/v1/models/{name:path}")
 async def retrieve_model(name: str, service: ServiceDep) -> Response:
+    """Describe the loaded model, by its name or an alias. 404 for any other name."""
     service.check_model(name)
     return JsonResponse(_model_object(service))
 
 
 @router.get("/health")
 async def health(service: ServiceDep) -> Response:
-    """200 while requests are taken, 503 while the last ones end."""
+    """200 while the server accepts requests, 503 while it drains before a shutdown."""
     draining = service.gate.draining
     return JsonResponse({"status": "draining" if draining else "ok"}, 503 if draining else 200)
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(service: ServiceDep) -> Response:
-    """For Prometheus."""
+    """Metrics in the text format of Prometheus."""
     return Response(service.render_metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def build_app(service: Service) -> ASGIApp:
-    """The whole server for one model."""
-    other: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
-    app = FastAPI(title="mlx-gptoss", docs_url=None, redoc_url=None, responses=other)
+    """Return the complete server for one model: routes, page, access checks, CORS and request counts."""
+    error_responses: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+    app = FastAPI(title="mlx-gptoss", docs_url=None, redoc_url=None, responses=error_responses)
     app.state.service = service
     errors.install_handlers(app)
-    for part in ROUTERS:
-        app.include_router(part)
+    for endpoint_router in ROUTERS:
+        app.include_router(endpoint_router)
     _add_page(app)
-    outer: ASGIApp = Guard(app, service.gate)
+    guarded: ASGIApp = Guard(app, service.gate)
     if service.gate.allowed_origins:
-        outer = CORSMiddleware(
-            outer,
+        guarded = CORSMiddleware(
+            guarded,
             allow_origins=service.gate.allowed_origins,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
         )
-    return _count_requests(outer, service)
+    return _count_requests(guarded, service)
 
 
 def _model_object(service: Service) -> dict[str, Any]:
@@ -73,17 +74,18 @@ def _model_object(service: Service) -> dict[str, Any]:
 
 
 def _add_page(app: FastAPI) -> None:
-    """The page at /, its files read once: no request names a path on the disk."""
+    """Serve the page at / and its files under /page/. They are read once, so that no request names a path on disk."""
     folder = files(__package__) / "page"
     for file in folder.iterdir() if folder.is_dir() else ():
         suffix = file.name[file.name.rfind(".") :]
         if suffix in PAGE_TYPES:
             path = "/" if file.name == "index.html" else f"/page/{file.name}"
-            answer = _static_handler(file.read_bytes(), PAGE_TYPES[suffix])
-            app.add_api_route(path, answer, methods=["GET"], include_in_schema=False)
+            handler = _static_handler(file.read_bytes(), PAGE_TYPES[suffix])
+            app.add_api_route(path, handler, methods=["GET"], include_in_schema=False)
 
 
 def _static_handler(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
+    """Return an endpoint that always answers with `content`."""
     headers = {
         "Content-Security-Policy": PAGE_POLICY,
         "X-Content-Type-Options": "nosniff",
@@ -91,14 +93,17 @@ def _static_handler(content: bytes, media_type: str) -> Callable[[], Awaitable[R
         "Cache-Control": "no-cache",
     }
 
-    async def answer() -> Response:
+    async def handler() -> Response:
         return Response(content, media_type=media_type, headers=headers)
 
-    return answer
+    return handler
 
 
 def _count_requests(app: ASGIApp, service: Service) -> ASGIApp:
-    """Counts what is answered, under the path's template, so that nobody can make up labels."""
+    """Count responses by path and status.
+
+    The label is the route's template, or "other" where no route matched, so that clients cannot create new labels.
+    """
 
     async def count(scope: Scope, receive: Receive, send: Send) -> None:
         async def counting_send(message: Message) -> None:

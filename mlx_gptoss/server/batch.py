@@ -1,6 +1,6 @@
-"""A file of requests through the engine, as the server would answer each: the same fields, the same sums, no HTTP.
+"""Answers a batch file: each line goes through the same code as a request to the server, without HTTP.
 
-Twice as many lines are under way as there are slots, so that a slot that becomes free is taken within a step.
+Twice as many lines are in progress as there are slots, so that the next one is ready when a slot becomes free.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,7 +19,7 @@ from pydantic import ValidationError
 
 from ..errors import InvalidRequest
 from . import chat_completions, completions, responses
-from .batch_files import AnswerFile, LineError, RequestFile, answer_entry, check_line, failed, parse_line
+from .batch_files import AnswerFile, LineError, RequestFile, answer_entry, check_line, is_failed, parse_line
 from .disconnect import cancel_and_wait
 from .errors import from_exception, from_validation, invalid_field
 from .fields import StrictModel
@@ -34,16 +35,18 @@ ENDPOINTS: dict[str, tuple[type[StrictModel], FullResponse]] = {
 
 
 class Batch:
-    """A file of requests and the file of their answers, in OpenAI's batch form. A context manager.
+    """A batch: a file of requests and a file of answers, in OpenAI's format. A context manager.
 
-    retry: ask again what failed in an earlier run. done, failed: answers in the file, those of an earlier run included.
-    prompt_tokens, completion_tokens: of this run. Raises InvalidRequest for files that are not what they should be, and
-    GptOssError if the answers cannot be written, or are being written by another process.
+    retry: repeat the requests that failed in an earlier run.
+    total: number of requests. done, failed: number of answers, those of earlier runs included. earlier: those of
+    earlier runs alone. prompt_tokens, completion_tokens: of this run.
+    Raises InvalidRequest if a file has the wrong content, and GptOssError if the answers cannot be written or another
+    process is writing them.
     """
 
     def __init__(self, requests: Path, answers: Path, *, retry: bool = False) -> None:
         if answers.exists() and requests.exists() and answers.samefile(requests):
-            raise InvalidRequest(f"{answers} holds the requests: name another file for the answers")
+            raise InvalidRequest(f"{answers} is the file of requests: name another file for the answers")
         self._requests = RequestFile(requests)
         self._answers = AnswerFile(answers, self._requests, retry=retry)
         self.total = self._requests.total
@@ -61,7 +64,7 @@ class Batch:
 
     @property
     def seconds(self) -> float:
-        """From the start of this run to its last answer so far."""
+        """Seconds from the start of this run to its latest answer."""
         return self._ended - self._started
 
     @property
@@ -69,10 +72,10 @@ class Batch:
         return self.completion_tokens / self.seconds if self.seconds else 0.0
 
     def run(self, service: Service, progress: Callable[[], None]) -> None:
-        """Answer what has no answer yet. progress: called whenever more is on the disk.
+        """Answer the lines that have no answer yet. progress: called whenever more answers have been written to disk.
 
-        Raises GptOssError when the answers cannot be written, or the engine has closed; KeyboardInterrupt on Ctrl-C.
-        Lines that are answered stay so.
+        Raises GptOssError if the answers cannot be written or the engine was closed, and KeyboardInterrupt on Ctrl-C.
+        Answers that are already written stay in the file.
         """
         self._started = self._ended = time.perf_counter()
         asyncio.run(self._run(service, progress))
@@ -83,7 +86,7 @@ class Batch:
         max_in_flight = 2 * service.model.status.slots
         try:
             while True:
-                for line in _take(pending, max_in_flight - len(in_flight)):
+                for line in islice(pending, max_in_flight - len(in_flight)):
                     in_flight.add(asyncio.create_task(_answer_line(service, *line)))
                 if not in_flight:
                     return
@@ -98,7 +101,7 @@ class Batch:
     def _count(self, entries: Iterable[dict[str, Any]]) -> None:
         self._ended = time.perf_counter()
         for entry in entries:
-            if not failed(entry):
+            if not is_failed(entry):
                 usage = entry["response"]["body"]["usage"]
                 self.prompt_tokens += usage.get("prompt_tokens", 0) + usage.get("input_tokens", 0)
                 self.completion_tokens += usage.get("completion_tokens", 0) + usage.get("output_tokens", 0)
@@ -113,17 +116,13 @@ class Batch:
         self.close()
 
 
-def _take(lines: Iterator[Any], max_in_flight: int) -> Iterator[Any]:
-    yield from (line for _, line in zip(range(max_in_flight), lines, strict=False))
-
-
-async def _answer_line(service: Service, number: int, line: bytes, repeated: bool) -> dict[str, Any]:
-    """One line of answers. Raises GptOssError if the engine has closed: then the line has none."""
+async def _answer_line(service: Service, number: int, line: bytes, duplicate: bool) -> dict[str, Any]:
+    """Return the answer to one line. Raises GptOssError if the engine was closed: the line then stays unanswered."""
     custom_id = None
     try:
         fields = parse_line(line)
-        if repeated:
-            message = f"the custom_id {fields['custom_id']!r} stands in an earlier line: give each line its own"
+        if duplicate:
+            message = f"the custom_id {fields['custom_id']!r} is used by an earlier line: give each line its own"
             raise LineError("duplicate_custom_id", message, "custom_id")
         custom_id = fields["custom_id"]
         check_line(fields, tuple(ENDPOINTS))
@@ -135,7 +134,7 @@ async def _answer_line(service: Service, number: int, line: bytes, repeated: boo
 
 
 async def _respond(service: Service, url: str, content: Any) -> tuple[int, dict[str, Any]]:
-    """What the server would say: status and body."""
+    """Return the status and the body that the server would send."""
     request_class, full_response = ENDPOINTS[url]
     try:
         try:
@@ -144,10 +143,10 @@ async def _respond(service: Service, url: str, content: Any) -> tuple[int, dict[
             errors = [{**one, "loc": ("body", *one["loc"])} for one in error.errors()]
             raise from_validation(RequestValidationError(errors)) from None
         if getattr(body, "stream", None):
-            raise invalid_field("stream", "is for a connection: leave it out of a batch")
+            raise invalid_field("stream", "is not supported in a batch: leave it out")
         return 200, await full_response(body, service)
     except Exception as error:
         api_error = from_exception(error)
     if api_error.status >= 500:
-        _ = service.model.status  # raises if the engine has closed
+        _ = service.model.status  # raises if the engine was closed
     return api_error.status, api_error.body()

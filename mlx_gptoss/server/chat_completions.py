@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: chunks as they come, or their sum."""
+"""POST /v1/chat/completions, streamed or not. The full response is the sum of the stream's deltas."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from .sse import DONE, STREAMING_RESPONSES, EventStream, encode_event, encode_ev
 MAX_MESSAGES = 10_000
 MAX_TOOLS = 128
 MAX_CHOICES = 16
-TEXT = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}
-MESSAGES = {  # their fields are checked by harmony.openai
+CONTENT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}
+MESSAGES_SCHEMA = {  # for OpenAPI; harmony.openai checks the messages
     "type": "array",
     "minItems": 1,
     "items": {
@@ -36,9 +36,7 @@ MESSAGES = {  # their fields are checked by harmony.openai
         "required": ["role"],
         "properties": {
             "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
-            "content": {
-                "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]
-            },
+            "content": CONTENT_SCHEMA,
             "reasoning": {"type": "string"},
             "tool_calls": {"type": "array", "items": {"type": "object"}},
             "tool_call_id": {"type": "string"},
@@ -50,10 +48,10 @@ router = APIRouter()
 
 
 class ChatRequest(SamplingFields, IgnoredFields):
-    """OpenAI's fields, as far as this model can honour them. reasoning_effort: medium by default."""
+    """The fields of OpenAI that this model supports. reasoning_effort is medium by default."""
 
     model: str | None = None
-    messages: Annotated[list[Any], WithJsonSchema(MESSAGES)] = Field(max_length=MAX_MESSAGES)
+    messages: Annotated[list[Any], WithJsonSchema(MESSAGES_SCHEMA)] = Field(max_length=MAX_MESSAGES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1, le=MAX_INT64)
@@ -71,21 +69,21 @@ class ChatRequest(SamplingFields, IgnoredFields):
     verbosity: Literal["medium"] | None = None
 
     def check(self) -> None:
-        """What the types alone cannot say."""
+        """Raise ApiError for fields that contradict each other, and for schemas over the limits."""
         if self.top_logprobs and not self.logprobs:
             raise invalid_field("top_logprobs", "needs logprobs: true")
         if self.stream_options is not None and not self.stream:
             raise invalid_field("stream_options", "needs stream: true")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            raise invalid_field("max_tokens", "and max_completion_tokens differ: give one of them")
-        for place, tool in enumerate(self.tools or ()):
-            check_schema(tool, f"tools[{place}]")
+            raise invalid_field("max_tokens", "and max_completion_tokens differ: set only one of them")
+        for index, tool in enumerate(self.tools or ()):
+            check_schema(tool, f"tools[{index}]")
         check_schema(self.response_format, "response_format")
 
 
 @router.post("/v1/chat/completions", responses=STREAMING_RESPONSES)
 async def create(body: ChatRequest, request: Request, service: ServiceDep) -> Response:
-    """The assistant's next turn."""
+    """Generate the assistant's next message."""
     completion = _Completion(body, service)
     queue = await cancel_on_disconnect(request, service.start(*completion.replies()))
     if body.stream:
@@ -94,13 +92,13 @@ async def create(body: ChatRequest, request: Request, service: ServiceDep) -> Re
 
 
 async def full_response(body: ChatRequest, service: Service) -> dict[str, Any]:
-    """The same for a line of a batch."""
+    """Generate a full response, for one line of a batch file."""
     completion = _Completion(body, service)
     return await completion.full_response(await service.start(*completion.replies()))
 
 
 class _Completion:
-    """One request's choices, from events to chunks."""
+    """One request: its choices, and their conversion from engine events to chunks. Raises ApiError if it is invalid."""
 
     def __init__(self, body: ChatRequest, service: Service) -> None:
         service.check_model(body.model)
@@ -115,6 +113,7 @@ class _Completion:
         }
 
     def replies(self) -> list[partial[Events]]:
+        """One callable per choice that submits it to the engine, for Service.start()."""
         body, model = self._body, self._service.model
         sampling = body.sampling(model.default_sampling, body.top_logprobs or 0)
         options: dict[str, Any] = {
@@ -131,7 +130,7 @@ class _Completion:
         ]
 
     async def deltas(self, queue: EventQueue) -> AsyncIterator[list[dict[str, Any]]]:
-        """Entries of a chunk's `choices`, in batches."""
+        """Yield batches of entries for a chunk's `choices`."""
         recorders = [self._service.metrics.track_reply() for _ in self._choices]
         try:
             async for batch in queue.batches():
@@ -145,12 +144,13 @@ class _Completion:
             self._service.finish(queue)
 
     async def stream(self, queue: EventQueue) -> AsyncIterator[bytes]:
+        """Yield server-sent events. An error in the middle becomes the last event, without [DONE]."""
         options = self._body.stream_options
         usage = {"usage": None} if options is not None and options.include_usage else {}
         head = {**self._base, "object": "chat.completion.chunk"}
-        opening = [choice.delta({"role": "assistant", "content": ""}) for choice in self._choices]
+        first_deltas = [choice.delta({"role": "assistant", "content": ""}) for choice in self._choices]
         try:
-            yield encode_events({**head, "choices": [delta], **usage} for delta in opening)
+            yield encode_events({**head, "choices": [delta], **usage} for delta in first_deltas)
             async for deltas in self.deltas(queue):
                 yield encode_events({**head, "choices": [delta], **usage} for delta in deltas)
             if usage:
@@ -161,7 +161,7 @@ class _Completion:
             yield DONE
 
     async def full_response(self, queue: EventQueue) -> dict[str, Any]:
-        """All deltas, added up."""
+        """The sum of all deltas."""
         choices: list[dict[str, Any]] = [
             {"index": choice.index, "message": {"role": "assistant", "content": None}, "logprobs": None}
             for choice in self._choices
@@ -185,64 +185,66 @@ class _Completion:
 
 
 class _Choice:
-    """One reply: its events become deltas."""
+    """One reply of a request; converts its events to deltas."""
 
     def __init__(self, index: int, tokenizer: Tokenizer, logprobs: bool) -> None:
         self.index = index
         self.finished: Finished | None = None
         self._tokenizer = tokenizer
         self._logprobs = logprobs
-        self._calls: dict[str, int] = {}  # id -> its place in tool_calls
+        self._calls: dict[str, int] = {}  # call id -> index in tool_calls
 
     def delta(self, delta: dict[str, Any], tokens: Sequence[Token] = (), reason: str | None = None) -> dict[str, Any]:
-        shown = None
+        """An entry of a chunk's `choices`. tokens: those of the text, for logprobs. reason: the finish reason."""
+        logprobs = None
         if self._logprobs and "content" in delta:
-            shown = {"content": [logprob_entry(token, self._tokenizer) for token in tokens], "refusal": None}
-        return {"index": self.index, "delta": delta, "logprobs": shown, "finish_reason": reason}
+            logprobs = {"content": [logprob_entry(token, self._tokenizer) for token in tokens], "refusal": None}
+        return {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
     def deltas(self, event: Event) -> list[dict[str, Any]]:
+        """Convert one engine event."""
         match event:
             case ReasoningDelta():
                 return [self.delta({"reasoning": event.text, "reasoning_content": event.text})]
             case TextDelta():
                 return [self.delta({"content": event.text}, event.tokens)]
             case ToolCallDelta():
-                return [self.delta({"tool_calls": [self._call(event)]})]
+                return [self.delta({"tool_calls": [self._call_delta(event)]})]
             case Finished():
                 self.finished = event
                 return [self.delta({}, reason=event.finish_reason)]
-        return []  # a whole ToolCall: its deltas have said it all
+        return []  # a complete ToolCall: its deltas have already been sent
 
-    def _call(self, event: ToolCallDelta) -> dict[str, Any]:
+    def _call_delta(self, event: ToolCallDelta) -> dict[str, Any]:
         if event.id in self._calls:
             return {"index": self._calls[event.id], "function": {"arguments": event.text}}
-        place = self._calls[event.id] = len(self._calls)
+        index = self._calls[event.id] = len(self._calls)
         function = {"name": event.name, "arguments": event.text}
-        return {"index": place, "id": event.id, "type": "function", "function": function}
+        return {"index": index, "id": event.id, "type": "function", "function": function}
 
 
 def logprob_entry(token: Token, tokenizer: Tokenizer) -> dict[str, Any]:
-    """A token as chat completions and responses show it."""
+    """The logprobs entry of one token, in the format of chat completions and responses."""
 
-    def one(id: int, value: float) -> dict[str, Any]:
+    def entry(id: int, value: float) -> dict[str, Any]:
         return {"token": tokenizer.decode([id]), "logprob": value, "bytes": list(tokenizer.token_bytes(id))}
 
-    return {**one(token.id, token.logprob), "top_logprobs": [one(*other) for other in token.top]}
+    return {**entry(token.id, token.logprob), "top_logprobs": [entry(*other) for other in token.top]}
 
 
 def _merge_delta(choice: dict[str, Any], delta: dict[str, Any]) -> None:
-    """Take a delta into the choice of a whole completion."""
+    """Add a delta to a choice of the full response."""
     message = choice["message"]
     for name, value in delta["delta"].items():
         if name != "tool_calls":
             message[name] = (message.get(name) or "") + value
             continue
         calls = message.setdefault("tool_calls", [])
-        for piece in value:
-            if piece["index"] == len(calls):
-                calls.append({name: value for name, value in piece.items() if name != "index"})
+        for call in value:
+            if call["index"] == len(calls):
+                calls.append({name: value for name, value in call.items() if name != "index"})
             else:
-                calls[piece["index"]]["function"]["arguments"] += piece["function"]["arguments"]
+                calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
     if delta["logprobs"] is not None:
         choice["logprobs"] = choice["logprobs"] or {"content": [], "refusal": None}
         choice["logprobs"]["content"] += delta["logprobs"]["content"]

@@ -1,4 +1,4 @@
-"""POST /v1/completions: raw text or token ids, continued. No conversation, no Harmony."""
+"""POST /v1/completions: continue raw text or token ids, without a conversation and without the Harmony format."""
 
 from __future__ import annotations
 
@@ -33,8 +33,11 @@ router = APIRouter()
 
 
 class CompletionRequest(SamplingFields, IgnoredFields):
-    """prompt: text, in which special tokens are meant, or token ids, or a list of either. max_tokens: 16 by default.
-    echo: the prompt's text comes first. logprobs: so many alternatives for each token."""
+    """The fields of OpenAI that this model supports.
+
+    prompt: text (special tokens in it are recognized), token ids, or a list of either. max_tokens: 16 by default.
+    echo: put the prompt before the completion. logprobs: number of alternatives per token.
+    """
 
     model: str | None = None
     prompt: str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=MAX_CHOICES)]
@@ -47,14 +50,14 @@ class CompletionRequest(SamplingFields, IgnoredFields):
 
     @property
     def prompts(self) -> Sequence[Any]:
-        """Each a string or ids."""
+        """The prompts, each a string or token ids."""
         several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
         return self.prompt if several else [self.prompt]
 
     def check(self) -> None:
-        """What the types alone cannot say."""
+        """Raise ApiError for fields that contradict each other."""
         if self.echo and self.logprobs is not None:
-            raise invalid_field("echo", "with logprobs would need those of the prompt: ask for one of them")
+            raise invalid_field("echo", "with logprobs is not supported: set only one of them")
         if self.stream_options is not None and not self.stream:
             raise invalid_field("stream_options", "needs stream: true")
         if len(self.prompts) * (self.n or 1) > MAX_CHOICES:
@@ -63,7 +66,7 @@ class CompletionRequest(SamplingFields, IgnoredFields):
 
 @router.post("/v1/completions", responses=STREAMING_RESPONSES)
 async def create(body: CompletionRequest, request: Request, service: ServiceDep) -> Response:
-    """What comes after a text."""
+    """Continue a text."""
     completion = _Completion(body, service)
     queue = await cancel_on_disconnect(request, service.start(*completion.replies()))
     if body.stream:
@@ -72,13 +75,16 @@ async def create(body: CompletionRequest, request: Request, service: ServiceDep)
 
 
 async def full_response(body: CompletionRequest, service: Service) -> dict[str, Any]:
-    """The same for a line of a batch."""
+    """Generate a full response, for one line of a batch file."""
     completion = _Completion(body, service)
     return await completion.full_response(await service.start(*completion.replies()))
 
 
 class _Completion:
-    """One request's choices, n for each prompt, from events to chunks."""
+    """One request: n choices per prompt, and their conversion from engine events to chunks.
+
+    Raises ApiError if the request is invalid.
+    """
 
     def __init__(self, body: CompletionRequest, service: Service) -> None:
         service.check_model(body.model)
@@ -97,22 +103,23 @@ class _Completion:
         }
 
     def replies(self) -> list[partial[Events]]:
+        """One callable per choice that submits it to the engine, for Service.start()."""
         body = self._body
         sampling = body.sampling(self._service.model.default_sampling, body.logprobs or 0)
         return [partial(self._start, choice, sampling) for choice in self._choices]
 
     def _start(self, choice: _Choice, sampling: Sampling) -> Events:
-        """Submit one choice. Not on the event loop: a prompt may be long."""
-        model, (place, number) = self._service.model, divmod(choice.index, self._body.n or 1)
-        prompt = self._body.prompts[place]
+        """Tokenize the prompt of one choice and submit it. Runs on a worker thread, since a prompt may be long."""
+        model, (prompt_index, choice_of_prompt) = self._service.model, divmod(choice.index, self._body.n or 1)
+        prompt = self._body.prompts[prompt_index]
         ids = model.tokenizer.encode_with_specials(prompt) if isinstance(prompt, str) else prompt
         if self._body.echo:
             choice.echo_text = model.tokenizer.decode(ids, specials=True)
         max_tokens = self._body.max_tokens or DEFAULT_MAX_TOKENS
-        return model.stream_raw(ids, max_tokens=max_tokens, sampling=with_choice_seed(sampling, number))
+        return model.stream_raw(ids, max_tokens=max_tokens, sampling=with_choice_seed(sampling, choice_of_prompt))
 
     async def chunks(self, queue: EventQueue) -> AsyncIterator[list[dict[str, Any]]]:
-        """Entries of a chunk's `choices`, in batches."""
+        """Yield batches of entries for a chunk's `choices`, echoed prompts first."""
         recorders = [self._service.metrics.track_reply() for _ in self._choices]
         try:
             yield [choice.chunk(choice.echo_text) for choice in self._choices if choice.echo_text]
@@ -124,6 +131,7 @@ class _Completion:
             self._service.finish(queue)
 
     async def stream(self, queue: EventQueue) -> AsyncIterator[bytes]:
+        """Yield server-sent events. An error in the middle becomes the last event, without [DONE]."""
         options = self._body.stream_options
         usage = {"usage": None} if options is not None and options.include_usage else {}
         try:
@@ -137,7 +145,7 @@ class _Completion:
             yield DONE
 
     async def full_response(self, queue: EventQueue) -> dict[str, Any]:
-        """All pieces, added up."""
+        """The sum of all chunks."""
         choices = [choice.chunk("") for choice in self._choices]
         async for chunks in self.chunks(queue):
             for chunk in chunks:
@@ -162,7 +170,7 @@ class _Completion:
 
 
 class _Choice:
-    """One continuation: its events become pieces of text."""
+    """One continuation of a prompt; converts its events to entries of a chunk."""
 
     def __init__(self, index: int, tokenizer: Tokenizer, logprobs: bool) -> None:
         self.index = index
@@ -170,9 +178,10 @@ class _Choice:
         self.finished: Finished | None = None
         self._tokenizer = tokenizer
         self._logprobs = logprobs
-        self._offset = 0  # characters so far
+        self._offset = 0  # characters sent so far
 
     def chunks(self, event: Event) -> list[dict[str, Any]]:
+        """Convert one engine event."""
         if isinstance(event, TextDelta):
             return [self.chunk(event.text, event.tokens)]
         if isinstance(event, Finished):
@@ -181,16 +190,17 @@ class _Choice:
         return []
 
     def chunk(self, text: str, tokens: Sequence[Token] = (), reason: str | None = None) -> dict[str, Any]:
-        shown = self._logprobs_object(tokens) if self._logprobs else None
+        """An entry of a chunk's `choices`. tokens: those of the text, for logprobs. reason: the finish reason."""
+        logprobs = self._logprobs_object(tokens) if self._logprobs else None
         self._offset += len(text)
-        return {"index": self.index, "text": text, "logprobs": shown, "finish_reason": reason}
+        return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs_object(self, tokens: Sequence[Token]) -> dict[str, list[Any]]:
-        """OpenAI's older form: lists side by side. A token in the middle of a character begins where that does."""
-        name = [self._tokenizer.decode([token.id]) for token in tokens]
-        offsets = [self._offset + sum(map(len, name[:place])) for place in range(len(name))]
+        """OpenAI's older format: parallel lists. A token inside a character has the text offset of that character."""
+        texts = [self._tokenizer.decode([token.id]) for token in tokens]
+        offsets = [self._offset + sum(map(len, texts[:index])) for index in range(len(texts))]
         return {
-            "tokens": name,
+            "tokens": texts,
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [{self._tokenizer.decode([id]): value for id, value in token.top} for token in tokens],
             "text_offset": offsets,

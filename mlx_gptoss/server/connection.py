@@ -1,4 +1,4 @@
-"""Connections that cannot be held open for nothing: uvicorn's HTTP/1.1 protocol with deadlines."""
+"""Timeouts against slow clients, on top of uvicorn's HTTP/1.1 protocol."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 @dataclass(frozen=True)
 class Timeouts:
-    """Seconds that a client may take: for the head of a request, for all of it, and to read what it was sent."""
+    """Seconds that a client may take to send the headers and the body of a request, and to read a stalled response."""
 
     header_s: float = 10.0
     body_s: float = 60.0
@@ -20,11 +20,14 @@ class Timeouts:
 
 
 def timeout_protocol(timeouts: Timeouts) -> type[H11Protocol]:
-    """The protocol with these deadlines. A client that misses one is cut off, which ends its generation, too."""
+    """Return a protocol class that aborts a connection at the first missed timeout. That also ends its generation.
+
+    An idle keep-alive connection is left to uvicorn's own timeout.
+    """
 
     class TimeoutProtocol(H11Protocol):
-        def __init__(self, *args: Any, **named: Any) -> None:
-            super().__init__(*args, **named)
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
             self._receive_timer: asyncio.TimerHandle | None = None
             self._receive_state: Any = None
             self._send_timer: asyncio.TimerHandle | None = None
@@ -56,14 +59,17 @@ def timeout_protocol(timeouts: Timeouts) -> type[H11Protocol]:
             super().resume_writing()
 
         def _update_receive_timer(self) -> None:
-            """Start the deadline of what is arriving now, or end it when the request is there."""
+            """Start a timer when the client begins to send headers or a body; stop it when the request is complete.
+
+            Further bytes of the same part do not extend the timer.
+            """
             state = self.conn.their_state
-            waiting = state is h11.IDLE and self.timeout_keep_alive_task is not None
-            if state is self._receive_state and not waiting and self._receive_timer is not None:
+            keep_alive = state is h11.IDLE and self.timeout_keep_alive_task is not None
+            if state is self._receive_state and not keep_alive and self._receive_timer is not None:
                 return
             self._cancel_receive_timer()
             self._receive_state = state
-            if state in (h11.IDLE, h11.SEND_BODY) and not waiting and not self.transport.is_closing():
+            if state in (h11.IDLE, h11.SEND_BODY) and not keep_alive and not self.transport.is_closing():
                 seconds = timeouts.header_s if state is h11.IDLE else timeouts.body_s
                 self._receive_timer = self.loop.call_later(seconds, self.transport.abort)
 

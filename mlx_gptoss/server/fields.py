@@ -1,4 +1,4 @@
-"""Fields that several endpoints take. A field that is not declared is refused, by name."""
+"""Request fields that several endpoints share. A field that no class declares is rejected with its name."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ..sampling import Sampling
 from .errors import ApiError, invalid_field
 
-MAX_SCHEMA_VALUES = 10_000  # of one schema
+MAX_SCHEMA_VALUES = 10_000  # in one JSON schema
 MAX_SCHEMA_DEPTH = 64
 MAX_INT64 = 2**63 - 1
 
 
 class StrictModel(BaseModel):
-    """No unknown fields, unless they are null and so ask for nothing, and no "1" for 1."""
+    """A model that rejects unknown fields and wrong types ("1" is not 1).
+
+    A field that is null counts as absent, even an unknown one.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -28,7 +31,7 @@ class StrictModel(BaseModel):
 
 
 class IgnoredFields(StrictModel):
-    """Fields that say who asks or how to bill; they change nothing in the reply."""
+    """Fields about the caller, caching and billing. They are accepted and have no effect on the reply."""
 
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -39,14 +42,14 @@ class IgnoredFields(StrictModel):
 
 
 class StreamOptions(StrictModel):
-    """include_usage: a last chunk with the tokens used."""
+    """include_usage: end the stream with a chunk that has the token counts."""
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
 class SamplingFields(StrictModel):
-    """How tokens are drawn. top_k, min_p and repetition_penalty are not OpenAI's, but vLLM's and llama.cpp's."""
+    """How tokens are sampled. top_k, min_p and repetition_penalty extend OpenAI's fields, as in vLLM and llama.cpp."""
 
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -60,7 +63,10 @@ class SamplingFields(StrictModel):
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
 
     def sampling(self, default: Sampling, logprobs: int = 0) -> Sampling:
-        """The model's own sampling with what was asked for in its place. Raises InvalidRequest."""
+        """The model's default sampling, with the fields of the request in place of its own.
+
+        logprobs: number of alternatives per token. Raises InvalidRequest for a value out of range.
+        """
         names = set(SamplingFields.model_fields) - {"logit_bias", "stop"}
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.stop is not None:
@@ -71,21 +77,21 @@ class SamplingFields(StrictModel):
 
 
 def with_choice_seed(sampling: Sampling, choice: int) -> Sampling:
-    """The same for one of several choices: each has a seed of its own, or all would be equal."""
+    """The sampling of one of several choices. Each gets its own seed; with the same one all choices would be equal."""
     return sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + choice)
 
 
-def check_schema(schema: Any, where: str) -> None:
-    """Refuse a JSON schema that is too large or too deep to be worked on."""
+def check_schema(schema: Any, param: str) -> None:
+    """Raise ApiError if a JSON schema has too many values or is nested too deeply to be compiled. param: its field."""
     level, count = [schema], 0
     for _ in range(MAX_SCHEMA_DEPTH):
         level = [inner for value in level for inner in _children(value)]
         count += len(level)
         if count > MAX_SCHEMA_VALUES:
-            raise invalid_field(where, f"holds more than {MAX_SCHEMA_VALUES} values", "schema_too_large")
+            raise invalid_field(param, f"holds more than {MAX_SCHEMA_VALUES} values", "schema_too_large")
         if not level:
             return
-    raise invalid_field(where, f"is nested more than {MAX_SCHEMA_DEPTH} deep", "schema_too_large")
+    raise invalid_field(param, f"is nested more than {MAX_SCHEMA_DEPTH} levels deep", "schema_too_large")
 
 
 def _children(value: Any) -> list[Any]:
@@ -96,5 +102,5 @@ def _children(value: Any) -> list[Any]:
 
 def _token_id(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        raise ApiError(400, f"logit_bias has the key {text[:40]!r}: give token ids", param="logit_bias")
+        raise ApiError(400, f"logit_bias has the key {text[:40]!r}: use token ids as keys", param="logit_bias")
     return int(text)

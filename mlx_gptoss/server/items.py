@@ -1,4 +1,4 @@
-"""Items of the Responses API, which go in and come out: their fields, and the messages that they are."""
+"""Items of the Responses API: their fields, and their conversion to Harmony messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Status = Literal["in_progress", "completed", "incomplete"]
 
 
 class Part(StrictModel):
-    """A piece of text. Annotations and logprobs of text that is sent back say nothing to the model."""
+    """A text part. Annotations and logprobs are accepted, so that output can be sent back, and have no effect."""
 
     type: Literal["input_text", "output_text", "text"]
     text: str
@@ -29,7 +29,7 @@ class Part(StrictModel):
 
 
 class MessageItem(StrictModel):
-    """phase: of the assistant's; commentary is what it said before a call."""
+    """A message. phase: only for the assistant; "commentary" is text before a function call."""
 
     type: Literal["message"] | None = None
     role: Literal["user", "assistant", "system", "developer"]
@@ -45,7 +45,7 @@ class ReasoningPart(StrictModel):
 
 
 class ReasoningItem(StrictModel):
-    """What the model thought, as this server gave it: in the open, so that nothing is encrypted."""
+    """Reasoning, as this server returned it: plain text, never encrypted."""
 
     type: Literal["reasoning"]
     content: list[ReasoningPart] | None = None
@@ -56,7 +56,7 @@ class ReasoningItem(StrictModel):
 
 
 class FunctionCallItem(StrictModel):
-    """The model called a function."""
+    """A function call by the model."""
 
     type: Literal["function_call"]
     call_id: str
@@ -67,7 +67,7 @@ class FunctionCallItem(StrictModel):
 
 
 class FunctionOutputItem(StrictModel):
-    """What a function returned."""
+    """The result of a function call."""
 
     type: Literal["function_call_output"]
     call_id: str
@@ -77,8 +77,9 @@ class FunctionOutputItem(StrictModel):
 
 
 def _item_type(value: Any) -> Any:
-    kind = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
-    return "message" if kind is None else kind
+    """The item's type; an item without one is a message."""
+    type_name = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
+    return "message" if type_name is None else type_name
 
 
 Item = Annotated[
@@ -92,61 +93,65 @@ Item = Annotated[
 
 @dataclass(frozen=True)
 class ConversationItems:
-    """A conversation as items tell it. instructions: system and developer messages from before the first turn.
-    calls: call_id -> the message that made the call."""
+    """A conversation built from items.
+
+    messages: Harmony messages. instructions: texts of the system and developer messages before the first other message.
+    calls: call_id -> the message that made the call.
+    """
 
     messages: tuple[Message, ...] = ()
     instructions: tuple[str, ...] = ()
     calls: Mapping[str, Message] = field(default_factory=dict)
 
     def with_items(self, items: Sequence[Item]) -> ConversationItems:
-        """With more items. Raises ApiError for a result of a call that nobody made."""
+        """Return the conversation with `items` appended. Raises ApiError for the output of an unknown call_id."""
         messages: list[Message] = list(self.messages)
         instructions, calls = list(self.instructions), dict(self.calls)
-        for place, item in enumerate(items):
+        for index, item in enumerate(items):
             if isinstance(item, MessageItem):
                 text = _text(item.content)
                 if item.role in ("system", "developer") and not messages:
                     instructions.append(text)
                 else:
-                    after = items[place + 1] if place + 1 < len(items) else None
+                    after = items[index + 1] if index + 1 < len(items) else None
                     messages.append(_message(item, text, before_call=isinstance(after, FunctionCallItem)))
             elif isinstance(item, ReasoningItem):
-                thought = "".join(part.text for part in item.content or ())
-                messages += [Message("assistant", thought, "analysis")] if thought else []
+                reasoning = "".join(part.text for part in item.content or ())
+                messages += [Message("assistant", reasoning, "analysis")] if reasoning else []
             elif isinstance(item, FunctionCallItem):
                 recipient = NAMESPACE + item.name.removeprefix(NAMESPACE)
                 call = Message("assistant", item.arguments, "commentary", recipient, f"{CONSTRAIN}json")
                 calls[item.call_id] = call
                 messages.append(call)
             else:
-                messages.append(_result(item, calls.get(item.call_id), f"input[{place}].call_id"))
+                messages.append(_result(item, calls.get(item.call_id), f"input[{index}].call_id"))
         return ConversationItems(tuple(messages), tuple(instructions), calls)
 
     def with_reply(self, messages: tuple[Message, ...], call_ids: Sequence[str]) -> ConversationItems:
-        """With the model's reply, in which it made the calls of these ids, in order."""
-        made = (m for m in messages if Header(m.role, m.channel, m.recipient).function is not None)
+        """Return the conversation with the model's reply appended. call_ids: ids of the calls in it, in order."""
+        calls = (m for m in messages if Header(m.role, m.channel, m.recipient).function is not None)
         return replace(
-            self, messages=(*self.messages, *messages), calls={**self.calls, **dict(zip(call_ids, made, strict=False))}
+            self, messages=(*self.messages, *messages), calls={**self.calls, **dict(zip(call_ids, calls, strict=False))}
         )
 
 
 def new_id(prefix: str) -> str:
+    """A random id such as "resp_6f..."."""
     return f"{prefix}_{secrets.token_hex(24)}"
 
 
 def item_objects(items: Sequence[Item]) -> list[dict[str, Any]]:
-    """Input items as the interface shows them: with an id, content in parts."""
-    shown = []
+    """Input items as JSON objects for the client: with an id and a status, and content in parts."""
+    objects = []
     for item in items:
         fields = item.model_dump(exclude_none=True)
         if isinstance(item, MessageItem):
-            kind = "output_text" if item.role == "assistant" else "input_text"
-            parts = [{"type": kind, "text": item.content}] if isinstance(item.content, str) else fields["content"]
+            part_type = "output_text" if item.role == "assistant" else "input_text"
+            parts = [{"type": part_type, "text": item.content}] if isinstance(item.content, str) else fields["content"]
             fields = {**fields, "type": "message", "content": parts}
         prefix = {"message": "msg", "reasoning": "rs"}.get(fields["type"], "fc")
-        shown.append({"id": new_id(prefix), "status": "completed", **fields})
-    return shown
+        objects.append({"id": new_id(prefix), "status": "completed", **fields})
+    return objects
 
 
 def _text(content: str | list[Part]) -> str:
@@ -154,6 +159,7 @@ def _text(content: str | list[Part]) -> str:
 
 
 def _message(item: MessageItem, text: str, before_call: bool) -> Message:
+    """Convert a message item. before_call: a function call follows, so the text of the assistant is a preamble."""
     if item.role == "user":
         return Message("user", text)
     if item.role == "assistant":
@@ -162,8 +168,9 @@ def _message(item: MessageItem, text: str, before_call: bool) -> Message:
     return Message("developer", instructions_text(text))
 
 
-def _result(item: FunctionOutputItem, call: Message | None, where: str) -> Message:
+def _result(item: FunctionOutputItem, call: Message | None, param: str) -> Message:
+    """Convert the output of `call`. param: the request field to name if the call is missing."""
     if call is None:
-        raise invalid_field(where, f"is {item.call_id!r}: no function_call before it has that call_id")
+        raise invalid_field(param, f"is {item.call_id!r}: no function_call before it has that call_id")
     channel = "analysis" if call.channel == "analysis" else "commentary"
     return Message("tool", _text(item.output), channel, "assistant", name=call.recipient)

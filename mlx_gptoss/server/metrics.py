@@ -1,4 +1,4 @@
-"""Counters for /metrics, in a registry of their own, so that two servers in a process do not share them."""
+"""Prometheus metrics for /metrics. Each server has its own registry, so two in one process do not share counters."""
 
 from __future__ import annotations
 
@@ -13,39 +13,46 @@ INTER_TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5
 
 
 class Metrics:
-    """What the server has done so far, and what it is doing."""
+    """The counters, gauges and histograms of one server."""
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
         prefix = "mlx_gptoss_"
         self.requests = Counter(
-            f"{prefix}requests", "Requests by path and status", ["path", "status"], registry=registry
+            f"{prefix}requests", "Responses by path and status", ["path", "status"], registry=registry
         )
-        self.prompt_tokens = Counter(f"{prefix}prompt_tokens", "Tokens of prompts", registry=registry)
-        self.cached_tokens = Counter(f"{prefix}cached_tokens", "Those that were not computed anew", registry=registry)
-        self.completion_tokens = Counter(f"{prefix}completion_tokens", "Tokens generated", registry=registry)
-        self.running = Gauge(f"{prefix}running", "Sequences in a slot", registry=registry)
-        self.waiting = Gauge(f"{prefix}waiting", "Requests that wait for a slot", registry=registry)
-        self.prefix_cache_bytes = Gauge(f"{prefix}prefix_cache_bytes", "What is kept of prompts", registry=registry)
+        self.prompt_tokens = Counter(f"{prefix}prompt_tokens", "Prompt tokens", registry=registry)
+        self.cached_tokens = Counter(
+            f"{prefix}cached_tokens", "Prompt tokens taken from the prefix cache", registry=registry
+        )
+        self.completion_tokens = Counter(f"{prefix}completion_tokens", "Generated tokens", registry=registry)
+        self.running = Gauge(f"{prefix}running", "Sequences that occupy a slot", registry=registry)
+        self.waiting = Gauge(f"{prefix}waiting", "Requests waiting for a slot", registry=registry)
+        self.prefix_cache_bytes = Gauge(f"{prefix}prefix_cache_bytes", "Size of the prefix cache", registry=registry)
         self.time_to_first_token = Histogram(
-            f"{prefix}time_to_first_token_seconds", "From asking to it", buckets=TTFT_BUCKETS_S, registry=registry
+            f"{prefix}time_to_first_token_seconds",
+            "From the request to its first token",
+            buckets=TTFT_BUCKETS_S,
+            registry=registry,
         )
         self.inter_token = Histogram(
             f"{prefix}inter_token_seconds",
-            "Between pieces of a reply",
+            "Between consecutive events of a reply",
             buckets=INTER_TOKEN_BUCKETS_S,
             registry=registry,
         )
 
     def track_reply(self) -> ReplyMetrics:
+        """A recorder for one reply."""
         return ReplyMetrics(self)
 
     def render(self) -> bytes:
+        """All metrics in the text format of Prometheus."""
         return generate_latest(self.registry)
 
 
 class ReplyMetrics:
-    """One reply as it arrives."""
+    """Records one reply: give it each event as it arrives."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics

@@ -1,4 +1,4 @@
-"""A reply as the events of the Responses API: items open, grow and close; the response that they add up to."""
+"""Converts the events of one reply to the events of the Responses API, and builds the response object from them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ ID_PREFIXES = {"reasoning": "rs", "message": "msg", "function_call": "fc"}
 
 @dataclass
 class OutputItem:
-    """An output item while it is written. key: what a delta must have in common with it to belong to it."""
+    """An output item in progress.
+
+    key: with `type`, identifies the item that a delta belongs to: the phase of a message, the id of a call.
+    index: its position in the response's `output`. fields: those of the item besides its text.
+    """
 
     type: str
     key: Any
@@ -32,14 +36,14 @@ class OutputItem:
         self.id = new_id(ID_PREFIXES[self.type])
 
     def part(self) -> dict[str, Any]:
-        """Its one piece of content, as far as it is written."""
+        """Its only content part, as written so far."""
         text = "".join(self.text)
         if self.type == "reasoning":
             return {"type": "reasoning_text", "text": text}
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(self.logprobs)}
 
     def to_object(self, status: str) -> dict[str, Any]:
-        """The item as the interface shows it; an item that has just opened is empty."""
+        """The item as a JSON object. Its content is empty until there is text."""
         head = {"id": self.id, "type": self.type, "status": status, **self.fields}
         if self.type == "function_call":
             return {**head, "arguments": "".join(self.text)}
@@ -47,7 +51,11 @@ class OutputItem:
 
 
 class ResponseWriter:
-    """Turns one reply's events into the interface's. response: what it has come to so far."""
+    """Converts one reply.
+
+    response: the response object as written so far. call_ids: ids of the function calls in it, in order.
+    finished: the last event of the reply, once it has arrived.
+    """
 
     def __init__(self, response: dict[str, Any], tokenizer: Tokenizer, logprobs: bool) -> None:
         self.response = response
@@ -59,16 +67,18 @@ class ResponseWriter:
         self._sequence = 0
 
     def begin(self) -> list[dict[str, Any]]:
+        """The events before any output."""
         return [self._event(f"response.{step}", response=dict(self.response)) for step in ("created", "in_progress")]
 
     def write(self, event: Event) -> Iterator[dict[str, Any]]:
+        """Convert one event of the reply."""
         match event:
             case ReasoningDelta():
                 yield from self._append("reasoning", None, event.text, {"summary": []})
             case TextDelta():
                 phase = "commentary" if event.preamble else "final_answer"
-                shown = [logprob_entry(token, self._tokenizer) for token in event.tokens] if self._logprobs else []
-                yield from self._append("message", phase, event.text, {"role": "assistant", "phase": phase}, shown)
+                logprobs = [logprob_entry(token, self._tokenizer) for token in event.tokens] if self._logprobs else []
+                yield from self._append("message", phase, event.text, {"role": "assistant", "phase": phase}, logprobs)
             case ToolCallDelta():
                 fields = {"call_id": event.id, "name": event.name}
                 yield from self._append("function_call", event.id, event.text, fields)
@@ -76,7 +86,7 @@ class ResponseWriter:
                 yield from self._finish(event)
 
     def fail(self, error: ApiError) -> dict[str, Any]:
-        """The response ended early; what was written of it stays."""
+        """Return the last event of a response that failed or was cancelled. What was written so far stays in it."""
         cancelled = error.code == "cancelled"
         self.response["status"] = "cancelled" if cancelled else "failed"
         if self._open is not None:
@@ -86,28 +96,30 @@ class ResponseWriter:
         return self._event("response.failed", response=dict(self.response))
 
     def _append(
-        self, kind: str, key: Any, text: str, fields: dict[str, Any], logprobs: list[dict[str, Any]] | None = None
+        self, type: str, key: Any, text: str, fields: dict[str, Any], logprobs: list[dict[str, Any]] | None = None
     ) -> Iterator[dict[str, Any]]:
+        """Append text to the open item if it has this type and key, else close it and open a new one."""
         item = self._open
-        if item is None or (item.type, item.key) != (kind, key):
+        if item is None or (item.type, item.key) != (type, key):
             yield from self._close_item("completed")
-            item = self._open = OutputItem(kind, key, len(self.response["output"]), fields)
+            item = self._open = OutputItem(type, key, len(self.response["output"]), fields)
             yield self._event("response.output_item.added", output_index=item.index, item=item.to_object("in_progress"))
-            if kind == "function_call":
+            if type == "function_call":
                 self.call_ids.append(fields["call_id"])
             else:
                 yield self._item_event(item, "response.content_part.added", content_index=0, part=item.part())
         item.text.append(text)
-        if kind == "function_call":
+        if type == "function_call":
             yield self._item_event(item, "response.function_call_arguments.delta", delta=text)
-        elif kind == "reasoning":
+        elif type == "reasoning":
             yield self._item_event(item, "response.reasoning_text.delta", content_index=0, delta=text)
         else:
-            item.logprobs += logprobs or []
-            shown = logprobs or []
-            yield self._item_event(item, "response.output_text.delta", content_index=0, delta=text, logprobs=shown)
+            logprobs = logprobs or []
+            item.logprobs += logprobs
+            yield self._item_event(item, "response.output_text.delta", content_index=0, delta=text, logprobs=logprobs)
 
     def _close_item(self, status: str) -> Iterator[dict[str, Any]]:
+        """Close the open item, if there is one, and add it to the response."""
         item, self._open = self._open, None
         if item is None:
             return
@@ -122,11 +134,12 @@ class ResponseWriter:
             yield self._item_event(item, "response.output_text.done", content_index=0, text=text, logprobs=logprobs)
         if item.type != "function_call":
             yield self._item_event(item, "response.content_part.done", content_index=0, part=item.part())
-        shown = item.to_object(status)
-        self.response["output"] = [*self.response["output"], shown]
-        yield self._event("response.output_item.done", output_index=item.index, item=shown)
+        closed = item.to_object(status)
+        self.response["output"] = [*self.response["output"], closed]
+        yield self._event("response.output_item.done", output_index=item.index, item=closed)
 
     def _finish(self, event: Finished) -> Iterator[dict[str, Any]]:
+        """Close the last item and fill in status and usage."""
         self.finished = event
         status = "incomplete" if event.finish_reason == "length" else "completed"
         yield from self._close_item(status)
@@ -143,12 +156,12 @@ class ResponseWriter:
         }
 
     def end(self) -> dict[str, Any]:
-        """The last event of a response that was not cut short."""
+        """Return the last event of a response that ended by itself or at its token limit."""
         return self._event(f"response.{self.response['status']}", response=dict(self.response))
 
-    def _item_event(self, item: OutputItem, kind: str, **fields: Any) -> dict[str, Any]:
-        return self._event(kind, item_id=item.id, output_index=item.index, **fields)
+    def _item_event(self, item: OutputItem, type: str, **fields: Any) -> dict[str, Any]:
+        return self._event(type, item_id=item.id, output_index=item.index, **fields)
 
-    def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
+    def _event(self, type: str, **fields: Any) -> dict[str, Any]:
         self._sequence += 1
-        return {"type": kind, "sequence_number": self._sequence - 1, **fields}
+        return {"type": type, "sequence_number": self._sequence - 1, **fields}

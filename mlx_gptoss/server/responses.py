@@ -1,4 +1,4 @@
-"""/v1/responses: events as they come, or what they add up to; and the responses that are kept."""
+"""/v1/responses: create a response, streamed or not; retrieve, cancel and delete responses that are stored."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ router = APIRouter()
 
 
 class Reasoning(StrictModel):
-    """summary: auto is none; what the model thought stands in the reasoning item as it is."""
+    """summary: "auto" gives no summary, since the reasoning item contains the complete reasoning text."""
 
     effort: Literal["low", "medium", "high"] | None = None
     summary: Literal["auto"] | None = None
 
 
 class TextOptions(StrictModel):
-    """format: text, json_object, or json_schema with its name and schema."""
+    """format: text, json_object, or json_schema with a name and a schema."""
 
     format: dict[str, Any] | None = None
     verbosity: Literal["medium"] | None = None
 
 
 class ResponsesRequest(SamplingFields, IgnoredFields):
-    """OpenAI's fields, as far as this model can honour them.
+    """The fields of OpenAI that this model supports.
 
-    include: reasoning.encrypted_content needs nothing, for reasoning items hold their text, and can be sent back.
+    include: reasoning.encrypted_content has no effect, since reasoning items hold their text and can be sent back.
     """
 
     model: str | None = None
@@ -72,30 +72,33 @@ class ResponsesRequest(SamplingFields, IgnoredFields):
 
     @property
     def items(self) -> Sequence[Item]:
+        """The input as items."""
         return [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
 
     @property
     def effort(self) -> Literal["low", "medium", "high"]:
+        """The reasoning effort, medium by default."""
         return (self.reasoning.effort if self.reasoning else None) or "medium"
 
     @property
     def format(self) -> dict[str, Any]:
+        """The response format, text by default."""
         return (self.text.format if self.text else None) or {"type": "text"}
 
     def check(self) -> None:
-        """What the types alone cannot say."""
+        """Raise ApiError for fields that contradict each other, and for schemas over the limits."""
         if self.top_logprobs and INCLUDE_LOGPROBS not in (self.include or ()):
             raise invalid_field("top_logprobs", f"needs include: [{INCLUDE_LOGPROBS!r}]")
         if self.stream_options is not None and (not self.stream or self.stream_options.include_usage):
-            raise invalid_field("stream_options", "needs stream: true, and usage always comes")
-        for place, tool in enumerate(self.tools or ()):
-            check_schema(tool, f"tools[{place}]")
+            raise invalid_field("stream_options", "needs stream: true, without include_usage: usage is always included")
+        for index, tool in enumerate(self.tools or ()):
+            check_schema(tool, f"tools[{index}]")
         check_schema(self.format, "text.format")
 
 
 @router.post("/v1/responses", responses=STREAMING_RESPONSES)
 async def create(body: ResponsesRequest, request: Request, service: ServiceDep) -> Response:
-    """The assistant's next turn, from items, or going on from an earlier response."""
+    """Generate the next response, from input items and optionally a previous response."""
     response = _ModelResponse(body, service)
     queue = await cancel_on_disconnect(request, service.start(response.reply()))
     if body.stream:
@@ -104,16 +107,16 @@ async def create(body: ResponsesRequest, request: Request, service: ServiceDep) 
 
 
 async def full_response(body: ResponsesRequest, service: Service) -> dict[str, Any]:
-    """The same for a line of a batch."""
+    """Generate a full response, for one line of a batch file."""
     response = _ModelResponse(body, service)
     return await response.full_response(await service.start(response.reply()))
 
 
 @router.get("/v1/responses/{id}")
 async def retrieve(id: str, service: ServiceDep, stream: bool = False) -> Response:
-    """A response that is kept, or one that is being written."""
+    """Return a stored response, or one in progress as written so far."""
     if stream:
-        raise invalid_field("stream", "is for background responses, and there are none here")
+        raise invalid_field("stream", "needs a background response, and background is not supported")
     if id in service.running_responses:
         return JsonResponse(service.running_responses[id][0])
     return Response(_get_stored(service, id).response, media_type=JsonResponse.media_type)
@@ -121,7 +124,7 @@ async def retrieve(id: str, service: ServiceDep, stream: bool = False) -> Respon
 
 @router.delete("/v1/responses/{id}")
 async def delete(id: str, service: ServiceDep) -> Response:
-    """Forget a response."""
+    """Delete a stored response."""
     if not service.store.delete(id):
         raise _not_found(id)
     return JsonResponse({"id": id, "object": "response", "deleted": True})
@@ -129,7 +132,7 @@ async def delete(id: str, service: ServiceDep) -> Response:
 
 @router.post("/v1/responses/{id}/cancel")
 async def cancel(id: str, service: ServiceDep) -> Response:
-    """End a response that is being written; one that has ended stays as it is."""
+    """Cancel a response in progress. One that has ended is returned unchanged."""
     if id not in service.running_responses:
         return Response(_get_stored(service, id).response, media_type=JsonResponse.media_type)
     response, queue = service.running_responses[id]
@@ -145,13 +148,13 @@ async def input_items(
     order: Literal["asc", "desc"] = "desc",
     after: str | None = None,
 ) -> Response:
-    """What a response was asked, a page at a time."""
+    """List the input items of a stored response, one page at a time."""
     items = json.loads(_get_stored(service, id).input)
     items = items if order == "asc" else items[::-1]
-    places = [place for place, item in enumerate(items) if item["id"] == after]
-    if after is not None and not places:
-        raise invalid_field("after", f"is {after!r}, which is no item of this response")
-    start = places[0] + 1 if places else 0
+    found = [index for index, item in enumerate(items) if item["id"] == after]
+    if after is not None and not found:
+        raise invalid_field("after", f"is {after!r}, which is not an item of this response")
+    start = found[0] + 1 if found else 0
     page = items[start : start + limit]
     return JsonResponse(
         {
@@ -165,7 +168,10 @@ async def input_items(
 
 
 class _ModelResponse:
-    """One response, from the request to what is kept of it."""
+    """One request: the conversation that it continues, the response being written, and its storage.
+
+    Raises ApiError if the request is invalid. failure: the error that ended the response early.
+    """
 
     def __init__(self, body: ResponsesRequest, service: Service) -> None:
         service.check_model(body.model)
@@ -181,12 +187,13 @@ class _ModelResponse:
         )
 
     def reply(self) -> partial[Any]:
+        """A callable that submits the request to the engine, for Service.start()."""
         body, history = self._body, self._history
-        given = [] if body.instructions is None else [body.instructions]
+        instructions = [] if body.instructions is None else [body.instructions]
         conversation = Conversation(
             messages=without_old_reasoning(history.messages),
             reasoning=body.effort,
-            instructions="\n\n".join([*given, *history.instructions]) or None,
+            instructions="\n\n".join([*instructions, *history.instructions]) or None,
             functions=functions_from_tools(body.tools or ()),
             date=datetime.date.today().isoformat(),
         )
@@ -199,7 +206,7 @@ class _ModelResponse:
         return partial(self._service.model.stream, conversation, sampling=self._sampling, **options)
 
     async def events(self, queue: EventQueue) -> AsyncIterator[list[dict[str, Any]]]:
-        """The interface's events, in batches. What goes wrong on the way is an event, too."""
+        """Yield batches of the API's events. An error becomes the last event; it is not raised."""
         writer, service = self._writer, self._service
         recorder = service.metrics.track_reply()
         service.running_responses[self._id] = (writer.response, queue)
@@ -223,10 +230,12 @@ class _ModelResponse:
             service.finish(queue)
 
     async def stream(self, queue: EventQueue) -> AsyncIterator[bytes]:
+        """Yield server-sent events, each with its type as the event's name."""
         async for events in self.events(queue):
             yield b"".join(encode_event(event, event["type"]) for event in events)
 
     async def full_response(self, queue: EventQueue) -> dict[str, Any]:
+        """The response object after its last event. Raises ApiError if it failed; a cancelled one is returned."""
         async for _ in self.events(queue):
             pass
         if self.failure is not None and self.failure.code != "cancelled":
@@ -234,7 +243,7 @@ class _ModelResponse:
         return self._writer.response
 
     def _store_response(self) -> None:
-        """Store the response, if it is to be stored."""
+        """Store the response, unless the request says `"store": false`."""
         writer = self._writer
         if self._body.store is False:
             return
@@ -245,7 +254,7 @@ class _ModelResponse:
         writer.response["store"] = self._service.store.put(self._id, stored)
 
     def _initial_response(self) -> dict[str, Any]:
-        """The response before anything is written."""
+        """The response object before any output."""
         body, sampling = self._body, self._sampling
         return {
             "id": self._id,
@@ -279,11 +288,12 @@ class _ModelResponse:
 
 
 def _previous_history(body: ResponsesRequest, service: Service) -> ConversationItems:
+    """The conversation to continue, empty without previous_response_id. Raises ApiError if it is not available."""
     if body.previous_response_id is None:
         return ConversationItems()
     stored = service.store.get(body.previous_response_id)
     if stored is None or stored.history is None:
-        message = f"is {body.previous_response_id!r}: no response of that id is kept here, or it did not end well"
+        message = f"is {body.previous_response_id!r}: that response is not stored, or it did not complete"
         raise invalid_field("previous_response_id", message, "previous_response_not_found")
     return stored.history
 
@@ -296,4 +306,4 @@ def _get_stored(service: Service, id: str) -> StoredResponse:
 
 
 def _not_found(id: str) -> ApiError:
-    return ApiError(404, f"no response {id!r} is kept here", param="id", code="not_found")
+    return ApiError(404, f"the response {id!r} is not stored", param="id", code="not_found")

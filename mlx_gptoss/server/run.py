@@ -1,9 +1,8 @@
-"""Serving until a signal: the first one lets what runs come to its end, the second one does not wait."""
+"""Run the server until a signal. The first signal drains it, the second one stops it at once."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 import socket
 import time
@@ -22,13 +21,11 @@ from .service import Service
 
 DRAIN_TIMEOUT_S = 30.0
 MAX_CONNECTIONS = 1024
-MAX_HEADER_BYTES = 32 << 10  # bytes of a request's line and headers
-
-log = logging.getLogger(__name__)
+MAX_HEADER_BYTES = 32 << 10  # request line and headers
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there, so that a port in use is known before a model is loaded. Raises GptOssError."""
+    """Open a listening socket. Raises GptOssError, so that a port in use is reported before a model is loaded."""
     try:
         return machine.listen(host, port, 2048)
     except (OSError, OverflowError) as error:
@@ -36,12 +33,15 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def allowed_hosts(host: str) -> Sequence[str] | None:
-    """Names that a browser may call a server by that listens on `host`; None for any, where others can reach it."""
+    """The Host headers to accept for a server that listens on `host`: loopback names, or None for any on a network."""
     return LOOPBACK if host in LOOPBACK else None
 
 
 class Server(uvicorn.Server):
-    """One service on one socket. A signal, or drain(), ends run()."""
+    """A uvicorn server for one Service. A signal or drain() ends serve_on().
+
+    drain_s: seconds that running requests get to finish.
+    """
 
     def __init__(self, service: Service, *, timeouts: Timeouts | None = None, drain_s: float = DRAIN_TIMEOUT_S) -> None:
         super().__init__(
@@ -65,11 +65,12 @@ class Server(uvicorn.Server):
         self._deadline: float | None = None
 
     def drain(self) -> None:
-        """Take no more requests, and end when the running ones have, or after drain_s."""
+        """Refuse new requests, and end the server when the running ones have finished, or after drain_s seconds."""
         self.service.gate.draining = True
         self._deadline = time.monotonic() + self._drain_s
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Signal handler: drain at the first signal, stop waiting at the second."""
         self.interrupted = self.interrupted or sig == signal.SIGINT
         if self._deadline is None:
             self.drain()
@@ -77,18 +78,19 @@ class Server(uvicorn.Server):
             self._deadline = 0.0
 
     async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second. Returns True when the server should end."""
         ended = await super().on_tick(counter)
         if self._deadline is None or ended:
             return ended
         timed_out = time.monotonic() >= self._deadline
         if timed_out:
             for queue in list(self.service.open_queues):
-                queue.stop(ApiError(503, "the server has been stopped", code="draining"))
+                queue.stop(ApiError(503, "the server was stopped", code="draining"))
             self.force_exit = True
         return timed_out or not self.server_state.tasks
 
     def serve_on(self, listener: socket.socket) -> None:
-        """Answer requests until the end. Raises KeyboardInterrupt if Ctrl-C was it."""
+        """Serve requests until drained. Raises KeyboardInterrupt if Ctrl-C ended it."""
         asyncio.run(self.serve(sockets=[listener]))
         if self.interrupted:
             raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Server-sent events: a response that streams, stays alive through a long silence, and ends when the client leaves."""
+"""Server-sent events: a streaming response with keep-alive comments, which ends when the client disconnects."""
 
 from __future__ import annotations
 
@@ -12,31 +12,35 @@ from starlette.types import Receive, Scope, Send
 from .disconnect import cancel_and_wait, wait_for_disconnect
 from .errors import dump_json
 
-KEEP_ALIVE_S = 15.0  # proxies cut what is silent for a minute
+KEEP_ALIVE_S = 15.0  # many proxies close a connection after a minute of silence
 DONE = b"data: [DONE]\n\n"
 EVENT_SCHEMA = {
     "type": "object",
     "required": ["data"],
     "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
 }
-STREAMING_RESPONSES: dict[int | str, dict[str, Any]] = {  # of an endpoint that streams where it is asked to
+STREAMING_RESPONSES: dict[int | str, dict[str, Any]] = {  # OpenAPI: JSON, or events with "stream": true
     200: {"content": {"application/json": {}, "text/event-stream": {"schema": EVENT_SCHEMA}}}
 }
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 def encode_event(data: Any, event: str | None = None) -> bytes:
-    """One event. JSON has no line breaks, so that it is one line of data."""
+    """Encode one event. The JSON has no line break, so it fits into one `data:` line."""
     name = b"" if event is None else b"event: " + event.encode() + b"\n"
     return name + b"data: " + dump_json(data) + b"\n\n"
 
 
 def encode_events(data: Iterable[Any]) -> bytes:
+    """Encode several events without names."""
     return b"".join(map(encode_event, data))
 
 
 class EventStream(Response):
-    """Sends the pieces as they come, each whole frames. close() is called at the end, whatever ended it."""
+    """A response that sends chunks as they arrive, each one or more complete events.
+
+    close: called once in the end, also after a disconnect or an error; it cancels the generation.
+    """
 
     def __init__(self, chunks: AsyncIterator[bytes], close: Callable[[], None]) -> None:
         super().__init__(headers=HEADERS, media_type="text/event-stream")

@@ -1,4 +1,4 @@
-"""Responses that are kept for a later turn, the least recently used ones given up first. In memory alone."""
+"""Responses kept in memory for later requests, evicted in least-recently-used order."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ MAX_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class StoredResponse:
-    """response, input: JSON as the interface shows it, which takes less than the objects. turns: what a next
-    response goes on from; None if this one was cancelled or failed."""
+    """One response.
+
+    response, input: the response and its input items as JSON, which needs less memory than the objects.
+    history: the conversation that a next response continues; None if this response was cancelled or failed.
+    """
 
     response: bytes
     input: bytes
     history: ConversationItems | None
 
     def size(self) -> int:
-        """About its bytes. Turns share their text with those before them, which is counted again."""
-        said = self.history.messages if self.history is not None else ()
-        return len(self.response) + len(self.input) + sum(200 + len(m.content) for m in said)
+        """Its approximate size in bytes. Text shared with earlier responses of the conversation counts again."""
+        messages = self.history.messages if self.history is not None else ()
+        return len(self.response) + len(self.input) + sum(200 + len(m.content) for m in messages)
 
 
 class ResponseStore:
-    """Bounded in items and in bytes."""
+    """A map from response ids to responses, limited in number and in bytes."""
 
     def __init__(self, max_responses: int = MAX_RESPONSES, max_bytes: int = MAX_BYTES) -> None:
         self._max_responses = max_responses
@@ -39,13 +42,14 @@ class ResponseStore:
         return len(self._entries)
 
     def get(self, id: str) -> StoredResponse | None:
+        """The response, which becomes the most recently used; None if there is none."""
         if id not in self._entries:
             return None
         self._entries.move_to_end(id)
         return self._entries[id][0]
 
     def put(self, id: str, stored: StoredResponse) -> bool:
-        """Whether it is kept: not if it alone is larger than the store."""
+        """Store a response, evicting others as needed. Returns False, without storing it, if it exceeds max_bytes."""
         size = stored.size()
         if size > self._max_bytes:
             return False
@@ -57,7 +61,7 @@ class ResponseStore:
         return True
 
     def delete(self, id: str) -> bool:
-        """Whether it was there."""
+        """Remove a response. Returns False if there was none."""
         if id not in self._entries:
             return False
         self.bytes -= self._entries.pop(id)[1]

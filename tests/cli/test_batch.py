@@ -229,9 +229,9 @@ ONE = request("a", COMPLETIONS, {"prompt": "Hi", "max_tokens": 1})
     [
         (b"", None, "empty"),
         (b"\n\n", None, "empty"),
-        (b"id,question\n1,Hi\n", None, "holds no request; line 1: the line is not JSON"),
-        (ONE, b"my notes", "no file of answers, see its line 1"),
-        (ONE, b'{"id":"batch_req_1","custom_id":"b"}\n', "answers 'b', for which no line"),
+        (b"id,question\n1,Hi\n", None, "contains no request; line 1: the line is not JSON"),
+        (ONE, b"my notes", "not an answer file, see its line 1"),
+        (ONE, b'{"id":"batch_req_1","custom_id":"b"}\n', "answers 'b', which no line"),
         (ONE, b'{"id":"batch_req_1","custom_id":"a"}\n' * 2, "line 2 of"),
         (ONE, b'{"id":"batch_req_1","custom_id":null,"error":{"line":1}}\n', "answers 'None'"),
         (ONE, b'{"id":"batch_req_1","custom_id\n{"id":"batch_req_1","custom_id":"a"}\n', "see its line 1"),
@@ -252,7 +252,7 @@ def test_the_requests_are_not_written_over(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(ONE)
     os.link(tmp_path / "in.jsonl", tmp_path / "linked.jsonl")
     for name in ("in.jsonl", "linked.jsonl"):
-        with pytest.raises(InvalidRequest, match="holds the requests"):
+        with pytest.raises(InvalidRequest, match="is the file of requests"):
             Batch(tmp_path / "in.jsonl", tmp_path / name)
 
 
@@ -264,7 +264,7 @@ def test_what_failed_is_asked_again_if_that_is_wanted(run, tmp_path):
     out.chmod(0o640)
     kept = [line for line in out.read_bytes().splitlines(keepends=True) if b'"custom_id":"a"' in line]
     requests.write_bytes(b"\n".join([ONE, short, b"no JSON"]))
-    with pytest.raises(InvalidRequest, match="for which no line of the requests waits"):
+    with pytest.raises(InvalidRequest, match="which no line of the requests is waiting for"):
         Batch(requests, out)
     with Batch(requests, out, retry=True) as batch:
         assert (batch.done, batch.failed, batch.total) == (1, 0, 3)
@@ -306,7 +306,7 @@ def test_a_full_disk_is_one_error_and_keeps_what_is_done(run, lines, tmp_path):
 
     try:
         with pytest.raises(
-            GptOssError, match=r"could not be written \(File too large\); the \d+ answers in it are kept"
+            GptOssError, match=r"could not be written \(File too large\); its \d+ answers are kept"
         ):
             run(*lines[:9], progress=fill)
     finally:
