@@ -5,21 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .options import (
     CACHE_OPTIONS,
-    HARMONY_OPTIONS,
-    MODEL_OPTIONS,
-    RUN_OPTIONS,
+    GENERATION_OPTIONS,
+    HIDE_REASONING_OPTION,
+    LOAD_OPTIONS,
     SAMPLING_OPTIONS,
     TOOL_OPTION,
     load,
     load_tools,
     options,
-    sampling,
+    split_sampling,
 )
 
 if TYPE_CHECKING:
@@ -38,27 +38,22 @@ Ctrl-C stops an answer; what was said so far stays in the conversation."""
 
 
 @click.command()
-@options(MODEL_OPTIONS, RUN_OPTIONS, CACHE_OPTIONS, SAMPLING_OPTIONS, HARMONY_OPTIONS, (TOOL_OPTION,))
+@options(LOAD_OPTIONS, CACHE_OPTIONS, GENERATION_OPTIONS, SAMPLING_OPTIONS, (HIDE_REASONING_OPTION, TOOL_OPTION))
 @click.option("--stats", is_flag=True, help="Print token counts and speeds after each answer.")
 def chat(
     max_tokens: int | None,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    min_p: float | None,
-    seed: int | None,
-    reasoning: Literal["low", "medium", "high"],
+    reasoning: Effort | None,
     system: str | None,
     hide_reasoning: bool,
     tools: tuple[str, ...],
     stats: bool,
-    **loading: Any,
+    **given: Any,
 ) -> None:
     """Talk with the model. /help lists the commands inside."""
-    offered = load_tools(tools)
-    with load(**loading) as loaded:
-        how = sampling(loaded, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
-        Session(loaded, how, max_tokens, reasoning, system, offered, not hide_reasoning, stats).run()
+    offered, chosen = load_tools(tools), split_sampling(given)
+    with load(**given) as loaded:
+        sampling = replace(loaded.default_sampling, **chosen)
+        Session(loaded, sampling, max_tokens, reasoning, system, offered, not hide_reasoning, stats).run()
 
 
 class Session:
@@ -69,7 +64,7 @@ class Session:
         model: Model,
         sampling: Sampling,
         max_tokens: int | None,
-        reasoning: Literal["low", "medium", "high"],
+        reasoning: Effort | None,
         system: str | None,
         tools: Sequence[Tool],
         show_reasoning: bool,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .chat.reply import FinishReason, Timings, ToolCall, Usage, fold
 from .chat.stream import Events, Prompt, as_conversation, stream_chat, stream_raw, with_reply
 from .config import ModelConfig
 from .engine import Engine, Status, Token
 from .errors import CheckpointError, InvalidRequest
-from .harmony.messages import Conversation, Effort
+from .harmony.messages import Conversation
 from .loading.memory import MemoryPlan
+from .options import GenerationOptions
+from .options.declare import takes
 from .sampling import Sampling, default_sampling
 from .tokenizer import Tokenizer
 from .weights.checkpoint import Checkpoint
@@ -120,33 +122,22 @@ class Model:
             max_tokens=max_tokens,
         )
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        sampling: Sampling | None = None,
-        max_tokens: int | None = None,
-        reasoning: Effort | None = None,
-        system: str | None = None,
-        tools: Sequence[Mapping[str, Any]] = (),
-        response_format: Mapping[str, Any] | None = None,
-        tool_choice: str | Mapping[str, Any] = "auto",
-        parallel_tool_calls: bool = True,
-    ) -> Reply:
-        """One assistant turn, whole: stream() folded, with the same options."""
-        conversation = as_conversation(prompt, reasoning=reasoning, system=system, tools=tools)
-        events = self.stream(
-            conversation,
-            sampling=sampling,
-            max_tokens=max_tokens,
-            response_format=response_format,
-            tool_choice=tool_choice,
-            parallel_tool_calls=parallel_tool_calls,
-        )
-        thoughts, text, calls, finished = fold(events)
+    @takes(GenerationOptions)
+    def generate(self, prompt: Prompt, options: GenerationOptions) -> Reply:
+        """Generate one assistant turn and return it whole. stream() gives the same as it arrives.
+
+        prompt: a question; a list of {"role", "content", ...} messages as OpenAI's API takes them; or a Conversation,
+            which has its own reasoning, system message and tools.
+
+        The Reply has the answer's text, the reasoning, tool calls, why it ended ("stop", "length" or "tool_calls"),
+        token counts, timings and the conversation to continue with. Raises InvalidRequest for a prompt that leaves no
+        room in the context, and for an option that cannot be honoured.
+        """
+        conversation = _conversation(prompt, options)
+        reasoning, text, calls, finished = fold(self._events(conversation, options))
         return Reply(
             text=text,
-            reasoning=thoughts,
+            reasoning=reasoning,
             tool_calls=calls,
             finish_reason=finished.finish_reason,
             usage=finished.usage,
@@ -156,46 +147,22 @@ class Model:
             conversation=with_reply(conversation, finished.messages),
         )
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        sampling: Sampling | None = None,
-        max_tokens: int | None = None,
-        reasoning: Effort | None = None,
-        system: str | None = None,
-        tools: Sequence[Mapping[str, Any]] = (),
-        response_format: Mapping[str, Any] | None = None,
-        tool_choice: str | Mapping[str, Any] = "auto",
-        parallel_tool_calls: bool = True,
-    ) -> Events:
-        """One assistant turn as it arrives: ReasoningDelta, TextDelta, ToolCallDelta and ToolCall events, then
-        Finished.
+    @takes(GenerationOptions)
+    def stream(self, prompt: Prompt, options: GenerationOptions) -> Events:
+        """Generate one assistant turn and yield it as it arrives: ReasoningDelta, TextDelta, ToolCallDelta and ToolCall
+        events, then one Finished. generate() gives the same as one Reply.
 
-        prompt: a question; a list of {"role", "content", ...} as OpenAI's API takes them; or a Conversation, which
-            brings its own reasoning, system and tools.
-        sampling: None samples as the checkpoint's generation_config.json says, for gpt-oss at temperature 1.
-        max_tokens: None generates until the model stops or the context is full.
-        reasoning: "low", "medium" (the default) or "high". system: instructions to the model.
-        tools: functions in OpenAI's form, {"type": "function", "function": {"name", "description", "parameters",
-            "strict"}}. With "strict" the arguments of a call obey the schema; otherwise the model is only shown it.
-        response_format: {"type": "json_schema", "json_schema": {"name", "schema"}} or {"type": "json_object"}: the
-            final answer obeys it, unless it is cut off ("length"). What cannot be enforced of a schema is refused.
-        tool_choice: "auto"; "none"; "required": the turn ends in a call; a function's name: in a call of that one.
-        parallel_tool_calls: False allows one call a turn. gpt-oss ends its turn by a call, so this is what it does.
-        Closing the iterator ends the generation. Raises InvalidRequest for what cannot be honoured.
+        prompt: a question; a list of {"role", "content", ...} messages as OpenAI's API takes them; or a Conversation,
+            which has its own reasoning, system message and tools.
+
+        Closing the iterator ends the generation within one step. Raises InvalidRequest, at once and not on the first
+        event, for a prompt that leaves no room in the context, and for an option that cannot be honoured.
         """
-        return stream_chat(
-            self._engine,
-            self.tokenizer,
-            as_conversation(prompt, reasoning=reasoning, system=system, tools=tools),
-            stop_ids=self._stop_ids,
-            sampling=sampling or self.default_sampling,
-            max_tokens=max_tokens,
-            response_format=response_format,
-            tool_choice=tool_choice,
-            parallel_tool_calls=parallel_tool_calls,
-        )
+        return self._events(_conversation(prompt, options), options)
+
+    def _events(self, conversation: Conversation, options: GenerationOptions) -> Events:
+        options = replace(options, sampling=options.sampling or self.default_sampling)
+        return stream_chat(self._engine, self.tokenizer, conversation, options, stop_ids=self._stop_ids)
 
     def peak_memory(self) -> int:
         """Most bytes the device held at once since loading."""
@@ -223,3 +190,7 @@ class Model:
         if any(not 0 <= i < self.config.vocab_size for i in checked):
             raise InvalidRequest(f"token ids must be from 0 to {self.config.vocab_size - 1}")
         return checked
+
+
+def _conversation(prompt: Prompt, options: GenerationOptions) -> Conversation:
+    return as_conversation(prompt, reasoning=options.reasoning, system=options.system, tools=options.tools)

@@ -19,6 +19,7 @@ from ..harmony.messages import Conversation, Effort, Message, without_old_reason
 from ..harmony.openai import from_chat, response_format_of, tool_choice_of
 from ..harmony.parse import Parser
 from ..harmony.render import render
+from ..options import GenerationOptions
 from ..sampling import Sampling
 from ..tokenizer import CALL, END, RETURN, Tokenizer
 from .reply import Continuation, Event, Reader, Turn
@@ -56,32 +57,30 @@ def stream_chat(
     engine: Engine,
     tokenizer: Tokenizer,
     conversation: Conversation,
+    options: GenerationOptions,
     *,
     stop_ids: frozenset[int],
-    sampling: Sampling | None = None,
-    max_tokens: int | None = None,
-    response_format: Mapping[str, Any] | None = None,
-    tool_choice: str | Mapping[str, Any] = "auto",
-    parallel_tool_calls: bool = True,
 ) -> Events:
-    """The assistant's next turn. max_tokens None: as many as the context holds.
+    """Generate the assistant's next turn.
 
-    response_format, tool_choice, parallel_tool_calls: as OpenAI's API has them, and enforced (harmony/guide.py), as is
-    the schema of a function with `strict`. response_format takes the place of the conversation's own.
-    Raises InvalidRequest at once (not on the first next()) for an empty conversation or one longer than the context,
-    and for what cannot be enforced.
+    options: without reasoning, system and tools, which the conversation has. A response_format replaces the
+        conversation's own. It is enforced (harmony/guide.py), as are tool_choice and the schemas of strict functions.
+    stop_ids: token ids that end the turn, beside <|return|> and <|call|>.
+
+    Raises InvalidRequest at once, not on the first next(), for an empty conversation, one longer than the context, and
+    for what cannot be enforced.
     """
     if not conversation.messages:
         raise InvalidRequest("the conversation is empty; give at least one message")
-    if response_format is not None:
-        conversation = replace(conversation, response_format=response_format_of(response_format))
-    choice = tool_choice_of(tool_choice, conversation.functions)
-    guide = guide_for(conversation, tokenizer, choice, parallel_tool_calls=parallel_tool_calls)
-    sampling = sampling or Sampling()
+    if options.response_format is not None:
+        conversation = replace(conversation, response_format=response_format_of(options.response_format))
+    choice = tool_choice_of(options.tool_choice, conversation.functions)
+    guide = guide_for(conversation, tokenizer, choice, parallel_tool_calls=options.parallel_tool_calls)
+    sampling = options.sampling or Sampling()
     stop_ids = stop_ids | {tokenizer.special(RETURN), tokenizer.special(CALL)}
     ends = frozenset(tokenizer.special(name) for name in (END, RETURN, CALL))
     prompt = tuple(render(conversation, tokenizer))
-    request = Request(prompt, _most(engine, max_tokens), sampling, stop_ids, guide, message_ends=ends)
+    request = Request(prompt, _max_tokens(engine, options.max_tokens), sampling, stop_ids, guide, message_ends=ends)
     stream = engine.submit(request)
     return Events(stream, Turn(tokenizer, Parser(tokenizer), StopStrings(sampling.stop)))
 
@@ -102,12 +101,12 @@ def stream_raw(
     sampling = sampling or Sampling()
     if tokenizer is None and sampling.stop:
         raise InvalidRequest("stop strings need a tokenizer, and this checkpoint has none; leave them out")
-    stream = engine.submit(Request(prompt, _most(engine, max_tokens), sampling, stop_ids))
+    stream = engine.submit(Request(prompt, _max_tokens(engine, max_tokens), sampling, stop_ids))
     decoder = None if tokenizer is None else tokenizer.decoder()
     return Events(stream, Continuation(decoder, StopStrings(sampling.stop)))
 
 
-def _most(engine: Engine, max_tokens: int | None) -> int:
+def _max_tokens(engine: Engine, max_tokens: int | None) -> int:
     return engine.limits.max_context if max_tokens is None else max_tokens
 
 
