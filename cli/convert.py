@@ -14,9 +14,9 @@ import click
 @click.option(
     "--search",
     type=click.Choice(["mse"]),
-    help="Search the 4-bit affine scales with the least squared error; takes about nine times as long.",
+    help="Search the 4-bit affine scales with the least squared error; slower.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an existing DEST once the new one is complete.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing DEST.")
 def convert(source: str, destination: str, to: str, search: str | None, overwrite: bool) -> None:
     """Write SOURCE (a folder or a hub id) to the folder DEST in another format.
 

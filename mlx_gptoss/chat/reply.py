@@ -67,7 +67,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timings:
-    """Speeds. ttft_s: seconds from the request to the first token. The rates are tokens per second, 0 if not measured."""
+    """Speeds. ttft_s: seconds from the request to the first token. Rates are tokens per second, 0 if not measured."""
 
     ttft_s: float
     prefill_tok_s: float
