@@ -24,7 +24,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in background jobs and 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A busy machine takes longer for an example, which is no failure.
-hypothesis.settings.register_profile("any-speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile(
+    "any-speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("any-speed")
 
 DATA = Path(__file__).parent / "data"
