@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mock_runner import (
     VOCAB,
+    MockRunner,
     alone,
     eventually,
     ids,
@@ -44,16 +45,18 @@ def test_timings_add_up() -> None:
         begin = time.perf_counter()
         first = engine.submit(request(length=20, max_tokens=11)).drain()
         wall = time.perf_counter() - begin
-        assert first.queue_s < 0.5
-        assert 0.03 <= first.prefill_s < 1  # three chunks of 8, 8, 4
-        assert 0.1 <= first.decode_s < 2
+        assert first.queue_s >= 0
+        assert first.prefill_s >= 0.03  # three chunks of 8, 8, 4
+        assert first.decode_s >= 0.1
         assert first.ttft_s == first.queue_s + first.prefill_s
         assert first.ttft_s + first.decode_s <= wall
 
 
 def test_a_waiting_request_counts_its_queue_time() -> None:
-    with mock_engine(Limits(slots=1, max_context=64, chunk=8), delay=lambda: 0.01) as (engine, _):
+    with mock_engine(Limits(slots=1, max_context=64, chunk=8), delay=lambda: 0.01) as (engine, runner):
+        runner.gate.clear()
         first, second = engine.submit(request(max_tokens=10)), engine.submit(request(max_tokens=2))
+        runner.gate.set()
         first.drain()
         assert second.drain().queue_s >= 0.08
 
@@ -155,19 +158,30 @@ def test_requests_that_cannot_be_honoured_are_refused_by_submit() -> None:
         assert runner.steps == []
 
 
+def stop_at(runner: MockRunner, step: int) -> None:
+    """Close the runner's gate when it is about to read this step."""
+
+    def delay() -> float:
+        nonlocal step
+        step -= 1
+        if step == 1:
+            runner.gate.clear()
+        return 0.0
+
+    runner.delay = delay
+
+
 def test_cancel_takes_effect_within_one_step() -> None:
     with mock_engine() as (engine, runner):
+        stop_at(runner, step=3)
         stream = engine.submit(request(max_tokens=50))
         next(stream)
-        runner.gate.clear()
-        time.sleep(0.02)
-        steps = len(runner.steps)
+        eventually(lambda: not runner.gate.is_set())
+        steps = len(runner.steps)  # one is being read and the next one is in flight
         stream.cancel()
         runner.gate.set()
-        done = stream.drain()
-        assert done.reason in ("cancelled", "length")
-        if done.reason == "cancelled":
-            assert len(runner.steps) <= steps + 1
+        assert stream.drain().reason == "cancelled"
+        assert len(runner.steps) <= steps + 1
 
 
 def test_cancel_while_waiting_while_prefilling_and_after_the_end() -> None:
@@ -193,13 +207,16 @@ def test_cancel_while_waiting_while_prefilling_and_after_the_end() -> None:
 
 
 def test_an_abandoned_stream_gives_its_slot_back() -> None:
-    with mock_engine(Limits(slots=1, max_context=2000, chunk=8), delay=lambda: 0.001) as (engine, runner):
+    with mock_engine(Limits(slots=1, max_context=2000, chunk=8)) as (engine, runner):
+        stop_at(runner, step=3)
         for token in engine.submit(request(max_tokens=1900)):
             assert token.id >= 0
             break
+        eventually(lambda: not runner.gate.is_set())
         gc.collect()
+        runner.gate.set()
         assert ids(engine.submit(request())) == alone(request())[0]
-        assert len(runner.steps) < 200
+        assert len(runner.steps) < 20
 
 
 def test_requests_beyond_the_bound_are_refused_and_told_when_to_come_back() -> None:

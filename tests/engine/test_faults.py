@@ -131,7 +131,7 @@ def test_close_fails_what_is_open_and_joins() -> None:
     runner: list[MockRunner] = []
 
     def make() -> MockRunner:
-        runner.append(MockRunner(Limits(1, 5000, 8), lambda: 0.001))
+        runner.append(MockRunner(Limits(1, 5000, 8), lambda: 0.01))
         return runner[0]
 
     before = threading.active_count()
@@ -169,7 +169,7 @@ def test_submitting_while_closing_never_hangs() -> None:
             time.sleep(0.003)
             engine.close()
             for job in jobs:
-                job.result(timeout=10)
+                job.result(timeout=60)
 
 
 def test_a_request_that_slips_in_while_the_thread_ends_is_failed() -> None:
@@ -201,9 +201,9 @@ def test_call_runs_on_the_engine_thread_and_passes_errors_on() -> None:
 def test_an_idle_engine_does_not_spin() -> None:
     with mock_engine() as (engine, _):
         engine.submit(request()).drain()
-        before = time.process_time()
+        before = engine.call(lambda r: time.thread_time())  # of the engine's thread
         time.sleep(0.3)
-        assert time.process_time() - before < 0.05
+        assert engine.call(lambda r: time.thread_time()) - before < 0.05
 
 
 def test_a_forgotten_engine_ends_its_thread_and_an_open_stream_keeps_it() -> None:
@@ -233,11 +233,9 @@ def test_ctrl_c_interrupts_a_blocked_iteration() -> None:
         runner.gate.clear()
         stream = engine.submit(request())
         timer = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT))
-        timer.start()
-        begin = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            next(stream)
-        assert time.monotonic() - begin < 2
+            timer.start()
+            next(stream)  # no token comes before the gate opens
         timer.join()
         stream.cancel()
         runner.gate.set()
@@ -250,13 +248,13 @@ def test_ctrl_c_while_loading_closes_the_runner_once_it_is_there() -> None:
     runner: list[MockRunner] = []
 
     def make() -> MockRunner:
-        go.wait(5)
+        go.wait(60)
         runner.append(MockRunner())
         return runner[0]
 
     timer = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()
     with pytest.raises(KeyboardInterrupt):
+        timer.start()
         Engine(make)
     timer.join()
     go.set()

@@ -93,7 +93,7 @@ def test_an_empty_stop_string_is_refused() -> None:
 
 def test_hostile_repetition_stays_linear() -> None:
     automaton = StopStrings(["a" * 2000 + "b"])
-    begin = time.perf_counter()
+    begin = time.thread_time()
     for _ in range(200):
         automaton.push("a" * 1000)
-    assert time.perf_counter() - begin < 2.0
+    assert time.thread_time() - begin < 2.0
