@@ -12,10 +12,10 @@ from typing import TypeVar, cast
 
 from ..backends.base import Runner
 from ..errors import InvalidRequest
-from .loop import Loop, Ticket
+from .loop import Loop, RequestHandle
 from .prefix_files import PrefixFiles
 from .request import Finished, Request, Status, Token
-from .scheduler import room
+from .scheduler import max_new_tokens
 
 T = TypeVar("T")
 
@@ -50,16 +50,16 @@ class Engine:
         )
         self._thread.start()
         # Also runs at exit: a thread in native code while the interpreter goes down can crash the process.
-        self._abandoned = weakref.finalize(self, _stop, self._loop, self._thread, EXIT_GRACE_S)
+        self._finalizer = weakref.finalize(self, _stop, self._loop, self._thread, EXIT_GRACE_S)
         try:
             runner = ready.result()
         except BaseException:  # Ctrl-C while loading, too: then the thread closes the runner as soon as it has it
-            self._abandoned.detach()
+            self._finalizer.detach()
             self._loop.post(self._loop.close)
             raise
         self.config = runner.config
         self.limits = runner.limits
-        self._most = None if max_waiting is None else runner.limits.slots + max_waiting
+        self._max_open = None if max_waiting is None else runner.limits.slots + max_waiting
 
     def submit(self, request: Request) -> Stream:
         """Queue a request and return at once.
@@ -67,12 +67,12 @@ class Engine:
         Raises InvalidRequest if the prompt leaves no room in the context or an id is not in the vocabulary, Busy if too
         many wait already, and GptOssError if the engine is closed.
         """
-        room(request, self.limits)
+        max_new_tokens(request, self.limits)
         self._check_ids("the prompt", request.prompt)
         self._check_ids("logit_bias", request.sampling.logit_bias or ())
-        ticket = Ticket(request)
-        self._loop.enter(ticket, self._most)
-        return Stream(self, ticket, partial(self._loop.post, partial(self._loop.cancel, ticket)))
+        handle = RequestHandle(request)
+        self._loop.submit(handle, self._max_open)
+        return Stream(self, handle, partial(self._loop.post, partial(self._loop.cancel, handle)))
 
     @property
     def status(self) -> Status:
@@ -92,7 +92,7 @@ class Engine:
 
     def close(self) -> None:
         """Fail open streams, close the runner, and wait for the thread. Raises what closing the runner raised."""
-        first = self._abandoned.detach() is not None
+        first = self._finalizer.detach() is not None
         _stop(self._loop, self._thread, None)
         if first and self._loop.failure is not None:
             raise self._loop.failure
@@ -117,9 +117,9 @@ class Stream(Iterator[Token]):
     cancelled. Any thread may iterate or cancel.
     """
 
-    def __init__(self, engine: Engine, ticket: Ticket, cancel: Callable[[], None]) -> None:
+    def __init__(self, engine: Engine, handle: RequestHandle, cancel: Callable[[], None]) -> None:
         self._engine = engine  # an open stream keeps its engine
-        self._ticket = ticket
+        self._handle = handle
         self._cancel = cancel
         self.finished: Finished | None = None
 
@@ -127,10 +127,10 @@ class Stream(Iterator[Token]):
         return self
 
     def __next__(self) -> Token:
-        item = self._ticket.box.get()
+        item = self._handle.queue.get()
         if isinstance(item, Token):
             return item
-        self._ticket.box.put(item)  # stays for the next call, of this thread or another
+        self._handle.queue.put(item)  # stays for the next call, of this thread or another
         if isinstance(item, BaseException):
             raise item
         self.finished = item
@@ -140,7 +140,7 @@ class Stream(Iterator[Token]):
         """The tokens that are there and not read yet; never waits. Call it again until it gives none: what ended the
         stream comes after its tokens, and then sets `finished` or is raised."""
         tokens: list[Token] = []
-        while not self._ticket.box.empty():
+        while not self._handle.queue.empty():
             try:
                 tokens.append(next(self))
             except StopIteration:
@@ -151,10 +151,10 @@ class Stream(Iterator[Token]):
                 break
         return tokens
 
-    def on_arrival(self, tell: Callable[[], None]) -> None:
-        """Have `tell()` called, at once and then on the engine thread whenever there is more; it must not wait."""
-        self._ticket.told = tell
-        tell()
+    def on_arrival(self, callback: Callable[[], None]) -> None:
+        """Have `callback()` called, at once and then on the engine thread whenever there is more; it must not wait."""
+        self._handle.on_arrival = callback
+        callback()
 
     def cancel(self) -> None:
         """End the stream within one step. Tokens that were read before remain; does nothing to an ended stream."""

@@ -20,47 +20,47 @@ from ..errors import Busy, GptOssError
 from .prefix import PrefixCache
 from .prefix_files import PrefixFiles
 from .request import Finished, FinishReason, Request, Status, Token
-from .scheduler import Output, Scheduler, Step, Track
+from .scheduler import Output, Scheduler, Sequence, Step
 
 CLOSED = "the engine is closed; load the model again"
 
 
 @dataclass(eq=False)
-class Ticket:
+class RequestHandle:
     """What the caller's side and the engine thread share of one request. The times are perf_counter seconds."""
 
     request: Request
-    box: SimpleQueue[Token | Finished | BaseException] = field(default_factory=SimpleQueue)
-    submitted: float = field(default_factory=perf_counter)
-    started: float | None = None
-    first: float | None = None
-    last: float | None = None
-    track: Track | None = None
-    told: Callable[[], None] | None = None  # after every item, on the engine thread
-    left: Callable[[Ticket], None] | None = None  # after the last one
+    queue: SimpleQueue[Token | Finished | BaseException] = field(default_factory=SimpleQueue)
+    submitted_at: float = field(default_factory=perf_counter)
+    started_at: float | None = None
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    sequence: Sequence | None = None
+    on_arrival: Callable[[], None] | None = None  # after every item, on the engine thread
+    on_end: Callable[[RequestHandle], None] | None = None  # after the last one
 
     def put(self, item: Token | Finished | BaseException) -> None:
-        self.box.put(item)
-        if not isinstance(item, Token) and self.left is not None:
-            self.left(self)
-        if self.told is not None:
-            self.told()
+        self.queue.put(item)
+        if not isinstance(item, Token) and self.on_end is not None:
+            self.on_end(self)
+        if self.on_arrival is not None:
+            self.on_arrival()
 
     def finish(self, reason: FinishReason) -> None:
         now = perf_counter()
-        started = self.started or now
-        first = self.first or (now if self.started else started)
+        started = self.started_at or now
+        first = self.first_token_at or (now if self.started_at else started)
         self.put(
             Finished(
                 reason,
                 prompt_tokens=len(self.request.prompt),
-                completion_tokens=self.track.delivered if self.track else 0,
-                cached_tokens=self.track.cached if self.track else 0,
-                drafted=self.track.drafted if self.track else 0,
-                accepted=self.track.accepted if self.track else 0,
-                queue_s=started - self.submitted,
+                completion_tokens=self.sequence.delivered if self.sequence else 0,
+                cached_tokens=self.sequence.cached_tokens if self.sequence else 0,
+                drafted=self.sequence.drafted if self.sequence else 0,
+                accepted=self.sequence.accepted if self.sequence else 0,
+                queue_s=started - self.submitted_at,
                 prefill_s=first - started,
-                decode_s=(self.last or first) - first,
+                decode_s=(self.last_token_at or first) - first,
             )
         )
 
@@ -86,9 +86,9 @@ class Loop:
         self._scheduler: Scheduler
         self._prefix: PrefixCache | None = None
         self._unfinished = 0  # requests that were taken and have not ended
-        self._mean_s = 1.0  # that a request takes from its start to its end, of late
+        self._mean_request_s = 1.0  # that a request takes from its start to its end, of late
         self._in_flight: InFlight | None = None
-        self._open: dict[Track, Ticket] = {}
+        self._handles: dict[Sequence, RequestHandle] = {}
         self.failure: BaseException | None = None
 
     def post(self, message: Callable[[], None]) -> None:
@@ -103,26 +103,26 @@ class Loop:
                 raise self._closed_error()
             self._inbox.put(message)
 
-    def enter(self, ticket: Ticket, most: int | None) -> None:
-        """Take a request. Raises Busy if `most` are open, and GptOssError as post_unless_closed()."""
+    def submit(self, handle: RequestHandle, max_open: int | None) -> None:
+        """Take a request. Raises Busy if `max_open` are open, and GptOssError as post_unless_closed()."""
         with self._lock:
             if self._closed:
                 raise self._closed_error()
-            if most is not None and self._unfinished >= most:
-                seconds = self._mean_s * (self._unfinished + 1) / self._runner.limits.slots
+            if max_open is not None and self._unfinished >= max_open:
+                seconds = self._mean_request_s * (self._unfinished + 1) / self._runner.limits.slots
                 raise Busy(
                     f"{self._unfinished} requests are being served or wait, as many as may; try again later",
                     retry_after_s=min(max(1, ceil(seconds)), 60),
                 )
             self._unfinished += 1
-            ticket.left = self._leave
-            self._inbox.put(partial(self.admit, ticket))
+            handle.on_end = self._on_request_end
+            self._inbox.put(partial(self.admit, handle))
 
-    def _leave(self, ticket: Ticket) -> None:
+    def _on_request_end(self, handle: RequestHandle) -> None:
         with self._lock:
             self._unfinished -= 1
-            if ticket.started is not None:
-                self._mean_s += 0.1 * (perf_counter() - ticket.started - self._mean_s)
+            if handle.started_at is not None:
+                self._mean_request_s += 0.1 * (perf_counter() - handle.started_at - self._mean_request_s)
 
     @property
     def status(self) -> Status:
@@ -137,7 +137,7 @@ class Loop:
         try:
             self._runner = make_runner()
         except BaseException as error:
-            self._shut()
+            self._shut_down()
             ready.set_exception(error)
             return
         if self._prefix_bytes:
@@ -145,30 +145,30 @@ class Loop:
         self._scheduler = Scheduler(self._runner.limits, self._runner.release, self._prefix)
         ready.set_result(self._runner)
         try:
-            self._pump()
+            self._run_steps()
         except BaseException as error:
             self.failure = error
         finally:
-            self._shut()
+            self._shut_down()
             self._close_runner()
 
     # Messages: what callers post.
 
-    def admit(self, ticket: Ticket) -> None:
+    def admit(self, handle: RequestHandle) -> None:
         if self._closed:
-            ticket.put(self._closed_error())
+            handle.put(self._closed_error())
             return
         try:
-            ticket.track = self._scheduler.add(ticket.request)
+            handle.sequence = self._scheduler.add(handle.request)
         except GptOssError as error:
-            ticket.put(error)
+            handle.put(error)
             return
-        self._open[ticket.track] = ticket
+        self._handles[handle.sequence] = handle
 
-    def cancel(self, ticket: Ticket) -> None:
-        if ticket.track in self._open:
-            self._scheduler.end(ticket.track)
-            self._finish(ticket.track, "cancelled")
+    def cancel(self, handle: RequestHandle) -> None:
+        if handle.sequence in self._handles:
+            self._scheduler.end(handle.sequence)
+            self._finish(handle.sequence, "cancelled")
 
     def call(self, function: Callable[[Runner], object], result: Future[object]) -> None:
         if self._closed:
@@ -184,7 +184,7 @@ class Loop:
 
     # Steps.
 
-    def _pump(self) -> None:
+    def _run_steps(self) -> None:
         while True:
             if self._in_flight is None and self._scheduler.idle:
                 self._inbox.get()()
@@ -192,31 +192,31 @@ class Loop:
                 self._inbox.get()()
             if self._closing:
                 return
-            ahead = self._submit()
-            self._read()
+            ahead = self._submit_step()
+            self._read_step()
             self._in_flight = ahead
 
-    def _submit(self) -> InFlight | None:
+    def _submit_step(self) -> InFlight | None:
         """Plan the next step and start it. If the runner refuses, its requests fail and the engine goes on."""
         step = self._scheduler.plan()
         if step is None:
             return None
         now = perf_counter()
-        for track in step.tracks:
-            ticket = self._open[track]
-            if ticket.started is None:
-                ticket.started = now
+        for sequence in step.sequences:
+            handle = self._handles[sequence]
+            if handle.started_at is None:
+                handle.started_at = now
         try:
             for slot, chain in step.restores:
                 self._runner.restore(slot, chain)
             pending = self._runner.submit(step.rows)
-            self._scheduler.submitted(step)
+            self._scheduler.save_prefixes(step)
             return InFlight(step, pending)
         except Exception as error:
-            self._lose(step, error)
+            self._fail_step(step, error)
             return None
 
-    def _read(self) -> None:
+    def _read_step(self) -> None:
         """Wait for the step in flight, if any, and hand out its tokens."""
         flight, self._in_flight = self._in_flight, None
         if flight is None:
@@ -224,45 +224,45 @@ class Loop:
         try:
             results = flight.pending.wait()
         except Exception as error:
-            self._lose(flight.step, error)
+            self._fail_step(flight.step, error)
             return
         now = perf_counter()
-        for output in self._scheduler.read(flight.step, results):
+        for output in self._scheduler.process_results(flight.step, results):
             self._deliver(output, now)
 
     def _deliver(self, output: Output, now: float) -> None:
-        ticket, sampled = self._open[output.track], output.sampled
-        if ticket.first is None:
-            ticket.first = now
-        ticket.last = now
-        ticket.put(Token(sampled.token, sampled.logprob, sampled.top))
-        if isinstance(output.ended, GptOssError):
-            self._open.pop(output.track).put(output.ended)
-        elif output.ended is not None:
-            self._finish(output.track, output.ended)
+        handle, sampled = self._handles[output.sequence], output.sampled
+        if handle.first_token_at is None:
+            handle.first_token_at = now
+        handle.last_token_at = now
+        handle.put(Token(sampled.token, sampled.logprob, sampled.top))
+        if isinstance(output.end_reason, GptOssError):
+            self._handles.pop(output.sequence).put(output.end_reason)
+        elif output.end_reason is not None:
+            self._finish(output.sequence, output.end_reason)
 
-    def _finish(self, track: Track, reason: FinishReason) -> None:
-        self._open.pop(track).finish(reason)
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._handles.pop(sequence).finish(reason)
 
-    def _lose(self, step: Step, error: Exception) -> None:
+    def _fail_step(self, step: Step, error: Exception) -> None:
         """The step failed: so do the requests that were in it. What they still have in flight is dropped later."""
-        for track in step.tracks:
-            ticket = self._open.pop(track, None)
-            if ticket is not None:
-                ticket.put(error)
-        self._scheduler.lose(step)
+        for sequence in step.sequences:
+            handle = self._handles.pop(sequence, None)
+            if handle is not None:
+                handle.put(error)
+        self._scheduler.fail(step)
 
     # The end.
 
-    def _shut(self) -> None:
+    def _shut_down(self) -> None:
         """Refuse new messages and fail whatever is open, so that nobody waits for a thread that is gone."""
         with self._lock:
             self._closed = True
         while not self._inbox.empty():
             self._inbox.get()()
-        for ticket in self._open.values():
-            ticket.put(self._closed_error())
-        self._open.clear()
+        for handle in self._handles.values():
+            handle.put(self._closed_error())
+        self._handles.clear()
 
     def _close_runner(self) -> None:
         try:

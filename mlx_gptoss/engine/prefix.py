@@ -18,24 +18,24 @@ from typing import Protocol
 from ..backends.base import Snapshot
 from .prefix_files import PrefixFiles, StoredSpan
 
-EVERY = 256  # tokens between two cuts at most
-APART = 64  # tokens between two cuts at least: a ring is worth 128 tokens of memory
+MAX_SPAN = 256  # tokens between two cuts at most
+MIN_SPAN = 64  # tokens between two cuts at least: a ring is worth 128 tokens of memory
 
 Span = tuple[int, ...]  # the tokens between two cuts
 
 
-def cuts(prompt: Sequence[int], ends: frozenset[int], every: int) -> tuple[int, ...]:
-    """Where to cut a prompt's prefill: behind a message's last token, one of `ends`, if that is APART from the cut
-    before; `every` tokens behind it otherwise; and at the prompt's end."""
+def chunk_ends(prompt: Sequence[int], message_ends: frozenset[int], max_chunk: int) -> tuple[int, ...]:
+    """Where to cut a prompt's prefill: behind a message's last token, one of `message_ends`, if that is MIN_SPAN from the cut
+    before; `max_chunk` tokens behind it otherwise; and at the prompt's end."""
     found, last = [], 0
-    for place, token in enumerate(prompt, 1):
-        if place - last == every or (token in ends and place - last >= APART):
-            found.append(place)
-            last = place
+    for position, token in enumerate(prompt, 1):
+        if position - last == max_chunk or (token in message_ends and position - last >= MIN_SPAN):
+            found.append(position)
+            last = position
     return tuple(found) if last == len(prompt) else (*found, len(prompt))
 
 
-class Snapshots(Protocol):
+class SnapshotRunner(Protocol):
     """What the cache needs of a Runner."""
 
     def save(self, slot: int, start: int, end: int) -> Snapshot: ...
@@ -45,15 +45,15 @@ class Snapshots(Protocol):
 
 @dataclass(eq=False)
 class Node:
-    """A place where prompts were cut. span: the tokens since the parent. end: tokens from the start. snapshot: of the
-    span, None where only a file has it. used: when, on the cache's own clock."""
+    """A position where prompts were cut. span: the tokens since the parent. end: tokens from the start. snapshot: of the
+    span, None where only a file has it. last_used: when, on the cache's own clock."""
 
     span: Span
     end: int
     parent: Node | None
     snapshot: Snapshot | None = None
     stored: StoredSpan | None = None
-    used: int = 0
+    last_used: int = 0
     children: dict[Span, Node] = field(default_factory=dict)
 
     @property
@@ -68,18 +68,18 @@ class Node:
 
 
 class PrefixCache:
-    """Snapshots of at most `most_bytes`, those used longest ago dropped first. runner: whose they are. files: where
+    """SnapshotRunner of at most `max_bytes`, those used longest ago dropped first. runner: whose they are. files: where
     they are kept, too, if they shall outlast the process."""
 
-    def __init__(self, most_bytes: int, runner: Snapshots, files: PrefixFiles | None = None) -> None:
+    def __init__(self, max_bytes: int, runner: SnapshotRunner, files: PrefixFiles | None = None) -> None:
         self.root = Node((), 0, None)
         self.nbytes = 0
-        self._most = most_bytes
+        self._max_bytes = max_bytes
         self._runner = runner
         self._files = files
         self._clock = 0
         if files is not None:
-            self._plant(files, files.scan())
+            self._add_stored(files, files.scan())
 
     def child(self, node: Node, span: Span) -> Node | None:
         """The node that `span` leads to, ready to be restored; None if it is not known."""
@@ -87,26 +87,26 @@ class PrefixCache:
         if found is None:
             return None
         if found.snapshot is None:
-            self._read(found)
+            self._load(found)
         if found.snapshot is None:
             return None
         self._clock += 1
-        found.used = self._clock
+        found.last_used = self._clock
         return found
 
     def add(self, node: Node, span: Span, slot: int) -> Node | None:
         """The node that `span` leads to, with a snapshot of the slot's sequence, which ends there, unless it is known
         already. None if there is no room beside the prompt's own beginning, or `node` was dropped meanwhile."""
         known = self.child(node, span)
-        if known is not None or not self._alive(node):
+        if known is not None or not self._in_tree(node):
             return known
         end = node.end + len(span)
         snapshot = self._runner.save(slot, node.end, end)
         added = node.children[span] = Node(span, end, node, snapshot)
         if self._files is not None and (node is self.root or node.stored is not None):
             added.stored = self._files.write(node.stored, span, end, self._runner.pack(snapshot))
-        self._hold(added)
-        self._bound_files()
+        self._keep(added)
+        self._trim_files()
         return added if added.snapshot is not None else None
 
     def close(self) -> None:
@@ -114,20 +114,20 @@ class PrefixCache:
         if self._files is not None:
             self._files.close()
 
-    def _plant(self, files: PrefixFiles, found: Sequence[StoredSpan]) -> None:
+    def _add_stored(self, files: PrefixFiles, found: Sequence[StoredSpan]) -> None:
         """Make a node of each file whose beginning is there, too; remove the others."""
         nodes: dict[str | None, Node] = {None: self.root}
-        age = {stored.name: n for n, stored in enumerate(sorted(found, key=lambda stored: stored.used))}
+        age = {stored.name: n for n, stored in enumerate(sorted(found, key=lambda stored: stored.last_used))}
         self._clock = len(found)
         for stored in sorted(found, key=lambda stored: stored.end):
             parent = nodes.get(stored.parent)
             if parent is None or parent.end + len(stored.span) != stored.end:
                 files.remove(stored)
                 continue
-            node = Node(stored.span, stored.end, parent, stored=stored, used=age[stored.name])
+            node = Node(stored.span, stored.end, parent, stored=stored, last_used=age[stored.name])
             parent.children[stored.span] = nodes[stored.name] = node
 
-    def _read(self, node: Node) -> None:
+    def _load(self, node: Node) -> None:
         """Bring a node's snapshot to memory from its file. What cannot be read is dropped; so it is computed anew."""
         assert self._files is not None and node.stored is not None
         data = self._files.read(node.stored)
@@ -135,35 +135,35 @@ class PrefixCache:
             self.drop(node)
             return
         node.snapshot = self._runner.unpack(node.end - len(node.span), node.end, data)
-        self._hold(node)
+        self._keep(node)
 
-    def _bound_files(self) -> None:
+    def _trim_files(self) -> None:
         """Remove the files used longest ago, as long as there are too many bytes of them."""
-        while self._files is not None and self._files.nbytes > self._files.most_bytes:
-            stored = [node for node in _below(self.root) if node.stored is not None]
+        while self._files is not None and self._files.nbytes > self._files.max_bytes:
+            stored = [node for node in _descendants(self.root) if node.stored is not None]
             tips = [node for node in stored if all(child.stored is None for child in node.children.values())]
-            node = min(tips, key=lambda node: node.used)
+            node = min(tips, key=lambda node: node.last_used)
             assert node.stored is not None
             self._files.remove(node.stored)
             node.stored = None
             if node.snapshot is None:
                 self.drop(node)
 
-    def _hold(self, node: Node) -> None:
+    def _keep(self, node: Node) -> None:
         """Count a node's snapshot, which has just come to memory, and make room for it."""
         assert node.snapshot is not None
         self._clock += 1
-        node.used = self._clock
+        node.last_used = self._clock
         self.nbytes += node.snapshot.nbytes
         own = set(map(id, node.path))
-        while self.nbytes > self._most:
+        while self.nbytes > self._max_bytes:
             # The new one goes first only when nothing but what leads to it is left.
-            last = min((n for n in self._tips() if id(n) not in own), key=lambda n: n.used, default=node)
-            self._forget(last)
+            last = min((n for n in self._evictable() if id(n) not in own), key=lambda n: n.last_used, default=node)
+            self._evict(last)
             if last is node:
                 break
 
-    def _forget(self, node: Node) -> None:
+    def _evict(self, node: Node) -> None:
         """Drop a snapshot from memory, and the node with it unless a file has it."""
         assert node.snapshot is not None
         self.nbytes -= node.snapshot.nbytes
@@ -175,7 +175,7 @@ class PrefixCache:
         """Take a node and all behind it out of the tree, and their files away."""
         assert node.parent is not None
         node.parent.children.pop(node.span, None)
-        for gone in _below(node):
+        for gone in _descendants(node):
             if gone.snapshot is not None:
                 self.nbytes -= gone.snapshot.nbytes
                 gone.snapshot = None
@@ -183,13 +183,13 @@ class PrefixCache:
                 self._files.remove(gone.stored)
                 gone.stored = None
 
-    def _tips(self) -> Iterator[Node]:
+    def _evictable(self) -> Iterator[Node]:
         """Nodes in memory without such below them."""
-        for node in _below(self.root):
+        for node in _descendants(self.root):
             if node.snapshot is not None and all(n.snapshot is None for n in node.children.values()):
                 yield node
 
-    def _alive(self, node: Node) -> bool:
+    def _in_tree(self, node: Node) -> bool:
         while node.parent is not None:
             if node.parent.children.get(node.span) is not node:
                 return False
@@ -197,7 +197,7 @@ class PrefixCache:
         return node is self.root
 
 
-def _below(node: Node) -> Iterator[Node]:
+def _descendants(node: Node) -> Iterator[Node]:
     """All nodes of a branch but the root."""
     waiting = [node]
     while waiting:

@@ -21,11 +21,11 @@ from time import time
 
 from ..errors import GptOssError
 
-MOST_BYTES = 16 << 30  # of all files of one fingerprint
-LONGEST_LINE = 1 << 16  # bytes; a span of 256 ids takes 2 kB
-WAITING = 16  # snapshots that may wait for the disk before the engine does
-SUFFIX, UNFINISHED = ".kv", ".part"
-ABANDONED_S = 3600.0  # after which nobody finishes an unfinished file
+MAX_BYTES = 16 << 30  # of all files of one fingerprint
+MAX_HEADER_BYTES = 1 << 16  # bytes; a span of 256 ids takes 2 kB
+MAX_UNWRITTEN = 16  # snapshots that may wait for the disk before the engine does
+SUFFIX, TEMP_SUFFIX = ".kv", ".part"
+STALE_S = 3600.0  # after which nobody finishes an unfinished file
 
 _log = logging.getLogger(__name__)
 
@@ -33,14 +33,14 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class StoredSpan:
     """One file. name: a digest of the fingerprint and all tokens up to `end`; parent: that of the span before, None for
-    the first. used: when it was last read or written, seconds since the epoch."""
+    the first. last_used: when it was last read or written, seconds since the epoch."""
 
     name: str
     parent: str | None
     span: tuple[int, ...]
     end: int
     nbytes: int
-    used: float = 0.0
+    last_used: float = 0.0
 
 
 class PrefixFiles:
@@ -53,9 +53,9 @@ class PrefixFiles:
         self,
         folder: Path,
         fingerprint: str,
-        most_bytes: int = MOST_BYTES,
+        max_bytes: int = MAX_BYTES,
     ) -> None:
-        self.most_bytes = most_bytes
+        self.max_bytes = max_bytes
         self.nbytes = 0
         self._folder = folder / hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
         self._fingerprint = fingerprint
@@ -66,47 +66,47 @@ class PrefixFiles:
             raise GptOssError(
                 f"the prompt cache cannot be kept in {folder}: {error.strerror}; name another folder"
             ) from error
-        self._queue: Queue[Callable[[], None] | None] = Queue(WAITING)
-        self._waiting: dict[str, bytes] = {}  # by name, what is not written yet
-        self._full = False
+        self._queue: Queue[Callable[[], None] | None] = Queue(MAX_UNWRITTEN)
+        self._unwritten: dict[str, bytes] = {}  # by name, what is not written yet
+        self._write_failed = False
         self._writer: Thread | None = None
 
     def scan(self) -> list[StoredSpan]:
         """What earlier processes left. Files that are not whole are removed."""
         found = []
         for path in self._folder.glob(f"*{SUFFIX}"):
-            stored = self._header(path)
+            stored = self._read_header(path)
             if stored is None:
                 path.unlink(missing_ok=True)
                 continue
             found.append(stored)
             self.nbytes += stored.nbytes
-        for path in self._folder.glob(f"*{UNFINISHED}"):
-            if time() - path.lstat().st_mtime > ABANDONED_S:
+        for path in self._folder.glob(f"*{TEMP_SUFFIX}"):
+            if time() - path.lstat().st_mtime > STALE_S:
                 path.unlink(missing_ok=True)
         return found
 
     def write(self, parent: StoredSpan | None, span: tuple[int, ...], end: int, data: bytes) -> StoredSpan | None:
         """Write a snapshot soon. None if the disk has failed before."""
-        if self._full:
+        if self._write_failed:
             return None
         before = None if parent is None else parent.name
-        name = self._name(before, span)
+        name = self._span_name(before, span)
         line = {"parent": before, "span": span, "end": end, "bytes": len(data), "sha256": _digest(data)}
         header = json.dumps(line).encode() + b"\n"
         stored = StoredSpan(name, before, span, end, len(header) + len(data))
         self.nbytes += stored.nbytes
-        self._waiting[name] = data
-        self._later(lambda: self._write(name, header, data))
+        self._unwritten[name] = data
+        self._enqueue(lambda: self._write(name, header, data))
         return stored
 
     def read(self, stored: StoredSpan) -> bytes | None:
         """The snapshot's bytes; None if its file is gone or not what it was."""
-        if (data := self._waiting.get(stored.name)) is not None:
+        if (data := self._unwritten.get(stored.name)) is not None:
             return data
         try:
             with self._path(stored.name).open("rb") as file:
-                line = json.loads(file.readline(LONGEST_LINE))
+                line = json.loads(file.readline(MAX_HEADER_BYTES))
                 data = file.read()
             if _digest(data) != line["sha256"]:
                 raise ValueError("its bytes have changed")
@@ -118,7 +118,7 @@ class PrefixFiles:
 
     def remove(self, stored: StoredSpan) -> None:
         self.nbytes -= stored.nbytes
-        self._later(lambda: self._path(stored.name).unlink(missing_ok=True))
+        self._enqueue(lambda: self._path(stored.name).unlink(missing_ok=True))
 
     def close(self) -> None:
         """Wait until everything is written."""
@@ -126,30 +126,30 @@ class PrefixFiles:
             self._queue.put(None)
             self._writer.join()
 
-    def _later(self, job: Callable[[], None]) -> None:
+    def _enqueue(self, job: Callable[[], None]) -> None:
         if self._writer is None:
-            self._writer = Thread(target=self._work, name="mlx-gptoss prompt cache", daemon=True)
+            self._writer = Thread(target=self._run_writer, name="mlx-gptoss prompt cache", daemon=True)
             self._writer.start()
         self._queue.put(job)
 
-    def _work(self) -> None:
+    def _run_writer(self) -> None:
         while (job := self._queue.get()) is not None:
             try:
                 job()
             except OSError as error:
-                if not self._full:
+                if not self._write_failed:
                     _log.warning("the prompt cache is no longer written to disk: %s", error.strerror)
-                self._full = True
+                self._write_failed = True
 
     def _write(self, name: str, header: bytes, data: bytes) -> None:
         try:
-            if not self._full:
-                self._write_whole(name, header, data)
+            if not self._write_failed:
+                self._write_atomically(name, header, data)
         finally:
-            self._waiting.pop(name, None)
+            self._unwritten.pop(name, None)
 
-    def _write_whole(self, name: str, header: bytes, data: bytes) -> None:
-        handle, written = tempfile.mkstemp(UNFINISHED, dir=self._folder)
+    def _write_atomically(self, name: str, header: bytes, data: bytes) -> None:
+        handle, written = tempfile.mkstemp(TEMP_SUFFIX, dir=self._folder)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(header)
@@ -159,24 +159,24 @@ class PrefixFiles:
             Path(written).unlink(missing_ok=True)
             raise
 
-    def _header(self, path: Path) -> StoredSpan | None:
+    def _read_header(self, path: Path) -> StoredSpan | None:
         """What a file says it is, if its name and size agree."""
         try:
             state = path.lstat()
             with path.open("rb") as file:
-                text = file.readline(LONGEST_LINE)
+                text = file.readline(MAX_HEADER_BYTES)
             line = json.loads(text)
             span, parent = tuple(int(i) for i in line["span"]), line["parent"]
             stored = StoredSpan(path.stem, parent, span, int(line["end"]), state.st_size, state.st_mtime)
             whole = state.st_size == len(text) + int(line["bytes"]) and stored.end >= len(span) > 0
-            return stored if whole and path.stem == self._name(parent, span) else None
+            return stored if whole and path.stem == self._span_name(parent, span) else None
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}{SUFFIX}"
 
-    def _name(self, parent: str | None, span: tuple[int, ...]) -> str:
+    def _span_name(self, parent: str | None, span: tuple[int, ...]) -> str:
         return _digest(repr((self._fingerprint, parent, span)).encode())[:40]
 
 

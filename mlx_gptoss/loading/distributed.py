@@ -30,7 +30,7 @@ def coordinate(options: LoadOptions, launch: Launch) -> tuple[LoadPlan, Start]:
         options = _with_launch_backend(options, launch)
         load_plan = _plan_and_require_fit(options, launch)
         mine = _summary(load_plan)
-        answers = leader.ask(vars(options))
+        answers = leader.exchange_options(vars(options))
         for rank, theirs in enumerate(answers, 1):
             _compare(rank, mine, theirs)
         plans = [load_plan.plan, *(MemoryPlan(**answer["plan"]) for answer in answers)]
@@ -61,12 +61,12 @@ def serve_rank(launch: Launch) -> None:
         load_plan = _plan_and_require_fit(options, launch)
         return _summary(load_plan), load_plan.load
 
-    Follower(launch).follow(answer)
+    Follower(launch).run(answer)
 
 
 def dismiss(launch: Launch) -> None:
     """Rank 0 ends; if it has not led, the others still wait to be told what to load, and end now."""
-    if not Leader.led:
+    if not Leader.created:
         with contextlib.suppress(GptOssError):  # they have ended already
             Leader(launch, DISMISS_S).close()
 

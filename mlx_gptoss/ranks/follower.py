@@ -14,11 +14,11 @@ from typing import Any
 
 from ..backends.base import Limits, Pending, Runner, Snapshot
 from ..errors import GptOssError
-from .launch import JOIN_S, Launch
+from .launch import JOIN_TIMEOUT_S, Launch
 from .neighbours import Neighbours
-from .wire import SILENCE_S, Channel, Lost, bytes_from_json, bytes_to_json, row_from_json
+from .wire import HEARTBEAT_TIMEOUT_S, Channel, ConnectionLost, bytes_from_json, bytes_to_json, row_from_json
 
-CUT_S = 2.0  # how long rank 0 may take to see what a neighbour sees
+REPORT_DELAY_S = 2.0  # how long rank 0 may take to see what a neighbour sees
 
 
 class Follower:
@@ -32,16 +32,16 @@ class Follower:
                 signal.signal(number, signal.SIG_IGN)
         self._ended = threading.Event()
         self._channel = Channel(_connect(launch))
-        self._neighbours = Neighbours(launch, self._channel.here)
+        self._neighbours = Neighbours(launch, self._channel.local_address)
         self._channel.send({"token": launch.token, "rank": launch.rank, "port": self._neighbours.port})
-        self._channel.beat(self._gone)
+        self._channel.start_heartbeats(self._on_leader_lost)
         self._messages: SimpleQueue[Any] = SimpleQueue()
-        threading.Thread(target=self._read, name="mlx-gptoss rank 0", daemon=True).start()
+        threading.Thread(target=self._receive_messages, name="mlx-gptoss rank 0", daemon=True).start()
 
-    def follow(self, answer: Callable[[Any], tuple[Any, Callable[[Limits], Runner]]]) -> None:
-        """Until rank 0 ends. answer: what to answer to its load options, and what then loads this rank's part."""
+    def run(self, prepare: Callable[[Any], tuple[Any, Callable[[Limits], Runner]]]) -> None:
+        """Until rank 0 ends. prepare: what to answer to its load options, and what then loads this rank's part."""
         try:
-            self._follow(answer)
+            self._run(prepare)
         except Exception as error:  # rank 0 says it, and ends; so does this one then
             kind = "" if isinstance(error, GptOssError) else f"{type(error).__name__}: "
             self._channel.send({"error": f"{kind}{error}"})
@@ -51,25 +51,25 @@ class Follower:
             self._neighbours.close()
             self._channel.close()
 
-    def _follow(self, answer: Callable[[Any], tuple[Any, Callable[[Limits], Runner]]]) -> None:
+    def _run(self, prepare: Callable[[Any], tuple[Any, Callable[[Limits], Runner]]]) -> None:
         if _is_end(message := self._messages.get()):
             return
-        self._neighbours.meet(message.get("next"), self._cut)
-        reply, load = answer(message["options"])
+        self._neighbours.connect(message.get("next"), self._on_neighbour_lost)
+        reply, load = prepare(message["options"])
         self._channel.send({"answer": reply})
         if _is_end(message := self._messages.get()):
             return
         runner = load(Limits(**message["load"]))
         self._channel.send({"ready": True})
-        self._obey(runner)
+        self._execute_calls(runner)
 
-    def _obey(self, runner: Runner) -> None:
+    def _execute_calls(self, runner: Runner) -> None:
         saved: dict[int, Snapshot] = {}
         last: Pending | None = None
         while isinstance(message := self._messages.get(), list):
             match message:
                 case ["loaded"]:
-                    self._neighbours.loaded()
+                    self._neighbours.all_loaded()
                 case ["submit", rows]:
                     last = runner.submit([row_from_json(row) for row in rows])
                 case ["release", slot]:
@@ -93,27 +93,27 @@ class Follower:
             last.wait()
         runner.close()
 
-    def _read(self) -> None:
+    def _receive_messages(self) -> None:
         while True:
             try:
                 message = self._channel.receive()
-            except Lost as lost:
-                self._gone(lost)
+            except ConnectionLost as lost:
+                self._on_leader_lost(lost)
                 return
             self._messages.put(message)
             if isinstance(message, list):  # a call: all have loaded
-                self._channel.silence_s = SILENCE_S
+                self._channel.heartbeat_timeout_s = HEARTBEAT_TIMEOUT_S
             elif _is_end(message):
                 self._ended.set()
                 return
 
-    def _cut(self, other: int, lost: Lost) -> None:
+    def _on_neighbour_lost(self, other: int, lost: ConnectionLost) -> None:
         """A neighbour is lost. Rank 0 sees that itself, or is ending all, unless it is only the way to it that is."""
-        if not self._ended.wait(CUT_S):
-            with suppress(Lost):  # then rank 0 has ended
+        if not self._ended.wait(REPORT_DELAY_S):
+            with suppress(ConnectionLost):  # then rank 0 has ended
                 self._channel.send({"error": f"for it rank {other} {lost}"})
 
-    def _gone(self, lost: Lost) -> None:
+    def _on_leader_lost(self, lost: ConnectionLost) -> None:
         if not self._ended.is_set():
             os._exit(1)
 
@@ -124,10 +124,10 @@ def _is_end(message: Any) -> bool:
 
 def _connect(launch: Launch) -> socket.socket:
     """Rank 0 may begin to listen later than this one calls."""
-    until = time.monotonic() + JOIN_S
+    until = time.monotonic() + JOIN_TIMEOUT_S
     while True:
         try:
-            return socket.create_connection((launch.host, launch.port), timeout=JOIN_S)
+            return socket.create_connection((launch.host, launch.port), timeout=JOIN_TIMEOUT_S)
         except OSError as error:
             if time.monotonic() > until:
                 raise GptOssError(

@@ -12,15 +12,17 @@ from typing import Any
 
 from ..errors import GptOssError
 
-JOIN_S = 60.0  # how long ranks wait for each other to come
-SECRET = "MLX_GPTOSS_SECRET"  # an environment variable that strangers on the network do not know, if anyone sets it
+JOIN_TIMEOUT_S = 60.0  # how long ranks wait for each other to come
+SECRET_VARIABLE = (
+    "MLX_GPTOSS_SECRET"  # an environment variable that strangers on the network do not know, if anyone sets it
+)
 
 
 @dataclass(frozen=True)
 class Launch:
     """backend: whose collectives the launcher has prepared. host, port: where rank 0 listens for the others.
     ranks_on_host: ranks on this machine. token: what ranks show each other, so that nobody is let in by accident;
-    whoever knows the launch can make it, but for SECRET. hosts: where the rank before each reaches it; empty if
+    whoever knows the launch can make it, but for SECRET_VARIABLE. hosts: where the rank before each reaches it; empty if
     the launcher does not say."""
 
     backend: str
@@ -42,15 +44,15 @@ def find_launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
 def _mlx(environment: Mapping[str, str]) -> Launch | None:
     """The hostfile lists each rank's addresses; JACCL's device file has a row for each rank, a machine of its own.
     Rank 0 listens behind the last port that the launcher has given away."""
-    rank, secret = int(environment["MLX_RANK"]), environment.get(SECRET, "")
+    rank, secret = int(environment["MLX_RANK"]), environment.get(SECRET_VARIABLE, "")
     if "MLX_JACCL_COORDINATOR" in environment:
-        host, port = _address(environment["MLX_JACCL_COORDINATOR"])
-        devices = _json(environment, "MLX_IBV_DEVICES")
+        host, port = _parse_address(environment["MLX_JACCL_COORDINATOR"])
+        devices = _read_list(environment, "MLX_IBV_DEVICES")
         return Launch("mlx", rank, len(devices), host, port + 1, 1, _token(devices, host, port, secret))
-    hosts = _json(environment, "MLX_HOSTFILE") if environment.get("MLX_HOSTFILE") else []
+    hosts = _read_list(environment, "MLX_HOSTFILE") if environment.get("MLX_HOSTFILE") else []
     if len(hosts) < 2:
         return None
-    addresses = [[_address(address) for address in host] for host in hosts]
+    addresses = [[_parse_address(address) for address in host] for host in hosts]
     first = tuple(host[0][0] for host in addresses)
     port, token = max(port for host in addresses for _, port in host) + 1, _token(hosts, secret)
     return Launch("mlx", rank, len(hosts), first[0], port, first.count(first[rank]), token, first)
@@ -61,7 +63,7 @@ def _torchrun(environment: Mapping[str, str]) -> Launch | None:
     if not all(name in environment for name in names):
         return None
     rank, ranks, host, port, ranks_on_host = (environment[name] for name in names)
-    token = _token(host, port, environment.get("TORCHELASTIC_RUN_ID"), environment.get(SECRET, ""))
+    token = _token(host, port, environment.get("TORCHELASTIC_RUN_ID"), environment.get(SECRET_VARIABLE, ""))
     return Launch("cuda", int(rank), int(ranks), host, int(port) + 1, int(ranks_on_host), token)
 
 
@@ -69,7 +71,7 @@ def _token(*known: Any) -> str:
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
-def _json(environment: Mapping[str, str], name: str) -> list[Any]:
+def _read_list(environment: Mapping[str, str], name: str) -> list[Any]:
     try:
         found = json.loads(Path(environment[name]).read_text() or "[]")
     except (KeyError, OSError, ValueError) as error:
@@ -79,7 +81,7 @@ def _json(environment: Mapping[str, str], name: str) -> list[Any]:
     return found
 
 
-def _address(text: str) -> tuple[str, int]:
+def _parse_address(text: str) -> tuple[str, int]:
     host, _, port = str(text).rpartition(":")
     if not host or not port.isdigit():
         raise GptOssError(f"{text!r} is no address with a port; start ranks by mlx.launch")

@@ -16,20 +16,20 @@ from ..backends.base import Row
 from ..sampling import Sampling
 from .launch import Launch
 
-BEAT_S = 1.0
-SILENCE_S = 8.0  # without a sign of life a rank counts as lost
-HELLO_S = 2.0  # how long one that has connected may take to say who it is
-LOADING_SILENCE_S = 60.0  # while it loads: copying a large weight from a slow disk holds up all of Python
+HEARTBEAT_S = 1.0
+HEARTBEAT_TIMEOUT_S = 8.0  # without a sign of life a rank counts as lost
+HELLO_TIMEOUT_S = 2.0  # how long one that has connected may take to say who it is
+LOADING_HEARTBEAT_TIMEOUT_S = 60.0  # while it loads: copying a large weight from a slow disk holds up all of Python
 
 
-class Lost(Exception):
+class ConnectionLost(Exception):
     """The other side is gone; the message says how, as the end of a sentence."""
 
 
 class Channel:
     """One connection. Any thread may send; one receives.
 
-    silence_s: how long the other side may give no sign of life. LOADING_SILENCE_S until somebody sets it.
+    heartbeat_timeout_s: how long the other side may give no sign of life. LOADING_HEARTBEAT_TIMEOUT_S until somebody sets it.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -38,57 +38,57 @@ class Channel:
         self._lines = connection.makefile("rb")
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self.silence_s = LOADING_SILENCE_S
+        self.heartbeat_timeout_s = LOADING_HEARTBEAT_TIMEOUT_S
 
     @property
-    def there(self) -> str:
+    def remote_address(self) -> str:
         """The other side's address."""
         return str(self._socket.getpeername()[0])
 
     @property
-    def here(self) -> str:
+    def local_address(self) -> str:
         """This side's address."""
         return str(self._socket.getsockname()[0])
 
     def send(self, message: Any) -> None:
-        """Raises Lost."""
+        """Raises ConnectionLost."""
         self._write(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> Any:
-        """The next message. Raises Lost at the end of the connection, after silence, and for what is no JSON."""
+        """The next message. Raises ConnectionLost at the end of the connection, after silence, and for what is no JSON."""
         while True:
             try:
-                silence_s = self.silence_s
-                self._socket.settimeout(silence_s)
+                timeout_s = self.heartbeat_timeout_s
+                self._socket.settimeout(timeout_s)
                 line = self._lines.readline()
             except TimeoutError as error:
-                raise Lost(f"has given no sign of life for {silence_s:.0f} seconds") from error
+                raise ConnectionLost(f"has given no sign of life for {timeout_s:.0f} seconds") from error
             except ConnectionError as error:
-                raise Lost("has ended") from error
+                raise ConnectionLost("has ended") from error
             except (OSError, ValueError) as error:
-                raise Lost(f"has lost its connection ({error})") from error
+                raise ConnectionLost(f"has lost its connection ({error})") from error
             if not line.endswith(b"\n"):
-                raise Lost("has ended" if not line else "has broken off")
+                raise ConnectionLost("has ended" if not line else "has broken off")
             if line != b"\n":
                 try:
                     return json.loads(line)
                 except ValueError as error:
-                    raise Lost("does not speak as a rank does") from error
+                    raise ConnectionLost("does not speak as a rank does") from error
 
-    def live(self) -> None:
-        """Send one sign of life. Raises Lost."""
+    def send_heartbeat(self) -> None:
+        """Send one sign of life. Raises ConnectionLost."""
         self._write(b"\n")
 
-    def beat(self, lost: Callable[[Lost], None]) -> None:
-        """Send signs of life from now on, on a thread of their own. `lost` is called there if they do not go out."""
+    def start_heartbeats(self, on_lost: Callable[[ConnectionLost], None]) -> None:
+        """Send signs of life from now on, on a thread of their own. `on_lost` is called there if they do not go out."""
 
         def run() -> None:
-            while not self._closed.wait(BEAT_S):
+            while not self._closed.wait(HEARTBEAT_S):
                 try:
-                    self.live()
-                except Lost as error:
+                    self.send_heartbeat()
+                except ConnectionLost as error:
                     if not self._closed.is_set():
-                        lost(error)
+                        on_lost(error)
                     return
 
         threading.Thread(target=run, name="mlx-gptoss sign of life", daemon=True).start()
@@ -107,27 +107,27 @@ class Channel:
             try:
                 self._socket.sendall(data)
             except ConnectionError as error:
-                raise Lost("has ended") from error
+                raise ConnectionLost("has ended") from error
             except OSError as error:
-                raise Lost(f"takes no messages ({error})") from error
+                raise ConnectionLost(f"takes no messages ({error})") from error
 
 
-def admit(listener: socket.socket, launch: Launch, until: float) -> tuple[dict[str, Any], Channel]:
+def accept_rank(listener: socket.socket, launch: Launch, until: float) -> tuple[dict[str, Any], Channel]:
     """The next rank that connects, and what it says of itself; whoever else does is hung up on. Raises TimeoutError
     when time.monotonic() comes to `until`."""
     while True:
         listener.settimeout(max(0.01, until - time.monotonic()))
         connection, _ = listener.accept()
-        hello = _hello(connection, launch)
+        hello = _read_hello(connection, launch)
         if hello is not None:
             return hello, Channel(connection)
         connection.close()
 
 
-def _hello(connection: socket.socket, launch: Launch) -> dict[str, Any] | None:
+def _read_hello(connection: socket.socket, launch: Launch) -> dict[str, Any] | None:
     """What a rank says of itself first; None of whoever is none, or has not the token."""
     try:
-        hello = json.loads(_first_line(connection))
+        hello = json.loads(_read_hello_line(connection))
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(hello, dict) or not isinstance(hello.get("token"), str):
@@ -136,9 +136,9 @@ def _hello(connection: socket.socket, launch: Launch) -> dict[str, Any] | None:
     return hello if known and hello.get("rank") in range(1, launch.ranks) else None
 
 
-def _first_line(connection: socket.socket) -> bytes:
-    """At most 1000 bytes, within HELLO_S all in all: a stranger must not hold up the others."""
-    line, until = b"", time.monotonic() + HELLO_S
+def _read_hello_line(connection: socket.socket) -> bytes:
+    """At most 1000 bytes, within HELLO_TIMEOUT_S all in all: a stranger must not hold up the others."""
+    line, until = b"", time.monotonic() + HELLO_TIMEOUT_S
     while not line.endswith(b"\n") and len(line) < 1000:
         connection.settimeout(max(0.01, until - time.monotonic()))
         piece = connection.recv(1)

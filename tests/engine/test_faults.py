@@ -27,7 +27,7 @@ from mock_runner import (
 
 from mlx_gptoss.backends.base import Limits, Row
 from mlx_gptoss.engine import Engine, Finished, Request
-from mlx_gptoss.engine.loop import Loop, Ticket
+from mlx_gptoss.engine.loop import Loop, RequestHandle
 from mlx_gptoss.errors import GptOssError
 
 
@@ -177,12 +177,12 @@ def test_a_request_that_slips_in_while_the_thread_ends_is_failed() -> None:
         raise GptOssError("no such checkpoint")
 
     loop = Loop()
-    ticket = Ticket(request())
+    handle = RequestHandle(request())
     result: Future[object] = Future()
-    loop.post_unless_closed(partial(loop.admit, ticket))
+    loop.post_unless_closed(partial(loop.admit, handle))
     loop.post_unless_closed(partial(loop.call, lambda r: 1, result))
     loop.run(make, Future())
-    assert "closed" in str(ticket.box.get_nowait())
+    assert "closed" in str(handle.queue.get_nowait())
     with pytest.raises(GptOssError, match="closed"):
         result.result(timeout=0)
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from mlx_gptoss.engine.lookup import Lookup
+from mlx_gptoss.engine.lookup import PromptLookup
 
 
 def by_search(tokens: list[int], most: int) -> tuple[int, ...]:
@@ -23,7 +23,7 @@ def by_search(tokens: list[int], most: int) -> tuple[int, ...]:
 @pytest.mark.parametrize("alphabet", [1, 2, 4, 30])
 def test_the_latest_occurrence_of_the_longest_match(alphabet):
     tokens = random.Random(alphabet).choices(range(alphabet), k=120)
-    lookup = Lookup(tokens[:5])
+    lookup = PromptLookup(tokens[:5])
     for place, token in enumerate(tokens[5:], 5):
         assert lookup.propose(3) == by_search(tokens[:place], 3)
         assert lookup.propose(0) == ()
@@ -31,5 +31,5 @@ def test_the_latest_occurrence_of_the_longest_match(alphabet):
 
 
 def test_new_text_gets_no_drafts():
-    assert Lookup(range(50)).propose(3) == ()
-    assert Lookup([7]).propose(3) == ()
+    assert PromptLookup(range(50)).propose(3) == ()
+    assert PromptLookup([7]).propose(3) == ()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_gptoss.engine.prefix import APART, EVERY, PrefixCache, cuts
+from mlx_gptoss.engine.prefix import MAX_SPAN, MIN_SPAN, PrefixCache, chunk_ends
 from mlx_gptoss.engine.prefix_files import PrefixFiles
 from mlx_gptoss.errors import GptOssError
 
@@ -67,20 +67,20 @@ def known(cache, *names) -> int:
 
 @given(st.lists(st.integers(0, END), max_size=900), st.lists(st.integers(0, END), max_size=300))
 def test_prompts_that_begin_alike_are_cut_alike(common, rest):
-    """And nowhere are cuts further apart than EVERY, or closer than APART but at the end."""
-    both = [cuts(prompt, ENDS, EVERY) for prompt in (common, [*common, *rest])]
+    """And nowhere are cuts further apart than MAX_SPAN, or closer than MIN_SPAN but at the end."""
+    both = [chunk_ends(prompt, ENDS, MAX_SPAN) for prompt in (common, [*common, *rest])]
     assert [c for c in both[0] if c < len(common)] == [c for c in both[1] if c < len(common)]
     for prompt, found in zip((common, [*common, *rest]), both, strict=True):
         assert found[-1:] == ((len(prompt),) if prompt else ())
         sizes = [b - a for a, b in zip((0, *found), found, strict=False)]
-        assert all(APART <= size <= EVERY for size in sizes[:-1])
+        assert all(MIN_SPAN <= size <= MAX_SPAN for size in sizes[:-1])
         assert sum(sizes) == len(prompt)
 
 
 def test_cuts_follow_messages():
     prompt = [1] * 99 + [END] + [1] * 30 + [END] + [1] * 600 + [END] + [1] * 3
-    assert cuts(prompt, ENDS, EVERY) == (100, 356, 612, 732, 735)
-    assert cuts(prompt, frozenset(), 512) == (512, 735)
+    assert chunk_ends(prompt, ENDS, MAX_SPAN) == (100, 356, 612, 732, 735)
+    assert chunk_ends(prompt, frozenset(), 512) == (512, 735)
 
 
 def test_branches_share_their_beginning():
@@ -123,7 +123,7 @@ def test_nothing_grows_on_a_branch_that_was_dropped():
 def test_bytes_are_counted(seed, tmp_path):
     """Through random additions, uses and drops, with and without files."""
     rng = random.Random(seed)
-    files = PrefixFiles(tmp_path, "model", most_bytes=8000) if seed % 2 else None
+    files = PrefixFiles(tmp_path, "model", max_bytes=8000) if seed % 2 else None
     cache = PrefixCache(200, Runner(), files)
     for _ in range(300):
         branch = [rng.randrange(3) for _ in range(rng.randint(1, 6))]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mlx_gptoss.backends.base import Limits, Row, Sampled
 from mlx_gptoss.engine.request import Request
-from mlx_gptoss.engine.scheduler import Output, Scheduler, Step, room
+from mlx_gptoss.engine.scheduler import Output, Scheduler, Step, max_new_tokens
 from mlx_gptoss.errors import GptOssError, InvalidRequest
 from mlx_gptoss.sampling import Sampling
 
@@ -28,7 +28,7 @@ def plan(scheduler: Scheduler) -> Step:
 
 
 def answer(scheduler: Scheduler, step: Step, token: int = 1) -> list[Output]:
-    return scheduler.read(step, [Sampled(token, 0.0) if row.sampling else None for row in step.rows])
+    return scheduler.process_results(step, [Sampled(token, 0.0) if row.sampling else None for row in step.rows])
 
 
 def shape(step: Step) -> list[tuple[int, int, int | None]]:
@@ -50,7 +50,7 @@ def test_a_prompt_is_cut_into_chunks_and_then_feeds_back() -> None:
         Row(0, 11, None, GREEDY),
     ]
     assert scheduler.plan() is None and scheduler.idle  # three tokens are asked for: no row beyond
-    ended = [output.ended for step in steps for output in answer(scheduler, step)]
+    ended = [output.end_reason for step in steps for output in answer(scheduler, step)]
     assert ended == [None, None, "length"]
     assert released == [0]
 
@@ -76,10 +76,10 @@ def test_a_long_prompt_does_not_hold_up_a_short_one_nor_the_streams() -> None:
 
 def test_slots_go_to_the_longest_waiting() -> None:
     scheduler = Scheduler(Limits(1, 100, 8), lambda slot: None)
-    tracks = [scheduler.add(prompt(2, max_tokens=1)) for _ in range(3)]
-    for track in tracks:
+    sequences = [scheduler.add(prompt(2, max_tokens=1)) for _ in range(3)]
+    for sequence in sequences:
         step = plan(scheduler)
-        assert step.tracks == (track,)
+        assert step.sequences == (sequence,)
         assert scheduler.plan() is None
         answer(scheduler, step)
 
@@ -90,21 +90,21 @@ def test_a_slot_is_released_only_when_no_step_in_flight_touches_it() -> None:
     scheduler.add(prompt(2, max_tokens=10, stop=(7,)))
     first, second = plan(scheduler), plan(scheduler)
     waiting = scheduler.add(prompt(2))
-    assert [output.ended for output in answer(scheduler, first, token=7)] == ["stop"]
+    assert [output.end_reason for output in answer(scheduler, first, token=7)] == ["stop"]
     assert released == [] and scheduler.plan() is None
     assert answer(scheduler, second) == []  # the token behind the stop id is dropped
     assert released == [0]
-    assert plan(scheduler).tracks == (waiting,)
+    assert plan(scheduler).sequences == (waiting,)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
-def test_ending_a_track_at_any_point_frees_its_slot_once(steps: int) -> None:
+def test_ending_a_sequence_at_any_point_frees_its_slot_once(steps: int) -> None:
     released: list[int] = []
     scheduler = Scheduler(Limits(1, 100, 4), released.append)
-    track = scheduler.add(prompt(6, max_tokens=10))
+    sequence = scheduler.add(prompt(6, max_tokens=10))
     planned = [plan(scheduler) for _ in range(steps)]
-    scheduler.end(track)
-    scheduler.end(track)
+    scheduler.end(sequence)
+    scheduler.end(sequence)
     assert scheduler.plan() is None and scheduler.idle
     for step in planned:
         assert released == []
@@ -112,19 +112,19 @@ def test_ending_a_track_at_any_point_frees_its_slot_once(steps: int) -> None:
     assert released == ([0] if steps else [])
 
 
-def test_a_lost_step_ends_its_tracks_and_spares_the_rest() -> None:
+def test_a_failed_step_ends_its_sequences_and_spares_the_rest() -> None:
     released: list[int] = []
     scheduler = Scheduler(Limits(2, 100, 4), released.append)
     lost = scheduler.add(prompt(2, max_tokens=10))
     first = plan(scheduler)
     spared = scheduler.add(prompt(4))
     second = plan(scheduler)
-    assert second.tracks == (lost, spared)
-    scheduler.lose(first)
+    assert second.sequences == (lost, spared)
+    scheduler.fail(first)
     assert lost.ended and released == []
-    assert [output.track for output in answer(scheduler, second)] == [spared]
+    assert [output.sequence for output in answer(scheduler, second)] == [spared]
     assert released == [0]
-    assert plan(scheduler).tracks == (spared,)
+    assert plan(scheduler).sequences == (spared,)
 
 
 def test_results_that_do_not_match_the_step_are_an_error() -> None:
@@ -132,20 +132,20 @@ def test_results_that_do_not_match_the_step_are_an_error() -> None:
     scheduler.add(prompt(2))
     step = plan(scheduler)
     with pytest.raises(ValueError):
-        scheduler.read(step, [])
+        scheduler.process_results(step, [])
     scheduler = Scheduler(Limits(1, 100, 4), lambda slot: None)
     scheduler.add(prompt(2))
     with pytest.raises(RuntimeError, match="sampled no token"):
-        scheduler.read(plan(scheduler), [None])
+        scheduler.process_results(plan(scheduler), [None])
 
 
-def test_room() -> None:
+def test_max_new_tokens() -> None:
     limits = Limits(1, 10, 4)
-    assert room(prompt(4, max_tokens=3), limits) == 3
-    assert room(prompt(4, max_tokens=30), limits) == 6
-    assert room(prompt(9, max_tokens=30), limits) == 1
+    assert max_new_tokens(prompt(4, max_tokens=3), limits) == 3
+    assert max_new_tokens(prompt(4, max_tokens=30), limits) == 6
+    assert max_new_tokens(prompt(9, max_tokens=30), limits) == 1
     with pytest.raises(InvalidRequest, match="10 tokens and the context holds 10"):
-        room(prompt(10), limits)
+        max_new_tokens(prompt(10), limits)
 
 
 @settings(max_examples=150, deadline=None)
@@ -155,18 +155,18 @@ def test_any_interleaving_serves_everything_and_leaks_no_slot(data: st.DataObjec
     released: list[int] = []
     scheduler = Scheduler(Limits(slots, 40, chunk), released.append)
     flying: list[Step] = []
-    tracks = []
+    sequences = []
     stalls = 0
     for _ in range(data.draw(st.integers(0, 60))):
         action = data.draw(st.sampled_from(("add", "plan", "read", "end")))
         if action == "add":
-            tracks.append(scheduler.add(prompt(data.draw(st.integers(1, 30)), data.draw(st.integers(1, 12)))))
+            sequences.append(scheduler.add(prompt(data.draw(st.integers(1, 30)), data.draw(st.integers(1, 12)))))
         elif action == "plan" and len(flying) < 2:
             flying += [step for step in [scheduler.plan()] if step]
         elif action == "read" and flying:
             answer(scheduler, flying.pop(0))
-        elif action == "end" and tracks:
-            scheduler.end(data.draw(st.sampled_from(tracks)))
+        elif action == "end" and sequences:
+            scheduler.end(data.draw(st.sampled_from(sequences)))
     while flying or not scheduler.idle:
         step = scheduler.plan()
         flying += [step] if step else []
@@ -174,10 +174,10 @@ def test_any_interleaving_serves_everything_and_leaks_no_slot(data: st.DataObjec
             answer(scheduler, flying.pop(0))
         stalls += 1
         assert stalls < 2000
-    assert all(track.ended and track.slot == -1 and track.in_flight == 0 for track in tracks)
-    started = [track for track in tracks if track.length]
+    assert all(sequence.ended and sequence.slot == -1 and sequence.in_flight == 0 for sequence in sequences)
+    started = [sequence for sequence in sequences if sequence.length]
     assert len(released) >= len(started)
-    assert all(track.delivered <= track.room for track in tracks)
+    assert all(sequence.delivered <= sequence.max_new_tokens for sequence in sequences)
 
 
 def tokens(outputs: Sequence[Output]) -> list[int]:
@@ -187,22 +187,24 @@ def tokens(outputs: Sequence[Output]) -> list[int]:
 def test_drafts_wait_for_the_last_result_and_their_results_move_the_sequence_on() -> None:
     released: list[int] = []
     scheduler = Scheduler(Limits(1, 100, 8, drafts=3), released.append)
-    track = scheduler.add(Request((1, 2, 3, 4, 1, 2), 7, GREEDY, frozenset({9})))
+    sequence = scheduler.add(Request((1, 2, 3, 4, 1, 2), 7, GREEDY, frozenset({9})))
     first = plan(scheduler)
     assert scheduler.plan() is None and not scheduler.idle  # the next token decides what is guessed
     assert tokens(answer(scheduler, first, token=3)) == [3]
     step = plan(scheduler)
     assert step.rows == (Row(0, 6, (3,), GREEDY, drafts=(4, 1, 2)),)
     assert scheduler.plan() is None
-    got = scheduler.read(step, [Sampled(4, 0.0, accepted=(Sampled(1, 0.0), Sampled(7, 0.0)))])  # two were right
+    got = scheduler.process_results(
+        step, [Sampled(4, 0.0, accepted=(Sampled(1, 0.0), Sampled(7, 0.0)))]
+    )  # two were right
     assert tokens(got) == [4, 1, 7]
     step = plan(scheduler)
     assert step.rows == (Row(0, 9, (7,), GREEDY),)  # nothing followed 1 7 before
     assert tokens(answer(scheduler, step, token=4)) == [4]
     step = plan(scheduler)
     assert step.rows[0].start == 10 and len(step.rows[0].drafts) <= 1  # room for two more tokens
-    assert (track.drafted, track.accepted) == (3, 2)
-    assert answer(scheduler, step, token=9)[-1].ended == "stop"
+    assert (sequence.drafted, sequence.accepted) == (3, 2)
+    assert answer(scheduler, step, token=9)[-1].end_reason == "stop"
     assert released == [0] and scheduler.idle
 
 
@@ -212,8 +214,10 @@ def test_a_stop_among_accepted_drafts_ends_the_sequence_there() -> None:
     answer(scheduler, plan(scheduler), token=2)
     step = plan(scheduler)
     assert step.rows[0].drafts == (9, 4, 1)
-    got = scheduler.read(step, [Sampled(9, 0.0, accepted=(Sampled(4, 0.0), Sampled(1, 0.0), Sampled(2, 0.0)))])
-    assert [(output.sampled.token, output.ended) for output in got] == [(9, "stop")]
+    got = scheduler.process_results(
+        step, [Sampled(9, 0.0, accepted=(Sampled(4, 0.0), Sampled(1, 0.0), Sampled(2, 0.0)))]
+    )
+    assert [(output.sampled.token, output.end_reason) for output in got] == [(9, "stop")]
     assert scheduler.idle
 
 
@@ -223,8 +227,8 @@ def test_no_more_drafts_than_there_is_room_for() -> None:
     answer(scheduler, plan(scheduler), token=5)
     step = plan(scheduler)
     assert len(step.rows[0].drafts) == 1
-    got = scheduler.read(step, [Sampled(6, 0.0, accepted=(Sampled(5, 0.0),))])
-    assert got[-1].ended == "length"
+    got = scheduler.process_results(step, [Sampled(6, 0.0, accepted=(Sampled(5, 0.0),))])
+    assert got[-1].end_reason == "length"
 
 
 class Alternating:
@@ -260,14 +264,14 @@ def test_a_guided_row_waits_for_the_last_result_and_carries_its_mask() -> None:
     answer(scheduler, second, token=2)
     third = plan(scheduler)
     assert third.rows[0] == Row(0, 7, (2,), GREEDY, mask=b"\x02")
-    assert [output.ended for output in answer(scheduler, third, token=1)] == [None, None]
-    assert [output.ended for output in answer(scheduler, plan(scheduler), token=2)] == ["length", None]
+    assert [output.end_reason for output in answer(scheduler, third, token=1)] == [None, None]
+    assert [output.end_reason for output in answer(scheduler, plan(scheduler), token=2)] == ["length", None]
 
 
-def test_a_guide_that_fails_ends_its_own_track() -> None:
+def test_a_guide_that_fails_ends_its_own_sequence() -> None:
     released: list[int] = []
     scheduler = Scheduler(Limits(1, 100, 8), released.append)
     scheduler.add(Request((5,), 9, GREEDY, guide=Alternating()))
     (output,) = answer(scheduler, plan(scheduler), token=2)
-    assert isinstance(output.ended, GptOssError) and "2 is not 1" in str(output.ended)
+    assert isinstance(output.end_reason, GptOssError) and "2 is not 1" in str(output.end_reason)
     assert released == [0] and scheduler.idle

@@ -15,10 +15,10 @@ from mlx_gptoss.backends.base import Row
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.loading.distributed import _compare
 from mlx_gptoss.ranks import Follower, Leader, find_launch, leader, neighbours, wire
-from mlx_gptoss.ranks.launch import SECRET, Launch
+from mlx_gptoss.ranks.launch import SECRET_VARIABLE, Launch
 from mlx_gptoss.ranks.neighbours import Neighbours
 from mlx_gptoss.ranks.runner import GroupRunner
-from mlx_gptoss.ranks.wire import Channel, Lost, bytes_from_json, row_from_json, row_to_json
+from mlx_gptoss.ranks.wire import Channel, ConnectionLost, bytes_from_json, row_from_json, row_to_json
 from mlx_gptoss.sampling import Sampling
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"}
@@ -38,7 +38,7 @@ def test_mlx_launch(tmp_path):
     ]
     assert [f.ranks_on_host for f in found] == [1, 2, 2]
     assert len({f.token for f in found}) == 1
-    assert find_launch({"MLX_RANK": "0", SECRET: "x", **files}).token != found[0].token
+    assert find_launch({"MLX_RANK": "0", SECRET_VARIABLE: "x", **files}).token != found[0].token
 
 
 def test_jaccl(tmp_path):
@@ -121,7 +121,7 @@ def hung_up(port, data):
 
 
 def test_a_rank_that_does_not_come(launches, monkeypatch):
-    monkeypatch.setattr(leader, "JOIN_S", 0.05)
+    monkeypatch.setattr(leader, "JOIN_TIMEOUT_S", 0.05)
     with pytest.raises(GptOssError, match="rank 1 did not come within"):
         Leader(launches[0])
     with pytest.raises(GptOssError, match="rank 1 did not come within"):  # not: cannot listen, for the port is free
@@ -133,13 +133,13 @@ def test_an_error_of_a_rank_is_rank_0s(launches):
         raise GptOssError(f"{order} cannot be done here")
 
     def other():
-        Follower(launches[1]).follow(answer)
+        Follower(launches[1]).run(answer)
 
     thread = threading.Thread(target=other)
     thread.start()
     first = Leader(launches[0])
     with pytest.raises(GptOssError, match="rank 1: the order cannot be done here"):
-        first.ask("the order")
+        first.exchange_options("the order")
     first.close()
     thread.join(10)
     assert not thread.is_alive()
@@ -147,13 +147,13 @@ def test_an_error_of_a_rank_is_rank_0s(launches):
 
 def test_signs_of_life(monkeypatch):
     """A channel that is silent for too long is lost; one that beats brings its message later."""
-    monkeypatch.setattr(wire, "BEAT_S", 0.05)
+    monkeypatch.setattr(wire, "HEARTBEAT_S", 0.05)
     one, other = pair()
-    other.beat(lambda lost: None)
+    other.start_heartbeats(lambda lost: None)
     threading.Timer(0.6, lambda: other.send("message")).start()
-    one.silence_s, other.silence_s = 0.3, 0.05
+    one.heartbeat_timeout_s, other.heartbeat_timeout_s = 0.3, 0.05
     assert one.receive() == "message"
-    with pytest.raises(Lost, match="no sign of life"):
+    with pytest.raises(ConnectionLost, match="no sign of life"):
         other.receive()
     one.close()
     other.close()
@@ -162,8 +162,8 @@ def test_signs_of_life(monkeypatch):
 def test_neighbours_that_lose_each_other(launches, monkeypatch):
     """The ranks between which there is no rank 0: as long as each hears from the other they are content."""
     launches = [replace(launches[0], rank=rank, ranks=4) for rank in range(4)]
-    monkeypatch.setattr(wire, "BEAT_S", 0.05)
-    monkeypatch.setattr(neighbours, "SILENCE_S", 0.4)
+    monkeypatch.setattr(wire, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(neighbours, "HEARTBEAT_TIMEOUT_S", 0.4)
     ranks, lost = {rank: Neighbours(launches[rank], "127.0.0.1") for rank in (1, 2, 3)}, SimpleQueue()
     assert ranks[1].port == 0
     behind = {rank: ("127.0.0.1", ranks[rank + 1].port) for rank in (1, 2)}
@@ -171,7 +171,7 @@ def test_neighbours_that_lose_each_other(launches, monkeypatch):
     stranger.sendall(b"{}\n")
 
     def meet(rank):
-        ranks[rank].meet(behind.get(rank), lambda other, gone: lost.put((rank, other, str(gone))))
+        ranks[rank].connect(behind.get(rank), lambda other, gone: lost.put((rank, other, str(gone))))
 
     threads = [threading.Thread(target=meet, args=[rank]) for rank in ranks]
     for thread in threads:
@@ -181,7 +181,7 @@ def test_neighbours_that_lose_each_other(launches, monkeypatch):
     assert stranger.recv(1) == b""
     stranger.close()
     for rank in ranks.values():
-        rank.loaded()
+        rank.all_loaded()
     time.sleep(1)
     assert lost.empty()
     monkeypatch.setattr(Channel, "_write", lambda self, data: None)  # nothing comes through any more
@@ -233,25 +233,25 @@ class Own:
         return self.save(0, start, end)
 
 
-class Others:
+class OtherRanks:
     """Two other ranks, which pack what lies under the number of a snapshot."""
 
     def __init__(self):
         self.told, self.each = [], []
 
-    def tell(self, *messages):
+    def broadcast(self, *messages):
         self.told += messages
 
-    def tell_each(self, messages):
+    def scatter(self, messages):
         self.each += messages
 
-    def packed(self):
+    def gather_packed(self):
         return [f"rank {rank}'s {self.told[-1][1]}".encode() for rank in (1, 2)]
 
 
 def test_every_rank_is_told_the_seed_and_what_is_dropped():
-    own, others = Own(), Others()
-    runner, told = GroupRunner(own, others, largest=1.5), others.told
+    own, others = Own(), OtherRanks()
+    runner, told = GroupRunner(own, others, kv_ratio=1.5), others.told
     runner.submit([Row(0, 0, (1,), Sampling(), (1,)), Row(1, 0, (2,), Sampling(seed=5), (2,)), Row(2, 3, None)])
     first, second, third = own.rows[0]
     assert first.sampling.seed is not None and (second.sampling.seed, third.sampling) == (5, None)
@@ -261,12 +261,12 @@ def test_every_rank_is_told_the_seed_and_what_is_dropped():
     told.clear()
     del dropped
     runner.restore(1, [kept])
-    assert told == [["drop", [1]], ["restore", 1, [0]]] and own.restored == [kept.own]
+    assert told == [["drop", [1]], ["restore", 1, [0]]] and own.restored == [kept.local]
 
 
 def test_a_snapshot_in_a_file_has_every_ranks_part():
-    others = Others()
-    runner = GroupRunner(Own(), others, largest=1)
+    others = OtherRanks()
+    runner = GroupRunner(Own(), others, kv_ratio=1)
     runner.save(0, 0, 10)
     data = runner.pack(runner.save(0, 10, 20))
     assert others.told[-1] == ["pack", 1]
