@@ -1,7 +1,7 @@
-"""The engine's own thread: it makes the runner and is the only one that ever touches it.
+"""The engine thread: it creates the runner and is the only thread that uses it.
 
-Callers post functions to an inbox, which the thread runs between two steps. While step k is computed, step k+1 is
-already planned and submitted; then the thread waits for step k and hands out its tokens.
+Callers post functions to an inbox, and the thread runs them between two steps. Steps are double-buffered: while the
+device computes step k, the thread plans and submits step k+1, and then waits for step k and delivers its tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ CLOSED = "the engine is closed; load the model again"
 
 @dataclass(eq=False)
 class RequestHandle:
-    """What the caller's side and the engine thread share of one request. The times are perf_counter seconds."""
+    """One request's state shared by its caller and the engine thread. Times are perf_counter() seconds.
+
+    queue: tokens for the caller, then one Finished or exception. on_arrival: called on the engine thread after every
+    item. on_end: called on the engine thread after the last item.
+    """
 
     request: Request
     queue: SimpleQueue[Token | Finished | BaseException] = field(default_factory=SimpleQueue)
@@ -36,10 +40,11 @@ class RequestHandle:
     first_token_at: float | None = None
     last_token_at: float | None = None
     sequence: Sequence | None = None
-    on_arrival: Callable[[], None] | None = None  # after every item, on the engine thread
-    on_end: Callable[[RequestHandle], None] | None = None  # after the last one
+    on_arrival: Callable[[], None] | None = None
+    on_end: Callable[[RequestHandle], None] | None = None
 
     def put(self, item: Token | Finished | BaseException) -> None:
+        """Deliver a token, or the end of the stream. Called on the engine thread."""
         self.queue.put(item)
         if not isinstance(item, Token) and self.on_end is not None:
             self.on_end(self)
@@ -47,6 +52,7 @@ class RequestHandle:
             self.on_arrival()
 
     def finish(self, reason: FinishReason) -> None:
+        """Deliver the Finished of this request."""
         now = perf_counter()
         started = self.started_at or now
         first = self.first_token_at or (now if self.started_at else started)
@@ -67,14 +73,18 @@ class RequestHandle:
 
 @dataclass(frozen=True)
 class InFlight:
-    """A step that the runner is computing."""
+    """A step that the device is computing."""
 
     step: Step
     pending: Pending
 
 
 class Loop:
-    """Runs on the engine thread, apart from post() and post_unless_closed(), which any thread may call."""
+    """Schedules, submits and reads steps. Everything runs on the engine thread, except post(), post_unless_closed(),
+    submit() and status, which any thread may call.
+
+    failure: the exception that stopped the thread, if one did.
+    """
 
     def __init__(self, prefix_bytes: int = 0, prefix_files: PrefixFiles | None = None) -> None:
         self._prefix_bytes, self._prefix_files = prefix_bytes, prefix_files
@@ -85,33 +95,35 @@ class Loop:
         self._runner: Runner
         self._scheduler: Scheduler
         self._prefix: PrefixCache | None = None
-        self._unfinished = 0  # requests that were taken and have not ended
-        self._mean_request_s = 1.0  # that a request takes from its start to its end, of late
+        self._unfinished = 0  # requests accepted and not ended
+        self._mean_request_s = 1.0  # moving average of the time from a request's first step to its end
         self._in_flight: InFlight | None = None
         self._handles: dict[Sequence, RequestHandle] = {}
         self.failure: BaseException | None = None
 
     def post(self, message: Callable[[], None]) -> None:
-        """Have `message` run on the engine thread; dropped if that has ended. Takes no lock, so finalizers may call
-        it wherever the garbage collector happens to run."""
+        """Run `message` on the engine thread between two steps; it is dropped if the thread has ended.
+
+        Takes no lock, so a finalizer may call it from wherever the garbage collector runs.
+        """
         self._inbox.put(message)
 
     def post_unless_closed(self, message: Callable[[], None]) -> None:
-        """post(), or GptOssError if the engine thread has ended or is about to."""
+        """Like post(), but raises GptOssError if the engine thread has ended or is ending."""
         with self._lock:
             if self._closed:
                 raise self._closed_error()
             self._inbox.put(message)
 
     def submit(self, handle: RequestHandle, max_open: int | None) -> None:
-        """Take a request. Raises Busy if `max_open` are open, and GptOssError as post_unless_closed()."""
+        """Accept a request. Raises Busy if max_open requests are unfinished, and GptOssError if the engine is closed."""
         with self._lock:
             if self._closed:
                 raise self._closed_error()
             if max_open is not None and self._unfinished >= max_open:
                 seconds = self._mean_request_s * (self._unfinished + 1) / self._runner.limits.slots
                 raise Busy(
-                    f"{self._unfinished} requests are being served or wait, as many as may; try again later",
+                    f"{self._unfinished} requests are running or waiting, which is the maximum; try again later",
                     retry_after_s=min(max(1, ceil(seconds)), 60),
                 )
             self._unfinished += 1
@@ -133,7 +145,10 @@ class Loop:
             return Status(self._runner.limits.slots, running, waiting, self._prefix.nbytes if self._prefix else 0)
 
     def run(self, make_runner: Callable[[], Runner], ready: Future[Runner]) -> None:
-        """The body of the thread: make the runner, pump steps until close(), close the runner."""
+        """Body of the engine thread: create the runner, run steps until close(), close the runner.
+
+        `ready` receives the runner, or the exception that make_runner raised.
+        """
         try:
             self._runner = make_runner()
         except BaseException as error:
@@ -152,9 +167,10 @@ class Loop:
             self._shut_down()
             self._close_runner()
 
-    # Messages: what callers post.
+    # Messages that callers post.
 
     def admit(self, handle: RequestHandle) -> None:
+        """Hand a submitted request to the scheduler."""
         if self._closed:
             handle.put(self._closed_error())
             return
@@ -166,11 +182,13 @@ class Loop:
         self._handles[handle.sequence] = handle
 
     def cancel(self, handle: RequestHandle) -> None:
+        """End a request with reason "cancelled", unless it has ended."""
         if handle.sequence in self._handles:
             self._scheduler.end(handle.sequence)
             self._finish(handle.sequence, "cancelled")
 
     def call(self, function: Callable[[Runner], object], result: Future[object]) -> None:
+        """Set `result` to what function(runner) returns or raises."""
         if self._closed:
             result.set_exception(self._closed_error())
             return
@@ -180,24 +198,29 @@ class Loop:
             result.set_exception(error)
 
     def close(self) -> None:
+        """Have the thread end before its next step."""
         self._closing = True
 
     # Steps.
 
     def _run_steps(self) -> None:
+        """Handle messages, submit step k+1, read step k, until close()."""
         while True:
             if self._in_flight is None and self._scheduler.idle:
-                self._inbox.get()()
+                self._inbox.get()()  # block until there is work
             while not self._inbox.empty():
                 self._inbox.get()()
             if self._closing:
                 return
-            ahead = self._submit_step()
+            next_step = self._submit_step()
             self._read_step()
-            self._in_flight = ahead
+            self._in_flight = next_step
 
     def _submit_step(self) -> InFlight | None:
-        """Plan the next step and start it. If the runner refuses, its requests fail and the engine goes on."""
+        """Plan and submit the next step; None if there is nothing to do.
+
+        If the runner raises an exception, the requests of the step fail with it and the engine goes on.
+        """
         step = self._scheduler.plan()
         if step is None:
             return None
@@ -217,7 +240,7 @@ class Loop:
             return None
 
     def _read_step(self) -> None:
-        """Wait for the step in flight, if any, and hand out its tokens."""
+        """Wait for the step in flight, if there is one, and deliver its tokens."""
         flight, self._in_flight = self._in_flight, None
         if flight is None:
             return
@@ -245,17 +268,17 @@ class Loop:
         self._handles.pop(sequence).finish(reason)
 
     def _fail_step(self, step: Step, error: Exception) -> None:
-        """The step failed: so do the requests that were in it. What they still have in flight is dropped later."""
+        """Fail the requests of a step. Results they still have in flight are dropped when they are read."""
         for sequence in step.sequences:
             handle = self._handles.pop(sequence, None)
             if handle is not None:
                 handle.put(error)
         self._scheduler.fail(step)
 
-    # The end.
+    # Shutdown.
 
     def _shut_down(self) -> None:
-        """Refuse new messages and fail whatever is open, so that nobody waits for a thread that is gone."""
+        """Refuse new messages and fail all open requests, so that no caller waits for a thread that has ended."""
         with self._lock:
             self._closed = True
         while not self._inbox.empty():

@@ -1,8 +1,8 @@
-"""Which rows go into the next step. Policy over ints: knows no device, no thread and no clock.
+"""Decides which rows go into the next step. Scheduling policy over ints: no device, no threads, no clock.
 
-A sequence waits (first come, first served) for a slot, prefills in chunks, decodes one token a step, and ends.
-Steps are planned ahead of the results of the step before, so a sequence may end while a later row of it is in
-flight; its slot is freed only when no step in flight touches it.
+A sequence waits for a slot (first come, first served), prefills its prompt in chunks, decodes one token a step, and
+ends. Steps are planned before the results of the previous step are known, so a sequence may end while a later row of
+it is in flight. Its slot is freed only when no step in flight uses it.
 """
 
 from __future__ import annotations
@@ -19,24 +19,28 @@ from .lookup import PromptLookup
 from .prefix import MAX_SPAN, Node, PrefixCache, chunk_ends
 from .request import Guide, Request
 
-MAX_READS = 8  # snapshots that one sequence has read from files in one step
+MAX_READS = 8  # snapshots that one sequence may read from files in one step
 
 
 @dataclass(eq=False)
 class Sequence:
-    """One request's way through the scheduler.
+    """The scheduling state of one request.
 
-    max_new_tokens: tokens it may sample. length: tokens fed to its slot by the rows planned so far. planned: tokens that
-    the rows planned so far choose. delivered: tokens that were read and belong to the request. in_flight: steps
-    planned and not yet read that carry a row of it. ended: no more rows, and whatever is still in flight is dropped.
-    lookup: where drafts come from, None for a request that gets none. drafted, accepted: drafts so far, and those
-    guessed right. mask: what the next row may sample, for a request with a guide.
-
-    chunk_ends: where its prefill is cut. node: as far as the prefix cache knows it; None if it is not kept there. chain: what
-    its slot is to be restored from before the next row. cached_tokens: tokens of the prompt that did not have to be computed.
-
-    With lookup or guide a row hangs on the result of the last one: it is planned when that was read, and fed its token
-    `last_token`; planned then counts what was read.
+    max_new_tokens: maximum number of tokens it may generate.
+    chunk_ends: positions where the prefill chunks of its prompt end.
+    node: the prefix cache's node for the prompt so far; None if the prompt is not cached any further.
+    chain: snapshots that its slot is restored from before its next row.
+    cached_tokens: prompt tokens taken from the prefix cache.
+    slot: its slot; -1 without one.
+    length: tokens in its slot after all planned rows.
+    planned: tokens that the planned rows sample.
+    delivered: sampled tokens that have been read and belong to the request.
+    in_flight: steps planned and not yet read that contain a row of it.
+    ended: no more rows are planned, and results still in flight are dropped.
+    lookup: proposes drafts; None for a request without drafts.
+    drafted, accepted: drafts so far, and how many of them were accepted.
+    last_token: the last token delivered.
+    mask: tokens its next row may sample, for a request with a guide.
     """
 
     request: Request
@@ -59,16 +63,27 @@ class Sequence:
 
     @property
     def next_chunk_end(self) -> int:
-        return self.chunk_ends[bisect_right(self.chunk_ends, self.length)]
+        return self.chunk_end_after(self.length)
+
+    def chunk_end_after(self, position: int) -> int:
+        return self.chunk_ends[bisect_right(self.chunk_ends, position)]
 
     @property
     def waits_for_result(self) -> bool:
+        """Whether each decoding row depends on the previous result, because of drafts or a guide.
+
+        Such a row is planned after the previous one has been read, and is given `last_token`; `planned` then equals
+        `delivered`.
+        """
         return self.lookup is not None or self.request.guide is not None
 
 
 @dataclass(frozen=True)
 class Step:
-    """Rows of one step; sequences[i] is the sequence of rows[i]. restores: slots that begin with snapshots, before it."""
+    """The rows of one step; sequences[i] is the sequence of rows[i].
+
+    restores: (slot, snapshots) pairs; each slot is restored from its snapshots before the step is submitted.
+    """
 
     rows: tuple[Row, ...]
     sequences: tuple[Sequence, ...]
@@ -77,7 +92,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Output:
-    """A token that belongs to a sequence, and the reason if the sequence ended with it: an error if its guide raised one."""
+    """One token of a sequence. end_reason: why the sequence ended with it, or the error its guide raised; None if it
+    goes on."""
 
     sequence: Sequence
     sampled: Sampled
@@ -85,9 +101,9 @@ class Output:
 
 
 def max_new_tokens(request: Request, limits: Limits) -> int:
-    """Tokens that `request` may generate: max_tokens, or what its prompt leaves of the context.
+    """Number of tokens `request` may generate: its max_tokens, or what its prompt leaves of the context.
 
-    Raises InvalidRequest if the prompt leaves no room at all.
+    Raises InvalidRequest if the prompt fills the context.
     """
     left = limits.max_context - len(request.prompt)
     if left < 1:
@@ -99,11 +115,13 @@ def max_new_tokens(request: Request, limits: Limits) -> int:
 
 
 class Scheduler:
-    """Plans steps and reads their results. The caller runs every planned step, in order, and hands each one to
-    exactly one of process_results() and fail().
+    """Plans steps and processes their results.
 
-    release: called with a slot whose sequence ended, once no step in flight touches it.
-    prefix: what is known of earlier prompts; None keeps nothing.
+    The caller submits every planned step, in order, and passes each one to exactly one of process_results() and
+    fail().
+
+    release: called with the slot of a sequence that has ended, once no step in flight uses the slot.
+    prefix: the prefix cache; None disables it.
     """
 
     def __init__(self, limits: Limits, release: Callable[[int], None], prefix: PrefixCache | None = None) -> None:
@@ -117,18 +135,19 @@ class Scheduler:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Sequences that have a slot, and those that wait for one."""
+        """Number of sequences that have a slot, and of those that wait for one."""
         return self._limits.slots - len(self._free), len(self._waiting)
 
     @property
     def idle(self) -> bool:
-        """Whether there is no row to plan until something is added or freed."""
+        """Whether no row can be planned until a request is added or a slot is freed."""
         return not (self._decoding or self._prefilling or (self._waiting and self._free))
 
     def add(self, request: Request) -> Sequence:
-        """Queue a request. Raises InvalidRequest if its prompt does not fit into the context, and what its guide does.
+        """Queue a request. Raises InvalidRequest if its prompt fills the context, and whatever its guide raises.
 
-        A penalty hangs on each token before it, and so does a mask: the tokens after a draft cannot be drawn along.
+        A request with penalties or a guide gets no drafts: penalties and masks depend on every earlier token, so the
+        tokens after a draft cannot be sampled in the same step.
         """
         drafting = self._limits.drafts > 0 and not request.sampling.penalized and request.guide is None
         limit = max_new_tokens(request, self._limits)
@@ -142,7 +161,7 @@ class Scheduler:
         return sequence
 
     def end(self, sequence: Sequence) -> None:
-        """Plan no more of this sequence and drop what is in flight. Ending twice does nothing."""
+        """Plan no more rows of this sequence and drop its results in flight. Ending it twice does nothing."""
         if sequence.ended:
             return
         sequence.ended = True
@@ -152,12 +171,13 @@ class Scheduler:
         self._free_slot(sequence)
 
     def plan(self) -> Step | None:
-        """The next step: every decoding sequence, and up to `chunk` prompt tokens. None if there is no row."""
+        """The next step: a row for every decoding sequence, and up to Limits.chunk prompt tokens. None if there is
+        nothing to compute."""
         while self._waiting and self._free:
             sequence = self._waiting.popleft()
             sequence.slot = self._free.popleft()
             self._prefilling.append(sequence)
-        # Decoding rows are listed before the prefill, which adds sequences that decode from the next step on.
+        # Decoding rows are planned before prefill rows: the latter add sequences that decode from the next step on.
         sequences = [sequence for sequence in self._decoding if not (sequence.waits_for_result and sequence.in_flight)]
         rows = [self._decode_row(sequence) for sequence in sequences]
         if sequences:
@@ -175,13 +195,14 @@ class Scheduler:
         return Step(tuple(rows), tuple(sequences), tuple(restores))
 
     def save_prefixes(self, step: Step) -> None:
-        """The step is under way, and no other yet: keep what its chunks leave behind."""
+        """Save the prefill chunks of a step in the prefix cache. Call it after submitting the step and before the
+        next one."""
         for sequence, row in zip(step.sequences, step.rows, strict=True):
             if self._prefix is not None and sequence.node is not None and row.tokens and row.sampling is None:
                 sequence.node = self._prefix.add(sequence.node, row.tokens, row.slot)
 
     def process_results(self, step: Step, results: Iterable[Sampled | None]) -> list[Output]:
-        """Take in the results of a step; tokens of ended sequences are dropped."""
+        """The tokens of a step that has been computed. Tokens of ended sequences are dropped."""
         outputs = []
         for sequence, row, result in zip(step.sequences, step.rows, results, strict=True):
             sequence.in_flight -= 1
@@ -192,7 +213,7 @@ class Scheduler:
         return outputs
 
     def fail(self, step: Step) -> None:
-        """The step failed: end its sequences."""
+        """End the sequences of a step that raised an exception, and drop what the prefix cache saved of it."""
         for sequence, row in zip(step.sequences, step.rows, strict=True):
             if self._prefix is not None and sequence.node is not None and row.sampling is None:
                 self._prefix.drop(sequence.node)
@@ -203,7 +224,7 @@ class Scheduler:
                 self.end(sequence)
 
     def _deliver_all(self, sequence: Sequence, row: Row, sampled: Sampled | None) -> list[Output]:
-        """What a row sampled, up to the token that ends the sequence."""
+        """The tokens a row sampled (the accepted drafts included), up to the one that ends the sequence."""
         if sampled is None:
             raise RuntimeError(f"the runner sampled no token for slot {sequence.slot}, whose row asked for one")
         sequence.drafted += len(row.drafts)
@@ -217,6 +238,7 @@ class Scheduler:
         return outputs
 
     def _deliver(self, sequence: Sequence, sampled: Sampled) -> Output:
+        """Count one token, and end the sequence if it is the last."""
         sequence.delivered += 1
         sequence.last_token = sampled.token
         if sequence.lookup is not None:
@@ -235,12 +257,12 @@ class Scheduler:
         return Output(sequence, sampled, end_reason)
 
     def _next_chunks(self) -> list[Sequence]:
-        """Sequences that prefill a chunk in this step: as many whole chunks as fit into `chunk` tokens.
+        """The sequences that prefill one chunk each in this step: as many whole chunks as fit into Limits.chunk.
 
-        A chunk is never cut short to fill a step, so where a prompt is cut depends on the prompt alone and not on
-        what runs beside it. Served sequences go to the back: a long prompt does not hold up the short ones behind
-        it. The one at the front always fits, so none starves. What another computes in the same step, to be kept,
-        is waited for.
+        A chunk is never shortened to fill a step, so a prompt's chunks depend on the prompt alone, not on what else
+        is running. A served sequence goes to the back of the queue, so a long prompt does not delay the short ones
+        behind it. The first chunk in the queue always fits, so no sequence starves. If another sequence computes and
+        caches the same chunk in this step, the sequence waits and takes it from the cache.
         """
         budget = self._limits.chunk
         served: list[Sequence] = []
@@ -265,21 +287,20 @@ class Scheduler:
         return served
 
     def _use_prefix_cache(self, sequence: Sequence) -> bool:
-        """Go on from as much of the prompt as is known. False if more is still to be read from files: a few a step, so
-        that the others need not wait."""
+        """Continue from the longest cached prefix of the prompt. False if more snapshots are still to be read from
+        files: MAX_READS a step, so that other sequences are not delayed."""
         node, prompt, reads = sequence.node, sequence.request.prompt, 0
         if node is None or self._prefix is None:
             return True
-        while (end := sequence.chunk_ends[bisect_right(sequence.chunk_ends, node.end)]) < len(
-            prompt
-        ) and reads < MAX_READS:
-            known = node.children.get(prompt[node.end : end])
+        while reads < MAX_READS and (end := sequence.chunk_end_after(node.end)) < len(prompt):
+            span = prompt[node.end : end]
+            known = node.children.get(span)
             reads += known is not None and known.snapshot is None
-            child = self._prefix.child(node, prompt[node.end : end])
+            child = self._prefix.child(node, span)
             if child is None:
                 break
             node = child
-        chain = tuple(step.snapshot for step in node.path if step.snapshot is not None)
+        chain = tuple(ancestor.snapshot for ancestor in node.path if ancestor.snapshot is not None)
         if node is not sequence.node and sum(snapshot.end - snapshot.start for snapshot in chain) == node.end:
             sequence.cached_tokens += node.end - sequence.length
             sequence.node, sequence.length, sequence.chain = node, node.end, chain
@@ -287,10 +308,11 @@ class Scheduler:
 
     @property
     def _max_chunk(self) -> int:
+        """Maximum tokens of a prefill chunk."""
         return self._limits.chunk if self._prefix is None else min(MAX_SPAN, self._limits.chunk)
 
     def _prefill_row(self, sequence: Sequence) -> Row:
-        """The row that feeds the next chunk of the prompt; the last one samples the first token."""
+        """The row for the next chunk of the prompt. The last chunk's row samples the first token."""
         request, start = sequence.request, sequence.length
         tokens = request.prompt[start : sequence.next_chunk_end]
         sequence.length += len(tokens)
@@ -303,7 +325,7 @@ class Scheduler:
         return Row(sequence.slot, start, tokens, request.sampling, prompt=request.prompt, mask=sequence.mask)
 
     def _decode_row(self, sequence: Sequence) -> Row:
-        """The row that feeds back the last sampled token and samples the next one, or with drafts the next ones."""
+        """The row that feeds the last sampled token and samples the next one, or several with drafts."""
         start = sequence.length
         sequence.length += 1
         if sequence.lookup is not None:
@@ -315,6 +337,7 @@ class Scheduler:
         return Row(sequence.slot, start, None, sequence.request.sampling)
 
     def _free_slot(self, sequence: Sequence) -> None:
+        """Release the slot, unless a step in flight uses it."""
         if sequence.slot >= 0 and sequence.in_flight == 0:
             slot, sequence.slot = sequence.slot, -1
             self._free.append(slot)
@@ -322,7 +345,10 @@ class Scheduler:
 
 
 def _advance_guide(sequence: Sequence, guide: Guide, token: int) -> GptOssError | None:
-    """Tell the guide what came, and ask it what may come next. It may do so while other sequences' step is computed."""
+    """Give the guide the token and get the next mask; returns the error if it raises one.
+
+    This may run while the device computes a step of the other sequences.
+    """
     try:
         guide.accept(token)
         sequence.mask = guide.mask()

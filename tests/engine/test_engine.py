@@ -223,7 +223,7 @@ def test_requests_beyond_the_bound_are_refused_and_told_when_to_come_back() -> N
     with mock_engine(Limits(slots=1, max_context=64, chunk=8), max_waiting=2) as (engine, runner):
         runner.gate.clear()
         streams = [engine.submit(request(seed=seed)) for seed in range(3)]
-        with pytest.raises(Busy, match="3 requests are being served or wait") as refused:
+        with pytest.raises(Busy, match="3 requests are running or waiting") as refused:
             engine.submit(request())
         assert 1 <= refused.value.retry_after_s <= 60
         eventually(lambda: engine.status.running == 1 and engine.status.waiting == 2)
