@@ -32,8 +32,8 @@ class Engine:
     prefix_files: also keeps snapshots on disk, beyond prefix_bytes and across processes.
 
     A single stream runs as fast as a bare loop, because the next step is submitted before the last one is read. An
-    exception in a step fails the streams of that step with it, and the engine goes on. An exception that leaves the runner's
-    state unknown (in release(), or results that do not match their step) closes the engine.
+    exception in a step fails the streams of that step with it, and the engine goes on. An exception that leaves the
+    runner's state unknown (in release(), or results that do not match their step) closes the engine.
     """
 
     def __init__(

@@ -116,7 +116,7 @@ class Loop:
             self._inbox.put(message)
 
     def submit(self, handle: RequestHandle, max_open: int | None) -> None:
-        """Accept a request. Raises Busy if max_open requests are unfinished, and GptOssError if the engine is closed."""
+        """Accept a request. Raises Busy if max_open requests are unfinished, and GptOssError if closed."""
         with self._lock:
             if self._closed:
                 raise self._closed_error()

@@ -214,5 +214,5 @@ def test_a_full_disk_ends_the_writing_alone(tmp_path, monkeypatch, caplog):
 
 def test_a_folder_that_cannot_be_used_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(GptOssError, match="name another folder"):
+    with pytest.raises(GptOssError, match="choose another folder"):
         PrefixFiles(tmp_path / "file", "model")
