@@ -121,7 +121,7 @@ class PrefixCache:
         added = node.children[span] = Node(span, end, node, snapshot)
         if self._files is not None and (node is self.root or node.stored is not None):
             added.stored = self._files.write(node.stored, span, end, self._runner.pack(snapshot))
-        self._keep(added)
+        self._count_snapshot(added)
         self._trim_files()
         return added if added.snapshot is not None else None
 
@@ -151,7 +151,7 @@ class PrefixCache:
             self.drop(node)
             return
         node.snapshot = self._runner.unpack(node.end - len(node.span), node.end, data)
-        self._keep(node)
+        self._count_snapshot(node)
 
     def _trim_files(self) -> None:
         """Remove the least recently used files until the rest fits into files.max_bytes."""
@@ -165,7 +165,7 @@ class PrefixCache:
             if node.snapshot is None:
                 self.drop(node)
 
-    def _keep(self, node: Node) -> None:
+    def _count_snapshot(self, node: Node) -> None:
         """Count the snapshot of a node, new in memory, and evict others until all fit."""
         assert node.snapshot is not None
         self._clock += 1
