@@ -1,4 +1,4 @@
-"""Rank 0's side: it lets the others in, tells them what to load, and watches over them from then on."""
+"""Rank 0's side: accepts the other ranks, tells them what to load, sends them calls, and monitors them."""
 
 from __future__ import annotations
 
@@ -17,50 +17,57 @@ from .launch import JOIN_TIMEOUT_S, Launch
 from .runner import GroupRunner
 from .wire import HEARTBEAT_TIMEOUT_S, Channel, ConnectionLost, accept_rank, bytes_from_json
 
-END_TIMEOUT_S = 10.0  # how long the others may take to end
+END_TIMEOUT_S = 10.0  # how long the other ranks may take to end
 
 
 class Leader:
-    """Connections to all other ranks, in their order.
+    """Connections to all other ranks, in the order of their ranks.
 
-    Once they load, a rank that is lost or fails ends this process, by one line on stderr and exit code 1: the engine's
-    thread may wait for that rank in a collective, which nothing else can interrupt. The other ranks end when this one
-    does.
+    From the moment they load, a rank that is lost or fails ends this process, with one line on stderr and exit code 1.
+    An exception would not do: the engine thread may be waiting for that rank in a collective, which nothing can
+    interrupt. The other ranks end when they lose rank 0.
     """
 
-    created: ClassVar[bool] = False  # whether this process has ever met the others
+    created: ClassVar[bool] = False  # whether this process has ever accepted (or waited for) the other ranks
 
     def __init__(self, launch: Launch, join_timeout_s: float | None = None) -> None:
-        """Raises GptOssError if not all ranks come within join_timeout_s seconds, by default JOIN_TIMEOUT_S."""
+        """Wait for all other ranks. Raises GptOssError if one does not connect in time.
+
+        join_timeout_s: seconds to wait, JOIN_TIMEOUT_S by default.
+        """
         Leader.created = True
         self._launch = launch
         self._ending = threading.Event()
         self._ready = threading.Semaphore(0)
         self._packed: list[SimpleQueue[bytes]] = [SimpleQueue() for _ in range(1, launch.ranks)]
         self._readers: list[threading.Thread] = []
-        self._channels, self._neighbour_addresses = self._accept_ranks(
-            JOIN_TIMEOUT_S if join_timeout_s is None else join_timeout_s
-        )
+        timeout_s = JOIN_TIMEOUT_S if join_timeout_s is None else join_timeout_s
+        self._channels, self._neighbour_addresses = self._accept_ranks(timeout_s)
 
     def exchange_options(self, options: Any) -> list[Any]:
-        """What every other rank answers to rank 0's load options. Raises GptOssError if one cannot do it."""
+        """Send the load options to every other rank and return their replies.
+
+        Raises GptOssError if a rank cannot load with these options, or is lost.
+        """
         for rank, channel in enumerate(self._channels, 1):
-            behind = self._neighbour_addresses[rank] if rank < len(self._channels) else None
-            self._send(rank, channel, {"options": options, "next": behind})
-        answers = []
+            next_address = self._neighbour_addresses[rank] if rank < len(self._channels) else None
+            self._send(rank, channel, {"options": options, "next": next_address})
+        replies = []
         for rank, channel in enumerate(self._channels, 1):
             try:
-                answer = channel.receive()
+                reply = channel.receive()
             except ConnectionLost as lost:
-                raise GptOssError(f"rank {rank} {lost}; see what it printed, and start all ranks again") from lost
-            if "error" in answer:
-                raise GptOssError(f"rank {rank}: {answer['error']}")
-            answers.append(answer["answer"])
-        return answers
+                raise _rank_lost(rank, lost) from lost
+            if "error" in reply:
+                raise GptOssError(f"rank {rank}: {reply['error']}")
+            replies.append(reply["reply"])
+        return replies
 
     def load(self, limits: Limits, load: Callable[[], Runner], kv_ratio: float) -> GroupRunner:
-        """Have all ranks load at once; `load` is this one's. kv_ratio: bytes of the largest rank's K/V to a byte of
-        this one's."""
+        """Load on all ranks at the same time and return the runner of the group.
+
+        load: loads this rank's part. kv_ratio: K/V bytes of the rank that holds most, divided by this rank's.
+        """
         for rank, channel in enumerate(self._channels, 1):
             self._send(rank, channel, {"load": vars(limits)})
             reader = threading.Thread(
@@ -75,24 +82,24 @@ class Leader:
         return GroupRunner(local, self, kv_ratio)
 
     def broadcast(self, *messages: Any) -> None:
-        """Send messages to every other rank."""
+        """Send the same messages to every other rank."""
         self.scatter([messages] * len(self._channels))
 
     def scatter(self, messages: Sequence[Sequence[Any]]) -> None:
-        """Send each other rank its own messages."""
-        for rank, (channel, its) in enumerate(zip(self._channels, messages, strict=True), 1):
-            for message in its:
+        """Send every other rank its own messages: messages[0] to rank 1, and so on."""
+        for rank, (channel, own) in enumerate(zip(self._channels, messages, strict=True), 1):
+            for message in own:
                 try:
                     channel.send(message)
                 except ConnectionLost as lost:
                     self._abort(rank, lost)
 
     def gather_packed(self) -> list[bytes]:
-        """What each other rank has packed, as it was told to."""
+        """The other ranks' parts of the snapshot that was packed last."""
         return [queue.get() for queue in self._packed]
 
     def close(self) -> None:
-        """End the other ranks, and wait until they have."""
+        """End the other ranks and wait until they have ended."""
         self._ending.set()
         for channel in self._channels:
             try:
@@ -104,22 +111,24 @@ class Leader:
         for channel in self._channels:
             channel.close()
 
-    def _accept_ranks(self, join_timeout_s: float) -> tuple[list[Channel], list[tuple[str, int]]]:
-        """Listen until every other rank has come and shown the token: connections, and where each rank listens for the
-        one before it."""
+    def _accept_ranks(self, timeout_s: float) -> tuple[list[Channel], list[tuple[str, int]]]:
+        """Listen until every other rank has connected and shown the token.
+
+        Returns their connections, and the addresses where they listen for the rank before them.
+        """
         launch, found = self._launch, dict[int, tuple[Channel, int]]()
-        until = time.monotonic() + join_timeout_s
+        deadline = time.monotonic() + timeout_s
         with _listen(launch.host, launch.port) as listener:
             while len(found) < launch.ranks - 1:
                 try:
-                    hello, channel = accept_rank(listener, launch, until)
+                    hello, channel = accept_rank(listener, launch, deadline)
                 except TimeoutError as error:
                     missing = sorted(set(range(1, launch.ranks)) - set(found))
                     for channel, _ in found.values():
                         channel.close()
                     raise GptOssError(
-                        f"rank {', '.join(map(str, missing))} did not come within {join_timeout_s:.0f} seconds to "
-                        f"{launch.host}:{launch.port}; see whether that can be reached, and start all ranks again"
+                        f"rank {', '.join(map(str, missing))} did not connect to {launch.host}:{launch.port} within "
+                        f"{timeout_s:.0f} seconds; check that this address can be reached, and start all ranks again"
                     ) from error
                 rank = hello["rank"]
                 if rank in found:
@@ -135,10 +144,10 @@ class Leader:
         try:
             channel.send(message)
         except ConnectionLost as lost:
-            raise GptOssError(f"rank {rank} {lost}; see what it printed, and start all ranks again") from lost
+            raise _rank_lost(rank, lost) from lost
 
     def _read_messages(self, rank: int, channel: Channel) -> None:
-        """Read what one rank says until the end."""
+        """Read one rank's messages until it ends."""
         while True:
             try:
                 message = channel.receive()
@@ -154,11 +163,16 @@ class Leader:
                 self._ready.release()
 
     def _abort(self, rank: int, lost: ConnectionLost) -> None:
+        """End this process because a rank is lost, unless the ranks are being ended."""
         if self._ending.is_set():
             return
-        text = f"error: rank {rank} {lost}; all ranks have ended, start them again"
+        text = f"error: rank {rank} {lost}; all ranks have stopped, start them again"
         os.write(2, (" ".join(text.split()) + "\n").encode())
         os._exit(1)
+
+
+def _rank_lost(rank: int, lost: ConnectionLost) -> GptOssError:
+    return GptOssError(f"rank {rank} {lost}; see its output for the reason, and start all ranks again")
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -166,5 +180,5 @@ def _listen(host: str, port: int) -> socket.socket:
         return machine.listen(host, port, 64)
     except OSError as error:
         raise GptOssError(
-            f"rank 0 cannot listen on {host}:{port} for the others ({error}); give the launcher another port"
+            f"rank 0 cannot listen on {host}:{port} for the other ranks ({error}); give the launcher another port"
         ) from error

@@ -1,4 +1,4 @@
-"""The runner of a model that several ranks share, as rank 0's engine sees it."""
+"""The runner of a model that is split over several ranks, as rank 0's engine sees it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ from numpy.typing import NDArray
 from ..backends.base import Pending, Row, Runner, Snapshot
 from .wire import bytes_to_json, row_to_json
 
-PART_LENGTH = Struct("<Q")  # before each rank's part of a packed snapshot
+PART_LENGTH = Struct("<Q")  # precedes each rank's part of a packed snapshot
 
 
 class GroupSnapshot:
-    """A Snapshot of which every rank has its part, by the same number. nbytes: of the largest part."""
+    """A Snapshot of which every rank holds its part under the same number.
+
+    local: this rank's part. nbytes: size of the largest part. dropped: receives the number when the snapshot is
+    garbage-collected.
+    """
 
     def __init__(self, local: Snapshot, number: int, nbytes: int, dropped: deque[int]) -> None:
         self.local, self.number, self.nbytes = local, number, nbytes
@@ -40,7 +44,7 @@ class GroupSnapshot:
 
 
 class OtherRanks(Protocol):
-    """The other ranks, as a Leader reaches them."""
+    """The methods of a Leader that GroupRunner calls."""
 
     def broadcast(self, *messages: Any) -> None: ...
     def scatter(self, messages: Sequence[Sequence[Any]]) -> None: ...
@@ -49,17 +53,20 @@ class OtherRanks(Protocol):
 
 
 class GroupRunner:
-    """Tells every call to the other ranks, then makes it on this one's own runner. What they compute together, they
-    compute in the same order, and they draw the same tokens: from the same logits, with the same seeds."""
+    """Sends every call to the other ranks, then makes it on this rank's own runner.
+
+    So all ranks run the same collectives in the same order, and sample the same tokens: from the same logits, with the
+    same seeds.
+    """
 
     def __init__(self, local: Runner, other_ranks: OtherRanks, kv_ratio: float) -> None:
-        """kv_ratio: bytes of the largest part of a snapshot to a byte of this rank's."""
+        """kv_ratio: size of the largest part of a snapshot, divided by the size of this rank's."""
         self.config, self.limits = local.config, local.limits
         self._local = local
         self._other_ranks = other_ranks
         self._kv_ratio = kv_ratio
         self._numbers = count()
-        self._dropped: deque[int] = deque()  # snapshots that nobody holds any more
+        self._dropped: deque[int] = deque()  # numbers of garbage-collected snapshots that the others still hold
 
     def submit(self, rows: Sequence[Row]) -> Pending:
         rows = [_with_seed(row) for row in rows]
@@ -76,12 +83,12 @@ class GroupRunner:
         return self._group_snapshot(self._local.save(slot, start, end), number)
 
     def restore(self, slot: int, chain: Sequence[Snapshot]) -> None:
-        held = [snapshot for snapshot in chain if isinstance(snapshot, GroupSnapshot)]
-        self._broadcast("restore", slot, [snapshot.number for snapshot in held])
-        self._local.restore(slot, [snapshot.local for snapshot in held])
+        snapshots = [snapshot for snapshot in chain if isinstance(snapshot, GroupSnapshot)]
+        self._broadcast("restore", slot, [snapshot.number for snapshot in snapshots])
+        self._local.restore(slot, [snapshot.local for snapshot in snapshots])
 
     def pack(self, snapshot: Snapshot) -> bytes:
-        """The parts of all ranks, each behind its length."""
+        """The parts of all ranks, each preceded by its length."""
         assert isinstance(snapshot, GroupSnapshot)
         self._broadcast("pack", snapshot.number)
         parts = [self._local.pack(snapshot.local), *self._other_ranks.gather_packed()]
@@ -98,7 +105,7 @@ class GroupRunner:
         return self._local.logits(ids)
 
     def peak_memory(self) -> int:
-        """Of this rank."""
+        """Peak memory of this rank, in bytes."""
         return self._local.peak_memory()
 
     def close(self) -> None:
@@ -106,6 +113,7 @@ class GroupRunner:
         self._local.close()
 
     def _broadcast(self, *call: Any) -> None:
+        """Send a call, and before it the numbers of snapshots to drop."""
         drops = [self._dropped.popleft() for _ in range(len(self._dropped))]
         self._other_ranks.broadcast(*([["drop", drops]] if drops else []), list(call))
 
@@ -114,21 +122,21 @@ class GroupRunner:
 
 
 def _split_parts(data: bytes) -> list[bytes]:
-    """Raises ValueError if it is not made of whole parts."""
-    parts, at = [], 0
-    while at < len(data):
-        if at + PART_LENGTH.size > len(data):
-            raise ValueError("the ranks' snapshot is cut off")
-        start = at + PART_LENGTH.size
-        at = start + PART_LENGTH.unpack_from(data, at)[0]
-        if at > len(data):
-            raise ValueError("the ranks' snapshot is cut off")
-        parts.append(data[start:at])
+    """The ranks' parts of a packed snapshot. Raises ValueError if one is truncated."""
+    parts, position = [], 0
+    while position < len(data):
+        if position + PART_LENGTH.size > len(data):
+            raise ValueError("the packed snapshot is truncated")
+        start = position + PART_LENGTH.size
+        position = start + PART_LENGTH.unpack_from(data, position)[0]
+        if position > len(data):
+            raise ValueError("the packed snapshot is truncated")
+        parts.append(data[start:position])
     return parts
 
 
 def _with_seed(row: Row) -> Row:
-    """With a seed where the row begins a random stream and has none of its own: every rank must draw alike."""
+    """The row with a random seed, if it starts a random stream without one: every rank must sample the same tokens."""
     if row.prompt is None or row.sampling is None or row.sampling.seed is not None:
         return row
     return replace(row, sampling=replace(row.sampling, seed=secrets.randbits(64)))

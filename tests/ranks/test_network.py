@@ -87,7 +87,7 @@ LAUNCHERS = ["ring", pytest.param("torchrun", marks=pytest.mark.slow)]
 def test_a_rank_whose_link_is_cut(request, slow_network, launcher):
     """Nobody is told: all ranks have only the silence to go by."""
     error, seconds = cut_amid_a_request(request.getfixturevalue(launcher), slow_network(3), (1, 0), (1, 2))
-    assert error == "error: rank 1 has given no sign of life for 8 seconds; all ranks have ended, start them again"
+    assert error == "error: rank 1 sent no heartbeat for 8 seconds; all ranks have stopped, start them again"
     assert seconds < 12
 
 
@@ -95,5 +95,5 @@ def test_a_rank_whose_link_is_cut(request, slow_network, launcher):
 def test_a_cut_between_two_followers(request, slow_network, launcher):
     """Both still reach rank 0, which hears it from them."""
     error, seconds = cut_amid_a_request(request.getfixturevalue(launcher), slow_network(3), (1, 2))
-    assert re.fullmatch(r"error: rank [12] failed: for it rank [12] has given no sign of life for 8 seconds; .*", error)
+    assert re.fullmatch(r"error: rank [12] failed: its neighbour rank [12] sent no heartbeat for 8 seconds; .*", error)
     assert seconds < 15
