@@ -89,7 +89,7 @@ class Step:
 def test_decoding_splits_rows_of_very_different_lengths(monkeypatch, close, device, dtype, programs, longest):
     """One split, two, more than most rows have blocks; and more for a long row than keep the device busy."""
     monkeypatch.setattr(kernels, "PROGRAMS", programs)
-    monkeypatch.setattr(kernels, "LONGEST", longest)
+    monkeypatch.setattr(kernels, "MAX_SPLIT", longest)
     step = Step([0, 299, 63, -1, 64, 31], H=8, K=2, C=300, dtype=dtype, device=device)
     out = step.run(ring=False)
     close(out, step.wanted(), TOLERANCES[dtype])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mlx_gptoss.backends.cuda.kernels import linear as kernels
+from mlx_gptoss.backends.cuda.kernels import qkv
 
 KINDS = ["bfloat16", "mxfp4", "nvfp4", "mxfp8", "fp8", "affine4", "affine8", "affine4-f16", "affine4-g32"]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -79,7 +80,7 @@ def test_columns_of_something_wider(stored, close, device):
 def test_norm_alone(close, device):
     x, gain = random(3, 200, device=device), random(200, seed=1, device=device)
     out = torch.empty_like(x)
-    kernels.norm(x, gain, EPS, out)
+    kernels.rms_norm(x, gain, EPS, out)
     close(out, rms_norm(x, gain), 1e-6)
 
 
@@ -113,7 +114,7 @@ def test_qkv_rotates_and_writes_the_cache(stored, close, device, ring, tokens, s
     positions = torch.tensor([19 if ring else 5, 7, 0, -1][:tokens], dtype=torch.int32)
     q = torch.full((tokens, H, 64), 9.0, device=device)
     keys, values = (torch.full((S, KV, C, 64), 9.0, device=device) for _ in "kv")
-    kernels.project_qkv(
+    qkv.project_qkv(
         x,
         tuple(part.matrix for part in parts),
         bias.to(device),

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from mlx_gptoss.backends import cuda
 from mlx_gptoss.backends.cuda.cache import Cache, Span
 from mlx_gptoss.backends.cuda.decode import Decoder
-from mlx_gptoss.backends.cuda.kernels import attention, linear, moe, routing, sample
+from mlx_gptoss.backends.cuda.kernels import attention, linear, moe, qkv, routing, sample
 from mlx_gptoss.backends.cuda.kernels.fused import Fused
 from mlx_gptoss.backends.cuda.load import load_model
 from mlx_gptoss.config import PRESETS
@@ -70,7 +70,7 @@ class Live(TorchDispatchMode):
 def no_kernels(monkeypatch) -> list:
     """Launches are listed, not started."""
     launched: list = []
-    for module in (attention, linear, moe, routing, sample):
+    for module in (attention, linear, moe, qkv, routing, sample):
         monkeypatch.setattr(module, "launch", lambda kernel, *args, **options: launched.append(kernel))
     return launched
 

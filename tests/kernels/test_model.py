@@ -86,7 +86,7 @@ def test_a_batch_is_what_torch_makes_of_it(mini, device):
 
 def test_a_short_message_after_a_long_context(device, close, monkeypatch):
     """Its few queries are rows of a decoding step over a view of the cache; the rest of the cache is poison."""
-    monkeypatch.setattr(fused, "MANY_KEYS", 100)
+    monkeypatch.setattr(fused, "SPLIT_KEYS", 100)
     generator = torch.Generator().manual_seed(0)
     q = torch.randn((1, 4, 3, 64), generator=generator)
     cache = torch.full((2, 3, 2, 200, 64), torch.nan)
