@@ -1,4 +1,4 @@
-"""The mixture of experts against float64: one token and many, experts that nobody chose, idle rows, every Spec."""
+"""The mixture of experts against float64: one token and many, experts without tokens, idle rows, every Spec."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 class Layer:
-    """One layer's experts on the device, and what it computes in float64."""
+    """One layer's experts on the device, and the same layer in float64."""
 
     def __init__(self, stored, device, kind: str, dtype=torch.float32, experts: int = E) -> None:
         self.gate_up, self.down = stored(kind, experts, 2 * I, D, seed=1), stored(kind, experts, D, I, seed=2)
@@ -53,7 +53,7 @@ def nan(*shape: int, device, dtype=torch.float32) -> torch.Tensor:
 
 
 def empty_groups(tokens: int, device, experts: int = E) -> routing.Groups:
-    """Filled with what must not be read."""
+    """Groups filled with values that must not be read."""
     pairs = tokens * A
     order, starts = (torch.full((n,), 1 << 20, dtype=torch.int32, device=device) for n in (pairs, experts + 1))
     return routing.Groups(order, starts, nan(pairs, device=device))
@@ -83,7 +83,7 @@ def test_one_token(stored, close, device, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [2, 17])
 def test_many_tokens(stored, close, device, kind, tokens):
-    """The last expert is never chosen, the first always; the second row is idle and stays as it is."""
+    """Every token chooses the first expert, none the last. The second row is idle and stays unchanged."""
     layer = Layer(stored, device, kind)
     x, normed, logits = random(tokens, D), random(tokens, D, seed=5), random(tokens, E, seed=6)
     logits[:, 0], logits[:, E - 1] = 9.0, -9.0
@@ -101,7 +101,7 @@ def test_many_tokens(stored, close, device, kind, tokens):
 
 @pytest.mark.parametrize("tokens", [1, 150])
 def test_prefill(stored, close, device, tokens):
-    """More tokens of an expert than a tile holds; sorted by torch."""
+    """Pairs sorted by torch; with 150 tokens, expert 2 has more of them than one block holds."""
     layer = Layer(stored, device, "mxfp4")
     x, normed, logits = random(tokens, D), random(tokens, D, seed=5), random(tokens, E, seed=6)
     logits[:, 2] = 9.0
