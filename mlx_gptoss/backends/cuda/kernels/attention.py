@@ -32,7 +32,7 @@ def _load_block(pointer, start, end, stride, N: tl.constexpr, FULL: tl.constexpr
     """[N, 64]: keys or values from entry `start` on, entries being `stride` elements apart. Those from `end` on are 0;
     FULL says that there are none."""
     j = tl.arange(0, N)
-    pointers = pointer + tl.cast(start, tl.int64) * stride + (j[:, None] * stride + tl.arange(0, 64)[None, :])
+    pointers = pointer + (tl.cast(start, tl.int64) * stride + (j[:, None] * stride + tl.arange(0, 64)[None, :]))
     if FULL:
         return tl.load(pointers)
     return tl.load(pointers, mask=(j < end - start)[:, None], other=0)

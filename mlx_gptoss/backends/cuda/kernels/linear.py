@@ -56,10 +56,9 @@ def multiply(
             w, w_scale, w_bias, rows, row_mask, k0, K, ELEMENT, SCALE, GROUP, BN, BK, x.dtype.element_ty
         )
         k = k0 + tl.arange(0, BK)
-        mask = (k < K)[:, None]
-        if token_mask is not None:
-            mask = token_mask[None, :] & mask
-        values = tl.load(x + tokens[None, :] * K + k[:, None], mask=mask, other=0)  # [BK, BT]
+        pointers = x + tokens[None, :] * K + k[:, None]  # [BK, BT]
+        mask = (k < K)[:, None] if token_mask is None else token_mask[None, :] & (k < K)[:, None]
+        values = tl.load(pointers, mask=mask, other=0)
         if norm is not None:
             wide = values.to(tl.float32)
             squares += wide * wide

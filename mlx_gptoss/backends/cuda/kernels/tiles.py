@@ -116,4 +116,4 @@ def prefill_attention_tile(heads: int, dtype: torch.dtype) -> AttentionTile:
 
 
 def _power_of_two(count: int, least: int, most: int) -> int:
-    return min(most, max(least, triton.next_power_of_2(count)))
+    return min(most, max(least, 1 << (count - 1).bit_length()))
