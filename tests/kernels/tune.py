@@ -35,6 +35,7 @@ from mlx_gptoss.config import PRESETS
 from mlx_gptoss.weights.synthetic import Synthetic
 
 LAYERS, REPEAT = 4, 15
+HEAD = 64  # rows of the qkv matrix in a head
 CANDIDATES = [Tile(BN, BK, warps, stages) for BN, BK, warps in
          ((16, 128, 1), (16, 256, 1), (16, 256, 2), (16, 512, 2), (32, 128, 1), (32, 128, 2), (32, 128, 4),
           (64, 64, 4), (64, 128, 4), (128, 64, 4)) for stages in (2, 3, 4)]  # fmt: skip
@@ -201,6 +202,8 @@ def tune(preset: str, form: str, counts: list[int], contexts: list[int], candida
             for tile in [None, *candidates]:
                 if case.name == "router" and tile is not None:
                     continue  # the router has no tile
+                if case.name == "qkv" and tile is not None and tile.BN > HEAD:
+                    continue  # a program of this kernel rotates pairs of one head
                 try:
                     found = try_tile(case, tile, model, device, copy)
                 except (RuntimeError, ValueError) as error:  # such as too much shared memory

@@ -55,7 +55,7 @@ def _qkv_kernel(
     slots, positions: int32 [T]. q: [T, H, 64]. keys, values: [S, KV, C, 64]; position p is entry p, or p % C with RING
     w, ..., OUTER: a matrix of whole heads [heads * 64, K], see `weight_args`; head0: its first head among all of them
 
-    RoPE rotates dimension p of a head with p + 32, a pair. A program owns both, so its BN rows are two runs of
+    RoPE rotates dimension p of a head with p + 32, a pair. A program owns both, so its BN <= 64 rows are two runs of
     HALF = BN / 2 rows, 32 apart. Here BN = 16, and each [] is a run of 8 rows that one program takes:
 
         program_id(0)     0       1       2       3    |   4       5    ...
