@@ -103,7 +103,7 @@ def _decode_kernel(
     scale *= LOG2_E
     base = (tl.load(slots + row).to(tl.int64) * KV + kv) * stride
     row_max = sink
-    sums = tl.zeros((M, N), tl.float32)  # of weights; reduced after the loop, where no other warp has to wait for it
+    sums = tl.zeros((M, N), tl.float32)  # of weights; reduced after the loop, as warps wait for each other to reduce
     acc = tl.zeros((M, 64), tl.float32)
     for at in range(start, end, N):
         k = _load_block(keys + base, at, end, 64, N, False)

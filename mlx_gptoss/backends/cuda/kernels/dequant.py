@@ -232,7 +232,7 @@ def _decode_scales(scale, SCALE: tl.constexpr, IN_BF16: tl.constexpr):
 
 @triton.jit
 def _decode_e4m3(codes, IN_BF16: tl.constexpr):
-    """uint8 e4m3 to bfloat16 if IN_BF16, else float32. NaN's two codes decode to a number; no checkpoint has them."""
+    """uint8 e4m3 to bfloat16 if IN_BF16, else float32. NaN is not handled: its two codes decode to numbers."""
     codes = codes.to(tl.uint16)
     sign = (codes & 0x80) << 8
     if IN_BF16:

@@ -2,7 +2,7 @@
 
 A program of a product computes BN output rows for BT tokens over all of K. The weights are decoded in registers and are
 the left operand of the tensor cores; the tokens are the right one. With one token (BT = 1) this is a matrix-vector
-product: it reads each weight once, and memory is its limit.
+product, limited by memory: it reads each weight once, and tensor cores that would be idle do the arithmetic.
 
 Legend: T tokens, N output rows, K columns, D hidden, B rows of a decoding step, S slots; BN, BK and BT as in tiles.py.
 """
