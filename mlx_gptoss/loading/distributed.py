@@ -87,13 +87,13 @@ def _plan_and_require_fit(options: LoadOptions, launch: Launch) -> LoadPlan:
 
 def _summary(load_plan: LoadPlan) -> dict[str, Any]:
     """What ranks tell each other before they load."""
-    options, share = load_plan.options, load_plan.share
-    assert share is not None
+    options, shard = load_plan.options, load_plan.shard
+    assert shard is not None
     return {
         "version": load_plan.programs(),
         "checkpoint": identity(load_plan.source),
         "dtype": load_plan.module.dtype_name(options.device, options.dtype),
-        "kv_heads": len(share.kv),
+        "kv_heads": len(shard.kv_heads),
         "plan": asdict(load_plan.plan),
     }
 

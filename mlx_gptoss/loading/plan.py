@@ -12,10 +12,10 @@ from ..backends import find_backend
 from ..backends.base import Backend, Limits, Runner
 from ..errors import CheckpointError, InvalidRequest
 from ..weights import checkpoint as checkpoints
-from ..weights.checkpoint import Checkpoint, Readable
+from ..weights.checkpoint import Checkpoint, CheckpointLike
 from ..weights.formats import WRITERS
 from ..weights.requantize import Requantized
-from ..weights.split import RankWeights, Share
+from ..weights.split import RankShard, RankWeights
 from ..weights.synthetic import Synthetic, preset
 from ..weights.tensor import Dense, Weights
 from . import hub
@@ -55,23 +55,23 @@ class LoadOptions:
 @dataclass(frozen=True)
 class LoadPlan:
     """What LoadOptions resolve to on one rank. source: the whole checkpoint. part: the rank's. weights: what is loaded.
-    share: the rank's; None for one that is alone."""
+    shard: the rank's; None for one that is alone."""
 
     options: LoadOptions
-    source: Readable
-    part: Readable
+    source: CheckpointLike
+    part: CheckpointLike
     weights: Weights
     module: Backend
     backend: str
     plan: MemoryPlan
-    share: Share | None
+    shard: RankShard | None
 
     def limits(self) -> Limits:
         """Of the runner."""
         resident = None
         if self.plan.mapped_bytes:
             assert isinstance(self.source, Checkpoint)
-            resident = self.source.config.vocab_size if self.share else used_vocabulary(self.source)
+            resident = self.source.config.vocab_size if self.shard else used_vocabulary(self.source)
         return Limits(
             slots=self.options.slots,
             max_context=self.plan.context,
@@ -85,7 +85,7 @@ class LoadPlan:
     def load(self, limits: Limits) -> Runner:
         options = self.options
         return self.module.load(
-            self.weights, device=options.device, dtype=options.dtype, limits=limits, share=self.share
+            self.weights, device=options.device, dtype=options.dtype, limits=limits, shard=self.shard
         )
 
     def programs(self) -> list[list[str]]:
@@ -93,7 +93,7 @@ class LoadPlan:
         return [[name, metadata.version(name)] for name in ("mlx-gptoss", LIBRARY[self.backend])]
 
 
-def open_source(options: LoadOptions) -> Readable:
+def open_source(options: LoadOptions) -> CheckpointLike:
     """The checkpoint that the options name; reads headers only."""
     if options.synthetic is None:
         return open_checkpoint(options.model)
@@ -102,13 +102,13 @@ def open_source(options: LoadOptions) -> Readable:
 
 
 def plan_load(
-    options: LoadOptions, source: Readable, rank: int = 0, ranks: int = 1, ranks_on_host: int = 1
+    options: LoadOptions, source: CheckpointLike, rank: int = 0, ranks: int = 1, ranks_on_host: int = 1
 ) -> LoadPlan:
     """The plan of one rank. source: from open_source(). ranks_on_host: ranks that share this machine's memory."""
     if options.slots < 1:
         raise InvalidRequest(f"slots must be at least 1, not {options.slots}")
-    share = None if ranks == 1 else Share.of(source.config, rank, ranks)
-    part: Readable = source if share is None else RankWeights(source, share)
+    shard = None if ranks == 1 else RankShard.of(source.config, rank, ranks)
+    part: CheckpointLike = source if shard is None else RankWeights(source, shard)
     weights = part if options.quantize is None else Requantized(part, options.quantize)
     module, backend = find_backend(options.backend)
     _check_options(backend, options.kv_bits, options.speculate)
@@ -125,10 +125,10 @@ def plan_load(
         prefix_bytes=options.prefix_cache,
         ranks_on_host=ranks_on_host,
     )
-    return LoadPlan(options, source, part, weights, module, backend, plan, share)
+    return LoadPlan(options, source, part, weights, module, backend, plan, shard)
 
 
-def identity(source: Readable) -> str:
+def identity(source: CheckpointLike) -> str:
     """A digest of what two copies of a checkpoint have in common: headers, and the first row of every weight that each
     rank reads. Another fine-tune of the same layout has another one."""
     digest = hashlib.sha256()
@@ -158,7 +158,7 @@ def open_checkpoint(path_or_repo_id: str | Path | None) -> Checkpoint:
 
 
 def memory_plan(
-    checkpoint: Readable,
+    checkpoint: CheckpointLike,
     backend: Backend,
     weights_bytes: int | None = None,
     *,
@@ -197,14 +197,14 @@ def memory_plan(
     )
 
 
-def mappable(checkpoint: Readable) -> int:
+def mappable(checkpoint: CheckpointLike) -> int:
     """Bytes that may stay in the mapped file; a rank's are its embeddings alone."""
     if isinstance(checkpoint, RankWeights):
-        return checkpoint.matrix_bytes("embed") if isinstance(checkpoint.whole, Checkpoint) else 0
+        return checkpoint.matrix_bytes("embed") if isinstance(checkpoint.source, Checkpoint) else 0
     return mappable_bytes(checkpoint) if isinstance(checkpoint, Checkpoint) else 0
 
 
-def sizes_in_other_formats(checkpoint: Readable) -> dict[str, int]:
+def sizes_in_other_formats(checkpoint: CheckpointLike) -> dict[str, int]:
     """Bytes of the same model in each format that can hold it, from its layout alone."""
     dtypes = {param.name: "BF16" for param in checkpoint.params}
     sizes = {}

@@ -24,14 +24,13 @@ from .formats import Binding, bind
 from .formats import gguf as gguf_format
 from .formats.base import Source, Stored
 from .formats.modelopt import fake_quantized_note
-from .params import Param, Role, parameters
+from .params import MATRIX_ROLES, Param, Role, parameters
 from .safetensors import MappedFile, TensorInfo, parse_json
-from .tensor import Array, Dense, Spec, Weight, Weights
+from .tensor import Array, Spec, Weight, Weights
 
 INDEX = "model.safetensors.index.json"
 MAX_JSON = 16 * 2**20
 MAX_TENSORS = 100_000  # 120b with five tensors for each module of each expert has 70,000
-ROLES: tuple[Role, ...] = ("attention", "experts", "router", "embed", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Summary:
     note: str = ""
 
 
-class Readable(Weights, Protocol):
+class CheckpointLike(Weights, Protocol):
     """What Checkpoint has in common with weights that lie in no file: enough to plan, load and write them."""
 
     format: str
@@ -88,8 +87,8 @@ class Checkpoint:
         self._binding: Binding = bind(Stored(self.tensors, config, raw), self.params)
         self.format = self._binding.name
         self.size_bytes = sum(info.nbytes for info in self.tensors.values())
-        self.generation: Mapping[str, Any] = {} if embedded else _generation_config(self.tokenizer_folder)
-        self.stop_ids = token_ids(self.generation.get("eos_token_id"), "eos_token_id") or config.eos_token_id
+        self.generation_config: Mapping[str, Any] = {} if embedded else _generation_config(self.tokenizer_folder)
+        self.stop_ids = token_ids(self.generation_config.get("eos_token_id"), "eos_token_id") or config.eos_token_id
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -118,7 +117,7 @@ class Checkpoint:
         elif source.load_experts is not None:
             weight = source.load_experts(self._get, rows)
         else:
-            weight = codecs.rows(source.load(self._get), rows.start, rows.stop)
+            weight = source.load(self._get)[rows.start : rows.stop]
         codecs.check_scales(weight, name)
         self._release_copied(source, weight)
         return weight
@@ -145,7 +144,7 @@ class Checkpoint:
             for file in self._files:
                 file.release_all()
             return
-        for array in _arrays(weight):
+        for array in weight.arrays:
             for file in self._files:
                 file.release_array(array)
 
@@ -168,7 +167,7 @@ class Checkpoint:
             parameters=count,
             size_bytes=self.size_bytes,
             bits_per_weight=8 * self.size_bytes / count,
-            roles={role: self._role(role) for role in ROLES},
+            roles={role: self._role(role) for role in MATRIX_ROLES},
             note=self._binding.note or fake_quantized_note(self.format, self.folder),
         )
 
@@ -180,7 +179,7 @@ class Checkpoint:
 
     def _release_copied(self, source: Source, weight: Weight) -> None:
         """Drop the pages of the stored tensors that the weight is not a view of, such as those of single experts."""
-        arrays = _arrays(weight)
+        arrays = weight.arrays
         for want in source.wants:
             stored = self._get(want.name)
             if not any(np.may_share_memory(stored, array) for array in arrays):
@@ -221,11 +220,6 @@ def read_json(folder: Path, name: str) -> Any:
         return parse_json(path.read_bytes(), str(path))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-
-
-def _arrays(weight: Weight) -> list[Array]:
-    parts = [weight.values] if isinstance(weight, Dense) else [weight.codes, weight.scale, weight.bias, weight.outer]
-    return [array for array in parts if array is not None]
 
 
 def _open_gguf(path: Path) -> Checkpoint:

@@ -8,8 +8,9 @@ e8m0; MLX's `quantize` for the affine, mxfp8 and nvfp4 recipes, with which these
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from functools import reduce
 from itertools import product
+from operator import getitem
 from typing import Any
 
 import ml_dtypes
@@ -17,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError
-from .tensor import Array, Dense, Element, Quantized, ScaleKind, Weight
+from .tensor import Array, Dense, Element, ScaleKind, Weight
 
 Floats = NDArray[Any]  # float32
 Bytes = NDArray[Any]  # uint8
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
-BLOCK = 2**18  # values a working block: 1 MB of float32
+BLOCK_VALUES = 2**18  # values a working block: 1 MB of float32
 
 E2M1: Floats = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 E4M3: Floats = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
@@ -52,47 +53,6 @@ _SCALES: Mapping[ScaleKind, Callable[[Array], Floats]] = {
 }
 
 
-def shape(weight: Weight) -> tuple[int, ...]:
-    """The shape of the decoded weight, [..., N, K]."""
-    if isinstance(weight, Dense):
-        return weight.values.shape
-    return (*weight.codes.shape[:-1], weight.codes.shape[-1] * 8 // weight.spec.bits)
-
-
-def rows(weight: Weight, start: int, stop: int) -> Weight:
-    """The part [start, stop) of a weight's first axis, as views."""
-    return take_rows(weight, slice(start, stop))
-
-
-def take_rows(weight: Weight, which: slice | NDArray[Any]) -> Weight:
-    """A slice of a weight's first axis, as views, or the places that an array of integers lists, copied."""
-    if isinstance(weight, Dense):
-        return replace(weight, values=weight.values[which])
-    outer = weight.outer
-    if outer is not None and outer.ndim == weight.codes.ndim and outer.shape[0] > 1:
-        outer = outer[which]
-    scale, bias = (None if array is None else array[which] for array in (weight.scale, weight.bias))
-    return replace(weight, codes=weight.codes[which], scale=scale, bias=bias, outer=outer)
-
-
-def output_rows(weight: Weight, start: int, stop: int) -> Weight:
-    """Rows [start, stop) of a matrix [N, K], or of each expert's in [E, N, K], as views."""
-    if isinstance(weight, Dense):
-        return Dense(weight.values[..., start:stop, :])
-    parts = [None if a is None else a[..., start:stop, :] for a in (weight.codes, weight.scale, weight.bias)]
-    assert parts[0] is not None
-    outer = weight.outer
-    if outer is not None and outer.ndim > 1 and outer.shape[-2] > 1:
-        outer = outer[..., start:stop, :]
-    return Quantized(weight.spec, parts[0], parts[1], parts[2], outer)
-
-
-def nbytes(weight: Weight) -> int:
-    """Of everything that a weight holds."""
-    arrays = (weight.values,) if isinstance(weight, Dense) else (weight.codes, weight.scale, weight.bias, weight.outer)
-    return sum(array.nbytes for array in arrays if array is not None)
-
-
 def unpack(codes: Bytes, bits: int) -> Bytes:
     """[..., n] bytes -> [..., n * 8 / bits] codes, one a byte, low nibble first."""
     if bits == 8:
@@ -112,9 +72,9 @@ def pack(codes: Bytes, bits: int) -> Bytes:
 def dequantize(weight: Weight, out: Floats | None = None) -> Floats:
     """float32 [..., N, K]: `(value(code) * scale + bias) * outer`, never rounded further. out: where to put it, in
     memory order; memory that is used again saves the system its zeroing, which takes longer than decoding."""
-    out = np.empty(shape(weight), np.float32) if out is None else out
+    out = np.empty(weight.shape, np.float32) if out is None else out
     for at, part in blocks(weight):
-        decode(part, out[at])
+        decode_block(part, out[at])
     return out
 
 
@@ -122,9 +82,9 @@ def to_bfloat16(weight: Weight) -> Array:
     """bfloat16 [..., N, K], rounded to nearest even; the values themselves if they are bfloat16 already."""
     if isinstance(weight, Dense) and weight.values.dtype == BFLOAT16:
         return weight.values
-    out = np.empty(shape(weight), BFLOAT16)
+    out = np.empty(weight.shape, BFLOAT16)
     for at, part in blocks(weight):
-        out[at] = decode(part)
+        out[at] = decode_block(part)
     return out
 
 
@@ -149,40 +109,28 @@ def _finite(array: Array) -> bool:
 
 
 def blocks(weight: Weight) -> Iterator[tuple[tuple[int | slice, ...], Weight]]:
-    """Cut a weight into 2-D blocks of about BLOCK values (a vector is one block): (index, part) each."""
-    whole = shape(weight)
-    if len(whole) < 2:
+    """Cut a weight into 2-D blocks of about BLOCK_VALUES values (a vector is one block): (index, part) each."""
+    if len(weight.shape) < 2:
         yield (slice(None),), weight
         return
-    *lead, count, width = whole
-    step = max(1, BLOCK // max(width, 1))
+    *lead, count, width = weight.shape
+    step = max(1, BLOCK_VALUES // max(width, 1))
     for index in product(*(range(length) for length in lead)):
-        matrix = _matrix(weight, index)
+        matrix = reduce(getitem, index, weight)
         for start in range(0, count, step):
-            yield (*index, slice(start, start + step)), rows(matrix, start, min(start + step, count))
+            rows = slice(start, start + step)
+            yield (*index, rows), matrix[rows]
 
 
-def _matrix(weight: Weight, index: tuple[int, ...]) -> Weight:
-    for at in index:
-        part = rows(weight, at, at + 1)
-        if isinstance(part, Dense):
-            weight = Dense(part.values[0])
-        else:
-            scale, bias = (None if x is None else x[0] for x in (part.scale, part.bias))
-            outer = part.outer[0] if part.outer is not None and part.outer.ndim == part.codes.ndim else part.outer
-            weight = Quantized(part.spec, part.codes[0], scale, bias, outer)
-    return weight
-
-
-def decode(weight: Weight, out: Floats | None = None) -> Floats:
+def decode_block(weight: Weight, out: Floats | None = None) -> Floats:
     """One block as float32, in memory order."""
-    values = np.empty(shape(weight), np.float32) if out is None else out
+    values = np.empty(weight.shape, np.float32) if out is None else out
     if isinstance(weight, Dense):
-        values[...] = straight(weight.values)
+        values[...] = contiguous_rows(weight.values)
         return values
     spec = weight.spec
     table = _VALUES[spec.element, spec.bits]
-    # A byte is never out of range, and where that is not checked numpy writes straight to its place.
+    # A byte is never out of range, and where that is not checked numpy writes contiguous_rows to its place.
     np.take(table, np.ascontiguousarray(weight.codes), out=values.view(table.dtype), mode="clip")
     if weight.scale is not None:
         grouped = values.reshape(*values.shape[:-1], -1, spec.group)
@@ -194,7 +142,7 @@ def decode(weight: Weight, out: Floats | None = None) -> Floats:
     return values
 
 
-def straight(values: Array) -> Array:
+def contiguous_rows(values: Array) -> Array:
     """[..., R, C] in memory order, itself if it is already: a transposed matrix is copied tile by tile, so that each
     cache line is fetched once."""
     if values.ndim < 2 or values.strides[-1] == values.itemsize:

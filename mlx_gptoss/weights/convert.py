@@ -29,7 +29,7 @@ from ..errors import CheckpointError, GptOssError
 from ..machine import cores
 from . import checkpoint as checkpoints
 from . import codecs
-from .checkpoint import Readable
+from .checkpoint import CheckpointLike
 from .formats import recipe_of
 from .formats.base import Encoder, Recipe, Unit
 from .journal import Workspace, recover, workspace
@@ -138,7 +138,7 @@ def convert(
     )
 
 
-def write_checkpoint(source: Readable, destination: Path, to: str, *, progress: Progress | None = None) -> None:
+def write_checkpoint(source: CheckpointLike, destination: Path, to: str, *, progress: Progress | None = None) -> None:
     """Write what is no checkpoint on disk, such as weights made up for a benchmark, to a folder that does not exist
     yet. Without a tokenizer; else as convert() does."""
     if destination.exists():
@@ -148,7 +148,7 @@ def write_checkpoint(source: Readable, destination: Path, to: str, *, progress: 
 
 
 def _write(
-    source: Readable,
+    source: CheckpointLike,
     target: Path,
     to: str,
     plan: Plan,
@@ -170,7 +170,7 @@ def _write(
     return writer.kept, working
 
 
-def make_plan(checkpoint: Readable, to: str, search: str | None = None) -> Plan:
+def make_plan(checkpoint: CheckpointLike, to: str, search: str | None = None) -> Plan:
     """Names, dtypes and shapes of the result, and its config.json. Of the source, only vectors are read."""
     form, recipe = recipe_of(to, search)
     config = checkpoint.config
@@ -186,7 +186,7 @@ def make_plan(checkpoint: Readable, to: str, search: str | None = None) -> Plan:
     return Plan(tuple(units), content, extra, {"format": "mlx" if form.family == "mlx" else "pt"})
 
 
-def _vector_dtypes(checkpoint: Readable) -> dict[str, str]:
+def _vector_dtypes(checkpoint: CheckpointLike) -> dict[str, str]:
     """Norms, sinks and biases become bfloat16 where that is exact, else stay wider: float32."""
     found = {}
     for param in checkpoint.params:
@@ -197,7 +197,7 @@ def _vector_dtypes(checkpoint: Readable) -> dict[str, str]:
     return found
 
 
-def _scale_dtypes(checkpoint: Readable, recipe: Recipe) -> dict[str, str]:
+def _scale_dtypes(checkpoint: CheckpointLike, recipe: Recipe) -> dict[str, str]:
     """Float scales of matrices that are stored as the target stores them stay as they are."""
     found = {}
     for param in checkpoint.params:
@@ -207,7 +207,7 @@ def _scale_dtypes(checkpoint: Readable, recipe: Recipe) -> dict[str, str]:
     return found
 
 
-def _identity(checkpoint: Readable, plan: Plan, search: str | None) -> dict[str, Any]:
+def _identity(checkpoint: CheckpointLike, plan: Plan, search: str | None) -> dict[str, Any]:
     """All that the bytes of the result depend on, as JSON."""
     try:
         program = metadata.version("mlx-gptoss")
@@ -222,7 +222,7 @@ def _identity(checkpoint: Readable, plan: Plan, search: str | None) -> dict[str,
     }
 
 
-def _stream(checkpoint: Readable, plan: Plan, writer: Writer, progress: Progress) -> int:
+def _stream(checkpoint: CheckpointLike, plan: Plan, writer: Writer, progress: Progress) -> int:
     """Write all tensors and read them back; returns the bound on working memory, in bytes."""
     workers = min(MAX_WORKERS, cores())
     pool = ThreadPoolExecutor(workers)
@@ -247,7 +247,7 @@ def _rows_a_chunk(unit: Unit) -> int:
     return min(unit.rows, max(1, CHUNK * unit.rows // unit.values))
 
 
-def _jobs(checkpoint: Readable, units: Iterable[Unit], writer: Writer) -> Iterator[Callable[[], int]]:
+def _jobs(checkpoint: CheckpointLike, units: Iterable[Unit], writer: Writer) -> Iterator[Callable[[], int]]:
     """The chunks in order of all units that are not written yet, each a function that writes one and returns the bytes
     written."""
     for unit in units:
@@ -258,12 +258,12 @@ def _jobs(checkpoint: Readable, units: Iterable[Unit], writer: Writer) -> Iterat
         step = _rows_a_chunk(unit)
         for start in range(0, unit.rows, step):
             stop = min(start + step, unit.rows)
-            parts = [codecs.rows(weight, start, stop) for weight in weights]
+            parts = [weight[start:stop] for weight in weights]
             yield partial(_write_chunk, writer, unit, encode, range(start, stop), checkpoint, parts)
 
 
 def _write_chunk(
-    writer: Writer, unit: Unit, encode: Encoder, rows: range, checkpoint: Readable, parts: Sequence[Weight]
+    writer: Writer, unit: Unit, encode: Encoder, rows: range, checkpoint: CheckpointLike, parts: Sequence[Weight]
 ) -> int:
     """Write some rows of a unit, then let go of the `parts` of the source that they came from."""
     try:

@@ -25,7 +25,7 @@ from .safetensors import Header, TensorInfo
 from .tensor import Array
 
 MAGIC = b"GGUF"
-MAX_HEADER = 32 * 2**20  # a published one takes 14 MB, nearly all of it vocabulary
+MAX_HEADER_BYTES = 32 * 2**20  # a published one takes 14 MB, nearly all of it vocabulary
 MAX_ENTRIES = 4096
 MAX_TENSORS = 2**16
 MAX_STRINGS = 2**20  # of one array
@@ -37,7 +37,7 @@ _STRING, _ARRAY = 8, 9
 
 # ggml's types: (dtype of the tensor as it is handed over, values a block, bytes a block). Blocks keep their bytes:
 # [..., K] of Q8_0 becomes U8 [..., K / 32, 34].
-TYPES: Mapping[int, tuple[str, int, int]] = {
+TENSOR_TYPES: Mapping[int, tuple[str, int, int]] = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
     8: ("U8", 32, 34),  # Q8_0: a float16 scale and 32 int8
@@ -51,7 +51,7 @@ _OTHER_TYPES = {
 }  # fmt: skip
 
 
-class Strings(Sequence[str]):
+class StringArray(Sequence[str]):
     """An array of strings inside a header, decoded one by one when asked for."""
 
     def __init__(self, data: bytes, starts: array[int]) -> None:
@@ -78,7 +78,7 @@ class Strings(Sequence[str]):
         return _utf8(self._data[start + 8 : start + 8 + length])
 
 
-Value = int | float | bool | str | Array | Strings
+Value = int | float | bool | str | Array | StringArray
 _LENGTH = struct.Struct("<Q")
 
 
@@ -99,25 +99,25 @@ def read_header(path: Path) -> GgufHeader:
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            cursor = _Cursor(path, file.read(MAX_HEADER), size)
+            cursor = _Cursor(path, file.read(MAX_HEADER_BYTES), size)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-    tensors, entries = _start(cursor)
+    tensors, entries = _counts(cursor)
     metadata: dict[str, Value] = {}
     for _ in range(entries):
         key = cursor.string()
         if key in metadata:
-            raise cursor.bad(f"has the metadata {key[:80]!r} twice")
+            raise cursor.error(f"has the metadata {key[:80]!r} twice")
         metadata[key] = _value(cursor, key, cursor.number("<u4"))
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
-        raise cursor.bad(f"has the alignment {alignment!r}, which is not a power of two")
+        raise cursor.error(f"has the alignment {alignment!r}, which is not a power of two")
     described = [_tensor(cursor) for _ in range(tensors)]
     start = cursor.at + -cursor.at % alignment
-    _check_places(cursor, described, start, alignment)
+    _check_offsets(cursor, described, start, alignment)
     infos = {info.name: info for info, _ in described}
     if len(infos) != len(described):
-        raise cursor.bad("has two tensors of one name")
+        raise cursor.error("has two tensors of one name")
     return GgufHeader(metadata, Header(infos, {info.name: start + offset for info, offset in described}, {}))
 
 
@@ -127,7 +127,7 @@ class _Cursor:
     def __init__(self, path: Path, data: bytes, size: int) -> None:
         self.path, self.data, self.size, self.at = path, data, size, 0
 
-    def bad(self, what: str) -> CheckpointError:
+    def error(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.path} {what}; download the file again")
 
     def take(self, length: int) -> int:
@@ -135,8 +135,8 @@ class _Cursor:
         start, self.at = self.at, self.at + length
         if self.at > len(self.data):
             if self.size > len(self.data):
-                raise self.bad(f"has a header of more than {MAX_HEADER} bytes or lengths that run past it")
-            raise self.bad("is truncated: it ends inside its header")
+                raise self.error(f"has a header of more than {MAX_HEADER_BYTES} bytes or lengths that run past it")
+            raise self.error("is truncated: it ends inside its header")
         return start
 
     def number(self, dtype: str) -> int:
@@ -155,9 +155,9 @@ class _Cursor:
         kind = np.dtype(dtype)
         return np.frombuffer(self.data, kind, count, self.take(count * kind.itemsize))
 
-    def strings(self, count: int) -> Strings:
+    def strings(self, count: int) -> StringArray:
         if count > MAX_STRINGS:
-            raise self.bad(f"has an array of {count} strings; no vocabulary is that large")
+            raise self.error(f"has an array of {count} strings; no vocabulary is that large")
         starts, at, last = array("q"), self.at, len(self.data) - 8
         for _ in range(count):
             if at > last:
@@ -166,10 +166,10 @@ class _Cursor:
             starts.append(at)
             at += 8 + _LENGTH.unpack_from(self.data, at)[0]
         self.take(at - self.at)
-        return Strings(self.data, starts)
+        return StringArray(self.data, starts)
 
 
-def _start(cursor: _Cursor) -> tuple[int, int]:
+def _counts(cursor: _Cursor) -> tuple[int, int]:
     """The numbers of tensors and of metadata entries."""
     if cursor.data[:4] != MAGIC:
         raise CheckpointError(f"{cursor.path} is not a GGUF file")
@@ -180,7 +180,7 @@ def _start(cursor: _Cursor) -> tuple[int, int]:
         raise CheckpointError(f"{cursor.path} {why}; only little-endian files of versions 2 and 3 can be read")
     tensors, entries = cursor.number("<u8"), cursor.number("<u8")
     if tensors > MAX_TENSORS or entries > MAX_ENTRIES:
-        raise cursor.bad(f"claims {tensors} tensors and {entries} metadata entries")
+        raise cursor.error(f"claims {tensors} tensors and {entries} metadata entries")
     return tensors, entries
 
 
@@ -193,9 +193,9 @@ def _value(cursor: _Cursor, key: str, kind: int) -> Value:
             return cursor.strings(count)
         if element in _SCALARS:
             return cursor.numbers(_SCALARS[element], count)
-        raise cursor.bad(f"has an array of the unknown type {element} as {key[:80]!r}")
+        raise cursor.error(f"has an array of the unknown type {element} as {key[:80]!r}")
     if kind not in _SCALARS:
-        raise cursor.bad(f"has metadata of the unknown type {kind} as {key[:80]!r}")
+        raise cursor.error(f"has metadata of the unknown type {kind} as {key[:80]!r}")
     value: int | float | bool = cursor.numbers(_SCALARS[kind], 1)[0].item()
     return value
 
@@ -205,33 +205,33 @@ def _tensor(cursor: _Cursor) -> tuple[TensorInfo, int]:
     name = cursor.string()
     rank = cursor.number("<u4")
     if not 1 <= rank <= 4:
-        raise cursor.bad(f"gives {name[:80]!r} {rank} dimensions")
+        raise cursor.error(f"gives {name[:80]!r} {rank} dimensions")
     if not name.isprintable():
-        raise cursor.bad(f"has the tensor name {name[:80]!r}, which cannot be printed")
+        raise cursor.error(f"has the tensor name {name[:80]!r}, which cannot be printed")
     shape = [cursor.number("<u8") for _ in range(rank)][::-1]
     kind, offset = cursor.number("<u4"), cursor.number("<u8")
-    if kind not in TYPES:
+    if kind not in TENSOR_TYPES:
         known = _OTHER_TYPES.get(kind, f"of the unknown type {kind}")
         raise CheckpointError(
             f"{cursor.path}: {name[:80]} is {known}, which cannot be read; MXFP4, Q8_0, BF16, F16 and F32 can: "
             "take the file whose name says MXFP4, F16 or BF16"
         )
-    dtype, values, size = TYPES[kind]
+    dtype, values, size = TENSOR_TYPES[kind]
     if not all(shape) or shape[-1] % values:
-        raise cursor.bad(f"gives {name[:80]!r} the shape {shape}")
+        raise cursor.error(f"gives {name[:80]!r} the shape {shape}")
     if values > 1:
         shape[-1:] = [shape[-1] // values, size]
     return TensorInfo(name, dtype, tuple(shape)), offset
 
 
-def _check_places(cursor: _Cursor, tensors: Sequence[tuple[TensorInfo, int]], start: int, alignment: int) -> None:
+def _check_offsets(cursor: _Cursor, tensors: Sequence[tuple[TensorInfo, int]], start: int, alignment: int) -> None:
     end = 0
     for info, offset in sorted(tensors, key=lambda tensor: tensor[1]):
         if offset % alignment or offset < end:
-            raise cursor.bad(f"puts {info.name[:80]!r} at {offset}, inside another tensor or unaligned")
+            raise cursor.error(f"puts {info.name[:80]!r} at {offset}, inside another tensor or unaligned")
         end = offset + info.nbytes
         if start + end > cursor.size:
-            raise cursor.bad(f"is truncated: {info.name[:80]!r} ends at {start + end}, the file at {cursor.size}")
+            raise cursor.error(f"is truncated: {info.name[:80]!r} ends at {start + end}, the file at {cursor.size}")
 
 
 def _utf8(data: bytes) -> str:

@@ -8,6 +8,7 @@ from typing import Literal
 from ..config import ModelConfig
 
 Role = Literal["embed", "norm", "attention", "sinks", "router", "experts", "lm_head"]
+MATRIX_ROLES: tuple[Role, ...] = ("attention", "experts", "router", "embed", "lm_head")  # those that have matrices
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,17 @@ class Param:
 
 def parameters(config: ModelConfig) -> tuple[Param, ...]:
     """All parameters of one model, in the order in which the network uses them."""
-    wide, vocab = config.hidden_size, config.vocab_size
-    found = [Param("embed.weight", None, "embed", (vocab, wide))]
+    hidden, vocab = config.hidden_size, config.vocab_size
+    found = [Param("embed.weight", None, "embed", (vocab, hidden))]
     for layer in range(config.num_hidden_layers):
         found += _layer(layer, config)
-    found.append(Param("norm.weight", None, "norm", (wide,)))
-    found.append(Param("lm_head.weight", None, "lm_head", (vocab, wide)))
+    found.append(Param("norm.weight", None, "norm", (hidden,)))
+    found.append(Param("lm_head.weight", None, "lm_head", (vocab, hidden)))
     return tuple(found)
 
 
 def _layer(layer: int, config: ModelConfig) -> list[Param]:
-    wide, narrow, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
+    hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
     q, kv = config.q_size, config.kv_size
 
     def linear(name: str, role: Role, shape: tuple[int, ...]) -> list[Param]:
@@ -63,15 +64,15 @@ def _layer(layer: int, config: ModelConfig) -> list[Param]:
         return [Param(f"{prefix}.weight", layer, role, shape), Param(f"{prefix}.bias", layer, role, shape[:-1])]
 
     return [
-        Param(f"layers.{layer}.attention_norm.weight", layer, "norm", (wide,)),
-        *linear("attention.q", "attention", (q, wide)),
-        *linear("attention.k", "attention", (kv, wide)),
-        *linear("attention.v", "attention", (kv, wide)),
-        *linear("attention.o", "attention", (wide, q)),
+        Param(f"layers.{layer}.attention_norm.weight", layer, "norm", (hidden,)),
+        *linear("attention.q", "attention", (q, hidden)),
+        *linear("attention.k", "attention", (kv, hidden)),
+        *linear("attention.v", "attention", (kv, hidden)),
+        *linear("attention.o", "attention", (hidden, q)),
         Param(f"layers.{layer}.attention.sinks", layer, "sinks", (config.num_attention_heads,)),
-        Param(f"layers.{layer}.mlp_norm.weight", layer, "norm", (wide,)),
-        *linear("router", "router", (experts, wide)),
-        *linear("experts.gate", "experts", (experts, narrow, wide)),
-        *linear("experts.up", "experts", (experts, narrow, wide)),
-        *linear("experts.down", "experts", (experts, wide, narrow)),
+        Param(f"layers.{layer}.mlp_norm.weight", layer, "norm", (hidden,)),
+        *linear("router", "router", (experts, hidden)),
+        *linear("experts.gate", "experts", (experts, inner, hidden)),
+        *linear("experts.up", "experts", (experts, inner, hidden)),
+        *linear("experts.down", "experts", (experts, hidden, inner)),
     ]

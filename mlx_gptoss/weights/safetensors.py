@@ -20,7 +20,7 @@ import numpy as np
 from ..errors import CheckpointError
 from .tensor import Array
 
-MAX_HEADER = 16 * 2**20  # the largest real one, 120b with every expert's tensors named, takes 8 MB
+MAX_HEADER_BYTES = 16 * 2**20  # the largest real one, 120b with every expert's tensors named, takes 8 MB
 MAX_ITEMS = 600_000  # commas and brackets in a JSON file; that one has 450,000. Bounds what parsing takes to 150 MB
 
 # float8 tensors are handed over as their bit patterns
@@ -85,17 +85,17 @@ def read_header(path: Path) -> Header:
             start = file.read(8)
             length = int.from_bytes(start, "little")
             if len(start) < 8 or 8 + length > size:
-                raise _bad(path, "is truncated: it ends inside its header")
-            if length > MAX_HEADER:
-                raise _bad(path, f"has a header of {length} bytes; no gpt-oss checkpoint needs {MAX_HEADER}")
+                raise _damaged(path, "is truncated: it ends inside its header")
+            if length > MAX_HEADER_BYTES:
+                raise _damaged(path, f"has a header of {length} bytes; no gpt-oss checkpoint needs {MAX_HEADER_BYTES}")
             entries = parse_json(file.read(length), str(path.name))
     except OSError as error:
-        raise _bad(path, f"cannot be read ({error.strerror})") from error
+        raise _damaged(path, f"cannot be read ({error.strerror})") from error
     if not isinstance(entries, dict):
-        raise _bad(path, "has a header that is not a JSON object")
+        raise _damaged(path, "has a header that is not a JSON object")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _bad(path, "has __metadata__ that is not a map of strings")
+        raise _damaged(path, "has __metadata__ that is not a map of strings")
     spans = [_entry(path, name, entry) for name, entry in entries.items()]
     _check_spans(path, spans, size - 8 - length)
     return Header(
@@ -175,30 +175,30 @@ def parse_json(data: bytes, name: str) -> Any:
         raise CheckpointError(f"{name} is not valid JSON ({str(error)[:80]}); download the file again") from error
 
 
-def _bad(path: Path, what: str) -> CheckpointError:
+def _damaged(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{path} {what}; download the file again")
 
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
     if not name.isprintable():
-        raise _bad(path, f"has the tensor name {name!r}, which cannot be printed")
+        raise _damaged(path, f"has the tensor name {name!r}, which cannot be printed")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _bad(path, f"describes {name!r} without exactly dtype, shape and data_offsets")
+        raise _damaged(path, f"describes {name!r} without exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _bad(path, f"gives {name!r} the unknown dtype {dtype!r}")
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise _bad(path, f"gives {name!r} a shape or offsets that are not lists of natural numbers")
+        raise _damaged(path, f"gives {name!r} the unknown dtype {dtype!r}")
+    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
+        raise _damaged(path, f"gives {name!r} a shape or offsets that are not lists of natural numbers")
     if len(shape) > 8:
-        raise _bad(path, f"gives {name!r} {len(shape)} dimensions")
+        raise _damaged(path, f"gives {name!r} {len(shape)} dimensions")
     info = TensorInfo(name, dtype, tuple(shape))
     begin, end = offsets
     if end - begin != info.nbytes:
-        raise _bad(path, f"gives {name!r} {end - begin} bytes where {dtype} {list(shape)} takes {info.nbytes}")
+        raise _damaged(path, f"gives {name!r} {end - begin} bytes where {dtype} {list(shape)} takes {info.nbytes}")
     return info, begin, end
 
 
-def _naturals(value: Any) -> bool:
+def _is_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
@@ -206,9 +206,9 @@ def _check_spans(path: Path, spans: list[tuple[TensorInfo, int, int]], data: int
     at = 0
     for info, begin, end in sorted(spans, key=lambda span: span[1:]):
         if begin != at:
-            raise _bad(path, f"has a gap or an overlap before {info.name!r} (byte {begin} where {at} is due)")
+            raise _damaged(path, f"has a gap or an overlap before {info.name!r} (byte {begin} where {at} is due)")
         at = end
     if at > data:
-        raise _bad(path, f"is truncated: {data} of {at} bytes of tensors are there")
+        raise _damaged(path, f"is truncated: {data} of {at} bytes of tensors are there")
     if at < data:
-        raise _bad(path, f"has {data - at} bytes that belong to no tensor")
+        raise _damaged(path, f"has {data - at} bytes that belong to no tensor")

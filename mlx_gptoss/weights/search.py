@@ -25,39 +25,39 @@ _CANDIDATES = (
     (20, 47), (23, 47), (24, 42), (24, 47), (26, 48), (22, 47), (28, 52), (19, 46),
 )  # fmt: skip
 _REFINEMENTS = 2
-_GROUPS = 1024  # worked on at once: three float32 arrays of these stay in the processor's cache
+_BLOCK_GROUPS = 1024  # worked on at once: three float32 arrays of these stay in the processor's cache
 
 
-def convert(weight: Weight, spec: Spec, scale_dtype: np.dtype[Any] = BFLOAT16) -> Quantized:
-    """As quantization.convert, but 4-bit affine gets the scales and biases of least squared error.
+def to_spec(weight: Weight, spec: Spec, scale_dtype: np.dtype[Any] = BFLOAT16) -> Quantized:
+    """As quantization.to_spec, but 4-bit affine gets the scales and biases of least squared error.
 
     `scale_dtype` is what they are rounded to before codes are chosen, so that the error counts that too.
     """
     stored_so = isinstance(weight, Quantized) and weight.spec == spec and weight.outer is None
     if stored_so or (spec.element, spec.bits) != ("uint", 4):
-        return quantization.convert(weight, spec, scale_dtype)
-    return quantization.recode(weight, spec, partial(_search, dtype=scale_dtype), scale_dtype)
+        return quantization.to_spec(weight, spec, scale_dtype)
+    return quantization.quantize_with(weight, spec, partial(_search, dtype=scale_dtype), scale_dtype)
 
 
 def _search(groups: Floats, spec: Spec, *, dtype: np.dtype[Any]) -> tuple[Bytes, Floats, Floats]:
     codes = np.empty(groups.shape, np.uint8)
     scale, bias = np.empty(len(groups), np.float32), np.empty(len(groups), np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # of values near float32's largest; no such error is least
-        for start in range(0, len(groups), _GROUPS):
-            part = slice(start, start + _GROUPS)
-            best = _best(groups[part], spec, dtype)
-            codes[part] = _codes(groups[part], *best)
+        for start in range(0, len(groups), _BLOCK_GROUPS):
+            part = slice(start, start + _BLOCK_GROUPS)
+            best = _search_block(groups[part], spec, dtype)
+            codes[part] = _nearest_codes(groups[part], *best)
             scale[part], bias[part] = best
     return codes, scale, bias
 
 
-def _best(groups: Floats, spec: Spec, dtype: np.dtype[Any]) -> tuple[Floats, Floats]:
+def _search_block(groups: Floats, spec: Spec, dtype: np.dtype[Any]) -> tuple[Floats, Floats]:
     """Scale and bias [n] of groups [n, g]."""
-    _, scale, bias = quantization.affine(groups.copy(), spec)
-    scale, bias = _step(scale, dtype), _rounded(bias, dtype)
-    least = _error(groups, scale, bias)
+    _, scale, bias = quantization.encode_affine(groups.copy(), spec)
+    scale, bias = _round_scale(scale, dtype), _round(bias, dtype)
+    least = _squared_error(groups, scale, bias)
     for found_scale, found_bias in _proposals(groups, dtype):
-        error = _error(groups, found_scale, found_bias)
+        error = _squared_error(groups, found_scale, found_bias)
         better = error < least
         scale, bias = np.where(better, found_scale, scale), np.where(better, found_bias, bias)
         least = np.where(better, error, least)
@@ -68,10 +68,10 @@ def _proposals(groups: Floats, dtype: np.dtype[Any]) -> Iterator[tuple[Floats, F
     """The best candidate of each group, then its refinements; scale and bias [n], as `dtype` holds them."""
     scale, bias = _best_candidate(groups)
     for left in reversed(range(_REFINEMENTS + 1)):
-        scale, bias = _step(scale, dtype), _rounded(bias, dtype)
+        scale, bias = _round_scale(scale, dtype), _round(bias, dtype)
         yield scale, bias
         if left:
-            scale, bias = _line(groups, _codes(groups, scale, bias), scale)
+            scale, bias = _least_squares(groups, _nearest_codes(groups, scale, bias), scale)
 
 
 def _best_candidate(groups: Floats) -> tuple[Floats, Floats]:
@@ -95,7 +95,7 @@ def _best_candidate(groups: Floats) -> tuple[Floats, Floats]:
     return step[best] / 192 * amax, -edge[best] / 48 * amax
 
 
-def _line(groups: Floats, codes: Floats, scale: Floats) -> tuple[Floats, Floats]:
+def _least_squares(groups: Floats, codes: Floats, scale: Floats) -> tuple[Floats, Floats]:
     """Scale and bias of least squares for given codes; `scale` where these are all the same."""
     size = np.float32(groups.shape[1])
     mean_code, mean = codes.sum(axis=1) / size, groups.sum(axis=1) / size
@@ -105,7 +105,7 @@ def _line(groups: Floats, codes: Floats, scale: Floats) -> tuple[Floats, Floats]
     return found, mean - found * mean_code
 
 
-def _codes(groups: Floats, scale: Floats, bias: Floats) -> Floats:
+def _nearest_codes(groups: Floats, scale: Floats, bias: Floats) -> Floats:
     """The nearest codes [n, g], as float32."""
     codes = groups - bias[:, None]
     codes /= scale[:, None]
@@ -113,9 +113,9 @@ def _codes(groups: Floats, scale: Floats, bias: Floats) -> Floats:
     return np.clip(codes, 0, 15, out=codes)
 
 
-def _error(groups: Floats, scale: Floats, bias: Floats) -> Floats:
+def _squared_error(groups: Floats, scale: Floats, bias: Floats) -> Floats:
     """Squared error [n] of each group with its nearest codes."""
-    values = _codes(groups, scale, bias)
+    values = _nearest_codes(groups, scale, bias)
     values *= scale[:, None]
     values += bias[:, None]
     values -= groups
@@ -123,10 +123,10 @@ def _error(groups: Floats, scale: Floats, bias: Floats) -> Floats:
     return found
 
 
-def _step(scale: Floats, dtype: np.dtype[Any]) -> Floats:
+def _round_scale(scale: Floats, dtype: np.dtype[Any]) -> Floats:
     """The scale as stored, of a magnitude of at least 1e-7, as MLX's are."""
-    return _rounded(np.where(np.abs(scale) < 1e-7, np.float32(1e-7), scale), dtype)
+    return _round(np.where(np.abs(scale) < 1e-7, np.float32(1e-7), scale), dtype)
 
 
-def _rounded(values: Floats, dtype: np.dtype[Any]) -> Floats:
+def _round(values: Floats, dtype: np.dtype[Any]) -> Floats:
     return values.astype(dtype).astype(np.float32)

@@ -12,19 +12,17 @@ cut between heads, for every group divides a head's 64.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any
 
 from ..config import ModelConfig
 from ..errors import CheckpointError, InvalidRequest
-from .checkpoint import Readable
-from .params import Param, Role
+from .checkpoint import CheckpointLike
+from .params import MATRIX_ROLES, Param, Role
 from .tensor import Array, Dense, Quantized, Spec, Weight
-
-MATRICES: Final[tuple[Role, ...]] = ("embed", "attention", "router", "experts", "lm_head")
 
 
 @dataclass(frozen=True)
-class Share:
+class RankShard:
     """What one of several ranks holds: contiguous ranges of query heads, KV heads, experts and token ids.
 
     With more ranks than KV heads, those that share a KV head hold it each, and a part of its query heads.
@@ -32,13 +30,13 @@ class Share:
 
     rank: int
     ranks: int
-    queries: range
-    kv: range
+    query_heads: range
+    kv_heads: range
     experts: range
     vocabulary: range
 
     @staticmethod
-    def of(config: ModelConfig, rank: int, ranks: int) -> Share:
+    def of(config: ModelConfig, rank: int, ranks: int) -> RankShard:
         """Raises InvalidRequest for more ranks than query heads or experts."""
         most = min(config.num_attention_heads, config.num_local_experts)
         if not 1 <= ranks <= most:
@@ -46,10 +44,10 @@ class Share:
         queries, kv = _heads(config, rank, ranks)
         block = -(-config.vocab_size // ranks)  # of equal blocks, for a gather wants equal parts; the last is padded
         vocabulary = range(min(rank * block, config.vocab_size), min((rank + 1) * block, config.vocab_size))
-        return Share(rank, ranks, queries, kv, part(config.num_local_experts, rank, ranks), vocabulary)
+        return RankShard(rank, ranks, queries, kv, rank_range(config.num_local_experts, rank, ranks), vocabulary)
 
 
-def part(count: int, rank: int, ranks: int) -> range:
+def rank_range(count: int, rank: int, ranks: int) -> range:
     """The rank's part of `count` things; of 8 over 3 ranks 2, 3 and 3."""
     return range(count * rank // ranks, count * (rank + 1) // ranks)
 
@@ -58,11 +56,11 @@ def _heads(config: ModelConfig, rank: int, ranks: int) -> tuple[range, range]:
     """Query heads and KV heads."""
     count, each = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
     if ranks <= count:
-        kv = part(count, rank, ranks)
+        kv = rank_range(count, rank, ranks)
         return range(kv.start * each, kv.stop * each), kv
-    head = next(head for head in range(count) if rank in part(ranks, head, count))
-    sharers = part(ranks, head, count)
-    mine = part(each, rank - sharers.start, len(sharers))
+    head = next(head for head in range(count) if rank in rank_range(ranks, head, count))
+    sharers = rank_range(ranks, head, count)
+    mine = rank_range(each, rank - sharers.start, len(sharers))
     return range(head * each + mine.start, head * each + mine.stop), range(head, head + 1)
 
 
@@ -74,44 +72,44 @@ class RankWeights:
     hundredth, is counted whole.
     """
 
-    def __init__(self, checkpoint: Readable, share: Share) -> None:
+    def __init__(self, checkpoint: CheckpointLike, shard: RankShard) -> None:
         whole = checkpoint.config
-        self.share = share
+        self.shard = shard
         self.config: ModelConfig = replace(
-            whole, num_attention_heads=len(share.queries), num_key_value_heads=len(share.kv)
+            whole, num_attention_heads=len(shard.query_heads), num_key_value_heads=len(shard.kv_heads)
         )
         self.format = checkpoint.format
         self.stop_ids = checkpoint.stop_ids
-        self.whole = checkpoint
-        self._cuts = {param.name: _cut(param, whole, share) for param in checkpoint.params}
+        self.source = checkpoint
+        self._cuts = {param.name: _cut(param, whole, shard) for param in checkpoint.params}
         self.params: tuple[Param, ...] = tuple(replace(p, shape=self._shape(p)) for p in checkpoint.params)
-        matrices = sum(checkpoint.matrix_bytes(role) - self.matrix_bytes(role) for role in MATRICES)
+        matrices = sum(checkpoint.matrix_bytes(role) - self.matrix_bytes(role) for role in MATRIX_ROLES)
         self.size_bytes = checkpoint.size_bytes - matrices
 
     def read(self, name: str, rows: range | None = None) -> Weight:
         """As Checkpoint.read, of the rank's part."""
         axis, places = self._cuts[name] or (0, None)
         if axis == 0:
-            return self.whole.read(name, _within(places, rows))
+            return self.source.read(name, _within(places, rows))
         assert places is not None
-        return _columns(self.whole.read(name, rows), places, name)
+        return _columns(self.source.read(name, rows), places, name)
 
     def release(self, weight: Weight | None = None) -> None:
-        self.whole.release(weight)
+        self.source.release(weight)
 
     def stored_as(self, name: str) -> tuple[Spec | None, str | None]:
-        return self.whole.stored_as(name)
+        return self.source.stored_as(name)
 
     def matrix_bytes(self, role: Role) -> int:
         """By the rank's share of the role's numbers."""
         sizes = [
             sum(param.size for param in params if param.role == role and param.is_matrix)
-            for params in (self.params, self.whole.params)
+            for params in (self.params, self.source.params)
         ]
-        return self.whole.matrix_bytes(role) * sizes[0] // sizes[1]
+        return self.source.matrix_bytes(role) * sizes[0] // sizes[1]
 
     def fingerprint(self) -> list[list[Any]]:
-        return [*self.whole.fingerprint(), ["share", self.share.rank, self.share.ranks]]
+        return [*self.source.fingerprint(), ["share", self.shard.rank, self.shard.ranks]]
 
     def _shape(self, param: Param) -> tuple[int, ...]:
         cut = self._cuts[param.name]
@@ -121,19 +119,19 @@ class RankWeights:
         return (*param.shape[:at], len(places), *param.shape[at + 1 :])
 
 
-def _cut(param: Param, config: ModelConfig, share: Share) -> tuple[int, range] | None:
+def _cut(param: Param, config: ModelConfig, shard: RankShard) -> tuple[int, range] | None:
     """The axis along which a parameter is cut, and what the rank has of it; None where every rank has all."""
     dim = config.head_dim
-    queries = range(share.queries.start * dim, share.queries.stop * dim)
-    kv = range(share.kv.start * dim, share.kv.stop * dim)
+    queries = range(shard.query_heads.start * dim, shard.query_heads.stop * dim)
+    kv = range(shard.kv_heads.start * dim, shard.kv_heads.stop * dim)
     cuts = {
         "attention.q": (0, queries),
         "attention.k": (0, kv),
         "attention.v": (0, kv),
         "attention.o.weight": (1, queries),
-        "attention.sinks": (0, share.queries),
-        "experts": (0, share.experts),
-        "lm_head": (0, share.vocabulary),
+        "attention.sinks": (0, shard.query_heads),
+        "experts": (0, shard.experts),
+        "lm_head": (0, shard.vocabulary),
     }
     return next((cut for kind, cut in cuts.items() if f"{param.kind}.".startswith(f"{kind}.")), None)
 

@@ -29,7 +29,7 @@ from .formats import recipe_of
 from .params import Param, Role, parameters
 from .tensor import Array, Dense, Quantized, Spec, Weight
 
-BLOCK = 1 << 20  # bytes drawn from one stream
+BLOCK_BYTES = 1 << 20  # bytes drawn from one stream
 GAINS: Final[Mapping[str, float]] = {  # RMS of a matrix's output for input of RMS 1; 1 for the others
     "attention.o.weight": 0.25,  # so the residual stream grows by a few percent a layer
     "experts.down.weight": 0.25,
@@ -69,7 +69,7 @@ class Synthetic:
     def read(self, name: str, rows: range | None = None) -> Weight:
         """As Checkpoint.read; the same every time. The whole is drawn, whatever is wanted of it."""
         weight = self._whole(name)
-        return weight if rows is None else codecs.rows(weight, rows.start, rows.stop)
+        return weight if rows is None else weight[rows.start : rows.stop]
 
     def _whole(self, name: str) -> Weight:
         param = self._params[name]
@@ -147,7 +147,7 @@ class Synthetic:
     def _array(self, key: str, shape: tuple[int, ...], bits: type[np.unsignedinteger[Any]], draw: _Draw) -> Array:
         """The blocks of an array are drawn each from a stream of its own, on all cores."""
         out = np.empty(shape, bits if draw.table is None else draw.table.dtype)
-        flat, step = out.reshape(-1), BLOCK // np.dtype(bits).itemsize
+        flat, step = out.reshape(-1), BLOCK_BYTES // np.dtype(bits).itemsize
 
         def fill(start: int) -> None:
             part = flat[start : start + step]

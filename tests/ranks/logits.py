@@ -39,7 +39,7 @@ def load(load_plan, backend):
     if backend != "kernels":
         return load_plan.load(LIMITS)
     load = load_plan.module.load
-    return load(load_plan.weights, device="cpu", dtype="float32", limits=LIMITS, share=load_plan.share, kernels=True)
+    return load(load_plan.weights, device="cpu", dtype="float32", limits=LIMITS, shard=load_plan.shard, kernels=True)
 
 
 def main(backend: str, *folders: str) -> None:

@@ -124,7 +124,7 @@ def test_original_holds_the_same_values(mini):
     ours, original = checkpoint.open(mini / "mxfp4"), checkpoint.open(mini / "mxfp4-original")
     assert original.format == "mxfp4-original"
     for (param, weight), (_, other) in zip(ours.weights(), original.weights(), strict=True):
-        assert codecs.shape(other) == param.shape
+        assert other.shape == param.shape
         assert np.array_equal(codecs.dequantize(weight), codecs.dequantize(other)), param.name
     norm = original.read("norm.weight")
     assert isinstance(norm, Dense) and norm.values.dtype == np.float32

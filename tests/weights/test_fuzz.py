@@ -21,7 +21,6 @@ FUZZ = r"""
 import json, os, random, shutil, sys, time
 from pathlib import Path
 from mlx_gptoss.errors import CheckpointError
-from mlx_gptoss.recommend import recommend
 from mlx_gptoss.weights import checkpoint
 from mlx_gptoss.weights.convert import make_plan
 from mlx_gptoss.weights.formats import WRITERS

@@ -17,6 +17,7 @@ from mlx_gptoss.weights.convert import convert
 from mlx_gptoss.weights.formats import recipe_of
 from mlx_gptoss.weights.params import parameters
 from mlx_gptoss.weights.safetensors import DTYPES
+from mlx_gptoss.weights.tensor import NVFP4, Quantized
 from mlx_gptoss.weights.writer import Writer
 
 TRANSFORMERS = """
@@ -122,5 +123,5 @@ def test_a_global_scale_means_what_it_means_to_mlx():
     wanted = mx.dequantize(packed, scales, mode="nvfp4", global_scale=mx.array(amax), dtype=mx.float32, stream=mx.cpu)
     outer = np.float32(amax / 2688)
     codes = np.array(packed).view(np.uint8)
-    ours = codecs.dequantize(codecs.Quantized(codecs.NVFP4, codes, np.array(scales), outer=outer))
+    ours = codecs.dequantize(Quantized(NVFP4, codes, np.array(scales), outer=outer))
     assert np.allclose(ours, np.array(wanted), rtol=1e-6)

@@ -10,7 +10,7 @@ from mlx_gptoss.api import open_checkpoint
 from mlx_gptoss.config import PRESETS
 from mlx_gptoss.errors import InvalidRequest
 from mlx_gptoss.weights import codecs
-from mlx_gptoss.weights.requantize import REST, REST_ROLES, Requantized
+from mlx_gptoss.weights.requantize import REST_ROLES, REST_SPECS, Requantized
 from mlx_gptoss.weights.synthetic import Synthetic
 from mlx_gptoss.weights.tensor import Dense
 
@@ -20,7 +20,7 @@ def arrays(weight) -> list[np.ndarray]:
     return [part for part in parts if part is not None]
 
 
-@pytest.mark.parametrize("name", REST)
+@pytest.mark.parametrize("name", REST_SPECS)
 @pytest.mark.parametrize("source", ["nano", "mxfp4", "nvfp4", "int4-autoround", "mlx-mxfp4-all", "synthetic"])
 def test_the_rest_is_quantized_and_the_experts_are_not(mini, source, name):
     if source == "synthetic":
@@ -32,7 +32,7 @@ def test_the_rest_is_quantized_and_the_experts_are_not(mini, source, name):
         before, after = checkpoint.read(param.name), quantized.read(param.name)
         size += sum(part.nbytes for part in arrays(after))
         if param.is_matrix and param.role in REST_ROLES:
-            assert after.spec == REST[name]
+            assert after.spec == REST_SPECS[name]
             error = codecs.dequantize(after) - codecs.dequantize(before)
             assert (
                 np.abs(error).max() < (0.01 if name == "rest-8bit" else 0.2) * np.abs(codecs.dequantize(before)).max()

@@ -25,7 +25,7 @@ def relative(weight: Quantized, wanted: np.ndarray) -> float:
 def both(values: np.ndarray) -> tuple[float, float]:
     """The relative error of the recipe, and with the search."""
     plain = quantization.quantize(values, AFFINE4)
-    return relative(plain, values), relative(search.convert(Dense(values), AFFINE4), values)
+    return relative(plain, values), relative(search.to_spec(Dense(values), AFFINE4), values)
 
 
 def gaussian(rows: int, seed: int = 0) -> np.ndarray:
@@ -59,7 +59,7 @@ def test_the_bundled_model():
 def test_near_the_best_of_a_fine_grid():
     """Every step and edge on a grid of 80 x 120 for a few groups, far more than could be tried on a model."""
     groups = through_mxfp4(gaussian(1, 3)).reshape(-1, 64)
-    found = search.convert(Dense(groups), AFFINE4)
+    found = search.to_spec(Dense(groups), AFFINE4)
     ours = ((codecs.dequantize(found) - groups) ** 2).sum()
     best = 0.0
     for group in groups:
@@ -84,7 +84,7 @@ VALUES = st.one_of(
 @given(st.lists(VALUES, min_size=1, max_size=64), st.sampled_from([codecs.BFLOAT16, np.dtype(np.float32)]))
 def test_no_group_gets_worse(values, dtype):
     group = np.resize(np.array(values, np.float32), (1, 64))
-    recipe, found = quantization.quantize(group, AFFINE4, dtype), search.convert(Dense(group), AFFINE4, dtype)
+    recipe, found = quantization.quantize(group, AFFINE4, dtype), search.to_spec(Dense(group), AFFINE4, dtype)
     before, squares = (((codecs.dequantize(w).astype(np.float64) - group) ** 2).sum() for w in (recipe, found))
     assert squares <= before * (1 + 1e-4) + 1e-13 * float(np.abs(group).max()) ** 2
 
@@ -93,21 +93,21 @@ def test_values_that_are_no_numbers_are_refused():
     values = gaussian(2)
     values[1, 70] = np.nan
     with pytest.raises(CheckpointError, match="NaN"):
-        search.convert(Dense(values), AFFINE4)
+        search.to_spec(Dense(values), AFFINE4)
 
 
 def test_only_4_bits_are_searched():
     values = gaussian(2)
-    found, recipe = search.convert(Dense(values), AFFINE8), quantization.quantize(values, AFFINE8)
+    found, recipe = search.to_spec(Dense(values), AFFINE8), quantization.quantize(values, AFFINE8)
     assert np.array_equal(found.codes, recipe.codes)
     assert np.array_equal(found.scale, recipe.scale)
 
 
 def test_a_float16_scale_stays_one():
     values = gaussian(2)
-    found = search.convert(Dense(values), AFFINE4, np.dtype(np.float16))
+    found = search.to_spec(Dense(values), AFFINE4, np.dtype(np.float16))
     assert found.scale.dtype == found.bias.dtype == np.float16
-    assert relative(found, values) <= relative(search.convert(Dense(values), AFFINE4), values)
+    assert relative(found, values) <= relative(search.to_spec(Dense(values), AFFINE4), values)
 
 
 def layout(folder):

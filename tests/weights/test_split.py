@@ -13,7 +13,7 @@ from mlx_gptoss.config import PRESETS
 from mlx_gptoss.errors import CheckpointError, InvalidRequest
 from mlx_gptoss.weights import codecs
 from mlx_gptoss.weights.requantize import Requantized
-from mlx_gptoss.weights.split import RankWeights, Share
+from mlx_gptoss.weights.split import RankShard, RankWeights
 from mlx_gptoss.weights.synthetic import Synthetic
 from mlx_gptoss.weights.tensor import Dense
 
@@ -25,40 +25,40 @@ def values(weight):
     return weight.values.astype(np.float32) if isinstance(weight, Dense) else codecs.dequantize(weight)
 
 
-def shares(config, ranks):
-    return [Share.of(config, rank, ranks) for rank in range(ranks)]
+def shards(config, ranks):
+    return [RankShard.of(config, rank, ranks) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_ranges_follow_each_other_and_cover_all(preset, ranks):
     config = PRESETS[preset]
-    found = shares(config, ranks)
-    for field, count in [("queries", config.num_attention_heads), ("experts", config.num_local_experts),
+    found = shards(config, ranks)
+    for field, count in [("query_heads", config.num_attention_heads), ("experts", config.num_local_experts),
                          ("vocabulary", config.vocab_size)]:  # fmt: skip
-        assert [i for share in found for i in getattr(share, field)] == list(range(count))
+        assert [i for shard in found for i in getattr(shard, field)] == list(range(count))
     each = config.num_attention_heads // config.num_key_value_heads
-    assert all({query // each for query in share.queries} == set(share.kv) for share in found)
+    assert all({query // each for query in shard.query_heads} == set(shard.kv_heads) for shard in found)
 
 
 def test_three_ranks_of_eight_kv_heads():
-    found = shares(PRESETS["20b"], 3)
-    assert [len(share.kv) for share in found] == [2, 3, 3]
-    assert [len(share.experts) for share in found] == [10, 11, 11]
-    assert [len(share.vocabulary) for share in found] == [67030, 67030, 67028]
+    found = shards(PRESETS["20b"], 3)
+    assert [len(shard.kv_heads) for shard in found] == [2, 3, 3]
+    assert [len(shard.experts) for shard in found] == [10, 11, 11]
+    assert [len(shard.vocabulary) for shard in found] == [67030, 67030, 67028]
 
 
 @pytest.mark.parametrize("ranks", [0, 5])
 def test_more_ranks_than_heads_are_refused(ranks):
     with pytest.raises(InvalidRequest, match="1 to 4 ranks"):
-        Share.of(PRESETS["tiny"], 0, ranks)
+        RankShard.of(PRESETS["tiny"], 0, ranks)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("name", FORMATS)
 def test_parts_put_together_are_the_checkpoint(mini, name, ranks):
     checkpoint = open_checkpoint(mini / name)
-    parts = [RankWeights(checkpoint, share) for share in shares(checkpoint.config, ranks)]
+    parts = [RankWeights(checkpoint, shard) for shard in shards(checkpoint.config, ranks)]
     for i, param in enumerate(checkpoint.params):
         whole = values(checkpoint.read(param.name))
         held = [values(part.read(param.name)) for part in parts]
@@ -84,7 +84,7 @@ def test_nothing_of_other_ranks_is_read(mini, tmp_path, name):
     with holder.path.open("r+b") as file:
         file.seek(start + info.nbytes - 2)
         file.write(b"\xff\xff")  # NaN in every format of scales
-    first, last = (RankWeights(open_checkpoint(folder), share) for share in shares(damaged.config, 2))
+    first, last = (RankWeights(open_checkpoint(folder), shard) for shard in shards(damaged.config, 2))
     assert np.isfinite(values(first.read(parameter))).all()
     with pytest.raises(CheckpointError, match="not a number"):
         last.read(parameter)
@@ -93,7 +93,7 @@ def test_nothing_of_other_ranks_is_read(mini, tmp_path, name):
 def test_a_part_is_a_view_of_the_file(mini):
     """Of a format that stores parameters in one piece: nothing is copied."""
     checkpoint = open_checkpoint(mini / "mxfp4")
-    held = RankWeights(checkpoint, Share.of(checkpoint.config, 1, 2))
+    held = RankWeights(checkpoint, RankShard.of(checkpoint.config, 1, 2))
     for name in ("layers.1.experts.gate.weight", "layers.0.experts.down.weight"):
         assert np.may_share_memory(held.read(name).codes, checkpoint.read(name).codes)
     for name in ("layers.0.attention.o.weight", "layers.0.attention.q.weight", "lm_head.weight"):
@@ -104,20 +104,20 @@ def test_a_part_is_a_view_of_the_file(mini):
 def test_sizes(ranks):
     """What ranks hold together is the checkpoint, and what is everywhere as often as there are ranks."""
     checkpoint = Synthetic(PRESETS["20b"], "mxfp4")
-    parts = [RankWeights(checkpoint, share) for share in shares(checkpoint.config, ranks)]
+    parts = [RankWeights(checkpoint, shard) for shard in shards(checkpoint.config, ranks)]
     again = checkpoint.size_bytes - sum(checkpoint.matrix_bytes(role) for role in ("attention", "experts", "lm_head"))
     assert abs(sum(part.size_bytes for part in parts) - checkpoint.size_bytes - (ranks - 1) * again) < 1000
     tiny = Synthetic(PRESETS["tiny"], "mlx-4bit")
-    held = RankWeights(tiny, Share.of(tiny.config, 1, ranks))
-    read = sum(codecs.nbytes(held.read(param.name)) for param in held.params)
+    held = RankWeights(tiny, RankShard.of(tiny.config, 1, ranks))
+    read = sum(held.read(param.name).nbytes for param in held.params)
     assert 0.9 < read / held.size_bytes <= 1
 
 
 def test_a_part_can_be_quantized(mini):
     """The same as a part of what is quantized whole, for groups lie within rows and heads."""
     checkpoint = open_checkpoint(mini / "mxfp4")
-    share = Share.of(checkpoint.config, 1, 2)
-    quantized, whole = Requantized(RankWeights(checkpoint, share), "mlx-4bit"), Requantized(checkpoint, "mlx-4bit")
+    shard = RankShard.of(checkpoint.config, 1, 2)
+    quantized, whole = Requantized(RankWeights(checkpoint, shard), "mlx-4bit"), Requantized(checkpoint, "mlx-4bit")
     gate = quantized.read("layers.0.experts.gate.weight")
     assert np.array_equal(gate.codes, whole.read("layers.0.experts.gate.weight").codes[3:])
     o = quantized.read("layers.0.attention.o.weight")
@@ -127,4 +127,4 @@ def test_a_part_can_be_quantized(mini):
 def test_a_group_is_never_cut_in_two():
     checkpoint = Synthetic(replace(PRESETS["tiny"], head_dim=32, num_attention_heads=6), "mlx-4bit")
     with pytest.raises(CheckpointError, match=r"attention\.o\.weight cannot be split"):
-        RankWeights(checkpoint, Share.of(checkpoint.config, 0, 2)).read("layers.0.attention.o.weight")
+        RankWeights(checkpoint, RankShard.of(checkpoint.config, 0, 2)).read("layers.0.attention.o.weight")
