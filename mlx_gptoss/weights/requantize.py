@@ -1,4 +1,4 @@
-"""A checkpoint seen through another format's recipe: weights are quantized as they are read, and nothing is written."""
+"""Quantizing while loading: a checkpoint whose matrices are quantized as they are read. Nothing is written."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ QUANTIZE_NAMES: Final = (*sorted(name for name in WRITERS if name.startswith("ml
 
 
 class Requantized:
-    """What a backend's loader needs of a Checkpoint, with matrices stored as the format `name` would store them; or,
-    for "rest-8bit" and "rest-4bit", all but experts and router quantized in groups of 64, and those as they are.
+    """A checkpoint with its matrices quantized as the format `name` stores them, for a backend to load.
 
-    Weights that are stored so already stay as they are, bit for bit. Raises InvalidRequest for another name.
+    name: an MLX format; or "rest-8bit" or "rest-4bit", which quantize all matrices but those of the experts and the
+        router to affine codes in groups of 64.
+    A matrix that is stored that way already is handed on bit for bit. Raises InvalidRequest for an unknown name.
     """
 
     def __init__(self, checkpoint: CheckpointLike, name: str) -> None:
@@ -34,7 +35,7 @@ class Requantized:
 
     @property
     def size_bytes(self) -> int:
-        """Of all weights as they are read."""
+        """Size of all weights as `read` returns them."""
         params = self._checkpoint.params
         if self._name not in REST_SPECS:
             units = WRITERS[self._name].units(self._name, params, {param.name: "BF16" for param in params})
@@ -60,13 +61,13 @@ class Requantized:
         return Dense(codecs.to_bfloat16(weight)) if spec is None else quantization.to_spec(weight, spec)
 
     def release(self) -> None:
+        """As Checkpoint.release, of all weights."""
         self._checkpoint.release()
 
     def _spec(self, param: Param) -> Spec | None:
-        """None where the format keeps bfloat16, or its groups do not divide the rows."""
-        spec = (
-            REST_SPECS[self._name]
-            if self._name in REST_SPECS
-            else WRITERS[self._name].recipes[self._name][param.role][1]
-        )
+        """The Spec of a matrix; None if it stays bfloat16: the format says so, or groups do not divide its rows."""
+        if self._name in REST_SPECS:
+            spec: Spec | None = REST_SPECS[self._name]
+        else:
+            _, spec = WRITERS[self._name].recipes[self._name][param.role]
         return None if spec is None or param.shape[-1] % spec.group else spec
