@@ -1,9 +1,9 @@
 """Tensor and expert parallelism: which part of a model each rank holds, the same for every format.
 
-Attention is split by KV head: the rows of q, k and v with their biases, the columns of o, the sinks. Experts are split by
-expert and lm_head by rows of the vocabulary. All parts are contiguous ranges, which may differ in size. Every rank holds
-the embeddings, the norms, the router and the bias of o. So each rank computes one summand of attention (without the bias
-of o) and of the experts, and one segment of the logits.
+Attention is split by KV head: the rows of q, k and v with their biases, the columns of o, the sinks. Experts are split
+by expert and lm_head by rows of the vocabulary. All parts are contiguous ranges, which may differ in size. Every rank
+holds the embeddings, the norms, the router and the bias of o. So each rank computes one summand of attention (without
+the bias of o) and of the experts, and one segment of the logits.
 
 Experts are never split by rows: 2880 = 45 * 64 cannot be halved where groups of 64 share a scale. Columns of o can be
 split between heads, because every group size divides the 64 columns of a head.

@@ -1,9 +1,10 @@
-"""Synthetic weights, generated while loading: random weights with a preset's shapes, stored as a real format stores them.
-For measuring speed, where the values do not matter but their number and their storage do.
+"""Synthetic weights, generated while loading: random values in a preset's shapes, stored as a format stores them.
 
-Codes are random bits and nothing is quantized. Scales and dense values come from tables, chosen so that activations keep
-about unit size through all layers and the router uses all experts. The values of a parameter depend only on the seed and
-the parameter's name. Generating needs a few MB per core in addition to the weights returned.
+They are for measuring speed, which depends on the number of values and on their storage, but not on the values.
+
+Codes are random bits and nothing is quantized. Scales and dense values come from tables, chosen so that activations
+keep about unit size through all layers and the router uses all experts. The values of a parameter depend only on the
+seed and the parameter's name. Generating needs a few MB per core in addition to the weights returned.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class _Distribution:
 class Synthetic:
     """Random weights with the shapes of `config` in the format `name`, to be used like a Checkpoint.
 
-    Raises CheckpointError if `name` cannot be written, or if its groups do not divide the rows of the config's matrices.
+    Raises CheckpointError if the format cannot be written, or if its groups do not divide the rows of the matrices.
     """
 
     def __init__(self, config: ModelConfig, name: str, seed: int = 0) -> None:
@@ -117,8 +118,8 @@ class Synthetic:
         return self._quantized(param, spec, rms)
 
     def _vector(self, param: Param) -> Array:
-        """bfloat16 of the parameter's shape: norms around 1, sinks of RMS 1, biases of RMS 0.1. All values are multiples
-        of 1/256, which float16 holds, too."""
+        """bfloat16 of the parameter's shape: norms around 1, sinks of RMS 1, biases of RMS 0.1. All values are
+        multiples of 1/256, which float16 holds, too."""
         values = np.random.Generator(self._stream(param.name, 0)).standard_normal(param.shape, np.float32)
         if param.role != "sinks":
             values *= np.float32(0.1)
