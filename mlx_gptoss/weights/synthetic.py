@@ -135,8 +135,8 @@ class Synthetic:
         codes = self._array(name, packed, np.uint8, _uniform_codes(spec))
         size = rms / _code_rms(spec)
         if spec.scale == "none":
-            outer = self._array(f"{name} outer", (*lead, 1), np.uint16, _float_scales(size))
-            return Quantized(spec, codes, outer=outer)
+            row_scale = self._array(f"{name} outer", (*lead, 1), np.uint16, _float_scales(size))
+            return Quantized(spec, codes, outer=row_scale)
         grouped = (*lead, param.shape[-1] // spec.group)
         if spec.scale == "float":
             dtype = "float16" if self._is_symmetric else codecs.BFLOAT16.name
