@@ -53,8 +53,10 @@ def quantize_fp8_rows(weight: Weight) -> Quantized:
 
 
 def quantize_symmetric(weight: Weight) -> Quantized:
-    """Quantize to 4-bit integers around 8 with one float16 scale per group of 64, bit for bit as AutoRound's
-    round-to-nearest does. Raises CheckpointError if a value is too large for a float16 scale."""
+    """Quantize to 4-bit integers around 8, bit for bit as AutoRound's round-to-nearest does.
+
+    Each group of 64 has a float16 scale. Raises CheckpointError if a value is too large for one.
+    """
     return quantize_with(weight, AFFINE4, _encode_symmetric, np.dtype(np.float16))
 
 
@@ -109,8 +111,10 @@ def quantize_with(weight: Weight, spec: Spec, encode: GroupEncoder, scale_dtype:
 
 
 def encode_affine(groups: Floats, spec: Spec) -> tuple[Bytes, Floats, Floats]:
-    """MLX's affine recipe: the end of the range with the larger magnitude is a multiple of the scale, so that zero is
-    exact."""
+    """MLX's affine recipe: bias and scale span the group from its smallest to its largest value.
+
+    The end of larger magnitude is made a multiple of the scale, so that zero is exact.
+    """
     top = np.float32(2**spec.bits - 1)
     low, high = _reduce_groups(groups, np.minimum), _reduce_groups(groups, np.maximum)
     low_is_larger = np.abs(low) > np.abs(high)
@@ -144,8 +148,11 @@ def _encode_mxfp4(groups: Floats, spec: Spec) -> tuple[Bytes, Bytes, None]:
 
 
 def _encode_nvfp4(groups: Floats, spec: Spec) -> tuple[Bytes, Bytes, None]:
-    """MLX's nvfp4 without a per-tensor scale: the scale is e4m3(amax / 6). Ties go to the smaller magnitude, and what
-    rounds to zero becomes +0, as in MLX's CPU code (files written by mlx-lm show it)."""
+    """MLX's nvfp4 without a per-tensor scale: the scale is e4m3(amax / 6).
+
+    Ties go to the smaller magnitude, and what rounds to zero becomes +0, as in MLX's CPU code (files written by mlx-lm
+    show it).
+    """
     sign = np.signbit(groups)
     magnitude = np.abs(groups, out=groups)
     scale = _e4m3_codes(_reduce_groups(magnitude, np.maximum) / np.float32(6))
@@ -158,8 +165,11 @@ def _encode_nvfp4(groups: Floats, spec: Spec) -> tuple[Bytes, Bytes, None]:
 
 
 def _encode_nvfp4_scaled(groups: Floats, outer: Array) -> tuple[Bytes, Bytes, None]:
-    """ModelOpt's nvfp4 (0.47, nvfp4_tensor.py): the scale is e4m3(amax / (6 outer)), at least 2^-9, and 1 for a group
-    of zeros. Ties go to the even code, and what rounds to zero keeps its sign."""
+    """ModelOpt's nvfp4 (0.47, nvfp4_tensor.py): the scale is e4m3(amax / (6 outer)).
+
+    The scale is at least 2^-9, and 1 for a group of zeros. Ties go to the even code, and what rounds to zero keeps its
+    sign.
+    """
     magnitude = np.abs(groups)
     ratio = _reduce_groups(magnitude, np.maximum) / (np.float32(6) * outer)
     ratio[ratio == 0] = 1
@@ -172,8 +182,10 @@ def _encode_nvfp4_scaled(groups: Floats, outer: Array) -> tuple[Bytes, Bytes, No
 
 
 def _encode_fp8_row(groups: Floats, spec: Spec) -> tuple[Bytes, Array, None]:
-    """compressed-tensors 0.19 on bfloat16 weights: the scale is bf16(amax / 448), and 2^-7 for a row of zeros. The
-    quotient is rounded to bfloat16 before it is rounded to e4m3, and -0 becomes +0."""
+    """compressed-tensors 0.19 on bfloat16 weights: the scale is bf16(amax / 448), and 2^-7 for a row of zeros.
+
+    The quotient is rounded to bfloat16 before it is rounded to e4m3, and -0 becomes +0.
+    """
     scale = (_reduce_groups(np.abs(groups), np.maximum) / np.float32(448)).astype(BFLOAT16)
     scale[scale == 0] = 2**-7
     quotient = (groups / scale.astype(np.float32)[:, None]).astype(BFLOAT16)
@@ -182,7 +194,9 @@ def _encode_fp8_row(groups: Floats, spec: Spec) -> tuple[Bytes, Array, None]:
 
 def _encode_symmetric(groups: Floats, spec: Spec) -> tuple[Bytes, Array, Array]:
     """AutoRound 0.16's int_sym: the element of the largest magnitude gets code 0, so the scale has the opposite sign.
-    The magnitude of a scale is at least float16(1e-5)."""
+
+    The magnitude of a scale is at least float16(1e-5).
+    """
     low = np.minimum(_reduce_groups(groups, np.minimum), 0)
     high = np.maximum(_reduce_groups(groups, np.maximum), 0)
     min_scale = np.float16(1e-5)

@@ -21,6 +21,7 @@ import numpy as np
 from ..errors import CheckpointError
 from .tensor import Array
 
+INDEX = "model.safetensors.index.json"  # of a checkpoint in several files: the file of each tensor
 MAX_HEADER_BYTES = 16 * 2**20  # the largest real header, of 120b with tensors for each expert, has 8 MB
 MAX_ITEMS = 600_000  # commas and brackets in a JSON file; that header has 450,000. Parsing then takes at most 150 MB
 

@@ -118,8 +118,10 @@ class Synthetic:
         return self._quantized(param, spec, rms)
 
     def _vector(self, param: Param) -> Array:
-        """bfloat16 of the parameter's shape: norms around 1, sinks of RMS 1, biases of RMS 0.1. All values are
-        multiples of 1/256, which float16 holds, too."""
+        """bfloat16 of the parameter's shape: norms around 1, sinks of RMS 1, biases of RMS 0.1.
+
+        All values are multiples of 1/256, which float16 holds, too.
+        """
         values = np.random.Generator(self._stream(param.name, 0)).standard_normal(param.shape, np.float32)
         if param.role != "sinks":
             values *= np.float32(0.1)
