@@ -1,4 +1,4 @@
-"""Which rank holds what: every number of the model on one rank exactly, or on all, whatever stores it."""
+"""Splitting over ranks: in every format, each value is on exactly one rank or on all of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def shards(config, ranks):
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_ranges_follow_each_other_and_cover_all(preset, ranks):
+def test_ranges_of_the_ranks_cover_everything_in_order(preset, ranks):
     config = PRESETS[preset]
     found = shards(config, ranks)
     for field, count in [("query_heads", config.num_attention_heads), ("experts", config.num_local_experts),
@@ -41,7 +41,7 @@ def test_ranges_follow_each_other_and_cover_all(preset, ranks):
     assert all({query // each for query in shard.query_heads} == set(shard.kv_heads) for shard in found)
 
 
-def test_three_ranks_of_eight_kv_heads():
+def test_eight_kv_heads_over_three_ranks():
     found = shards(PRESETS["20b"], 3)
     assert [len(shard.kv_heads) for shard in found] == [2, 3, 3]
     assert [len(shard.experts) for shard in found] == [10, 11, 11]
@@ -49,14 +49,14 @@ def test_three_ranks_of_eight_kv_heads():
 
 
 @pytest.mark.parametrize("ranks", [0, 5])
-def test_more_ranks_than_heads_are_refused(ranks):
+def test_more_ranks_than_query_heads_are_refused(ranks):
     with pytest.raises(InvalidRequest, match="1 to 4 ranks"):
         RankShard.of(PRESETS["tiny"], 0, ranks)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("name", FORMATS)
-def test_parts_put_together_are_the_checkpoint(mini, name, ranks):
+def test_the_parts_of_all_ranks_make_the_checkpoint(mini, name, ranks):
     checkpoint = open_checkpoint(mini / name)
     parts = [RankWeights(checkpoint, shard) for shard in shards(checkpoint.config, ranks)]
     for i, param in enumerate(checkpoint.params):
@@ -66,24 +66,24 @@ def test_parts_put_together_are_the_checkpoint(mini, name, ranks):
         if held[0].shape == whole.shape:
             assert all(np.array_equal(array, whole) for array in held)
             assert param.role in ("embed", "norm", "router") or param.kind == "attention.o.bias"
-        elif ranks > 2 and param.kind.startswith(("attention.k", "attention.v")):  # two KV heads, which ranks share
+        elif ranks > 2 and param.kind.startswith(("attention.k", "attention.v")):  # two KV heads, each on several ranks
             assert np.array_equal(np.concatenate([held[0], held[-1]]), whole)
         else:
             assert np.array_equal(np.concatenate(held, AXES.get(param.kind, 0)), whole)
 
 
 @pytest.mark.parametrize("name", ["fp8-dynamic", "int4-autoround", "mxfp4", "mlx-4bit", "mlx-mxfp4-all"])
-def test_nothing_of_other_ranks_is_read(mini, tmp_path, name):
-    """With scales that are no numbers in the last expert, whoever has no part of it does not notice."""
+def test_a_rank_does_not_read_the_other_parts(mini, tmp_path, name):
+    """A rank without the last expert does not notice that its scales are NaN."""
     folder = shutil.copytree(mini / name, tmp_path / name)
     damaged = open_checkpoint(folder)
     parameter = "layers.0.experts.down.weight"
     stored = [want for want in damaged._binding.sources[parameter].wants if "scale" in want.name][-1].name
-    holder = damaged._holder[stored]
-    info, start = holder.header.tensors[stored], holder.header.offsets[stored]
-    with holder.path.open("r+b") as file:
-        file.seek(start + info.nbytes - 2)
-        file.write(b"\xff\xff")  # NaN in every format of scales
+    file = damaged._file_of[stored]
+    info, start = file.header.tensors[stored], file.header.offsets[stored]
+    with file.path.open("r+b") as opened:
+        opened.seek(start + info.nbytes - 2)
+        opened.write(b"\xff\xff")  # NaN in every scale format
     first, last = (RankWeights(open_checkpoint(folder), shard) for shard in shards(damaged.config, 2))
     assert np.isfinite(values(first.read(parameter))).all()
     with pytest.raises(CheckpointError, match="not a number"):
@@ -91,7 +91,7 @@ def test_nothing_of_other_ranks_is_read(mini, tmp_path, name):
 
 
 def test_a_part_is_a_view_of_the_file(mini):
-    """Of a format that stores parameters in one piece: nothing is copied."""
+    """Nothing is copied if the format stores a parameter in one tensor."""
     checkpoint = open_checkpoint(mini / "mxfp4")
     held = RankWeights(checkpoint, RankShard.of(checkpoint.config, 1, 2))
     for name in ("layers.1.experts.gate.weight", "layers.0.experts.down.weight"):
@@ -101,8 +101,8 @@ def test_a_part_is_a_view_of_the_file(mini):
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_sizes(ranks):
-    """What ranks hold together is the checkpoint, and what is everywhere as often as there are ranks."""
+def test_sizes_of_the_parts_add_up(ranks):
+    """To the size of the checkpoint, plus one more copy per additional rank of what every rank holds."""
     checkpoint = Synthetic(PRESETS["20b"], "mxfp4")
     parts = [RankWeights(checkpoint, shard) for shard in shards(checkpoint.config, ranks)]
     again = checkpoint.size_bytes - sum(checkpoint.matrix_bytes(role) for role in ("attention", "experts", "lm_head"))
@@ -113,8 +113,8 @@ def test_sizes(ranks):
     assert 0.9 < read / held.size_bytes <= 1
 
 
-def test_a_part_can_be_quantized(mini):
-    """The same as a part of what is quantized whole, for groups lie within rows and heads."""
+def test_a_part_is_quantized_like_the_whole(mini):
+    """Because no group crosses a row or a head."""
     checkpoint = open_checkpoint(mini / "mxfp4")
     shard = RankShard.of(checkpoint.config, 1, 2)
     quantized, whole = Requantized(RankWeights(checkpoint, shard), "mlx-4bit"), Requantized(checkpoint, "mlx-4bit")
@@ -124,7 +124,7 @@ def test_a_part_can_be_quantized(mini):
     assert np.array_equal(values(o), values(whole.read("layers.0.attention.o.weight"))[:, 128:])
 
 
-def test_a_group_is_never_cut_in_two():
+def test_a_split_through_a_group_is_refused():
     checkpoint = Synthetic(replace(PRESETS["tiny"], head_dim=32, num_attention_heads=6), "mlx-4bit")
     with pytest.raises(CheckpointError, match=r"attention\.o\.weight cannot be split"):
         RankWeights(checkpoint, RankShard.of(checkpoint.config, 0, 2)).read("layers.0.attention.o.weight")
