@@ -288,13 +288,17 @@ def test_an_old_checkpoint_that_cannot_be_moved_back_is_kept(source, tmp_path, m
     assert contents(out) == before
 
 
+# A slow conversion, which stops when its journal has three lines until it has been sent a signal.
 SLOW = """
 import sys, time
+from pathlib import Path
 from mlx_gptoss.weights import convert as conversion
 from mlx_gptoss.weights.writer import Writer
-conversion.SHARD_BYTES = int(sys.argv.pop(1))
+conversion.SHARD_BYTES, journal, signalled = int(sys.argv.pop(1)), Path(sys.argv.pop(1)), Path(sys.argv.pop(1))
 write = Writer.write
 def slowly(*args):
+    while journal.exists() and journal.read_bytes().count(b"\\n") > 2 and not signalled.exists():
+        time.sleep(0.01)
     time.sleep(0.03)
     return write(*args)
 Writer.write = slowly
@@ -304,14 +308,16 @@ main()
 
 
 def test_ctrl_c_on_the_command_line_says_what_was_kept(source, tmp_path, wanted):
-    out, journal_file = tmp_path / "out", tmp_path / ".out.partial" / "journal"
-    command = [sys.executable, "-c", SLOW, str(SHARD_BYTES), "convert", str(source), str(out), "--to", "bf16"]
+    out, journal_file, signalled = tmp_path / "out", tmp_path / ".out.partial" / "journal", tmp_path / "signalled"
+    command = [sys.executable, "-c", SLOW, str(SHARD_BYTES), str(journal_file), str(signalled)]
+    command += ["convert", str(source), str(out), "--to", "bf16"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not (journal_file.exists() and journal_file.read_bytes().count(b"\n") > 2):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    signalled.touch()
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     assert output == ""
     assert len(errors.splitlines()) == 1
