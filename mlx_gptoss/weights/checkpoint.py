@@ -69,7 +69,7 @@ class CheckpointLike(Weights, Protocol):
 def open(path: Path | str) -> Checkpoint:
     """Open the checkpoint in a folder, or a GGUF model by its file or folder.
 
-    A folder without tensors of its own stands for its `original/` folder. Raises CheckpointError, before any weight is
+    If the folder has no tensors itself, its `original/` folder is opened. Raises CheckpointError, before any weight is
     read, if the files are not a complete gpt-oss checkpoint.
     """
     path = Path(path)

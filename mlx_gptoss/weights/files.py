@@ -58,7 +58,7 @@ def find_folder(path: Path) -> Path:
             return folder
     if (path / "config.json").is_file():
         raise CheckpointError(f"{path} has a config.json but no .safetensors file; download the weights too")
-    raise CheckpointError(f"{path} is not a checkpoint: it has no config.json with .safetensors files beside it")
+    raise CheckpointError(f"{path} is not a checkpoint: it has no config.json and .safetensors files")
 
 
 def map_shards(folder: Path) -> list[MappedFile]:

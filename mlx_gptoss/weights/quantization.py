@@ -235,7 +235,7 @@ _ENCODERS: Mapping[tuple[Element, ScaleKind], GroupEncoder] = {
 }
 
 
-# ------------------------------------------------------------------------------------ what the encoders are made of
+# ------------------------------------------------------------------------------------------- parts of the encoders
 
 
 def _reduce_groups(groups: Floats, reduction: np.ufunc) -> Floats:

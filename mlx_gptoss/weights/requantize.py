@@ -22,7 +22,7 @@ class Requantized:
 
     name: an MLX format; or "rest-8bit" or "rest-4bit", which quantize all matrices but those of the experts and the
         router to affine codes in groups of 64.
-    A matrix that is stored that way already is handed on bit for bit. Raises InvalidRequest for an unknown name.
+    A matrix that is stored that way already stays as it is, bit for bit. Raises InvalidRequest for an unknown name.
     """
 
     def __init__(self, checkpoint: CheckpointLike, name: str) -> None:

@@ -144,7 +144,7 @@ def _split(param: Param, config: ModelConfig, shard: RankShard) -> tuple[int, ra
 
 
 def _rows_of_part(part: range | None, rows: range | None) -> range | None:
-    """Rows counted within the part, as rows of the whole weight; None stands for all rows."""
+    """Rows counted within the part, as rows of the whole weight; None means all rows."""
     if part is None:
         return rows
     return part if rows is None else part[rows.start : rows.stop]

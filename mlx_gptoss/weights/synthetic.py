@@ -185,7 +185,7 @@ def preset(name: str, layers: int | None = None) -> ModelConfig:
 
 
 def _uniform_codes(spec: Spec) -> _Distribution:
-    """All codes alike. The two NaN codes of e4m3 become the largest value."""
+    """All codes with equal probability. The two NaN codes of e4m3 become the largest value."""
     if spec.element != "e4m3":
         return _Distribution(None)
     table = np.arange(256, dtype=np.uint8)

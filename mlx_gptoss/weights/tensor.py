@@ -120,7 +120,7 @@ class Quantized:
             if outer.shape[0] > 1:
                 outer = outer[index]
             elif isinstance(index, int):
-                outer = outer[0]  # one value for the whole axis, which now goes
+                outer = outer[0]  # all of the axis shares this value
         scale, bias = (None if array is None else array[index] for array in (self.scale, self.bias))
         return replace(self, codes=self.codes[index], scale=scale, bias=bias, outer=outer)
 
