@@ -113,7 +113,7 @@ def mappable_bytes(checkpoint: Checkpoint) -> int:
     return int(config.vocab_size * row_bytes["embed"] + unused * row_bytes["lm_head"])
 
 
-def mappable(checkpoint: Checkpoint) -> dict[str, int]:
+def mappable_by_format(checkpoint: Checkpoint) -> dict[str, int]:
     """The same in each format that can hold the model, and in its own."""
     unused = 1 - used_vocabulary(checkpoint) / checkpoint.config.vocab_size
     share = {"embed.weight": 1.0, "lm_head.weight": unused}

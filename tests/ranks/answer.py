@@ -12,7 +12,7 @@ import numpy as np
 
 import mlx_gptoss
 from mlx_gptoss.backends import mlx as backend
-from mlx_gptoss.loading.plan import LoadOptions, open_source, plan_load
+from mlx_gptoss.loading.plan import LoadRequest, open_source, plan_load
 from mlx_gptoss.ranks import find_launch
 from mlx_gptoss.sampling import Sampling
 
@@ -23,9 +23,10 @@ ENDLESS = Sampling(temperature=0, logit_bias=dict.fromkeys((339, 340), -100.0)) 
 def leave_no_room(options):
     """Free memory that is short of the smallest plan by as much as the embeddings take."""
     backend.available_memory = lambda device: 0
-    launch, options = find_launch(), LoadOptions(backend="mlx", max_context=options["max_context"])
-    load_plan = plan_load(options, open_source(options), launch.rank, launch.ranks)
-    room = load_plan.plan.needed_bytes - load_plan.part.matrix_bytes("embed")
+    launch = find_launch()
+    request = LoadRequest(backend="mlx", max_context=options["max_context"], prefix_cache=0)
+    plan = plan_load(request, open_source(request), launch.rank, launch.ranks)
+    room = plan.memory.needed_bytes - plan.part.matrix_bytes("embed")
     backend.available_memory = lambda device: room * launch.ranks_on_host
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mlx_gptoss.backends.base import Limits, Row
 from mlx_gptoss.config import PRESETS
-from mlx_gptoss.loading.plan import LoadOptions, open_source, plan_load
+from mlx_gptoss.loading.plan import LoadRequest, open_source, plan_load
 from mlx_gptoss.ranks import find_launch
 from mlx_gptoss.sampling import Sampling
 
@@ -39,12 +39,10 @@ def formula(ranks: int, layers: int, hidden: int, vocabulary: int, width: int) -
 
 
 def rank() -> None:
-    launch, options = (
-        find_launch(),
-        LoadOptions(synthetic=PRESET, backend="mlx", device="cpu", dtype="float32", max_context=64),
-    )
+    launch = find_launch()
+    request = LoadRequest(synthetic=PRESET, backend="mlx", device="cpu", dtype="float32", max_context=64)
     assert launch is not None
-    runner = plan_load(options, open_source(options), launch.rank, launch.ranks).load(Limits(1, 64, 32))
+    runner = plan_load(request, open_source(request), launch.rank, launch.ranks).load(Limits(1, 64, 32))
     greedy, counts = Sampling(temperature=0), []
     runner.submit([Row(0, 0, (1, 2, 3), greedy, (1, 2, 3))]).wait()
     for n in range(TOKENS + 1):

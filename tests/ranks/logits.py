@@ -13,7 +13,7 @@ import sys
 import numpy as np
 
 from mlx_gptoss.backends.base import Limits, Row
-from mlx_gptoss.loading.plan import LoadOptions, open_source, plan_load
+from mlx_gptoss.loading.plan import LoadRequest, open_source, plan_load
 from mlx_gptoss.ranks import find_launch
 from mlx_gptoss.sampling import Sampling
 
@@ -35,24 +35,24 @@ def greedy(runner):
     return [sorted(sampled.token for sampled in step.wait()) for step in steps]
 
 
-def load(load_plan, backend):
+def load(plan, backend):
     if backend != "kernels":
-        return load_plan.load(LIMITS)
-    load = load_plan.module.load
-    return load(load_plan.weights, device="cpu", dtype="float32", limits=LIMITS, shard=load_plan.shard, kernels=True)
+        return plan.load(LIMITS)
+    load = plan.module.load
+    return load(plan.weights, device="cpu", dtype="float32", limits=LIMITS, shard=plan.shard, kernels=True)
 
 
 def main(backend: str, *folders: str) -> None:
     launch = find_launch()
     assert launch is not None
     for folder in folders:
-        options = LoadOptions(
+        request = LoadRequest(
             folder, backend=launch.backend, device="cpu", dtype="float32", max_context=LIMITS.max_context
         )
-        split = load(plan_load(options, open_source(options), launch.rank, launch.ranks), backend)
+        split = load(plan_load(request, open_source(request), launch.rank, launch.ranks), backend)
         logits, tokens = split.logits(PROMPT), greedy(split)
         if launch.rank == 0:
-            alone = plan_load(options, open_source(options)).load(LIMITS)
+            alone = plan_load(request, open_source(request)).load(LIMITS)
             wanted = alone.logits(PROMPT)
             error = float((np.abs(logits - wanted).max(axis=-1) / np.abs(wanted).max(axis=-1)).max())
             print(json.dumps({"folder": folder, "error": error, "same": tokens == greedy(alone)}), flush=True)

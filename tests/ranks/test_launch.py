@@ -282,11 +282,11 @@ def test_a_snapshot_in_a_file_has_every_ranks_part():
 
 
 def test_ranks_that_would_not_compute_the_same():
-    said = {"version": [["mlx-gptoss", "1"], ["mlx", "2"]], "checkpoint": "abc", "dtype": "float32"}
+    said = {"versions": [["mlx-gptoss", "1"], ["mlx", "2"]], "checkpoint": "abc", "dtype": "float32"}
     _compare(1, said, dict(said))
     for key, value, words in (
         (
-            "version",
+            "versions",
             [["mlx-gptoss", "1"], ["mlx", "3"]],
             "rank 1 runs mlx-gptoss 1, mlx 3, and rank 0 mlx-gptoss 1, mlx 2",
         ),
