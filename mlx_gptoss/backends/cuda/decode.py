@@ -86,7 +86,7 @@ class Buffers:
         self.hidden, self.parts = new(pairs, c.intermediate_size), new(pairs, D)
         if not model.ranks.alone:
             self.share = new(rows, D)  # this rank's part of a sum
-            self.own_logits = new(rows, len(model.ranks.share.vocabulary), dtype=torch.float32)
+            self.own_logits = new(rows, len(model.ranks.shard.vocabulary), dtype=torch.float32)
         self.logits = new(rows, c.vocab_size, dtype=torch.float32)
         self.draw = sample.scratch(rows, c.vocab_size, device)
         self.tokens, self.logprobs = new(rows, dtype=torch.int64), new(rows, dtype=torch.float32)
