@@ -19,11 +19,10 @@ from ..config import FULL, PRESETS, ModelConfig
 from ..errors import InvalidRequest
 from ..loading.distributed import coordinate
 from ..loading.memory import plan_memory, require_fit
-from ..loading.plan import ACTIVATION_BYTES, LoadOptions
+from ..loading.plan import ACTIVATION_BYTES, LoadRequest
 from ..loading.recommend import derived_bytes, upcastable_bytes
 from ..ranks import Launch, find_launch
-from ..weights import codecs
-from ..weights.checkpoint import Readable
+from ..weights.checkpoint import CheckpointLike
 from ..weights.formats import WRITERS
 from ..weights.params import Param, parameters
 from ..weights.requantize import Requantized
@@ -87,7 +86,7 @@ class Counted:
 
     def read(self, name: str) -> Weight:
         weight = self._source.read(name)
-        self.sizes[name] = codecs.nbytes(weight)
+        self.sizes[name] = weight.nbytes
         return weight
 
     def release(self) -> None:
@@ -96,12 +95,12 @@ class Counted:
 
 @dataclass(frozen=True)
 class Model:
-    """Weights to be timed, of `size_bytes` in the format `form`. options: what they are, for other ranks."""
+    """Weights to be timed, of `size_bytes` in the format `form`. request: how other ranks find them."""
 
-    weights: Readable | Requantized
+    weights: CheckpointLike | Requantized
     size_bytes: int
     form: str
-    options: LoadOptions = field(default_factory=LoadOptions)
+    request: LoadRequest = field(default_factory=LoadRequest)
 
 
 def load(model: Model, cases: Sequence[Case], repeat: int, where: Where, tell: Tell) -> tuple[Ours, Counted]:
@@ -115,7 +114,7 @@ def load(model: Model, cases: Sequence[Case], repeat: int, where: Where, tell: T
         )
     launch = find_launch()
     if launch is not None:
-        return _load_split(model, replace(model.options, max_context=context, slots=_slots(cases)), launch, where, tell)
+        return _load_split(model, replace(model.request, max_context=context, slots=_slots(cases)), launch, where, tell)
     limits = Limits(_slots(cases), context, module.prefill_chunk(where.device))
     activation_bytes = ACTIVATION_BYTES[where.dtype]
     made = upcastable = 0
@@ -141,13 +140,13 @@ def load(model: Model, cases: Sequence[Case], repeat: int, where: Where, tell: T
     return Ours(runner, where.backend, where.name, model.form, time.perf_counter() - started), counted
 
 
-def _load_split(model: Model, options: LoadOptions, launch: Launch, where: Where, tell: Tell) -> tuple[Ours, Counted]:
+def _load_split(model: Model, request: LoadRequest, launch: Launch, where: Where, tell: Tell) -> tuple[Ours, Counted]:
     """On rank 0 of several: the same, with what it holds itself counted."""
     tell(f"loading onto {where.name}, backend {where.backend}, with {launch.ranks - 1} other ranks")
     started = time.perf_counter()
-    load_plan, start = coordinate(replace(options, device=where.device, dtype=where.dtype), launch)
-    counted = Counted(load_plan.weights)
-    runner = start(partial(replace(load_plan, weights=counted).load, load_plan.limits()))
+    plan, start = coordinate(replace(request, device=where.device, dtype=where.dtype), launch)
+    counted = Counted(plan.weights)
+    runner = start(partial(replace(plan, weights=counted).load, plan.limits()))
     engine = f"mlx-gptoss, {launch.ranks} ranks"
     return Ours(runner, where.backend, where.name, model.form, time.perf_counter() - started, engine), counted
 

@@ -178,22 +178,22 @@ HOSTILE: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_schema_is_refused_or_costs_little(nano: Tokenizer, allowed: Any, name: str) -> None:
-    """In a loaded machine's time: seconds here are a tenth of one where nothing else runs."""
+    """CPU seconds, which a busy machine hardly changes; usually a tenth of the limits."""
     random, longest = Random(name), 0.0
-    begun = time.perf_counter()
+    begun = time.process_time()
     try:
         text = Grammar(HOSTILE[name], nano, "schema").begin(nano.special(RETURN))
     except InvalidRequest:
-        assert time.perf_counter() - begun < 10
+        assert time.process_time() - begun < 10
         return
-    assert time.perf_counter() - begun < 10
+    assert time.process_time() - begun < 10
     for _ in range(100):
-        begun = time.perf_counter()
+        begun = time.process_time()
         try:
             choices = allowed(text.mask(), nano.vocab_size)
         except GptOssError:
             break
-        longest = max(longest, time.perf_counter() - begun)
+        longest = max(longest, time.process_time() - begun)
         if choices == [nano.special(RETURN)]:
             break
         text.accept(random.choice([id for id in choices if not nano.is_special(id)]))
