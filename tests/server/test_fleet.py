@@ -1,4 +1,4 @@
-"""Two servers behind HAProxy, configured as the README says."""
+"""Two servers behind HAProxy, with the configuration in the server's README."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import mlx_gptoss
 
 pytestmark = pytest.mark.skipif(shutil.which("haproxy") is None, reason="haproxy is not installed")
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "mlx_gptoss/server/README.md"
 PATH = "/v1/completions"
 BODY = {"prompt": "Hi", "max_tokens": 1, "temperature": 0}
 SESSIONS = [f"session {number}" for number in range(12)]
