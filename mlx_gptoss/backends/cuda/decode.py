@@ -20,13 +20,13 @@ from .kernels import attention, linear, moe, qkv, routing, sample
 from .model import Block, GptOss, Norm
 
 IDLE = -1
-FED_BACK = -1
+FEED_BACK = -1
 
 
 class Inputs:
     """What the host says of each row, as one piece of memory, which one copy brings to the device.
 
-    given int64: the token, or FED_BACK for the one that the slot sampled last. keys int64: where the row's noise
+    given int64: the token, or FEED_BACK for the one that the slot sampled last. keys int64: where the row's noise
     starts. slots, positions int32. temperatures float32: 0 is greedy.
     """
 
@@ -48,7 +48,7 @@ class Inputs:
 
     def fill(self, rows: Sequence[Row], keys: Sequence[int], temperatures: Sequence[float]) -> None:
         """On the host. The rows after the last stay idle."""
-        tokens = [FED_BACK if row.tokens is None else row.tokens[0] for row in rows]
+        tokens = [FEED_BACK if row.tokens is None else row.tokens[0] for row in rows]
         for part, values in (
             (self.given, tokens),
             (self.keys, keys),
@@ -102,8 +102,8 @@ class Decoder:
         self._capacity = max_context
         self._device = last.device
         positions = torch.arange(max_context, device=last.device)
-        turn = model.rotary.turn(positions[None])
-        self._table = (turn.cos[0, 0].contiguous(), turn.sin[0, 0].contiguous())  # [max_context, 32] each
+        rotation = model.rotary.rotation(positions[None])
+        self._table = (rotation.cos[0, 0].contiguous(), rotation.sin[0, 0].contiguous())  # [max_context, 32] each
         self._buffers: dict[int, Buffers] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
