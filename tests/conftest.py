@@ -35,7 +35,7 @@ STDERR = pytest.StashKey[int]()  # descriptor of the real stderr, duplicated whi
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addini("hang_s", "seconds after which a test fails with the stacks of all threads", default="600")
+    parser.addini("hang_s", "seconds after which a test fails with the stacks of all threads", default="1800")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -20,6 +20,7 @@ import mlx_gptoss
 from mlx_gptoss.errors import GptOssError, InvalidRequest
 
 pytest.importorskip("fastapi", reason="batches need the serve extra")
+from mlx_gptoss.server import batch as server_batch
 from mlx_gptoss.server.app import build
 from mlx_gptoss.server.batch import Batch
 from mlx_gptoss.server.batch_files import LONGEST_LINE, Requests
@@ -88,17 +89,40 @@ def lines():
     return [request(f"id {number}", *question(number)) for number in range(18)]
 
 
+# The command, which writes this many answers and holds the others back.
+HELD = """
+import asyncio, sys
+from mlx_gptoss.server import batch
+left = int(sys.argv.pop(1))
+
+def held(whole):
+    async def answer(*args):
+        global left
+        body = await whole(*args)
+        left -= 1
+        if left < 0:
+            await asyncio.Event().wait()
+        return body
+    return answer
+
+batch.ENDPOINTS.update({url: (form, held(whole)) for url, (form, whole) in batch.ENDPOINTS.items()})
+from mlx_gptoss_cli.main import main
+main()
+"""
+
+
 @contextmanager
 def interrupted(words, out, after):
     """The command until it has written `after` answers more; then it is to be ended."""
-    process = subprocess.Popen([*CLI, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", HELD, str(after), "batch", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wanted = (len(out.read_bytes().splitlines()) if out.exists() else 0) + after
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while time.monotonic() < end and (not out.exists() or out.read_bytes().count(b"\n") < wanted):
         time.sleep(0.002)
     assert process.poll() is None, process.stderr.read()
     yield process
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
 
 
 def test_killed_and_interrupted_it_goes_on_without_losing_or_repeating_a_line(run, lines, tmp_path):
@@ -108,13 +132,14 @@ def test_killed_and_interrupted_it_goes_on_without_losing_or_repeating_a_line(ru
     with interrupted(words, out, 3) as process:
         process.kill()
     assert process.returncode == -signal.SIGKILL
+    assert len(out.read_bytes().splitlines()) == 3
     with out.open("ab") as file:
         file.write(b'{"id":"batch_req_0123","custom_id":"id')
     with interrupted(words, out, 3) as process:
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     earlier = len(out.read_bytes().splitlines())
-    assert 6 <= earlier < len(lines)
+    assert earlier == 6
     assert process.returncode == 130
     assert errors == f"interrupted; {earlier} of 18 lines are answered; the same command continues after them\n"
     report = json.loads(subprocess.run([*CLI, *words, "--json"], stdout=subprocess.PIPE, check=True).stdout)
@@ -192,15 +217,52 @@ def test_streaming_is_refused(run):
     assert entry["response"]["body"]["error"]["param"] == "stream"
 
 
-def test_slots_are_busy_and_few_lines_are_under_way(lines, model, tmp_path):
-    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
-    service = Service(model, Gate(), *names(None))
-    seen = []
-    with Batch(tmp_path / "in.jsonl", tmp_path / "out.jsonl") as batch:
-        batch.run(service, lambda: seen.append((model.status.running, len(service.open), batch.done)))
-    early = [running for running, _, done in seen if done < len(lines) - 2 * 4]
-    assert early and max(early) == 4 and sum(early) / len(early) >= 3
-    assert max(under_way for _, under_way, _ in seen) <= 2 * 4
+def test_slots_are_busy_and_few_lines_are_under_way(run, lines, model, monkeypatch):
+    """Each step waits until the engine has as many requests as it should, so that what the step sees does not depend on
+    how fast the two threads are."""
+    entered, ended, under_way, most, seen = [], [], set(), 0, []
+
+    def counted(whole):
+        async def answer(body, service):
+            nonlocal most
+            under_way.add(id(body))
+            most = max(most, len(under_way))
+            try:
+                return await whole(body, service)
+            finally:
+                under_way.remove(id(body))
+
+        return answer
+
+    def enter(*args, **options):
+        stream = enter_uncounted(*args, **options)
+        entered.append(stream)
+        return stream
+
+    def submit(runner, rows):
+        until = time.monotonic() + 300
+        while len(entered) < min(len(ended) + 8, len(lines)) and time.monotonic() < until:
+            time.sleep(0.001)
+        seen.append((len(lines) - len(ended), narrow.status.running))
+        return submit_uncounted(runner, rows)
+
+    def release(runner, slot):
+        ended.append(slot)
+        release_uncounted(runner, slot)
+
+    kind = model._engine.call(type)
+    submit_uncounted, release_uncounted = kind.submit, kind.release
+    monkeypatch.setattr(kind, "submit", submit)
+    monkeypatch.setattr(kind, "release", release)
+    counting = {url: (form, counted(whole)) for url, (form, whole) in server_batch.ENDPOINTS.items()}
+    monkeypatch.setattr(server_batch, "ENDPOINTS", counting)
+    with mlx_gptoss.load(slots=4, max_context=1024, backend="mlx", device="cpu") as narrow:
+        enter_uncounted = narrow._engine.submit
+        monkeypatch.setattr(narrow._engine, "submit", enter)
+        run(*lines, model=narrow)
+    assert len(entered) == len(ended) == len(lines) and most == 8
+    full = [running for left, running in seen[1:] if left >= 8]  # the first request starts alone
+    assert len(full) > 40 and set(full) == {4}
 
 
 def test_a_line_costs_few_bytes_of_memory(tmp_path):
@@ -279,7 +341,7 @@ def test_without_an_answer_there_is_no_file(tmp_path):
     """As when the model cannot be loaded; one that was there, and is empty, stays."""
     (tmp_path / "in.jsonl").write_bytes(ONE)
     words = [str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "--model", str(tmp_path)]
-    out = subprocess.run([*CLI, *words], capture_output=True, text=True, timeout=60)
+    out = subprocess.run([*CLI, *words], capture_output=True, text=True, timeout=300)
     assert (out.returncode, out.stderr.count("\n")) == (1, 1) and "is not a checkpoint" in out.stderr
     assert not (tmp_path / "out.jsonl").exists()
     (tmp_path / "out.jsonl").touch()
@@ -330,6 +392,6 @@ def test_without_the_extra_the_error_names_it():
         "import sys; sys.modules['fastapi'] = None; sys.argv = ['mlx-gptoss', 'batch', 'in', 'out']\n"
         "from mlx_gptoss_cli.main import main; main()"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert out.returncode == 1 and out.stderr.count("\n") == 1
     assert "pip install 'mlx-gptoss[serve]'" in out.stderr

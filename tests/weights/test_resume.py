@@ -284,13 +284,17 @@ def test_an_old_checkpoint_that_cannot_come_back_is_not_removed(source, tmp_path
     assert contents(out) == before
 
 
+# A slow conversion, which stops when its journal has three lines until it has been sent a signal.
 SLOW = """
 import sys, time
+from pathlib import Path
 from mlx_gptoss.weights import convert as conversion
 from mlx_gptoss.weights.writer import Writer
-conversion.SHARD_BYTES = int(sys.argv.pop(1))
+conversion.SHARD_BYTES, notes, signalled = int(sys.argv.pop(1)), Path(sys.argv.pop(1)), Path(sys.argv.pop(1))
 write = Writer.write
 def slowly(*args):
+    while notes.exists() and notes.read_bytes().count(b"\\n") > 2 and not signalled.exists():
+        time.sleep(0.01)
     time.sleep(0.03)
     return write(*args)
 Writer.write = slowly
@@ -300,14 +304,16 @@ main()
 
 
 def test_ctrl_c_on_the_command_line(source, tmp_path, wanted):
-    out, notes = tmp_path / "out", tmp_path / ".out.partial" / "journal"
-    words = [sys.executable, "-c", SLOW, str(LIMIT), "convert", str(source), str(out), "--to", "bf16"]
+    out, notes, signalled = tmp_path / "out", tmp_path / ".out.partial" / "journal", tmp_path / "signalled"
+    words = [sys.executable, "-c", SLOW, str(LIMIT), str(notes), str(signalled)]
+    words += ["convert", str(source), str(out), "--to", "bf16"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not (notes.exists() and notes.read_bytes().count(b"\n") > 2):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    signalled.touch()
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     assert output == ""
     assert len(errors.splitlines()) == 1
