@@ -20,7 +20,7 @@ from .options import DEVICE_OPTIONS, JSON_OPTION, MODEL_OPTION, declared, option
 if TYPE_CHECKING:
     from mlx_gptoss.measure.benchmark import Report, Where
     from mlx_gptoss.measure.timing import Case, Contender
-    from mlx_gptoss.weights.checkpoint import Readable
+    from mlx_gptoss.weights.checkpoint import CheckpointLike
 
 COUNT = click.IntRange(min=1)
 AGAINST = ["mlx-lm", "transformers", "mlx", "cuda"]
@@ -129,7 +129,7 @@ def _bench(cases: list[Case], repeat: int, tell: Callable[[str], None], **choice
         return bench(model, cases, where, repeat=repeat, others=others, must_agree=must_agree, tell=tell)
 
 
-def _source(stack: ExitStack, tell: Callable[[str], None], **choices: Any) -> tuple[Readable, Path | None]:
+def _source(stack: ExitStack, tell: Callable[[str], None], **choices: Any) -> tuple[CheckpointLike, Path | None]:
     """The weights, and the folder of a checkpoint of them, which a peer can load; temporary for synthetic ones."""
     from mlx_gptoss import api
     from mlx_gptoss.weights.synthetic import Synthetic, preset

@@ -107,10 +107,10 @@ def _memory(plan: MemoryPlan) -> dict[str, Any]:
 
 
 def _part_report(part: LoadPlan) -> dict[str, Any]:
-    share = part.share
-    assert share is not None
-    held = {"query_heads": len(share.queries), "kv_heads": len(share.kv), "experts": len(share.experts)}
-    return {"rank": share.rank, **held, "vocabulary": len(share.vocabulary), "memory": _memory(part.memory)}
+    shard = part.shard
+    assert shard is not None
+    held = {"query_heads": len(shard.query_heads), "kv_heads": len(shard.kv_heads), "experts": len(shard.experts)}
+    return {"rank": shard.rank, **held, "vocabulary": len(shard.vocabulary), "memory": _memory(part.memory)}
 
 
 def _print_parts(parts: Sequence[LoadPlan]) -> None:

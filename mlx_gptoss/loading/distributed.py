@@ -92,13 +92,13 @@ def _common_memory(plan: LoadPlan, others: list[MemoryPlan]) -> MemoryPlan:
 
 def _summary(plan: LoadPlan) -> dict[str, Any]:
     """What ranks compare before they load."""
-    request, share = plan.request, plan.share
-    assert share is not None
+    request, shard = plan.request, plan.shard
+    assert shard is not None
     return {
         "versions": plan.versions(),
         "checkpoint": identity(plan.source),
         "dtype": plan.module.dtype_name(request.device, request.dtype),
-        "kv_heads": len(share.kv),
+        "kv_heads": len(shard.kv_heads),
         "memory": asdict(plan.memory),
     }
 

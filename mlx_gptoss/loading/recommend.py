@@ -22,9 +22,9 @@ import numpy as np
 
 from ..errors import CheckpointError
 from ..weights import codecs, quantization
-from ..weights.checkpoint import ROLES, Checkpoint, Readable
+from ..weights.checkpoint import Checkpoint, CheckpointLike
 from ..weights.formats import WRITERS
-from ..weights.params import Role
+from ..weights.params import MATRIX_ROLES, Role
 from ..weights.tensor import MXFP4, Dense
 from .memory import COMFORTABLE_CONTEXT, SMALLEST_CONTEXT, MemoryPlan
 
@@ -90,10 +90,10 @@ def _kind(checkpoint: Checkpoint) -> str:
     weight = checkpoint.read("layers.0.experts.down.weight")
     if not isinstance(weight, Dense):
         return "mxfp4" if weight.spec == MXFP4 else "other"
-    some = Dense(codecs.straight(weight.values[0, :32]))
+    some = Dense(codecs.contiguous_rows(weight.values[0, :32]))
     if some.values.shape[-1] % MXFP4.group:
         return "dense"
-    decoded = codecs.dequantize(quantization.convert(some, MXFP4))
+    decoded = codecs.dequantize(quantization.to_spec(some, MXFP4))
     return "mxfp4" if np.array_equal(decoded, codecs.dequantize(some)) else "dense"
 
 
@@ -127,7 +127,7 @@ def mappable_by_format(checkpoint: Checkpoint) -> dict[str, int]:
     return found | {checkpoint.format: mappable_bytes(checkpoint)}
 
 
-def upcastable_bytes(weights: Readable, activation_bytes: int) -> int:
+def upcastable_bytes(weights: CheckpointLike, activation_bytes: int) -> int:
     """Bytes that the dense matrices which every token reads would take more in activations of this size."""
     extra = 0
     for role in READ_BY_EVERY_TOKEN:
@@ -138,11 +138,11 @@ def upcastable_bytes(weights: Readable, activation_bytes: int) -> int:
     return extra
 
 
-def derived_bytes(weights: Readable) -> int:
+def derived_bytes(weights: CheckpointLike) -> int:
     """Bytes of biases that are not stored but made while reading, since codes and scales tell them: of int4-autoround
     and of GGUF's Q8_0."""
     extra = 0
-    for role in ROLES:
+    for role in MATRIX_ROLES:
         matrices = [param for param in weights.params if param.role == role and param.is_matrix]
         held = 0
         for param in matrices:

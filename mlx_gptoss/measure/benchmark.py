@@ -22,8 +22,7 @@ from ..loading.memory import plan_memory, require_fit
 from ..loading.plan import ACTIVATION_BYTES, LoadRequest
 from ..loading.recommend import derived_bytes, upcastable_bytes
 from ..ranks import Launch, find_launch
-from ..weights import codecs
-from ..weights.checkpoint import Readable
+from ..weights.checkpoint import CheckpointLike
 from ..weights.formats import WRITERS
 from ..weights.params import Param, parameters
 from ..weights.requantize import Requantized
@@ -87,7 +86,7 @@ class Counted:
 
     def read(self, name: str) -> Weight:
         weight = self._source.read(name)
-        self.sizes[name] = codecs.nbytes(weight)
+        self.sizes[name] = weight.nbytes
         return weight
 
     def release(self) -> None:
@@ -98,7 +97,7 @@ class Counted:
 class Model:
     """Weights to be timed, of `size_bytes` in the format `form`. request: how other ranks find them."""
 
-    weights: Readable | Requantized
+    weights: CheckpointLike | Requantized
     size_bytes: int
     form: str
     request: LoadRequest = field(default_factory=LoadRequest)

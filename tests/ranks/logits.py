@@ -39,7 +39,7 @@ def load(plan, backend):
     if backend != "kernels":
         return plan.load(LIMITS)
     load = plan.module.load
-    return load(plan.weights, device="cpu", dtype="float32", limits=LIMITS, share=plan.share, kernels=True)
+    return load(plan.weights, device="cpu", dtype="float32", limits=LIMITS, shard=plan.shard, kernels=True)
 
 
 def main(backend: str, *folders: str) -> None:

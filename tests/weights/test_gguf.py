@@ -130,7 +130,7 @@ def test_the_gguf_package_decodes_the_same(mini, name):
     for key, field in reader.fields.items():
         if not key.startswith("GGUF."):
             ours = header.metadata[key]
-            assert (list(ours) if isinstance(ours, (gguf.Strings, np.ndarray)) else ours) == field.contents(), key
+            assert (list(ours) if isinstance(ours, (gguf.StringArray, np.ndarray)) else ours) == field.contents(), key
 
 
 def test_mxfp4_is_rearranged_without_a_change():

@@ -143,6 +143,6 @@ def _expert(bank: Quantized, expert: int) -> Quantized:
 def _blocks(matrix: Quantized, step: int) -> Iterator[Quantized]:
     """`step` rows at a time, as views."""
     for start in range(0, len(matrix.codes), step):
-        part = codecs.output_rows(matrix, start, start + step)
+        part = matrix.output_rows(start, start + step)
         assert isinstance(part, Quantized)
         yield part

@@ -18,8 +18,7 @@ import numpy as np
 from ...config import ModelConfig
 from ...errors import CheckpointError
 from ...machine import cores
-from ...weights import codecs
-from ...weights.split import Share
+from ...weights.split import RankShard
 from ...weights.tensor import (
     FP8_ROW,
     MXFP8,
@@ -56,7 +55,7 @@ def load_model(
     elementwise, max_scores: as model.py has them. resident_vocab, upcast: as in Limits. on_cpu: large matrices are
     shared between streams, one for each core. ranks: those that share the model, if the checkpoint is a part of it."""
     config = checkpoint.config
-    ranks = ranks or Ranks(Share.of(config, 0, 1), None)
+    ranks = ranks or Ranks(RankShard.of(config, 0, 1), None)
     place = _Placer(checkpoint, dtype, elementwise, max_scores, ranks, upcast, on_cpu)
     # The two largest come first, while there is room to read one beside its copy.
     if resident_vocab is None:
@@ -74,12 +73,12 @@ def load_model(
 
 def _cut(weight: Weight, resident: int) -> tuple[Linear, Callable[[], Linear] | None]:
     """lm_head's first rows, placed, and what places the others when they are wanted."""
-    first = fuse([codecs.rows(weight, 0, resident)])
+    first = fuse([weight[0:resident]])
     mx.eval([array for array in vars(first).values() if isinstance(array, mx.array)])
-    size = codecs.shape(weight)[0]
+    size = weight.shape[0]
     if resident >= size:
         return Linear((first,)), None
-    return Linear((first,)), lambda: Linear((fuse([codecs.rows(weight, resident, size)]),))
+    return Linear((first,)), lambda: Linear((fuse([weight[resident:size]]),))
 
 
 def _block(place: _Placer, config: ModelConfig, layer: int, rotary: Rotary) -> Block:
@@ -161,7 +160,7 @@ class _Placer:
     def _shared(self, names: Sequence[str]) -> tuple[tuple[Matrix, ...], tuple[mx.Stream, ...]]:
         """The matrices; a large one in as many parts of its rows as there are streams, and those."""
         weights = [self._checkpoint.read(name) for name in names]
-        size = sum(codecs.nbytes(weight) for weight in weights)
+        size = sum(weight.nbytes for weight in weights)
         by_blas = self._by_host and isinstance(weights[0], Dense)
         if not self._on_cpu or by_blas or size < SHARED_FROM or not _alike(weights):
             return self._matrices(names), ()
@@ -202,12 +201,12 @@ class _Placer:
 
 def parts_of(weights: Sequence[Weight], count: int) -> list[list[Weight]]:
     """All rows, in order, cut into `count` parts of as many rows, as views."""
-    rows = [codecs.shape(weight)[-2] for weight in weights]
+    rows = [weight.shape[-2] for weight in weights]
     ends = list(accumulate(rows))
     edges = [ends[-1] * i // count for i in range(count + 1)]
     return [
         [
-            codecs.output_rows(weight, max(first - (end - n), 0), min(last - (end - n), n))
+            weight.output_rows(max(first - (end - n), 0), min(last - (end - n), n))
             for weight, n, end in zip(weights, rows, ends, strict=True)
             if first < end and last > end - n
         ]

@@ -197,7 +197,7 @@ class MixtureOfExperts:
         order = self.ranks.own(mx.argsort(pairs), pairs)
         if not order.size:
             return mx.zeros((T, A, x.shape[-1]), dtype=x.dtype)
-        experts = pairs[order] - self.ranks.share.experts.start
+        experts = pairs[order] - self.ranks.shard.experts.start
         y = self.gate_up(x[order // A][:, None], experts, None)  # [pairs, 1, 2 I]
         y = self.down(self._swiglu(y, self.bias[:, : -x.shape[-1]][experts][:, None]), experts, None)
         if self.ranks.alone:

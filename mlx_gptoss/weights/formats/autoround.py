@@ -128,8 +128,8 @@ def _integers(modules: Modules, param: Param, stored: Stored) -> Source:
             _check_zeros(f"{name}.qzeros", get(f"{name}.qzeros"), zeros)
             if ordered and not np.array_equal(get(f"{name}.g_idx"), np.arange(width) // _GROUP):
                 raise CheckpointError(f"{name}.g_idx reorders the groups (act-order), which cannot be read: {_ADVICE}")
-        codes = modules.read(get, "qweight", lambda words: codecs.straight(words.T).view(np.uint8))
-        scale = modules.read(get, "scales", lambda found: codecs.straight(found.T))
+        codes = modules.read(get, "qweight", lambda words: codecs.contiguous_rows(words.T).view(np.uint8))
+        scale = modules.read(get, "scales", lambda found: codecs.contiguous_rows(found.T))
         return Quantized(AFFINE4, codes, scale, quantization.symmetric_bias(scale))
 
     return made_of(modules, FAMILY, AFFINE4, wants, load, scales)
@@ -185,11 +185,11 @@ def _unit(param: Param) -> Unit:
 
     def encode(weights: Sequence[Weight]) -> Encoder:
         def pieces(start: int, stop: int) -> list[Piece]:
-            part = _as_symmetric(codecs.rows(weights[0], start, stop))
+            part = _as_symmetric(weights[0][start:stop])
             words = np.ascontiguousarray(part.codes).view(np.int32)
             zeros = np.full((stop - start, groups, rows // _CODES_A_WORD), _ZERO * _NIBBLES, np.int32)
             return [
-                *modules.pieces("qweight", start, codecs.straight(words.swapaxes(1, 2))),
+                *modules.pieces("qweight", start, codecs.contiguous_rows(words.swapaxes(1, 2))),
                 *modules.pieces("qzeros", start, zeros),
                 *modules.pieces("scales", start, np.asarray(part.scale).swapaxes(1, 2)),
             ]

@@ -179,7 +179,7 @@ def dense_unit(param: Param, dtypes: Mapping[str, str], name: str) -> Unit:
     info = TensorInfo(name, dtypes.get(param.name, "BF16"), param.shape)
 
     def encode(weights: Sequence[Weight]) -> Encoder:
-        return lambda start, stop: [(name, start, _cast(codecs.rows(weights[0], start, stop), info.dtype))]
+        return lambda start, stop: [(name, start, _cast(weights[0][start:stop], info.dtype))]
 
     return Unit((param,), (info,), encode)
 
@@ -213,7 +213,7 @@ def _fused_bias(params: tuple[Param, ...], dtypes: Mapping[str, str]) -> Unit:
 
     def encode(weights: Sequence[Weight]) -> Encoder:
         def pieces(start: int, stop: int) -> list[Piece]:
-            parts = [_cast(codecs.rows(weight, start, stop), dtype) for weight in weights]
+            parts = [_cast(weight[start:stop], dtype) for weight in weights]
             return [(name, start, np.stack(parts, axis=-1).reshape(stop - start, -1))]
 
         return pieces

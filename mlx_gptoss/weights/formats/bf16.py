@@ -71,8 +71,8 @@ class Bf16(Format):
             def pieces(start: int, stop: int) -> list[Piece]:
                 rows = np.empty((stop - start, height, wide), codecs.BFLOAT16)
                 for index, weight in enumerate(weights):
-                    rows[:, index :: len(weights)] = codecs.to_bfloat16(codecs.rows(weight, start, stop))
-                return [(name, start, codecs.straight(rows.swapaxes(1, 2)))]
+                    rows[:, index :: len(weights)] = codecs.to_bfloat16(weight[start:stop])
+                return [(name, start, codecs.contiguous_rows(rows.swapaxes(1, 2)))]
 
             return pieces
 

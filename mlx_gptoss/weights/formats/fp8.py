@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import CheckpointError
-from .. import codecs, quantization
+from .. import quantization
 from ..params import Param
 from ..tensor import FP8_ROW, MXFP4, NVFP4, Array, Quantized, Spec, Weight
 from .base import (
@@ -245,7 +245,7 @@ def _unit(param: Param, dtype: str) -> Unit:
 
     def encode(weights: Sequence[Weight]) -> Encoder:
         def pieces(start: int, stop: int) -> list[Piece]:
-            part = _as_rows(codecs.rows(weights[0], start, stop))
+            part = _as_rows(weights[0][start:stop])
             return [
                 *modules.pieces("weight", start, part.codes),
                 *modules.pieces("weight_scale", start, np.asarray(part.outer)),

@@ -16,7 +16,7 @@ import numpy as np
 from ...config import token_ids
 from ...errors import CheckpointError
 from .. import codecs
-from ..gguf import Strings, Value
+from ..gguf import StringArray, Value
 from ..params import Param
 from ..safetensors import TensorInfo
 from ..tensor import AFFINE8_G32, MXFP4, Array, Quantized
@@ -184,7 +184,7 @@ def stop_ids(metadata: Mapping[str, Value]) -> list[int]:
     models. As in llama.cpp, they are known by their names."""
     eos, tokens = metadata.get("tokenizer.ggml.eos_token_id"), metadata.get("tokenizer.ggml.tokens")
     found = [] if eos is None else [eos]
-    if isinstance(tokens, Strings):
+    if isinstance(tokens, StringArray):
         names = {text: id for id, text in enumerate(tokens) if text in _ENDS}
         found += [names[text] for text in _ENDS if text in names]
     return list(token_ids(list(dict.fromkeys(found)), "tokenizer.ggml.eos_token_id"))
@@ -200,7 +200,7 @@ def _tokenizer(metadata: Mapping[str, Value]) -> dict[str, Any]:
         )
     tokens, merges = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.merges")
     types = metadata.get("tokenizer.ggml.token_type")
-    if not (isinstance(tokens, Strings) and isinstance(merges, Strings) and isinstance(types, np.ndarray)):
+    if not (isinstance(tokens, StringArray) and isinstance(merges, StringArray) and isinstance(types, np.ndarray)):
         raise CheckpointError("the GGUF file's tokenizer lacks tokens, merges or token types; download it again")
     all_tokens = enumerate(zip(tokens, types.tolist(), strict=False))
     used = [(text, id, kind) for id, (text, kind) in all_tokens if kind != _UNUSED]

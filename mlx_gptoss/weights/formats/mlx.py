@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import CheckpointError
-from .. import codecs, quantization, search
+from .. import quantization, search
 from ..params import Param
 from ..safetensors import DTYPES, TensorInfo
 from ..tensor import AFFINE4, AFFINE8, MXFP4, MXFP8, NVFP4, Quantized, Spec, Weight
@@ -59,7 +59,7 @@ class Mlx(Format):
         "mlx-mxfp4-q4": matrix_recipe("mlx", AFFINE4, experts=("mlx", MXFP4), router=("mlx", AFFINE8)),
     }
 
-    def __init__(self, quantize: Quantizer = quantization.convert) -> None:
+    def __init__(self, quantize: Quantizer = quantization.to_spec) -> None:
         self._quantize = quantize
 
     def find(self, param: Param, stored: Stored) -> Source | None:
@@ -189,7 +189,7 @@ def _quantized_unit(param: Param, spec: Spec, dtype: str, quantize: Quantizer) -
 
     def encode(weights: Sequence[Weight]) -> Encoder:
         def pieces(start: int, stop: int) -> list[Piece]:
-            part = quantize(codecs.rows(weights[0], start, stop), spec, DTYPES[dtype])
+            part = quantize(weights[0][start:stop], spec, DTYPES[dtype])
             found: list[Piece] = [(codes.name, start, part.codes)]
             for info, array in ((scales, part.scale), (biases, part.bias)):
                 if array is not None:
@@ -202,5 +202,5 @@ def _quantized_unit(param: Param, spec: Spec, dtype: str, quantize: Quantizer) -
 
 
 FORMAT = Mlx()
-SEARCHED = Mlx(search.convert)
+SEARCHED = Mlx(search.to_spec)
 SEARCHABLE = tuple(name for name, recipe in Mlx.recipes.items() if AFFINE4 in [spec for _, spec in recipe.values()])

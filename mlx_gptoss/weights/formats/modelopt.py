@@ -229,7 +229,7 @@ def _recoding(weights: Sequence[Weight], name: str) -> _Recoding:
                 _log.warning("%s: blocks more than 17 octaves below the largest are rounded to NVFP4's range", name)
             outer = np.ldexp(np.float32(1), top - 8)
             return _Recoding(outer, lambda part: from_mxfp4(_only(part), outer))
-    outer = np.float32(max(quantization.largest(weight) for weight in weights) / _TOP) or np.float32(1)
+    outer = np.float32(max(quantization.max_abs(weight) for weight in weights) / _TOP) or np.float32(1)
     return _Recoding(outer, lambda part: quantization.quantize_nvfp4(part, np.asarray(outer)))
 
 
@@ -291,11 +291,11 @@ def _expert_unit(params: tuple[Param, ...]) -> Unit:
         recoding = _recoding(weights, names.weight)
 
         def pieces(start: int, stop: int) -> list[Piece]:
-            parts = [recoding.rows(codecs.rows(weight, start, stop)) for weight in weights]
+            parts = [recoding.rows(weight[start:stop]) for weight in weights]
             found = _scalars(names, recoding.outer, weights) if start == 0 else []
             for info, arrays in ((weight, [p.codes for p in parts]), (scale, [np.asarray(p.scale) for p in parts])):
                 rows = np.stack(arrays, axis=2).reshape(stop - start, height, -1)  # interleaved
-                found.append((info.name, start, codecs.straight(rows.swapaxes(1, 2))))
+                found.append((info.name, start, codecs.contiguous_rows(rows.swapaxes(1, 2))))
             return found
 
         return pieces
@@ -323,8 +323,8 @@ def _attention_unit(params: tuple[Param, ...]) -> Unit:
             for name, weight, recoding in zip(names, weights, recodings, strict=True):
                 if start == 0:
                     found += _scalars(name, recoding.outer, weights)
-                if start < codecs.shape(weight)[0]:  # k and v have fewer rows than q
-                    part = recoding.rows(codecs.rows(weight, start, stop))
+                if start < weight.shape[0]:  # k and v have fewer rows than q
+                    part = recoding.rows(weight[start:stop])
                     found += [(name.weight, start, part.codes), (name.scale, start, np.asarray(part.scale))]
             return found
 

@@ -128,7 +128,7 @@ def dense_experts_unit(param: Param, dtype: str) -> Unit:
     modules = modules_of(param)
 
     def encode(weights: Sequence[Weight]) -> Encoder:
-        return lambda start, stop: modules.pieces("bias", start, _cast(codecs.rows(weights[0], start, stop), dtype))
+        return lambda start, stop: modules.pieces("bias", start, _cast(weights[0][start:stop], dtype))
 
     return Unit((param,), tuple(modules.infos("bias", dtype, param.shape[1:])), encode)
 
