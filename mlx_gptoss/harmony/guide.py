@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 from ..errors import GptOssError, InvalidRequest
 from ..tokenizer import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START, Tokenizer
-from .builtin import BUILTIN
-from .grammar import Grammar, Text, Vocabulary, vocabulary
-from .header import LONGEST_RECIPIENT, NAMESPACE
+from .builtin import BUILTIN_TOOLS
+from .grammar import Grammar, Matcher, Vocabulary, vocabulary
+from .header import MAX_RECIPIENT_CHARACTERS, NAMESPACE
 from .messages import BuiltinTool, Conversation, Function, ToolChoice
 
 
@@ -31,7 +31,7 @@ class Body:
     grammar: Grammar | None = None
 
 
-Tree = dict[int, "Tree | Body"]  # token -> what may come after it
+HeaderTrie = dict[int, "HeaderTrie | Body"]  # token -> what may come after it
 
 
 def guide_for(
@@ -45,23 +45,23 @@ def guide_for(
     if choice.kind == "required" and not functions:
         raise InvalidRequest("tool_choice wants a function called, and there is none; give tools, or leave it out")
     tools = [] if choice.kind == "none" else [f for f in functions if choice.name in (None, f.name)]
-    limited = choice.kind != "auto" or not parallel_tool_calls
+    restricted = choice.kind != "auto" or not parallel_tool_calls
     if (
         form is None
         and not any(f.strict for f in tools)
-        and not (limited and (functions or conversation.builtin_tools))
+        and not (restricted and (functions or conversation.builtin_tools))
     ):
         return None
-    calls = {NAMESPACE + function.name: _arguments(function, tokenizer) for function in tools}
+    calls = {NAMESPACE + function.name: _arguments_grammar(function, tokenizer) for function in tools}
     if choice.kind == "auto":
-        calls |= dict.fromkeys(_recipients(conversation.builtin_tools))
+        calls |= dict.fromkeys(_builtin_recipients(conversation.builtin_tools))
     final = None if form is None else Grammar(form.schema, tokenizer, "response_format")
     return HarmonyGuide(tokenizer, final, calls, must_call=choice.kind == "required")
 
 
-def _arguments(function: Function, tokenizer: Tokenizer) -> Grammar | None:
+def _arguments_grammar(function: Function, tokenizer: Tokenizer) -> Grammar | None:
     """The grammar of a strict function's arguments; None for any text."""
-    if len(NAMESPACE + function.name) > LONGEST_RECIPIENT:
+    if len(NAMESPACE + function.name) > MAX_RECIPIENT_CHARACTERS:
         raise InvalidRequest(f"the name of a function has {len(function.name)} characters; give it a shorter one")
     if not function.strict:
         return None
@@ -70,10 +70,10 @@ def _arguments(function: Function, tokenizer: Tokenizer) -> Grammar | None:
     return Grammar(schema, tokenizer, f"the parameters of {function.name!r}")
 
 
-def _recipients(tools: Iterable[BuiltinTool]) -> Iterator[str]:
+def _builtin_recipients(tools: Iterable[BuiltinTool]) -> Iterator[str]:
     """Whom calls of built-in tools are addressed to."""
     for name in tools:
-        functions = BUILTIN[name].functions
+        functions = BUILTIN_TOOLS[name].functions
         yield from [f"{name}.{function.name}" for function in functions] if functions else [name]
 
 
@@ -90,79 +90,79 @@ class HarmonyGuide:
         self._final = final
         self._calls = calls
         self._must_call = must_call
-        self._said: set[str] = set()  # kinds of bodies so far
+        self._seen_kinds: set[str] = set()  # kinds of bodies so far
         self._body: Body | None = None  # None within a header
-        self._text: Text | None = None  # of a body with a grammar
-        self._tree: Tree = {}
+        self._matcher: Matcher | None = None  # of a body with a grammar
+        self._trie: HeaderTrie = {}
         self._mask = b""
         self._begin_header([])
 
     def mask(self) -> bytes:
-        return self._mask if self._text is None else self._text.mask()
+        return self._mask if self._matcher is None else self._matcher.mask()
 
     def accept(self, token: int) -> None:
-        if self._text is not None:
-            self._text.accept(token)
+        if self._matcher is not None:
+            self._matcher.accept(token)
         elif self._body is None:
-            self._advance(token)
+            self._accept_header_token(token)
         elif self._tokenizer.is_special(token):
             self._begin_header([self._tokenizer.special(START), *self._tokenizer.encode("assistant")])
 
-    def _advance(self, token: int) -> None:
+    def _accept_header_token(self, token: int) -> None:
         """One more token of a header."""
-        if token not in self._tree:
+        if token not in self._trie:
             raise GptOssError(f"token {token} fits into no header; was it sampled without its mask?")
-        step = self._tree[token]
+        step = self._trie[token]
         if isinstance(step, Body):
             self._begin_body(step)
         else:
-            self._tree = step
+            self._trie = step
             self._mask = self._vocabulary.mask(step)
 
     def _begin_body(self, body: Body) -> None:
         self._body = body
-        self._said.add(body.kind)
+        self._seen_kinds.add(body.kind)
         ends = [self._tokenizer.special(name) for name in body.ends]
         if body.grammar is None:
-            self._mask = self._vocabulary.mask(ends, self._vocabulary.text)
+            self._mask = self._vocabulary.mask(ends, self._vocabulary.text_mask)
         else:
-            self._text = body.grammar.begin(*ends)
+            self._matcher = body.grammar.matcher(*ends)
 
-    def _begin_header(self, before: list[int]) -> None:
+    def _begin_header(self, prefix: list[int]) -> None:
         """before: what stands between the last message and the header's first free token."""
         self._body = None
-        self._tree = {}
+        self._trie = {}
         for ids, body in self._headers():
-            node = self._tree
-            for id in [*before, *ids[:-1]]:
+            node = self._trie
+            for id in [*prefix, *ids[:-1]]:
                 step = node.setdefault(id, {})
                 assert isinstance(step, dict)  # `<|message|>` ends every header and stands nowhere else
                 node = step
             node[ids[-1]] = body
-        self._mask = self._vocabulary.mask(self._tree)
+        self._mask = self._vocabulary.mask(self._trie)
 
     def _headers(self) -> Iterator[tuple[list[int], Body]]:
         """The headers that may come now, from behind "assistant" to `<|message|>`, and what follows each.
 
         With a response format a preamble has to lead to a call: before the final answer it would be part of the text.
         """
-        due = self._must_call or (self._final is not None and "preamble" in self._said)
-        if not due or "analysis" not in self._said:
-            yield self._ids(CHANNEL, "analysis", MESSAGE), Body("analysis", (END,))
-        if (self._final is None or self._calls) and not (due and "preamble" in self._said):
-            yield self._ids(CHANNEL, "commentary", MESSAGE), Body("preamble", (END,))
-        if not due:
+        call_due = self._must_call or (self._final is not None and "preamble" in self._seen_kinds)
+        if not call_due or "analysis" not in self._seen_kinds:
+            yield self._header_ids(CHANNEL, "analysis", MESSAGE), Body("analysis", (END,))
+        if (self._final is None or self._calls) and not (call_due and "preamble" in self._seen_kinds):
+            yield self._header_ids(CHANNEL, "commentary", MESSAGE), Body("preamble", (END,))
+        if not call_due:
             body = Body("final", (RETURN, END)) if self._final is None else Body("final", (RETURN,), self._final)
-            yield self._ids(CHANNEL, "final", MESSAGE), body
-            yield self._ids(CHANNEL, "final", " ", CONSTRAIN, "json", MESSAGE), body
+            yield self._header_ids(CHANNEL, "final", MESSAGE), body
+            yield self._header_ids(CHANNEL, "final", " ", CONSTRAIN, "json", MESSAGE), body
         for recipient, grammar in self._calls.items():
             body = Body("call", (CALL,), grammar)
             for channel in ("commentary", "analysis"):
                 for form in ((), (" ", CONSTRAIN, "json"), (" json",), (" code",)):
-                    yield self._ids(CHANNEL, channel, f" to={recipient}", *form, MESSAGE), body
-                    yield self._ids(f" to={recipient}", CHANNEL, channel, *form, MESSAGE), body
+                    yield self._header_ids(CHANNEL, channel, f" to={recipient}", *form, MESSAGE), body
+                    yield self._header_ids(f" to={recipient}", CHANNEL, channel, *form, MESSAGE), body
 
-    def _ids(self, *pieces: str) -> list[int]:
+    def _header_ids(self, *pieces: str) -> list[int]:
         """Special tokens by name, and text, piece by piece as it is rendered."""
         special = self._tokenizer.specials
         return [

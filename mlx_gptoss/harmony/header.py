@@ -16,12 +16,12 @@ from .messages import Role
 
 CHANNELS = ("analysis", "commentary", "final")
 NAMESPACE = "functions."
-LONGEST_RECIPIENT = 256  # characters
+MAX_RECIPIENT_CHARACTERS = 256  # characters
 
-_EVERYBODY = (None, "all", "user", "assistant")
+_NON_TOOL_RECIPIENTS = (None, "all", "user", "assistant")
 _CONTENT_TYPES = ("json", "code")
-_TOOL = re.compile(r"functions\.\S+|browser\.\S+|python")
-_TYPE = re.compile(r"[\w.+/-]+")
+_TOOL_NAME = re.compile(r"functions\.\S+|browser\.\S+|python")
+_CONTENT_TYPE = re.compile(r"[\w.+/-]+")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Header:
     def function(self) -> str | None:
         """The name of the function called, without its namespace; None when this is no call."""
         recipient = self.recipient
-        if recipient is None or recipient in _EVERYBODY:
+        if recipient is None or recipient in _NON_TOOL_RECIPIENTS:
             return None
         if self.channel == "final" and not recipient.startswith(NAMESPACE):
             return None
@@ -57,32 +57,32 @@ class Header:
 
 
 @dataclass(frozen=True)
-class Part:
+class HeaderPart:
     """Header text, and the special token before it (`<|channel|>`, `<|constrain|>`) if there was one."""
 
     marker: str | None
     text: str
 
 
-def read_header(parts: Sequence[Part], *, role_expected: bool, complete: bool) -> tuple[Header, str]:
+def read_header(parts: Sequence[HeaderPart], *, role_expected: bool, complete: bool) -> tuple[Header, str]:
     """The header that `parts` spell, and the text among them that belongs to no header.
 
     In each part, words are taken from the front; from the first that fits nowhere, the part is text. Whitespace
     alone is not text. `complete` says that `<|message|>` followed: only then is a word believed to be a channel or
     a content type for its place alone; before that it must be a known one.
     """
-    reading = _Reading(role_expected, complete)
-    left = [reading.take_part(part) for part in parts]
-    header = Header(reading.role, reading.channel, reading.recipient, reading.content_type, reading.name)
+    reader = _HeaderReader(role_expected, complete)
+    left = [reader.read_part(part) for part in parts]
+    header = Header(reader.role, reader.channel, reader.recipient, reader.content_type, reader.name)
     return header, "".join(text for text in left if text.strip())
 
 
-def is_half_a_word(text: str) -> bool:
+def is_partial_header_word(text: str) -> bool:
     """Whether `text`, at which a stream was cut off, is the beginning of a word that headers are made of."""
     return any(word.startswith(text.strip()) for word in (*CHANNELS, "to=", "assistant", "json"))
 
 
-class _Reading:
+class _HeaderReader:
     """The fields found so far. Each `_take_...` says whether it could use the word."""
 
     def __init__(self, role_expected: bool, complete: bool) -> None:
@@ -95,20 +95,20 @@ class _Reading:
         self._complete = complete
         self._first = True
 
-    def take_part(self, part: Part) -> str:
+    def read_part(self, part: HeaderPart) -> str:
         """Use the words of one part; return the text from the first useless one on."""
         end = 0
         marker = part.marker
         for word in re.finditer(r"\S+", part.text):
-            if not (self._take_author(word[0], marker) or self._take_recipient(word[0], marker)):
-                if not (self._take_channel(word[0], marker) or self._take_content_type(word[0], marker)):
+            if not (self._read_author(word[0], marker) or self._read_recipient(word[0], marker)):
+                if not (self._read_channel(word[0], marker) or self._read_content_type(word[0], marker)):
                     break
                 marker = None
             end = word.end()
             self._first = False
         return part.text[end:]
 
-    def _take_author(self, word: str, marker: str | None) -> bool:
+    def _read_author(self, word: str, marker: str | None) -> bool:
         """The first word: a role, `role:name`, or a tool's own name. "assistant" may be said again."""
         if not self._first or marker is not None:
             return False
@@ -116,22 +116,22 @@ class _Reading:
         if role in get_args(Role) and (self._role_expected or word == "assistant"):
             self.role, self.name = cast(Role, role), name if colon else None
             return True
-        if self._role_expected and _TOOL.fullmatch(word):
+        if self._role_expected and _TOOL_NAME.fullmatch(word):
             self.role, self.name = "tool", word
             return True
         return False
 
-    def _take_recipient(self, word: str, marker: str | None) -> bool:
+    def _read_recipient(self, word: str, marker: str | None) -> bool:
         recipient = word.removeprefix("to=")
         if word == recipient and marker == CONSTRAIN and self.recipient is not None:
             return False  # `to=python <|constrain|>python`
-        if len(recipient) > LONGEST_RECIPIENT or not (word != recipient or _TOOL.fullmatch(word)):
+        if len(recipient) > MAX_RECIPIENT_CHARACTERS or not (word != recipient or _TOOL_NAME.fullmatch(word)):
             return False
         if self.recipient is None and recipient:
             self.recipient = recipient
         return recipient in ("", self.recipient)
 
-    def _take_channel(self, word: str, marker: str | None) -> bool:
+    def _read_channel(self, word: str, marker: str | None) -> bool:
         if word in CHANNELS and (marker == CHANNEL or self._complete) and self.channel in (None, *CHANNELS):
             self.channel = word
             return True
@@ -139,11 +139,11 @@ class _Reading:
             self.channel = word
         return marker == CHANNEL and word == self.channel
 
-    def _take_content_type(self, word: str, marker: str | None) -> bool:
+    def _read_content_type(self, word: str, marker: str | None) -> bool:
         if marker == CHANNEL or self.content_type is not None:
             return marker == CONSTRAIN and self.content_type == f"{CONSTRAIN}{word}"
         addressed = self._complete and (marker == CONSTRAIN or self.recipient is not None)
-        if word not in _CONTENT_TYPES and not (addressed and _TYPE.fullmatch(word)):
+        if word not in _CONTENT_TYPES and not (addressed and _CONTENT_TYPE.fullmatch(word)):
             return False
         self.content_type = f"{CONSTRAIN}{word}" if marker == CONSTRAIN else word
         return True

@@ -105,7 +105,7 @@ class Conversation:
 def without_old_reasoning(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """The messages without the analysis that stands before the last final answer: the model was trained not to see it
     again. Between a call and its result it stays."""
-    finals = [place for place, message in enumerate(messages) if message.channel == "final"]
+    finals = [index for index, message in enumerate(messages) if message.channel == "final"]
     last = finals[-1] if finals else 0
     old = [message for message in messages[:last] if message.channel != "analysis"]
     return (*old, *messages[last:])

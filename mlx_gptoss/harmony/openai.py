@@ -14,7 +14,7 @@ from .messages import Conversation, Effort, Function, Message, ResponseFormat, T
 from .render import instructions_text
 
 # Fields of the API that say nothing to the model; clients send replies back with them.
-_IGNORED = {"id", "object", "status", "index"}
+_IGNORED_FIELDS = {"id", "object", "status", "index"}
 _FIELDS = {
     "system": {"content"},
     "developer": {"content"},
@@ -22,7 +22,7 @@ _FIELDS = {
     "assistant": {"content", "name", "reasoning", "reasoning_content", "thinking", "tool_calls"},
     "tool": {"content", "name", "tool_call_id"},
 }
-_THOUGHTS = ("reasoning", "reasoning_content", "thinking")
+_REASONING_FIELDS = ("reasoning", "reasoning_content", "thinking")
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
@@ -55,8 +55,8 @@ def from_chat(
     instructions = [] if system is None else [system]
     turns: list[Message] = []
     call_names: dict[str, str] = {}
-    for place, message in enumerate(messages):
-        where = f"messages[{place}]"
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
         role = _role(message, where)
         if role in ("system", "developer") and not turns:
             instructions.append(_text(message, where))
@@ -77,7 +77,7 @@ def functions_from_tools(tools: Sequence[Mapping[str, Any] | Function]) -> tuple
     """Functions from a request's `tools`. Raises InvalidRequest for other kinds of tools and names used twice."""
     if isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence):
         raise InvalidRequest("tools must be a list of functions")
-    functions = tuple(_function(tool, f"tools[{place}]") for place, tool in enumerate(tools))
+    functions = tuple(_function(tool, f"tools[{index}]") for index, tool in enumerate(tools))
     names = [function.name for function in functions]
     for name in names:
         if names.count(name) > 1:
@@ -96,19 +96,19 @@ def response_format_of(value: Any) -> ResponseFormat | None:
     if kind not in ("text", "json_object", "json_schema"):
         raise InvalidRequest(f'{where} must be {{"type": "text"}}, "json_object" or "json_schema", not {value!r}')
     if kind != "json_schema":
-        _refuse_others(value, {"type"}, where)
+        _refuse_unknown_fields(value, {"type"}, where)
         return ResponseFormat({"type": "object"}) if kind == "json_object" else None
     if "json_schema" in value:
-        _refuse_others(value, {"type", "json_schema"}, where)
+        _refuse_unknown_fields(value, {"type", "json_schema"}, where)
         value, where = value["json_schema"], f"{where}.json_schema"
         if not isinstance(value, Mapping):
             raise InvalidRequest(f'{where} must be {{"name": ..., "schema": ...}}, not {value!r}')
-    _refuse_others(value, {"type", "name", "description", "schema", "strict"}, where)
+    _refuse_unknown_fields(value, {"type", "name", "description", "schema", "strict"}, where)
     schema = value.get("schema")
     if not isinstance(schema, Mapping):
         raise InvalidRequest(f"{where}.schema must be a JSON schema, not {schema!r}")
     description = "" if value.get("description") is None else _string(value, "description", where)
-    _flag(value, "strict", where)
+    _boolean(value, "strict", where)
     return ResponseFormat(schema, _name(value.get("name"), f"{where}.name"), description)
 
 
@@ -120,7 +120,7 @@ def tool_choice_of(value: Any, functions: Sequence[Function]) -> ToolChoice:
     name = value
     if isinstance(value, Mapping) and value.get("type") == "function":
         function = value.get("function", value)
-        _refuse_others(value, {"type", "name", "function"}, "tool_choice")
+        _refuse_unknown_fields(value, {"type", "name", "function"}, "tool_choice")
         name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(name, str):
         raise InvalidRequest(
@@ -138,7 +138,7 @@ def _role(message: Any, where: str) -> str:
     role = message.get("role")
     if not isinstance(role, str) or role not in _FIELDS:
         raise InvalidRequest(f"{where} has the role {role!r}: use one of {', '.join(_FIELDS)}")
-    _refuse_others(message, {"role"} | _FIELDS[role] | _IGNORED, where)
+    _refuse_unknown_fields(message, {"role"} | _FIELDS[role] | _IGNORED_FIELDS, where)
     return role
 
 
@@ -147,19 +147,19 @@ def _turn(message: Mapping[str, Any], role: str, where: str, call_names: Mapping
     if role == "user":
         return Message("user", text, name=_optional_name(message, where))
     if role == "tool":
-        name = _answering(message, where, call_names)
+        name = _answered_function(message, where, call_names)
         return Message("tool", text, "commentary", "assistant", name=name)
     return Message("developer", instructions_text(text))
 
 
 def _assistant(message: Mapping[str, Any], where: str, call_names: dict[str, str]) -> list[Message]:
     """Analysis, then a preamble and calls, or the final answer. Notes the calls' ids in `call_names`."""
-    thoughts = [_string(message, field, where) for field in _THOUGHTS if message.get(field) is not None]
+    thoughts = [_string(message, field, where) for field in _REASONING_FIELDS if message.get(field) is not None]
     if len(set(thoughts)) > 1:
-        raise InvalidRequest(f"{where} gives its reasoning twice: keep one of {', '.join(_THOUGHTS)}")
+        raise InvalidRequest(f"{where} gives its reasoning twice: keep one of {', '.join(_REASONING_FIELDS)}")
     calls = [
-        _call(call, f"{where}.tool_calls[{place}]", call_names)
-        for place, call in enumerate(_list(message, "tool_calls", where))
+        _call(call, f"{where}.tool_calls[{index}]", call_names)
+        for index, call in enumerate(_list(message, "tool_calls", where))
     ]
     name = _optional_name(message, where)
     turns = [Message("assistant", thought, "analysis", name=name) for thought in thoughts[:1] if thought]
@@ -174,11 +174,11 @@ def _assistant(message: Mapping[str, Any], where: str, call_names: dict[str, str
 def _call(call: Any, where: str, call_names: dict[str, str]) -> Message:
     if not isinstance(call, Mapping) or call.get("type", "function") != "function":
         raise InvalidRequest(f'{where} must be {{"id", "type": "function", "function": {{"name", "arguments"}}}}')
-    _refuse_others(call, {"id", "type", "function"} | _IGNORED, where)
+    _refuse_unknown_fields(call, {"id", "type", "function"} | _IGNORED_FIELDS, where)
     function = call.get("function")
     if not isinstance(function, Mapping):
         raise InvalidRequest(f'{where}.function must be {{"name": ..., "arguments": ...}}, not {function!r}')
-    _refuse_others(function, {"name", "arguments"}, f"{where}.function")
+    _refuse_unknown_fields(function, {"name", "arguments"}, f"{where}.function")
     name = NAMESPACE + _name(function.get("name"), f"{where}.function.name").removeprefix(NAMESPACE)
     arguments = function.get("arguments", "")
     if isinstance(arguments, Mapping):
@@ -190,7 +190,7 @@ def _call(call: Any, where: str, call_names: dict[str, str]) -> Message:
     return Message("assistant", arguments, "commentary", name, f"{CONSTRAIN}json")
 
 
-def _answering(message: Mapping[str, Any], where: str, call_names: Mapping[str, str]) -> str:
+def _answered_function(message: Mapping[str, Any], where: str, call_names: Mapping[str, str]) -> str:
     """The full name of the function whose result this is: by the call's id, else by its own name."""
     call = message.get("tool_call_id")
     if call is None:
@@ -209,17 +209,17 @@ def _function(tool: Any, where: str) -> Function:
     if not isinstance(tool, Mapping) or tool.get("type", "function") != "function":
         raise InvalidRequest(f'{where} must be {{"type": "function", "function": {{...}}}}: only functions are offered')
     if "function" in tool:
-        _refuse_others(tool, {"type", "function"}, where)
+        _refuse_unknown_fields(tool, {"type", "function"}, where)
         tool, where = tool["function"], f"{where}.function"
         if not isinstance(tool, Mapping):
             raise InvalidRequest(f'{where} must be {{"name": ..., "parameters": ...}}, not {tool!r}')
-    _refuse_others(tool, {"type", "name", "description", "parameters", "strict"}, where)
+    _refuse_unknown_fields(tool, {"type", "name", "description", "parameters", "strict"}, where)
     parameters = tool.get("parameters")
     if parameters is not None and not isinstance(parameters, Mapping):
         raise InvalidRequest(f"{where}.parameters must be a JSON schema of type object, not {parameters!r}")
     description = "" if tool.get("description") is None else _string(tool, "description", where)
     name = _name(tool.get("name"), f"{where}.name")
-    return Function(name, description, parameters, _flag(tool, "strict", where))
+    return Function(name, description, parameters, _boolean(tool, "strict", where))
 
 
 def _text(message: Mapping[str, Any], where: str) -> str:
@@ -229,7 +229,7 @@ def _text(message: Mapping[str, Any], where: str) -> str:
         return content
     if not isinstance(content, list) or not content:
         raise InvalidRequest(f"{where}.content must be a string or a non-empty list of text parts, not {content!r}")
-    return "".join(_part(part, f"{where}.content[{place}]") for place, part in enumerate(content))
+    return "".join(_part(part, f"{where}.content[{index}]") for index, part in enumerate(content))
 
 
 def _part(part: Any, where: str) -> str:
@@ -246,7 +246,7 @@ def _string(fields: Mapping[str, Any], field: str, where: str) -> str:
     return value
 
 
-def _flag(fields: Mapping[str, Any], field: str, where: str) -> bool:
+def _boolean(fields: Mapping[str, Any], field: str, where: str) -> bool:
     value = fields.get(field)
     if value not in (None, False, True):
         raise InvalidRequest(f"{where}.{field} must be true or false, not {value!r}")
@@ -270,7 +270,7 @@ def _optional_name(message: Mapping[str, Any], where: str) -> str | None:
     return None if message.get("name") is None else _name(message["name"], f"{where}.name")
 
 
-def _refuse_others(fields: Mapping[str, Any], known: set[str], where: str) -> None:
+def _refuse_unknown_fields(fields: Mapping[str, Any], known: set[str], where: str) -> None:
     """Refuse fields that would be dropped silently; those set to nothing (None, []) lose nothing."""
     for field, value in fields.items():
         if field not in known and value is not None and value != []:

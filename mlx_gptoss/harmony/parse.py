@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..tokenizer import CALL, CHANNEL, CONSTRAIN, END, ENDOFTEXT, MESSAGE, RETURN, START, Tokenizer
-from .header import Header, Part, is_half_a_word, read_header
+from .header import Header, HeaderPart, is_partial_header_word, read_header
 from .messages import Message
 
-_ENDS = (END, RETURN, CALL, ENDOFTEXT)
-_MOST_WORDS = 4  # that a header may hold before they are known to be header words
-_MOST_CHARACTERS = 512
+_MESSAGE_ENDS = (END, RETURN, CALL, ENDOFTEXT)
+_MAX_UNKNOWN_WORDS = 4  # that a header may hold before they are known to be header words
+_MAX_HEADER_CHARACTERS = 512
 
 
 @dataclass(frozen=True)
@@ -45,20 +45,20 @@ class Delta(Header):
 
 
 @dataclass
-class _Open:
+class _OpenMessage:
     """The message being written."""
 
     header: Header
-    place: int
+    index: int
     pieces: list[str] = field(default_factory=list)
 
     def delta(self, text: str) -> Delta:
         of = self.header
         starts = not self.pieces
         self.pieces.append(text)
-        return Delta(of.role, of.channel, of.recipient, of.content_type, of.name, text, self.place, starts)
+        return Delta(of.role, of.channel, of.recipient, of.content_type, of.name, text, self.index, starts)
 
-    def closed(self) -> Message:
+    def to_message(self) -> Message:
         of = self.header
         return Message(of.role, "".join(self.pieces), of.channel, of.recipient, of.content_type, of.name)
 
@@ -73,8 +73,8 @@ class Parser:
         self._special_names = {id: name for name, id in tokenizer.specials.items()}
         self._decoder = tokenizer.decoder()
         self._messages: list[Message] = []
-        self._open: _Open | None = None
-        self._header: list[Part] | None = [Part(None, "")]  # as far as it is read; None within a text
+        self._open: _OpenMessage | None = None
+        self._header: list[HeaderPart] | None = [HeaderPart(None, "")]  # as far as it is read; None within a text
         self._role_expected = False
 
     @property
@@ -83,7 +83,7 @@ class Parser:
         return list(self._messages)
 
     @property
-    def within(self) -> Literal["reasoning", "text", "call"] | None:
+    def content_kind(self) -> Literal["reasoning", "text", "call"] | None:
         """What kind of message the next plain id adds text to; None in a header."""
         return self._open.header.kind if self._open is not None and self._header is None else None
 
@@ -91,75 +91,79 @@ class Parser:
         """The pieces that this id completes: usually one or none."""
         name = self._special_names.get(id)
         if name is None:
-            return self._text(self._decoder.push(id))
-        return [*self._text(self._decoder.flush()), *self._special(name)]
+            return self._push_text(self._decoder.push(id))
+        return [*self._push_text(self._decoder.flush()), *self._push_special(name)]
 
     def finish(self) -> list[Delta]:
         """End the stream, wherever it is. Half a header without text is no message."""
-        return [*self._text(self._decoder.flush()), *self._end(cut_off=True)]
+        return [*self._push_text(self._decoder.flush()), *self._end_message(cut_off=True)]
 
-    def _special(self, name: str) -> list[Delta]:
-        if name in _ENDS:
-            return self._end()
+    def _push_special(self, name: str) -> list[Delta]:
+        if name in _MESSAGE_ENDS:
+            return self._end_message()
         if name == START:
-            deltas = self._end(cut_off=True)
+            deltas = self._end_message(cut_off=True)
             self._role_expected = True
             return deltas
         if name == MESSAGE and self._header is not None:
-            return self._begin(*read_header(self._header, role_expected=self._role_expected, complete=True))
+            return self._begin_message(*read_header(self._header, role_expected=self._role_expected, complete=True))
         if name == CHANNEL and self._header is None:
-            self._header = [Part(CHANNEL, "")]
+            self._header = [HeaderPart(CHANNEL, "")]
         elif name in (CHANNEL, CONSTRAIN) and self._header is not None:
             if not self._header[-1].text.strip():
                 self._header.pop()
-            self._header.append(Part(name, ""))
+            self._header.append(HeaderPart(name, ""))
         return []
 
-    def _text(self, text: str) -> list[Delta]:
+    def _push_text(self, text: str) -> list[Delta]:
         if not text:
             return []
         if self._open is not None and self._header is None:
             return [self._open.delta(text)]
-        header = self._header or [Part(None, "")]
-        self._header = [*header[:-1], Part(header[-1].marker, header[-1].text + text)]
-        return self._no_header() if self._grown_too_long(self._header) else []
+        header = self._header or [HeaderPart(None, "")]
+        self._header = [*header[:-1], HeaderPart(header[-1].marker, header[-1].text + text)]
+        return self._header_as_text() if self._is_too_long(self._header) else []
 
-    def _grown_too_long(self, parts: list[Part]) -> bool:
+    def _is_too_long(self, parts: list[HeaderPart]) -> bool:
         _, text = self._read_unfinished(parts)
         words = len(text.split())
-        return words > _MOST_WORDS or "\n" in text.strip() or sum(len(part.text) for part in parts) > _MOST_CHARACTERS
+        return (
+            words > _MAX_UNKNOWN_WORDS
+            or "\n" in text.strip()
+            or sum(len(part.text) for part in parts) > _MAX_HEADER_CHARACTERS
+        )
 
-    def _read_unfinished(self, parts: list[Part]) -> tuple[Header, str]:
+    def _read_unfinished(self, parts: list[HeaderPart]) -> tuple[Header, str]:
         return read_header(parts, role_expected=self._role_expected, complete=False)
 
-    def _begin(self, header: Header, text: str) -> list[Delta]:
-        self._close()
+    def _begin_message(self, header: Header, text: str) -> list[Delta]:
+        self._close_message()
         self._header = None
-        self._open = _Open(header, len(self._messages))
+        self._open = _OpenMessage(header, len(self._messages))
         return [self._open.delta(text)]
 
-    def _no_header(self) -> list[Delta]:
+    def _header_as_text(self) -> list[Delta]:
         """What looked like a header is text, from where it stops being one."""
         header, text = self._read_unfinished(self._header or [])
         if self._open is None or header != Header():
-            return self._begin(header, text)
+            return self._begin_message(header, text)
         self._header = None
         return [self._open.delta(text)] if text else []
 
-    def _end(self, *, cut_off: bool = False) -> list[Delta]:
+    def _end_message(self, *, cut_off: bool = False) -> list[Delta]:
         """End the message, and the header if one is being read: without text it counts unless it was cut off."""
         deltas: list[Delta] = []
         if self._header is not None:
             header, text = self._read_unfinished(self._header)
-            half = self._header[-1].text.endswith(text) and is_half_a_word(text)
-            if not half if cut_off else text or header != Header(header.role):
-                deltas = self._no_header()
-        self._close()
-        self._header = [Part(None, "")]
+            is_partial = self._header[-1].text.endswith(text) and is_partial_header_word(text)
+            if not is_partial if cut_off else text or header != Header(header.role):
+                deltas = self._header_as_text()
+        self._close_message()
+        self._header = [HeaderPart(None, "")]
         self._role_expected = False
         return deltas
 
-    def _close(self) -> None:
+    def _close_message(self) -> None:
         if self._open is not None:
-            self._messages.append(self._open.closed())
+            self._messages.append(self._open.to_message())
             self._open = None

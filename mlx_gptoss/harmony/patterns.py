@@ -11,25 +11,27 @@ import re
 
 _ESCAPE = r"\\(?:[dDwWsSnrtfv_]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|[pP]\{[\w=]+\}|[^\w\s<>])"
 _GROUP = r"\((?:\?:|\?<[A-Za-z_]\w*>|(?!\?))"
-_OUTSIDE = re.compile(rf"{_ESCAPE}|{_GROUP}|\[(?!\^?\])\^?|[^\\(\[]", re.DOTALL)
-_INSIDE = re.compile(rf"{_ESCAPE}|(?!&&|--|~~)[^\\\[]", re.DOTALL)  # of a class; in Rust's, classes nest and subtract
-_LOWEST = re.compile(r"\\x0[01]|\\u000[01]|[\x00\x01]")
+_OUTSIDE_CLASS = re.compile(rf"{_ESCAPE}|{_GROUP}|\[(?!\^?\])\^?|[^\\(\[]", re.DOTALL)
+_INSIDE_CLASS = re.compile(
+    rf"{_ESCAPE}|(?!&&|--|~~)[^\\\[]", re.DOTALL
+)  # of a class; in Rust's, classes nest and subtract
+_LOWEST_CONTROLS = re.compile(r"\\x0[01]|\\u000[01]|[\x00\x01]")
 
 
-def translated(pattern: str) -> str | None:
+def translate_pattern(pattern: str) -> str | None:
     """The pattern for llguidance; None for one that cannot be relied on to mean the same there."""
-    pieces, place, within = [], 0, ""  # within: how the class began that is being read
-    while place < len(pattern):
-        token = (_INSIDE if within else _OUTSIDE).match(pattern, place)
-        if token is None or (within != "[^" and _LOWEST.fullmatch(token[0])):
+    pieces, position, class_start = [], 0, ""  # class_start: how the class began that is being read
+    while position < len(pattern):
+        token = (_INSIDE_CLASS if class_start else _OUTSIDE_CLASS).match(pattern, position)
+        if token is None or (class_start != "[^" and _LOWEST_CONTROLS.fullmatch(token[0])):
             return None
-        text, place = token[0], token.end()
-        if within:
-            within = "" if text == "]" else within
+        text, position = token[0], token.end()
+        if class_start:
+            class_start = "" if text == "]" else class_start
         elif text in ("[", "[^"):
-            within = text
+            class_start = text
             text += r"\x01" if text == "[^" else ""
         elif text == ".":
             text = r"[^\n\r]"
         pieces.append(text)
-    return None if within else "".join(pieces)
+    return None if class_start else "".join(pieces)

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 from ..errors import InvalidRequest
 from ..tokenizer import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START, Tokenizer
-from .builtin import BUILTIN
+from .builtin import BUILTIN_TOOLS
 from .messages import Conversation, Message, ResponseFormat
-from .schema import Namespace, tools_section
+from .typescript import Namespace, tools_section
 
-CHANNELS = "# Valid channels: analysis, commentary, final. Channel must be included for every message."
-CALLS_GO_TO_COMMENTARY = "Calls to these tools must go to the commentary channel: 'functions'."
+VALID_CHANNELS = "# Valid channels: analysis, commentary, final. Channel must be included for every message."
+CALL_CHANNEL = "Calls to these tools must go to the commentary channel: 'functions'."
 
 
 def render(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
@@ -71,7 +71,7 @@ def prompt_messages(conversation: Conversation) -> tuple[Message, ...]:
     """
     turns = conversation.messages
     assistant = [message for message in turns if message.role == "assistant"]
-    first_final = next((place for place, message in enumerate(turns) if message.channel == "final"), 0)
+    first_final = next((index for index, message in enumerate(turns) if message.channel == "final"), 0)
     if assistant and assistant[-1].channel == "final":
         kept = [message for message in turns[:first_final] if message.channel != "analysis"]
         turns = (*kept, *turns[first_final:])
@@ -93,7 +93,7 @@ def system_text(conversation: Conversation) -> str:
     sections = ["\n".join(about), f"Reasoning: {conversation.reasoning}"]
     if conversation.builtin_tools:
         sections.append(tools_section([_builtin(name) for name in sorted(set(conversation.builtin_tools))]))
-    sections.append(f"{CHANNELS}\n{CALLS_GO_TO_COMMENTARY}" if conversation.functions else CHANNELS)
+    sections.append(f"{VALID_CHANNELS}\n{CALL_CHANNEL}" if conversation.functions else VALID_CHANNELS)
     return "\n\n".join(sections)
 
 
@@ -122,9 +122,11 @@ def instructions_text(instructions: str) -> str:
 
 
 def _builtin(name: str) -> Namespace:
-    if name not in BUILTIN:
-        raise InvalidRequest(f"there is no built-in tool {name!r}: use {' or '.join(BUILTIN)}, or offer a function")
-    return BUILTIN[name]
+    if name not in BUILTIN_TOOLS:
+        raise InvalidRequest(
+            f"there is no built-in tool {name!r}: use {' or '.join(BUILTIN_TOOLS)}, or offer a function"
+        )
+    return BUILTIN_TOOLS[name]
 
 
 def _author(message: Message, tokenizer: Tokenizer) -> list[int]:

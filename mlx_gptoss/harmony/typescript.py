@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from .messages import Function
 
-_Kind = TypeVar("_Kind")
+_T = TypeVar("_T")
 _TYPES = {"string": "string", "number": "number", "integer": "number", "boolean": "boolean"}
 
 
@@ -36,17 +36,17 @@ def tools_section(namespaces: Sequence[Namespace]) -> str:
 def _namespace(namespace: Namespace) -> str:
     lines = [f"## {namespace.name}\n"]
     if not namespace.functions:
-        return "\n".join([*lines, *_lines(namespace.description)])
-    lines += [f"// {line}" for line in _lines(namespace.description)]
+        return "\n".join([*lines, *_split_lines(namespace.description)])
+    lines += [f"// {line}" for line in _split_lines(namespace.description)]
     lines.append(f"namespace {namespace.name} {{\n")
     for function in namespace.functions:
-        lines += [f"// {line}" for line in _lines(function.description)]
-        argument = "" if function.parameters is None else f"_: {type_of(function.parameters)}"
+        lines += [f"// {line}" for line in _split_lines(function.description)]
+        argument = "" if function.parameters is None else f"_: {typescript_type(function.parameters)}"
         lines.append(f"type {function.name} = ({argument}) => any;\n")
     return "\n".join([*lines, f"}} // namespace {namespace.name}"])
 
 
-def type_of(schema: Any, indent: str = "") -> str:
+def typescript_type(schema: Any, indent: str = "") -> str:
     """The TypeScript type of a JSON schema. What is not understood is `any`; `indent` begins every further line."""
     variants = _get(schema, "oneOf", list)
     if variants is not None:
@@ -58,7 +58,7 @@ def type_of(schema: Any, indent: str = "") -> str:
     if kind == "object":
         return _object(schema, indent)
     if kind == "array":
-        return f"{type_of(schema['items'], indent)}[]" if "items" in schema else "Array<any>"
+        return f"{typescript_type(schema['items'], indent)}[]" if "items" in schema else "Array<any>"
     choices = [f'"{choice}"' for choice in _get(schema, "enum", list) or () if isinstance(choice, str)]
     if kind == "string" and choices:
         return " | ".join(choices)
@@ -70,7 +70,7 @@ def _variant(schema: Any, indent: str) -> str:
     comments = [_get(schema, "description", str)]
     if "default" in _mapping(schema):
         comments.append(f"default: {_default(schema, bare_choice=False)}")
-    return _nullable(schema, f"{indent}   ") + _trailing(comments)
+    return _nullable(schema, f"{indent}   ") + _trailing_comment(comments)
 
 
 def _object(schema: Any, indent: str) -> str:
@@ -84,7 +84,7 @@ def _object(schema: Any, indent: str) -> str:
 
 def _property(name: str, schema: Any, required: bool, indent: str) -> str:
     key = name if required else f"{name}?"
-    comments = "".join(f"{indent}//{comment}\n" for comment in _leading(schema))
+    comments = "".join(f"{indent}//{comment}\n" for comment in _comments_above(schema))
     variants = _get(schema, "oneOf", list)
     if variants is not None:
         return comments + _union_property(key, schema, variants, indent)
@@ -94,7 +94,7 @@ def _property(name: str, schema: Any, required: bool, indent: str) -> str:
     return f"{comments}{indent}{key}: {_nullable(schema, f'{indent}    ')},{trailing}\n"
 
 
-def _leading(schema: Any) -> list[str]:
+def _comments_above(schema: Any) -> list[str]:
     """The comments above a property: title, description (a union's stands elsewhere), examples."""
     comments = []
     title, description = _get(schema, "title", str), _get(schema, "description", str)
@@ -117,23 +117,23 @@ def _union_property(key: str, schema: Any, variants: list[Any], indent: str) -> 
     if "default" in schema:
         lines.append(f"{indent}// default: {_default(schema)}")
     lines.append(f"{indent}{key}:")
-    for place, variant in enumerate(variants):
+    for index, variant in enumerate(variants):
         comments = [_get(variant, "description", str)]
-        if comments[0] == description or (above and place == 0):
+        if comments[0] == description or (above and index == 0):
             comments = []
         if "default" in _mapping(variant):
             comments.append(f"default: {_default(variant)}")
-        lines.append(f"{indent} | {_nullable(variant, f'{indent}   ')}{_trailing(comments)}")
+        lines.append(f"{indent} | {_nullable(variant, f'{indent}   ')}{_trailing_comment(comments)}")
     return "\n".join([*lines, f"{indent},\n"])
 
 
 def _nullable(schema: Any, indent: str) -> str:
     """The type, with `| null` when the schema is OpenAPI's nullable and the type does not say so already."""
-    written = type_of(schema, indent)
+    written = typescript_type(schema, indent)
     return f"{written} | null" if _get(schema, "nullable", bool) and "null" not in written else written
 
 
-def _trailing(comments: Sequence[str | None]) -> str:
+def _trailing_comment(comments: Sequence[str | None]) -> str:
     present = [comment for comment in comments if comment is not None]
     return f" // {' '.join(present)}" if present else ""
 
@@ -168,7 +168,7 @@ def _number(value: float) -> str:
     return re.sub(r"e\+?(-?)0*", r"e\1", repr(value))
 
 
-def _get(schema: Any, key: str, kind: type[_Kind]) -> _Kind | None:
+def _get(schema: Any, key: str, kind: type[_T]) -> _T | None:
     value = _mapping(schema).get(key)
     return value if isinstance(value, kind) else None
 
@@ -177,7 +177,7 @@ def _mapping(schema: Any) -> Mapping[str, Any]:
     return schema if isinstance(schema, Mapping) else {}
 
 
-def _lines(text: str) -> list[str]:
+def _split_lines(text: str) -> list[str]:
     """Lines that end in LF or CRLF, and in nothing else that Unicode calls a line's end."""
     lines = re.split(r"\r?\n", text)
     return lines[:-1] if not lines[-1] else lines
