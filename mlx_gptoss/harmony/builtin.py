@@ -1,4 +1,7 @@
-"""The tools that the model knows from its training, in the words it was trained on (those of openai-harmony 0.0.8)."""
+"""Declarations of the tools that the model was trained with: browser and python.
+
+The texts are those of openai-harmony 0.0.8, character for character: the model has seen them in training.
+"""
 
 from __future__ import annotations
 

@@ -1,18 +1,19 @@
-"""Ids that the model emits, one by one -> pieces of messages. Never raises and never loses text.
+"""Streaming parser: token ids from the model -> pieces of messages. Never raises and never loses text.
 
-Of every run of text between special tokens, a message's content gets a suffix, to the letter and in order; what stands
-before it are header words (roles, recipients, channels, content types), and whitespace around them. Only a word of
-which the stream's end or `<|start|>` leaves the beginning is dropped.
+Guarantee: of every run of text between special tokens, a suffix becomes message content, unchanged and in order. The
+rest of the run is header words (roles, recipients, channels, content types) and the whitespace around them. The only
+text that is dropped is a partial header word that the end of the stream or `<|start|>` cuts off.
 
-On well-formed output this is openai-harmony's StreamableParser, but that a content type without a recipient is not
-taken for one. Malformed output goes where it most likely belongs:
+On well-formed output the parser agrees with openai-harmony's StreamableParser, with one exception: that one reads the
+content type of a message without a recipient as its recipient, and this one reads it as the content type. Malformed
+output goes where it most likely belongs:
 
-- A header that ends without `<|message|>`, or that grows beyond what a header can be: its known parts are read, the
-  rest is text of the message they describe (without any: visible text).
-- A header with words that fit nowhere: they begin the message's text.
-- `<|channel|>` within a text begins another message; when no channel follows, the text goes on where it was.
-- `<|start|>` ends a message as `<|end|>` does; after an end, `<|start|>assistant` may be missing.
-- Other special tokens within a text are dropped: they are not text.
+- A header that ends without `<|message|>`, or that exceeds the size of any header: its known parts are read, and the
+  rest is the text of the message that they describe. If there are none, it is visible text.
+- A header with words that fit no field: they become the beginning of the message's text.
+- `<|channel|>` within a text starts another message. If no channel follows, the text continues in the same message.
+- `<|start|>` ends a message, as `<|end|>` does. After an end, `<|start|>assistant` may be missing.
+- Other special tokens within a text are dropped.
 - Bytes that are not UTF-8 become U+FFFD.
 """
 
@@ -26,17 +27,18 @@ from .header import Header, HeaderPart, is_partial_header_word, read_header
 from .messages import Message
 
 _MESSAGE_ENDS = (END, RETURN, CALL, ENDOFTEXT)
-_MAX_UNKNOWN_WORDS = 4  # that a header may hold before they are known to be header words
+# A header that exceeds one of these without `<|message|>` is text.
+_MAX_UNKNOWN_WORDS = 4
 _MAX_HEADER_CHARACTERS = 512
 
 
 @dataclass(frozen=True)
 class Delta(Header):
-    """A piece of a message, with the message's header.
+    """A piece of a message, with the header of the message.
 
-    text: more of its content; "" when the message only starts.
-    message: its index in `Parser.messages`, where it stands once it has ended.
-    starts: whether this is the message's first delta. Every message has exactly one such.
+    text: the next part of its content; "" when the message only starts.
+    message: the index of the message in `Parser.messages`, which holds it once it has ended.
+    starts: whether this is the first delta of the message. Every message has exactly one such delta.
     """
 
     text: str = ""
@@ -46,27 +48,32 @@ class Delta(Header):
 
 @dataclass
 class _OpenMessage:
-    """The message being written."""
+    """The message that is being read."""
 
     header: Header
     index: int
     pieces: list[str] = field(default_factory=list)
 
     def delta(self, text: str) -> Delta:
-        of = self.header
+        header = self.header
         starts = not self.pieces
         self.pieces.append(text)
-        return Delta(of.role, of.channel, of.recipient, of.content_type, of.name, text, self.index, starts)
+        return Delta(
+            *(header.role, header.channel, header.recipient, header.content_type, header.name),
+            text=text,
+            message=self.index,
+            starts=starts,
+        )
 
     def to_message(self) -> Message:
-        of = self.header
-        return Message(of.role, "".join(self.pieces), of.channel, of.recipient, of.content_type, of.name)
+        header, content = self.header, "".join(self.pieces)
+        return Message(header.role, content, header.channel, header.recipient, header.content_type, header.name)
 
 
 class Parser:
-    """Reads what follows a rendered prompt, that is, what follows `<|start|>assistant`.
+    """Parses the ids that follow a rendered prompt, that is, the ids after `<|start|>assistant`.
 
-    A whole conversation, beginning with `<|start|>`, is read as well.
+    A whole conversation that begins with `<|start|>` is parsed, too.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -74,7 +81,7 @@ class Parser:
         self._decoder = tokenizer.decoder()
         self._messages: list[Message] = []
         self._open: _OpenMessage | None = None
-        self._header: list[HeaderPart] | None = [HeaderPart(None, "")]  # as far as it is read; None within a text
+        self._header: list[HeaderPart] | None = [HeaderPart(None, "")]  # the header so far; None within content
         self._role_expected = False
 
     @property
@@ -84,18 +91,18 @@ class Parser:
 
     @property
     def content_kind(self) -> Literal["reasoning", "text", "call"] | None:
-        """What kind of message the next plain id adds text to; None in a header."""
+        """The kind of message that the next ordinary token belongs to; None within a header."""
         return self._open.header.kind if self._open is not None and self._header is None else None
 
     def push(self, id: int) -> list[Delta]:
-        """The pieces that this id completes: usually one or none."""
+        """Read one id. Returns the deltas that it completes, usually one or none."""
         name = self._special_names.get(id)
         if name is None:
             return self._push_text(self._decoder.push(id))
         return [*self._push_text(self._decoder.flush()), *self._push_special(name)]
 
     def finish(self) -> list[Delta]:
-        """End the stream, wherever it is. Half a header without text is no message."""
+        """End the stream, wherever it is. Returns the last deltas. A truncated header without text is no message."""
         return [*self._push_text(self._decoder.flush()), *self._end_message(cut_off=True)]
 
     def _push_special(self, name: str) -> list[Delta]:
@@ -122,16 +129,12 @@ class Parser:
             return [self._open.delta(text)]
         header = self._header or [HeaderPart(None, "")]
         self._header = [*header[:-1], HeaderPart(header[-1].marker, header[-1].text + text)]
-        return self._header_as_text() if self._is_too_long(self._header) else []
+        return self._header_as_text() if self._exceeds_header_limits(self._header) else []
 
-    def _is_too_long(self, parts: list[HeaderPart]) -> bool:
+    def _exceeds_header_limits(self, parts: list[HeaderPart]) -> bool:
         _, text = self._read_unfinished(parts)
-        words = len(text.split())
-        return (
-            words > _MAX_UNKNOWN_WORDS
-            or "\n" in text.strip()
-            or sum(len(part.text) for part in parts) > _MAX_HEADER_CHARACTERS
-        )
+        characters = sum(len(part.text) for part in parts)
+        return len(text.split()) > _MAX_UNKNOWN_WORDS or "\n" in text.strip() or characters > _MAX_HEADER_CHARACTERS
 
     def _read_unfinished(self, parts: list[HeaderPart]) -> tuple[Header, str]:
         return read_header(parts, role_expected=self._role_expected, complete=False)
@@ -143,20 +146,25 @@ class Parser:
         return [self._open.delta(text)]
 
     def _header_as_text(self) -> list[Delta]:
-        """What looked like a header is text, from where it stops being one."""
+        """Give up the current header: from its first unknown word on, it is text."""
         header, text = self._read_unfinished(self._header or [])
         if self._open is None or header != Header():
             return self._begin_message(header, text)
-        self._header = None
+        self._header = None  # `<|channel|>` without a channel: the open message continues
         return [self._open.delta(text)] if text else []
 
     def _end_message(self, *, cut_off: bool = False) -> list[Delta]:
-        """End the message, and the header if one is being read: without text it counts unless it was cut off."""
+        """End the open message, and the current header if there is one.
+
+        A header that an end token ends becomes a message if it has text or any field. One that is cut off becomes a
+        message unless its text is a partial header word (or empty).
+        """
         deltas: list[Delta] = []
         if self._header is not None:
             header, text = self._read_unfinished(self._header)
             is_partial = self._header[-1].text.endswith(text) and is_partial_header_word(text)
-            if not is_partial if cut_off else text or header != Header(header.role):
+            has_content = not is_partial if cut_off else bool(text) or header != Header(header.role)
+            if has_content:
                 deltas = self._header_as_text()
         self._close_message()
         self._header = [HeaderPart(None, "")]
