@@ -47,17 +47,17 @@ def batch(requests: Path, answers: Path, model: str | None, retry: bool, as_json
                     work.run(Service(loaded, Gate(), *names(model), store=Store(most_bytes=0)), progress)
         except KeyboardInterrupt:
             click.echo(
-                f"interrupted; {work.done} of {work.total} lines are answered, and the same command goes on after them",
+                f"interrupted; {work.done} of {work.total} lines are answered; the same command continues after them",
                 err=True,
             )
             raise SystemExit(130) from None
         report = _report(work)
-    click.echo(json.dumps(report) if as_json else _shown(report, answers))
+    click.echo(json.dumps(report) if as_json else _summary(report, answers))
 
 
 @contextmanager
 def _bar(work: Batch) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal's stderr, and what moves it."""
+    """A progress bar on a terminal's stderr; yields the function that updates it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -86,7 +86,7 @@ def _report(work: Batch) -> dict[str, Any]:
     }
 
 
-def _shown(report: dict[str, Any], answers: Path) -> str:
+def _summary(report: dict[str, Any], answers: Path) -> str:
     earlier = f", {report['earlier']} of them by an earlier run" if report["earlier"] else ""
     return (
         f"{answers}: {report['completed']} answered and {report['failed']} failed of {report['total']}{earlier}; "

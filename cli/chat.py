@@ -1,4 +1,4 @@
-"""mlx-gptoss chat: a conversation at the terminal."""
+"""mlx-gptoss chat: a conversation in the terminal."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 EFFORTS: dict[str, Effort] = {"low": "low", "medium": "medium", "high": "high"}
 HELP = """\
-/help                          this list
-/reset                         forget the conversation
-/reasoning low|medium|high     how much the model thinks before it answers
-/system TEXT                   instructions to the model; none removes them
-/stats                         token counts and speeds after each answer, on or off
-/quit                          leave (Ctrl-D does, too)
-Ctrl-C stops an answer; what was said so far stays in the conversation."""
+/help                          show this list
+/reset                         start a new conversation
+/reasoning low|medium|high     how much to think before answering
+/system TEXT                   instructions to the model; without TEXT, none
+/stats                         switch token counts and speeds on or off
+/quit                          leave, as does Ctrl-D
+Ctrl-C stops an answer; the text so far stays in the conversation."""
 
 
 @click.command()
@@ -49,7 +49,7 @@ def chat(
     stats: bool,
     **given: Any,
 ) -> None:
-    """Talk with the model. /help lists the commands inside."""
+    """Chat with the model. /help lists the commands inside."""
     offered, chosen = load_tools(tools), split_sampling(given)
     with load(**given) as loaded:
         sampling = replace(loaded.default_sampling, **chosen)
@@ -57,7 +57,7 @@ def chat(
 
 
 class Session:
-    """One conversation and its settings."""
+    """A conversation and its settings."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Session:
                 self.turn(line)
 
     def command(self, line: str) -> None:
-        """A line that begins with a slash."""
+        """Carry out a line that begins with a slash."""
         name, _, argument = line[1:].partition(" ")
         argument = argument.strip()
         if name == "help":
@@ -114,22 +114,22 @@ class Session:
             click.echo(f"no such command: {line}. /help lists them.", err=True)
 
     def turn(self, line: str) -> None:
-        """One question and its answer. A question that cannot be answered is taken back."""
+        """Answer one question. If that fails, the question is not kept in the conversation."""
         from mlx_gptoss import GptOssError, Message, answer
         from mlx_gptoss.chat.stream import with_reply
 
         from .printer import show_events, stats_line
 
         asked = self.conversation.with_user(line)
-        said: list[str] = []
+        shown: list[str] = []
         try:
             events = answer(self.model, asked, self.tools, sampling=self.sampling, max_tokens=self.max_tokens)
-            finished = show_events(events, reasoning=self.show_reasoning, said=said)
+            finished = show_events(events, reasoning=self.show_reasoning, shown=shown)
         except GptOssError as error:
             click.echo(f"error: {error}", err=True)
             return
         except KeyboardInterrupt:
-            self.conversation = with_reply(asked, (Message("assistant", "".join(said), channel="final"),))
+            self.conversation = with_reply(asked, (Message("assistant", "".join(shown), channel="final"),))
             return
         self.conversation = with_reply(asked, finished.messages)
         if self.stats:
@@ -137,7 +137,7 @@ class Session:
 
 
 def _read_line() -> str | None:
-    """The next line without its ends; None at the end of input. Ctrl-C at the prompt leaves."""
+    """The next line, stripped; None at the end of input. Ctrl-C at the prompt leaves."""
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:

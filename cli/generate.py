@@ -78,7 +78,7 @@ def _prompt(argument: str | None) -> str:
         raise click.UsageError("give a PROMPT, or - to read it from stdin")
     if argument is None or argument == "-":
         if "MLX_RANK" in os.environ:
-            raise click.UsageError("give the PROMPT as an argument: mlx.launch does not say where stdin ends")
+            raise click.UsageError("give the PROMPT as an argument: mlx.launch does not pass on the end of stdin")
         text = sys.stdin.buffer.read().decode("utf-8", errors="replace")
     else:
         text = argument

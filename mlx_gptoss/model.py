@@ -1,4 +1,4 @@
-"""A loaded model as Python sees it: generate, stream, complete, or look at the logits. api.load() makes one."""
+"""A loaded model: generate, stream, complete, or look at the logits. api.load() makes one."""
 
 from __future__ import annotations
 
@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Completion:
-    """A raw continuation. ids: with the stop id, if one ended it. logprobs: natural logarithms under the raw logits.
-    top: per token the (id, logprob) alternatives that Sampling.logprobs asked for."""
+    """A raw continuation.
+
+    ids: the tokens produced, with the stop id if one ended it. logprobs: their natural log-probabilities under the raw
+    logits. top: for each token the likeliest (id, logprob) alternatives, as many as Sampling.logprobs says.
+    finish_reason: "stop" or "length".
+    """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -41,7 +45,11 @@ class Completion:
 
 @dataclass(frozen=True)
 class Reply:
-    """One assistant turn. ids: all tokens produced, Harmony's included. conversation: with this turn appended."""
+    """One assistant turn.
+
+    text: the answer. reasoning: the analysis before it. finish_reason: "stop", "length" or "tool_calls". ids, logprobs:
+    all tokens produced, Harmony's special tokens included. conversation: the prompt with this turn appended.
+    """
 
     text: str
     reasoning: str
@@ -55,7 +63,11 @@ class Reply:
 
 
 class Model:
-    """A loaded model. Made by load(); a context manager. Safe to use from several threads."""
+    """A loaded model, made by load(). A context manager; any number of threads may use it at once.
+
+    config: its sizes. backend: "mlx" or "cuda". format: the name of the checkpoint's format. plan: its memory plan.
+    name: as given to load(). load_s: seconds that loading took. default_sampling: from generation_config.json.
+    """
 
     def __init__(
         self,
@@ -81,7 +93,7 @@ class Model:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Raises CheckpointError if the checkpoint came without one, as OpenAI's `original/` folder does alone."""
+        """The tokenizer. Raises CheckpointError if the checkpoint has none, as OpenAI's `original/` folder alone."""
         if self._tokenizer is None:
             raise CheckpointError(
                 f"{self.name} has no tokenizer.json: copy it there from the model's repository, or use token ids"
@@ -89,14 +101,20 @@ class Model:
         return self._tokenizer
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Teacher-forced logits, float32 [T, V], of one sequence of T ids. No cache is kept."""
+        """Teacher-forced logits, float32 [T, V], of one sequence of T token ids. No cache is kept.
+
+        Raises InvalidRequest for ids outside the vocabulary, and for more than the context holds.
+        """
         ids = self._checked(ids)
         if len(ids) > self._engine.limits.max_context:
             raise InvalidRequest(f"{len(ids)} tokens exceed the context of {self._engine.limits.max_context}")
         return self._engine.call(lambda runner: runner.logits(ids))
 
     def complete(self, ids: Sequence[int], *, max_tokens: int, sampling: Sampling | None = None) -> Completion:
-        """Continue raw token ids, up to and including a stop id of the checkpoint."""
+        """Continue raw token ids without a chat format, up to and including a stop id of the checkpoint.
+
+        Raises InvalidRequest for a prompt that leaves no room in the context.
+        """
         _, text, _, finished = fold(self.stream_raw(ids, max_tokens=max_tokens, sampling=sampling))
         tokens = finished.tokens
         return Completion(
@@ -112,7 +130,7 @@ class Model:
     def stream_raw(
         self, ids: Sequence[int], *, max_tokens: int | None = None, sampling: Sampling | None = None
     ) -> Events:
-        """The same as it arrives: TextDelta events, then Finished."""
+        """complete() as it arrives: TextDelta events, then one Finished. max_tokens None: until the context is full."""
         return stream_raw(
             self._engine,
             self._tokenizer,
@@ -165,15 +183,16 @@ class Model:
         return stream_chat(self._engine, self.tokenizer, conversation, options, stop_ids=self._stop_ids)
 
     def peak_memory(self) -> int:
-        """Most bytes the device held at once since loading."""
+        """Peak bytes allocated on the device since loading."""
         return self._engine.call(lambda runner: runner.peak_memory())
 
     @property
     def status(self) -> Status:
-        """What the engine is doing. Raises GptOssError if the model is closed."""
+        """Slots in use, requests waiting, and the prefix cache's bytes. Raises GptOssError if the model is closed."""
         return self._engine.status
 
     def close(self) -> None:
+        """Fail open streams and free the model's memory."""
         self._engine.close()
 
     def __enter__(self) -> Model:
@@ -183,7 +202,7 @@ class Model:
         self.close()
 
     def _checked(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """Token ids as the engine takes them; InvalidRequest for none, or one outside the vocabulary."""
+        """The ids as a tuple. Raises InvalidRequest if there are none, or one is outside the vocabulary."""
         checked = tuple(int(i) for i in ids)
         if not checked:
             raise InvalidRequest("the prompt is empty; give at least one token id")

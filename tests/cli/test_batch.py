@@ -116,7 +116,7 @@ def test_killed_and_interrupted_it_goes_on_without_losing_or_repeating_a_line(ru
     earlier = len(out.read_bytes().splitlines())
     assert 6 <= earlier < len(lines)
     assert process.returncode == 130
-    assert errors == f"interrupted; {earlier} of 18 lines are answered, and the same command goes on after them\n"
+    assert errors == f"interrupted; {earlier} of 18 lines are answered; the same command continues after them\n"
     report = json.loads(subprocess.run([*CLI, *words, "--json"], stdout=subprocess.PIPE, check=True).stdout)
     assert by_id(read(out)) == whole
     assert (report["total"], report["completed"], report["failed"], report["earlier"]) == (18, 18, 0, earlier)
