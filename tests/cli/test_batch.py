@@ -21,12 +21,12 @@ from mlx_gptoss.errors import GptOssError, InvalidRequest
 
 pytest.importorskip("fastapi", reason="batches need the serve extra")
 from mlx_gptoss.server import batch as server_batch
-from mlx_gptoss.server.app import build
+from mlx_gptoss.server.app import build_app
 from mlx_gptoss.server.batch import Batch
-from mlx_gptoss.server.batch_files import LONGEST_LINE, Requests
+from mlx_gptoss.server.batch_files import MAX_LINE_BYTES, RequestFile
 from mlx_gptoss.server.guard import Gate
-from mlx_gptoss.server.service import Service, names
-from mlx_gptoss.server.store import Store
+from mlx_gptoss.server.service import Service, model_names
+from mlx_gptoss.server.store import ResponseStore
 
 CLI = [sys.executable, "-m", "mlx_gptoss_cli", "batch"]
 HERE = ["--backend", "mlx", "--device", "cpu"]
@@ -78,7 +78,7 @@ def run(model, tmp_path):
     def run(*lines, progress=lambda: None, model=model):
         (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
         with Batch(tmp_path / "in.jsonl", tmp_path / "out.jsonl") as batch:
-            batch.run(Service(model, Gate(), *names(None), store=Store(most_bytes=0)), progress)
+            batch.run(Service(model, Gate(), *model_names(None), store=ResponseStore(max_bytes=0)), progress)
         return read(tmp_path / "out.jsonl")
 
     return run
@@ -163,10 +163,10 @@ def test_an_answer_is_what_the_server_would_say(run, model):
         (COMPLETIONS, ["Hi"]),
         (COMPLETIONS, "Hi"),
     ]
-    service = Service(model, Gate(), *names(None), store=Store(most_bytes=0))
+    service = Service(model, Gate(), *model_names(None), store=ResponseStore(max_bytes=0))
 
     async def served():
-        transport = httpx.ASGITransport(build(service))
+        transport = httpx.ASGITransport(build_app(service))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return [await client.post(url, json=body) for url, body in asked]
 
@@ -186,7 +186,7 @@ def test_bad_lines_get_an_error_of_their_own(run, tmp_path):
         (b"\xff\xfe", None, "invalid_json_line"),
         (b"[" * 100_000, None, "invalid_json_line"),
         (b'"a line"', None, "invalid_json_line"),
-        (b'{"a": "' + b"x" * LONGEST_LINE + b'"}', None, "line_too_long"),
+        (b'{"a": "' + b"x" * MAX_LINE_BYTES + b'"}', None, "line_too_long"),
         (request("", *good), None, "missing_required_parameter"),
         (request("first", *good), None, "duplicate_custom_id"),
         (request("first", *good), None, "duplicate_custom_id"),
@@ -206,7 +206,8 @@ def test_bad_lines_get_an_error_of_their_own(run, tmp_path):
     assert len(entries) == len(lines) - 1
 
     whole = (tmp_path / "out.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "out.jsonl").write_bytes(b"".join(whole[:4] + whole[9:]))
+    removed = [line for line in whole if b'"response":null' in line][:5]
+    (tmp_path / "out.jsonl").write_bytes(b"".join(line for line in whole if line not in removed))
     again = run(*lines)
     assert sorted(json.dumps(steady(one)) for one in again) == sorted(json.dumps(steady(one)) for one in entries)
 
@@ -270,16 +271,16 @@ def test_a_line_costs_few_bytes_of_memory(tmp_path):
         for number in range(5000):
             file.write(request(f"a rather long custom_id with the number {number}", CHAT, {"text": "x" * 1000}) + b"\n")
     tracemalloc.start()
-    requests = Requests(tmp_path / "in.jsonl")
+    requests = RequestFile(tmp_path / "in.jsonl")
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert requests.total == 5000
     assert held < 5000 * 30 and peak < 5000 * 80 + 200_000
-    assert sum(1 for _ in requests.waiting()) == 5000
+    assert sum(1 for _ in requests.pending()) == 5000
     for number in range(5000):
         entry = {"custom_id": f"a rather long custom_id with the number {number}"}
-        assert requests.answered(entry) and not requests.answered(entry)
-    assert list(requests.waiting()) == []
+        assert requests.mark_answered(entry) and not requests.mark_answered(entry)
+    assert list(requests.pending()) == []
 
 
 ONE = request("a", COMPLETIONS, {"prompt": "Hi", "max_tokens": 1})
@@ -290,9 +291,9 @@ ONE = request("a", COMPLETIONS, {"prompt": "Hi", "max_tokens": 1})
     [
         (b"", None, "empty"),
         (b"\n\n", None, "empty"),
-        (b"id,question\n1,Hi\n", None, "holds no request; line 1: the line is not JSON"),
-        (ONE, b"my notes", "no file of answers, see its line 1"),
-        (ONE, b'{"id":"batch_req_1","custom_id":"b"}\n', "answers 'b', for which no line"),
+        (b"id,question\n1,Hi\n", None, "contains no request; line 1: the line is not JSON"),
+        (ONE, b"my notes", "not an answer file, see its line 1"),
+        (ONE, b'{"id":"batch_req_1","custom_id":"b"}\n', "answers 'b', which no line"),
         (ONE, b'{"id":"batch_req_1","custom_id":"a"}\n' * 2, "line 2 of"),
         (ONE, b'{"id":"batch_req_1","custom_id":null,"error":{"line":1}}\n', "answers 'None'"),
         (ONE, b'{"id":"batch_req_1","custom_id\n{"id":"batch_req_1","custom_id":"a"}\n', "see its line 1"),
@@ -313,7 +314,7 @@ def test_the_requests_are_not_written_over(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(ONE)
     os.link(tmp_path / "in.jsonl", tmp_path / "linked.jsonl")
     for name in ("in.jsonl", "linked.jsonl"):
-        with pytest.raises(InvalidRequest, match="holds the requests"):
+        with pytest.raises(InvalidRequest, match="is the file of requests"):
             Batch(tmp_path / "in.jsonl", tmp_path / name)
 
 
@@ -325,7 +326,7 @@ def test_what_failed_is_asked_again_if_that_is_wanted(run, tmp_path):
     out.chmod(0o640)
     kept = [line for line in out.read_bytes().splitlines(keepends=True) if b'"custom_id":"a"' in line]
     requests.write_bytes(b"\n".join([ONE, short, b"no JSON"]))
-    with pytest.raises(InvalidRequest, match="for which no line of the requests waits"):
+    with pytest.raises(InvalidRequest, match="which no line of the requests is waiting for"):
         Batch(requests, out)
     with Batch(requests, out, retry=True) as batch:
         assert (batch.done, batch.failed, batch.total) == (1, 0, 3)
@@ -367,7 +368,7 @@ def test_a_full_disk_is_one_error_and_keeps_what_is_done(run, lines, tmp_path):
 
     try:
         with pytest.raises(
-            GptOssError, match=r"could not be written \(File too large\); the \d+ answers in it are kept"
+            GptOssError, match=r"could not be written \(File too large\); its \d+ answers are kept"
         ):
             run(*lines[:9], progress=fill)
     finally:
