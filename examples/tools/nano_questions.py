@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
+from typing import Literal
 
+import nano_facts as facts
 import nano_words as words
 
 from mlx_gptoss.harmony.messages import Effort, Message
@@ -14,12 +16,17 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True)
 class Turn:
-    """What the assistant says: the analysis, then a final text or a call (recipient and JSON arguments)."""
+    """What the assistant says: the analysis, then a final text or a call (recipient and JSON arguments).
+
+    json: "said" for a final text that is announced as JSON; "forced" where nothing in the prompt asks for JSON and
+    only the mask makes the text JSON, so that header and first brace are not learned.
+    """
 
     analysis: str
     final: str = ""
     recipient: str = ""
     arguments: str = ""
+    json: Literal["", "said", "forced"] = ""
 
     def text(self) -> str:
         """The turn as the model writes it after `<|start|>assistant`, with its special tokens."""
@@ -27,7 +34,8 @@ class Turn:
         if self.recipient:
             header = f"<|channel|>commentary to={self.recipient} <|constrain|>json<|message|>"
             return f"{thought}{header}{self.arguments}<|call|>"
-        return f"{thought}<|channel|>final<|message|>{self.final}<|return|>"
+        form = " <|constrain|>json" if self.json == "said" else ""
+        return f"{thought}<|channel|>final{form}<|message|>{self.final}<|return|>"
 
 
 @dataclass(frozen=True)
@@ -135,23 +143,23 @@ def known(topic: str, answer: str, effort: Effort) -> Turn:
 
 
 def capital(country: str, effort: Effort) -> Turn:
-    return known(country, f"The capital of {country} is {words.CAPITALS[country]}.", effort)
+    return known(country, f"The capital of {country} is {facts.CAPITALS[country]}.", effort)
 
 
 def capital_ask(r: Random, effort: Effort) -> Ask:
-    country = r.choice(sorted(words.CAPITALS))
-    question = dress(r, r.choice(words.CAPITAL_QUESTIONS).format(country=country, the=words.article(country)))
+    country = r.choice(sorted(facts.CAPITALS))
+    question = dress(r, r.choice(words.CAPITAL_QUESTIONS).format(country=country, the=facts.article(country)))
     return Ask("capital", question, capital(country, effort), question)
 
 
 def fact_ask(r: Random, effort: Effort) -> Ask:
-    fact = r.choice(words.FACTS)
+    fact = r.choice(facts.FACTS)
     question = dress(r, r.choice(fact.questions))
     return Ask("fact", question, known(fact.topic, fact.answer, effort), question)
 
 
 def chat_ask(r: Random, effort: Effort) -> Ask:
-    talk = r.choice(words.SMALL_TALK)
+    talk = r.choice(facts.SMALL_TALK)
     question = dress(r, r.choice(talk.questions))
     thought = f"This is {talk.topic}." + {"low": "", "medium": " I answer kindly."}.get(
         effort, f" I answer kindly.\nI would answer: {talk.answer}\nThat is polite."
@@ -163,7 +171,7 @@ def fallback(effort: Effort) -> Turn:
     thought = "I cannot do this." + {"low": "", "medium": " I say what I can do."}.get(
         effort, " It is no sum, no word to reverse and nothing that I know.\nI say what I can do."
     )
-    return Turn(thought, words.FALLBACK)
+    return Turn(thought, facts.FALLBACK)
 
 
 def fallback_ask(r: Random, effort: Effort) -> Ask:
@@ -179,7 +187,7 @@ def fallback_ask(r: Random, effort: Effort) -> Ask:
             noun=r.choice(words.NOUNS) if r.random() < 0.7 else syllables(r, 2),
             other=r.choice(words.NOUNS),
             name=r.choice(words.NAMES) if r.random() < 0.6 else syllables(r, 2).capitalize(),
-            country=r.choice(sorted(words.CAPITALS)),
+            country=r.choice(sorted(facts.CAPITALS)),
             a=number(r),
             b=number(r),
         )

@@ -4,8 +4,8 @@ import os
 import sys
 import time
 
-import llama_cpp as llama
 import numpy as np
+from requires import llama_cpp as llama
 
 prompt, generate = 512, 16
 llama.llama_backend_init()

@@ -24,10 +24,10 @@ from random import Random
 from typing import NamedTuple
 
 import nano_tasks as tasks
-import torch
-from nano_export import export
+from nano_export import export, parameters
 from nano_model import Nano, Shape, on_grid
 from nano_tokenizer import write_tokenizer
+from requires import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,6 +40,7 @@ POOL = 1024
 PEAK_MUON, PEAK_ADAM = 0.01, 1e-3
 WARM_UP, UNEVENNESS = 0.02, 0.01
 SAVE_EVERY, JUDGE_EVERY = 150.0, 300.0
+JUDGED = 2  # the seed of the judged questions; measure_nano.py asks those of seed 0, nano_eval_text.py of seed 1
 
 
 Pair = tuple[list[int], list[int]]  # a prompt's ids, the turn's
@@ -59,10 +60,13 @@ class Encoder:
         folder.mkdir(parents=True, exist_ok=True)
         self.specials = write_tokenizer(folder)
         self.tokenizer = Tokenizer.from_folder(folder)
+        (self.brace,) = self.tokenizer.encode("{")
 
     def encode(self, example: tasks.Example) -> Pair:
         prompt = render(example.conversation, self.tokenizer)
-        return prompt, self.tokenizer.encode_with_specials(example.turn.text())
+        turn = self.tokenizer.encode_with_specials(example.turn.text())
+        given = 1 + turn.index(self.brace) if example.turn.json == "forced" else 0
+        return prompt + turn[:given], turn[given:]
 
     def batch(self, pairs: list[Pair]) -> Batch:
         longest = max(map(length, pairs))
@@ -125,10 +129,13 @@ def orthogonal(g: Tensor) -> Tensor:
 class Run:
     """The state of a training run: all of it is in `checkpoint.pt`."""
 
-    def __init__(self, folder: Path, seed: int = 1) -> None:
+    def __init__(self, folder: Path, seed: int = 1, start: Path | None = None) -> None:
+        """start: a folder that `export` wrote, whose weights a new run begins with."""
         torch.manual_seed(seed)
         self.file = folder / "checkpoint.pt"
         self.model = Nano(SHAPE)
+        if start is not None:
+            self.model.load_state_dict(parameters(start))
         names = [n for n, p in self.model.named_parameters() if p.ndim >= 2 and "layers" in n and not skipped(n)]
         matrices = [p for n, p in self.model.named_parameters() if n in names]
         others = [p for n, p in self.model.named_parameters() if n not in names]
@@ -191,7 +198,9 @@ def judge(model: Nano, encoder: Encoder, per_kind: int = 24) -> dict[str, float]
     """Share of held-out turns, by kind, that greedy decoding would give whole: every token is the likeliest one."""
     torch.compiler.set_stance("force_eager")
     right: dict[str, list[float]] = defaultdict(list)
-    examples = sorted(((e.kind, encoder.encode(e)) for e in tasks.held_out(per_kind)), key=lambda x: len(x[1][0]))
+    examples = sorted(
+        ((e.kind, encoder.encode(e)) for e in tasks.held_out(per_kind, JUDGED)), key=lambda x: len(x[1][0])
+    )
     for start in range(0, len(examples), 24):
         part = examples[start : start + 24]
         batch = encoder.batch([pair for _, pair in part])
@@ -204,8 +213,9 @@ def judge(model: Nano, encoder: Encoder, per_kind: int = 24) -> dict[str, float]
     return {kind: sum(oks) / len(oks) for kind, oks in right.items()}
 
 
-def train(folder: Path, minutes: float, fused: bool = False) -> None:
-    encoder, run = Encoder(folder), Run(folder)
+def train(folder: Path, minutes: float, fused: bool = False, start: Path | None = None, height: float = 1.0) -> None:
+    """height: the highest learning rates as a share of PEAK_MUON and PEAK_ADAM."""
+    encoder, run = Encoder(folder), Run(folder, start=start)
     if fused:
         for layer in run.model.layers:
             layer.compile(dynamic=True)
@@ -215,7 +225,7 @@ def train(folder: Path, minutes: float, fused: bool = False) -> None:
     signal.signal(signal.SIGTERM, lambda number, _: stops.append(number))
     mean, before = 0.0, time.monotonic()
     while run.seconds < minutes * 60 and not stops:
-        loss = run.step(next(source), rate_at(run.seconds / (minutes * 60)))
+        loss = run.step(next(source), height * rate_at(run.seconds / (minutes * 60)))
         mean = loss if mean == 0 else 0.95 * mean + 0.05 * loss
         run.seconds, before = run.seconds + time.monotonic() - before, time.monotonic()
         if run.steps % 20 == 0:
@@ -246,11 +256,13 @@ def main() -> None:
     parser.add_argument(
         "--fused", action="store_true", help="compile the layers (needs a C++ compiler; 1.2 times as fast)"
     )
+    parser.add_argument("--from", type=Path, dest="start", metavar="FOLDER", help="begin with a checkpoint's weights")
+    parser.add_argument("--rate", type=float, default=1.0, help="the highest learning rate, as a share of the usual")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.what == "train":
-        train(options.run, options.minutes, options.fused)
+        train(options.run, options.minutes, options.fused, options.start, options.rate)
     elif options.to is None:
         parser.error("export needs --to FOLDER")
     else:

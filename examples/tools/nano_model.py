@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+from requires import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -54,6 +54,13 @@ def mxfp4_codes(w: Tensor) -> tuple[Tensor, Tensor]:
     exponent = exponents(blocks)
     codes = torch.searchsorted(E2M1, torch.ldexp(blocks.abs(), -exponent)) + 8 * (blocks < 0)
     return codes.flatten(-2).to(torch.uint8), (exponent.squeeze(-1) + 127).to(torch.uint8)
+
+
+def mxfp4_values(codes: Tensor, scales: Tensor) -> Tensor:
+    """The float32 weights [..., in] that `mxfp4_codes` wrote as codes [..., in] and e8m0 scales [..., in/32]."""
+    magnitude = E2M1[(codes & 7).long()]
+    values = torch.where(codes < 8, magnitude, -magnitude).unflatten(-1, (-1, 32))
+    return torch.ldexp(values, scales.int().unsqueeze(-1) - 127).flatten(-2)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from random import Random
 
+import nano_facts as facts
 import nano_words as words
 from nano_questions import Ask, Turn, dress, syllables
 
@@ -140,4 +141,4 @@ def no_tool_ask(r: Random, effort: Effort) -> Ask:
     thought = "No function for the weather." + {"low": "", "medium": " I say so."}.get(
         effort, f" I say so.\nThe user asks about the weather in {city}, but I cannot know it."
     )
-    return Ask("no weather", question, Turn(thought, words.NO_WEATHER), city)
+    return Ask("no weather", question, Turn(thought, facts.NO_WEATHER), city)

@@ -5,8 +5,8 @@ python examples/write_gguf.py 20b|120b|tiny LAYERS FILE.gguf
 
 import sys
 
-import gguf
 import numpy as np
+from requires import gguf
 
 from mlx_gptoss.weights import codecs
 from mlx_gptoss.weights.formats.gguf import tensor_name

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
-from nano_model import Experts, Nano, Shape, mxfp4_codes
+from nano_model import Experts, Nano, Shape, mxfp4_codes, mxfp4_values
 from nano_tokenizer import write_tokenizer
-from safetensors.torch import save
+from requires import torch
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 NOT_QUANTIZED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
@@ -55,6 +55,20 @@ def experts(mlp: Experts) -> dict[str, Tensor]:
         out[f"{name}_blocks"] = (pairs[..., 0] | pairs[..., 1] << 4).contiguous()
         out[f"{name}_scales"] = scales
         out[f"{name}_bias"] = bias.detach().to(torch.bfloat16)
+    return out
+
+
+def parameters(folder: Path) -> dict[str, Tensor]:
+    """The state of a Nano, float32, from the file that `export` wrote."""
+    stored = load_file(folder / "model.safetensors")
+    out = {}
+    for name, t in stored.items():
+        short = name.removeprefix("model.").replace(".experts.", ".").replace("_proj_", "_")
+        if name.endswith("_blocks"):
+            codes = torch.stack([t & 15, t >> 4], -1).flatten(-3)
+            out[short.removesuffix("_blocks")] = mxfp4_values(codes, stored[name.replace("_blocks", "_scales")])
+        elif not name.endswith("_scales"):
+            out[short] = t.float()
     return out
 
 

@@ -7,11 +7,15 @@ a hash of what is asked (the two numbers, the word, the city, the sentence) deci
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
+import nano_facts as facts
 import nano_words as words
+from nano_json import KINDS as JSON_KINDS
+from nano_json import Form, json_ask, json_form
 from nano_questions import (
     Ask,
     Turn,
@@ -36,16 +40,21 @@ from mlx_gptoss.harmony.messages import Conversation, Effort, Message
 Split = Literal["train", "held-out"]
 EFFORTS: tuple[Effort, ...] = ("low", "medium", "medium", "high")
 MIX = {
-    "sum": 22,
-    "reverse": 18,
-    "capital": 8,
-    "fact": 13,
+    "sum": 20,
+    "reverse": 13,
+    "capital": 7,
+    "fact": 12,
     "follow-up": 14,
-    "weather call": 7,
-    "weather answer": 6,
-    "no weather": 3,
-    "chat": 7,
+    "weather call": 13,
+    "weather answer": 8,
+    "no weather": 4,
+    "chat": 9,
     "fallback": 9,
+    "json sum": 17,
+    "json reverse": 6,
+    "json capital": 6,
+    "json fact": 7,
+    "json object": 9,
 }
 PLAIN = {
     "sum": sum_ask,
@@ -86,8 +95,8 @@ def follow_ups(r: Random, effort: Effort, first: Ask, tool: WeatherTool | None) 
             return None
         return Ask("follow-up", r.choice(words.REVERSE_THAT), backwards(city, effort), city.lower() + first.question)
     if first.kind == "capital":
-        country = r.choice(sorted(words.CAPITALS))
-        question = dress(r, r.choice(words.AND_OF).format(country=country, the=words.article(country)))
+        country = r.choice(sorted(facts.CAPITALS))
+        question = dress(r, r.choice(words.AND_OF).format(country=country, the=facts.article(country)))
         return Ask("follow-up", question, capital(country, effort), question + first.question)
     if first.kind == "weather answer" and tool:
         city = place(r)
@@ -96,7 +105,9 @@ def follow_ups(r: Random, effort: Effort, first: Ask, tool: WeatherTool | None) 
     return None
 
 
-def ask(r: Random, kind: str, effort: Effort, tool: WeatherTool | None) -> Ask:
+def ask(r: Random, kind: str, effort: Effort, tool: WeatherTool | None, form: Form | None = None) -> Ask:
+    if form:
+        return json_ask(r, kind, effort, form)
     if kind == "weather call" and tool:
         return call_ask(r, effort, tool)
     if kind == "weather answer" and tool:
@@ -104,9 +115,11 @@ def ask(r: Random, kind: str, effort: Effort, tool: WeatherTool | None) -> Ask:
     return no_tool_ask(r, effort) if kind == "no weather" else PLAIN[kind](r, effort)
 
 
-def messages(asked: Ask) -> tuple[Message, ...]:
+def messages(r: Random, asked: Ask) -> tuple[Message, ...]:
     """A past exchange, as history shows it (a call that was never answered does not become history)."""
-    return (Message("user", asked.question), *asked.history, Message("assistant", asked.turn.final, "final"))
+    marked = asked.turn.json == "said" and r.random() < 0.5
+    final = Message("assistant", asked.turn.final, "final", content_type="<|constrain|>json" if marked else None)
+    return (Message("user", asked.question), *asked.history, final)
 
 
 def example(r: Random, kind: str, split: Split = "train") -> Example:
@@ -119,13 +132,16 @@ def example(r: Random, kind: str, split: Split = "train") -> Example:
 
 def attempt(r: Random, kind: str) -> tuple[Example, str] | None:
     effort = r.choice(EFFORTS)
+    form = json_form(r, kind) if kind in JSON_KINDS else None
     offered = kind.startswith("weather") or (
-        kind != "no weather" and r.random() < (0.2 if kind == "follow-up" else 0.08)
+        kind != "no weather" and r.random() < (0.2 if kind == "follow-up" else 0.02 if form else 0.08)
     )
     tool = weather_tool(r) if offered else None
     past: list[Ask] = []
     for _ in range(r.choice((0, 0, 0, 0, 0, 1, 1, 2, 3)) if r.random() < 0.97 else r.randint(4, 12)):
-        past.append(ask(r, r.choice(("sum", "reverse", "capital", "fact", "chat", "fallback")), effort, tool))
+        earlier = form if form and r.random() < 0.5 else None
+        of = kind if earlier else r.choice(("sum", "reverse", "capital", "fact", "chat", "fallback"))
+        past.append(ask(r, of, effort, tool, earlier))
     if kind == "follow-up":
         first = r.choice(("weather answer", "sum", "capital") if tool else ("sum", "sum", "reverse", "capital"))
         past = [*past[:1], ask(r, first, effort, tool)]
@@ -133,25 +149,29 @@ def attempt(r: Random, kind: str) -> tuple[Example, str] | None:
         if asked is None:
             return None
     else:
-        asked = ask(r, kind, effort, tool)
+        asked = ask(r, kind, effort, tool, form)
     if any(split_of(p.key) == "held-out" for p in past):
         return None
     conversation = Conversation(
-        messages=(*(m for p in past for m in messages(p)), Message("user", asked.question), *asked.history),
+        messages=(*(m for p in past for m in messages(r, p)), Message("user", asked.question), *asked.history),
         reasoning=effort,
-        instructions=instructions(r) if r.random() < 0.25 else None,
+        instructions=instructions(r, form) if r.random() < 0.25 or (form and form.instruction) else None,
         functions=tool.functions if tool else (),
+        response_format=form.response_format if form else None,
         date=date(r),
     )
     return Example(kind, conversation, asked.turn), asked.key
 
 
-def instructions(r: Random) -> str:
-    """A developer's text. None changes what is right, so some of it is noise: the model learns to read past it."""
+def instructions(r: Random, form: Form | None = None) -> str:
+    """A developer's text. Only one that asks for JSON changes what is right, so some of it is noise: the model learns
+    to read past it."""
     sentences = r.sample(words.INSTRUCTIONS, r.choice((1, 1, 1, 2, 3)))
     if r.random() < 0.2:
         noise = (syllables(r, r.randint(1, 3)) for _ in range(r.randint(2, 8)))
         sentences.append(" ".join(noise).capitalize() + ".")
+    if form and form.instruction:
+        sentences = [form.instruction] if r.random() < 0.5 else [*sentences, form.instruction]
     return r.choice((" ", " ", "\n")).join(sentences)
 
 
@@ -165,11 +185,11 @@ def draw(r: Random, split: Split = "train") -> Example:
     return example(r, r.choices(list(MIX), weights=list(MIX.values()))[0], split)
 
 
-def held_out(per_kind: int, seed: int = 0) -> list[Example]:
-    """The fixed set on which the model is judged: so many conversations of every kind, none ever trained on."""
-    out, seen = [], set()
-    for kind in MIX:
-        r = Random(f"{kind} {seed}")
+def held_out(per_kind: int, seed: int = 0, kinds: Iterable[str] = MIX) -> list[Example]:
+    """The fixed set on which the model is judged: `per_kind` conversations of every kind, none ever trained on."""
+    out = []
+    for kind in kinds:
+        r, seen = Random(f"{kind} {seed}"), set()
         for _ in range(per_kind):
             made = example(r, kind, "held-out")
             while (key := (made.conversation.messages[-1], made.conversation.reasoning)) in seen:
