@@ -22,7 +22,7 @@ from ..tokenizer import Tokenizer
 from . import codecs, gguf
 from .formats import Binding, bind
 from .formats import gguf as gguf_format
-from .formats.base import Source, Stored
+from .formats.base import CheckpointHeaders, Source
 from .formats.modelopt import fake_quantized_note
 from .params import Param, Role, parameters
 from .safetensors import MappedFile, TensorInfo, parse_json
@@ -85,7 +85,7 @@ class Checkpoint:
         self._holder = _one_file_each(self._files)
         self.tensors: Mapping[str, TensorInfo] = {n: f.header.tensors[n] for n, f in self._holder.items()}
         self.params: tuple[Param, ...] = parameters(config)
-        self._binding: Binding = bind(Stored(self.tensors, config, raw), self.params)
+        self._binding: Binding = bind(CheckpointHeaders(self.tensors, config, raw), self.params)
         self.format = self._binding.name
         self.size_bytes = sum(info.nbytes for info in self.tensors.values())
         self.generation: Mapping[str, Any] = {} if embedded else _generation_config(self.tokenizer_folder)
@@ -126,12 +126,14 @@ class Checkpoint:
     def stored_as(self, name: str) -> tuple[Spec | None, str | None]:
         """The spec of a parameter's numbers and the dtype of its float scales, if it has such; from headers only."""
         source = self._binding.sources[name]
-        return source.spec, self.tensors[source.scales].dtype if source.scales else None
+        return source.spec, self.tensors[source.scale_tensor].dtype if source.scale_tensor else None
 
     def matrix_bytes(self, role: Role) -> int:
         """Of all stored tensors that a role's matrices are read from."""
         sources = [self._binding.sources[param.name] for param in self.params if param.role == role and param.is_matrix]
-        return sum(self.tensors[name].nbytes for name in {want.name for source in sources for want in source.wants})
+        return sum(
+            self.tensors[name].nbytes for name in {tensor.name for source in sources for tensor in source.expected}
+        )
 
     def weights(self) -> Iterator[tuple[Param, Weight]]:
         """Every parameter with its weight, in network order."""
@@ -175,16 +177,16 @@ class Checkpoint:
     def _role(self, role: Role) -> dict[str, Any]:
         matrices = [param for param in self.params if param.role == role and param.is_matrix]
         sources = [self._binding.sources[param.name] for param in matrices]
-        kinds = sorted({_kind(source.spec, self.tensors[source.wants[0].name]) for source in sources})
+        kinds = sorted({_kind(source.spec, self.tensors[source.expected[0].name]) for source in sources})
         return {"format": "+".join(kinds), "bits": 8 * self.matrix_bytes(role) / sum(param.size for param in matrices)}
 
     def _release_copied(self, source: Source, weight: Weight) -> None:
         """Drop the pages of the stored tensors that the weight is not a view of, such as those of single experts."""
         arrays = _arrays(weight)
-        for want in source.wants:
-            stored = self._get(want.name)
+        for expected in source.expected:
+            stored = self._get(expected.name)
             if not any(np.may_share_memory(stored, array) for array in arrays):
-                self._holder[want.name].release_array(stored)
+                self._holder[expected.name].release_array(stored)
 
     def _get(self, name: str) -> Array:
         return self._holder[name].get(name)

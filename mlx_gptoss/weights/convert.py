@@ -176,7 +176,7 @@ def make_plan(checkpoint: Readable, to: str, search: str | None = None) -> Plan:
     config = checkpoint.config
     if not config.eos_token_id:  # `original/config.json` has none
         config = replace(config, eos_token_id=checkpoint.stop_ids)
-    content = published(config) | form.describe(to, checkpoint.params)
+    content = published(config) | form.config_entries(to, checkpoint.params)
     if not config.eos_token_id:
         del content["eos_token_id"]
     if config.swiglu_alpha != SWIGLU_ALPHA:

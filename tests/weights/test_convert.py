@@ -69,7 +69,7 @@ def synthetic(folder: Path, config: ModelConfig, form: str = "bf16", wide: tuple
             writer.write(info.name, row, values)
     writer.finish()
     writer.close()
-    content = published(config) | writer_format.describe(form, params) | {"swiglu_alpha": config.swiglu_alpha}
+    content = published(config) | writer_format.config_entries(form, params) | {"swiglu_alpha": config.swiglu_alpha}
     (folder / "config.json").write_text(json.dumps(content))
     return folder
 

@@ -135,7 +135,7 @@ def test_the_gguf_package_decodes_the_same(mini, name):
 
 def test_mxfp4_is_rearranged_without_a_change():
     blocks = np.random.default_rng(0).integers(0, 256, (3, 5, 4, 17), dtype=np.uint8)
-    found = gguf_format.mxfp4(blocks)
+    found = gguf_format.repack_mxfp4(blocks)
     assert found.spec == MXFP4
     for at in np.ndindex(3, 5):
         for group in range(4):
@@ -151,7 +151,7 @@ def test_q8_0_is_affine_without_a_change(scale, dtype):
     values = np.arange(-128, 128, dtype=np.int8).reshape(2, 4, 32)
     scales = np.full((2, 4, 1), scale, np.float16)
     scales[1] *= -1
-    found = gguf_format.q8_0(np.concatenate([scales.view(np.uint8), values.view(np.uint8)], axis=-1))
+    found = gguf_format.repack_q8_0(np.concatenate([scales.view(np.uint8), values.view(np.uint8)], axis=-1))
     assert found.spec == AFFINE8_G32 and found.scale.dtype == found.bias.dtype == dtype
     wanted = (values.astype(np.float64) * scales.astype(np.float64)).reshape(2, 128)
     np.testing.assert_array_equal(codecs.dequantize(found), wanted)

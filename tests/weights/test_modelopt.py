@@ -295,8 +295,8 @@ def random_mxfp4(exponents: tuple[int, int], seed: int = 0) -> Quantized:
 
 
 def recoded(weight: Quantized) -> Quantized:
-    recoding = modelopt._recoding([weight], "some.weight")
-    return recoding.rows(weight)
+    encoding = modelopt._encoding([weight], "some.weight")
+    return encoding.rows(weight)
 
 
 @pytest.mark.parametrize("bottom", [-30, -1, 0, 40])
@@ -336,9 +336,9 @@ def test_quantizing_is_within_half_a_step(amax):
 
 def test_a_weight_of_zeros_can_be_written():
     weight = Dense(np.zeros((2, 4, 32), np.float32))
-    recoding = modelopt._recoding([weight], "zeros")
-    assert recoding.outer == 1
-    assert not codecs.dequantize(recoding.rows(weight)).any()
+    encoding = modelopt._encoding([weight], "zeros")
+    assert encoding.outer == 1
+    assert not codecs.dequantize(encoding.rows(weight)).any()
 
 
 # The tool itself

@@ -1,6 +1,6 @@
 """What a format is: a pure mapping between the network's parameters and the tensors that a checkpoint stores.
 
-Reading: `Format.find(param, stored)` says where a parameter lies (a `Source`: the tensors wanted, and how to make a
+Reading: `Format.find(param, headers)` says where a parameter lies (a `Source`: the tensors wanted, and how to make a
 Weight of them), from names, dtypes and shapes alone. Writing: `Format.units(target, config, ...)` says which tensors
 there will be (names, dtypes and shapes, before any data) and how a run of rows of each is made.
 """
@@ -19,14 +19,15 @@ from ..params import Param, Role
 from ..safetensors import TensorInfo
 from ..tensor import Array, Dense, Spec, Weight
 
-Get = Callable[[str], Array]  # a stored tensor by its name, mapped, not read
-Piece = tuple[str, int, Array]  # tensor, first row, rows [n, ...]: what a writer puts into a file at once
-Encoder = Callable[[int, int], Iterable[Piece]]  # rows [start, stop) of a unit -> pieces
+GetTensor = Callable[[str], Array]  # a stored tensor by its name, mapped, not read
+TensorSlice = tuple[str, int, Array]  # tensor, first row, rows [n, ...]: what a writer puts into a file at once
+Encoder = Callable[[int, int], Iterable[TensorSlice]]  # rows [start, stop) of a unit -> pieces
 FLOATS = ("BF16", "F16", "F32")
+HF_DENSE = "hf-dense"  # the family of a dense tensor under its Hugging Face name, which most formats share
 
 
 @dataclass(frozen=True)
-class Stored:
+class CheckpointHeaders:
     """What a checkpoint says about itself before any data is read."""
 
     tensors: Mapping[str, TensorInfo]
@@ -48,7 +49,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Want:
+class ExpectedTensor:
     """A tensor that a parameter is made of, with the dtypes and the one shape it may have."""
 
     name: str
@@ -60,22 +61,22 @@ class Want:
 class Source:
     """Where one parameter lies in a checkpoint.
 
-    family: the family of the format that stores it so; "plain" for a dense tensor under its Hugging Face name,
+    family: the family of the format that stores it so; HF_DENSE for a dense tensor under its Hugging Face name,
         which every family but `original` shares.
     spec: how its numbers are stored; None when dense.
     load: makes the Weight; lazy views wherever the layout allows, and never a change of a value.
     load_experts: makes that of a range of experts alone; None where a view of the whole does as well.
-    scales: the first tensor of its scales if they are floats, whose dtype then matters to whoever copies them.
+    scale_tensor: the first tensor of its scales if they are floats, whose dtype then matters to whoever copies them.
     note: what a user should know of weights stored so, in one line.
     """
 
     family: str
     spec: Spec | None
-    wants: tuple[Want, ...]
-    load: Callable[[Get], Weight]
-    scales: str | None = None
+    expected: tuple[ExpectedTensor, ...]
+    load: Callable[[GetTensor], Weight]
+    scale_tensor: str | None = None
     note: str = ""
-    load_experts: Callable[[Get, range], Weight] | None = None
+    load_experts: Callable[[GetTensor, range], Weight] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,14 +112,14 @@ class Format(Protocol):
     recipes: Mapping[str, Recipe]  # the format names that this family has, and how each stores its matrices
     writes: bool
 
-    def find(self, param: Param, stored: Stored) -> Source | None:
+    def find(self, param: Param, headers: CheckpointHeaders) -> Source | None:
         """Where the parameter lies if this family stores it here, else None. Shapes are checked by the caller."""
 
     def units(self, target: str, params: Sequence[Param], dtypes: Mapping[str, str]) -> list[Unit]:
         """How the target format is written; `dtypes` gives the dtype of each vector (norms, sinks, biases), and that
         of the float scales of each matrix which the source stores in the target's spec."""
 
-    def describe(self, target: str, params: Sequence[Param]) -> dict[str, Any]:
+    def config_entries(self, target: str, params: Sequence[Param]) -> dict[str, Any]:
         """What the target adds to config.json: its quantization block."""
 
     def extra_files(self, target: str, params: Sequence[Param]) -> Mapping[str, Any]:
@@ -126,20 +127,20 @@ class Format(Protocol):
         return {}
 
 
-def matrix_recipe(family: str, spec: Spec | None, **others: tuple[str, Spec | None]) -> Recipe:
+def matrix_recipe(family: str, spec: Spec | None, **overrides: tuple[str, Spec | None]) -> Recipe:
     """A recipe that stores the matrices of all roles alike, except those named."""
     roles: tuple[Role, ...] = ("embed", "attention", "router", "experts", "lm_head")
-    changed: Mapping[str, tuple[str, Spec | None]] = others
+    changed: Mapping[str, tuple[str, Spec | None]] = overrides
     return {role: changed.get(role, (family, spec)) for role in roles}
 
 
 def dense_source(family: str, name: str, shape: tuple[int, ...]) -> Source:
     """A parameter stored as one float tensor of its own shape."""
-    return Source(family, None, (Want(name, FLOATS, shape),), lambda get: Dense(get(name)))
+    return Source(family, None, (ExpectedTensor(name, FLOATS, shape),), lambda get: Dense(get(name)))
 
 
 _BOTH = ("weight", "bias")
-_PLAIN = {
+_HF_NAMES = {
     "embed.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
     "lm_head.weight": "lm_head.weight",
@@ -152,10 +153,10 @@ _PLAIN = {
 }
 
 
-def plain_name(param: Param) -> str:
+def hf_name(param: Param) -> str:
     """The Hugging Face name of a parameter: `model.layers.3.self_attn.q_proj.weight`. Experts are named as MLX names
     them, `model.layers.3.mlp.experts.gate_proj.weight`; Hugging Face fuses gate and up."""
-    name = _PLAIN[param.kind]
+    name = _HF_NAMES[param.kind]
     return name if param.layer is None else f"model.layers.{param.layer}.{name}"
 
 
@@ -164,12 +165,12 @@ def experts_prefix(param: Param) -> str:
     return f"model.layers.{param.layer}.mlp.experts."
 
 
-def rows_of(part: str) -> slice:
+def fused_rows(part: str) -> slice:
     """The rows of a fused gate_up tensor that belong to `gate` (even) or `up` (odd); all rows for `down`."""
     return {"gate": slice(0, None, 2), "up": slice(1, None, 2)}.get(part, slice(None))
 
 
-def doubled(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+def fused_shape(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
     """The shape of gate and up together."""
     return (*shape[:axis], 2 * shape[axis], *shape[axis + 1 :])
 
@@ -184,7 +185,7 @@ def dense_unit(param: Param, dtypes: Mapping[str, str], name: str) -> Unit:
     return Unit((param,), (info,), encode)
 
 
-def gate_up_units(
+def fused_units(
     params: Sequence[Param], dtypes: Mapping[str, str], experts: Callable[[tuple[Param, ...]], Unit]
 ) -> list[Unit]:
     """The units of a Hugging Face layout: `experts` makes those of the expert matrices (gate and up together, down
@@ -195,13 +196,13 @@ def gate_up_units(
         part = param.kind.split(".")[1] if param.role == "experts" else ""
         if part == "up":
             continue  # written with gate
-        together = (param, by_name[param.name.replace(".gate.", ".up.")]) if part == "gate" else (param,)
+        fused = (param, by_name[param.name.replace(".gate.", ".up.")]) if part == "gate" else (param,)
         if not part:
-            found.append(dense_unit(param, dtypes, plain_name(param)))
+            found.append(dense_unit(param, dtypes, hf_name(param)))
         elif param.is_matrix:
-            found.append(experts(together))
+            found.append(experts(fused))
         else:
-            found.append(_fused_bias(together, dtypes))
+            found.append(_fused_bias(fused, dtypes))
     return found
 
 
@@ -212,7 +213,7 @@ def _fused_bias(params: tuple[Param, ...], dtypes: Mapping[str, str]) -> Unit:
     info = TensorInfo(name, dtype, (params[0].shape[0], sum(param.shape[1] for param in params)))
 
     def encode(weights: Sequence[Weight]) -> Encoder:
-        def pieces(start: int, stop: int) -> list[Piece]:
+        def pieces(start: int, stop: int) -> list[TensorSlice]:
             parts = [_cast(codecs.rows(weight, start, stop), dtype) for weight in weights]
             return [(name, start, np.stack(parts, axis=-1).reshape(stop - start, -1))]
 

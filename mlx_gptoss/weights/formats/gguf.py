@@ -20,12 +20,12 @@ from ..gguf import Strings, Value
 from ..params import Param
 from ..safetensors import TensorInfo
 from ..tensor import AFFINE8_G32, MXFP4, Array, Quantized
-from .base import Format, Recipe, Source, Stored, Unit, Want, dense_source, matrix_recipe
+from .base import CheckpointHeaders, ExpectedTensor, Format, Recipe, Source, Unit, dense_source, matrix_recipe
 
 ARCHITECTURE = "gpt-oss"
 _BLOCK = 32
 _MXFP4_BYTES, _Q8_0_BYTES = 17, 34
-_STEP = 2**14  # blocks rearranged at once: they and their copies stay in the processor's cache
+_BLOCKS_PER_STEP = 2**14  # blocks rearranged at once: they and their copies stay in the processor's cache
 _READ_ONLY = "GGUF files are only read; convert to mxfp4, which keeps the experts' bits, or to another format"
 
 _NAMES = {
@@ -43,10 +43,10 @@ _MODULES = {
     **{f"experts.{x}": f"ffn_{x}_exps" for x in ("gate", "up", "down")},
 }
 
-_ENDS = ("<|return|>", "<|endoftext|>", "<|call|>")
+_STOP_TOKENS = ("<|return|>", "<|endoftext|>", "<|call|>")
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # token types
 # How o200k cuts text into pieces before merging ("gpt-4o" in llama.cpp's table of such expressions)
-_PIECES = (
+_SPLIT_PATTERNS = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
     r"\p{N}{1,3}",
@@ -62,22 +62,22 @@ class Gguf(Format):
     writes = False
     recipes: Mapping[str, Recipe] = {"gguf": matrix_recipe("gguf", None, experts=("gguf", MXFP4))}
 
-    def find(self, param: Param, stored: Stored) -> Source | None:
-        if not stored.has("token_embd.weight", "blk.0.attn_q.weight"):
+    def find(self, param: Param, headers: CheckpointHeaders) -> Source | None:
+        if not headers.has("token_embd.weight", "blk.0.attn_q.weight"):
             return None
         name = tensor_name(param)
-        size = stored.shape(name)[-1:]
-        if stored.dtype(name) != "U8" or size not in ((_MXFP4_BYTES,), (_Q8_0_BYTES,)) or not param.is_matrix:
+        size = headers.shape(name)[-1:]
+        if headers.dtype(name) != "U8" or size not in ((_MXFP4_BYTES,), (_Q8_0_BYTES,)) or not param.is_matrix:
             return dense_source("gguf", name, param.shape)
-        want = Want(name, ("U8",), (*param.shape[:-1], param.shape[-1] // _BLOCK, *size))
+        expected = ExpectedTensor(name, ("U8",), (*param.shape[:-1], param.shape[-1] // _BLOCK, *size))
         if size == (_MXFP4_BYTES,):
-            return Source("gguf", MXFP4, (want,), lambda get: mxfp4(get(name)))
-        return Source("gguf", AFFINE8_G32, (want,), lambda get: q8_0(get(name)))
+            return Source("gguf", MXFP4, (expected,), lambda get: repack_mxfp4(get(name)))
+        return Source("gguf", AFFINE8_G32, (expected,), lambda get: repack_q8_0(get(name)))
 
     def units(self, target: str, params: Sequence[Param], dtypes: Mapping[str, str]) -> list[Unit]:
         raise CheckpointError(_READ_ONLY)
 
-    def describe(self, target: str, params: Sequence[Param]) -> dict[str, Any]:
+    def config_entries(self, target: str, params: Sequence[Param]) -> dict[str, Any]:
         raise CheckpointError(_READ_ONLY)
 
 
@@ -88,19 +88,19 @@ def tensor_name(param: Param) -> str:
     return name if param.layer is None else f"blk.{param.layer}.{name}"
 
 
-def mxfp4(blocks: Array) -> Quantized:
+def repack_mxfp4(blocks: Array) -> Quantized:
     """U8 [..., N, K / 32, 17] -> MXFP4 with neighbours in one byte; the same numbers."""
     *lead, groups, size = blocks.shape
     flat = blocks.reshape(-1, size)
     codes = np.empty((len(flat), 16), np.uint8)
-    for start in range(0, len(flat), _STEP):
-        part = np.ascontiguousarray(flat[start : start + _STEP, 1:])
-        codes[start : start + _STEP, :8] = codecs.pack(part & 15, 4)
-        codes[start : start + _STEP, 8:] = codecs.pack(part >> 4, 4)
+    for start in range(0, len(flat), _BLOCKS_PER_STEP):
+        part = np.ascontiguousarray(flat[start : start + _BLOCKS_PER_STEP, 1:])
+        codes[start : start + _BLOCKS_PER_STEP, :8] = codecs.pack(part & 15, 4)
+        codes[start : start + _BLOCKS_PER_STEP, 8:] = codecs.pack(part >> 4, 4)
     return Quantized(MXFP4, codes.reshape(*lead, groups * 16), np.ascontiguousarray(blocks[..., 0]))
 
 
-def q8_0(blocks: Array) -> Quantized:
+def repack_q8_0(blocks: Array) -> Quantized:
     """U8 [..., N, K / 32, 34] -> scale * code - 128 scale, exact; in float16, or float32 if that overflows."""
     *lead, groups, _ = blocks.shape
     scale = np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0]
@@ -174,7 +174,7 @@ def files(metadata: Mapping[str, Value]) -> dict[str, str]:
     if isinstance(template, str):
         found["chat_template.jinja"] = template
     if "tokenizer.ggml.tokens" in metadata:
-        found["tokenizer.json"] = json.dumps(_tokenizer(metadata), ensure_ascii=False)
+        found["tokenizer.json"] = json.dumps(_tokenizer_json(metadata), ensure_ascii=False)
         found["tokenizer_config.json"] = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2)
     return found
 
@@ -185,12 +185,12 @@ def stop_ids(metadata: Mapping[str, Value]) -> list[int]:
     eos, tokens = metadata.get("tokenizer.ggml.eos_token_id"), metadata.get("tokenizer.ggml.tokens")
     found = [] if eos is None else [eos]
     if isinstance(tokens, Strings):
-        names = {text: id for id, text in enumerate(tokens) if text in _ENDS}
-        found += [names[text] for text in _ENDS if text in names]
+        names = {text: id for id, text in enumerate(tokens) if text in _STOP_TOKENS}
+        found += [names[text] for text in _STOP_TOKENS if text in names]
     return list(token_ids(list(dict.fromkeys(found)), "tokenizer.ggml.eos_token_id"))
 
 
-def _tokenizer(metadata: Mapping[str, Value]) -> dict[str, Any]:
+def _tokenizer_json(metadata: Mapping[str, Value]) -> dict[str, Any]:
     """tokenizer.json's content."""
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
     if kind != "gpt2" or pre != "gpt-4o":
@@ -215,7 +215,7 @@ def _tokenizer(metadata: Mapping[str, Value]) -> dict[str, Any]:
         if kind in (_CONTROL, _USER_DEFINED)
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": "|".join(_PIECES)}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": "|".join(_SPLIT_PATTERNS)}, "behavior": "Isolated", "invert": False}
     return {
         "version": "1.0",
         "truncation": None,

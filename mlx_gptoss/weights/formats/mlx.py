@@ -16,19 +16,20 @@ from ..safetensors import DTYPES, TensorInfo
 from ..tensor import AFFINE4, AFFINE8, MXFP4, MXFP8, NVFP4, Quantized, Spec, Weight
 from .base import (
     FLOATS,
+    HF_DENSE,
+    CheckpointHeaders,
     Encoder,
+    ExpectedTensor,
     Format,
-    Get,
-    Piece,
+    GetTensor,
     Recipe,
     Source,
-    Stored,
+    TensorSlice,
     Unit,
-    Want,
     dense_source,
     dense_unit,
+    hf_name,
     matrix_recipe,
-    plain_name,
 )
 
 _MODES: Mapping[str, tuple[Spec, ...]] = {
@@ -37,7 +38,7 @@ _MODES: Mapping[str, tuple[Spec, ...]] = {
     "nvfp4": (NVFP4,),
     "mxfp8": (MXFP8,),
 }
-_NVFP4_TOP = 448 * 6  # MLX's global_scale is the amax that scale 448 and code 6.0 stand for
+_NVFP4_MAX = 448 * 6  # MLX's global_scale is the amax that scale 448 and code 6.0 stand for
 
 
 Quantizer = Callable[[Weight, Spec, np.dtype[Any]], Quantized]
@@ -54,7 +55,7 @@ class Mlx(Format):
         "mlx-8bit": matrix_recipe("mlx", AFFINE8),
         "mlx-mxfp8": matrix_recipe("mlx", MXFP8, router=("mlx", AFFINE8)),
         "mlx-nvfp4": matrix_recipe("mlx", NVFP4, router=("mlx", AFFINE8)),
-        "mlx-mxfp4": matrix_recipe("plain", None, experts=("mlx", MXFP4)),
+        "mlx-mxfp4": matrix_recipe(HF_DENSE, None, experts=("mlx", MXFP4)),
         "mlx-mxfp4-q8": matrix_recipe("mlx", AFFINE8, experts=("mlx", MXFP4)),
         "mlx-mxfp4-q4": matrix_recipe("mlx", AFFINE4, experts=("mlx", MXFP4), router=("mlx", AFFINE8)),
     }
@@ -62,12 +63,12 @@ class Mlx(Format):
     def __init__(self, quantize: Quantizer = quantization.convert) -> None:
         self._quantize = quantize
 
-    def find(self, param: Param, stored: Stored) -> Source | None:
-        name = plain_name(param)
+    def find(self, param: Param, headers: CheckpointHeaders) -> Source | None:
+        name = hf_name(param)
         module = name.rpartition(".")[0]
-        if param.is_matrix and stored.has(f"{module}.scales", f"{module}.biases"):
-            return _quantized(module, param, stored)
-        if param.role == "experts" and stored.has(name):
+        if param.is_matrix and headers.has(f"{module}.scales", f"{module}.biases"):
+            return _quantized_source(module, param, headers)
+        if param.role == "experts" and headers.has(name):
             return dense_source("mlx", name, param.shape)
         return None
 
@@ -78,21 +79,21 @@ class Mlx(Format):
             spec = specs.get(param.name)
             scales = dtypes.get(param.name, "BF16")
             if spec is None:
-                return dense_unit(param, dtypes, plain_name(param))
+                return dense_unit(param, dtypes, hf_name(param))
             return _quantized_unit(param, spec, scales, self._quantize)
 
         return [unit(param) for param in params]
 
-    def describe(self, target: str, params: Sequence[Param]) -> dict[str, Any]:
+    def config_entries(self, target: str, params: Sequence[Param]) -> dict[str, Any]:
         """The default and, as older loaders need them, an entry for every quantized module."""
         recipe = self.recipes[target]
         default = recipe["experts"][1]
         assert default is not None
-        block: dict[str, Any] = _entry(default)
+        block: dict[str, Any] = _config_entry(default)
         for param in params:
             spec = _specs(recipe, [param]).get(param.name)
             if spec is not None:
-                block[plain_name(param).rpartition(".")[0]] = _entry(spec)
+                block[hf_name(param).rpartition(".")[0]] = _config_entry(spec)
         return {"quantization": block, "quantization_config": block}
 
 
@@ -110,40 +111,40 @@ def _mode(spec: Spec) -> str:
     return next(mode for mode, specs in _MODES.items() if spec in specs)
 
 
-def _entry(spec: Spec) -> dict[str, Any]:
+def _config_entry(spec: Spec) -> dict[str, Any]:
     return {"group_size": spec.group, "bits": spec.bits, "mode": _mode(spec)}
 
 
-def _quantized(module: str, param: Param, stored: Stored) -> Source:
-    spec = _infer(module, param, stored)
-    _hold_against_config(module, spec, stored.raw)
+def _quantized_source(module: str, param: Param, headers: CheckpointHeaders) -> Source:
+    spec = _infer_spec(module, param, headers)
+    _check_config(module, spec, headers.raw)
     lead, width = param.shape[:-1], param.shape[-1]
     names = {part: f"{module}.{part}" for part in ("weight", "scales", "biases", "global_scale")}
     grouped = (*lead, width // spec.group)
-    wants = [Want(names["weight"], ("U32",), (*lead, width * spec.bits // 32))]
+    expected = [ExpectedTensor(names["weight"], ("U32",), (*lead, width * spec.bits // 32))]
     affine = spec.scale == "float"
-    wants.append(Want(names["scales"], FLOATS if affine else ("U8",), grouped))
+    expected.append(ExpectedTensor(names["scales"], FLOATS if affine else ("U8",), grouped))
     if affine:
-        same = stored.dtype(names["scales"])
-        wants.append(Want(names["biases"], (same,) if same in FLOATS else FLOATS, grouped))
-    with_global = spec == NVFP4 and stored.has(names["global_scale"])
+        same = headers.dtype(names["scales"])
+        expected.append(ExpectedTensor(names["biases"], (same,) if same in FLOATS else FLOATS, grouped))
+    with_global = spec == NVFP4 and headers.has(names["global_scale"])
     if with_global:
-        wants.append(Want(names["global_scale"], ("F32",), lead[:1] if param.role == "experts" else ()))
+        expected.append(ExpectedTensor(names["global_scale"], ("F32",), lead[:1] if param.role == "experts" else ()))
 
-    def load(get: Get) -> Weight:
+    def load(get: GetTensor) -> Weight:
         codes = get(names["weight"]).view(np.uint8)
         outer = None
         if with_global:
-            outer = (get(names["global_scale"]) / np.float32(_NVFP4_TOP)).reshape(*lead[:-1], 1, 1)
+            outer = (get(names["global_scale"]) / np.float32(_NVFP4_MAX)).reshape(*lead[:-1], 1, 1)
         return Quantized(spec, codes, get(names["scales"]), get(names["biases"]) if affine else None, outer)
 
-    return Source("mlx", spec, tuple(wants), load, scales=names["scales"] if affine else None)
+    return Source("mlx", spec, tuple(expected), load, scale_tensor=names["scales"] if affine else None)
 
 
-def _infer(module: str, param: Param, stored: Stored) -> Spec:
+def _infer_spec(module: str, param: Param, headers: CheckpointHeaders) -> Spec:
     """Bits and group from the shapes, the mode from the dtype of the scales."""
-    words, groups = stored.shape(f"{module}.weight")[-1:], stored.shape(f"{module}.scales")[-1:]
-    affine = stored.dtype(f"{module}.scales") != "U8"
+    words, groups = headers.shape(f"{module}.weight")[-1:], headers.shape(f"{module}.scales")[-1:]
+    affine = headers.dtype(f"{module}.scales") != "U8"
     width = param.shape[-1]
     if not words or not groups or not groups[0] or 32 * words[0] % width or width % groups[0]:
         return AFFINE4 if affine else MXFP4  # shapes that fit nothing: the check of shapes will list them
@@ -159,7 +160,7 @@ def _infer(module: str, param: Param, stored: Stored) -> Spec:
     )
 
 
-def _hold_against_config(module: str, spec: Spec, raw: Mapping[str, Any]) -> None:
+def _check_config(module: str, spec: Spec, raw: Mapping[str, Any]) -> None:
     """Raise if config.json's quantization block says something else of this module. A block may be missing."""
     block = raw.get("quantization", raw.get("quantization_config"))
     if not isinstance(block, Mapping) or "group_size" not in block:
@@ -167,9 +168,9 @@ def _hold_against_config(module: str, spec: Spec, raw: Mapping[str, Any]) -> Non
     entry = block.get(module, True)
     if entry is True:
         entry = {"mode": "affine", **{key: block[key] for key in ("group_size", "bits", "mode") if key in block}}
-    said = dict(entry) if isinstance(entry, Mapping) else {}
-    found = _entry(spec)
-    wrong = [key for key in found if said.get(key, "affine" if key == "mode" else found[key]) != found[key]]
+    stated = dict(entry) if isinstance(entry, Mapping) else {}
+    found = _config_entry(spec)
+    wrong = [key for key in found if stated.get(key, "affine" if key == "mode" else found[key]) != found[key]]
     if wrong:
         raise CheckpointError(
             f"config.json's quantization says {entry!r} of {module}, but its tensors are {found}; "
@@ -179,7 +180,7 @@ def _hold_against_config(module: str, spec: Spec, raw: Mapping[str, Any]) -> Non
 
 def _quantized_unit(param: Param, spec: Spec, dtype: str, quantize: Quantizer) -> Unit:
     """`dtype` is that of affine scales and biases."""
-    module = plain_name(param).rpartition(".")[0]
+    module = hf_name(param).rpartition(".")[0]
     lead, width = param.shape[:-1], param.shape[-1]
     grouped = (*lead, width // spec.group)
     affine = spec.scale == "float"
@@ -188,9 +189,9 @@ def _quantized_unit(param: Param, spec: Spec, dtype: str, quantize: Quantizer) -
     biases = TensorInfo(f"{module}.biases", dtype, grouped)
 
     def encode(weights: Sequence[Weight]) -> Encoder:
-        def pieces(start: int, stop: int) -> list[Piece]:
+        def pieces(start: int, stop: int) -> list[TensorSlice]:
             part = quantize(codecs.rows(weights[0], start, stop), spec, DTYPES[dtype])
-            found: list[Piece] = [(codes.name, start, part.codes)]
+            found: list[TensorSlice] = [(codes.name, start, part.codes)]
             for info, array in ((scales, part.scale), (biases, part.bias)):
                 if array is not None:
                     found.append((info.name, start, array))
@@ -202,5 +203,5 @@ def _quantized_unit(param: Param, spec: Spec, dtype: str, quantize: Quantizer) -
 
 
 FORMAT = Mlx()
-SEARCHED = Mlx(search.convert)
+SEARCH_FORMAT = Mlx(search.convert)
 SEARCHABLE = tuple(name for name, recipe in Mlx.recipes.items() if AFFINE4 in [spec for _, spec in recipe.values()])

@@ -15,56 +15,57 @@ from ..params import Param
 from ..safetensors import TensorInfo
 from ..tensor import MXFP4, Quantized, Weight
 from .base import (
+    HF_DENSE,
+    CheckpointHeaders,
     Encoder,
+    ExpectedTensor,
     Format,
-    Get,
-    Piece,
+    GetTensor,
     Recipe,
     Source,
-    Stored,
+    TensorSlice,
     Unit,
-    Want,
-    doubled,
     experts_prefix,
-    gate_up_units,
+    fused_rows,
+    fused_shape,
+    fused_units,
     matrix_recipe,
-    rows_of,
 )
 
 
 def blocks_source(family: str, blocks: str, scales: str, param: Param) -> Source:
     """MXFP4 experts stored as OpenAI does, under whichever names; rows of gate and up are views of the fused tensor."""
     part = param.kind.split(".")[1]
-    experts, height, width = param.shape if part == "down" else doubled(param.shape, 1)
-    rows = rows_of(part)
-    wants = (
-        Want(blocks, ("U8",), (experts, height, width // 32, 16)),
-        Want(scales, ("U8", "F8_E8M0"), (experts, height, width // 32)),
+    experts, height, width = param.shape if part == "down" else fused_shape(param.shape, 1)
+    rows = fused_rows(part)
+    expected = (
+        ExpectedTensor(blocks, ("U8",), (experts, height, width // 32, 16)),
+        ExpectedTensor(scales, ("U8", "F8_E8M0"), (experts, height, width // 32)),
     )
 
-    def load(get: Get) -> Weight:
+    def load(get: GetTensor) -> Weight:
         codes = get(blocks).reshape(experts, height, width // 2)
         return Quantized(MXFP4, codes[:, rows], get(scales)[:, rows])
 
-    return Source(family, MXFP4, wants, load)
+    return Source(family, MXFP4, expected, load)
 
 
 class Mxfp4(Format):
     family = "mxfp4"
     writes = True
-    recipes: Mapping[str, Recipe] = {"mxfp4": matrix_recipe("plain", None, experts=("mxfp4", MXFP4))}
+    recipes: Mapping[str, Recipe] = {"mxfp4": matrix_recipe(HF_DENSE, None, experts=("mxfp4", MXFP4))}
 
-    def find(self, param: Param, stored: Stored) -> Source | None:
+    def find(self, param: Param, headers: CheckpointHeaders) -> Source | None:
         if param.role != "experts" or not param.is_matrix:
             return None
         base = experts_prefix(param) + ("down_proj" if param.kind == "experts.down.weight" else "gate_up_proj")
         blocks, scales = f"{base}_blocks", f"{base}_scales"
-        return blocks_source("mxfp4", blocks, scales, param) if stored.has(blocks, scales) else None
+        return blocks_source("mxfp4", blocks, scales, param) if headers.has(blocks, scales) else None
 
     def units(self, target: str, params: Sequence[Param], dtypes: Mapping[str, str]) -> list[Unit]:
-        return gate_up_units(params, dtypes, self._experts)
+        return fused_units(params, dtypes, self._expert_unit)
 
-    def _experts(self, params: tuple[Param, ...]) -> Unit:
+    def _expert_unit(self, params: tuple[Param, ...]) -> Unit:
         """gate and up together, or down alone."""
         experts, _, width = params[0].shape
         height = sum(param.shape[1] for param in params)
@@ -75,7 +76,7 @@ class Mxfp4(Format):
         scales = TensorInfo(f"{base}_scales", "U8", (experts, height, width // 32))
 
         def encode(weights: Sequence[Weight]) -> Encoder:
-            def pieces(start: int, stop: int) -> list[Piece]:
+            def pieces(start: int, stop: int) -> list[TensorSlice]:
                 codes = np.empty((stop - start, height, width // 2), np.uint8)
                 scale = np.empty((stop - start, height, width // 32), np.uint8)
                 for index, weight in enumerate(weights):
@@ -88,7 +89,7 @@ class Mxfp4(Format):
 
         return Unit(params, (blocks, scales), encode)
 
-    def describe(self, target: str, params: Sequence[Param]) -> dict[str, Any]:
+    def config_entries(self, target: str, params: Sequence[Param]) -> dict[str, Any]:
         """As in OpenAI's config.json."""
         kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
         return {"quantization_config": {"modules_to_not_convert": kept, "quant_method": "mxfp4"}}

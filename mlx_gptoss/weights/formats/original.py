@@ -9,7 +9,18 @@ from typing import Any
 from ...errors import CheckpointError
 from ..params import Param
 from ..tensor import MXFP4, Dense
-from .base import FLOATS, Format, Recipe, Source, Stored, Unit, Want, doubled, matrix_recipe, rows_of
+from .base import (
+    FLOATS,
+    CheckpointHeaders,
+    ExpectedTensor,
+    Format,
+    Recipe,
+    Source,
+    Unit,
+    fused_rows,
+    fused_shape,
+    matrix_recipe,
+)
 from .mxfp4 import blocks_source
 
 _NAMES = {
@@ -32,37 +43,37 @@ class Original(Format):
     writes = False
     recipes: Mapping[str, Recipe] = {"mxfp4-original": matrix_recipe("original", None, experts=("original", MXFP4))}
 
-    def find(self, param: Param, stored: Stored) -> Source | None:
-        if not stored.has("embedding.weight", "unembedding.weight", "norm.scale", "block.0.attn.qkv.weight"):
+    def find(self, param: Param, headers: CheckpointHeaders) -> Source | None:
+        if not headers.has("embedding.weight", "unembedding.weight", "norm.scale", "block.0.attn.qkv.weight"):
             return None
         prefix = "" if param.layer is None else f"block.{param.layer}."
         if param.kind in _NAMES:
             name = prefix + _NAMES[param.kind]
-            return Source("original", None, (Want(name, FLOATS, param.shape),), lambda get: Dense(get(name)))
+            return Source("original", None, (ExpectedTensor(name, FLOATS, param.shape),), lambda get: Dense(get(name)))
         _, part, kind = param.kind.split(".")
         if param.role == "attention":
-            return _slice_of_qkv(f"{prefix}attn.qkv.{kind}", part, param, stored)
+            return _qkv_source(f"{prefix}attn.qkv.{kind}", part, param, headers)
         base = f"{prefix}mlp.{_EXPERTS[part]}"
         if kind == "weight":
             return blocks_source("original", f"{base}_weight.blocks", f"{base}_weight.scales", param)
-        name, rows = f"{base}_bias", rows_of(part)
-        shape = param.shape if part == "down" else doubled(param.shape, 1)
-        return Source("original", None, (Want(name, FLOATS, shape),), lambda get: Dense(get(name)[:, rows]))
+        name, rows = f"{base}_bias", fused_rows(part)
+        shape = param.shape if part == "down" else fused_shape(param.shape, 1)
+        return Source("original", None, (ExpectedTensor(name, FLOATS, shape),), lambda get: Dense(get(name)[:, rows]))
 
     def units(self, target: str, params: Sequence[Param], dtypes: Mapping[str, str]) -> list[Unit]:
         raise CheckpointError(f"{target} is only read; convert to mxfp4, the same values under Hugging Face's names")
 
-    def describe(self, target: str, params: Sequence[Param]) -> dict[str, Any]:
+    def config_entries(self, target: str, params: Sequence[Param]) -> dict[str, Any]:
         raise CheckpointError(f"{target} is only read; convert to mxfp4, the same values under Hugging Face's names")
 
 
-def _slice_of_qkv(name: str, part: str, param: Param, stored: Stored) -> Source:
+def _qkv_source(name: str, part: str, param: Param, headers: CheckpointHeaders) -> Source:
     """Rows q | k | v of one tensor."""
-    q, kv = stored.config.q_size, stored.config.kv_size
+    q, kv = headers.config.q_size, headers.config.kv_size
     start = {"q": 0, "k": q, "v": q + kv}[part]
     rows = slice(start, start + param.shape[0])
-    want = Want(name, FLOATS, (q + 2 * kv, *param.shape[1:]))
-    return Source("original", None, (want,), lambda get: Dense(get(name)[rows]))
+    expected = ExpectedTensor(name, FLOATS, (q + 2 * kv, *param.shape[1:]))
+    return Source("original", None, (expected,), lambda get: Dense(get(name)[rows]))
 
 
 FORMAT = Original()
