@@ -20,8 +20,7 @@ from ..config import ModelConfig, read_config, token_ids
 from ..errors import CheckpointError
 from ..tokenizer import Tokenizer
 from . import codecs, gguf
-from .formats import Binding, bind
-from .formats import gguf as gguf_format
+from .formats import Binding, bind, gguf_metadata
 from .formats.base import CheckpointHeaders, Source
 from .formats.modelopt import fake_quantized_note
 from .params import Param, Role, parameters
@@ -241,12 +240,14 @@ def _open_gguf(path: Path) -> Checkpoint:
     tensors = {name: info for header in headers for name, info in header.tensors.tensors.items()}
     metadata = headers[0].metadata
     try:
-        raw = gguf_format.config(metadata, tensors)
+        raw = gguf_metadata.config_json(metadata, tensors)
         _check_plausible(raw, len(tensors))
         config = read_config(raw)
     except CheckpointError as error:
         raise CheckpointError(f"{path}, by its metadata: {error}") from error
-    return Checkpoint(folder, config, files, raw, lambda: gguf_format.files(gguf.read_header(paths[0]).metadata))
+    return Checkpoint(
+        folder, config, files, raw, lambda: gguf_metadata.companion_files(gguf.read_header(paths[0]).metadata)
+    )
 
 
 def _gguf_of(path: Path) -> Path | None:

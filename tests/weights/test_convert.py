@@ -414,7 +414,7 @@ def test_a_format_into_itself_is_a_verified_copy(mini, tools, tmp_path):
     assert "verifying" in seen
 
 
-@pytest.mark.parametrize(("name", "why"), [("mlx-5bit", "is not a format"), ("mxfp4-original", "only read")])
+@pytest.mark.parametrize(("name", "why"), [("mlx-5bit", "is not a format"), ("mxfp4-original", "read but not written")])
 def test_unknown_targets_are_refused_with_the_list(mini, tmp_path, name, why):
     with pytest.raises(GptOssError, match=f"{why}.*mlx-4bit"):
         convert(mini / "mxfp4", tmp_path / "out", name)

@@ -1,4 +1,4 @@
-"""The table of formats, and what follows from it: which one a checkpoint has, and which can be written."""
+"""The table of formats, and what follows from it: recognizing a checkpoint's format, and finding a format's writer."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from ...errors import CheckpointError
 from ..params import Param
 from ..safetensors import TensorInfo
 from . import autoround, bf16, fp8, gguf, mlx, modelopt, mxfp4, original
-from .base import HF_DENSE, CheckpointHeaders, ExpectedTensor, Format, Recipe, Source, hf_name
+from .base import CheckpointHeaders, ExpectedTensor, Format, Recipe, Source
+from .hf_layout import HF_DENSE, hf_name
 
-# Asked in this order where a parameter lies; bf16 is last as it also takes what is plain, and autoround before mlx as
-# both name tensors `.scales`.
+# Each parameter is looked up in this order. bf16 is last because it also takes every dense tensor, and autoround comes
+# before mlx because both have tensors called `.scales`.
 FORMATS: tuple[Format, ...] = (
     original.FORMAT,
     gguf.FORMAT,
@@ -25,29 +26,33 @@ FORMATS: tuple[Format, ...] = (
 )
 WRITERS: Mapping[str, Format] = {name: fmt for fmt in FORMATS if fmt.writes for name in fmt.recipes}
 
-# Names that a known tool writes by mistake or that are not read: (what a name contains or ends in, why)
-_REFUSED_NAMES = (
+_REFUSED_NAMES = (  # (what a tensor name ends in, why the checkpoint is refused)
     (
         "$",
-        "names that end in $ come from a transformers 5.14 bug (loading mxfp4, then saving); the tensors are lost "
-        "behind them: save again with another release, or use the original checkpoint",
+        "names ending in $ come from a bug in transformers 5.14 (loading mxfp4, then saving), which loses the tensors "
+        "behind them; save the model again with another release, or use the original checkpoint",
     ),
 )
 
 
 @dataclass(frozen=True)
 class Binding:
-    """Where every parameter lies in one checkpoint, the name of its format, and what is to be known of it."""
+    """How one checkpoint stores the network.
+
+    name: the name of its format.
+    sources: where each parameter is stored, by canonical name.
+    note: one line that the user should know, or "".
+    """
 
     name: str
-    sources: Mapping[str, Source]  # by canonical name
+    sources: Mapping[str, Source]
     note: str
 
 
 def bind(headers: CheckpointHeaders, params: Sequence[Param]) -> Binding:
-    """Find every parameter and account for every tensor, from headers alone.
+    """Find every parameter and account for every stored tensor, from headers alone.
 
-    Raises CheckpointError that lists what is missing, unknown, or of a wrong shape or dtype.
+    Raises CheckpointError that lists which tensors are missing, unknown, or of a wrong shape or dtype.
     """
     for ending, why in _REFUSED_NAMES:
         names = [name for name in headers.tensors if name.endswith(ending)]
@@ -72,31 +77,33 @@ def bind(headers: CheckpointHeaders, params: Sequence[Param]) -> Binding:
                 _check_tensor(expected, headers.tensors.get(expected.name), problems)
     problems["unknown"] = sorted(set(headers.tensors) - used)
     if any(problems.values()):
-        what = "; ".join(f"{len(names)} {kind}: {_first_names(names)}" for kind, names in problems.items() if names)
-        raise CheckpointError(f"the tensors do not make a gpt-oss model of config.json's sizes: {what}")
+        listed = "; ".join(f"{len(names)} {kind}: {_first_names(names)}" for kind, names in problems.items() if names)
+        raise CheckpointError(f"the tensors do not match a gpt-oss model of the sizes in config.json: {listed}")
     note = "; ".join(sorted({source.note for source in sources.values()} - {""}))
     return Binding(_format_name(sources, params), sources, note)
 
 
 def recipe_of(name: str, search: str | None = None) -> tuple[Format, Recipe]:
-    """The writer of a format name; search: "mse" for one that looks for better scales (search.py).
+    """The writer and the recipe of a format.
 
-    Raises CheckpointError that lists the names there are.
+    search: "mse" selects the writer that searches for better scales (search.py); None the ordinary one.
+    Raises CheckpointError, with the valid names, for an unknown name or search.
     """
     if name not in WRITERS:
         read_only = any(name in fmt.recipes for fmt in FORMATS)
-        why = "is only read, not written" if read_only else "is not a format"
+        why = "is read but not written" if read_only else "is not a format"
         raise CheckpointError(f"{name!r} {why}; choose one of {', '.join(sorted(WRITERS))}")
     if search is None:
         return WRITERS[name], WRITERS[name].recipes[name]
     if search != "mse" or name not in mlx.SEARCHABLE:
         raise CheckpointError(
-            f"search {search!r} cannot be had for {name}; search 'mse' can, for {' and '.join(mlx.SEARCHABLE)}"
+            f"search {search!r} is not available for {name}; search 'mse' is, for {' and '.join(mlx.SEARCHABLE)}"
         )
     return mlx.SEARCH_FORMAT, mlx.SEARCH_FORMAT.recipes[name]
 
 
 def _check_tensor(expected: ExpectedTensor, info: TensorInfo | None, problems: dict[str, list[str]]) -> None:
+    """Add what is wrong with a stored tensor to `problems`."""
     if info is None:
         problems["missing"].append(expected.name)
     elif info.shape != expected.shape:
@@ -106,13 +113,17 @@ def _check_tensor(expected: ExpectedTensor, info: TensorInfo | None, problems: d
 
 
 def _first_names(names: Sequence[str]) -> str:
+    """The first four names, and how many more there are."""
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return ", ".join(names[:4]) + more
 
 
 def _format_name(sources: Mapping[str, Source], params: Sequence[Param]) -> str:
-    """The name whose recipe every matrix follows. Else the only family that quantizes or, when none
-    does, that keeps experts its own way; else `mixed`."""
+    """The format whose recipe every matrix matches.
+
+    Without one, the only family among the quantized matrices or, if none is quantized, among all of them (HF_DENSE
+    aside); "mixed" if there are several.
+    """
     matrices = [param for param in params if param.is_matrix]
     for fmt in FORMATS:
         for name, recipe in fmt.recipes.items():
@@ -125,9 +136,10 @@ def _format_name(sources: Mapping[str, Source], params: Sequence[Param]) -> str:
 
 
 def _matches(source: Source, recipe: Recipe, param: Param) -> bool:
+    """Whether a matrix is stored as the recipe says."""
     family, spec = recipe[param.role]
     if family == "mlx" and param.role == "router" and source.family in ("mlx", HF_DENSE):
-        return True  # mlx-lm's releases differ in the router's bits
+        return True  # the router's bits differ between releases of mlx-lm
     if spec is not None and spec.group and param.shape[-1] % spec.group:
         return source.spec is None and source.family in (family, HF_DENSE)
     return (source.family, source.spec) == (family, spec)
