@@ -367,9 +367,7 @@ def test_a_full_disk_is_one_error_and_keeps_what_is_done(run, lines, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (out.stat().st_size + 100, limits[1]))
 
     try:
-        with pytest.raises(
-            GptOssError, match=r"could not be written \(File too large\); its \d+ answers are kept"
-        ):
+        with pytest.raises(GptOssError, match=r"could not be written \(File too large\); its \d+ answers are kept"):
             run(*lines[:9], progress=fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -333,7 +333,7 @@ def as_packed_integers(tensors):
         (drop(GATE.format(4) + ".weight"), f"missing: {GATE.format(4)}.weight"),
         (drop(GATE.format(5) + ".bias"), f"missing: {GATE.format(5)}.bias"),
         (put(f"{Q}.weight_scale", lambda scale: scale[:, 0]), "wrong shape: .*q_proj.weight_scale"),
-        (put(f"{Q}.weight_scale", lambda scale: torch.ones(2, 2)), "a scale for each block"),
+        (put(f"{Q}.weight_scale", lambda scale: torch.ones(2, 2)), "one scale per block"),
         (put(f"{Q}.weight_zero_point", lambda none: torch.zeros(256, 1)), "unknown: .*weight_zero_point"),
         (put(GATE.format(6) + ".bias", lambda none: torch.zeros(64)), "unknown: .*experts.6.gate_proj.bias"),
         (put(GATE.format(2) + ".weight", lambda weight: weight.float()), "wrong dtype: .*2.gate_proj.weight F32"),

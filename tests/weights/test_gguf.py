@@ -27,6 +27,7 @@ from mlx_gptoss.tokenizer import Tokenizer
 from mlx_gptoss.weights import checkpoint, codecs, gguf
 from mlx_gptoss.weights.convert import convert
 from mlx_gptoss.weights.formats import gguf as gguf_format
+from mlx_gptoss.weights.formats import gguf_metadata
 from mlx_gptoss.weights.tensor import AFFINE8_G32, MXFP4, Dense, Quantized
 
 MODELS = {"model.gguf": "reference", "model-q8_0.gguf": "gguf-q8_0.reference"}
@@ -135,7 +136,7 @@ def test_the_gguf_package_decodes_the_same(mini, name):
 
 def test_mxfp4_is_rearranged_without_a_change():
     blocks = np.random.default_rng(0).integers(0, 256, (3, 5, 4, 17), dtype=np.uint8)
-    found = gguf_format.mxfp4(blocks)
+    found = gguf_format.repack_mxfp4(blocks)
     assert found.spec == MXFP4
     for at in np.ndindex(3, 5):
         for group in range(4):
@@ -151,7 +152,7 @@ def test_q8_0_is_affine_without_a_change(scale, dtype):
     values = np.arange(-128, 128, dtype=np.int8).reshape(2, 4, 32)
     scales = np.full((2, 4, 1), scale, np.float16)
     scales[1] *= -1
-    found = gguf_format.q8_0(np.concatenate([scales.view(np.uint8), values.view(np.uint8)], axis=-1))
+    found = gguf_format.repack_q8_0(np.concatenate([scales.view(np.uint8), values.view(np.uint8)], axis=-1))
     assert found.spec == AFFINE8_G32 and found.scale.dtype == found.bias.dtype == dtype
     wanted = (values.astype(np.float64) * scales.astype(np.float64)).reshape(2, 128)
     np.testing.assert_array_equal(codecs.dequantize(found), wanted)
@@ -213,7 +214,7 @@ def test_q8_0_to_bf16_rounds_each_value_once(mini, tmp_path):
 
 
 def test_gguf_is_not_written(mini, tmp_path):
-    with pytest.raises(GptOssError, match="only read, not written"):
+    with pytest.raises(GptOssError, match="read but not written"):
         convert(mini / "mxfp4", tmp_path / "new", "gguf")
 
 
@@ -408,7 +409,7 @@ def test_a_missing_setting_and_a_list_of_them_are_refused(tmp_path, model):
         checkpoint.open(written(tmp_path / "a.gguf", other))
     metadata = dict(gguf.read_header(written(tmp_path / "b.gguf", model)).metadata)
     with pytest.raises(CheckpointError, match=f"{key} is a list"):
-        gguf_format.config({**metadata, key: np.arange(3)}, {})
+        gguf_metadata.config_json({**metadata, key: np.arange(3)}, {})
 
 
 def test_tensors_missing_or_left_over_are_listed(tmp_path, model):
@@ -457,11 +458,11 @@ def test_tokens_that_contradict_each_other_are_refused(mini):
         {"tokenizer.ggml.merges": metadata["tokenizer.ggml.tokens"]},
     ):
         with pytest.raises(CheckpointError, match="contradict each other"):
-            gguf_format.files({**metadata, **change})
+            gguf_metadata.companion_files({**metadata, **change})
     with pytest.raises(CheckpointError, match="lacks tokens, merges or token types"):
-        gguf_format.files({key: value for key, value in metadata.items() if not key.endswith("merges")})
+        gguf_metadata.companion_files({key: value for key, value in metadata.items() if not key.endswith("merges")})
     without = {key: value for key, value in metadata.items() if not key.startswith("tokenizer.")}
-    assert gguf_format.files(without).keys() == {"generation_config.json"}
+    assert gguf_metadata.companion_files(without).keys() == {"generation_config.json"}
 
 
 def test_random_damage_is_an_error_or_a_model(tmp_path, model):

@@ -22,7 +22,7 @@ from mlx_gptoss.backends.base import Limits
 from mlx_gptoss.errors import CheckpointError
 from mlx_gptoss.weights import checkpoint, codecs, quantization
 from mlx_gptoss.weights.convert import convert
-from mlx_gptoss.weights.formats import modelopt
+from mlx_gptoss.weights.formats.nvfp4_encoding import choose_encoding
 from mlx_gptoss.weights.tensor import MXFP4, NVFP4, Dense, Quantized
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -295,8 +295,8 @@ def random_mxfp4(exponents: tuple[int, int], seed: int = 0) -> Quantized:
 
 
 def recoded(weight: Quantized) -> Quantized:
-    recoding = modelopt._recoding([weight], "some.weight")
-    return recoding.rows(weight)
+    encoding = choose_encoding([weight], "some.weight")
+    return encoding.encode(weight)
 
 
 @pytest.mark.parametrize("bottom", [-30, -1, 0, 40])
@@ -336,9 +336,9 @@ def test_quantizing_is_within_half_a_step(amax):
 
 def test_a_weight_of_zeros_can_be_written():
     weight = Dense(np.zeros((2, 4, 32), np.float32))
-    recoding = modelopt._recoding([weight], "zeros")
-    assert recoding.outer == 1
-    assert not codecs.dequantize(recoding.rows(weight)).any()
+    encoding = choose_encoding([weight], "zeros")
+    assert encoding.outer == 1
+    assert not codecs.dequantize(encoding.encode(weight)).any()
 
 
 # The tool itself
