@@ -2,7 +2,7 @@
 
     python mac_table.py [--kv-bits 8] [--all]
 
-Prints one row per Mac: the largest model that fits, in the first of FORMATS that leaves room for COMFORTABLE_CONTEXT
+Prints one row per Mac: the largest model that fits, in the first of FORMATS that leaves room for PREFERRED_CONTEXT
 tokens, or else in the last one that fits at all. The context is the longest that one request can have. --all prints
 every model and format that fits.
 
@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Iterator
 
 from mlx_gptoss.config import GPT_OSS_20B, GPT_OSS_120B, ModelConfig
-from mlx_gptoss.loading.memory import COMFORTABLE_CONTEXT, MemoryPlan, gigabytes, plan_memory
+from mlx_gptoss.loading.memory import PREFERRED_CONTEXT, MemoryPlan, gigabytes, plan_memory
 from mlx_gptoss.weights.formats import WRITERS
 from mlx_gptoss.weights.params import parameters
 
@@ -54,7 +54,7 @@ def choices(available: int, kv_bits: int | None, every: bool) -> Iterator[tuple[
     for model, config in MODELS.items():
         plans = {name: plan(config, name, available, kv_bits) for name in FORMATS}
         fitting = [name for name in FORMATS if plans[name].fits]
-        comfortable = [name for name in fitting if plans[name].context >= COMFORTABLE_CONTEXT]
+        comfortable = [name for name in fitting if plans[name].context >= PREFERRED_CONTEXT]
         if every:
             yield from ((model, name) for name in fitting)
         elif fitting:
