@@ -97,7 +97,10 @@ def _explain(repo: str, revision: str | None, error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if _disk_is_full(error):
         folder = _cache()
-        return f"the disk is full: {repo} does not fit into {folder}; free some space there or set HF_HOME, and {RETRY_ADVICE}"
+        return (
+            f"the disk is full: {repo} does not fit into {folder}; free some space there or set HF_HOME, and "
+            f"{RETRY_ADVICE}"
+        )
     if isinstance(error, errors.GatedRepoError):
         return f"{repo} is gated: ask for access at {_page(repo)}, then log in with `hf auth login`"
     if isinstance(error, errors.RevisionNotFoundError):
