@@ -71,8 +71,8 @@ class FullCache:
         device: torch.device,
     ) -> None:
         self._max_context = max_context
-        self.keys = torch.zeros((slots, heads, capacity, head_dim), dtype=dtype, device=device)
-        self.values = torch.zeros((slots, heads, capacity, head_dim), dtype=dtype, device=device)
+        self.keys: Tensor = torch.zeros((slots, heads, capacity, head_dim), dtype=dtype, device=device)
+        self.values: Tensor = torch.zeros((slots, heads, capacity, head_dim), dtype=dtype, device=device)
 
     def append(self, k: Tensor, v: Tensor, span: Span) -> Visible:
         """Store one token a row, k, v [B, K, 1, 64], and return all keys up to them."""
@@ -141,8 +141,8 @@ class RingCache:
         self, slots: int, heads: int, head_dim: int, window: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.window = window
-        self.keys = torch.zeros((slots, heads, window, head_dim), dtype=dtype, device=device)
-        self.values = torch.zeros((slots, heads, window, head_dim), dtype=dtype, device=device)
+        self.keys: Tensor = torch.zeros((slots, heads, window, head_dim), dtype=dtype, device=device)
+        self.values: Tensor = torch.zeros((slots, heads, window, head_dim), dtype=dtype, device=device)
 
     def append(self, k: Tensor, v: Tensor, span: Span) -> Visible:
         """Store one token a row, k, v [B, K, 1, 64]; order within a ring does not matter to softmax."""

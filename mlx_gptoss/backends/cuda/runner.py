@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...config import ModelConfig
 from ...sampling import Sampling
 from ..base import Limits, Row, Sampled, Snapshot
 from .cache import Cache, SlotSnapshot, Span
@@ -52,7 +53,7 @@ class CudaRunner:
     """
 
     def __init__(self, model: GptOss, limits: Limits, device: torch.device, *, kernels: bool) -> None:
-        self.config = model.config
+        self.config: ModelConfig = model.config
         self.limits = limits
         self._model = model
         self._device = device

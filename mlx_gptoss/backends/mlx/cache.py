@@ -183,6 +183,9 @@ class RingCache:
     every window that is left. Nothing has to be undone: who attends next looks at positions, not at what was written.
     """
 
+    window: int
+    slack: int
+
     def __init__(self, shape: tuple[int, int, int], dtype: mx.Dtype, window: int, slack: int) -> None:
         """shape: S, K and 64."""
         self.window, self.slack = window, slack
