@@ -35,7 +35,7 @@ Progress = Callable[[int, int, str], None]  # predictions done, predictions in a
 Doubles = NDArray[np.float64]
 Logits = NDArray[np.float32]
 
-BUNDLED_TEXT = api.NANO / "eval.txt"  # written by examples/nano_eval_text.py
+BUNDLED_TEXT = api.NANO / "eval.txt"  # written by examples/tools/nano_eval_text.py
 WINDOW_BYTES = 10**9
 LONGEST_WINDOW = 2048
 BLOCK = 2**20  # values of a block of rows in float64

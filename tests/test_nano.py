@@ -15,7 +15,7 @@ from mlx_gptoss import Sampling
 from mlx_gptoss.harmony.render import render
 from mlx_gptoss.tokenizer import Tokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "tools"))
 import measure_nano
 import nano_tasks
 import nano_tokenizer
@@ -126,6 +126,17 @@ def test_it_calls_get_weather_and_reports_the_result(model: mlx_gptoss.Model) ->
 def test_without_the_function_it_says_so(model: mlx_gptoss.Model) -> None:
     reply = model.generate("What is the weather in Paris?", sampling=GREEDY)
     assert reply.text.startswith("I cannot look up the weather") and not reply.tool_calls
+
+
+def test_a_run_begins_with_the_weights_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch", reason="training needs torch")
+    import train_nano
+
+    monkeypatch.setattr(train_nano, "judge", lambda *_: {})
+    train_nano.train(tmp_path / "run", minutes=0, start=NANO)
+    train_nano.export(train_nano.Run(tmp_path / "run").model, tmp_path / "out")
+    for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (NANO / name).read_bytes(), name
 
 
 def test_the_trainer_trains_and_exports_what_the_runtime_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,18 @@
-"""What the nano model learns: little conversations, made up at random, each with the one answer that counts as right.
+"""The bundled model's training data: short random conversations, each with the one answer that counts as right.
 
-`draw(random, split)` yields examples of every kind in the training mix; "train" and "held-out" never share a question:
-a hash of what is asked (the two numbers, the word, the city, the sentence) decides which side it is on.
+`draw(random, split)` returns examples of every kind in the training mix. "train" and "held-out" never share a question:
+a hash of what is asked (the two numbers, the word, the city, the sentence) decides the side.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
+import nano_facts as facts
 import nano_words as words
 from nano_questions import (
     Ask,
@@ -69,7 +71,7 @@ def split_of(key: str) -> Split:
 
 
 def follow_ups(r: Random, effort: Effort, first: Ask, tool: WeatherTool | None) -> Ask | None:
-    """A question that can only be understood after `first` and its answer; None if there is none for it."""
+    """A question that makes sense only after `first` and its answer; None where no such question exists."""
     answer = first.turn.final
     if first.kind == "sum":
         total, b = int(answer.split()[-1]), number(r)
@@ -86,8 +88,8 @@ def follow_ups(r: Random, effort: Effort, first: Ask, tool: WeatherTool | None) 
             return None
         return Ask("follow-up", r.choice(words.REVERSE_THAT), backwards(city, effort), city.lower() + first.question)
     if first.kind == "capital":
-        country = r.choice(sorted(words.CAPITALS))
-        question = dress(r, r.choice(words.AND_OF).format(country=country, the=words.article(country)))
+        country = r.choice(sorted(facts.CAPITALS))
+        question = dress(r, r.choice(words.AND_OF).format(country=country, the=facts.article(country)))
         return Ask("follow-up", question, capital(country, effort), question + first.question)
     if first.kind == "weather answer" and tool:
         city = place(r)
@@ -105,12 +107,12 @@ def ask(r: Random, kind: str, effort: Effort, tool: WeatherTool | None) -> Ask:
 
 
 def messages(asked: Ask) -> tuple[Message, ...]:
-    """A past exchange, as history shows it (a call that was never answered does not become history)."""
+    """A past exchange as the history shows it. A call without a result never becomes history."""
     return (Message("user", asked.question), *asked.history, Message("assistant", asked.turn.final, "final"))
 
 
 def example(r: Random, kind: str, split: Split = "train") -> Example:
-    """One conversation whose last turn is of this kind and on this side of the split."""
+    """A random conversation whose last turn is of this kind and on this side of the split."""
     while True:
         made = attempt(r, kind)
         if made is not None and split_of(made[1]) == split:
@@ -147,7 +149,8 @@ def attempt(r: Random, kind: str) -> tuple[Example, str] | None:
 
 
 def instructions(r: Random) -> str:
-    """A developer's text. None changes what is right, so some of it is noise: the model learns to read past it."""
+    """A random developer message. It never changes the right answer, and part of it is noise, so that the model learns
+    to ignore it."""
     sentences = r.sample(words.INSTRUCTIONS, r.choice((1, 1, 1, 2, 3)))
     if r.random() < 0.2:
         noise = (syllables(r, r.randint(1, 3)) for _ in range(r.randint(2, 8)))
@@ -165,11 +168,11 @@ def draw(r: Random, split: Split = "train") -> Example:
     return example(r, r.choices(list(MIX), weights=list(MIX.values()))[0], split)
 
 
-def held_out(per_kind: int, seed: int = 0) -> list[Example]:
-    """The fixed set on which the model is judged: so many conversations of every kind, none ever trained on."""
-    out, seen = [], set()
-    for kind in MIX:
-        r = Random(f"{kind} {seed}")
+def held_out(per_kind: int, seed: int = 0, kinds: Iterable[str] = MIX) -> list[Example]:
+    """The fixed evaluation set: `per_kind` conversations of every kind, none of them in the training data."""
+    out = []
+    for kind in kinds:
+        r, seen = Random(f"{kind} {seed}"), set()
         for _ in range(per_kind):
             made = example(r, kind, "held-out")
             while (key := (made.conversation.messages[-1], made.conversation.reasoning)) in seen:

@@ -1,6 +1,6 @@
-"""Asks the bundled model questions that its training never saw, and counts the answers that are right to the letter.
+"""Ask the bundled model questions that its training never saw, and count the answers that match exactly.
 
-python examples/measure_nano.py [--model FOLDER] [--per-kind 34] [--json]
+python examples/tools/measure_nano.py [--model FOLDER] [--per-kind 34] [--kind KIND] [--json]
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 
 import nano_tasks as tasks
 
@@ -15,24 +16,26 @@ import mlx_gptoss
 
 
 def right(example: tasks.Example, reply: mlx_gptoss.Reply) -> bool:
-    """The final text is the expected one; for a call, its function and its arguments are."""
+    """Whether the final text is the expected one; for a call, whether its function and its arguments are."""
     if not example.turn.recipient:
         return reply.text == example.turn.final and not reply.tool_calls
     calls = [(f"functions.{call.name}", parsed(call.arguments)) for call in reply.tool_calls]
     return calls == [(example.turn.recipient, json.loads(example.turn.arguments))]
 
 
-def parsed(arguments: str) -> object:
+def parsed(text: str) -> object:
     try:
-        return json.loads(arguments)
+        return json.loads(text)
     except ValueError:
         return None
 
 
-def measure(model: mlx_gptoss.Model, per_kind: int, show_wrong: bool = False) -> dict[str, tuple[int, int]]:
-    """Kind -> (right, asked), answering greedily."""
+def measure(
+    model: mlx_gptoss.Model, per_kind: int, show_wrong: bool = False, kinds: Iterable[str] = tasks.MIX
+) -> dict[str, tuple[int, int]]:
+    """(right, asked) by kind, with greedy decoding."""
     counts: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
-    for example in tasks.held_out(per_kind):
+    for example in tasks.held_out(per_kind, kinds=kinds):
         reply = model.generate(example.conversation, sampling=mlx_gptoss.Sampling(temperature=0), max_tokens=600)
         ok = right(example, reply)
         good, asked = counts[example.kind]
@@ -44,13 +47,14 @@ def measure(model: mlx_gptoss.Model, per_kind: int, show_wrong: bool = False) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a checkpoint; the bundled model when left out")
+    parser.add_argument("--model", help="a checkpoint; the bundled model by default")
     parser.add_argument("--per-kind", type=int, default=34)
+    parser.add_argument("--kind", action="append", choices=tasks.MIX, help="ask this kind only; may be repeated")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--wrong", action="store_true", help="print what went wrong")
+    parser.add_argument("--wrong", action="store_true", help="print the wrong answers")
     options = parser.parse_args()
     with mlx_gptoss.load(options.model) as model:
-        counts = measure(model, options.per_kind, options.wrong)
+        counts = measure(model, options.per_kind, options.wrong, options.kind or tasks.MIX)
     counts["all"] = (sum(good for good, _ in counts.values()), sum(asked for _, asked in counts.values()))
     if options.json:
         print(json.dumps({kind: {"right": good, "asked": asked} for kind, (good, asked) in counts.items()}, indent=2))
