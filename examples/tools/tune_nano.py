@@ -51,7 +51,7 @@ def backward(model: Nano, batch: Batch, targets: int) -> float:
     logits = model.lm_head(hidden[:, :-1][where])
     loss = F.cross_entropy(logits, batch.ids[:, 1:][where], reduction="sum") / targets
     (loss + IMBALANCE * imbalance / BATCHES_A_STEP).backward()
-    return float(loss)
+    return loss.item()
 
 
 def main() -> None:
