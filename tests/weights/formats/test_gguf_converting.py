@@ -1,4 +1,4 @@
-"""GGUF files convert to the other formats without loss, wherever the file is and into however many parts it is split."""
+"""GGUF files convert to the other formats without loss, and are found in folders, through links and in split files."""
 
 from __future__ import annotations
 
