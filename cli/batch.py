@@ -1,4 +1,4 @@
-"""mlx-gptoss batch: a file of requests through one model, as many at once as it has slots."""
+"""mlx-gptoss batch: answer a file of requests, as many at once as the model has slots."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import CACHE_OPTIONS, MODEL_OPTIONS, RUN_OPTIONS, load, options, serve_extra
+from mlx_gptoss.options import LoadOptions
+
+from .options import CACHE_OPTIONS, LOAD_OPTIONS, declared, load, options, serve_extra
 
 if TYPE_CHECKING:
     from mlx_gptoss.server.batch import Batch
@@ -22,44 +24,40 @@ FILE = click.Path(path_type=Path)
 @click.command()
 @click.argument("requests", metavar="IN.jsonl", type=FILE)
 @click.argument("answers", metavar="OUT.jsonl", type=FILE)
-@options(MODEL_OPTIONS, RUN_OPTIONS, CACHE_OPTIONS)
-@click.option("--slots", type=click.IntRange(min=1), default=8, show_default=True, help="Sequences at once.")
-@click.option("--retry", is_flag=True, help="Ask the lines again that failed; their errors leave OUT.jsonl.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object in the end.")
-def batch(
-    requests: Path, answers: Path, model: str | None, slots: int, retry: bool, as_json: bool, **loading: Any
-) -> None:
-    """Answer the requests in IN.jsonl, in the form of OpenAI's batches, and add the answers to OUT.jsonl as they come.
+@options(LOAD_OPTIONS, CACHE_OPTIONS, declared(LoadOptions, slots=8))
+@click.option("--retry", is_flag=True, help="Repeat the requests that failed; their errors are removed from OUT.jsonl.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end.")
+def batch(requests: Path, answers: Path, model: str | None, retry: bool, as_json: bool, **given: Any) -> None:
+    """Answer the requests in IN.jsonl, in OpenAI's batch format, and append the answers to OUT.jsonl as they finish.
 
-    A request's answer is what the server would say. Lines that cannot be answered get an error of their own. Whatever
-    ends the command early: the same command again goes on after the answers that OUT.jsonl holds. It ends with 0 when
-    every line has an answer or an error.
+    Each answer is what the server would return; a malformed line gets an error. If the command is interrupted, the same
+    command continues after the answers in OUT.jsonl. It exits with 0 when every line has an answer or an error.
     """
     with serve_extra():
         from mlx_gptoss.server.batch import Batch
         from mlx_gptoss.server.guard import Gate
-        from mlx_gptoss.server.service import Service, names
-        from mlx_gptoss.server.store import Store
+        from mlx_gptoss.server.service import Service, model_names
+        from mlx_gptoss.server.store import ResponseStore
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     with Batch(requests, answers, retry=retry) as work:
         try:
             if work.done < work.total:
-                with load(model, **loading, slots=slots) as loaded, _bar(work) as progress:
-                    work.run(Service(loaded, Gate(), *names(model), store=Store(most_bytes=0)), progress)
+                with load(model, **given) as loaded, _bar(work) as progress:
+                    work.run(Service(loaded, Gate(), *model_names(model), store=ResponseStore(max_bytes=0)), progress)
         except KeyboardInterrupt:
             click.echo(
-                f"interrupted; {work.done} of {work.total} lines are answered, and the same command goes on after them",
+                f"interrupted; {work.done} of {work.total} lines are answered; the same command continues after them",
                 err=True,
             )
             raise SystemExit(130) from None
         report = _report(work)
-    click.echo(json.dumps(report) if as_json else _shown(report, answers))
+    click.echo(json.dumps(report) if as_json else _summary(report, answers))
 
 
 @contextmanager
 def _bar(work: Batch) -> Iterator[Callable[[], None]]:
-    """A bar on a terminal's stderr, and what moves it."""
+    """A progress bar on a terminal's stderr; yields the function that updates it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -88,7 +86,7 @@ def _report(work: Batch) -> dict[str, Any]:
     }
 
 
-def _shown(report: dict[str, Any], answers: Path) -> str:
+def _summary(report: dict[str, Any], answers: Path) -> str:
     earlier = f", {report['earlier']} of them by an earlier run" if report["earlier"] else ""
     return (
         f"{answers}: {report['completed']} answered and {report['failed']} failed of {report['total']}{earlier}; "

@@ -1,4 +1,4 @@
-"""mlx-gptoss bench: how fast a model runs here, how near to what the memory allows, and beside other programs."""
+"""mlx-gptoss bench: speed of a model here, as a share of the memory bandwidth, and next to other engines."""
 
 from __future__ import annotations
 
@@ -13,33 +13,40 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_gptoss.options import LoadOptions
+
+from .options import DEVICE_OPTIONS, JSON_OPTION, MODEL_OPTION, declared, options
+
 if TYPE_CHECKING:
-    from mlx_gptoss.measure.benchmark import Report, Where
-    from mlx_gptoss.measure.timing import Case, Contender
-    from mlx_gptoss.weights.checkpoint import Readable
+    from mlx_gptoss.measure.benchmark import Report, Target
+    from mlx_gptoss.measure.timing import Case, TimedEngine
+    from mlx_gptoss.weights.checkpoint import CheckpointLike
 
 COUNT = click.IntRange(min=1)
 AGAINST = ["mlx-lm", "transformers", "mlx", "cuda"]
 
 
 @click.command()
-@click.option("--model", metavar="PATH|REPO", help="A folder or a hub id; the bundled model by default.")
+@options((MODEL_OPTION,))
 @click.option("--synthetic", metavar="20b|120b|tiny", help="Random weights of these shapes instead of a model.")
-@click.option("--format", "form", metavar="NAME", help="How synthetic weights are stored; mxfp4 by default.")
-@click.option("--layers", type=COUNT, metavar="N", help="As many layers of the synthetic model.")
+@click.option("--format", "format_name", metavar="NAME", help="Format of the synthetic weights. Default: mxfp4.")
+@click.option("--layers", type=COUNT, metavar="N", help="Number of layers of the synthetic model.")
 @click.option("--prompt", type=COUNT, default=512, show_default=True, metavar="N", help="Tokens to prefill.")
 @click.option("--generate", type=COUNT, default=64, show_default=True, metavar="N", help="Tokens to decode.")
-@click.option("--context", type=COUNT, multiple=True, metavar="N", help="Tokens before decoding, at least the prompt.")
+@click.option(
+    "--context",
+    type=COUNT,
+    multiple=True,
+    metavar="N",
+    help="Tokens before decoding, at least the prompt.",
+)
 @click.option("--batch", type=COUNT, multiple=True, default=(1,), metavar="B", help="Sequences at once.")
-@click.option("--repeat", type=COUNT, default=3, show_default=True, metavar="R", help="Take the median of R.")
-@click.option("--against", type=click.Choice(AGAINST), help="Time this program, or our other backend, too, in turns.")
-@click.option("--against-dtype", metavar="NAME", help="What it computes in; by default what it would.")
-@click.option("--quantize", metavar="NAME", help="Quantize while loading.")
-@click.option("--backend", default="auto", metavar="auto|mlx|cuda", show_default=True, help="What computes.")
-@click.option("--device", metavar="cpu|gpu|cuda:N", help="Where; the backend's best by default.")
-@click.option("--dtype", metavar="NAME", help="Of activations: float32, bfloat16 or float16.")
-@click.option("--plot", type=Path, metavar="FILE.png", help="Draw speed against context and against batch.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--repeat", type=COUNT, default=3, show_default=True, metavar="R", help="Report the median of R runs.")
+@click.option("--against", type=click.Choice(AGAINST), help="Time this engine or our other backend as well, in turns.")
+@click.option("--against-dtype", metavar="NAME", help="Data type for --against. Default: its own.")
+@options(DEVICE_OPTIONS, declared(LoadOptions, "quantize"))
+@click.option("--plot", type=Path, metavar="FILE.png", help="Plot speed by context and by batch.")
+@options((JSON_OPTION,))
 def bench(
     *,
     context: tuple[int, ...],
@@ -51,16 +58,17 @@ def bench(
     as_json: bool,
     **choices: Any,
 ) -> None:
-    """Prefill and decode speed, memory, and the share of what the memory's bandwidth allows.
+    """Measure prefill and decode speed, memory, and the share of the bound set by memory bandwidth.
 
-    --context and --batch may be repeated; every pair is timed. The bound of a decoding step is what it has to read over
-    the bandwidth of a copy on the same device, measured in the same run. A GPU's logits are checked before it is timed.
+    --context and --batch are repeatable; every pair is timed. The bound of a decode step is the bytes it must read
+    divided by the bandwidth of a copy on the same device, measured in the same run. A GPU's logits are checked before
+    it is timed.
     """
     if choices["quantize"] and choices["against"] in AGAINST[:2]:
         raise click.UsageError("--against loads the checkpoint as it is: convert it instead of --quantize")
     if choices["model"] and choices["synthetic"]:
         raise click.UsageError("give --model or --synthetic, not both")
-    if (choices["form"] or choices["layers"]) and not choices["synthetic"]:
+    if (choices["format_name"] or choices["layers"]) and not choices["synthetic"]:
         raise click.UsageError("--format and --layers describe synthetic weights: give --synthetic too")
     if min(context, default=prompt) < prompt:
         raise click.UsageError(f"the context of {min(context)} tokens is shorter than the prompt of {prompt}")
@@ -71,8 +79,8 @@ def bench(
     from mlx_gptoss.measure.timing import Case
 
     cases = [Case(b, prompt, c, generate) for b in sorted(set(batch)) for c in sorted(set(context or (prompt,)))]
-    with _telling() as tell:
-        report = _bench(cases, repeat, tell, **choices)
+    with _progress_log() as log:
+        report = _bench(cases, repeat, log, **choices)
     if as_json:
         click.echo(json.dumps(_json(report)))
     else:
@@ -83,10 +91,10 @@ def bench(
         plot_speeds(report.results, plot)
 
 
-def _bench(cases: list[Case], repeat: int, tell: Callable[[str], None], **choices: Any) -> Report:
+def _bench(cases: list[Case], repeat: int, log: Callable[[str], None], **choices: Any) -> Report:
     from mlx_gptoss.backends import BACKENDS
-    from mlx_gptoss.loading.plan import LoadOptions
-    from mlx_gptoss.measure.benchmark import Model, Where, bench, load
+    from mlx_gptoss.loading.plan import LoadRequest
+    from mlx_gptoss.measure.benchmark import BenchModel, Target, bench, load
     from mlx_gptoss.ranks import find_launch
     from mlx_gptoss.weights.formats import WRITERS
     from mlx_gptoss.weights.requantize import Requantized
@@ -97,29 +105,31 @@ def _bench(cases: list[Case], repeat: int, tell: Callable[[str], None], **choice
             raise click.UsageError("--against is for one process: leave it out among several ranks")
         choices["backend"] = launch.backend if choices["backend"] == "auto" else choices["backend"]
     with ExitStack() as stack:
-        source, folder = _source(stack, tell, **choices)
+        source, folder = _source(stack, log, **choices)
         synthetic = (choices["synthetic"], choices["layers"], source.format) if choices["synthetic"] else None
-        options = LoadOptions(choices["model"], synthetic, choices["backend"], quantize=quantize)
-        model = Model(source, source.size_bytes, source.format, options)
+        request = LoadRequest(
+            model=choices["model"], synthetic=synthetic, backend=choices["backend"], quantize=quantize, prefix_cache=0
+        )
+        model = BenchModel(source, source.size_bytes, source.format, request)
         if quantize:
             weights = Requantized(source, quantize)
-            form = quantize if quantize in WRITERS else f"{source.format}, {quantize}"
-            model = Model(weights, weights.size_bytes, form, options)
-        where = Where.find(choices["backend"], choices["device"], choices["dtype"])
-        others: list[Contender] = []
+            format_name = quantize if quantize in WRITERS else f"{source.format}, {quantize}"
+            model = BenchModel(weights, weights.size_bytes, format_name, request)
+        target = Target.find(choices["backend"], choices["device"], choices["dtype"])
+        others: list[TimedEngine] = []
         if against in BACKENDS:
-            other = Where.find(against, choices["device"], choices["against_dtype"] or where.dtype)
-            second, _ = load(model, cases, repeat, other, tell)
+            other = Target.find(against, choices["device"], choices["against_dtype"] or target.dtype)
+            second, _ = load(model, cases, repeat, other, log)
             stack.callback(second.close)
             others.append(second)
         elif against:
-            tell(f"starting {against}")
-            others.append(stack.enter_context(_peer(against, folder, source.format, where, choices["against_dtype"])))
+            log(f"starting {against}")
+            others.append(stack.enter_context(_peer(against, folder, source.format, target, choices["against_dtype"])))
         must_agree = against is not None and against != "mlx-lm"  # which rounds YaRN's range
-        return bench(model, cases, where, repeat=repeat, others=others, must_agree=must_agree, tell=tell)
+        return bench(model, cases, target, repeat=repeat, others=others, must_agree=must_agree, log=log)
 
 
-def _source(stack: ExitStack, tell: Callable[[str], None], **choices: Any) -> tuple[Readable, Path | None]:
+def _source(stack: ExitStack, log: Callable[[str], None], **choices: Any) -> tuple[CheckpointLike, Path | None]:
     """The weights, and the folder of a checkpoint of them, which a peer can load; temporary for synthetic ones."""
     from mlx_gptoss import api
     from mlx_gptoss.weights.synthetic import Synthetic, preset
@@ -127,26 +137,26 @@ def _source(stack: ExitStack, tell: Callable[[str], None], **choices: Any) -> tu
     if not choices["synthetic"]:
         checkpoint = api.open_checkpoint(choices["model"])
         return checkpoint, checkpoint.folder
-    source = Synthetic(preset(choices["synthetic"], choices["layers"]), choices["form"] or "mxfp4")
+    source = Synthetic(preset(choices["synthetic"], choices["layers"]), choices["format_name"] or "mxfp4")
     if choices["against"] not in AGAINST[:2]:
         return source, None
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlx-gptoss-bench-"))) / "checkpoint"
-    tell(f"writing {source.size_bytes / 1e9:.1f} GB of synthetic weights for {choices['against']}")
+    log(f"writing {source.size_bytes / 1e9:.1f} GB of synthetic weights for {choices['against']}")
     source.write(folder)
     return source, folder
 
 
-def _peer(name: str, folder: Path | None, form: str, where: Where, dtype: str | None) -> Any:
+def _peer(name: str, folder: Path | None, format_name: str, target: Target, dtype: str | None) -> Any:
     from .peers.process import Peer
 
     assert folder is not None
     if name == "transformers":  # its logits have to be ours: by default it computes in what we do
-        dtype = dtype or where.dtype
-    return Peer(name, folder, form, "cpu" if where.name == "cpu" else "gpu", dtype)
+        dtype = dtype or target.dtype
+    return Peer(name, folder, format_name, "cpu" if target.name == "cpu" else "gpu", dtype)
 
 
 @contextmanager
-def _telling() -> Iterator[Callable[[str], None]]:
+def _progress_log() -> Iterator[Callable[[str], None]]:
     """A spinner on a terminal's stderr; elsewhere a line for each thing that begins."""
     from rich.console import Console
     from rich.markup import escape

@@ -1,25 +1,25 @@
-"""mlx-gptoss chat: a conversation at the terminal."""
+"""mlx-gptoss chat: a conversation in the terminal."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .options import (
     CACHE_OPTIONS,
-    HARMONY_OPTIONS,
-    MODEL_OPTIONS,
-    RUN_OPTIONS,
+    GENERATION_OPTIONS,
+    HIDE_REASONING_OPTION,
+    LOAD_OPTIONS,
     SAMPLING_OPTIONS,
     TOOL_OPTION,
     load,
     load_tools,
     options,
-    sampling,
+    split_sampling,
 )
 
 if TYPE_CHECKING:
@@ -28,48 +28,43 @@ if TYPE_CHECKING:
 
 EFFORTS: dict[str, Effort] = {"low": "low", "medium": "medium", "high": "high"}
 HELP = """\
-/help                          this list
-/reset                         forget the conversation
-/reasoning low|medium|high     how much the model thinks before it answers
-/system TEXT                   instructions to the model; none removes them
-/stats                         token counts and speeds after each answer, on or off
-/quit                          leave (Ctrl-D does, too)
-Ctrl-C stops an answer; what was said so far stays in the conversation."""
+/help                          show this list
+/reset                         start a new conversation
+/reasoning low|medium|high     how much to think before answering
+/system TEXT                   instructions to the model; without TEXT, none
+/stats                         switch token counts and speeds on or off
+/quit                          leave, as does Ctrl-D
+Ctrl-C stops an answer; the text so far stays in the conversation."""
 
 
 @click.command()
-@options(MODEL_OPTIONS, RUN_OPTIONS, CACHE_OPTIONS, SAMPLING_OPTIONS, HARMONY_OPTIONS, (TOOL_OPTION,))
+@options(LOAD_OPTIONS, CACHE_OPTIONS, GENERATION_OPTIONS, SAMPLING_OPTIONS, (HIDE_REASONING_OPTION, TOOL_OPTION))
 @click.option("--stats", is_flag=True, help="Print token counts and speeds after each answer.")
 def chat(
     max_tokens: int | None,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    min_p: float | None,
-    seed: int | None,
-    reasoning: Literal["low", "medium", "high"],
+    reasoning: Effort | None,
     system: str | None,
     hide_reasoning: bool,
     tools: tuple[str, ...],
     stats: bool,
-    **loading: Any,
+    **given: Any,
 ) -> None:
-    """Talk with the model. /help lists the commands inside."""
-    offered = load_tools(tools)
-    with load(**loading) as loaded:
-        how = sampling(loaded, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
-        Session(loaded, how, max_tokens, reasoning, system, offered, not hide_reasoning, stats).run()
+    """Chat with the model. /help lists the commands inside."""
+    offered, chosen = load_tools(tools), split_sampling(given)
+    with load(**given) as loaded:
+        sampling = replace(loaded.default_sampling, **chosen)
+        Session(loaded, sampling, max_tokens, reasoning, system, offered, not hide_reasoning, stats).run()
 
 
 class Session:
-    """One conversation and its settings."""
+    """A conversation and its settings."""
 
     def __init__(
         self,
         model: Model,
         sampling: Sampling,
         max_tokens: int | None,
-        reasoning: Literal["low", "medium", "high"],
+        reasoning: Effort | None,
         system: str | None,
         tools: Sequence[Tool],
         show_reasoning: bool,
@@ -102,7 +97,7 @@ class Session:
                 self.turn(line)
 
     def command(self, line: str) -> None:
-        """A line that begins with a slash."""
+        """Carry out a line that begins with a slash."""
         name, _, argument = line[1:].partition(" ")
         argument = argument.strip()
         if name == "help":
@@ -119,22 +114,22 @@ class Session:
             click.echo(f"no such command: {line}. /help lists them.", err=True)
 
     def turn(self, line: str) -> None:
-        """One question and its answer. A question that cannot be answered is taken back."""
+        """Answer one question. If that fails, the question is not kept in the conversation."""
         from mlx_gptoss import GptOssError, Message, answer
         from mlx_gptoss.chat.stream import with_reply
 
         from .printer import show_events, stats_line
 
         asked = self.conversation.with_user(line)
-        said: list[str] = []
+        shown: list[str] = []
         try:
             events = answer(self.model, asked, self.tools, sampling=self.sampling, max_tokens=self.max_tokens)
-            finished = show_events(events, reasoning=self.show_reasoning, said=said)
+            finished = show_events(events, reasoning=self.show_reasoning, shown=shown)
         except GptOssError as error:
             click.echo(f"error: {error}", err=True)
             return
         except KeyboardInterrupt:
-            self.conversation = with_reply(asked, (Message("assistant", "".join(said), channel="final"),))
+            self.conversation = with_reply(asked, (Message("assistant", "".join(shown), channel="final"),))
             return
         self.conversation = with_reply(asked, finished.messages)
         if self.stats:
@@ -142,7 +137,7 @@ class Session:
 
 
 def _read_line() -> str | None:
-    """The next line without its ends; None at the end of input. Ctrl-C at the prompt leaves."""
+    """The next line, stripped; None at the end of input. Ctrl-C at the prompt leaves."""
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:

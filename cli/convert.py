@@ -12,14 +12,16 @@ import click
     "--to", required=True, metavar="NAME", help="The format to write: mxfp4, bf16, mlx-4bit, mlx-mxfp4-q8, ..."
 )
 @click.option(
-    "--search", type=click.Choice(["mse"]), help="Look for 4-bit affine scales of least squared error; takes longer."
+    "--search",
+    type=click.Choice(["mse"]),
+    help="Search the 4-bit affine scales with the least squared error; slower.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace DEST if it exists, once the new one is complete.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing DEST.")
 def convert(source: str, destination: str, to: str, search: str | None, overwrite: bool) -> None:
     """Write SOURCE (a folder or a hub id) to the folder DEST in another format.
 
     Streams: at most one layer is in memory. DEST appears when it is complete and verified, or not at all. After an
-    interruption the same command continues after the last whole shard (2 GB), kept in a hidden folder beside DEST.
+    interruption the same command continues after the last complete shard (2 GB), kept in a hidden folder next to DEST.
     """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn

@@ -8,27 +8,28 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from mlx_gptoss.options import LoadOptions
+
+from .options import DEVICE_OPTIONS, declared, options
+
 if TYPE_CHECKING:
     from mlx_gptoss.measure.evaluation import Divergence, Evaluation
 
 
 @click.command()
 @click.argument("models", metavar="[MODEL]...", nargs=-1)
-@click.option("--against", multiple=True, metavar="MODEL", help="A reference to compare with; may be repeated.")
-@click.option("--text", type=Path, metavar="FILE", help="UTF-8; special tokens written in it are meant.")
+@click.option("--against", multiple=True, metavar="MODEL", help="A reference to compare with. Repeatable.")
+@click.option("--text", type=Path, metavar="FILE", help="A UTF-8 file; special tokens in it count.")
 @click.option(
     "--score",
     type=click.Choice(["all", "replies"]),
     help="Count all tokens (the default with --text), or only the assistant's replies at the ends of documents.",
 )
-@click.option("--context", type=click.IntRange(min=1), metavar="N", help="Most tokens that a prediction is made from.")
+@click.option("--context", type=click.IntRange(min=1), metavar="N", help="Maximum tokens before a prediction.")
 @click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Stop after N predictions.")
-@click.option("--plot", type=Path, metavar="FILE.png", help="Draw KL by position, and by format for several models.")
+@click.option("--plot", type=Path, metavar="FILE.png", help="Plot KL by position and, for several models, by format.")
+@options(DEVICE_OPTIONS, declared(LoadOptions, "kv_bits"))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, or a list for several comparisons.")
-@click.option("--backend", default="auto", metavar="auto|mlx|cuda", show_default=True, help="What computes.")
-@click.option("--device", metavar="cpu|gpu|cuda:N", help="Where; the backend's best by default.")
-@click.option("--dtype", metavar="NAME", help="Of activations: float32, bfloat16 or float16.")
-@click.option("--kv-bits", type=click.Choice(["8"]), help="Of each MODEL's K/V cache; the references keep it whole.")
 def eval(
     models: tuple[str, ...],
     against: tuple[str, ...],
@@ -38,14 +39,15 @@ def eval(
     max_tokens: int | None,
     plot: Path | None,
     as_json: bool,
-    kv_bits: str | None,
+    kv_bits: int | None,
     **where: str | None,
 ) -> None:
-    """Perplexity of each MODEL on a text and, with --against, how far its predictions are from those of a reference:
-    KL(reference || MODEL) in nats, and how often both find the same token the likeliest.
+    """Perplexity of each MODEL on a text and, with --against, the distance of its predictions from a reference's:
+    KL(reference || MODEL) in nats, and how often both rank the same token first.
 
-    `<|endoftext|>` in the text ends a document. Without --text, a sample of what the bundled model was taught is used,
-    which says little about other models. A reference's predictions wait on disk: 4 bytes a token and vocabulary entry.
+    `<|endoftext|>` in the text ends a document. The default text is a sample of what the bundled model was trained on,
+    which says little about other models. A reference's logits are kept on disk: 4 bytes per token and vocabulary entry.
+    With --kv-bits, the references still keep their K/V cache as computed.
     """
     if plot and not against:
         raise click.UsageError("--plot draws the divergence from a reference: give one with --against")
@@ -60,7 +62,7 @@ def eval(
         score=score,
         context=context,
         max_tokens=max_tokens,
-        kv_bits=kv_bits and int(kv_bits),
+        kv_bits=kv_bits,
         **where,
     )
     if as_json:

@@ -6,70 +6,67 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .options import (
-    HARMONY_OPTIONS,
-    MODEL_OPTIONS,
-    RUN_OPTIONS,
+    GENERATION_OPTIONS,
+    HIDE_REASONING_OPTION,
+    LOAD_OPTIONS,
     SAMPLING_OPTIONS,
     TOOL_OPTION,
     load,
     load_tools,
     options,
-    sampling,
+    split_sampling,
 )
 
 if TYPE_CHECKING:
     from mlx_gptoss import Event, Model, ToolResult
+    from mlx_gptoss.harmony.messages import Effort
 
     Events = Iterator[Event | ToolResult]
 
 
 @click.command()
 @click.argument("prompt", required=False)
-@options(MODEL_OPTIONS, RUN_OPTIONS, SAMPLING_OPTIONS, HARMONY_OPTIONS, (TOOL_OPTION,))
-@click.option("--raw", is_flag=True, help="Continue PROMPT as it stands, without Harmony; special tokens are meant.")
+@options(LOAD_OPTIONS, GENERATION_OPTIONS, SAMPLING_OPTIONS, (HIDE_REASONING_OPTION, TOOL_OPTION))
+@click.option("--raw", is_flag=True, help="Continue PROMPT itself, without the chat format. Its special tokens count.")
 @click.option("--stats", is_flag=True, help="Print token counts and speeds to stderr.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streaming.")
 def generate(
     prompt: str | None,
     max_tokens: int | None,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    min_p: float | None,
-    seed: int | None,
-    reasoning: Literal["low", "medium", "high"],
+    reasoning: Effort | None,
     system: str | None,
     hide_reasoning: bool,
     tools: tuple[str, ...],
     raw: bool,
     stats: bool,
     as_json: bool,
-    **loading: Any,
+    **given: Any,
 ) -> None:
-    """Answer PROMPT, or what comes on stdin when PROMPT is - or left out.
+    """Answer PROMPT, or stdin if PROMPT is - or left out.
 
-    The answer streams to stdout, the model's reasoning dimmed to stderr.
+    The answer streams to stdout, the model's reasoning, dimmed, to stderr.
     """
     from mlx_gptoss.chat.stream import as_conversation
     from mlx_gptoss.tools import answer
 
     text = _prompt(prompt)
     if raw and tools:
-        raise click.UsageError("--raw knows no tools; leave one of the two out")
-    offered = load_tools(tools)
-    with load(**loading, prefix_cache=None if tools else 0) as loaded:
-        how = sampling(loaded, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
+        raise click.UsageError("--raw has no tools; leave out --raw or --tool")
+    offered, chosen = load_tools(tools), split_sampling(given)
+    with load(**given, prefix_cache=None if tools else 0) as loaded:
+        sampling = replace(loaded.default_sampling, **chosen)
         if raw:
             ids = loaded.tokenizer.encode_with_specials(text)
-            events: Events = loaded.stream_raw(ids, sampling=how, max_tokens=max_tokens)
+            events: Events = loaded.stream_raw(ids, sampling=sampling, max_tokens=max_tokens)
         else:
             asked = as_conversation(text, reasoning=reasoning, system=system)
-            events = answer(loaded, asked, offered, sampling=how, max_tokens=max_tokens)
+            events = answer(loaded, asked, offered, sampling=sampling, max_tokens=max_tokens)
         if as_json:
             click.echo(json.dumps(_report(loaded, events), ensure_ascii=False))
         else:
@@ -81,7 +78,7 @@ def _prompt(argument: str | None) -> str:
         raise click.UsageError("give a PROMPT, or - to read it from stdin")
     if argument is None or argument == "-":
         if "MLX_RANK" in os.environ:
-            raise click.UsageError("give the PROMPT as an argument: mlx.launch does not say where stdin ends")
+            raise click.UsageError("give the PROMPT as an argument: mlx.launch does not pass on the end of stdin")
         text = sys.stdin.buffer.read().decode("utf-8", errors="replace")
     else:
         text = argument

@@ -1,4 +1,4 @@
-"""The command group: finds a command by name, imports it when used, and turns errors into one line and an exit code."""
+"""The `mlx-gptoss` command: imports a subcommand when it is used, and turns errors into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "generate": "Answer one prompt.",
-    "chat": "Talk, turn by turn.",
+    "chat": "Chat in the terminal.",
     "convert": "Write a checkpoint in another format.",
-    "serve": "OpenAI's HTTP interface, and a page to chat.",
-    "batch": "Answer a file of requests, in OpenAI's batch form.",
-    "show": "Format, sizes and memory plan of a checkpoint.",
-    "bench": "Speed of prefill and decode, and the share of what the memory allows.",
-    "eval": "Perplexity on a text, and divergence from another checkpoint.",
+    "serve": "Serve OpenAI's HTTP API and a chat page.",
+    "batch": "Answer a file of requests in OpenAI's batch format.",
+    "show": "Show format, sizes and memory plan of a checkpoint.",
+    "bench": "Measure prefill and decode speed.",
+    "eval": "Measure perplexity and the divergence from another checkpoint.",
 }
 
 
 class Commands(click.Group):
-    """Commands by name; `--help` lists them without importing any."""
+    """The subcommands by name; `--help` lists them without importing any."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -44,23 +44,25 @@ class Commands(click.Group):
 
 def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        from importlib.metadata import version  # a third of what --help takes
+        from importlib.metadata import version  # takes a third of the time of --help
 
         click.echo(f"mlx-gptoss {version('mlx-gptoss')}")
         ctx.exit()
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Print it.")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
+)
 def group() -> None:
     """Run OpenAI's gpt-oss models on this machine.
 
-    Without --model, commands use the small model that is bundled with the program.
+    Without --model, commands use the small bundled model.
     """
 
 
 def _launch() -> Launch | None:
-    """What a launcher of several ranks says; None without one."""
+    """What mlx.launch or torchrun set up; None for a single process."""
     if not {"MLX_RANK", "RANK"} & set(os.environ):
         return None
     from mlx_gptoss.ranks import find_launch
@@ -75,7 +77,7 @@ def main() -> None:
     launch = None
     try:
         launch = _launch()
-        if launch is not None and launch.rank:  # rank 0 reads the command and speaks; this one does what that one says
+        if launch is not None and launch.rank:  # only rank 0 runs the command; the others follow it
             from mlx_gptoss.loading.distributed import serve_rank
 
             serve_rank(launch)
@@ -87,7 +89,7 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read the output has gone; there is no one to tell
+        sys.stderr.close()  # the reader of the output is gone
         sys.exit(1)
     except (GptOssError, OSError) as error:
         click.echo(f"error: {' '.join(str(error).split())}", err=True)

@@ -1,63 +1,89 @@
-"""Options that several commands share, and what they become."""
+"""Options that several commands share. Those of loading, generating and sampling are made from their declarations in
+mlx_gptoss/options and mlx_gptoss/sampling.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from mlx_gptoss.options import GenerationOptions, LoadOptions
+from mlx_gptoss.options.declare import Flag
+from mlx_gptoss.sampling import Sampling
+
 if TYPE_CHECKING:
-    from mlx_gptoss import Model, Sampling, Tool
+    from mlx_gptoss import Model, Tool
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Option = Callable[[Command], Command]
 SERVE_PACKAGES = ("fastapi", "starlette", "pydantic", "uvicorn", "h11", "prometheus_client")
+TYPES = {"int": int, "float": float, "str": str}
 
-MODEL_OPTIONS = (
-    click.option("--model", metavar="PATH|REPO", help="A folder, or a hub id such as openai/gpt-oss-20b."),
-    click.option("--backend", default="auto", metavar="auto|mlx|cuda", show_default=True, help="What computes."),
-    click.option("--device", metavar="cpu|gpu|cuda:N", help="Where; the backend's best by default."),
-    click.option("--dtype", metavar="NAME", help="Of activations: float32, bfloat16 or float16."),
-    click.option(
-        "--max-context", type=click.IntRange(min=1), metavar="N", help="Tokens of prompt and answer together."
-    ),
+
+def declared(options: type, *names: str, **defaults: Any) -> tuple[Option[Any], ...]:
+    """Command-line options for these fields of a dataclass of options, in the order of its fields.
+
+    defaults: fields with a default of the command's own; None tells an option that was not given.
+    """
+    chosen = [declaration for declaration in fields(options) if declaration.name in {*names, *defaults}]
+    return tuple(_option(each, defaults.get(each.name, each.default)) for each in chosen)
+
+
+def _option(declaration: Any, default: Any) -> Option[Any]:
+    flag, name = declaration.metadata["flag"], f"--{declaration.name.replace('_', '-')}"
+    assert isinstance(flag, Flag), f"{name} is not offered on the command line"
+    help = declaration.metadata["help"].replace('"', "")
+    if declaration.type == "bool":
+        return click.option(name, is_flag=True, help=help)
+    of = TYPES.get(declaration.type.partition(" ")[0], str)
+    kind: Any = of
+    if flag.choices:
+        kind = click.Choice(flag.choices)
+    elif flag.minimum is not None:
+        kind = click.IntRange(min=flag.minimum)
+
+    def convert(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+        value = value if value is None else of(value)
+        return value if value is None or flag.unit == 1 else value * flag.unit
+
+    return click.option(
+        name,
+        type=kind,
+        default=default,
+        show_default=default is not None,
+        metavar=flag.metavar,
+        help=help,
+        callback=convert,
+    )
+
+
+MODEL_OPTION = click.option(
+    "--model",
+    metavar="PATH|REPO",
+    help="A folder, or a hub id such as openai/gpt-oss-20b. Default: the bundled model.",
 )
-RUN_OPTIONS = (
-    click.option("--quantize", metavar="NAME", help="Quantize while loading: an MLX format, rest-8bit or rest-4bit."),
-    click.option("--kv-bits", type=click.Choice(["8"]), help="Keep the K/V cache of full layers in 8 bits."),
-    click.option("--speculate", is_flag=True, help="Guess tokens ahead from the text so far; --stats says how well."),
-)
-CACHE_OPTIONS = (
-    click.option(
-        "--prefix-cache", type=click.IntRange(min=0), metavar="MB", help="Memory for what is known of earlier prompts."
-    ),
-    click.option("--prompt-cache", metavar="DIR", help="Keep that in files there, too, for the next start."),
-)
-SAMPLING_OPTIONS = (
-    click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Most tokens to generate."),
-    click.option("--temperature", type=float, metavar="T", help="0 is greedy; the model's own by default (1)."),
-    click.option("--top-p", type=float, metavar="P", help="Keep the likeliest tokens that reach P."),
-    click.option("--top-k", type=int, metavar="K", help="Keep the K likeliest tokens."),
-    click.option("--min-p", type=float, metavar="P", help="Drop tokens below P times the likeliest."),
-    click.option("--seed", type=int, metavar="S", help="The same seed gives the same text."),
-)
+DEVICE_OPTIONS = declared(LoadOptions, "backend", "device", "dtype")
+RUN_OPTIONS = declared(LoadOptions, "max_context", "quantize", "kv_bits", "speculate")
+LOAD_OPTIONS = (MODEL_OPTION, *DEVICE_OPTIONS, *RUN_OPTIONS)
+CACHE_OPTIONS = declared(LoadOptions, "prefix_cache", "prompt_cache")
+SAMPLING_NAMES = ("temperature", "top_p", "top_k", "min_p", "seed")
+SAMPLING_OPTIONS = declared(Sampling, **dict.fromkeys(SAMPLING_NAMES))
+GENERATION_OPTIONS = declared(GenerationOptions, "max_tokens", "reasoning", "system")
+HIDE_REASONING_OPTION = click.option("--hide-reasoning", is_flag=True, help="Show only the answer.")
+JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 TOOL_OPTION = click.option(
     "--tool",
     "tools",
     multiple=True,
     type=click.Path(exists=True, dir_okay=False),
-    help="Run this Python file, and let the model call its functions, without asking. May be given again.",
-)
-HARMONY_OPTIONS = (
-    click.option("--reasoning", type=click.Choice(["low", "medium", "high"]), default="medium", show_default=True),
-    click.option("--system", metavar="TEXT", help="Instructions to the model."),
-    click.option("--hide-reasoning", is_flag=True, help="Show the answer only."),
+    help="Run this Python file, and let the model call its functions without asking. Repeatable.",
 )
 
 
-def options(*groups: tuple[Callable[[Command], Command], ...]) -> Callable[[Command], Command]:
+def options(*groups: tuple[Option[Any], ...]) -> Callable[[Command], Command]:
     """All options of the groups, in order."""
 
     def add(command: Command) -> Command:
@@ -81,13 +107,14 @@ def serve_extra() -> Iterator[None]:
         raise GptOssError("the server's packages are missing: pip install 'mlx-gptoss[serve]'") from error
 
 
-def sampling(model: Model, **given: Any) -> Sampling:
-    """The model's own sampling with what was given on the command line in its place."""
-    return replace(model.default_sampling, **{name: value for name, value in given.items() if value is not None})
+def split_sampling(given: dict[str, Any]) -> dict[str, Any]:
+    """The sampling options among `given`, taken out of it. Those that were not given are left out."""
+    taken = {name: given.pop(name) for name in SAMPLING_NAMES}
+    return {name: value for name, value in taken.items() if value is not None}
 
 
 def load_tools(files: tuple[str, ...]) -> tuple[Tool, ...]:
-    """The functions of all files. A line for each goes to stderr, since they will be called without asking."""
+    """The functions of all files. A line for each goes to stderr, since the model calls them without asking."""
     if not files:
         return ()
     import mlx_gptoss
@@ -98,35 +125,11 @@ def load_tools(files: tuple[str, ...]) -> tuple[Tool, ...]:
     return tools
 
 
-def load(
-    model: str | None,
-    backend: str,
-    device: str | None,
-    dtype: str | None,
-    max_context: int | None,
-    quantize: str | None,
-    kv_bits: str | None,
-    speculate: bool,
-    prefix_cache: int | None,
-    prompt_cache: str | None = None,
-    **more: Any,
-) -> Model:
-    """The model, with a spinner on a terminal's stderr while it loads. prefix_cache: megabytes."""
+def load(model: str | None, **options: Any) -> Model:
+    """The model, with a spinner on a terminal's stderr while it loads. options: LoadOptions' fields."""
     from rich.console import Console
 
     import mlx_gptoss
 
     with Console(stderr=True).status(f"Loading {model or 'the bundled model'}"):
-        return mlx_gptoss.load(
-            model,
-            backend=backend,
-            device=device,
-            dtype=dtype,
-            max_context=max_context,
-            quantize=quantize,
-            kv_bits=None if kv_bits is None else int(kv_bits),
-            speculate=speculate,
-            prefix_cache=None if prefix_cache is None else prefix_cache * 10**6,
-            prompt_cache=prompt_cache,
-            **more,
-        )
+        return mlx_gptoss.load(model, **options)

@@ -1,4 +1,5 @@
-"""Events on a terminal: the answer on stdout as it arrives, all else dimmed on stderr, so that a pipe gets answers."""
+"""Events on a terminal: the answer on stdout as it arrives, everything else dimmed on stderr, so that a pipe gets only
+the answer."""
 
 from __future__ import annotations
 
@@ -11,38 +12,40 @@ from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.tools import ToolResult
 
 
-def show_events(events: Iterator[Event | ToolResult], *, reasoning: bool, said: list[str] | None = None) -> Finished:
-    """Print a reply while it is generated and return its last event. The text also goes to `said`, piece by piece, so
-    that it is not lost when the reply is cut short."""
-    shown = ""  # which kind of text the cursor stands behind
+def show_events(events: Iterator[Event | ToolResult], *, reasoning: bool, shown: list[str] | None = None) -> Finished:
+    """Print a reply while it is generated and return its last event.
+
+    shown: receives the text piece by piece, so that it is not lost if the reply is interrupted.
+    """
+    last = ""  # the kind of text before the cursor
     try:
         for event in events:
             match event:
                 case ReasoningDelta() if reasoning:
-                    shown = _switch(shown, "reasoning")
+                    last = _switch(last, "reasoning")
                     click.secho(event.text, nl=False, dim=True, err=True)
                 case TextDelta():
-                    shown = _switch(shown, "text")
+                    last = _switch(last, "text")
                     click.echo(event.text, nl=False)
-                    if said is not None:
-                        said.append(event.text)
+                    if shown is not None:
+                        shown.append(event.text)
                 case ToolCall():
-                    shown = _switch(shown, "call")
+                    last = _switch(last, "call")
                     click.secho(f"{event.name}({event.arguments})", nl=False, dim=True, err=True)
                 case ToolResult():
-                    shown = _switch(shown, "result")
+                    last = _switch(last, "result")
                     click.secho(event.text, nl=False, dim=True, err=True)
                 case Finished():
                     return event
     finally:
-        _switch(shown, "")
+        _switch(last, "")
     raise GptOssError("the stream ended early: its engine was closed")
 
 
-def _switch(shown: str, to: str) -> str:
-    """A line break where one kind of text ends and another begins."""
-    if shown and shown != to:
-        click.echo(err=shown != "text")
+def _switch(last: str, to: str) -> str:
+    """Print a line break where one kind of text ends and another begins."""
+    if last and last != to:
+        click.echo(err=last != "text")
     return to
 
 

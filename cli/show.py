@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_gptoss.options import LoadOptions
+
+from .options import DEVICE_OPTIONS, JSON_OPTION, declared, options
+
 if TYPE_CHECKING:
     from mlx_gptoss.loading.memory import MemoryPlan
     from mlx_gptoss.loading.plan import LoadPlan
@@ -18,23 +22,17 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model", required=False)
 @click.option(
-    "--context", type=click.IntRange(min=1), metavar="N", help="Plan for N tokens; the model's most by default."
+    "--context", type=click.IntRange(min=1), metavar="N", help="Plan for N tokens. Default: the model's maximum."
 )
-@click.option("--backend", default="auto", metavar="auto|mlx|cuda", help="Plan for this backend.")
-@click.option("--device", metavar="cpu|gpu|cuda:N", help="Plan for this device.")
-@click.option("--dtype", metavar="NAME", help="Plan for activations of this dtype.")
-@click.option("--kv-bits", type=click.Choice(["8"]), help="Plan for a K/V cache of full layers in 8 bits.")
-@click.option("--ranks", type=click.IntRange(min=2), metavar="N", help="What each of N ranks would hold of it.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@options(DEVICE_OPTIONS, declared(LoadOptions, "kv_bits"))
+@click.option("--ranks", type=click.IntRange(min=2), metavar="N", help="Also show what each of N ranks would hold.")
+@options((JSON_OPTION,))
 def show(
     model: str | None,
     context: int | None,
-    backend: str,
-    device: str | None,
-    dtype: str | None,
-    kv_bits: str | None,
     ranks: int | None,
     as_json: bool,
+    **given: Any,
 ) -> None:
     """Format, sizes and bits per weight of MODEL (a folder or a hub id), and the memory it needs here.
 
@@ -42,28 +40,19 @@ def show(
     """
     from mlx_gptoss import api
     from mlx_gptoss.backends import find_backend
-    from mlx_gptoss.loading.plan import LoadOptions, plan_load
-    from mlx_gptoss.loading.recommend import mappable, recommend
+    from mlx_gptoss.loading.plan import LoadRequest, plan_load
+    from mlx_gptoss.loading.recommend import mappable_by_format, recommend
 
     checkpoint = api.open_checkpoint(model)
-    module, name = find_backend(backend)
-    plan = api.memory_plan(
-        checkpoint,
-        module,
-        device=device,
-        dtype=dtype,
-        max_context=context,
-        kv_bits=None if kv_bits is None else int(kv_bits),
-        as_stored=name == "mlx",
-    )
-    may_stay = mappable(checkpoint) if name == "mlx" else None
+    module, name = find_backend(given.pop("backend"))
+    plan = api.memory_plan(checkpoint, module, max_context=context, as_stored=name == "mlx", **given)
+    may_stay = mappable_by_format(checkpoint) if name == "mlx" else None
     best = recommend(checkpoint, plan, api.sizes_in_other_formats(checkpoint), context, may_stay)
     summary = checkpoint.summary()
     parts: list[LoadPlan] = []
     if ranks is not None:
-        bits = None if kv_bits is None else int(kv_bits)
-        options = LoadOptions(model, backend=name, device=device, dtype=dtype, max_context=context, kv_bits=bits)
-        parts = [plan_load(options, checkpoint, rank, ranks) for rank in range(ranks)]
+        request = LoadRequest(model=model, backend=name, max_context=context, prefix_cache=0, **given)
+        parts = [plan_load(request, checkpoint, rank, ranks) for rank in range(ranks)]
     if as_json:
         report = _report(summary, plan, best)
         click.echo(json.dumps(report | {"ranks": [_part_report(part) for part in parts]} if parts else report))
@@ -76,7 +65,7 @@ def show(
 
 def _advice(best: Recommendation | None, model: str) -> str:
     from mlx_gptoss.loading.memory import gigabytes
-    from mlx_gptoss.loading.recommend import WHAT_IT_DOES
+    from mlx_gptoss.loading.recommend import DESCRIPTIONS
 
     if best is None:
         return "Recommended here: a machine with more memory; in no format does it fit"
@@ -84,7 +73,7 @@ def _advice(best: Recommendation | None, model: str) -> str:
         return "Recommended here: run it as it is"
     search = " --search mse" if best.format == "mlx-4bit" else ""
     return (
-        f"Recommended here: {best.format} ({gigabytes(best.size_bytes)}; {WHAT_IT_DOES[best.format]}): "
+        f"Recommended here: {best.format} ({gigabytes(best.size_bytes)}; {DESCRIPTIONS[best.format]}): "
         f"mlx-gptoss convert {model} DEST --to {best.format}{search}"
     )
 
@@ -118,10 +107,10 @@ def _memory(plan: MemoryPlan) -> dict[str, Any]:
 
 
 def _part_report(part: LoadPlan) -> dict[str, Any]:
-    share = part.share
-    assert share is not None
-    held = {"query_heads": len(share.queries), "kv_heads": len(share.kv), "experts": len(share.experts)}
-    return {"rank": share.rank, **held, "vocabulary": len(share.vocabulary), "memory": _memory(part.plan)}
+    shard = part.shard
+    assert shard is not None
+    held = {"query_heads": len(shard.query_heads), "kv_heads": len(shard.kv_heads), "experts": len(shard.experts)}
+    return {"rank": shard.rank, **held, "vocabulary": len(shard.vocabulary), "memory": _memory(part.memory)}
 
 
 def _print_parts(parts: Sequence[LoadPlan]) -> None:

@@ -1,4 +1,4 @@
-"""ModelConfig: the sizes of one gpt-oss model, read from every dialect of config.json and checked once, at the edge."""
+"""ModelConfig: the sizes of one gpt-oss model, read from every dialect of config.json and validated once."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ SLIDING: LayerKind = "sliding_attention"
 FULL: LayerKind = "full_attention"
 
 SWIGLU_ALPHA = 1.702  # openai/gpt-oss, gpt_oss/torch/model.py: swiglu(alpha=1.702)
-MAX_SIZE = 2**24  # no gpt-oss dimension comes near it; keeps hostile configs from asking for terabytes
-MAX_REAL = 1e30  # float32 holds it
+MAX_SIZE = 2**24  # far above any gpt-oss dimension; keeps hostile configs from asking for terabytes
+MAX_REAL = 1e30  # fits float32
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Yarn:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The sizes of one model, in the names of the published config.json.
+    """The sizes of one model, under the names of the published config.json.
 
-    The defaults are gpt-oss-20b. `layer_types` has one entry a layer; `sliding_window` is in tokens: a key is
+    The defaults are gpt-oss-20b. `layer_types` has one entry per layer; `sliding_window` is in tokens: a key is
     visible to a sliding layer's query iff 0 <= q - k < sliding_window.
     """
 
@@ -116,7 +116,7 @@ def read_config(data: object) -> ModelConfig:
 
 
 def published(config: ModelConfig) -> dict[str, Any]:
-    """config.json's content in the published dialect, without a quantization block."""
+    """The content of config.json in the published dialect, without a quantization block."""
     yarn = config.yarn
     return {
         "architectures": ["GptOssForCausalLM"],
@@ -188,7 +188,7 @@ def _yarn(data: Mapping[str, Any]) -> Yarn:
     if kind == "default":
         return Yarn(theta=theta, factor=1.0)
     if kind != "yarn":
-        raise CheckpointError(f"rope type {kind!r} is not one that gpt-oss uses (yarn)")
+        raise CheckpointError(f"rope type {kind!r} is not supported; gpt-oss uses yarn")
     return Yarn(
         theta=theta,
         factor=_real(scaling, "factor", 32.0),
@@ -247,9 +247,9 @@ def _check(c: ModelConfig) -> None:
             f"{c.num_attention_heads} query heads cannot share {c.num_key_value_heads} key/value heads evenly"
         )
     if c.num_experts_per_tok > c.num_local_experts:
-        raise CheckpointError(f"{c.num_experts_per_tok} experts a token of only {c.num_local_experts}")
+        raise CheckpointError(f"{c.num_experts_per_tok} experts per token, but only {c.num_local_experts} experts")
     if c.head_dim % 2:
-        raise CheckpointError(f"head_dim {c.head_dim} is odd; rotary embeddings need an even one")
+        raise CheckpointError(f"head_dim {c.head_dim} is odd; rotary embeddings need an even size")
 
 
 GPT_OSS_20B = ModelConfig()

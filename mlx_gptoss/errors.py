@@ -4,14 +4,14 @@ from __future__ import annotations
 
 
 class GptOssError(Exception):
-    """Anything mlx-gptoss refuses or cannot do. The command line prints it as one line and exits with 1."""
+    """The base of all errors that mlx-gptoss raises on purpose. The commands print it as one line and exit with 1."""
 
 
 class CheckpointError(GptOssError):
     """A checkpoint that cannot be read: damaged, incomplete, hostile, or of an unknown layout."""
 
     def __init__(self, message: str) -> None:
-        """A hostile file may have names of megabytes: the middle of such a message is left out."""
+        """The middle of a long message is cut out, since a hostile file may contain names of megabytes."""
         super().__init__(message if len(message) <= 2000 else f"{message[:1200]} ... {message[-600:]}")
 
 
@@ -28,7 +28,7 @@ class BackendUnavailable(GptOssError):
 
 
 class Busy(GptOssError):
-    """More requests than may wait. retry_after_s: whole seconds after which there may be room."""
+    """The queue is full. retry_after_s: whole seconds after which a slot may be free."""
 
     def __init__(self, message: str, *, retry_after_s: int) -> None:
         super().__init__(message)

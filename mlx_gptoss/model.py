@@ -1,19 +1,21 @@
-"""A loaded model as Python sees it: generate, stream, complete, or look at the logits. api.load() makes one."""
+"""A loaded model: generate, stream, complete, or look at the logits. api.load() makes one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .chat.reply import FinishReason, Timings, ToolCall, Usage, fold
 from .chat.stream import Events, Prompt, as_conversation, stream_chat, stream_raw, with_reply
 from .config import ModelConfig
 from .engine import Engine, Status, Token
 from .errors import CheckpointError, InvalidRequest
-from .harmony.messages import Conversation, Effort
+from .harmony.messages import Conversation
 from .loading.memory import MemoryPlan
+from .options import GenerationOptions
+from .options.declare import takes
 from .sampling import Sampling, default_sampling
 from .tokenizer import Tokenizer
 from .weights.checkpoint import Checkpoint
@@ -25,8 +27,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Completion:
-    """A raw continuation. ids: with the stop id, if one ended it. logprobs: natural logarithms under the raw logits.
-    top: per token the (id, logprob) alternatives that Sampling.logprobs asked for."""
+    """A raw continuation.
+
+    ids: the tokens produced, with the stop id if one ended it. logprobs: their natural log-probabilities under the raw
+    logits. top: for each token the likeliest (id, logprob) alternatives, as many as Sampling.logprobs says.
+    finish_reason: "stop" or "length".
+    """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -39,7 +45,11 @@ class Completion:
 
 @dataclass(frozen=True)
 class Reply:
-    """One assistant turn. ids: all tokens produced, Harmony's included. conversation: with this turn appended."""
+    """One assistant turn.
+
+    text: the answer. reasoning: the analysis before it. finish_reason: "stop", "length" or "tool_calls". ids, logprobs:
+    all tokens produced, Harmony's special tokens included. conversation: the prompt with this turn appended.
+    """
 
     text: str
     reasoning: str
@@ -53,7 +63,11 @@ class Reply:
 
 
 class Model:
-    """A loaded model. Made by load(); a context manager. Safe to use from several threads."""
+    """A loaded model, made by load(). A context manager; any number of threads may use it at once.
+
+    config: its sizes. backend: "mlx" or "cuda". format: the name of the checkpoint's format. plan: its memory plan.
+    name: as given to load(). load_s: seconds that loading took. default_sampling: from generation_config.json.
+    """
 
     def __init__(
         self,
@@ -75,11 +89,11 @@ class Model:
         self.load_s = load_s
         self._engine = engine
         self._stop_ids = frozenset(checkpoint.stop_ids)
-        self.default_sampling = default_sampling(checkpoint.generation)
+        self.default_sampling = default_sampling(checkpoint.generation_config)
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Raises CheckpointError if the checkpoint came without one, as OpenAI's `original/` folder does alone."""
+        """The tokenizer. Raises CheckpointError if the checkpoint has none, as OpenAI's `original/` folder alone."""
         if self._tokenizer is None:
             raise CheckpointError(
                 f"{self.name} has no tokenizer.json: copy it there from the model's repository, or use token ids"
@@ -87,14 +101,20 @@ class Model:
         return self._tokenizer
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Teacher-forced logits, float32 [T, V], of one sequence of T ids. No cache is kept."""
+        """Teacher-forced logits, float32 [T, V], of one sequence of T token ids. No cache is kept.
+
+        Raises InvalidRequest for ids outside the vocabulary, and for more than the context holds.
+        """
         ids = self._checked(ids)
         if len(ids) > self._engine.limits.max_context:
             raise InvalidRequest(f"{len(ids)} tokens exceed the context of {self._engine.limits.max_context}")
         return self._engine.call(lambda runner: runner.logits(ids))
 
     def complete(self, ids: Sequence[int], *, max_tokens: int, sampling: Sampling | None = None) -> Completion:
-        """Continue raw token ids, up to and including a stop id of the checkpoint."""
+        """Continue raw token ids without a chat format, up to and including a stop id of the checkpoint.
+
+        Raises InvalidRequest for a prompt that leaves no room in the context.
+        """
         _, text, _, finished = fold(self.stream_raw(ids, max_tokens=max_tokens, sampling=sampling))
         tokens = finished.tokens
         return Completion(
@@ -110,7 +130,7 @@ class Model:
     def stream_raw(
         self, ids: Sequence[int], *, max_tokens: int | None = None, sampling: Sampling | None = None
     ) -> Events:
-        """The same as it arrives: TextDelta events, then Finished."""
+        """complete() as it arrives: TextDelta events, then one Finished. max_tokens None: until the context is full."""
         return stream_raw(
             self._engine,
             self._tokenizer,
@@ -120,33 +140,22 @@ class Model:
             max_tokens=max_tokens,
         )
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        sampling: Sampling | None = None,
-        max_tokens: int | None = None,
-        reasoning: Effort | None = None,
-        system: str | None = None,
-        tools: Sequence[Mapping[str, Any]] = (),
-        response_format: Mapping[str, Any] | None = None,
-        tool_choice: str | Mapping[str, Any] = "auto",
-        parallel_tool_calls: bool = True,
-    ) -> Reply:
-        """One assistant turn, whole: stream() folded, with the same options."""
-        conversation = as_conversation(prompt, reasoning=reasoning, system=system, tools=tools)
-        events = self.stream(
-            conversation,
-            sampling=sampling,
-            max_tokens=max_tokens,
-            response_format=response_format,
-            tool_choice=tool_choice,
-            parallel_tool_calls=parallel_tool_calls,
-        )
-        thoughts, text, calls, finished = fold(events)
+    @takes(GenerationOptions)
+    def generate(self, prompt: Prompt, options: GenerationOptions) -> Reply:
+        """Generate one assistant turn and return it whole. stream() gives the same as it arrives.
+
+        prompt: a question; a list of {"role", "content", ...} messages as OpenAI's API takes them; or a Conversation,
+            which has its own reasoning, system message and tools.
+
+        The Reply has the answer's text, the reasoning, tool calls, why it ended ("stop", "length" or "tool_calls"),
+        token counts, timings and the conversation to continue with. Raises InvalidRequest for a prompt that leaves no
+        room in the context, and for an option that cannot be honoured.
+        """
+        conversation = _conversation(prompt, options)
+        reasoning, text, calls, finished = fold(self._events(conversation, options))
         return Reply(
             text=text,
-            reasoning=thoughts,
+            reasoning=reasoning,
             tool_calls=calls,
             finish_reason=finished.finish_reason,
             usage=finished.usage,
@@ -156,57 +165,34 @@ class Model:
             conversation=with_reply(conversation, finished.messages),
         )
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        sampling: Sampling | None = None,
-        max_tokens: int | None = None,
-        reasoning: Effort | None = None,
-        system: str | None = None,
-        tools: Sequence[Mapping[str, Any]] = (),
-        response_format: Mapping[str, Any] | None = None,
-        tool_choice: str | Mapping[str, Any] = "auto",
-        parallel_tool_calls: bool = True,
-    ) -> Events:
-        """One assistant turn as it arrives: ReasoningDelta, TextDelta, ToolCallDelta and ToolCall events, then
-        Finished.
+    @takes(GenerationOptions)
+    def stream(self, prompt: Prompt, options: GenerationOptions) -> Events:
+        """Generate one assistant turn and yield it as it arrives: ReasoningDelta, TextDelta, ToolCallDelta and ToolCall
+        events, then one Finished. generate() gives the same as one Reply.
 
-        prompt: a question; a list of {"role", "content", ...} as OpenAI's API takes them; or a Conversation, which
-            brings its own reasoning, system and tools.
-        sampling: None samples as the checkpoint's generation_config.json says, for gpt-oss at temperature 1.
-        max_tokens: None generates until the model stops or the context is full.
-        reasoning: "low", "medium" (the default) or "high". system: instructions to the model.
-        tools: functions in OpenAI's form, {"type": "function", "function": {"name", "description", "parameters",
-            "strict"}}. With "strict" the arguments of a call obey the schema; otherwise the model is only shown it.
-        response_format: {"type": "json_schema", "json_schema": {"name", "schema"}} or {"type": "json_object"}: the
-            final answer obeys it, unless it is cut off ("length"). What cannot be enforced of a schema is refused.
-        tool_choice: "auto"; "none"; "required": the turn ends in a call; a function's name: in a call of that one.
-        parallel_tool_calls: False allows one call a turn. gpt-oss ends its turn by a call, so this is what it does.
-        Closing the iterator ends the generation. Raises InvalidRequest for what cannot be honoured.
+        prompt: a question; a list of {"role", "content", ...} messages as OpenAI's API takes them; or a Conversation,
+            which has its own reasoning, system message and tools.
+
+        Closing the iterator ends the generation within one step. Raises InvalidRequest, at once and not on the first
+        event, for a prompt that leaves no room in the context, and for an option that cannot be honoured.
         """
-        return stream_chat(
-            self._engine,
-            self.tokenizer,
-            as_conversation(prompt, reasoning=reasoning, system=system, tools=tools),
-            stop_ids=self._stop_ids,
-            sampling=sampling or self.default_sampling,
-            max_tokens=max_tokens,
-            response_format=response_format,
-            tool_choice=tool_choice,
-            parallel_tool_calls=parallel_tool_calls,
-        )
+        return self._events(_conversation(prompt, options), options)
+
+    def _events(self, conversation: Conversation, options: GenerationOptions) -> Events:
+        options = replace(options, sampling=options.sampling or self.default_sampling)
+        return stream_chat(self._engine, self.tokenizer, conversation, options, stop_ids=self._stop_ids)
 
     def peak_memory(self) -> int:
-        """Most bytes the device held at once since loading."""
+        """Peak bytes allocated on the device since loading."""
         return self._engine.call(lambda runner: runner.peak_memory())
 
     @property
     def status(self) -> Status:
-        """What the engine is doing. Raises GptOssError if the model is closed."""
+        """Slots in use, requests waiting, and the prefix cache's bytes. Raises GptOssError if the model is closed."""
         return self._engine.status
 
     def close(self) -> None:
+        """Fail open streams and free the model's memory."""
         self._engine.close()
 
     def __enter__(self) -> Model:
@@ -216,10 +202,14 @@ class Model:
         self.close()
 
     def _checked(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """Token ids as the engine takes them; InvalidRequest for none, or one outside the vocabulary."""
+        """The ids as a tuple. Raises InvalidRequest if there are none, or one is outside the vocabulary."""
         checked = tuple(int(i) for i in ids)
         if not checked:
             raise InvalidRequest("the prompt is empty; give at least one token id")
         if any(not 0 <= i < self.config.vocab_size for i in checked):
             raise InvalidRequest(f"token ids must be from 0 to {self.config.vocab_size - 1}")
         return checked
+
+
+def _conversation(prompt: Prompt, options: GenerationOptions) -> Conversation:
+    return as_conversation(prompt, reasoning=options.reasoning, system=options.system, tools=options.tools)

@@ -1,4 +1,4 @@
-"""How the next token is chosen. One frozen, validated description that every backend implements alike."""
+"""How the next token is chosen: one frozen, validated description that every backend implements alike."""
 
 from __future__ import annotations
 
@@ -8,42 +8,42 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import InvalidRequest
+from .options.declare import Flag, documented, option
 
 MAX_LOGPROBS = 20
 
 
+@documented
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters of one request.
+    """How the next token is chosen.
 
-    The chain, in this order (the order of OpenAI's API and of vLLM):
-    logits -> + logit_bias -> repetition, presence and frequency penalties -> / temperature
-    -> top_k -> top_p -> min_p -> draw. Reported log-probabilities are those of the raw logits.
-
-    temperature: 0 is greedy; otherwise logits are divided by it. [0, 2]
-    top_p: smallest set of tokens whose probability reaches top_p. (0, 1]
-    top_k: keep the k likeliest tokens; 0 keeps all.
-    min_p: drop tokens less likely than min_p times the likeliest. [0, 1)
-    repetition_penalty: Keskar et al. 2019: positive logits of tokens in prompt or output are divided by it,
-        negative ones multiplied. 1 is off.
-    presence_penalty, frequency_penalty: subtracted once, and per occurrence, for tokens in the output. [-2, 2]
-    logit_bias: {token id: addend}, addends in [-100, 100].
-    seed: the same seed gives the same text, whatever else runs beside it. None draws a fresh one.
-    stop: strings that end the text; they are not part of it.
-    logprobs: report this many likeliest alternatives a token, 0 to 20.
+    The steps, in this order, which is that of OpenAI's API and of vLLM: logits, plus logit_bias, then repetition,
+    presence and frequency penalties, then divided by the temperature, then top_k, top_p and min_p, then one draw.
+    Log-probabilities are reported under the raw logits. Raises InvalidRequest for a value out of range.
     """
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    logprobs: int = 0
+    temperature: float = option(
+        1.0, "0 to 2; 0 always takes the likeliest token. Default: the model's own, 1 for gpt-oss.", Flag("T")
+    )
+    top_p: float = option(
+        1.0, "Keep the smallest set of likeliest tokens whose probabilities add up to top_p, above 0 to 1.", Flag("P")
+    )
+    top_k: int = option(0, "Keep the k likeliest tokens; 0 keeps all.", Flag("K"))
+    min_p: float = option(0.0, "Drop tokens less likely than min_p times the likeliest, 0 to below 1.", Flag("P"))
+    repetition_penalty: float = option(
+        1.0,
+        "Positive logits of tokens in prompt or output are divided by it, negative ones multiplied (Keskar et al. "
+        "2019); above 0 to 10, 1 is off.",
+    )
+    presence_penalty: float = option(0.0, "Subtracted once from the logits of tokens in the output, -2 to 2.")
+    frequency_penalty: float = option(0.0, "Subtracted for each occurrence of a token in the output, -2 to 2.")
+    logit_bias: Mapping[int, float] | None = option(None, "Token id to addend, -100 to 100.")
+    seed: int | None = option(
+        None, "The same seed gives the same text, whatever runs at the same time. Default: a new one.", Flag("S")
+    )
+    stop: tuple[str, ...] = option((), "Strings that end the text and are not part of it.")
+    logprobs: int = option(0, "Report this many likeliest alternatives per token, 0 to 20.")
 
     def __post_init__(self) -> None:
         _number("temperature", self.temperature, 0.0, 2.0)

@@ -1,6 +1,6 @@
-"""Text to ids and back: byte-level BPE of a tokenizer.json, with Harmony's special tokens kept apart from text.
+"""Text to ids and back: the byte-level BPE of a tokenizer.json, with Harmony's special tokens kept apart from text.
 
-Knows special tokens by name only; their ids are the file's (199998.. in the published models, others in small ones).
+Special tokens are known by name only; their ids come from the file (199998 and up in the published models).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MESSAGE = "<|message|>"
 CALL = "<|call|>"
 
 SPECIALS = (STARTOFTEXT, ENDOFTEXT, RETURN, CONSTRAIN, CHANNEL, START, END, MESSAGE, CALL)
-"""Every special token that this program writes or reads. A file may hold more (reserved ones): they are never text."""
+"""The special tokens that this program reads or writes. A file may define more (reserved ones); they are never text."""
 
 
 class Tokenizer:
@@ -39,14 +39,14 @@ class Tokenizer:
     """
 
     def __init__(self, bpe: BPE) -> None:
-        """`bpe` is taken over: it is set to leave special tokens in text unparsed.
+        """Takes ownership of `bpe` and makes it treat special tokens in text as plain text.
 
-        Raises CheckpointError when its decoder is not byte-level: only then are tokens bytes.
+        Raises CheckpointError if its decoder is not byte-level, because tokens are then not bytes.
         """
         if "ByteLevel" not in str(bpe.decoder):
             raise CheckpointError("the tokenizer is not byte-level BPE: a gpt-oss tokenizer.json is needed")
         added = bpe.get_added_tokens_decoder()
-        # A special token that the file fails to flag as one would be parsed out of users' text.
+        # A special token that the file does not flag as special would be parsed out of users' text.
         bpe.add_special_tokens([token.content for token in added.values() if token.content in SPECIALS])
         bpe.encode_special_tokens = True
         self._bpe = bpe
@@ -62,9 +62,9 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
-        """Read `tokenizer.json` in a checkpoint's folder; beside an `original/` folder when that is the checkpoint.
+        """Read `tokenizer.json` from a checkpoint's folder, or from its parent if the folder is `original/`.
 
-        Raises CheckpointError when it is missing or broken.
+        Raises CheckpointError if it is missing or broken.
         """
         folder = Path(path)
         file = folder / "tokenizer.json"
@@ -76,7 +76,7 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
-        """Read one tokenizer.json, whatever its name. Raises CheckpointError when it cannot be read."""
+        """Read one tokenizer.json, whatever its name. Raises CheckpointError if it cannot be read."""
         try:
             text = Path(path).read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -85,7 +85,7 @@ class Tokenizer:
 
     @classmethod
     def from_text(cls, text: str, name: str) -> Tokenizer:
-        """Read the content of a tokenizer.json; `name` is what errors call it."""
+        """Parse the content of a tokenizer.json; `name` is used in errors."""
         from tokenizers import Tokenizer as BPE
 
         try:
@@ -95,14 +95,14 @@ class Tokenizer:
         return cls(bpe)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text. Special tokens written in it are text like any other: nobody can inject one.
+        """Ids of plain text. Special tokens in it are encoded as text, so that nobody can inject one.
 
         Lone surrogates, which have no UTF-8, become U+FFFD.
         """
         return self._bpe.encode(_scalar_text(text), add_special_tokens=False).ids
 
     def encode_with_specials(self, text: str) -> list[int]:
-        """Ids of a raw prompt in which special tokens are written out and meant."""
+        """Ids of a raw prompt in which written special tokens count as special tokens."""
         ids: list[int] = []
         end = 0
         for match in self._special_pattern.finditer(text):
@@ -112,19 +112,19 @@ class Tokenizer:
         return ids + self.encode(text[end:])
 
     def decode(self, ids: Iterable[int], *, specials: bool = False) -> str:
-        """Text of ids; special tokens are left out, or written out with `specials`.
+        """Text of ids. Special tokens are left out, or written out if `specials`.
 
-        Bytes that are not UTF-8 become U+FFFD; ids that the vocabulary does not have (padding rows) become nothing.
+        Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary (padding rows) become nothing.
         """
         decoder = self.decoder(specials=specials)
         return "".join([*map(decoder.push, ids), decoder.flush()])
 
     def decoder(self, *, specials: bool = False) -> IncrementalDecoder:
-        """A decoder for one stream; what it gives adds up to `decode` of all its ids."""
+        """A decoder for one stream; its pieces add up to `decode` of all ids."""
         return IncrementalDecoder(self, specials)
 
     def special(self, name: str) -> int:
-        """Id of the special token `name`. Raises CheckpointError when the file has none of that name."""
+        """Id of the special token `name`. Raises CheckpointError if the file has none of that name."""
         try:
             return self.specials[name]
         except KeyError:
@@ -136,9 +136,9 @@ class Tokenizer:
         return id in self._special_ids
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes that a token stands for, perhaps part of a character; b"" for an id outside the vocabulary.
+        """The bytes of a token, which may be part of a character; b"" for an id outside the vocabulary.
 
-        A special token gives its name.
+        For a special token, the bytes of its name.
         """
         known = self._bytes.get(id)
         if known is None:
@@ -151,13 +151,13 @@ class Tokenizer:
         token = self._bpe.id_to_token(id) if 0 <= id < self.vocab_size else None
         if not token:
             return b""
-        if any(character not in _BYTE_OF for character in token):  # not byte-level: it stands for itself
+        if any(character not in _BYTE_OF for character in token):  # not byte-level: the text itself
             return token.encode()
         return bytes(_BYTE_OF[character] for character in token)
 
 
 class IncrementalDecoder:
-    """Text of one stream of ids as it arrives, in linear time: a character is given once all its bytes are there."""
+    """Decodes one stream of ids as it arrives, in linear time. A character is returned once all its bytes are there."""
 
     def __init__(self, tokenizer: Tokenizer, specials: bool = False) -> None:
         self._tokenizer = tokenizer
@@ -165,14 +165,14 @@ class IncrementalDecoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, id: int) -> str:
-        """Text that this id completes. A special token ends a character that it interrupts (U+FFFD)."""
+        """The text that this id completes. A special token that interrupts a character ends it as U+FFFD."""
         if not self._tokenizer.is_special(id):
             return self._utf8.decode(self._tokenizer.token_bytes(id))
         text = self.flush()
         return text + self._tokenizer.token_bytes(id).decode() if self._write_specials else text
 
     def flush(self) -> str:
-        """U+FFFD when the stream ended within a character, else nothing. The decoder is then as new."""
+        """U+FFFD if the stream ended within a character, otherwise nothing. Resets the decoder."""
         return self._utf8.decode(b"", final=True)
 
 

@@ -18,10 +18,12 @@ MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it ma
     "errors": set(),
     "machine": set(),
     "config": {"errors"},
-    "sampling": {"errors"},
+    "options.declare": set(),
+    "sampling": {"errors", "options.declare"},
     "tokenizer": {"errors"},
     "nano": set(),
     # 1
+    "options": {"harmony.messages", "sampling"},
     "weights": LEVEL_0,
     "harmony": LEVEL_0,
     "backends": {"errors"},
@@ -33,12 +35,12 @@ MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it ma
     "engine": {"backends.base", "sampling", "errors"},
     "ranks": {"backends.base", "errors", "machine", "sampling"},
     # 3
-    "chat": LEVEL_0 | {"engine", "harmony"},
-    "loading": LEVEL_0 | {"backends", "backends.base", "ranks", "weights"},
+    "chat": LEVEL_0 | {"options", "engine", "harmony"},
+    "loading": LEVEL_0 | {"options", "backends", "backends.base", "ranks", "weights"},
     # 4
-    "model": LEVEL_0 | {"chat", "engine", "harmony.messages", "loading.memory", "weights.checkpoint"},
+    "model": LEVEL_0 | {"options", "chat", "engine", "harmony.messages", "loading.memory", "weights.checkpoint"},
     # 5
-    "api": LEVEL_0 | {"engine", "loading", "model", "ranks", "weights"},
+    "api": LEVEL_0 | {"options", "engine", "loading", "model", "ranks", "weights"},
     "tools": LEVEL_0 | {"chat", "harmony.messages", "model"},
     # 6, 7
     "__main__": set(),

@@ -1,7 +1,4 @@
-"""What the tokens of one reply mean: events, as they arrive.
-
-Takes tokens in and gives events out; waits for nothing and knows no engine that makes the tokens.
-"""
+"""Tokens of one reply in, events out. It never waits and does not know the engine that produces the tokens."""
 
 from __future__ import annotations
 
@@ -24,15 +21,17 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 @dataclass(frozen=True)
 class ReasoningDelta:
-    """More of the analysis channel."""
+    """Reasoning: more text of the analysis channel."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """More of what the user is meant to read: the final channel, and preambles on commentary. tokens: those that the
-    text is made of; none for a text that came without a header. preamble: whether it stands on commentary."""
+    """More text for the user: the final channel, and preambles on the commentary channel.
+
+    tokens: the tokens of this text; empty for text that came without a header. preamble: whether it is on commentary.
+    """
 
     text: str
     tokens: tuple[Token, ...] = ()
@@ -41,7 +40,7 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class ToolCallDelta:
-    """More of a call's arguments. The first one, perhaps without text, comes when the function is known."""
+    """More of a call's arguments. The first one, perhaps with empty text, comes as soon as the function is known."""
 
     id: str
     name: str
@@ -50,7 +49,7 @@ class ToolCallDelta:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A complete call of a function, after its deltas. arguments: JSON text as the model wrote it, not checked."""
+    """A complete function call, after its deltas. arguments: JSON text as the model wrote it, not validated."""
 
     id: str
     name: str
@@ -59,7 +58,7 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens. cached_tokens of the prompt did not have to be computed."""
+    """Token counts. cached_tokens: tokens of the prompt that the prefix cache provided."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -68,7 +67,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timings:
-    """ttft_s: seconds from asking to the first token. Rates in tokens per second, 0 where nothing was measured."""
+    """Speeds. ttft_s: seconds from the request to the first token. Rates are tokens per second, 0 if not measured."""
 
     ttft_s: float
     prefill_tok_s: float
@@ -77,9 +76,12 @@ class Timings:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event. tokens: all that the model produced, Harmony's own included; messages: the same as parsed,
-    ready to be appended to the conversation. reasoning_tokens: those of the analysis channel without its headers.
-    drafted, accepted: tokens that were guessed ahead, and the right ones."""
+    """The last event of a stream.
+
+    tokens: all tokens produced, Harmony's special tokens included. messages: the same, parsed, to be appended to the
+    conversation. reasoning_tokens: tokens of the analysis channel without headers. drafted, accepted: tokens that
+    speculation proposed, and those that were right.
+    """
 
     finish_reason: FinishReason
     usage: Usage
@@ -111,7 +113,7 @@ def fold(events: Iterable[Event]) -> tuple[str, str, tuple[ToolCall, ...], Finis
 
 
 class Reader(Protocol):
-    """What the tokens of one stream mean. After a stop string matched, tokens mean nothing."""
+    """Turns the tokens of one stream into events. Tokens after a matched stop string are ignored."""
 
     stops: StopStrings
 
@@ -120,23 +122,23 @@ class Reader(Protocol):
     def finish(self, end: engines.Finished) -> Iterable[Event]: ...
 
 
-class _Said:
-    """Which tokens a piece of text is made of: a character may take several, and stop strings hold text back."""
+class TextTokens:
+    """Assigns tokens to pieces of text: a character may take several tokens, and stop strings hold text back."""
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[int, Token]] = deque()  # with the characters before it
+        self._waiting: deque[tuple[int, Token]] = deque()  # with the number of characters before each
         self._read = 0
         self._shown = 0
 
-    def heard(self, token: Token) -> None:
+    def add(self, token: Token) -> None:
         self._waiting.append((self._read, token))
 
-    def read(self, text: str) -> None:
-        """The text that the tokens heard last have brought."""
+    def advance(self, text: str) -> None:
+        """Take in the text that the tokens added last decoded to."""
         self._read += len(text)
 
     def delta(self, text: str, preamble: bool = False) -> TextDelta:
-        """The next text that is shown."""
+        """The event for the next text to show."""
         self._shown += len(text)
         tokens = []
         while self._waiting and self._waiting[0][0] < self._shown:
@@ -145,35 +147,35 @@ class _Said:
 
 
 @dataclass
-class Turn:
-    """One reply while it is being generated: each parsed piece becomes reasoning, text or part of a tool call."""
+class ReplyReader:
+    """Reads one Harmony reply: each parsed piece becomes reasoning, text or part of a tool call."""
 
     tokenizer: Tokenizer
     parser: Parser
     stops: StopStrings
     tokens: list[Token] = field(default_factory=list)
-    said: _Said = field(default_factory=_Said)
+    text_tokens: TextTokens = field(default_factory=TextTokens)
     reasoning_tokens: int = 0
     called: bool = False
-    call: tuple[str, str] | None = None  # id and name of the function that is being called
+    call: tuple[str, str] | None = None  # id and function name of the open call
     arguments: list[str] = field(default_factory=list)
 
     def push(self, token: Token) -> Iterator[Event]:
         if self.stops.matched is not None:
             return
         self.tokens.append(token)
-        within = None if self.tokenizer.is_special(token.id) else self.parser.within
+        within = None if self.tokenizer.is_special(token.id) else self.parser.content_kind
         if within == "text":
-            self.said.heard(token)
+            self.text_tokens.add(token)
         self.reasoning_tokens += within == "reasoning"
         yield from self._route(self.parser.push(token.id))
 
     def finish(self, end: engines.Finished) -> Iterator[Event]:
         yield from self._route(self.parser.finish())
         if held := self.stops.flush():
-            yield self.said.delta(held)
-        reason: FinishReason = "stop" if self.stops.matched is not None else _reason(end)
-        if reason != "length":  # half a call is none; its text is in Finished.messages
+            yield self.text_tokens.delta(held)
+        reason: FinishReason = "stop" if self.stops.matched is not None else _finish_reason(end)
+        if reason != "length":  # a call cut short is no call; its text is in Finished.messages
             yield from self._end_call()
         if self.called and reason == "stop":
             reason = "tool_calls"
@@ -184,16 +186,16 @@ class Turn:
             if delta.starts:
                 yield from self._end_call()
             if delta.kind == "call":
-                yield self._argue(delta)
+                yield self._call_delta(delta)
             elif delta.kind == "reasoning" and delta.text:
                 yield ReasoningDelta(delta.text)
             elif delta.kind == "text":
-                self.said.read(delta.text)
+                self.text_tokens.advance(delta.text)
                 text, _ = self.stops.push(delta.text)
                 if text:
-                    yield self.said.delta(text, delta.channel == "commentary")
+                    yield self.text_tokens.delta(text, delta.channel == "commentary")
 
-    def _argue(self, delta: Delta) -> ToolCallDelta:
+    def _call_delta(self, delta: Delta) -> ToolCallDelta:
         id, name = self.call = self.call or (f"call_{secrets.token_hex(8)}", delta.function or "")
         self.arguments.append(delta.text)
         return ToolCallDelta(id, name, delta.text)
@@ -206,35 +208,35 @@ class Turn:
 
 
 @dataclass
-class Continuation:
-    """Raw text while it is being generated."""
+class RawReader:
+    """Reads a raw continuation: all of it is text."""
 
     decoder: IncrementalDecoder | None
     stops: StopStrings
     tokens: list[Token] = field(default_factory=list)
-    said: _Said = field(default_factory=_Said)
+    text_tokens: TextTokens = field(default_factory=TextTokens)
 
     def push(self, token: Token) -> Iterator[Event]:
         if self.stops.matched is None:
             self.tokens.append(token)
-            self.said.heard(token)
+            self.text_tokens.add(token)
             yield from self._show("" if self.decoder is None else self.decoder.push(token.id))
 
     def finish(self, end: engines.Finished) -> Iterator[Event]:
         yield from self._show("" if self.decoder is None else self.decoder.flush())
         if held := self.stops.flush():
-            yield self.said.delta(held)
-        yield _finished(end, self.tokens, "stop" if self.stops.matched is not None else _reason(end))
+            yield self.text_tokens.delta(held)
+        yield _finished(end, self.tokens, "stop" if self.stops.matched is not None else _finish_reason(end))
 
     def _show(self, text: str) -> Iterator[Event]:
-        self.said.read(text)
+        self.text_tokens.advance(text)
         text, _ = self.stops.push(text)
         if text:
-            yield self.said.delta(text)
+            yield self.text_tokens.delta(text)
 
 
-def _reason(end: engines.Finished) -> FinishReason:
-    """How a stream that ran to its end ended."""
+def _finish_reason(end: engines.Finished) -> FinishReason:
+    """The finish reason of a stream that no stop string ended."""
     return "length" if end.reason == "length" else "stop"
 
 

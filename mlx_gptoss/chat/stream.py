@@ -1,6 +1,6 @@
-"""From a conversation to events, as they arrive. The one path that the Python API and the command line share.
+"""From a conversation to a stream of events: the one path that the Python API, the commands and the server share.
 
-Knows the engine (ids), the tokenizer (text) and Harmony (what the text means); knows no device and no file.
+It knows the engine (ids), the tokenizer (text) and Harmony (what the text means), but no device and no file.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from ..harmony.messages import Conversation, Effort, Message, without_old_reason
 from ..harmony.openai import from_chat, response_format_of, tool_choice_of
 from ..harmony.parse import Parser
 from ..harmony.render import render
+from ..options import GenerationOptions
 from ..sampling import Sampling
 from ..tokenizer import CALL, END, RETURN, Tokenizer
-from .reply import Continuation, Event, Reader, Turn
+from .reply import Event, RawReader, Reader, ReplyReader
 
 Prompt = str | Sequence[Mapping[str, Any]] | Conversation
 
@@ -33,11 +34,13 @@ def as_conversation(
     system: str | None = None,
     tools: Sequence[Mapping[str, Any]] = (),
 ) -> Conversation:
-    """A prompt of any of the three kinds as a Conversation, dated today and without the reasoning that led to earlier
-    answers, unless it is one already."""
+    """The prompt as a Conversation, dated today and without the reasoning that led to earlier answers.
+
+    A Conversation is returned as it is; reasoning, system and tools are then refused (InvalidRequest).
+    """
     if isinstance(prompt, Conversation):
         if reasoning is not None or system is not None or tools:
-            raise InvalidRequest("a Conversation has its own reasoning, instructions and functions; set them there")
+            raise InvalidRequest("a Conversation has its own reasoning, instructions and functions; set them in it")
         return prompt
     if isinstance(prompt, str) and not prompt.strip():
         raise InvalidRequest("the prompt is empty; write a question")
@@ -56,34 +59,32 @@ def stream_chat(
     engine: Engine,
     tokenizer: Tokenizer,
     conversation: Conversation,
+    options: GenerationOptions,
     *,
     stop_ids: frozenset[int],
-    sampling: Sampling | None = None,
-    max_tokens: int | None = None,
-    response_format: Mapping[str, Any] | None = None,
-    tool_choice: str | Mapping[str, Any] = "auto",
-    parallel_tool_calls: bool = True,
 ) -> Events:
-    """The assistant's next turn. max_tokens None: as many as the context holds.
+    """Generate the assistant's next turn.
 
-    response_format, tool_choice, parallel_tool_calls: as OpenAI's API has them, and enforced (harmony/guide.py), as is
-    the schema of a function with `strict`. response_format takes the place of the conversation's own.
-    Raises InvalidRequest at once (not on the first next()) for an empty conversation or one longer than the context,
-    and for what cannot be enforced.
+    options: without reasoning, system and tools, which the conversation has. A response_format replaces the
+        conversation's own. It is enforced (harmony/guide.py), as are tool_choice and the schemas of strict functions.
+    stop_ids: token ids that end the turn, beside <|return|> and <|call|>.
+
+    Raises InvalidRequest at once, not on the first next(), for an empty conversation, one longer than the context, and
+    for what cannot be enforced.
     """
     if not conversation.messages:
         raise InvalidRequest("the conversation is empty; give at least one message")
-    if response_format is not None:
-        conversation = replace(conversation, response_format=response_format_of(response_format))
-    choice = tool_choice_of(tool_choice, conversation.functions)
-    guide = guide_for(conversation, tokenizer, choice, parallel_tool_calls=parallel_tool_calls)
-    sampling = sampling or Sampling()
+    if options.response_format is not None:
+        conversation = replace(conversation, response_format=response_format_of(options.response_format))
+    choice = tool_choice_of(options.tool_choice, conversation.functions)
+    guide = guide_for(conversation, tokenizer, choice, parallel_tool_calls=options.parallel_tool_calls)
+    sampling = options.sampling or Sampling()
     stop_ids = stop_ids | {tokenizer.special(RETURN), tokenizer.special(CALL)}
     ends = frozenset(tokenizer.special(name) for name in (END, RETURN, CALL))
     prompt = tuple(render(conversation, tokenizer))
-    request = Request(prompt, _most(engine, max_tokens), sampling, stop_ids, guide, message_ends=ends)
+    request = Request(prompt, _max_tokens(engine, options.max_tokens), sampling, stop_ids, guide, message_ends=ends)
     stream = engine.submit(request)
-    return Events(stream, Turn(tokenizer, Parser(tokenizer), StopStrings(sampling.stop)))
+    return Events(stream, ReplyReader(tokenizer, Parser(tokenizer), StopStrings(sampling.stop)))
 
 
 def stream_raw(
@@ -95,78 +96,78 @@ def stream_raw(
     sampling: Sampling | None = None,
     max_tokens: int | None = None,
 ) -> Events:
-    """Plain continuation of token ids: TextDelta events, special tokens left out, and Finished. Otherwise as above.
+    """Continue token ids without a chat format: TextDelta events, special tokens left out, then Finished.
 
-    Without a tokenizer there is no text, only Finished; stop strings are then refused.
+    Without a tokenizer there is no text, only Finished, and stop strings are refused (InvalidRequest).
     """
     sampling = sampling or Sampling()
     if tokenizer is None and sampling.stop:
         raise InvalidRequest("stop strings need a tokenizer, and this checkpoint has none; leave them out")
-    stream = engine.submit(Request(prompt, _most(engine, max_tokens), sampling, stop_ids))
+    stream = engine.submit(Request(prompt, _max_tokens(engine, max_tokens), sampling, stop_ids))
     decoder = None if tokenizer is None else tokenizer.decoder()
-    return Events(stream, Continuation(decoder, StopStrings(sampling.stop)))
+    return Events(stream, RawReader(decoder, StopStrings(sampling.stop)))
 
 
-def _most(engine: Engine, max_tokens: int | None) -> int:
+def _max_tokens(engine: Engine, max_tokens: int | None) -> int:
     return engine.limits.max_context if max_tokens is None else max_tokens
 
 
 class Events(Iterator[Event]):
-    """The events of one reply, as they arrive, for one reader. Raises what failed the request.
+    """An iterator over the events of one reply, for one consumer. It raises the error that failed the request.
 
-    Closing it ends the generation within one step; so does forgetting it.
+    close() ends the generation within one step; so does dropping the iterator.
     """
 
     def __init__(self, stream: Stream, reader: Reader) -> None:
         self._stream = stream
         self._reader = reader
-        self._made: deque[Event] = deque()
-        self._over = False
+        self._pending: deque[Event] = deque()
+        self._closed = False
 
     def __next__(self) -> Event:
-        while not self._made:
-            if self._over:
+        while not self._pending:
+            if self._closed:
                 raise StopIteration
             for token in self._stream:
                 self._take(token)
-                if self._made:
+                if self._pending:
                     break
             else:
                 self._end()
-        return self._made.popleft()
+        return self._pending.popleft()
 
     def ready(self) -> list[Event]:
-        """The events that are there and not read yet; never waits. Call it again until it gives none."""
-        while not self._over and (tokens := self._stream.ready()):
+        """The events available now, without waiting. Call it again until it returns none."""
+        while not self._closed and (tokens := self._stream.ready()):
             for token in tokens:
                 self._take(token)
         self._end()
-        made = list(self._made)
-        self._made.clear()
-        return made
+        events = list(self._pending)
+        self._pending.clear()
+        return events
 
-    def on_arrival(self, tell: Callable[[], None]) -> None:
-        """Have `tell()` called, at once and then on the engine's thread whenever there may be more; it must not
-        wait."""
-        self._stream.on_arrival(tell)
+    def on_arrival(self, notify: Callable[[], None]) -> None:
+        """Call `notify()` once now, and then on the engine's thread whenever there may be more events. It must not
+        block."""
+        self._stream.on_arrival(notify)
 
     def close(self) -> None:
-        """End the generation and give no more events. Any thread may call it."""
-        self._over = True
-        self._made.clear()
+        """End the generation; no more events follow. Any thread may call it."""
+        self._closed = True
+        self._pending.clear()
         self._stream.cancel()
 
     def _take(self, token: Token) -> None:
-        self._made.extend(self._reader.push(token))
+        self._pending.extend(self._reader.push(token))
         if self._reader.stops.matched is not None:
             self._stream.cancel()
 
     def _end(self) -> None:
-        if self._stream.finished is not None and not self._over:
-            self._over = True
-            self._made.extend(self._reader.finish(self._stream.finished))
+        if self._stream.finished is not None and not self._closed:
+            self._closed = True
+            self._pending.extend(self._reader.finish(self._stream.finished))
 
 
 def with_reply(conversation: Conversation, reply: tuple[Message, ...]) -> Conversation:
-    """The conversation with a reply appended, ready for the next turn: reasoning that led to an answer is dropped."""
+    """The conversation with a reply appended, ready for the next turn. Reasoning that led to an answer is dropped."""
     return replace(conversation, messages=without_old_reasoning(conversation.messages + reply))

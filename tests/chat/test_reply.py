@@ -9,7 +9,7 @@ import pytest
 
 import mlx_gptoss
 from mlx_gptoss import Conversation, Finished, Sampling, TextDelta, ToolCall, ToolCallDelta
-from mlx_gptoss.chat.reply import Continuation, Turn
+from mlx_gptoss.chat.reply import RawReader, ReplyReader
 from mlx_gptoss.chat.stream import with_reply
 from mlx_gptoss.engine import Finished as EngineFinished
 from mlx_gptoss.engine import StopStrings, Token
@@ -77,7 +77,7 @@ def test_a_builtin_tool_is_called_on_analysis_and_answered_there(model):
         "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
         "<|channel|>analysis to=python code<|message|>1 + 1<|call|>"
     )
-    turn = Turn(model.tokenizer, Parser(model.tokenizer), StopStrings(()))
+    turn = ReplyReader(model.tokenizer, Parser(model.tokenizer), StopStrings(()))
     events = [event for id in ids for event in turn.push(Token(id, 0.0))]
     events += turn.finish(EngineFinished("stop", 1, len(ids)))
     (call,) = [event for event in events if isinstance(event, ToolCall)]
@@ -99,7 +99,7 @@ def test_text_brings_its_tokens_and_no_others(model):
 
 
 def test_a_character_of_two_tokens_comes_with_both(model):
-    reader = Continuation(model.tokenizer.decoder(), StopStrings(()))
+    reader = RawReader(model.tokenizer.decoder(), StopStrings(()))
     first, second = (Token(id, -0.5) for id in model.tokenizer.encode("ü"))
     assert list(reader.push(first)) == []
     assert list(reader.push(second)) == [TextDelta("ü", (first, second))]

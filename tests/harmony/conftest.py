@@ -1,5 +1,5 @@
 """Tokenizers: a small one made here, the bundled model's, and the published vocabulary with openai-harmony's encoding
-of it as judge. Texts drawn from a grammar."""
+of it as reference. Texts drawn from a grammar."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PUBLISHED_IDS = {
     "<|reserved_200011|>": 200011,
     "<|call|>": 200012,
 }
-PIECES = "|".join(
+SPLIT_PATTERN = "|".join(
     [
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
@@ -51,27 +51,29 @@ PIECES = "|".join(
 )
 
 
-def alphabet() -> list[str]:
+def byte_alphabet() -> list[str]:
     """The character of each byte, in the order of bytes."""
     others = iter(range(0x100, 0x200))
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def byte_level(ids: dict[bytes, int], merges: list[tuple[bytes, bytes]], specials: dict[str, int]) -> Tokenizer:
-    letters = alphabet()
+def byte_level_tokenizer(
+    ids: dict[bytes, int], merges: list[tuple[bytes, bytes]], specials: dict[str, int]
+) -> Tokenizer:
+    letters = byte_alphabet()
 
-    def written(token: bytes) -> str:
+    def as_text(token: bytes) -> str:
         return "".join(letters[byte] for byte in token)
 
     bpe = BPE(
         models.BPE(
-            vocab={written(token): id for token, id in ids.items()},
-            merges=[(written(left), written(right)) for left, right in merges],
+            vocab={as_text(token): id for token, id in ids.items()},
+            merges=[(as_text(left), as_text(right)) for left, right in merges],
             ignore_merges=True,
         )
     )
-    split = pre_tokenizers.Split(Regex(PIECES), "isolated")
+    split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens(list(specials))
@@ -89,7 +91,7 @@ def small() -> Tokenizer:
             if word[:end] not in ids:
                 ids[word[:end]] = len(ids)
                 merges.append((word[: end - 1], word[end - 1 : end]))
-    return byte_level(ids, merges, {name: len(ids) + place for place, name in enumerate(SPECIALS)})
+    return byte_level_tokenizer(ids, merges, {name: len(ids) + place for place, name in enumerate(SPECIALS)})
 
 
 @dataclass(frozen=True)
@@ -134,11 +136,11 @@ def published(vocabulary_file: Path) -> Tokenizer:
     """The published vocabulary, its ranks turned into merges."""
     rows = (line.split() for line in vocabulary_file.read_bytes().splitlines())
     ids = {base64.b64decode(token): int(rank) for token, rank in rows}
-    merges = [halves(token, ids) for token in ids if len(token) > 1]
-    return byte_level(ids, merges, PUBLISHED_IDS)
+    merges = [last_merge(token, ids) for token in ids if len(token) > 1]
+    return byte_level_tokenizer(ids, merges, PUBLISHED_IDS)
 
 
-def halves(token: bytes, ids: dict[bytes, int]) -> tuple[bytes, bytes]:
+def last_merge(token: bytes, ids: dict[bytes, int]) -> tuple[bytes, bytes]:
     """The last merge that makes `token`: merge its bytes, lowest rank first, until two parts are left."""
     parts = [token[place : place + 1] for place in range(len(token))]
     while len(parts) > 2:
@@ -149,7 +151,7 @@ def halves(token: bytes, ids: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 
 @pytest.fixture(scope="session")
-def judge(vocabulary_file: Path) -> Any:
+def reference(vocabulary_file: Path) -> Any:
     """openai-harmony's encoding, fed the same file so that it does not fetch one."""
     openai_harmony = pytest.importorskip("openai_harmony", reason="openai-harmony comes with the `test` extra")
     with pytest.MonkeyPatch.context() as environment:
@@ -164,25 +166,25 @@ def nano() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def allowed() -> Callable[[bytes, int], list[int]]:
+def allowed_ids() -> Callable[[bytes, int], list[int]]:
     """The ids below `size` that a mask allows."""
     return lambda mask, size: [id for id in range(size) if mask[id >> 3] >> (id & 7) & 1]
 
 
 @pytest.fixture(scope="session")
-def drawn(allowed: Any) -> Callable[..., str | None]:
+def sample_text(allowed_ids: Any) -> Callable[..., str | None]:
     """A text of tokens drawn evenly from what a grammar's mask allows, in favour of what closes; None for one that got
     too long."""
 
-    def draw(grammar: Grammar, tokenizer: Tokenizer, end: str, random: Random, most: int = 2000) -> str | None:
-        text, stop, ids = grammar.begin(tokenizer.special(end)), tokenizer.special(end), []
-        for _ in range(most):
-            choices = allowed(text.mask(), tokenizer.vocab_size)
-            assert not [id for id in choices if tokenizer.is_special(id) and id != stop]
-            if stop in choices and (len(choices) == 1 or random.random() < 0.3):
+    def draw(grammar: Grammar, tokenizer: Tokenizer, end: str, random: Random, max_tokens: int = 2000) -> str | None:
+        text, end_id, ids = grammar.matcher(tokenizer.special(end)), tokenizer.special(end), []
+        for _ in range(max_tokens):
+            choices = allowed_ids(text.mask(), tokenizer.vocab_size)
+            assert not [id for id in choices if tokenizer.is_special(id) and id != end_id]
+            if end_id in choices and (len(choices) == 1 or random.random() < 0.3):
                 return tokenizer.decode(ids)
             closing = [id for id in choices if tokenizer.token_bytes(id) in (b'"', b"}", b"]")]
-            kept = closing if closing and random.random() < 0.3 else [id for id in choices if id != stop]
+            kept = closing if closing and random.random() < 0.3 else [id for id in choices if id != end_id]
             ids.append(random.choice(kept))
             text.accept(ids[-1])
         return None

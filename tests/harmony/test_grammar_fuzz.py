@@ -82,7 +82,7 @@ def schema(r: Random, depth: int = 0) -> Any:
     return made
 
 
-def check(seed: int, tokenizer: Tokenizer, drawn: Any, jsonschema: Any) -> bool:
+def check(seed: int, tokenizer: Tokenizer, sample_text: Any, jsonschema: Any) -> bool:
     """Whether the schema of this seed can be enforced; if so, it is."""
     r = Random(seed)
     made = {"allOf": [schema(r)], "$defs": {"p": schema(r, 3), "q": schema(r, 2)}}
@@ -91,21 +91,21 @@ def check(seed: int, tokenizer: Tokenizer, drawn: Any, jsonschema: Any) -> bool:
     except InvalidRequest:
         return False
     for _ in range(3):
-        text = drawn(grammar, tokenizer, RETURN, r, 500)
+        text = sample_text(grammar, tokenizer, RETURN, r, 500)
         if text is not None:
             jsonschema.Draft202012Validator(made).validate(json.loads(text))
     return True
 
 
-def test_a_few_hundred_random_schemas(nano: Tokenizer, drawn: Any) -> None:
+def test_a_few_hundred_random_schemas(nano: Tokenizer, sample_text: Any) -> None:
     jsonschema = pytest.importorskip("jsonschema")
-    assert sum(check(seed, nano, drawn, jsonschema) for seed in range(400)) > 200
+    assert sum(check(seed, nano, sample_text, jsonschema) for seed in range(400)) > 200
 
 
 @pytest.mark.slow
-def test_many_random_schemas(nano: Tokenizer, drawn: Any) -> None:
+def test_many_random_schemas(nano: Tokenizer, sample_text: Any) -> None:
     jsonschema = pytest.importorskip("jsonschema")
-    assert sum(check(seed, nano, drawn, jsonschema) for seed in range(1000, 31_000)) > 15_000
+    assert sum(check(seed, nano, sample_text, jsonschema) for seed in range(1000, 31_000)) > 15_000
 
 
 def test_nonsense_is_refused_and_nothing_worse(nano: Tokenizer) -> None:

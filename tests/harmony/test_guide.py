@@ -35,7 +35,7 @@ def guided(tokenizer: Tokenizer, choice: ToolChoice = AUTO, parallel: bool = Tru
     return guide
 
 
-def reply(guide: HarmonyGuide, tokenizer: Tokenizer, random: Random) -> list[int]:
+def sample_reply(guide: HarmonyGuide, tokenizer: Tokenizer, random: Random) -> list[int]:
     """Ids drawn evenly from the mask, up to a stop id. Special tokens, where they may come, are drawn one time in four,
     and so are tokens that close a text."""
     stops, ids = {tokenizer.special(RETURN), tokenizer.special(CALL)}, []
@@ -83,7 +83,7 @@ def test_the_parser_reads_what_the_guide_meant(nano: Tokenizer, case: str) -> No
     names = {f"functions.{f.name}" for f in options.get("functions", ())}
     choice = options.get("choice", AUTO)
     for _ in range(60):
-        ids = reply(guided(nano, **options), nano, random)
+        ids = sample_reply(guided(nano, **options), nano, random)
         *before, last = messages = parsed(nano, ids)
         assert all(m.recipient is None and m.channel != "final" for m in before) or "response_format" not in options
         assert nano.decode([id for id in ids if nano.is_special(id)], specials=True).count(CALL) <= 1

@@ -23,7 +23,7 @@ from mlx_gptoss.sampling import Sampling
 from mlx_gptoss.tokenizer import RETURN, Tokenizer
 from mlx_gptoss.weights.synthetic import Synthetic, preset
 
-LINE = {
+ITEM = {
     "type": "object",
     "properties": {
         "name": {"type": "string"},
@@ -36,8 +36,8 @@ LINE = {
     "required": ["name", "tags", "kind", "price", "sold", "size"],
     "additionalProperties": False,
 }
-SCHEMA = {"type": "array", "items": LINE, "minItems": 1000}
-SAID = {
+SCHEMA = {"type": "array", "items": ITEM, "minItems": 1000}
+RECORD = {
     "name": 'A "very" old bottle of wine from Jurançon, said to be from 1961',
     "tags": ["wine", "white", "naïve", "日本"],
     "kind": "green",
@@ -58,8 +58,8 @@ def mask_seconds(grammar: Grammar, tokenizer: Tokenizer) -> list[float]:
     """Of each token of JSON in two layouts: the mask before it, and taking it in."""
     times = []
     for indent in (None, 2):
-        text = grammar.begin(tokenizer.special(RETURN))
-        for id in tokenizer.encode(json.dumps([SAID] * 4, ensure_ascii=False, indent=indent)[:-1].rstrip()):
+        text = grammar.matcher(tokenizer.special(RETURN))
+        for id in tokenizer.encode(json.dumps([RECORD] * 4, ensure_ascii=False, indent=indent)[:-1].rstrip()):
             times.append(seconds(text.mask) + seconds(lambda text=text, id=id: text.accept(id)))
     return times
 
@@ -90,7 +90,7 @@ def test_a_mask_costs_under_a_tenth_of_a_decoding_step(published: Tokenizer, bac
     prompt = tuple(range(1000, 1016))
 
     def decode(guided: bool) -> float:
-        guide = grammar.begin(published.special(RETURN)) if guided else None
+        guide = grammar.matcher(published.special(RETURN)) if guided else None
         return engine.submit(Request(prompt, TOKENS, Sampling(seed=1), guide=guide)).drain().decode_s / (TOKENS - 1)
 
     with Engine(lambda: module.load(weights, device="cpu", dtype=None, limits=Limits(1, 128, 64))) as engine:
@@ -98,7 +98,7 @@ def test_a_mask_costs_under_a_tenth_of_a_decoding_step(published: Tokenizer, bac
         steps = [(decode(True), decode(False)) for _ in range(TURNS)]
     masked, free = (statistics.median(column) for column in zip(*steps, strict=True))
     masks = np.sort(mask_seconds(grammar, published))
-    apply = applying_seconds(backend, module, grammar.begin(200002).mask(), weights.config.vocab_size)
+    apply = applying_seconds(backend, module, grammar.matcher(200002).mask(), weights.config.vocab_size)
     share = (masks.mean() + apply) / free
     print(
         f"\n{backend}: mask p50 {np.median(masks) * 1e6:.0f} us, p99 {masks[int(0.99 * len(masks))] * 1e6:.0f} us, "

@@ -37,8 +37,8 @@ def runs(tokenizer: Tokenizer, ids: list[int]) -> list[tuple[str, bool]]:
 
 def assert_nothing_is_lost(tokenizer: Tokenizer, ids: list[int], messages: list[Message]) -> None:
     """The contents, joined, are a suffix of each run, where before the suffix only header words stand."""
-    told = {field for message in messages for field in (message.channel, message.content_type) if field}
-    known = {field.removeprefix("<|constrain|>") for field in told}
+    header_fields = {field for message in messages for field in (message.channel, message.content_type) if field}
+    known = {field.removeprefix("<|constrain|>") for field in header_fields}
     said = "".join(message.content for message in messages)
     ends = {0}  # where in `said` the suffixes so far may end
     for run, cut_off in runs(tokenizer, ids):
@@ -76,7 +76,7 @@ def numbered(pieces: list[str]) -> str:
 
 STREAMS = st.lists(PLAIN | GLUED, max_size=25).map(numbered)
 TEXTS = st.text(max_size=20) | st.sampled_from(["", " x", "<|end|>", "🎉🎉", '{"a": "é"}\n'])
-THINGS_SAID = st.builds(
+TEXT_MESSAGES = st.builds(
     Message, st.just("assistant"), TEXTS, st.sampled_from(["analysis", "commentary", "final", "other", None])
 )
 CALLS = st.builds(
@@ -87,7 +87,7 @@ CALLS = st.builds(
     st.sampled_from(["functions.f", "functions.get_weather", "browser.search", "python"]),
     st.sampled_from([None, "json", "code", "<|constrain|>json", "<|constrain|>python", "<|constrain|>text/plain"]),
 )
-REPLIES = st.lists(THINGS_SAID | CALLS, min_size=1, max_size=5)
+REPLIES = st.lists(TEXT_MESSAGES | CALLS, min_size=1, max_size=5)
 RESULTS = st.builds(
     Message,
     st.just("tool"),
@@ -100,14 +100,14 @@ RESULTS = st.builds(
 
 def check_words(small: Tokenizer, parse: Any, text: str) -> None:
     messages = parse(text).messages
-    told = " ".join(
+    header_fields = " ".join(
         part
         for message in messages
         for part in (message.content, message.channel, message.recipient, message.content_type, message.name)
         if part
     )
     for word in re.findall(r"w\d{4}", text):
-        assert told.count(word) == 1, (word, messages)
+        assert header_fields.count(word) == 1, (word, messages)
     assert_nothing_is_lost(small, small.encode_with_specials(text), messages)
 
 
@@ -129,7 +129,7 @@ def test_content_is_kept_to_the_letter(parse: Any, text: str, data: st.DataObjec
 @st.composite
 def garbled(draw: st.DrawFn, small: Tokenizer) -> list[int]:
     """A well-formed conversation, then cut off, or with tokens dropped, doubled, swapped or put in."""
-    ids = render_messages(draw(st.lists(THINGS_SAID | CALLS | RESULTS, min_size=1, max_size=4)), small)
+    ids = render_messages(draw(st.lists(TEXT_MESSAGES | CALLS | RESULTS, min_size=1, max_size=4)), small)
     ids = ids[draw(st.sampled_from([0, 2])) :]
     for _ in range(draw(st.integers(0, 5))):
         at = draw(st.integers(0, max(0, len(ids) - 1)))
@@ -194,8 +194,8 @@ def headers(draw: st.DrawFn, message: Message) -> str:
 @st.composite
 def conversations(draw: st.DrawFn, tokenizer: Tokenizer) -> list[int]:
     """What follows `<|start|>assistant`: a reply, perhaps with tools' results in it."""
-    reply = draw(st.lists(THINGS_SAID | CALLS, min_size=1, max_size=2))
-    rest = draw(st.lists(THINGS_SAID | CALLS | RESULTS, max_size=4))
+    reply = draw(st.lists(TEXT_MESSAGES | CALLS, min_size=1, max_size=2))
+    rest = draw(st.lists(TEXT_MESSAGES | CALLS | RESULTS, max_size=4))
     ids: list[int] = []
     for message in [*reply, *rest]:
         end = "<|call|>" if message.recipient and message.role == "assistant" else "<|end|>"
@@ -204,11 +204,11 @@ def conversations(draw: st.DrawFn, tokenizer: Tokenizer) -> list[int]:
     return ids[2:]
 
 
-def check_against_openai_harmony(published: Tokenizer, judge: Any, ids: list[int]) -> None:
+def check_against_openai_harmony(published: Tokenizer, reference: Any, ids: list[int]) -> None:
     """The same delta at each id, the same content so far, and the same messages, in pieces as at once."""
     import openai_harmony as oh
 
-    theirs = oh.StreamableParser(judge, oh.Role.ASSISTANT)
+    theirs = oh.StreamableParser(reference, oh.Role.ASSISTANT)
     ours = Parser(published)
     written = [""]
     for id in ids:
@@ -220,12 +220,12 @@ def check_against_openai_harmony(published: Tokenizer, judge: Any, ids: list[int
             written += [delta.text for delta in deltas]
             assert "".join(written) == theirs.current_content
     assert ours.finish() == []
-    assert ours.messages == [as_ours(message) for message in theirs.messages]
-    at_once = judge.parse_messages_from_completion_tokens(ids, oh.Role.ASSISTANT)
-    assert ours.messages == [as_ours(message) for message in at_once]
+    assert ours.messages == [from_openai_harmony(message) for message in theirs.messages]
+    at_once = reference.parse_messages_from_completion_tokens(ids, oh.Role.ASSISTANT)
+    assert ours.messages == [from_openai_harmony(message) for message in at_once]
 
 
-def as_ours(message: Any) -> Message:
+def from_openai_harmony(message: Any) -> Message:
     content = "".join(part.text for part in message.content)
     author = message.author
     return Message(
@@ -236,16 +236,16 @@ def as_ours(message: Any) -> Message:
 @settings(max_examples=400, deadline=None)
 @given(data=st.data())
 def test_well_formed_output_is_read_as_openai_harmony_does(
-    published: Tokenizer, judge: Any, data: st.DataObject
+    published: Tokenizer, reference: Any, data: st.DataObject
 ) -> None:
-    check_against_openai_harmony(published, judge, data.draw(conversations(published)))
+    check_against_openai_harmony(published, reference, data.draw(conversations(published)))
 
 
 @pytest.mark.slow
 @settings(max_examples=20_000, deadline=None)
 @given(data=st.data())
-def test_much_more_well_formed_output(published: Tokenizer, judge: Any, data: st.DataObject) -> None:
-    check_against_openai_harmony(published, judge, data.draw(conversations(published)))
+def test_much_more_well_formed_output(published: Tokenizer, reference: Any, data: st.DataObject) -> None:
+    check_against_openai_harmony(published, reference, data.draw(conversations(published)))
 
 
 @pytest.mark.slow

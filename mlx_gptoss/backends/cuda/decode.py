@@ -16,17 +16,17 @@ from torch import Tensor
 
 from ..base import Row
 from .cache import Cache, RingCache
-from .kernels import attention, linear, moe, routing, sample
+from .kernels import attention, linear, moe, qkv, routing, sample
 from .model import Block, GptOss, Norm
 
 IDLE = -1
-FED_BACK = -1
+FEED_BACK = -1
 
 
 class Inputs:
     """What the host says of each row, as one piece of memory, which one copy brings to the device.
 
-    given int64: the token, or FED_BACK for the one that the slot sampled last. keys int64: where the row's noise
+    given int64: the token, or FEED_BACK for the one that the slot sampled last. keys int64: where the row's noise
     starts. slots, positions int32. temperatures float32: 0 is greedy.
     """
 
@@ -48,7 +48,7 @@ class Inputs:
 
     def fill(self, rows: Sequence[Row], keys: Sequence[int], temperatures: Sequence[float]) -> None:
         """On the host. The rows after the last stay idle."""
-        tokens = [FED_BACK if row.tokens is None else row.tokens[0] for row in rows]
+        tokens = [FEED_BACK if row.tokens is None else row.tokens[0] for row in rows]
         for part, values in (
             (self.given, tokens),
             (self.keys, keys),
@@ -86,7 +86,7 @@ class Buffers:
         self.hidden, self.parts = new(pairs, c.intermediate_size), new(pairs, D)
         if not model.ranks.alone:
             self.share = new(rows, D)  # this rank's part of a sum
-            self.own_logits = new(rows, len(model.ranks.share.vocabulary), dtype=torch.float32)
+            self.own_logits = new(rows, len(model.ranks.shard.vocabulary), dtype=torch.float32)
         self.logits = new(rows, c.vocab_size, dtype=torch.float32)
         self.draw = sample.scratch(rows, c.vocab_size, device)
         self.tokens, self.logprobs = new(rows, dtype=torch.int64), new(rows, dtype=torch.float32)
@@ -102,8 +102,8 @@ class Decoder:
         self._capacity = max_context
         self._device = last.device
         positions = torch.arange(max_context, device=last.device)
-        turn = model.rotary.turn(positions[None])
-        self._table = (turn.cos[0, 0].contiguous(), turn.sin[0, 0].contiguous())  # [max_context, 32] each
+        rotation = model.rotary.rotation(positions[None])
+        self._table = (rotation.cos[0, 0].contiguous(), rotation.sin[0, 0].contiguous())  # [max_context, 32] each
         self._buffers: dict[int, Buffers] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
@@ -155,7 +155,7 @@ class Decoder:
             ring = isinstance(layer, RingCache)
             at = block.attention
             x, gain, eps = self._normed(b, block.attention_norm)
-            linear.project_qkv(
+            qkv.project_qkv(
                 x,
                 at.qkv.matrices,
                 at.qkv.bias,
@@ -190,15 +190,15 @@ class Decoder:
         x, gain, eps = self._normed(b, block.mlp_norm)
         routing.router(x, router.matrices[0], router.bias, b.scores, norm=gain, eps=eps)
         if gain is not None:
-            moe.mixture_of_one(b.x, b.scores, experts, b.hidden, gain, eps)
+            moe.forward_one_token(b.x, b.scores, experts, b.hidden, gain, eps)
         else:
-            routing.sort(b.scores, b.inputs.positions, experts.active, b.groups)
+            routing.sort_pairs(b.scores, b.inputs.positions, experts.active, b.groups)
             if self._model.ranks.alone:
-                moe.mixture(b.x, x, b.groups, experts, b.hidden, b.parts, b.x, b.inputs.positions)
+                moe.forward_grouped(b.x, x, b.groups, experts, b.hidden, b.parts, b.x, b.inputs.positions)
             else:
                 b.parts.zero_()  # of experts that other ranks hold
-                groups = b.groups.held(experts.held)
-                moe.mixture(None, x, groups, experts, b.hidden, b.parts, b.share, b.inputs.positions)
+                groups = b.groups.of_experts(experts.held)
+                moe.forward_grouped(None, x, groups, experts, b.hidden, b.parts, b.share, b.inputs.positions)
                 b.x += self._model.ranks.sum(b.share)
 
     def _normed(self, b: Buffers, norm: Norm) -> tuple[Tensor, Tensor | None, float]:
@@ -206,7 +206,7 @@ class Decoder:
         for several, and for one of several ranks, it is a kernel of its own."""
         if len(b.x) == 1 and self._model.ranks.alone:
             return b.x, norm.weight, norm.eps
-        linear.norm(b.x, norm.weight, norm.eps, b.normed)
+        linear.rms_norm(b.x, norm.weight, norm.eps, b.normed)
         return b.normed, None, 0.0
 
 

@@ -121,8 +121,8 @@ def _int4_source(modules: Modules, param: Param, headers: CheckpointHeaders) -> 
             _check_zeros(f"{name}.qzeros", get(f"{name}.qzeros"), zeros)
             if has_g_idx and not np.array_equal(get(f"{name}.g_idx"), np.arange(width) // _GROUP):
                 raise CheckpointError(f"{name}.g_idx reorders groups (act-order), which is not supported: {_ADVICE}")
-        codes = modules.read(get, "qweight", lambda words: codecs.straight(words.T).view(np.uint8))
-        scale = modules.read(get, "scales", lambda stored: codecs.straight(stored.T))
+        codes = modules.read(get, "qweight", lambda words: codecs.contiguous_rows(words.T).view(np.uint8))
+        scale = modules.read(get, "scales", lambda stored: codecs.contiguous_rows(stored.T))
         return Quantized(AFFINE4, codes, scale, quantization.symmetric_bias(scale))
 
     return modules_source(modules, FAMILY, AFFINE4, expected, load, scales)
@@ -183,11 +183,11 @@ def _int4_unit(param: Param) -> Unit:
 
     def encode(weights: Sequence[Weight]) -> Encoder:
         def encode_rows(start: int, stop: int) -> list[TensorSlice]:
-            part = _as_symmetric(codecs.rows(weights[0], start, stop))
+            part = _as_symmetric(weights[0][start:stop])
             words = np.ascontiguousarray(part.codes).view(np.int32)
             zeros = np.full((stop - start, groups, rows // _CODES_PER_WORD), _STORED_ZERO * _REPEAT_NIBBLE, np.int32)
             return [
-                *modules.slices("qweight", start, codecs.straight(words.swapaxes(1, 2))),
+                *modules.slices("qweight", start, codecs.contiguous_rows(words.swapaxes(1, 2))),
                 *modules.slices("qzeros", start, zeros),
                 *modules.slices("scales", start, np.asarray(part.scale).swapaxes(1, 2)),
             ]

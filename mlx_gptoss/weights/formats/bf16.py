@@ -76,8 +76,8 @@ def _expert_unit(params: tuple[Param, ...]) -> Unit:
         def encode_rows(start: int, stop: int) -> list[TensorSlice]:
             rows = np.empty((stop - start, height, width), codecs.BFLOAT16)
             for index, weight in enumerate(weights):
-                rows[:, index :: len(weights)] = codecs.to_bfloat16(codecs.rows(weight, start, stop))
-            return [(name, start, codecs.straight(rows.swapaxes(1, 2)))]
+                rows[:, index :: len(weights)] = codecs.to_bfloat16(weight[start:stop])
+            return [(name, start, codecs.contiguous_rows(rows.swapaxes(1, 2)))]
 
         return encode_rows
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import CheckpointError
-from .. import codecs, quantization
+from .. import quantization
 from ..params import Param
 from ..tensor import FP8_ROW, MXFP4, NVFP4, Array, Quantized, Spec, Weight
 from .base import (
@@ -249,7 +249,7 @@ def _fp8_unit(param: Param, dtype: str) -> Unit:
 
     def encode(weights: Sequence[Weight]) -> Encoder:
         def encode_rows(start: int, stop: int) -> list[TensorSlice]:
-            part = _as_fp8_rows(codecs.rows(weights[0], start, stop))
+            part = _as_fp8_rows(weights[0][start:stop])
             return [
                 *modules.slices("weight", start, part.codes),
                 *modules.slices("weight_scale", start, np.asarray(part.outer)),

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...config import token_ids
 from ...errors import CheckpointError
-from ..gguf import Strings, Value
+from ..gguf import StringArray, Value
 from ..safetensors import TensorInfo
 
 ARCHITECTURE = "gpt-oss"
@@ -106,7 +106,7 @@ def stop_ids(metadata: Mapping[str, Value]) -> list[int]:
     """
     eos, tokens = metadata.get("tokenizer.ggml.eos_token_id"), metadata.get("tokenizer.ggml.tokens")
     ids = [] if eos is None else [eos]
-    if isinstance(tokens, Strings):
+    if isinstance(tokens, StringArray):
         names = {text: id for id, text in enumerate(tokens) if text in _STOP_TOKENS}
         ids += [names[text] for text in _STOP_TOKENS if text in names]
     return list(token_ids(list(dict.fromkeys(ids)), "tokenizer.ggml.eos_token_id"))
@@ -147,7 +147,7 @@ def _tokens_and_merges(metadata: Mapping[str, Value]) -> tuple[list[tuple[str, i
     """(text, id, token type) of every token that is in use, and the pairs that BPE merges."""
     tokens, merges = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.merges")
     types = metadata.get("tokenizer.ggml.token_type")
-    if not (isinstance(tokens, Strings) and isinstance(merges, Strings) and isinstance(types, np.ndarray)):
+    if not (isinstance(tokens, StringArray) and isinstance(merges, StringArray) and isinstance(types, np.ndarray)):
         raise CheckpointError("the GGUF file's tokenizer lacks tokens, merges or token types; download it again")
     typed = enumerate(zip(tokens, types.tolist(), strict=False))
     used = [(text, id, kind) for id, (text, kind) in typed if kind != _UNUSED]

@@ -61,7 +61,7 @@ def dense_unit(param: Param, dtypes: Mapping[str, str], name: str) -> Unit:
     info = TensorInfo(name, dtypes.get(param.name, "BF16"), param.shape)
 
     def encode(weights: Sequence[Weight]) -> Encoder:
-        return lambda start, stop: [(name, start, _to_dtype(codecs.rows(weights[0], start, stop), info.dtype))]
+        return lambda start, stop: [(name, start, _to_dtype(weights[0][start:stop], info.dtype))]
 
     return Unit((param,), (info,), encode)
 
@@ -98,7 +98,7 @@ def _bias_unit(params: tuple[Param, ...], dtypes: Mapping[str, str]) -> Unit:
 
     def encode(weights: Sequence[Weight]) -> Encoder:
         def encode_rows(start: int, stop: int) -> list[TensorSlice]:
-            parts = [_to_dtype(codecs.rows(weight, start, stop), dtype) for weight in weights]
+            parts = [_to_dtype(weight[start:stop], dtype) for weight in weights]
             return [(name, start, np.stack(parts, axis=-1).reshape(stop - start, -1))]
 
         return encode_rows

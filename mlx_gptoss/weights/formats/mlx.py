@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import CheckpointError
-from .. import codecs, quantization, search
+from .. import quantization, search
 from ..params import Param
 from ..safetensors import DTYPES, TensorInfo
 from ..tensor import AFFINE4, AFFINE8, MXFP4, MXFP8, NVFP4, Quantized, Spec, Weight
@@ -63,7 +63,7 @@ class Mlx(Format):
         "mlx-mxfp4-q4": matrix_recipe(FAMILY, AFFINE4, experts=(FAMILY, MXFP4), router=(FAMILY, AFFINE8)),
     }
 
-    def __init__(self, quantize: Quantizer = quantization.convert) -> None:
+    def __init__(self, quantize: Quantizer = quantization.to_spec) -> None:
         self._quantize = quantize
 
     def find(self, param: Param, headers: CheckpointHeaders) -> Source | None:
@@ -200,7 +200,7 @@ def _quantized_unit(param: Param, spec: Spec, dtype: str, quantize: Quantizer) -
 
     def encode(weights: Sequence[Weight]) -> Encoder:
         def encode_rows(start: int, stop: int) -> list[TensorSlice]:
-            part = quantize(codecs.rows(weights[0], start, stop), spec, DTYPES[dtype])
+            part = quantize(weights[0][start:stop], spec, DTYPES[dtype])
             slices: list[TensorSlice] = [(codes.name, start, part.codes)]
             for info, array in ((scales, part.scale), (biases, part.bias)):
                 if array is not None:
@@ -213,5 +213,5 @@ def _quantized_unit(param: Param, spec: Spec, dtype: str, quantize: Quantizer) -
 
 
 FORMAT = Mlx()
-SEARCH_FORMAT = Mlx(search.convert)  # writes the same layouts with `--search mse`
+SEARCH_FORMAT = Mlx(search.to_spec)  # writes the same layouts with `--search mse`
 SEARCHABLE = tuple(name for name, recipe in Mlx.recipes.items() if AFFINE4 in [spec for _, spec in recipe.values()])

@@ -218,11 +218,11 @@ def _expert_unit(params: tuple[Param, ...]) -> Unit:
         encoding = choose_encoding(weights, names.weight)
 
         def encode_rows(start: int, stop: int) -> list[TensorSlice]:
-            parts = [encoding.encode(codecs.rows(weight, start, stop)) for weight in weights]
+            parts = [encoding.encode(weight[start:stop]) for weight in weights]
             slices = _scalar_slices(names, encoding.outer, weights) if start == 0 else []
             for info, arrays in ((weight, [p.codes for p in parts]), (scale, [np.asarray(p.scale) for p in parts])):
                 rows = np.stack(arrays, axis=2).reshape(stop - start, height, -1)  # interleaved
-                slices.append((info.name, start, codecs.straight(rows.swapaxes(1, 2))))
+                slices.append((info.name, start, codecs.contiguous_rows(rows.swapaxes(1, 2))))
             return slices
 
         return encode_rows
@@ -250,8 +250,8 @@ def _attention_unit(params: tuple[Param, ...]) -> Unit:
             for name, weight, encoding in zip(names, weights, encodings, strict=True):
                 if start == 0:
                     slices += _scalar_slices(name, encoding.outer, weights)
-                if start < codecs.shape(weight)[0]:  # k and v have fewer rows than q
-                    part = encoding.encode(codecs.rows(weight, start, stop))
+                if start < weight.shape[0]:  # k and v have fewer rows than q
+                    part = encoding.encode(weight[start:stop])
                     slices += [(name.weight, start, part.codes), (name.scale, start, np.asarray(part.scale))]
             return slices
 

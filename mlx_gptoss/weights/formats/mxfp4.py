@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import CheckpointError
-from .. import codecs, quantization
+from .. import quantization
 from ..params import Param
 from ..safetensors import TensorInfo
 from ..tensor import MXFP4, Quantized, Weight
@@ -87,7 +87,7 @@ def _expert_unit(params: tuple[Param, ...]) -> Unit:
             codes = np.empty((stop - start, height, width // 2), np.uint8)
             scale = np.empty((stop - start, height, width // 32), np.uint8)
             for index, weight in enumerate(weights):
-                part = quantization.convert(codecs.rows(weight, start, stop), MXFP4)
+                part = quantization.to_spec(weight[start:stop], MXFP4)
                 codes[:, index :: len(weights)] = part.codes
                 scale[:, index :: len(weights)] = np.asarray(part.scale)
             return [(blocks.name, start, codes), (scales.name, start, scale)]

@@ -49,7 +49,7 @@ def choose_encoding(weights: Sequence[Weight], name: str) -> Nvfp4Encoding:
         encoding = _mxfp4_encoding([_as_quantized(weight) for weight in weights], name)
         if encoding is not None:
             return encoding
-    outer = np.float32(max(quantization.largest(weight) for weight in weights) / MAX_VALUE) or np.float32(1)
+    outer = np.float32(max(quantization.max_abs(weight) for weight in weights) / MAX_VALUE) or np.float32(1)
     return Nvfp4Encoding(outer, lambda part: quantization.quantize_nvfp4(part, np.asarray(outer)))
 
 

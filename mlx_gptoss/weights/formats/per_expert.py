@@ -137,7 +137,7 @@ def dense_experts_unit(param: Param, dtype: str) -> Unit:
     modules = modules_of(param)
 
     def encode(weights: Sequence[Weight]) -> Encoder:
-        return lambda start, stop: modules.slices("bias", start, _to_dtype(codecs.rows(weights[0], start, stop), dtype))
+        return lambda start, stop: modules.slices("bias", start, _to_dtype(weights[0][start:stop], dtype))
 
     return Unit((param,), tuple(modules.tensor_infos("bias", dtype, param.shape[1:])), encode)
 

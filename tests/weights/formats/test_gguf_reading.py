@@ -72,7 +72,7 @@ def test_the_gguf_package_decodes_the_same_values(mini, name):
     for key, field in reader.fields.items():
         if not key.startswith("GGUF."):
             ours = header.metadata[key]
-            assert (list(ours) if isinstance(ours, (gguf.Strings, np.ndarray)) else ours) == field.contents(), key
+            assert (list(ours) if isinstance(ours, (gguf.StringArray, np.ndarray)) else ours) == field.contents(), key
 
 
 def test_repacking_mxfp4_moves_nibbles_and_changes_no_value():

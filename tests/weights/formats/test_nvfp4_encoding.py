@@ -63,7 +63,7 @@ def test_quantizing_is_within_half_a_step(amax):
     values = (chance.standard_normal((2, 16, 64)) * np.exp2(chance.integers(-6, 0, (2, 16, 64)))).astype(np.float32)
     values *= np.float32(amax) / np.abs(values).max()
     values[0, 0] = 0
-    outer = np.float32(quantization.largest(Dense(values)) / np.float32(2688))
+    outer = np.float32(quantization.max_abs(Dense(values)) / np.float32(2688))
     found = quantization.quantize_nvfp4(Dense(values), np.asarray(outer))
     error = np.abs(codecs.dequantize(found) - values).reshape(2, 16, 4, 16)
     step = codecs.E4M3[found.scale] * outer
@@ -160,7 +160,7 @@ def test_modelopt_decodes_what_we_write(judged, decode_matrices):
 def test_modelopt_quantizes_to_the_same_bytes(judged):
     _, given, found = judged
     for key in (key for key in given if key.startswith("values")):
-        outer = np.float32(quantization.largest(Dense(given[key])) / np.float32(2688))
+        outer = np.float32(quantization.max_abs(Dense(given[key])) / np.float32(2688))
         assert outer == found[f"{key}.scale_2"]
         ours = quantization.quantize_nvfp4(Dense(given[key]), np.asarray(outer))
         np.testing.assert_array_equal(ours.scale, found[f"{key}.scale"], err_msg=key)

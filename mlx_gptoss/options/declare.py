@@ -1,0 +1,82 @@
+"""Options as a frozen dataclass whose fields carry their help text, and functions that take them by name.
+
+`takes(Options)` turns a method `f(self, prompt, options: Options)` into `f(self, prompt, *, name=default, ...)`: its
+signature, type and documentation come from the dataclass. The command line makes its options from the same fields
+(cli/options.py). So each option has one name, one default and one text.
+"""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import update_wrapper
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+Options = TypeVar("Options")
+Fields = ParamSpec("Fields")
+Owner = TypeVar("Owner")
+First = TypeVar("First")
+Result = TypeVar("Result")
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How an option looks on the command line.
+
+    metavar: its placeholder in --help. choices: the values allowed, as text. minimum: of a number.
+    unit: what one unit on the command line is worth in Python, such as 10**6 for megabytes that Python takes in bytes.
+    """
+
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+    minimum: int | None = None
+    unit: int = 1
+
+
+def option(default: Value, help: str, flag: Flag | None = None) -> Value:
+    """A dataclass field with its help text. Without a flag the command line does not offer it."""
+    return field(default=default, metadata={"help": help, "flag": flag})
+
+
+def documentation(options: type) -> str:
+    """A paragraph per field, `name: help`, wrapped to 110 columns."""
+    wrap = textwrap.TextWrapper(width=110, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(wrap.fill(f"{declared.name}: {declared.metadata['help']}") for declared in fields(options))
+
+
+def documented(options: type[Options]) -> type[Options]:
+    """A class decorator: the documentation of the fields follows the class's docstring."""
+    options.__doc__ = f"{inspect.getdoc(options)}\n\n{documentation(options)}"
+    return options
+
+
+def takes(
+    options: Callable[Fields, Options],
+) -> Callable[[Callable[[Owner, First, Options], Result]], Callable[Concatenate[Owner, First, Fields], Result]]:
+    """A decorator for a method with one argument before its options."""
+
+    def decorate(
+        method: Callable[[Owner, First, Options], Result],
+    ) -> Callable[Concatenate[Owner, First, Fields], Result]:
+        def call(owner: Owner, first: First, /, *args: Fields.args, **named: Fields.kwargs) -> Result:
+            return method(owner, first, options(*args, **named))
+
+        spell_out(call, method, options)
+        return call
+
+    return decorate
+
+
+def spell_out(call: Callable[..., Any], function: Callable[..., Any], options: Callable[..., Any]) -> None:
+    """Give `call` the name, signature and documentation of `function`, its last parameter spelled out."""
+    assert isinstance(options, type)
+    update_wrapper(call, function)
+    signature = inspect.signature(function)
+    *leading, _ = signature.parameters.values()
+    named = inspect.signature(options).parameters.values()
+    call.__signature__ = signature.replace(parameters=[*leading, *named])  # type: ignore[attr-defined]
+    call.__doc__ = f"{inspect.getdoc(function)}\n\nOptions:\n{textwrap.indent(documentation(options), '    ')}"
+    del call.__wrapped__  # type: ignore[attr-defined] # it has no names in its signature

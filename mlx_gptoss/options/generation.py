@@ -1,0 +1,49 @@
+"""The options of generate() and stream()."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .declare import Flag, documented, option
+
+if TYPE_CHECKING:
+    from ..harmony.messages import Effort
+    from ..sampling import Sampling
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How to generate one assistant turn."""
+
+    sampling: Sampling | None = option(
+        None,
+        "How to choose tokens. Default: as the checkpoint's generation_config.json says; for gpt-oss, temperature 1.",
+    )
+    max_tokens: int | None = option(
+        None,
+        "Maximum tokens to generate, reasoning included. Default: until the model stops or the context is full.",
+        Flag("N", minimum=1),
+    )
+    reasoning: Effort | None = option(
+        None, 'How much to think: "low", "medium" (the default) or "high".', Flag(choices=("low", "medium", "high"))
+    )
+    system: str | None = option(None, "Instructions to the model (a developer message).", Flag("TEXT"))
+    tools: Sequence[Mapping[str, Any]] = option(
+        (),
+        'Functions in OpenAI\'s form: {"type": "function", "function": {"name", "description", "parameters", '
+        '"strict"}}. With "strict" the arguments obey the schema; otherwise the model is only shown it.',
+    )
+    response_format: Mapping[str, Any] | None = option(
+        None,
+        '{"type": "json_schema", "json_schema": {"name", "schema"}} or {"type": "json_object"}: the final answer obeys '
+        'it, unless it is cut off ("length"). A schema that cannot be enforced is refused.',
+    )
+    tool_choice: str | Mapping[str, Any] = option(
+        "auto", '"auto"; "none"; "required": the turn ends in a call; a function\'s name: in a call of that function.'
+    )
+    parallel_tool_calls: bool = option(
+        True, "False allows one call a turn. gpt-oss ends its turn with a call, so there is never more than one."
+    )

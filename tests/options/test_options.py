@@ -1,0 +1,92 @@
+"""Options are declared once: signatures, help and the command line all come from the dataclasses."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+
+import click
+import pytest
+from mlx_gptoss_cli.main import COMMANDS, group
+from mlx_gptoss_cli.options import declared
+
+import mlx_gptoss
+from mlx_gptoss.options import GenerationOptions, LoadOptions
+from mlx_gptoss.options.declare import Flag
+from mlx_gptoss.weights.formats import WRITERS
+
+
+def parameters(function):
+    return {name: p.default for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+def defaults(options):
+    return {declaration.name: declaration.default for declaration in fields(options)}
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (mlx_gptoss.load, LoadOptions),
+        (mlx_gptoss.Model.generate, GenerationOptions),
+        (mlx_gptoss.Model.stream, GenerationOptions),
+    ],
+    ids=["load", "generate", "stream"],
+)
+def test_signature_and_help_name_every_option(function, options):
+    assert parameters(function) == defaults(options)
+    text = inspect.getdoc(function)
+    for declaration in fields(options):
+        assert f"\n    {declaration.name}: " in text
+    assert "Raises" in text
+
+
+@pytest.mark.parametrize("options", [LoadOptions, GenerationOptions, mlx_gptoss.Sampling])
+def test_classes_document_their_fields(options):
+    text = inspect.getdoc(options)
+    assert all(f"\n{declaration.name}: " in text for declaration in fields(options))
+
+
+def test_convert_names_every_format_it_writes():
+    assert all(f'"{name}"' in inspect.getdoc(mlx_gptoss.convert) for name in WRITERS)
+
+
+def test_an_unknown_option_is_a_type_error():
+    with pytest.raises(TypeError, match="temprature"):
+        mlx_gptoss.load(temprature=1)
+
+
+def test_no_command_declares_an_option_of_its_own_that_stands_in_a_dataclass():
+    """Name, default and help are the dataclass's; a command may choose another default."""
+    every = {each.name: each for cls in (LoadOptions, GenerationOptions, mlx_gptoss.Sampling) for each in fields(cls)}
+    seen = set()
+    for command in COMMANDS:
+        for option in group.get_command(click.Context(group), command).params:
+            declaration = every.get(option.name)
+            if declaration is None or (
+                command == "eval" and option.name == "max_tokens"
+            ):  # of the text, not of an answer
+                continue
+            seen.add(option.name)
+            assert isinstance(declaration.metadata["flag"], Flag)
+            assert option.help == declaration.metadata["help"].replace('"', "")
+    assert {"backend", "slots", "prefix_cache", "max_tokens", "temperature", "seed"} <= seen
+
+
+def run(options, *words):
+    given = {}
+    command = click.Command("c", params=[], callback=lambda **values: given.update(values))
+    for option in options:
+        command = option(command)
+    command.main(list(words), standalone_mode=False)
+    return given
+
+
+def test_units_choices_and_minimums():
+    options = declared(LoadOptions, "prefix_cache", "kv_bits", "speculate", slots=4)
+    assert run(options) == {"prefix_cache": None, "kv_bits": None, "speculate": False, "slots": 4}
+    given = run(options, "--prefix-cache", "8", "--kv-bits", "8", "--speculate", "--slots", "2")
+    assert given == {"prefix_cache": 8 * 10**6, "kv_bits": 8, "speculate": True, "slots": 2}
+    for words in (("--kv-bits", "4"), ("--slots", "0"), ("--prefix-cache", "-1")):
+        with pytest.raises(click.BadParameter):
+            run(options, *words)
