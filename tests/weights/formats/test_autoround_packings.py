@@ -16,7 +16,7 @@ MODULE = "model.layers.0.mlp.experts.{}.gate_proj"
 NAME = "layers.0.experts.gate.weight"
 
 
-def unchanged(found):
+def unchanged(tensors_or_config):
     """No change to tensors or config.json."""
 
 
