@@ -1,7 +1,8 @@
 """mlx-lm and this program load each other's checkpoints and agree, apart from one known difference.
 
-mlx-lm rounds YaRN's correction range to whole dimensions; gpt-oss does not. With `truncate: true` in the config we round
-it as well, and the logits agree. mlx-lm runs in its own process, because importing it is slow and changes process limits.
+mlx-lm rounds YaRN's correction range to whole dimensions; gpt-oss does not. With `truncate: true` in the config we
+round it as well, and the logits agree. mlx-lm runs in its own process, because importing it is slow and changes process
+limits.
 """
 
 from __future__ import annotations
