@@ -21,12 +21,15 @@ def address(ranks) -> str:
     for line in ranks[0].stderr:
         if found := re.search(r"at (http://\S+:\d+),", line):
             ranks[0].stderr.readline()  # an example
-            assert httpx.Client(transport=httpx.HTTPTransport(retries=5)).get(f"{found[1]}/health").status_code == 200
+            assert (
+                httpx.Client(transport=httpx.HTTPTransport(retries=5), timeout=60).get(f"{found[1]}/health").status_code
+                == 200
+            )
             return found[1]
     raise AssertionError("rank 0 has not come to serve")
 
 
-def ends(process, seconds=10.0) -> int:
+def ends(process, seconds=60.0) -> int:
     return process.wait(timeout=seconds)
 
 
@@ -44,7 +47,8 @@ def ask(url, content, **more):
 
 
 def test_a_server_over_two_ranks_and_a_rank_that_is_killed(ring):
-    """It answers, goes on from a known prompt, and ends within ten seconds of losing a rank amid a request."""
+    """It answers, goes on from a known prompt, and ends on the loss of a rank's connection amid a request, which does
+    not wait for the silence."""
     ranks = ring(2, *SERVE)
     url = address(ranks)
     content = " ".join(["What is 12 + 30?"] * 10)
@@ -53,7 +57,7 @@ def test_a_server_over_two_ranks_and_a_rank_that_is_killed(ring):
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] > 100
     drawn = [ask(url, "Hello", temperature=1.2, seed=seed)["choices"] for seed in (3, 3)]
     assert drawn[0] == drawn[1]
-    with httpx.stream("POST", f"{url}/v1/completions", json={**ENDLESS, "stream": True}, timeout=30) as stream:
+    with httpx.stream("POST", f"{url}/v1/completions", json={**ENDLESS, "stream": True}, timeout=60) as stream:
         next(stream.iter_lines())
         ranks[1].kill()
         assert ends(ranks[0]) == 1
@@ -68,7 +72,7 @@ def test_a_server_over_two_ranks_and_a_rank_that_is_killed(ring):
 )
 def test_a_command_that_loads_nothing_lets_the_others_go(ring, tmp_path, command, code):
     ranks = ring(2, *CLI, *[str(tmp_path / word) if len(word) == 1 else word for word in command])
-    (first, _, _), other = ranks.end(15)
+    (first, _, _), other = ranks.end()
     assert (first, other) == (code, (0, "", ""))
 
 
@@ -88,7 +92,7 @@ def test_a_rank_that_hangs(ring):
     ranks = ring(2, *SERVE)
     address(ranks)
     ranks[1].send_signal(signal.SIGSTOP)
-    assert ends(ranks[0], 15) == 1
+    assert ends(ranks[0]) == 1
     assert "rank 1 has given no sign of life for 8 seconds" in ranks[0].stderr.read()
 
 
@@ -108,7 +112,7 @@ def test_another_checkpoint_under_the_same_name(ring, mini, tmp_path):
     command = "import os, sys; os.chdir(sys.argv.pop(1) + os.environ['MLX_RANK']); "
     command += "from mlx_gptoss_cli.main import main; main()"
     ranks = ring(2, "-c", command, f"{tmp_path}/", "generate", "abc", "--raw", "--model", "model", "--backend", "mlx")
-    (code, out, err), (_, others_out, others_err) = ranks.end(30)
+    (code, out, err), (_, others_out, others_err) = ranks.end()
     assert (code, out, others_out, others_err) == (1, "", "", "")
     assert err == "error: rank 1 has another checkpoint by that name than rank 0; copy the same to all machines\n"
 
@@ -129,11 +133,11 @@ def test_a_rank_without_the_memory_is_named(ring, tmp_path):
     code = "import os, sys; import mlx_gptoss.backends.mlx as mlx; mlx.available_memory = lambda device: "
     code += "(10**8 if os.environ['MLX_RANK'] == '1' else 10**11); from mlx_gptoss_cli.main import main; main()"
     ranks = ring(2, "-c", code, "generate", "abc")
-    (code, out, err), _ = ranks.end(30)
+    (code, out, err), _ = ranks.end()
     assert (code, out) == (1, "")
     assert err.startswith("error: rank 1: its share of the bundled model needs ") and "50.0 MB are available" in err
 
 
 def test_other_options_than_ranks_have(ring):
-    (code, _, err), _ = ring(2, *CLI, "generate", "abc", "--backend", "cuda").end(30)
+    (code, _, err), _ = ring(2, *CLI, "generate", "abc", "--backend", "cuda").end()
     assert (code, err) == (1, "error: start ranks of the cuda backend by torchrun, or leave --backend out\n")
