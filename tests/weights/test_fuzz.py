@@ -22,7 +22,7 @@ import json, os, random, shutil, sys, time
 from pathlib import Path
 from mlx_gptoss.errors import CheckpointError
 from mlx_gptoss.weights import checkpoint
-from mlx_gptoss.weights.convert import make_plan
+from mlx_gptoss.weights.conversion_plan import plan_conversion
 from mlx_gptoss.weights.formats import WRITERS
 
 source, workplace, rounds = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
@@ -91,7 +91,7 @@ def damaged_header(data):
 def use(folder):
     opened = checkpoint.open(folder)
     opened.summary()
-    make_plan(opened, chance.choice(sorted(WRITERS)))
+    plan_conversion(opened, chance.choice(sorted(WRITERS)))
     for param, weight in opened.weights():
         assert param.name
 
