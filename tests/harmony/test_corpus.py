@@ -170,7 +170,7 @@ def test_many_more_ids(published: Tokenizer, reference: Any, conversation: Conve
 
 
 @pytest.mark.parametrize("name", ["browser", "python"])
-def test_a_builtin_tool_has_openai_harmonys_words(published: Tokenizer, reference: Any, name: Any) -> None:
+def test_builtin_tools_are_declared_as_by_openai_harmony(published: Tokenizer, reference: Any, name: Any) -> None:
     for functions in ((), (Function("add"),)):
         conversation = Conversation((TURNS[0],), builtin_tools=(name,), functions=functions)
         ids = render(conversation, published)
@@ -180,7 +180,7 @@ def test_a_builtin_tool_has_openai_harmonys_words(published: Tokenizer, referenc
 
 @settings(max_examples=200, deadline=None)
 @given(functions=FUNCTIONS.filter(len))
-def test_any_schema_is_written_as_openai_harmony_does(reference: Any, functions: tuple[Function, ...]) -> None:
+def test_any_schema_is_declared_as_by_openai_harmony(reference: Any, functions: tuple[Function, ...]) -> None:
     import openai_harmony as oh
 
     content = oh.DeveloperContent.new().with_function_tools([to_openai_harmony_tool(tool) for tool in functions])
