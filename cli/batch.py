@@ -36,15 +36,15 @@ def batch(requests: Path, answers: Path, model: str | None, retry: bool, as_json
     with serve_extra():
         from mlx_gptoss.server.batch import Batch
         from mlx_gptoss.server.guard import Gate
-        from mlx_gptoss.server.service import Service, names
-        from mlx_gptoss.server.store import Store
+        from mlx_gptoss.server.service import Service, model_names
+        from mlx_gptoss.server.store import ResponseStore
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     with Batch(requests, answers, retry=retry) as work:
         try:
             if work.done < work.total:
                 with load(model, **given) as loaded, _bar(work) as progress:
-                    work.run(Service(loaded, Gate(), *names(model), store=Store(most_bytes=0)), progress)
+                    work.run(Service(loaded, Gate(), *model_names(model), store=ResponseStore(max_bytes=0)), progress)
         except KeyboardInterrupt:
             click.echo(
                 f"interrupted; {work.done} of {work.total} lines are answered; the same command continues after them",

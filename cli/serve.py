@@ -48,11 +48,11 @@ def serve(
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     with run.listen(host, port) as listener:
-        gate = Gate(api_key=api_key, hosts=run.known_hosts(host), origins=cors)
+        gate = Gate(api_key=api_key, allowed_hosts=run.allowed_hosts(host), allowed_origins=cors)
         with load(model, **given) as loaded:
             grammar.warm_up(loaded.tokenizer)
-            model_id, aliases = service.names(model)
-            if gate.hosts is None and api_key is None:
+            model_id, aliases = service.model_names(model)
+            if gate.allowed_hosts is None and api_key is None:
                 click.echo(f"warning: anyone who can reach {host}:{port} can use the model; set an --api-key", err=True)
             click.echo(_greeting(loaded.name, host, listener.getsockname()[1], api_key is not None), err=True)
             run.Server(service.Service(loaded, gate, model_id, aliases)).serve_on(listener)

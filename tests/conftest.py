@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import cast
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -17,11 +20,57 @@ from mlx_gptoss.errors import BackendUnavailable
 if not any(path.exists() for path in NVIDIA_DRIVER):
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels then run on the CPU
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # xdist ignores Ctrl-C in its workers, and a process hands that on
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in background jobs and xdist's workers; children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# A busy machine takes longer for an example, which is no failure.
+hypothesis.settings.register_profile(
+    "any-speed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any-speed")
 
 DATA = Path(__file__).parent / "data"
 SHARED = Path(__file__).parents[1] / ".." / "shared"
+STDERR = pytest.StashKey[int]()  # descriptor of the real stderr, duplicated while pytest does not capture it
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addini("hang_s", "seconds after which a test fails with the stacks of all threads", default="1800")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[STDERR] = os.dup(2)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    os.close(config.stash[STDERR])
+
+
+@pytest.fixture(autouse=True)
+def no_hang(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test that hangs prints the stack of every thread and fails, and the run goes on.
+
+    If the main thread does not come back to Python for the signal, the process ends after as long again, with the
+    stacks printed. Tests marked slow or benchmark have no limit.
+    """
+    stderr, seconds = request.config.stash[STDERR], float(request.config.getini("hang_s"))
+    if any(request.node.get_closest_marker(name) for name in ("slow", "benchmark", "cuda")):
+        yield
+        return
+
+    def fail(_number: int, _frame: FrameType | None) -> None:
+        faulthandler.dump_traceback(stderr)
+        pytest.fail(f"no end after {seconds:g} seconds; stderr has the stacks of all threads")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # again, should the clean-up hang, too
+    faulthandler.dump_traceback_later(2 * seconds, exit=True, file=stderr)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from ..config import ModelConfig
 from ..sampling import Sampling
 
 if TYPE_CHECKING:
-    from ..weights.split import Share
+    from ..weights.split import RankShard
     from ..weights.tensor import Weights
 
 
@@ -164,7 +164,13 @@ class Backend(Protocol):
     """What the module of a backend offers. `device` and `dtype` None are the backend's best and its own default."""
 
     def load(
-        self, checkpoint: Weights, *, device: str | None, dtype: str | None, limits: Limits, share: Share | None = None
+        self,
+        checkpoint: Weights,
+        *,
+        device: str | None,
+        dtype: str | None,
+        limits: Limits,
+        shard: RankShard | None = None,
     ) -> Runner:
         """The whole model on the device; or a rank's share of it, where `checkpoint` is that part (weights/split.py)
         and the other ranks load theirs at the same time. Those then have to be called alike, in the same order."""

@@ -1,4 +1,7 @@
-"""Requests in, streams of tokens out: scheduling, double-buffered steps, stop strings. Plain Python, no arrays."""
+"""The generation engine: requests in, streams of tokens out. Scheduling, prefix cache, drafts and stop strings.
+
+Plain Python over ints; no arrays. A runner (backends/base.py) does the computing.
+"""
 
 from __future__ import annotations
 

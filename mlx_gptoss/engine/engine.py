@@ -1,4 +1,4 @@
-"""The engine as callers see it: submit a request, iterate over its tokens."""
+"""The engine's public interface: submit a request and iterate over its tokens."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ from functools import partial
 from types import TracebackType
 from typing import TypeVar, cast
 
-from ..backends.base import Runner
+from ..backends.base import Limits, Runner
+from ..config import ModelConfig
 from ..errors import InvalidRequest
-from .loop import Loop, Ticket
+from .loop import Loop, RequestHandle
 from .prefix_files import PrefixFiles
 from .request import Finished, Request, Status, Token
-from .scheduler import room
+from .scheduler import max_new_tokens
 
 T = TypeVar("T")
 
-EXIT_GRACE_S = 5.0  # how long an engine that nobody closed may hold up the end of the process
+EXIT_GRACE_S = 5.0  # an engine that was never closed delays the end of the process by at most this
 
 
 class Engine:
-    """One runner on one thread of its own, serving any number of callers at once.
+    """Runs one runner on its own thread and serves any number of callers at once.
 
-    make_runner: called on the engine thread, where the runner then stays. What it raises is raised here.
-    max_waiting: requests that may wait for a slot; None sets no bound.
-    prefix_bytes: of snapshots that the prefix cache may hold on the device; 0 keeps none. prefix_files: where they are
-        kept beyond that.
+    make_runner: called once, on the engine thread; the runner is used only there. An exception it raises is raised
+        from this constructor.
+    max_waiting: maximum number of requests queued for a slot; None means no limit.
+    prefix_bytes: device memory for the prefix cache's snapshots; 0 disables the cache.
+    prefix_files: also keeps snapshots on disk, beyond prefix_bytes and across processes.
 
-    A single stream costs what a bare loop costs, for the next step is submitted before the last one is read. An
-    error inside a step fails the streams that were in it, with that error, and the engine goes on; an error that
-    leaves the runner in doubt (in release, or a result that does not match its step) closes the engine.
+    A single stream runs as fast as a bare loop, because the next step is submitted before the last one is read. An
+    exception in a step fails the streams of that step with it, and the engine goes on. An exception that leaves the
+    runner's state unknown (in release(), or results that do not match their step) closes the engine.
     """
 
     def __init__(
@@ -49,50 +51,52 @@ class Engine:
             target=self._loop.run, args=(make_runner, ready), name="mlx-gptoss engine", daemon=True
         )
         self._thread.start()
-        # Also runs at exit: a thread in native code while the interpreter goes down can crash the process.
-        self._abandoned = weakref.finalize(self, _stop, self._loop, self._thread, EXIT_GRACE_S)
+        # Also runs at interpreter exit: a thread in native code during shutdown can crash the process.
+        self._finalizer = weakref.finalize(self, _stop, self._loop, self._thread, EXIT_GRACE_S)
         try:
             runner = ready.result()
-        except BaseException:  # Ctrl-C while loading, too: then the thread closes the runner as soon as it has it
-            self._abandoned.detach()
+        except BaseException:  # also Ctrl-C while loading; the thread then closes the runner once it has loaded
+            self._finalizer.detach()
             self._loop.post(self._loop.close)
             raise
-        self.config = runner.config
-        self.limits = runner.limits
-        self._most = None if max_waiting is None else runner.limits.slots + max_waiting
+        self.config: ModelConfig = runner.config
+        self.limits: Limits = runner.limits
+        self._max_open = None if max_waiting is None else runner.limits.slots + max_waiting
 
     def submit(self, request: Request) -> Stream:
-        """Queue a request and return at once.
+        """Queue a request and return its stream at once.
 
-        Raises InvalidRequest if the prompt leaves no room in the context or an id is not in the vocabulary, Busy if too
-        many wait already, and GptOssError if the engine is closed.
+        Raises InvalidRequest if the prompt fills the context or an id is not in the vocabulary, Busy if slots +
+        max_waiting requests are open already, and GptOssError if the engine is closed.
         """
-        room(request, self.limits)
+        max_new_tokens(request, self.limits)
         self._check_ids("the prompt", request.prompt)
         self._check_ids("logit_bias", request.sampling.logit_bias or ())
-        ticket = Ticket(request)
-        self._loop.enter(ticket, self._most)
-        return Stream(self, ticket, partial(self._loop.post, partial(self._loop.cancel, ticket)))
+        handle = RequestHandle(request)
+        self._loop.submit(handle, self._max_open)
+        return Stream(self, handle, partial(self._loop.post, partial(self._loop.cancel, handle)))
 
     @property
     def status(self) -> Status:
-        """Of any thread. Raises GptOssError if the engine is closed."""
+        """Current load. Any thread may read it. Raises GptOssError if the engine is closed."""
         return self._loop.status
 
     def call(self, function: Callable[[Runner], T]) -> T:
-        """function(runner) on the engine thread, between two steps: for runner.logits and runner.peak_memory.
+        """Run function(runner) on the engine thread between two steps, e.g. for runner.logits or runner.peak_memory.
 
-        Returns or raises what it does; GptOssError if the engine is closed. Not to be called on the engine thread.
+        Returns its result or raises its exception; raises GptOssError if the engine is closed, and RuntimeError if
+        called on the engine thread.
         """
         if threading.current_thread() is self._thread:
-            raise RuntimeError("Engine.call would wait for itself; use the runner that the outer call was given")
+            raise RuntimeError("Engine.call on the engine thread would wait for itself; use the runner passed to you")
         result: Future[object] = Future()
         self._loop.post_unless_closed(partial(self._loop.call, function, result))
         return cast(T, result.result())
 
     def close(self) -> None:
-        """Fail open streams, close the runner, and wait for the thread. Raises what closing the runner raised."""
-        first = self._abandoned.detach() is not None
+        """Fail open streams, close the runner and wait for the thread. Raises the error that stopped the engine, if
+        there was one, the first time."""
+        first = self._finalizer.detach() is not None
         _stop(self._loop, self._thread, None)
         if first and self._loop.failure is not None:
             raise self._loop.failure
@@ -107,19 +111,19 @@ class Engine:
         size = self.config.vocab_size
         wrong = next((i for i in (min(ids, default=0), max(ids, default=0)) if not 0 <= i < size), None)
         if wrong is not None:
-            raise InvalidRequest(f"{what} holds the token id {wrong}; this model's ids go from 0 to {size - 1}")
+            raise InvalidRequest(f"{what} contains token id {wrong}; this model's ids go from 0 to {size - 1}")
 
 
 class Stream(Iterator[Token]):
-    """The tokens of one request, as they arrive. Ends after the last one; then `finished` says why and how fast.
+    """Iterator over the tokens of one request, as they arrive.
 
-    Raises what failed the request, on every further next(). A stream that is garbage-collected before its end is
-    cancelled. Any thread may iterate or cancel.
+    After the last token, `finished` holds the reason, counts and timings. If the request failed, every further next()
+    raises its error. A stream that is garbage-collected before its end is cancelled. Any thread may iterate or cancel.
     """
 
-    def __init__(self, engine: Engine, ticket: Ticket, cancel: Callable[[], None]) -> None:
-        self._engine = engine  # an open stream keeps its engine
-        self._ticket = ticket
+    def __init__(self, engine: Engine, handle: RequestHandle, cancel: Callable[[], None]) -> None:
+        self._engine = engine  # an open stream keeps its engine alive
+        self._handle = handle
         self._cancel = cancel
         self.finished: Finished | None = None
 
@@ -127,20 +131,23 @@ class Stream(Iterator[Token]):
         return self
 
     def __next__(self) -> Token:
-        item = self._ticket.box.get()
+        item = self._handle.queue.get()
         if isinstance(item, Token):
             return item
-        self._ticket.box.put(item)  # stays for the next call, of this thread or another
+        self._handle.queue.put(item)  # keep it for further calls, from this thread or another
         if isinstance(item, BaseException):
             raise item
         self.finished = item
         raise StopIteration
 
     def ready(self) -> list[Token]:
-        """The tokens that are there and not read yet; never waits. Call it again until it gives none: what ended the
-        stream comes after its tokens, and then sets `finished` or is raised."""
+        """The tokens that have arrived and are not read yet; does not block.
+
+        Call it until it returns an empty list: the end comes after the tokens, and that call sets `finished` or
+        raises the error.
+        """
         tokens: list[Token] = []
-        while not self._ticket.box.empty():
+        while not self._handle.queue.empty():
             try:
                 tokens.append(next(self))
             except StopIteration:
@@ -151,13 +158,13 @@ class Stream(Iterator[Token]):
                 break
         return tokens
 
-    def on_arrival(self, tell: Callable[[], None]) -> None:
-        """Have `tell()` called, at once and then on the engine thread whenever there is more; it must not wait."""
-        self._ticket.told = tell
-        tell()
+    def on_arrival(self, callback: Callable[[], None]) -> None:
+        """Call `callback` now, and then on the engine thread after every new item. It must not block."""
+        self._handle.on_arrival = callback
+        callback()
 
     def cancel(self) -> None:
-        """End the stream within one step. Tokens that were read before remain; does nothing to an ended stream."""
+        """End the stream within one step. Tokens already delivered remain; does nothing to an ended stream."""
         self._cancel()
 
     def drain(self) -> Finished:
@@ -173,7 +180,7 @@ class Stream(Iterator[Token]):
 
 
 def _stop(loop: Loop, thread: threading.Thread, timeout: float | None) -> None:
-    """End the engine thread. Holds on to no Engine, so that a forgotten one can be collected."""
+    """End the engine thread. Holds no reference to the Engine, so an unused one can be garbage-collected."""
     loop.post(loop.close)
     if thread is not threading.current_thread():
         thread.join(timeout)

@@ -1,45 +1,59 @@
-"""Drafts without a draft model: what followed the last tokens when they stood in the text before.
+"""Speculative drafts without a draft model, by prompt lookup.
 
-Prompt lookup (Saxena 2023): answers quote their prompt and themselves, names, code and tables above all.
+If the last tokens occurred earlier in the sequence, what followed them then is proposed as the continuation. This
+works because answers quote their prompt and themselves, especially names, code and tables (prompt lookup decoding,
+Saxena 2023).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-LENGTHS = (3, 2)  # tokens that must match, tried in this order
+MATCH_LENGTHS = (3, 2)  # numbers of last tokens to match, tried in this order
 
 
-class Lookup:
-    """One sequence's tokens, indexed by what stands before each. A token costs two dictionary entries."""
+class PromptLookup:
+    """The tokens of one sequence, indexed by the n-gram before each. Costs two dictionary entries per token."""
 
     def __init__(self, tokens: Iterable[int]) -> None:
         self._tokens: list[int] = []
-        self._after: dict[int, int] = {}  # the last tokens, packed -> the place of the one that came next, latest wins
+        self._next_position: dict[int, int] = {}  # packed n-gram -> position after its latest occurrence
         for token in tokens:
             self.add(token)
 
     def add(self, token: int) -> None:
-        place = len(self._tokens)
-        for length in LENGTHS:
-            if place >= length:
-                self._after[_packed(self._tokens[-length:])] = place
+        """Append the next token of the sequence."""
+        position = len(self._tokens)
+        for length in MATCH_LENGTHS:
+            if position >= length:
+                self._next_position[_pack(self._tokens[-length:])] = position
         self._tokens.append(token)
 
-    def propose(self, most: int) -> tuple[int, ...]:
-        """Up to `most` tokens that may come next; none if the last ones are new. A repetition is taken to go on."""
-        size = len(self._tokens)
-        places = (self._after.get(_packed(self._tokens[-length:])) for length in LENGTHS if size >= length)
-        start = next((place for place in places if place is not None), None)
-        drafts: list[int] = []
-        while start is not None and len(drafts) < most:
-            place = start + len(drafts)
-            drafts.append(self._tokens[place] if place < size else drafts[place - size])
+    def propose(self, max_drafts: int) -> tuple[int, ...]:
+        """Up to `max_drafts` likely next tokens; empty if the last tokens have not occurred before.
+
+        Where the earlier occurrence runs into the end of the sequence, its repetition is continued.
+        """
+        start = self._find_match()
+        if start is None:
+            return ()
+        size, drafts = len(self._tokens), list[int]()
+        for position in range(start, start + max_drafts):
+            drafts.append(self._tokens[position] if position < size else drafts[position - size])
         return tuple(drafts)
 
+    def _find_match(self) -> int | None:
+        """Position after the latest earlier occurrence of the last tokens; the longest match first."""
+        for length in MATCH_LENGTHS:
+            if len(self._tokens) >= length:
+                position = self._next_position.get(_pack(self._tokens[-length:]))
+                if position is not None:
+                    return position
+        return None
 
-def _packed(tokens: Sequence[int]) -> int:
-    """One number for a few tokens; their count is part of it."""
+
+def _pack(tokens: Sequence[int]) -> int:
+    """A few token ids (below 2^24) as one int. The leading 1 makes sequences of different lengths differ."""
     number = 1
     for token in tokens:
         number = number << 24 | token

@@ -1,7 +1,7 @@
-"""The engine's own thread: it makes the runner and is the only one that ever touches it.
+"""The engine thread: it creates the runner and is the only thread that uses it.
 
-Callers post functions to an inbox, which the thread runs between two steps. While step k is computed, step k+1 is
-already planned and submitted; then the thread waits for step k and hands out its tokens.
+Callers post functions to an inbox, and the thread runs them between two steps. Steps are double-buffered: while the
+device computes step k, the thread plans and submits step k+1, and then waits for step k and delivers its tokens.
 """
 
 from __future__ import annotations
@@ -20,61 +20,71 @@ from ..errors import Busy, GptOssError
 from .prefix import PrefixCache
 from .prefix_files import PrefixFiles
 from .request import Finished, FinishReason, Request, Status, Token
-from .scheduler import Output, Scheduler, Step, Track
+from .scheduler import Output, Scheduler, Sequence, Step
 
 CLOSED = "the engine is closed; load the model again"
 
 
 @dataclass(eq=False)
-class Ticket:
-    """What the caller's side and the engine thread share of one request. The times are perf_counter seconds."""
+class RequestHandle:
+    """One request's state shared by its caller and the engine thread. Times are perf_counter() seconds.
+
+    queue: tokens for the caller, then one Finished or exception. on_arrival: called on the engine thread after every
+    item. on_end: called on the engine thread after the last item.
+    """
 
     request: Request
-    box: SimpleQueue[Token | Finished | BaseException] = field(default_factory=SimpleQueue)
-    submitted: float = field(default_factory=perf_counter)
-    started: float | None = None
-    first: float | None = None
-    last: float | None = None
-    track: Track | None = None
-    told: Callable[[], None] | None = None  # after every item, on the engine thread
-    left: Callable[[Ticket], None] | None = None  # after the last one
+    queue: SimpleQueue[Token | Finished | BaseException] = field(default_factory=SimpleQueue)
+    submitted_at: float = field(default_factory=perf_counter)
+    started_at: float | None = None
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    sequence: Sequence | None = None
+    on_arrival: Callable[[], None] | None = None
+    on_end: Callable[[RequestHandle], None] | None = None
 
     def put(self, item: Token | Finished | BaseException) -> None:
-        self.box.put(item)
-        if not isinstance(item, Token) and self.left is not None:
-            self.left(self)
-        if self.told is not None:
-            self.told()
+        """Deliver a token, or the end of the stream. Called on the engine thread."""
+        self.queue.put(item)
+        if not isinstance(item, Token) and self.on_end is not None:
+            self.on_end(self)
+        if self.on_arrival is not None:
+            self.on_arrival()
 
     def finish(self, reason: FinishReason) -> None:
+        """Deliver the Finished of this request."""
         now = perf_counter()
-        started = self.started or now
-        first = self.first or (now if self.started else started)
+        started = self.started_at or now
+        first = self.first_token_at or (now if self.started_at else started)
         self.put(
             Finished(
                 reason,
                 prompt_tokens=len(self.request.prompt),
-                completion_tokens=self.track.delivered if self.track else 0,
-                cached_tokens=self.track.cached if self.track else 0,
-                drafted=self.track.drafted if self.track else 0,
-                accepted=self.track.accepted if self.track else 0,
-                queue_s=started - self.submitted,
+                completion_tokens=self.sequence.delivered if self.sequence else 0,
+                cached_tokens=self.sequence.cached_tokens if self.sequence else 0,
+                drafted=self.sequence.drafted if self.sequence else 0,
+                accepted=self.sequence.accepted if self.sequence else 0,
+                queue_s=started - self.submitted_at,
                 prefill_s=first - started,
-                decode_s=(self.last or first) - first,
+                decode_s=(self.last_token_at or first) - first,
             )
         )
 
 
 @dataclass(frozen=True)
 class InFlight:
-    """A step that the runner is computing."""
+    """A step that the device is computing."""
 
     step: Step
     pending: Pending
 
 
 class Loop:
-    """Runs on the engine thread, apart from post() and post_unless_closed(), which any thread may call."""
+    """Schedules, submits and reads steps. Everything runs on the engine thread, except post(), post_unless_closed(),
+    submit() and status, which any thread may call.
+
+    failure: the exception that stopped the thread, if one did.
+    """
 
     def __init__(self, prefix_bytes: int = 0, prefix_files: PrefixFiles | None = None) -> None:
         self._prefix_bytes, self._prefix_files = prefix_bytes, prefix_files
@@ -85,44 +95,46 @@ class Loop:
         self._runner: Runner
         self._scheduler: Scheduler
         self._prefix: PrefixCache | None = None
-        self._unfinished = 0  # requests that were taken and have not ended
-        self._mean_s = 1.0  # that a request takes from its start to its end, of late
+        self._unfinished = 0  # requests accepted and not ended
+        self._mean_request_s = 1.0  # moving average of the time from a request's first step to its end
         self._in_flight: InFlight | None = None
-        self._open: dict[Track, Ticket] = {}
+        self._handles: dict[Sequence, RequestHandle] = {}
         self.failure: BaseException | None = None
 
     def post(self, message: Callable[[], None]) -> None:
-        """Have `message` run on the engine thread; dropped if that has ended. Takes no lock, so finalizers may call
-        it wherever the garbage collector happens to run."""
+        """Run `message` on the engine thread between two steps; it is dropped if the thread has ended.
+
+        Takes no lock, so a finalizer may call it from wherever the garbage collector runs.
+        """
         self._inbox.put(message)
 
     def post_unless_closed(self, message: Callable[[], None]) -> None:
-        """post(), or GptOssError if the engine thread has ended or is about to."""
+        """Like post(), but raises GptOssError if the engine thread has ended or is ending."""
         with self._lock:
             if self._closed:
                 raise self._closed_error()
             self._inbox.put(message)
 
-    def enter(self, ticket: Ticket, most: int | None) -> None:
-        """Take a request. Raises Busy if `most` are open, and GptOssError as post_unless_closed()."""
+    def submit(self, handle: RequestHandle, max_open: int | None) -> None:
+        """Accept a request. Raises Busy if max_open requests are unfinished, and GptOssError if closed."""
         with self._lock:
             if self._closed:
                 raise self._closed_error()
-            if most is not None and self._unfinished >= most:
-                seconds = self._mean_s * (self._unfinished + 1) / self._runner.limits.slots
+            if max_open is not None and self._unfinished >= max_open:
+                seconds = self._mean_request_s * (self._unfinished + 1) / self._runner.limits.slots
                 raise Busy(
-                    f"{self._unfinished} requests are being served or wait, as many as may; try again later",
+                    f"{self._unfinished} requests are running or waiting, which is the maximum; try again later",
                     retry_after_s=min(max(1, ceil(seconds)), 60),
                 )
             self._unfinished += 1
-            ticket.left = self._leave
-            self._inbox.put(partial(self.admit, ticket))
+            handle.on_end = self._on_request_end
+            self._inbox.put(partial(self.admit, handle))
 
-    def _leave(self, ticket: Ticket) -> None:
+    def _on_request_end(self, handle: RequestHandle) -> None:
         with self._lock:
             self._unfinished -= 1
-            if ticket.started is not None:
-                self._mean_s += 0.1 * (perf_counter() - ticket.started - self._mean_s)
+            if handle.started_at is not None:
+                self._mean_request_s += 0.1 * (perf_counter() - handle.started_at - self._mean_request_s)
 
     @property
     def status(self) -> Status:
@@ -133,11 +145,14 @@ class Loop:
             return Status(self._runner.limits.slots, running, waiting, self._prefix.nbytes if self._prefix else 0)
 
     def run(self, make_runner: Callable[[], Runner], ready: Future[Runner]) -> None:
-        """The body of the thread: make the runner, pump steps until close(), close the runner."""
+        """Body of the engine thread: create the runner, run steps until close(), close the runner.
+
+        `ready` receives the runner, or the exception that make_runner raised.
+        """
         try:
             self._runner = make_runner()
         except BaseException as error:
-            self._shut()
+            self._shut_down()
             ready.set_exception(error)
             return
         if self._prefix_bytes:
@@ -145,32 +160,35 @@ class Loop:
         self._scheduler = Scheduler(self._runner.limits, self._runner.release, self._prefix)
         ready.set_result(self._runner)
         try:
-            self._pump()
+            self._run_steps()
         except BaseException as error:
             self.failure = error
         finally:
-            self._shut()
+            self._shut_down()
             self._close_runner()
 
-    # Messages: what callers post.
+    # Messages that callers post.
 
-    def admit(self, ticket: Ticket) -> None:
+    def admit(self, handle: RequestHandle) -> None:
+        """Hand a submitted request to the scheduler."""
         if self._closed:
-            ticket.put(self._closed_error())
+            handle.put(self._closed_error())
             return
         try:
-            ticket.track = self._scheduler.add(ticket.request)
+            handle.sequence = self._scheduler.add(handle.request)
         except GptOssError as error:
-            ticket.put(error)
+            handle.put(error)
             return
-        self._open[ticket.track] = ticket
+        self._handles[handle.sequence] = handle
 
-    def cancel(self, ticket: Ticket) -> None:
-        if ticket.track in self._open:
-            self._scheduler.end(ticket.track)
-            self._finish(ticket.track, "cancelled")
+    def cancel(self, handle: RequestHandle) -> None:
+        """End a request with reason "cancelled", unless it has ended."""
+        if handle.sequence in self._handles:
+            self._scheduler.end(handle.sequence)
+            self._finish(handle.sequence, "cancelled")
 
     def call(self, function: Callable[[Runner], object], result: Future[object]) -> None:
+        """Set `result` to what function(runner) returns or raises."""
         if self._closed:
             result.set_exception(self._closed_error())
             return
@@ -180,89 +198,94 @@ class Loop:
             result.set_exception(error)
 
     def close(self) -> None:
+        """Have the thread end before its next step."""
         self._closing = True
 
     # Steps.
 
-    def _pump(self) -> None:
+    def _run_steps(self) -> None:
+        """Handle messages, submit step k+1, read step k, until close()."""
         while True:
             if self._in_flight is None and self._scheduler.idle:
-                self._inbox.get()()
+                self._inbox.get()()  # block until there is work
             while not self._inbox.empty():
                 self._inbox.get()()
             if self._closing:
                 return
-            ahead = self._submit()
-            self._read()
-            self._in_flight = ahead
+            next_step = self._submit_step()
+            self._read_step()
+            self._in_flight = next_step
 
-    def _submit(self) -> InFlight | None:
-        """Plan the next step and start it. If the runner refuses, its requests fail and the engine goes on."""
+    def _submit_step(self) -> InFlight | None:
+        """Plan and submit the next step; None if there is nothing to do.
+
+        If the runner raises an exception, the requests of the step fail with it and the engine goes on.
+        """
         step = self._scheduler.plan()
         if step is None:
             return None
         now = perf_counter()
-        for track in step.tracks:
-            ticket = self._open[track]
-            if ticket.started is None:
-                ticket.started = now
+        for sequence in step.sequences:
+            handle = self._handles[sequence]
+            if handle.started_at is None:
+                handle.started_at = now
         try:
             for slot, chain in step.restores:
                 self._runner.restore(slot, chain)
             pending = self._runner.submit(step.rows)
-            self._scheduler.submitted(step)
+            self._scheduler.save_prefixes(step)
             return InFlight(step, pending)
         except Exception as error:
-            self._lose(step, error)
+            self._fail_step(step, error)
             return None
 
-    def _read(self) -> None:
-        """Wait for the step in flight, if any, and hand out its tokens."""
+    def _read_step(self) -> None:
+        """Wait for the step in flight, if there is one, and deliver its tokens."""
         flight, self._in_flight = self._in_flight, None
         if flight is None:
             return
         try:
             results = flight.pending.wait()
         except Exception as error:
-            self._lose(flight.step, error)
+            self._fail_step(flight.step, error)
             return
         now = perf_counter()
-        for output in self._scheduler.read(flight.step, results):
+        for output in self._scheduler.process_results(flight.step, results):
             self._deliver(output, now)
 
     def _deliver(self, output: Output, now: float) -> None:
-        ticket, sampled = self._open[output.track], output.sampled
-        if ticket.first is None:
-            ticket.first = now
-        ticket.last = now
-        ticket.put(Token(sampled.token, sampled.logprob, sampled.top))
-        if isinstance(output.ended, GptOssError):
-            self._open.pop(output.track).put(output.ended)
-        elif output.ended is not None:
-            self._finish(output.track, output.ended)
+        handle, sampled = self._handles[output.sequence], output.sampled
+        if handle.first_token_at is None:
+            handle.first_token_at = now
+        handle.last_token_at = now
+        handle.put(Token(sampled.token, sampled.logprob, sampled.top))
+        if isinstance(output.end_reason, GptOssError):
+            self._handles.pop(output.sequence).put(output.end_reason)
+        elif output.end_reason is not None:
+            self._finish(output.sequence, output.end_reason)
 
-    def _finish(self, track: Track, reason: FinishReason) -> None:
-        self._open.pop(track).finish(reason)
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._handles.pop(sequence).finish(reason)
 
-    def _lose(self, step: Step, error: Exception) -> None:
-        """The step failed: so do the requests that were in it. What they still have in flight is dropped later."""
-        for track in step.tracks:
-            ticket = self._open.pop(track, None)
-            if ticket is not None:
-                ticket.put(error)
-        self._scheduler.lose(step)
+    def _fail_step(self, step: Step, error: Exception) -> None:
+        """Fail the requests of a step. Results they still have in flight are dropped when they are read."""
+        for sequence in step.sequences:
+            handle = self._handles.pop(sequence, None)
+            if handle is not None:
+                handle.put(error)
+        self._scheduler.fail(step)
 
-    # The end.
+    # Shutdown.
 
-    def _shut(self) -> None:
-        """Refuse new messages and fail whatever is open, so that nobody waits for a thread that is gone."""
+    def _shut_down(self) -> None:
+        """Refuse new messages and fail all open requests, so that no caller waits for a thread that has ended."""
         with self._lock:
             self._closed = True
         while not self._inbox.empty():
             self._inbox.get()()
-        for ticket in self._open.values():
-            ticket.put(self._closed_error())
-        self._open.clear()
+        for handle in self._handles.values():
+            handle.put(self._closed_error())
+        self._handles.clear()
 
     def _close_runner(self) -> None:
         try:

@@ -1,8 +1,8 @@
 """Snapshots of the prefix cache in files, so that they outlast the process.
 
-A folder for each model and way of computing (its fingerprint), a file for each span. A file is one line of JSON, which
-says what the span is and what follows, and the snapshot's bytes. It is written under another name and renamed, and
-checked when it is read: one that is cut short, changed or of something else is removed, and computed anew.
+One folder per fingerprint (a model and how it is computed), one file per chunk of a prompt. A file is a header, one
+line of JSON, followed by the packed snapshot. It is written under a temporary name and renamed, and verified when it
+is read: a truncated, changed or foreign file is removed and its chunk computed again.
 """
 
 from __future__ import annotations
@@ -21,42 +21,46 @@ from time import time
 
 from ..errors import GptOssError
 
-MOST_BYTES = 16 << 30  # of all files of one fingerprint
-LONGEST_LINE = 1 << 16  # bytes; a span of 256 ids takes 2 kB
-WAITING = 16  # snapshots that may wait for the disk before the engine does
-SUFFIX, UNFINISHED = ".kv", ".part"
-ABANDONED_S = 3600.0  # after which nobody finishes an unfinished file
+MAX_BYTES = 16 << 30  # all files of one fingerprint
+MAX_HEADER_BYTES = 1 << 16  # a chunk of 256 ids takes 2 kB
+MAX_PENDING_JOBS = 16  # writes and removals that may wait for the disk before the engine has to
+SUFFIX, TEMP_SUFFIX = ".kv", ".part"
+STALE_S = 3600.0  # an older temporary file has been abandoned
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class StoredSpan:
-    """One file. name: a digest of the fingerprint and all tokens up to `end`; parent: that of the span before, None for
-    the first. used: when it was last read or written, seconds since the epoch."""
+    """One file.
+
+    name: digest of the fingerprint and all tokens up to `end`. parent: name of the previous chunk; None for the first.
+    span: the chunk's tokens. end: position in the prompt where it ends. nbytes: size of the file.
+    last_used: when it was last read or written, in seconds since the epoch.
+    """
 
     name: str
     parent: str | None
     span: tuple[int, ...]
     end: int
     nbytes: int
-    used: float = 0.0
+    last_used: float = 0.0
 
 
 class PrefixFiles:
-    """The files of one fingerprint. Raises GptOssError for a folder that cannot be used.
+    """The files of one fingerprint.
 
-    Written on a thread of its own; a disk that is full or gone ends the writing, with a warning, and nothing else.
+    folder: parent of the fingerprint's own folder. Raises GptOssError if it is not writable.
+    max_bytes: total size; beyond it the prefix cache removes the least recently used files.
+    nbytes: total size now.
+
+    A background thread writes the files. If the disk is full or fails, writing ends with a warning in the log, and
+    everything else goes on.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        fingerprint: str,
-        most_bytes: int = MOST_BYTES,
-    ) -> None:
-        self.most_bytes = most_bytes
-        self.nbytes = 0
+    def __init__(self, folder: Path, fingerprint: str, max_bytes: int = MAX_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.nbytes: int = 0
         self._folder = folder / hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
         self._fingerprint = fingerprint
         try:
@@ -64,92 +68,96 @@ class PrefixFiles:
             tempfile.TemporaryFile(dir=self._folder).close()
         except OSError as error:
             raise GptOssError(
-                f"the prompt cache cannot be kept in {folder}: {error.strerror}; name another folder"
+                f"cannot write the prompt cache to {folder}: {error.strerror}; choose another folder"
             ) from error
-        self._queue: Queue[Callable[[], None] | None] = Queue(WAITING)
-        self._waiting: dict[str, bytes] = {}  # by name, what is not written yet
-        self._full = False
+        self._queue: Queue[Callable[[], None] | None] = Queue(MAX_PENDING_JOBS)
+        self._unwritten: dict[str, bytes] = {}  # name -> packed snapshot that is not on disk yet
+        self._write_failed = False
         self._writer: Thread | None = None
 
     def scan(self) -> list[StoredSpan]:
-        """What earlier processes left. Files that are not whole are removed."""
+        """The files that earlier processes wrote. Incomplete files are removed."""
         found = []
         for path in self._folder.glob(f"*{SUFFIX}"):
-            stored = self._header(path)
+            stored = self._read_header(path)
             if stored is None:
                 path.unlink(missing_ok=True)
                 continue
             found.append(stored)
             self.nbytes += stored.nbytes
-        for path in self._folder.glob(f"*{UNFINISHED}"):
-            if time() - path.lstat().st_mtime > ABANDONED_S:
+        for path in self._folder.glob(f"*{TEMP_SUFFIX}"):
+            if time() - path.lstat().st_mtime > STALE_S:
                 path.unlink(missing_ok=True)
         return found
 
     def write(self, parent: StoredSpan | None, span: tuple[int, ...], end: int, data: bytes) -> StoredSpan | None:
-        """Write a snapshot soon. None if the disk has failed before."""
-        if self._full:
+        """Queue a packed snapshot for writing. Returns its file, or None if writing has failed before.
+
+        parent: the previous chunk's file; None for the first chunk.
+        """
+        if self._write_failed:
             return None
-        before = None if parent is None else parent.name
-        name = self._name(before, span)
-        line = {"parent": before, "span": span, "end": end, "bytes": len(data), "sha256": _digest(data)}
-        header = json.dumps(line).encode() + b"\n"
-        stored = StoredSpan(name, before, span, end, len(header) + len(data))
+        parent_name = None if parent is None else parent.name
+        name = self._span_name(parent_name, span)
+        fields = {"parent": parent_name, "span": span, "end": end, "bytes": len(data), "sha256": _digest(data)}
+        header = json.dumps(fields).encode() + b"\n"
+        stored = StoredSpan(name, parent_name, span, end, len(header) + len(data))
         self.nbytes += stored.nbytes
-        self._waiting[name] = data
-        self._later(lambda: self._write(name, header, data))
+        self._unwritten[name] = data
+        self._enqueue(lambda: self._write(name, header, data))
         return stored
 
     def read(self, stored: StoredSpan) -> bytes | None:
-        """The snapshot's bytes; None if its file is gone or not what it was."""
-        if (data := self._waiting.get(stored.name)) is not None:
+        """The packed snapshot; None if its file is missing or has changed."""
+        if (data := self._unwritten.get(stored.name)) is not None:
             return data
         try:
             with self._path(stored.name).open("rb") as file:
-                line = json.loads(file.readline(LONGEST_LINE))
+                header = json.loads(file.readline(MAX_HEADER_BYTES))
                 data = file.read()
-            if _digest(data) != line["sha256"]:
-                raise ValueError("its bytes have changed")
+            if _digest(data) != header["sha256"]:
+                raise ValueError("its checksum does not match")
             os.utime(file.name)
             return data
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            _log.warning("a file of the prompt cache was dropped: %s", error)
+            _log.warning("dropped a damaged file of the prompt cache: %s", error)
             return None
 
     def remove(self, stored: StoredSpan) -> None:
+        """Queue a file for removal."""
         self.nbytes -= stored.nbytes
-        self._later(lambda: self._path(stored.name).unlink(missing_ok=True))
+        self._enqueue(lambda: self._path(stored.name).unlink(missing_ok=True))
 
     def close(self) -> None:
-        """Wait until everything is written."""
+        """Wait until everything queued has been written."""
         if self._writer is not None:
             self._queue.put(None)
             self._writer.join()
 
-    def _later(self, job: Callable[[], None]) -> None:
+    def _enqueue(self, job: Callable[[], None]) -> None:
         if self._writer is None:
-            self._writer = Thread(target=self._work, name="mlx-gptoss prompt cache", daemon=True)
+            self._writer = Thread(target=self._run_writer, name="mlx-gptoss prompt cache", daemon=True)
             self._writer.start()
         self._queue.put(job)
 
-    def _work(self) -> None:
+    def _run_writer(self) -> None:
         while (job := self._queue.get()) is not None:
             try:
                 job()
             except OSError as error:
-                if not self._full:
+                if not self._write_failed:
                     _log.warning("the prompt cache is no longer written to disk: %s", error.strerror)
-                self._full = True
+                self._write_failed = True
 
     def _write(self, name: str, header: bytes, data: bytes) -> None:
         try:
-            if not self._full:
-                self._write_whole(name, header, data)
+            if not self._write_failed:
+                self._write_atomically(name, header, data)
         finally:
-            self._waiting.pop(name, None)
+            self._unwritten.pop(name, None)
 
-    def _write_whole(self, name: str, header: bytes, data: bytes) -> None:
-        handle, written = tempfile.mkstemp(UNFINISHED, dir=self._folder)
+    def _write_atomically(self, name: str, header: bytes, data: bytes) -> None:
+        handle, written = tempfile.mkstemp(TEMP_SUFFIX, dir=self._folder)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(header)
@@ -159,24 +167,24 @@ class PrefixFiles:
             Path(written).unlink(missing_ok=True)
             raise
 
-    def _header(self, path: Path) -> StoredSpan | None:
-        """What a file says it is, if its name and size agree."""
+    def _read_header(self, path: Path) -> StoredSpan | None:
+        """The chunk that a file's header describes; None if its name or size does not match."""
         try:
             state = path.lstat()
             with path.open("rb") as file:
-                text = file.readline(LONGEST_LINE)
-            line = json.loads(text)
-            span, parent = tuple(int(i) for i in line["span"]), line["parent"]
-            stored = StoredSpan(path.stem, parent, span, int(line["end"]), state.st_size, state.st_mtime)
-            whole = state.st_size == len(text) + int(line["bytes"]) and stored.end >= len(span) > 0
-            return stored if whole and path.stem == self._name(parent, span) else None
+                text = file.readline(MAX_HEADER_BYTES)
+            header = json.loads(text)
+            span, parent = tuple(int(i) for i in header["span"]), header["parent"]
+            stored = StoredSpan(path.stem, parent, span, int(header["end"]), state.st_size, state.st_mtime)
+            whole = state.st_size == len(text) + int(header["bytes"]) and stored.end >= len(span) > 0
+            return stored if whole and path.stem == self._span_name(parent, span) else None
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}{SUFFIX}"
 
-    def _name(self, parent: str | None, span: tuple[int, ...]) -> str:
+    def _span_name(self, parent: str | None, span: tuple[int, ...]) -> str:
         return _digest(repr((self._fingerprint, parent, span)).encode())[:40]
 
 

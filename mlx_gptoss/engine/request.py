@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out: a request, its tokens one by one, and how it ended."""
+"""The engine's input and output types: Request in; Token, Finished and Status out."""
 
 from __future__ import annotations
 
@@ -12,28 +12,32 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class Guide(Protocol):
-    """What one sequence may say. Not shared between requests: it follows the tokens. Runs on the engine thread, where
-    it holds up every stream, and fails its own request by raising GptOssError."""
+    """Constrains the tokens of one sequence, for example to a JSON schema.
+
+    A guide has state, so every request needs its own. Its methods run on the engine thread and delay every stream
+    while they run. Raising GptOssError fails that request alone.
+    """
 
     def mask(self) -> bytes | None:
-        """The tokens that may come next, as backends.base.Row.mask; None for all."""
+        """Bit mask of the tokens allowed next, in the format of backends.base.Row.mask; None allows all."""
         ...
 
     def accept(self, token: int) -> None:
-        """`token` came next. Not called for the last one."""
+        """Advance by one generated token. Not called for the last token of the sequence."""
         ...
 
 
 @dataclass(frozen=True)
 class Request:
-    """One sequence to continue.
+    """One sequence to generate.
 
     prompt: token ids, at least one.
-    max_tokens: most tokens to generate, at least 1. The engine lowers it to what the context has room for.
-    stop_ids: generation ends with the first of these; that token is reported like any other.
-    guide: what may come next at each token; None allows all.
-    message_ends: the ids that end a message of the prompt: good places to take it up again (prefix.py).
-    Raises InvalidRequest for an empty prompt or a max_tokens below 1.
+    max_tokens: maximum number of tokens to generate, at least 1. The engine lowers it to what the context can hold.
+    sampling: how tokens are drawn.
+    stop_ids: generation ends at the first of these ids; that token is reported like any other.
+    guide: constrains every generated token; None allows all tokens.
+    message_ends: ids that end a message in the prompt. The prefix cache prefers to split prompts there (prefix.py).
+    Raises InvalidRequest for an empty prompt or max_tokens below 1.
     """
 
     prompt: tuple[int, ...]
@@ -52,7 +56,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token. `logprob` and `top` as in backends.base.Sampled: natural logarithms under the raw logits."""
+    """One generated token.
+
+    logprob: natural logarithm of its probability under the raw logits.
+    top: (id, logprob) of the likeliest tokens, likeliest first; Sampling.logprobs of them.
+    """
 
     id: int
     logprob: float
@@ -61,8 +69,11 @@ class Token:
 
 @dataclass(frozen=True)
 class Status:
-    """What an engine is at. running: sequences that have a slot; waiting: those that wait for one. prefix_bytes: that
-    the prefix cache holds in memory."""
+    """Load of an engine.
+
+    slots: sequences that can run at once. running: sequences that have a slot. waiting: sequences queued for one.
+    prefix_bytes: device memory held by the prefix cache.
+    """
 
     slots: int
     running: int
@@ -72,12 +83,12 @@ class Status:
 
 @dataclass(frozen=True)
 class Finished:
-    """How a stream ended, what it used, and how long it took.
+    """Why a stream ended, its token counts and its timings.
 
     reason: "stop": the last token is a stop id. "length": max_tokens or the context is used up. "cancelled".
-    cached_tokens: prompt tokens that did not have to be computed, out of prompt_tokens.
-    drafted, accepted: tokens that were guessed ahead, and those of them that were right.
-    queue_s: seconds from submit to the first prefill step; prefill_s: from there to the first token;
+    cached_tokens: how many of the prompt_tokens came from the prefix cache.
+    drafted, accepted: draft tokens proposed, and how many of them were accepted.
+    queue_s: seconds from submit to the first prefill step. prefill_s: from there to the first token.
         decode_s: from the first token to the last.
     """
 
@@ -93,5 +104,5 @@ class Finished:
 
     @property
     def ttft_s(self) -> float:
-        """Seconds from submit to the first token."""
+        """Time to first token: seconds from submit to the first token."""
         return self.queue_s + self.prefill_s

@@ -1,93 +1,109 @@
-"""Which rows go into the next step. Policy over ints: knows no device, no thread and no clock.
+"""Decides which rows go into the next step. Scheduling policy over ints: no device, no threads, no clock.
 
-A sequence waits (first come, first served) for a slot, prefills in chunks, decodes one token a step, and ends.
-Steps are planned ahead of the results of the step before, so a sequence may end while a later row of it is in
-flight; its slot is freed only when no step in flight touches it.
+A sequence waits for a slot (first come, first served), prefills its prompt in chunks, decodes one token a step, and
+ends. Steps are planned before the results of the previous step are known, so a sequence may end while a later row of
+it is in flight. Its slot is freed only when no step in flight uses it.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from ..backends.base import Limits, Row, Sampled, Snapshot
 from ..errors import GptOssError, InvalidRequest
-from .lookup import Lookup
-from .prefix import EVERY, Node, PrefixCache, cuts
+from .lookup import PromptLookup
+from .prefix import MAX_SPAN, Node, PrefixCache, chunk_ends
 from .request import Guide, Request
 
-READS = 8  # snapshots that one sequence has read from files in one step
+MAX_READS = 8  # snapshots that one sequence may read from files in one step
 
 
 @dataclass(eq=False)
-class Track:
-    """One request's way through the scheduler.
+class Sequence:
+    """The scheduling state of one request.
 
-    room: tokens it may sample. length: tokens fed to its slot by the rows planned so far. sampled: tokens that
-    the rows planned so far choose. delivered: tokens that were read and belong to the request. in_flight: steps
-    planned and not yet read that carry a row of it. ended: no more rows, and whatever is still in flight is dropped.
-    lookup: where drafts come from, None for a request that gets none. drafted, accepted: drafts so far, and those
-    guessed right. mask: what the next row may sample, for a request with a guide.
-
-    cuts: where its prefill is cut. node: as far as the prefix cache knows it; None if it is not kept there. chain: what
-    its slot is to be restored from before the next row. cached: tokens of the prompt that did not have to be computed.
-
-    With lookup or guide a row hangs on the result of the last one: it is planned when that was read, and fed its token
-    `last`; sampled then counts what was read.
+    max_new_tokens: maximum number of tokens it may generate.
+    chunk_ends: positions where the prefill chunks of its prompt end.
+    node: the prefix cache's node for the prompt so far; None if the prompt is not cached any further.
+    chain: snapshots that its slot is restored from before its next row.
+    cached_tokens: prompt tokens taken from the prefix cache.
+    slot: its slot; -1 without one.
+    length: tokens in its slot after all planned rows.
+    planned: tokens that the planned rows sample.
+    delivered: sampled tokens that have been read and belong to the request.
+    in_flight: steps planned and not yet read that contain a row of it.
+    ended: no more rows are planned, and results still in flight are dropped.
+    lookup: proposes drafts; None for a request without drafts.
+    drafted, accepted: drafts so far, and how many of them were accepted.
+    last_token: the last token delivered.
+    mask: tokens its next row may sample, for a request with a guide.
     """
 
     request: Request
-    room: int
-    cuts: tuple[int, ...]
+    max_new_tokens: int
+    chunk_ends: tuple[int, ...]
     node: Node | None = None
     chain: tuple[Snapshot, ...] = ()
-    cached: int = 0
+    cached_tokens: int = 0
     slot: int = -1
     length: int = 0
-    sampled: int = 0
+    planned: int = 0
     delivered: int = 0
     in_flight: int = 0
     ended: bool = False
-    lookup: Lookup | None = None
+    lookup: PromptLookup | None = None
     drafted: int = 0
     accepted: int = 0
-    last: int = -1
+    last_token: int = -1
     mask: bytes | None = None
 
     @property
-    def next_cut(self) -> int:
-        return self.cuts[bisect_right(self.cuts, self.length)]
+    def next_chunk_end(self) -> int:
+        return self.chunk_end_after(self.length)
+
+    def chunk_end_after(self, position: int) -> int:
+        return self.chunk_ends[bisect_right(self.chunk_ends, position)]
 
     @property
-    def one_by_one(self) -> bool:
+    def waits_for_result(self) -> bool:
+        """Whether each decoding row depends on the previous result, because of drafts or a guide.
+
+        Such a row is planned after the previous one has been read, and is given `last_token`; `planned` then equals
+        `delivered`.
+        """
         return self.lookup is not None or self.request.guide is not None
 
 
 @dataclass(frozen=True)
 class Step:
-    """Rows of one step; tracks[i] is the track of rows[i]. restores: slots that begin with snapshots, before it."""
+    """The rows of one step; sequences[i] is the sequence of rows[i].
+
+    restores: (slot, snapshots) pairs; each slot is restored from its snapshots before the step is submitted.
+    """
 
     rows: tuple[Row, ...]
-    tracks: tuple[Track, ...]
+    sequences: tuple[Sequence, ...]
     restores: tuple[tuple[int, tuple[Snapshot, ...]], ...] = ()
 
 
 @dataclass(frozen=True)
 class Output:
-    """A token that belongs to a track, and the reason if the track ended with it: an error if its guide raised one."""
+    """One token of a sequence. end_reason: why the sequence ended with it, or the error its guide raised; None if it
+    goes on."""
 
-    track: Track
+    sequence: Sequence
     sampled: Sampled
-    ended: Literal["stop", "length"] | GptOssError | None
+    end_reason: Literal["stop", "length"] | GptOssError | None
 
 
-def room(request: Request, limits: Limits) -> int:
-    """Tokens that `request` may generate: max_tokens, or what its prompt leaves of the context.
+def max_new_tokens(request: Request, limits: Limits) -> int:
+    """Number of tokens `request` may generate: its max_tokens, or what its prompt leaves of the context.
 
-    Raises InvalidRequest if the prompt leaves no room at all.
+    Raises InvalidRequest if the prompt fills the context.
     """
     left = limits.max_context - len(request.prompt)
     if left < 1:
@@ -99,11 +115,13 @@ def room(request: Request, limits: Limits) -> int:
 
 
 class Scheduler:
-    """Plans steps and reads their results. The caller runs every planned step, in order, and hands each one to
-    exactly one of read() and lose().
+    """Plans steps and processes their results.
 
-    release: called with a slot whose sequence ended, once no step in flight touches it.
-    prefix: what is known of earlier prompts; None keeps nothing.
+    The caller submits every planned step, in order, and passes each one to exactly one of process_results() and
+    fail().
+
+    release: called with the slot of a sequence that has ended, once no step in flight uses the slot.
+    prefix: the prefix cache; None disables it.
     """
 
     def __init__(self, limits: Limits, release: Callable[[int], None], prefix: PrefixCache | None = None) -> None:
@@ -111,219 +129,229 @@ class Scheduler:
         self._release = release
         self._prefix = prefix
         self._free = deque(range(limits.slots))
-        self._waiting: deque[Track] = deque()
-        self._prefilling: deque[Track] = deque()
-        self._decoding: list[Track] = []
+        self._waiting: deque[Sequence] = deque()
+        self._prefilling: deque[Sequence] = deque()
+        self._decoding: list[Sequence] = []
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Sequences that have a slot, and those that wait for one."""
+        """Number of sequences that have a slot, and of those that wait for one."""
         return self._limits.slots - len(self._free), len(self._waiting)
 
     @property
     def idle(self) -> bool:
-        """Whether there is no row to plan until something is added or freed."""
+        """Whether no row can be planned until a request is added or a slot is freed."""
         return not (self._decoding or self._prefilling or (self._waiting and self._free))
 
-    def add(self, request: Request) -> Track:
-        """Queue a request. Raises InvalidRequest if its prompt does not fit into the context, and what its guide does.
+    def add(self, request: Request) -> Sequence:
+        """Queue a request. Raises InvalidRequest if its prompt fills the context, and whatever its guide raises.
 
-        A penalty hangs on each token before it, and so does a mask: the tokens after a draft cannot be drawn along.
+        A request with penalties or a guide gets no drafts: penalties and masks depend on every earlier token, so the
+        tokens after a draft cannot be sampled in the same step.
         """
         drafting = self._limits.drafts > 0 and not request.sampling.penalized and request.guide is None
-        most = room(request, self._limits)
-        places = cuts(request.prompt, request.message_ends, self._every)
-        track = Track(request, most, places, lookup=Lookup(request.prompt) if drafting else None)
+        limit = max_new_tokens(request, self._limits)
+        ends = chunk_ends(request.prompt, request.message_ends, self._max_chunk)
+        sequence = Sequence(request, limit, ends, lookup=PromptLookup(request.prompt) if drafting else None)
         if self._prefix is not None:
-            track.node = self._prefix.root
+            sequence.node = self._prefix.root
         if request.guide is not None:
-            track.mask = request.guide.mask()
-        self._waiting.append(track)
-        return track
+            sequence.mask = request.guide.mask()
+        self._waiting.append(sequence)
+        return sequence
 
-    def end(self, track: Track) -> None:
-        """Plan no more of this track and drop what is in flight. Ending twice does nothing."""
-        if track.ended:
+    def end(self, sequence: Sequence) -> None:
+        """Plan no more rows of this sequence and drop its results in flight. Ending it twice does nothing."""
+        if sequence.ended:
             return
-        track.ended = True
+        sequence.ended = True
         for queue in (self._waiting, self._prefilling, self._decoding):
-            if track in queue:
-                queue.remove(track)
-        self._free_slot(track)
+            if sequence in queue:
+                queue.remove(sequence)
+        self._free_slot(sequence)
 
     def plan(self) -> Step | None:
-        """The next step: every decoding sequence, and up to `chunk` prompt tokens. None if there is no row."""
+        """The next step: a row for every decoding sequence, and up to Limits.chunk prompt tokens. None if there is
+        nothing to compute."""
         while self._waiting and self._free:
-            track = self._waiting.popleft()
-            track.slot = self._free.popleft()
-            self._prefilling.append(track)
-        # Decoding rows are listed before the prefill, which adds sequences that decode from the next step on.
-        tracks = [track for track in self._decoding if not (track.one_by_one and track.in_flight)]
-        rows = [self._decode(track) for track in tracks]
-        if tracks:
-            self._decoding = [track for track in self._decoding if track.sampled < track.room]
+            sequence = self._waiting.popleft()
+            sequence.slot = self._free.popleft()
+            self._prefilling.append(sequence)
+        # Decoding rows are planned before prefill rows: the latter add sequences that decode from the next step on.
+        sequences = [sequence for sequence in self._decoding if not (sequence.waits_for_result and sequence.in_flight)]
+        rows = [self._decode_row(sequence) for sequence in sequences]
+        if sequences:
+            self._decoding = [sequence for sequence in self._decoding if sequence.planned < sequence.max_new_tokens]
         chunks = self._next_chunks()
-        restores = [(track.slot, track.chain) for track in chunks if track.chain]
-        for track in chunks:
-            track.chain = ()
-            tracks.append(track)
-            rows.append(self._prefill(track))
+        restores = [(sequence.slot, sequence.chain) for sequence in chunks if sequence.chain]
+        for sequence in chunks:
+            sequence.chain = ()
+            sequences.append(sequence)
+            rows.append(self._prefill_row(sequence))
         if not rows:
             return None
-        for track in tracks:
-            track.in_flight += 1
-        return Step(tuple(rows), tuple(tracks), tuple(restores))
+        for sequence in sequences:
+            sequence.in_flight += 1
+        return Step(tuple(rows), tuple(sequences), tuple(restores))
 
-    def submitted(self, step: Step) -> None:
-        """The step is under way, and no other yet: keep what its chunks leave behind."""
-        for track, row in zip(step.tracks, step.rows, strict=True):
-            if self._prefix is not None and track.node is not None and row.tokens and row.sampling is None:
-                track.node = self._prefix.add(track.node, row.tokens, row.slot)
+    def save_prefixes(self, step: Step) -> None:
+        """Save the prefill chunks of a step in the prefix cache. Call it after submitting the step and before the
+        next one."""
+        for sequence, row in zip(step.sequences, step.rows, strict=True):
+            if self._prefix is not None and sequence.node is not None and row.tokens and row.sampling is None:
+                sequence.node = self._prefix.add(sequence.node, row.tokens, row.slot)
 
-    def read(self, step: Step, results: Sequence[Sampled | None]) -> list[Output]:
-        """Take in the results of a step; tokens of ended tracks are dropped."""
+    def process_results(self, step: Step, results: Iterable[Sampled | None]) -> list[Output]:
+        """The tokens of a step that has been computed. Tokens of ended sequences are dropped."""
         outputs = []
-        for track, row, result in zip(step.tracks, step.rows, results, strict=True):
-            track.in_flight -= 1
-            if track.ended:
-                self._free_slot(track)
+        for sequence, row, result in zip(step.sequences, step.rows, results, strict=True):
+            sequence.in_flight -= 1
+            if sequence.ended:
+                self._free_slot(sequence)
             elif row.sampling is not None:
-                outputs += self._deliver_all(track, row, result)
+                outputs += self._deliver_all(sequence, row, result)
         return outputs
 
-    def lose(self, step: Step) -> None:
-        """The step failed: end its tracks."""
-        for track, row in zip(step.tracks, step.rows, strict=True):
-            if self._prefix is not None and track.node is not None and row.sampling is None:
-                self._prefix.drop(track.node)
-            track.in_flight -= 1
-            if track.ended:
-                self._free_slot(track)
+    def fail(self, step: Step) -> None:
+        """End the sequences of a step that raised an exception, and drop what the prefix cache saved of it."""
+        for sequence, row in zip(step.sequences, step.rows, strict=True):
+            if self._prefix is not None and sequence.node is not None and row.sampling is None:
+                self._prefix.drop(sequence.node)
+            sequence.in_flight -= 1
+            if sequence.ended:
+                self._free_slot(sequence)
             else:
-                self.end(track)
+                self.end(sequence)
 
-    def _deliver_all(self, track: Track, row: Row, sampled: Sampled | None) -> list[Output]:
-        """What a row sampled, up to the token that ends the track."""
+    def _deliver_all(self, sequence: Sequence, row: Row, sampled: Sampled | None) -> list[Output]:
+        """The tokens a row sampled (the accepted drafts included), up to the one that ends the sequence."""
         if sampled is None:
-            raise RuntimeError(f"the runner sampled no token for slot {track.slot}, whose row asked for one")
-        track.drafted += len(row.drafts)
-        track.accepted += len(sampled.accepted)
-        track.length += len(sampled.accepted)
+            raise RuntimeError(f"the runner sampled no token for slot {sequence.slot}, whose row asked for one")
+        sequence.drafted += len(row.drafts)
+        sequence.accepted += len(sampled.accepted)
+        sequence.length += len(sampled.accepted)
         outputs: list[Output] = []
         for token in (sampled, *sampled.accepted):
-            outputs.append(self._deliver(track, token))
-            if track.ended:
+            outputs.append(self._deliver(sequence, token))
+            if sequence.ended:
                 break
         return outputs
 
-    def _deliver(self, track: Track, sampled: Sampled) -> Output:
-        track.delivered += 1
-        track.last = sampled.token
-        if track.lookup is not None:
-            track.lookup.add(sampled.token)
-        if track.one_by_one:
-            track.sampled = track.delivered
-        ended: Literal["stop", "length"] | GptOssError | None = None
-        if sampled.token in track.request.stop_ids:
-            ended = "stop"
-        elif track.delivered == track.room:
-            ended = "length"
-        elif track.request.guide is not None:
-            ended = _follow(track, track.request.guide, sampled.token)
-        if ended:
-            self.end(track)
-        return Output(track, sampled, ended)
+    def _deliver(self, sequence: Sequence, sampled: Sampled) -> Output:
+        """Count one token, and end the sequence if it is the last."""
+        sequence.delivered += 1
+        sequence.last_token = sampled.token
+        if sequence.lookup is not None:
+            sequence.lookup.add(sampled.token)
+        if sequence.waits_for_result:
+            sequence.planned = sequence.delivered
+        end_reason: Literal["stop", "length"] | GptOssError | None = None
+        if sampled.token in sequence.request.stop_ids:
+            end_reason = "stop"
+        elif sequence.delivered == sequence.max_new_tokens:
+            end_reason = "length"
+        elif sequence.request.guide is not None:
+            end_reason = _advance_guide(sequence, sequence.request.guide, sampled.token)
+        if end_reason:
+            self.end(sequence)
+        return Output(sequence, sampled, end_reason)
 
-    def _next_chunks(self) -> list[Track]:
-        """Sequences that prefill a chunk in this step: as many whole chunks as fit into `chunk` tokens.
+    def _next_chunks(self) -> list[Sequence]:
+        """The sequences that prefill one chunk each in this step: as many whole chunks as fit into Limits.chunk.
 
-        A chunk is never cut short to fill a step, so where a prompt is cut depends on the prompt alone and not on
-        what runs beside it. Served sequences go to the back: a long prompt does not hold up the short ones behind
-        it. The one at the front always fits, so none starves. What another computes in the same step, to be kept,
-        is waited for.
+        A chunk is never shortened to fill a step, so a prompt's chunks depend on the prompt alone, not on what else
+        is running. A served sequence goes to the back of the queue, so a long prompt does not delay the short ones
+        behind it. The first chunk in the queue always fits, so no sequence starves. If another sequence computes and
+        caches the same chunk in this step, the sequence waits and takes it from the cache.
         """
         budget = self._limits.chunk
-        served: list[Track] = []
+        served: list[Sequence] = []
         computed: set[tuple[Node, tuple[int, ...]]] = set()
-        for track in self._prefilling:
-            if not self._reuse(track):
+        for sequence in self._prefilling:
+            if not self._use_prefix_cache(sequence):
                 continue
-            size = track.next_cut - track.length
+            size = sequence.next_chunk_end - sequence.length
             if size > budget:
                 continue
-            if track.node is not None and track.next_cut < len(track.request.prompt):
-                span = (track.node, track.request.prompt[track.length : track.next_cut])
+            if sequence.node is not None and sequence.next_chunk_end < len(sequence.request.prompt):
+                span = (sequence.node, sequence.request.prompt[sequence.length : sequence.next_chunk_end])
                 if span in computed:
                     continue
                 computed.add(span)
             budget -= size
-            served.append(track)
+            served.append(sequence)
             if not budget:
                 break
-        for track in served:
-            self._prefilling.remove(track)
+        for sequence in served:
+            self._prefilling.remove(sequence)
         return served
 
-    def _reuse(self, track: Track) -> bool:
-        """Go on from as much of the prompt as is known. False if more is still to be read from files: a few a step, so
-        that the others need not wait."""
-        node, prompt, reads = track.node, track.request.prompt, 0
+    def _use_prefix_cache(self, sequence: Sequence) -> bool:
+        """Continue from the longest cached prefix of the prompt. False if more snapshots are still to be read from
+        files: MAX_READS a step, so that other sequences are not delayed."""
+        node, prompt, reads = sequence.node, sequence.request.prompt, 0
         if node is None or self._prefix is None:
             return True
-        while (end := track.cuts[bisect_right(track.cuts, node.end)]) < len(prompt) and reads < READS:
-            known = node.children.get(prompt[node.end : end])
+        while reads < MAX_READS and (end := sequence.chunk_end_after(node.end)) < len(prompt):
+            span = prompt[node.end : end]
+            known = node.children.get(span)
             reads += known is not None and known.snapshot is None
-            child = self._prefix.child(node, prompt[node.end : end])
+            child = self._prefix.child(node, span)
             if child is None:
                 break
             node = child
-        chain = tuple(step.snapshot for step in node.path if step.snapshot is not None)
-        if node is not track.node and sum(snapshot.end - snapshot.start for snapshot in chain) == node.end:
-            track.cached += node.end - track.length
-            track.node, track.length, track.chain = node, node.end, chain
-        return reads < READS
+        chain = tuple(ancestor.snapshot for ancestor in node.path if ancestor.snapshot is not None)
+        if node is not sequence.node and sum(snapshot.end - snapshot.start for snapshot in chain) == node.end:
+            sequence.cached_tokens += node.end - sequence.length
+            sequence.node, sequence.length, sequence.chain = node, node.end, chain
+        return reads < MAX_READS
 
     @property
-    def _every(self) -> int:
-        return self._limits.chunk if self._prefix is None else min(EVERY, self._limits.chunk)
+    def _max_chunk(self) -> int:
+        """Maximum tokens of a prefill chunk."""
+        return self._limits.chunk if self._prefix is None else min(MAX_SPAN, self._limits.chunk)
 
-    def _prefill(self, track: Track) -> Row:
-        """The row that feeds the next chunk of the prompt; the last one samples the first token."""
-        request, start = track.request, track.length
-        tokens = request.prompt[start : track.next_cut]
-        track.length += len(tokens)
-        if track.length < len(request.prompt):
-            self._prefilling.append(track)
-            return Row(track.slot, start, tokens)
-        track.sampled = 1
-        if track.sampled < track.room:
-            self._decoding.append(track)
-        return Row(track.slot, start, tokens, request.sampling, prompt=request.prompt, mask=track.mask)
+    def _prefill_row(self, sequence: Sequence) -> Row:
+        """The row for the next chunk of the prompt. The last chunk's row samples the first token."""
+        request, start = sequence.request, sequence.length
+        tokens = request.prompt[start : sequence.next_chunk_end]
+        sequence.length += len(tokens)
+        if sequence.length < len(request.prompt):
+            self._prefilling.append(sequence)
+            return Row(sequence.slot, start, tokens)
+        sequence.planned = 1
+        if sequence.planned < sequence.max_new_tokens:
+            self._decoding.append(sequence)
+        return Row(sequence.slot, start, tokens, request.sampling, prompt=request.prompt, mask=sequence.mask)
 
-    def _decode(self, track: Track) -> Row:
-        """The row that feeds back the last sampled token and samples the next one, or with drafts the next ones."""
-        start = track.length
-        track.length += 1
-        if track.lookup is not None:
-            drafts = track.lookup.propose(min(self._limits.drafts, track.room - track.delivered - 1))
-            return Row(track.slot, start, (track.last,), track.request.sampling, drafts=drafts)
-        track.sampled += 1
-        if track.request.guide is not None:
-            return Row(track.slot, start, (track.last,), track.request.sampling, mask=track.mask)
-        return Row(track.slot, start, None, track.request.sampling)
+    def _decode_row(self, sequence: Sequence) -> Row:
+        """The row that feeds the last sampled token and samples the next one, or several with drafts."""
+        start = sequence.length
+        sequence.length += 1
+        if sequence.lookup is not None:
+            drafts = sequence.lookup.propose(min(self._limits.drafts, sequence.max_new_tokens - sequence.delivered - 1))
+            return Row(sequence.slot, start, (sequence.last_token,), sequence.request.sampling, drafts=drafts)
+        sequence.planned += 1
+        if sequence.request.guide is not None:
+            return Row(sequence.slot, start, (sequence.last_token,), sequence.request.sampling, mask=sequence.mask)
+        return Row(sequence.slot, start, None, sequence.request.sampling)
 
-    def _free_slot(self, track: Track) -> None:
-        if track.slot >= 0 and track.in_flight == 0:
-            slot, track.slot = track.slot, -1
+    def _free_slot(self, sequence: Sequence) -> None:
+        """Release the slot, unless a step in flight uses it."""
+        if sequence.slot >= 0 and sequence.in_flight == 0:
+            slot, sequence.slot = sequence.slot, -1
             self._free.append(slot)
             self._release(slot)
 
 
-def _follow(track: Track, guide: Guide, token: int) -> GptOssError | None:
-    """Tell the guide what came, and ask it what may come next. It may do so while other sequences' step is computed."""
+def _advance_guide(sequence: Sequence, guide: Guide, token: int) -> GptOssError | None:
+    """Give the guide the token and get the next mask; returns the error if it raises one.
+
+    This may run while the device computes a step of the other sequences.
+    """
     try:
         guide.accept(token)
-        track.mask = guide.mask()
+        sequence.mask = guide.mask()
     except GptOssError as error:
         return error
     return None

@@ -1,4 +1,4 @@
-"""Stop strings in streamed text, wherever the token borders fall."""
+"""Stop strings in streamed text, found wherever the token boundaries fall."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from ..errors import InvalidRequest
 
 
 class StopStrings:
-    """Cuts streamed text before the first stop string.
+    """Ends streamed text before the first stop string.
 
-    An Aho-Corasick automaton (Aho and Corasick 1975) over characters: the time is linear in the text, and what is
-    held back is exactly the longest end of the text that a stop string begins with. The first stop string to be
-    complete wins; of those complete at the same character, the longest. So the result does not depend on how the
-    text is cut into pieces.
+    An Aho-Corasick automaton (Aho and Corasick 1975) over characters. Time is linear in the text. Exactly the longest
+    suffix of the text that is a prefix of a stop string is held back. The first stop string to be complete wins; of
+    those complete at the same character, the longest. So the result does not depend on how the text is split into
+    pieces.
 
-    matched: the stop string that was found, else None.
+    stops: the stop strings. Raises InvalidRequest if one is empty.
+    matched: the stop string that was found, or None.
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
         self._next: list[dict[str, int]] = [{}]  # state -> character -> state; 0 is the root
         self._depth = [0]  # state -> characters read since the root
-        self._fail = [0]  # state -> the state of its longest proper suffix
+        self._fail = [0]  # state -> the state of its longest proper suffix (suffix link)
         self._found: list[str | None] = [None]  # state -> the longest stop string that ends here
         for stop in stops:
             self._insert(stop)
@@ -32,7 +33,8 @@ class StopStrings:
         self.matched: str | None = None
 
     def push(self, text: str) -> tuple[str, bool]:
-        """Take in more text: what may be shown now, and whether a stop string was found. After that: ("", True)."""
+        """Append text. Returns the text that can be shown now, and whether a stop string was found; ("", True) on
+        every call after that."""
         if self.matched is not None:
             return "", True
         if len(self._next) == 1:
@@ -49,7 +51,7 @@ class StopStrings:
         return pending[:cut], False
 
     def flush(self) -> str:
-        """The text ended: what was held back. The next push starts afresh."""
+        """End the text and return what was held back. The next push starts a new text."""
         held, self._held, self._state = self._held, "", 0
         return held
 
@@ -73,7 +75,7 @@ class StopStrings:
         self._found[state] = stop
 
     def _link(self) -> None:
-        """Set the suffix links, breadth first, so that a state's suffix is complete before the state."""
+        """Set the suffix links, breadth first, so that the link of a state's suffix is set before its own."""
         queue = deque(self._next[0].values())
         while queue:
             state = queue.popleft()

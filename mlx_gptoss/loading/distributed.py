@@ -29,7 +29,7 @@ def coordinate(request: LoadRequest, launch: Launch) -> tuple[LoadPlan, Start]:
         request = _with_launch_backend(request, launch)
         plan = _plan_and_require_fit(request, launch)
         mine = _summary(plan)
-        answers = leader.ask(vars(request))
+        answers = leader.exchange_options(vars(request))
         for rank, theirs in enumerate(answers, 1):
             _compare(rank, mine, theirs)
         memory = _common_memory(plan, [MemoryPlan(**answer["memory"]) for answer in answers])
@@ -51,12 +51,12 @@ def serve_rank(launch: Launch) -> None:
         plan = _plan_and_require_fit(request, launch)
         return _summary(plan), plan.load
 
-    Follower(launch).follow(answer)
+    Follower(launch).run(answer)
 
 
 def dismiss(launch: Launch) -> None:
     """On rank 0, which ends: if it never loaded anything, tell the waiting ranks to end, too."""
-    if not Leader.led:
+    if not Leader.created:
         with contextlib.suppress(GptOssError):  # they have ended already
             Leader(launch, DISMISS_S).close()
 
@@ -92,13 +92,13 @@ def _common_memory(plan: LoadPlan, others: list[MemoryPlan]) -> MemoryPlan:
 
 def _summary(plan: LoadPlan) -> dict[str, Any]:
     """What ranks compare before they load."""
-    request, share = plan.request, plan.share
-    assert share is not None
+    request, shard = plan.request, plan.shard
+    assert shard is not None
     return {
         "versions": plan.versions(),
         "checkpoint": identity(plan.source),
         "dtype": plan.module.dtype_name(request.device, request.dtype),
-        "kv_heads": len(share.kv),
+        "kv_heads": len(shard.kv_heads),
         "memory": asdict(plan.memory),
     }
 

@@ -13,10 +13,10 @@ from ..backends.base import Backend, Limits, Runner
 from ..errors import CheckpointError, InvalidRequest
 from ..options import LoadOptions
 from ..weights import checkpoint as checkpoints
-from ..weights.checkpoint import Checkpoint, Readable
+from ..weights.checkpoint import Checkpoint, CheckpointLike
 from ..weights.formats import WRITERS
 from ..weights.requantize import Requantized
-from ..weights.split import RankWeights, Share
+from ..weights.split import RankShard, RankWeights
 from ..weights.synthetic import Synthetic, preset
 from ..weights.tensor import Dense, Weights
 from . import hub
@@ -50,25 +50,25 @@ class LoadPlan:
     """What a request resolves to on one rank.
 
     source: the whole checkpoint. part: what this rank holds of it. weights: what is loaded, quantized if so asked.
-    module, backend: the backend and its name. share: which heads, experts and token ids this rank holds; None for a
+    module, backend: the backend and its name. shard: which heads, experts and token ids this rank holds; None for a
     process that runs alone.
     """
 
     request: LoadRequest
-    source: Readable
-    part: Readable
+    source: CheckpointLike
+    part: CheckpointLike
     weights: Weights
     module: Backend
     backend: str
     memory: MemoryPlan
-    share: Share | None
+    shard: RankShard | None
 
     def limits(self) -> Limits:
         """The limits of the runner."""
         resident = None
         if self.memory.mapped_bytes:
             assert isinstance(self.source, Checkpoint)
-            resident = self.source.config.vocab_size if self.share else used_vocabulary(self.source)
+            resident = self.source.config.vocab_size if self.shard else used_vocabulary(self.source)
         return Limits(
             slots=self.request.slots,
             max_context=self.memory.context,
@@ -82,14 +82,14 @@ class LoadPlan:
     def load(self, limits: Limits) -> Runner:
         """Load the weights. Call it on the thread that will own the runner."""
         device, dtype = self.request.device, self.request.dtype
-        return self.module.load(self.weights, device=device, dtype=dtype, limits=limits, share=self.share)
+        return self.module.load(self.weights, device=device, dtype=dtype, limits=limits, shard=self.shard)
 
     def versions(self) -> list[list[str]]:
         """Name and version of each program that the numbers depend on."""
         return [[name, metadata.version(name)] for name in ("mlx-gptoss", LIBRARIES[self.backend])]
 
 
-def open_source(request: LoadRequest) -> Readable:
+def open_source(request: LoadRequest) -> CheckpointLike:
     """The checkpoint that the request names; reads headers only."""
     if request.synthetic is None:
         return open_checkpoint(request.model)
@@ -103,7 +103,7 @@ def open_checkpoint(path_or_repo_id: str | Path | None) -> Checkpoint:
 
 
 def plan_load(
-    request: LoadRequest, source: Readable, rank: int = 0, ranks: int = 1, ranks_on_host: int = 1
+    request: LoadRequest, source: CheckpointLike, rank: int = 0, ranks: int = 1, ranks_on_host: int = 1
 ) -> LoadPlan:
     """The plan of one rank. source: from open_source(). ranks_on_host: ranks that share this machine's memory.
 
@@ -111,8 +111,8 @@ def plan_load(
     """
     if request.slots < 1:
         raise InvalidRequest(f"slots must be at least 1, not {request.slots}")
-    share = None if ranks == 1 else Share.of(source.config, rank, ranks)
-    part: Readable = source if share is None else RankWeights(source, share)
+    shard = None if ranks == 1 else RankShard.of(source.config, rank, ranks)
+    part: CheckpointLike = source if shard is None else RankWeights(source, shard)
     weights = part if request.quantize is None else Requantized(part, request.quantize)
     module, backend = find_backend(request.backend)
     _check_options(backend, request.kv_bits, request.speculate)
@@ -129,7 +129,7 @@ def plan_load(
         prefix_bytes=request.prefix_cache,
         ranks_on_host=ranks_on_host,
     )
-    return LoadPlan(request, source, part, weights, module, backend, memory, share)
+    return LoadPlan(request, source, part, weights, module, backend, memory, shard)
 
 
 def _check_options(backend: str, kv_bits: int | None, speculate: bool) -> None:
@@ -141,7 +141,7 @@ def _check_options(backend: str, kv_bits: int | None, speculate: bool) -> None:
 
 
 def memory_plan(
-    checkpoint: Readable,
+    checkpoint: CheckpointLike,
     backend: Backend,
     weights_bytes: int | None = None,
     *,
@@ -185,14 +185,14 @@ def memory_plan(
     )
 
 
-def mappable(checkpoint: Readable) -> int:
+def mappable(checkpoint: CheckpointLike) -> int:
     """Bytes of weights that may stay in the mapped file; of a rank's weights, only its embeddings."""
     if isinstance(checkpoint, RankWeights):
-        return checkpoint.matrix_bytes("embed") if isinstance(checkpoint.whole, Checkpoint) else 0
+        return checkpoint.matrix_bytes("embed") if isinstance(checkpoint.source, Checkpoint) else 0
     return mappable_bytes(checkpoint) if isinstance(checkpoint, Checkpoint) else 0
 
 
-def sizes_in_other_formats(checkpoint: Readable) -> dict[str, int]:
+def sizes_in_other_formats(checkpoint: CheckpointLike) -> dict[str, int]:
     """Bytes of the same model in each format that can hold it, computed from its layout."""
     dtypes = {param.name: "BF16" for param in checkpoint.params}
     sizes = {}
@@ -203,7 +203,7 @@ def sizes_in_other_formats(checkpoint: Readable) -> dict[str, int]:
     return sizes
 
 
-def identity(source: Readable) -> str:
+def identity(source: CheckpointLike) -> str:
     """A digest that two copies of one checkpoint share: of the headers, and of the first row of every weight that each
     rank reads. Another fine-tune with the same layout has another digest."""
     digest = hashlib.sha256()

@@ -22,19 +22,19 @@ import numpy as np
 
 from ..errors import CheckpointError
 from ..weights import codecs, quantization
-from ..weights.checkpoint import ROLES, Checkpoint, Readable
+from ..weights.checkpoint import Checkpoint, CheckpointLike
 from ..weights.formats import WRITERS
-from ..weights.params import Role
+from ..weights.params import MATRIX_ROLES, Role
 from ..weights.tensor import MXFP4, Dense
-from .memory import COMFORTABLE_CONTEXT, SMALLEST_CONTEXT, MemoryPlan
+from .memory import MIN_CONTEXT, PREFERRED_CONTEXT, MemoryPlan
 
 _PREFERRED: Mapping[str, Sequence[str]] = {
     "mxfp4": ("mlx-mxfp4-q8", "mlx-mxfp4-q4"),
     "dense": ("mlx-8bit", "mlx-4bit"),
     "other": ("mlx-4bit",),
 }
-READ_BY_EVERY_TOKEN: Sequence[Role] = ("attention", "router", "lm_head")
-WHAT_IT_DOES: Mapping[str, str] = {
+DENSE_ROLES: Sequence[Role] = ("attention", "router", "lm_head")
+DESCRIPTIONS: Mapping[str, str] = {
     "mlx-mxfp4-q8": "experts bit for bit, the rest in 8 bits",
     "mlx-mxfp4-q4": "experts bit for bit, the rest in 4 bits",
     "mlx-8bit": "8 bits a weight",
@@ -63,12 +63,12 @@ def recommend(
     """The format to run the checkpoint in, or None if none fits.
 
     plan: of the checkpoint as it is. sizes: bytes in the formats that it can be written in. context: tokens that must
-    fit; None asks for COMFORTABLE_CONTEXT or, failing that, SMALLEST_CONTEXT. mappable: bytes that may stay in the
+    fit; None asks for PREFERRED_CONTEXT or, failing that, MIN_CONTEXT. mappable: bytes that may stay in the
     file, by format. Reads some rows of bfloat16 experts.
     """
     mappable = mappable or {}
     most = checkpoint.config.max_position_embeddings
-    for wanted in [context] if context else [min(COMFORTABLE_CONTEXT, most), min(SMALLEST_CONTEXT, most)]:
+    for wanted in [context] if context else [min(PREFERRED_CONTEXT, most), min(MIN_CONTEXT, most)]:
         for name, size in _candidates(checkpoint, sizes):
             as_is = size == checkpoint.size_bytes
             held = size + derived_bytes(checkpoint) if as_is else size
@@ -90,10 +90,10 @@ def _kind(checkpoint: Checkpoint) -> str:
     weight = checkpoint.read("layers.0.experts.down.weight")
     if not isinstance(weight, Dense):
         return "mxfp4" if weight.spec == MXFP4 else "other"
-    some = Dense(codecs.straight(weight.values[0, :32]))
+    some = Dense(codecs.contiguous_rows(weight.values[0, :32]))
     if some.values.shape[-1] % MXFP4.group:
         return "dense"
-    decoded = codecs.dequantize(quantization.convert(some, MXFP4))
+    decoded = codecs.dequantize(quantization.to_spec(some, MXFP4))
     return "mxfp4" if np.array_equal(decoded, codecs.dequantize(some)) else "dense"
 
 
@@ -127,10 +127,10 @@ def mappable_by_format(checkpoint: Checkpoint) -> dict[str, int]:
     return found | {checkpoint.format: mappable_bytes(checkpoint)}
 
 
-def upcastable_bytes(weights: Readable, activation_bytes: int) -> int:
+def upcastable_bytes(weights: CheckpointLike, activation_bytes: int) -> int:
     """Bytes that the dense matrices which every token reads would take more in activations of this size."""
     extra = 0
-    for role in READ_BY_EVERY_TOKEN:
+    for role in DENSE_ROLES:
         matrices = [param for param in weights.params if param.role == role and param.is_matrix]
         if all(weights.stored_as(param.name)[0] is None for param in matrices):
             wide = activation_bytes * sum(param.size for param in matrices)
@@ -138,11 +138,11 @@ def upcastable_bytes(weights: Readable, activation_bytes: int) -> int:
     return extra
 
 
-def derived_bytes(weights: Readable) -> int:
+def derived_bytes(weights: CheckpointLike) -> int:
     """Bytes of biases that are not stored but made while reading, since codes and scales tell them: of int4-autoround
     and of GGUF's Q8_0."""
     extra = 0
-    for role in ROLES:
+    for role in MATRIX_ROLES:
         matrices = [param for param in weights.params if param.role == role and param.is_matrix]
         held = 0
         for param in matrices:

@@ -1,8 +1,8 @@
-"""Several processes that run one model together: how they find each other, stay in step, and end together.
+"""Several processes (ranks) that run one model together: how they connect, stay in step and end together.
 
-The engine runs on rank 0 alone. Behind the seam of backends/base.py stands a GroupRunner there, which tells every call
-to the other ranks before it makes it itself; they do nothing but follow. What is computed goes through the backend's
-own collectives; here go a few hundred bytes a step, as lines of JSON.
+The engine runs on rank 0 alone. Its runner is a GroupRunner, which sends every call to the other ranks before making
+it locally; the other ranks only execute these calls. Tensors go through the backend's own collectives. The connections
+here carry a few hundred bytes a step, as lines of JSON.
 """
 
 from __future__ import annotations

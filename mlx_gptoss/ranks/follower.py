@@ -1,4 +1,4 @@
-"""The side of every rank but 0: it loads what it is told, then makes the calls that rank 0 makes, until that ends."""
+"""The side of every rank but 0: loads its part of the model and executes the calls that rank 0 sends."""
 
 from __future__ import annotations
 
@@ -14,35 +14,43 @@ from typing import Any
 
 from ..backends.base import Limits, Pending, Runner, Snapshot
 from ..errors import GptOssError
-from .launch import JOIN_S, Launch
+from .launch import JOIN_TIMEOUT_S, Launch
 from .neighbours import Neighbours
-from .wire import SILENCE_S, Channel, Lost, bytes_from_json, bytes_to_json, row_from_json
+from .wire import HEARTBEAT_TIMEOUT_S, Channel, ConnectionLost, bytes_from_json, bytes_to_json, row_from_json
 
-CUT_S = 2.0  # how long rank 0 may take to see what a neighbour sees
+REPORT_DELAY_S = 2.0  # how long rank 0 may take to notice itself that a neighbour of this rank is lost
+
+Load = Callable[[Limits], Runner]  # loads this rank's part of the model
 
 
 class Follower:
-    """The connection to rank 0. It is read on a thread of its own, which ends the process when rank 0 is gone, whatever
-    the main thread waits for. Ctrl-C and SIGTERM are for rank 0 to answer: it ends the others."""
+    """The connection to rank 0.
+
+    A background thread reads it and ends the process when rank 0 is lost, whatever the main thread is waiting for.
+    Ctrl-C and SIGTERM are ignored: rank 0 handles them and ends the other ranks.
+    """
 
     def __init__(self, launch: Launch) -> None:
-        """Raises GptOssError if rank 0 cannot be reached."""
+        """Connect to rank 0. Raises GptOssError if it cannot be reached."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
         self._ended = threading.Event()
         self._channel = Channel(_connect(launch))
-        self._neighbours = Neighbours(launch, self._channel.here)
+        self._neighbours = Neighbours(launch, self._channel.local_address)
         self._channel.send({"token": launch.token, "rank": launch.rank, "port": self._neighbours.port})
-        self._channel.beat(self._gone)
+        self._channel.start_heartbeats(self._on_leader_lost)
         self._messages: SimpleQueue[Any] = SimpleQueue()
-        threading.Thread(target=self._read, name="mlx-gptoss rank 0", daemon=True).start()
+        threading.Thread(target=self._receive_messages, name="mlx-gptoss rank 0", daemon=True).start()
 
-    def follow(self, answer: Callable[[Any], tuple[Any, Callable[[Limits], Runner]]]) -> None:
-        """Until rank 0 ends. answer: what to answer to its load options, and what then loads this rank's part."""
+    def run(self, prepare: Callable[[Any], tuple[Any, Load]]) -> None:
+        """Follow rank 0 until it ends.
+
+        prepare: given rank 0's load options, returns the reply to them and the function that loads this rank's part.
+        """
         try:
-            self._follow(answer)
-        except Exception as error:  # rank 0 says it, and ends; so does this one then
+            self._run(prepare)
+        except Exception as error:  # rank 0 prints it and ends; then this rank ends, too
             kind = "" if isinstance(error, GptOssError) else f"{type(error).__name__}: "
             self._channel.send({"error": f"{kind}{error}"})
             while not _is_end(self._messages.get()):
@@ -51,25 +59,26 @@ class Follower:
             self._neighbours.close()
             self._channel.close()
 
-    def _follow(self, answer: Callable[[Any], tuple[Any, Callable[[Limits], Runner]]]) -> None:
+    def _run(self, prepare: Callable[[Any], tuple[Any, Load]]) -> None:
         if _is_end(message := self._messages.get()):
             return
-        self._neighbours.meet(message.get("next"), self._cut)
-        reply, load = answer(message["options"])
-        self._channel.send({"answer": reply})
+        self._neighbours.connect(message.get("next"), self._on_neighbour_lost)
+        reply, load = prepare(message["options"])
+        self._channel.send({"reply": reply})
         if _is_end(message := self._messages.get()):
             return
         runner = load(Limits(**message["load"]))
         self._channel.send({"ready": True})
-        self._obey(runner)
+        self._execute_calls(runner)
 
-    def _obey(self, runner: Runner) -> None:
-        saved: dict[int, Snapshot] = {}
+    def _execute_calls(self, runner: Runner) -> None:
+        """Make the calls that rank 0 makes on its runner, until it ends. A call is a list: name, then arguments."""
+        saved: dict[int, Snapshot] = {}  # by rank 0's number for it
         last: Pending | None = None
         while isinstance(message := self._messages.get(), list):
             match message:
                 case ["loaded"]:
-                    self._neighbours.loaded()
+                    self._neighbours.all_loaded()
                 case ["submit", rows]:
                     last = runner.submit([row_from_json(row) for row in rows])
                 case ["release", slot]:
@@ -88,32 +97,36 @@ class Follower:
                 case ["logits", ids]:
                     runner.logits(ids)
                 case _:
-                    raise GptOssError(f"rank 0 asks for {message[:1]}, which this version does not know")
+                    raise GptOssError(f"rank 0 sent the call {message[:1]}, which this version does not know")
         if last is not None:
             last.wait()
         runner.close()
 
-    def _read(self) -> None:
+    def _receive_messages(self) -> None:
+        """Read rank 0's messages until it ends."""
         while True:
             try:
                 message = self._channel.receive()
-            except Lost as lost:
-                self._gone(lost)
+            except ConnectionLost as lost:
+                self._on_leader_lost(lost)
                 return
             self._messages.put(message)
-            if isinstance(message, list):  # a call: all have loaded
-                self._channel.silence_s = SILENCE_S
+            if isinstance(message, list):  # a call, so all ranks have loaded
+                self._channel.heartbeat_timeout_s = HEARTBEAT_TIMEOUT_S
             elif _is_end(message):
                 self._ended.set()
                 return
 
-    def _cut(self, other: int, lost: Lost) -> None:
-        """A neighbour is lost. Rank 0 sees that itself, or is ending all, unless it is only the way to it that is."""
-        if not self._ended.wait(CUT_S):
-            with suppress(Lost):  # then rank 0 has ended
-                self._channel.send({"error": f"for it rank {other} {lost}"})
+    def _on_neighbour_lost(self, other: int, lost: ConnectionLost) -> None:
+        """Report a lost neighbour to rank 0, unless rank 0 ends all ranks first.
 
-    def _gone(self, lost: Lost) -> None:
+        It does so if the neighbour has ended; if only the link between the two is cut, rank 0 cannot see it.
+        """
+        if not self._ended.wait(REPORT_DELAY_S):
+            with suppress(ConnectionLost):  # rank 0 has ended
+                self._channel.send({"error": f"its neighbour rank {other} {lost}"})
+
+    def _on_leader_lost(self, lost: ConnectionLost) -> None:
         if not self._ended.is_set():
             os._exit(1)
 
@@ -123,15 +136,15 @@ def _is_end(message: Any) -> bool:
 
 
 def _connect(launch: Launch) -> socket.socket:
-    """Rank 0 may begin to listen later than this one calls."""
-    until = time.monotonic() + JOIN_S
+    """Connect to rank 0, trying again for JOIN_TIMEOUT_S because it may not listen yet."""
+    deadline = time.monotonic() + JOIN_TIMEOUT_S
     while True:
         try:
-            return socket.create_connection((launch.host, launch.port), timeout=JOIN_S)
+            return socket.create_connection((launch.host, launch.port), timeout=JOIN_TIMEOUT_S)
         except OSError as error:
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise GptOssError(
-                    f"rank {launch.rank} cannot reach rank 0 at {launch.host}:{launch.port} ({error}); commands that "
-                    "load no model are for one process"
+                    f"rank {launch.rank} cannot reach rank 0 at {launch.host}:{launch.port} ({error}); start commands "
+                    "that load no model without a launcher"
                 ) from error
             time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Rank 0's side: it lets the others in, tells them what to load, and watches over them from then on."""
+"""Rank 0's side: accepts the other ranks, tells them what to load, sends them calls, and monitors them."""
 
 from __future__ import annotations
 
@@ -13,150 +13,166 @@ from typing import Any, ClassVar
 from .. import machine
 from ..backends.base import Limits, Runner
 from ..errors import GptOssError
-from .launch import JOIN_S, Launch
+from .launch import JOIN_TIMEOUT_S, Launch
 from .runner import GroupRunner
-from .wire import SILENCE_S, Channel, Lost, admit, bytes_from_json
+from .wire import HEARTBEAT_TIMEOUT_S, Channel, ConnectionLost, accept_rank, bytes_from_json
 
-END_S = 10.0  # how long the others may take to end
+END_TIMEOUT_S = 10.0  # how long the other ranks may take to end
 
 
 class Leader:
-    """Connections to all other ranks, in their order.
+    """Connections to all other ranks, in the order of their ranks.
 
-    Once they load, a rank that is lost or fails ends this process, by one line on stderr and exit code 1: the engine's
-    thread may wait for that rank in a collective, which nothing else can interrupt. The other ranks end when this one
-    does.
+    From the moment they load, a rank that is lost or fails ends this process, with one line on stderr and exit code 1.
+    An exception would not do: the engine thread may be waiting for that rank in a collective, which nothing can
+    interrupt. The other ranks end when they lose rank 0.
     """
 
-    led: ClassVar[bool] = False  # whether this process has ever met the others
+    created: ClassVar[bool] = False  # whether this process has ever accepted (or waited for) the other ranks
 
-    def __init__(self, launch: Launch, join_s: float | None = None) -> None:
-        """Raises GptOssError if not all ranks come within join_s seconds, by default JOIN_S."""
-        Leader.led = True
+    def __init__(self, launch: Launch, join_timeout_s: float | None = None) -> None:
+        """Wait for all other ranks. Raises GptOssError if one does not connect in time.
+
+        join_timeout_s: seconds to wait, JOIN_TIMEOUT_S by default.
+        """
+        Leader.created = True
         self._launch = launch
         self._ending = threading.Event()
         self._ready = threading.Semaphore(0)
         self._packed: list[SimpleQueue[bytes]] = [SimpleQueue() for _ in range(1, launch.ranks)]
         self._readers: list[threading.Thread] = []
-        self._channels, self._listening = self._meet(JOIN_S if join_s is None else join_s)
+        timeout_s = JOIN_TIMEOUT_S if join_timeout_s is None else join_timeout_s
+        self._channels, self._neighbour_addresses = self._accept_ranks(timeout_s)
 
-    def ask(self, options: Any) -> list[Any]:
-        """What every other rank answers to rank 0's load options. Raises GptOssError if one cannot do it."""
+    def exchange_options(self, options: Any) -> list[Any]:
+        """Send the load options to every other rank and return their replies.
+
+        Raises GptOssError if a rank cannot load with these options, or is lost.
+        """
         for rank, channel in enumerate(self._channels, 1):
-            behind = self._listening[rank] if rank < len(self._channels) else None
-            self._send(rank, channel, {"options": options, "next": behind})
-        answers = []
+            next_address = self._neighbour_addresses[rank] if rank < len(self._channels) else None
+            self._send(rank, channel, {"options": options, "next": next_address})
+        replies = []
         for rank, channel in enumerate(self._channels, 1):
             try:
-                answer = channel.receive()
-            except Lost as lost:
-                raise GptOssError(f"rank {rank} {lost}; see what it printed, and start all ranks again") from lost
-            if "error" in answer:
-                raise GptOssError(f"rank {rank}: {answer['error']}")
-            answers.append(answer["answer"])
-        return answers
+                reply = channel.receive()
+            except ConnectionLost as lost:
+                raise _rank_lost(rank, lost) from lost
+            if "error" in reply:
+                raise GptOssError(f"rank {rank}: {reply['error']}")
+            replies.append(reply["reply"])
+        return replies
 
-    def load(self, limits: Limits, load: Callable[[], Runner], largest: float) -> GroupRunner:
-        """Have all ranks load at once; `load` is this one's. largest: bytes of the largest rank's K/V to a byte of
-        this one's."""
+    def load(self, limits: Limits, load: Callable[[], Runner], kv_ratio: float) -> GroupRunner:
+        """Load on all ranks at the same time and return the runner of the group.
+
+        load: loads this rank's part. kv_ratio: K/V bytes of the rank that holds most, divided by this rank's.
+        """
         for rank, channel in enumerate(self._channels, 1):
             self._send(rank, channel, {"load": vars(limits)})
             reader = threading.Thread(
-                target=self._watch, args=(rank, channel), daemon=True, name=f"mlx-gptoss rank {rank}"
+                target=self._read_messages, args=(rank, channel), daemon=True, name=f"mlx-gptoss rank {rank}"
             )
             reader.start()
             self._readers.append(reader)
-        own = load()
+        local = load()
         for _ in self._channels:
             self._ready.acquire()
-        self.tell(["loaded"])
-        return GroupRunner(own, self, largest)
+        self.broadcast(["loaded"])
+        return GroupRunner(local, self, kv_ratio)
 
-    def tell(self, *messages: Any) -> None:
-        """Send messages to every other rank."""
-        self.tell_each([messages] * len(self._channels))
+    def broadcast(self, *messages: Any) -> None:
+        """Send the same messages to every other rank."""
+        self.scatter([messages] * len(self._channels))
 
-    def tell_each(self, messages: Sequence[Sequence[Any]]) -> None:
-        """Send each other rank its own."""
-        for rank, (channel, its) in enumerate(zip(self._channels, messages, strict=True), 1):
-            for message in its:
+    def scatter(self, messages: Sequence[Sequence[Any]]) -> None:
+        """Send every other rank its own messages: messages[0] to rank 1, and so on."""
+        for rank, (channel, own) in enumerate(zip(self._channels, messages, strict=True), 1):
+            for message in own:
                 try:
                     channel.send(message)
-                except Lost as lost:
-                    self._die(rank, lost)
+                except ConnectionLost as lost:
+                    self._abort(rank, lost)
 
-    def packed(self) -> list[bytes]:
-        """What each other rank has packed, as it was told to."""
+    def gather_packed(self) -> list[bytes]:
+        """The other ranks' parts of the snapshot that was packed last."""
         return [queue.get() for queue in self._packed]
 
     def close(self) -> None:
-        """End the other ranks, and wait until they have."""
+        """End the other ranks and wait until they have ended."""
         self._ending.set()
         for channel in self._channels:
             try:
                 channel.send({"end": True})
-            except Lost:
+            except ConnectionLost:
                 continue
         for reader in self._readers:
-            reader.join(END_S)
+            reader.join(END_TIMEOUT_S)
         for channel in self._channels:
             channel.close()
 
-    def _meet(self, join_s: float) -> tuple[list[Channel], list[tuple[str, int]]]:
-        """Listen until every other rank has come and shown the token: connections, and where each rank listens for the
-        one before it."""
+    def _accept_ranks(self, timeout_s: float) -> tuple[list[Channel], list[tuple[str, int]]]:
+        """Listen until every other rank has connected and shown the token.
+
+        Returns their connections, and the addresses where they listen for the rank before them.
+        """
         launch, found = self._launch, dict[int, tuple[Channel, int]]()
-        until = time.monotonic() + join_s
+        deadline = time.monotonic() + timeout_s
         with _listen(launch.host, launch.port) as listener:
             while len(found) < launch.ranks - 1:
                 try:
-                    hello, channel = admit(listener, launch, until)
+                    hello, channel = accept_rank(listener, launch, deadline)
                 except TimeoutError as error:
                     missing = sorted(set(range(1, launch.ranks)) - set(found))
                     for channel, _ in found.values():
                         channel.close()
                     raise GptOssError(
-                        f"rank {', '.join(map(str, missing))} did not come within {join_s:.0f} seconds to "
-                        f"{launch.host}:{launch.port}; see whether that can be reached, and start all ranks again"
+                        f"rank {', '.join(map(str, missing))} did not connect to {launch.host}:{launch.port} within "
+                        f"{timeout_s:.0f} seconds; check that this address can be reached, and start all ranks again"
                     ) from error
                 rank = hello["rank"]
                 if rank in found:
                     channel.close()
                 else:
                     found[rank] = channel, int(hello.get("port") or 0)
-                    channel.beat(lambda lost, rank=rank: self._die(rank, lost))  # type: ignore[misc]
+                    channel.start_heartbeats(lambda lost, rank=rank: self._abort(rank, lost))  # type: ignore[misc]
         channels = [found[rank][0] for rank in sorted(found)]
-        hosts = launch.hosts[1:] or [channel.there for channel in channels]
+        hosts = launch.hosts[1:] or [channel.remote_address for channel in channels]
         return channels, [(host, found[rank][1]) for rank, host in enumerate(hosts, 1)]
 
     def _send(self, rank: int, channel: Channel, message: Any) -> None:
         try:
             channel.send(message)
-        except Lost as lost:
-            raise GptOssError(f"rank {rank} {lost}; see what it printed, and start all ranks again") from lost
+        except ConnectionLost as lost:
+            raise _rank_lost(rank, lost) from lost
 
-    def _watch(self, rank: int, channel: Channel) -> None:
-        """Read what one rank says until the end."""
+    def _read_messages(self, rank: int, channel: Channel) -> None:
+        """Read one rank's messages until it ends."""
         while True:
             try:
                 message = channel.receive()
-            except Lost as lost:
-                self._die(rank, lost)
+            except ConnectionLost as lost:
+                self._abort(rank, lost)
                 return
             if "error" in message:
-                self._die(rank, Lost(f"failed: {message['error']}"))
-            channel.silence_s = SILENCE_S
+                self._abort(rank, ConnectionLost(f"failed: {message['error']}"))
+            channel.heartbeat_timeout_s = HEARTBEAT_TIMEOUT_S
             if "packed" in message:
                 self._packed[rank - 1].put(bytes_from_json(message["packed"]))
             else:
                 self._ready.release()
 
-    def _die(self, rank: int, lost: Lost) -> None:
+    def _abort(self, rank: int, lost: ConnectionLost) -> None:
+        """End this process because a rank is lost, unless the ranks are being ended."""
         if self._ending.is_set():
             return
-        text = f"error: rank {rank} {lost}; all ranks have ended, start them again"
+        text = f"error: rank {rank} {lost}; all ranks have stopped, start them again"
         os.write(2, (" ".join(text.split()) + "\n").encode())
         os._exit(1)
+
+
+def _rank_lost(rank: int, lost: ConnectionLost) -> GptOssError:
+    return GptOssError(f"rank {rank} {lost}; see its output for the reason, and start all ranks again")
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -164,5 +180,5 @@ def _listen(host: str, port: int) -> socket.socket:
         return machine.listen(host, port, 64)
     except OSError as error:
         raise GptOssError(
-            f"rank 0 cannot listen on {host}:{port} for the others ({error}); give the launcher another port"
+            f"rank 0 cannot listen on {host}:{port} for the other ranks ({error}); give the launcher another port"
         ) from error

@@ -1,6 +1,6 @@
-"""Signs of life between ranks that pass on to each other, neither of which is rank 0.
+"""Heartbeats between two ranks next to each other in the ring, neither of which is rank 0.
 
-Where the way between two such ranks is cut, no collective ends, and rank 0, which reaches both, sees nothing.
+If the link between two such ranks is cut, no collective ever finishes, and rank 0, which reaches both, sees nothing.
 """
 
 from __future__ import annotations
@@ -13,51 +13,59 @@ from contextlib import suppress
 
 from .. import machine
 from ..errors import GptOssError
-from .launch import JOIN_S, Launch
-from .wire import SILENCE_S, Channel, Lost, admit
+from .launch import JOIN_TIMEOUT_S, Launch
+from .wire import HEARTBEAT_TIMEOUT_S, Channel, ConnectionLost, accept_rank
 
 
 class Neighbours:
-    """The rank before this one and the one behind it. port: where this one listens for the one before; 0 for rank 1,
-    where that is rank 0."""
+    """Connections to the previous rank and the next one.
+
+    port: where this rank listens for the previous one; 0 on rank 1, whose previous rank is rank 0.
+    """
 
     def __init__(self, launch: Launch, host: str) -> None:
-        """host: an address of this rank's, for where the launcher names none."""
+        """host: an address of this rank, used if the launcher gives none."""
         self._launch = launch
         self._channels: dict[int, Channel] = {}
         self._listener: socket.socket | None = None
-        self.port = 0
+        self.port: int = 0
         if launch.rank > 1:
             self._listener = machine.listen(launch.hosts[launch.rank] if launch.hosts else host, 0, 4)
             self.port = int(self._listener.getsockname()[1])
 
-    def meet(self, behind: Sequence[object] | None, lost: Callable[[int, Lost], None]) -> None:
-        """behind: host and port of the rank behind this one; None for the last one. lost: called, on a thread of its
-        own, when a neighbour gives no more signs of life. Raises GptOssError if one cannot be reached."""
+    def connect(self, next_address: Sequence[object] | None, on_lost: Callable[[int, ConnectionLost], None]) -> None:
+        """Connect to both neighbours and exchange heartbeats from now on.
+
+        next_address: host and port of the next rank; None on the last one. on_lost: called on a background thread with
+        the rank of a neighbour that is lost. Raises GptOssError if a neighbour cannot be reached.
+        """
         rank = self._launch.rank
-        if behind is not None:
-            host, port = str(behind[0]), int(str(behind[1]))
+        if next_address is not None:
+            host, port = str(next_address[0]), int(str(next_address[1]))
             try:
-                self._channels[rank + 1] = Channel(socket.create_connection((host, port), timeout=JOIN_S))
+                self._channels[rank + 1] = Channel(socket.create_connection((host, port), timeout=JOIN_TIMEOUT_S))
                 self._channels[rank + 1].send({"token": self._launch.token, "rank": rank})
-            except (OSError, Lost) as error:
-                raise GptOssError(f"it cannot reach rank {rank + 1} at {host}:{port} ({error})") from error
+            except (OSError, ConnectionLost) as error:
+                raise GptOssError(f"cannot reach rank {rank + 1} at {host}:{port} ({error})") from error
         if self._listener is not None:
             with self._listener:
-                self._channels[rank - 1] = self._admit(self._listener)
+                self._channels[rank - 1] = self._accept_previous(self._listener)
         for other, channel in self._channels.items():
-            channel.beat(lambda gone, other=other: lost(other, gone))  # type: ignore[misc]
+            channel.start_heartbeats(lambda error, other=other: on_lost(other, error))  # type: ignore[misc]
             threading.Thread(
-                target=self._watch, args=(other, channel, lost), name=f"mlx-gptoss rank {other}", daemon=True
+                target=self._watch, args=(other, channel, on_lost), name=f"mlx-gptoss rank {other}", daemon=True
             ).start()
 
-    def loaded(self) -> None:
-        """All ranks have: from now on nobody has a reason to be silent for long. A neighbour that has begun to wait
-        before counts anew from the next sign of life; so that comes at once."""
+    def all_loaded(self) -> None:
+        """Apply the short heartbeat timeout from now on, because all ranks have loaded.
+
+        A neighbour that is already waiting in receive() applies its shorter timeout only after the next heartbeat, so
+        send one at once.
+        """
         for channel in self._channels.values():
-            channel.silence_s = SILENCE_S
-            with suppress(Lost):  # whoever watches it says so
-                channel.live()
+            channel.heartbeat_timeout_s = HEARTBEAT_TIMEOUT_S
+            with suppress(ConnectionLost):  # reported by the thread that watches the channel
+                channel.send_heartbeat()
 
     def close(self) -> None:
         if self._listener is not None:
@@ -65,20 +73,22 @@ class Neighbours:
         for channel in self._channels.values():
             channel.close()
 
-    def _admit(self, listener: socket.socket) -> Channel:
-        before, until = self._launch.rank - 1, time.monotonic() + JOIN_S
+    def _accept_previous(self, listener: socket.socket) -> Channel:
+        previous, deadline = self._launch.rank - 1, time.monotonic() + JOIN_TIMEOUT_S
         while True:
             try:
-                hello, channel = admit(listener, self._launch, until)
+                hello, channel = accept_rank(listener, self._launch, deadline)
             except TimeoutError as error:
-                raise GptOssError(f"rank {before} did not come to it within {JOIN_S:.0f} seconds") from error
-            if hello["rank"] == before:
+                raise GptOssError(
+                    f"rank {previous} did not connect to it within {JOIN_TIMEOUT_S:.0f} seconds"
+                ) from error
+            if hello["rank"] == previous:
                 return channel
             channel.close()
 
-    def _watch(self, other: int, channel: Channel, lost: Callable[[int, Lost], None]) -> None:
+    def _watch(self, other: int, channel: Channel, on_lost: Callable[[int, ConnectionLost], None]) -> None:
         try:
             while True:
                 channel.receive()
-        except Lost as gone:
-            lost(other, gone)
+        except ConnectionLost as error:
+            on_lost(other, error)

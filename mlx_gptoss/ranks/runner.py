@@ -1,4 +1,4 @@
-"""The runner of a model that several ranks share, as rank 0's engine sees it."""
+"""The runner of a model that is split over several ranks, as rank 0's engine sees it."""
 
 from __future__ import annotations
 
@@ -14,121 +14,137 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backends.base import Pending, Row, Runner, Snapshot
+from ..backends.base import Limits, Pending, Row, Runner, Snapshot
+from ..config import ModelConfig
 from .wire import bytes_to_json, row_to_json
 
-LENGTH = Struct("<Q")  # before each rank's part of a packed snapshot
+PART_LENGTH = Struct("<Q")  # precedes each rank's part of a packed snapshot
 
 
-class Held:
-    """A Snapshot of which every rank has its part, by the same number. nbytes: of the largest part."""
+class GroupSnapshot:
+    """A Snapshot of which every rank holds its part under the same number.
 
-    def __init__(self, own: Snapshot, number: int, nbytes: int, dropped: deque[int]) -> None:
-        self.own, self.number, self.nbytes = own, number, nbytes
+    local: this rank's part. nbytes: size of the largest part. dropped: receives the number when the snapshot is
+    garbage-collected.
+    """
+
+    local: Snapshot
+    number: int
+    nbytes: int
+
+    def __init__(self, local: Snapshot, number: int, nbytes: int, dropped: deque[int]) -> None:
+        self.local, self.number, self.nbytes = local, number, nbytes
         self._dropped = dropped
 
     @property
     def start(self) -> int:
-        return self.own.start
+        return self.local.start
 
     @property
     def end(self) -> int:
-        return self.own.end
+        return self.local.end
 
     def __del__(self) -> None:
         self._dropped.append(self.number)
 
 
-class Others(Protocol):
-    """The other ranks, as a Leader reaches them."""
+class OtherRanks(Protocol):
+    """The methods of a Leader that GroupRunner calls."""
 
-    def tell(self, *messages: Any) -> None: ...
-    def tell_each(self, messages: Sequence[Sequence[Any]]) -> None: ...
-    def packed(self) -> list[bytes]: ...
+    def broadcast(self, *messages: Any) -> None: ...
+    def scatter(self, messages: Sequence[Sequence[Any]]) -> None: ...
+    def gather_packed(self) -> list[bytes]: ...
     def close(self) -> None: ...
 
 
 class GroupRunner:
-    """Tells every call to the other ranks, then makes it on this one's own runner. What they compute together, they
-    compute in the same order, and they draw the same tokens: from the same logits, with the same seeds."""
+    """Sends every call to the other ranks, then makes it on this rank's own runner.
 
-    def __init__(self, own: Runner, others: Others, largest: float) -> None:
-        """largest: bytes of the largest part of a snapshot to a byte of this rank's."""
-        self.config, self.limits = own.config, own.limits
-        self._own = own
-        self._others = others
-        self._largest = largest
+    So all ranks run the same collectives in the same order, and sample the same tokens: from the same logits, with the
+    same seeds.
+    """
+
+    config: ModelConfig
+    limits: Limits
+
+    def __init__(self, local: Runner, other_ranks: OtherRanks, kv_ratio: float) -> None:
+        """kv_ratio: size of the largest part of a snapshot, divided by the size of this rank's."""
+        self.config, self.limits = local.config, local.limits
+        self._local = local
+        self._other_ranks = other_ranks
+        self._kv_ratio = kv_ratio
         self._numbers = count()
-        self._dropped: deque[int] = deque()  # snapshots that nobody holds any more
+        self._dropped: deque[int] = deque()  # numbers of garbage-collected snapshots that the others still hold
 
     def submit(self, rows: Sequence[Row]) -> Pending:
-        rows = [_seeded(row) for row in rows]
-        self._tell("submit", [row_to_json(row) for row in rows])
-        return self._own.submit(rows)
+        rows = [_with_seed(row) for row in rows]
+        self._broadcast("submit", [row_to_json(row) for row in rows])
+        return self._local.submit(rows)
 
     def release(self, slot: int) -> None:
-        self._tell("release", slot)
-        self._own.release(slot)
+        self._broadcast("release", slot)
+        self._local.release(slot)
 
-    def save(self, slot: int, start: int, end: int) -> Held:
+    def save(self, slot: int, start: int, end: int) -> GroupSnapshot:
         number = next(self._numbers)
-        self._tell("save", slot, start, end, number)
-        return self._held(self._own.save(slot, start, end), number)
+        self._broadcast("save", slot, start, end, number)
+        return self._group_snapshot(self._local.save(slot, start, end), number)
 
     def restore(self, slot: int, chain: Sequence[Snapshot]) -> None:
-        held = [snapshot for snapshot in chain if isinstance(snapshot, Held)]
-        self._tell("restore", slot, [snapshot.number for snapshot in held])
-        self._own.restore(slot, [snapshot.own for snapshot in held])
+        snapshots = [snapshot for snapshot in chain if isinstance(snapshot, GroupSnapshot)]
+        self._broadcast("restore", slot, [snapshot.number for snapshot in snapshots])
+        self._local.restore(slot, [snapshot.local for snapshot in snapshots])
 
     def pack(self, snapshot: Snapshot) -> bytes:
-        """The parts of all ranks, each behind its length."""
-        assert isinstance(snapshot, Held)
-        self._tell("pack", snapshot.number)
-        parts = [self._own.pack(snapshot.own), *self._others.packed()]
-        return b"".join(LENGTH.pack(len(part)) + part for part in parts)
+        """The parts of all ranks, each preceded by its length."""
+        assert isinstance(snapshot, GroupSnapshot)
+        self._broadcast("pack", snapshot.number)
+        parts = [self._local.pack(snapshot.local), *self._other_ranks.gather_packed()]
+        return b"".join(PART_LENGTH.pack(len(part)) + part for part in parts)
 
-    def unpack(self, start: int, end: int, data: bytes) -> Held:
-        own, *parts = _parts(data)
+    def unpack(self, start: int, end: int, data: bytes) -> GroupSnapshot:
+        local, *parts = _split_parts(data)
         number = next(self._numbers)
-        self._others.tell_each([[["unpack", start, end, number, bytes_to_json(part)]] for part in parts])
-        return self._held(self._own.unpack(start, end, own), number)
+        self._other_ranks.scatter([[["unpack", start, end, number, bytes_to_json(part)]] for part in parts])
+        return self._group_snapshot(self._local.unpack(start, end, local), number)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        self._tell("logits", list(ids))
-        return self._own.logits(ids)
+        self._broadcast("logits", list(ids))
+        return self._local.logits(ids)
 
     def peak_memory(self) -> int:
-        """Of this rank."""
-        return self._own.peak_memory()
+        """Peak memory of this rank, in bytes."""
+        return self._local.peak_memory()
 
     def close(self) -> None:
-        self._others.close()
-        self._own.close()
+        self._other_ranks.close()
+        self._local.close()
 
-    def _tell(self, *call: Any) -> None:
+    def _broadcast(self, *call: Any) -> None:
+        """Send a call, and before it the numbers of snapshots to drop."""
         drops = [self._dropped.popleft() for _ in range(len(self._dropped))]
-        self._others.tell(*([["drop", drops]] if drops else []), list(call))
+        self._other_ranks.broadcast(*([["drop", drops]] if drops else []), list(call))
 
-    def _held(self, own: Snapshot, number: int) -> Held:
-        return Held(own, number, ceil(own.nbytes * self._largest), self._dropped)
+    def _group_snapshot(self, local: Snapshot, number: int) -> GroupSnapshot:
+        return GroupSnapshot(local, number, ceil(local.nbytes * self._kv_ratio), self._dropped)
 
 
-def _parts(data: bytes) -> list[bytes]:
-    """Raises ValueError if it is not made of whole parts."""
-    parts, at = [], 0
-    while at < len(data):
-        if at + LENGTH.size > len(data):
-            raise ValueError("the ranks' snapshot is cut off")
-        start = at + LENGTH.size
-        at = start + LENGTH.unpack_from(data, at)[0]
-        if at > len(data):
-            raise ValueError("the ranks' snapshot is cut off")
-        parts.append(data[start:at])
+def _split_parts(data: bytes) -> list[bytes]:
+    """The ranks' parts of a packed snapshot. Raises ValueError if one is truncated."""
+    parts, position = [], 0
+    while position < len(data):
+        if position + PART_LENGTH.size > len(data):
+            raise ValueError("the packed snapshot is truncated")
+        start = position + PART_LENGTH.size
+        position = start + PART_LENGTH.unpack_from(data, position)[0]
+        if position > len(data):
+            raise ValueError("the packed snapshot is truncated")
+        parts.append(data[start:position])
     return parts
 
 
-def _seeded(row: Row) -> Row:
-    """With a seed where the row begins a random stream and has none of its own: every rank must draw alike."""
+def _with_seed(row: Row) -> Row:
+    """The row with a random seed, if it starts a random stream without one: every rank must sample the same tokens."""
     if row.prompt is None or row.sampling is None or row.sampling.seed is not None:
         return row
     return replace(row, sampling=replace(row.sampling, seed=secrets.randbits(64)))

@@ -1,5 +1,5 @@
-"""What goes between two ranks: a line that says who calls, lines of JSON, and an empty line every second as a sign of
-life."""
+"""The protocol between two ranks: a hello line, then messages as lines of JSON, and an empty line every second as a
+heartbeat."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from ..backends.base import Row
 from ..sampling import Sampling
 from .launch import Launch
 
-BEAT_S = 1.0
-SILENCE_S = 8.0  # without a sign of life a rank counts as lost
-HELLO_S = 2.0  # how long one that has connected may take to say who it is
-LOADING_SILENCE_S = 60.0  # while it loads: copying a large weight from a slow disk holds up all of Python
+HEARTBEAT_S = 1.0
+HEARTBEAT_TIMEOUT_S = 8.0  # a rank that sends nothing for this long is lost
+LOADING_HEARTBEAT_TIMEOUT_S = 60.0  # while loading: copying a large weight from a slow disk blocks all Python threads
+HELLO_TIMEOUT_S = 2.0  # how long a new connection may take to send its hello line
 
 
-class Lost(Exception):
-    """The other side is gone; the message says how, as the end of a sentence."""
+class ConnectionLost(Exception):
+    """The connection to a rank is lost. The message continues a sentence that begins with the rank's name."""
 
 
 class Channel:
-    """One connection. Any thread may send; one receives.
+    """One connection. Any thread may send; one thread receives.
 
-    silence_s: how long the other side may give no sign of life. LOADING_SILENCE_S until somebody sets it.
+    heartbeat_timeout_s: how long the other side may send nothing. LOADING_HEARTBEAT_TIMEOUT_S until it is changed.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -38,67 +38,68 @@ class Channel:
         self._lines = connection.makefile("rb")
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        self.silence_s = LOADING_SILENCE_S
+        self.heartbeat_timeout_s = LOADING_HEARTBEAT_TIMEOUT_S
 
     @property
-    def there(self) -> str:
-        """The other side's address."""
+    def remote_address(self) -> str:
+        """IP address of the other side."""
         return str(self._socket.getpeername()[0])
 
     @property
-    def here(self) -> str:
-        """This side's address."""
+    def local_address(self) -> str:
+        """IP address of this side."""
         return str(self._socket.getsockname()[0])
 
     def send(self, message: Any) -> None:
-        """Raises Lost."""
+        """Send a message, any JSON value. Raises ConnectionLost."""
         self._write(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> Any:
-        """The next message. Raises Lost at the end of the connection, after silence, and for what is no JSON."""
+        """The next message. Raises ConnectionLost if the connection ends, nothing arrives for heartbeat_timeout_s, or a
+        line is not JSON."""
         while True:
             try:
-                silence_s = self.silence_s
-                self._socket.settimeout(silence_s)
+                timeout_s = self.heartbeat_timeout_s
+                self._socket.settimeout(timeout_s)
                 line = self._lines.readline()
             except TimeoutError as error:
-                raise Lost(f"has given no sign of life for {silence_s:.0f} seconds") from error
+                raise ConnectionLost(f"sent no heartbeat for {timeout_s:.0f} seconds") from error
             except ConnectionError as error:
-                raise Lost("has ended") from error
+                raise ConnectionLost("has ended") from error
             except (OSError, ValueError) as error:
-                raise Lost(f"has lost its connection ({error})") from error
+                raise ConnectionLost(f"lost its connection ({error})") from error
             if not line.endswith(b"\n"):
-                raise Lost("has ended" if not line else "has broken off")
+                raise ConnectionLost("has ended" if not line else "has ended in the middle of a message")
             if line != b"\n":
                 try:
                     return json.loads(line)
                 except ValueError as error:
-                    raise Lost("does not speak as a rank does") from error
+                    raise ConnectionLost("sent a line that is not JSON") from error
 
-    def live(self) -> None:
-        """Send one sign of life. Raises Lost."""
+    def send_heartbeat(self) -> None:
+        """Send one heartbeat. Raises ConnectionLost."""
         self._write(b"\n")
 
-    def beat(self, lost: Callable[[Lost], None]) -> None:
-        """Send signs of life from now on, on a thread of their own. `lost` is called there if they do not go out."""
+    def start_heartbeats(self, on_lost: Callable[[ConnectionLost], None]) -> None:
+        """Send heartbeats from a background thread until close(). It calls `on_lost` if one cannot be sent."""
 
         def run() -> None:
-            while not self._closed.wait(BEAT_S):
+            while not self._closed.wait(HEARTBEAT_S):
                 try:
-                    self.live()
-                except Lost as error:
+                    self.send_heartbeat()
+                except ConnectionLost as error:
                     if not self._closed.is_set():
-                        lost(error)
+                        on_lost(error)
                     return
 
-        threading.Thread(target=run, name="mlx-gptoss sign of life", daemon=True).start()
+        threading.Thread(target=run, name="mlx-gptoss heartbeat", daemon=True).start()
 
     def close(self) -> None:
         self._closed.set()
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:
-            return  # the other side was faster
+            return  # the other side has closed it already
         finally:
             self._socket.close()
 
@@ -107,40 +108,42 @@ class Channel:
             try:
                 self._socket.sendall(data)
             except ConnectionError as error:
-                raise Lost("has ended") from error
+                raise ConnectionLost("has ended") from error
             except OSError as error:
-                raise Lost(f"takes no messages ({error})") from error
+                raise ConnectionLost(f"accepts no messages ({error})") from error
 
 
-def admit(listener: socket.socket, launch: Launch, until: float) -> tuple[dict[str, Any], Channel]:
-    """The next rank that connects, and what it says of itself; whoever else does is hung up on. Raises TimeoutError
-    when time.monotonic() comes to `until`."""
+def accept_rank(listener: socket.socket, launch: Launch, deadline: float) -> tuple[dict[str, Any], Channel]:
+    """The hello of the next rank that connects, and the connection. Other connections are closed.
+
+    deadline: in time.monotonic() seconds; TimeoutError is raised when it has passed.
+    """
     while True:
-        listener.settimeout(max(0.01, until - time.monotonic()))
+        listener.settimeout(max(0.01, deadline - time.monotonic()))
         connection, _ = listener.accept()
-        hello = _hello(connection, launch)
+        hello = _read_hello(connection, launch)
         if hello is not None:
             return hello, Channel(connection)
         connection.close()
 
 
-def _hello(connection: socket.socket, launch: Launch) -> dict[str, Any] | None:
-    """What a rank says of itself first; None of whoever is none, or has not the token."""
+def _read_hello(connection: socket.socket, launch: Launch) -> dict[str, Any] | None:
+    """The hello that a rank of this launch sends first; None if it is malformed or the token is wrong."""
     try:
-        hello = json.loads(_first_line(connection))
+        hello = json.loads(_read_hello_line(connection))
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(hello, dict) or not isinstance(hello.get("token"), str):
         return None
-    known = hmac.compare_digest(hello["token"].encode(), launch.token.encode())
-    return hello if known and hello.get("rank") in range(1, launch.ranks) else None
+    authorized = hmac.compare_digest(hello["token"].encode(errors="backslashreplace"), launch.token.encode())
+    return hello if authorized and hello.get("rank") in range(1, launch.ranks) else None
 
 
-def _first_line(connection: socket.socket) -> bytes:
-    """At most 1000 bytes, within HELLO_S all in all: a stranger must not hold up the others."""
-    line, until = b"", time.monotonic() + HELLO_S
+def _read_hello_line(connection: socket.socket) -> bytes:
+    """The first line, at most 1000 bytes, within HELLO_TIMEOUT_S in all: no stranger may delay the other ranks."""
+    line, deadline = b"", time.monotonic() + HELLO_TIMEOUT_S
     while not line.endswith(b"\n") and len(line) < 1000:
-        connection.settimeout(max(0.01, until - time.monotonic()))
+        connection.settimeout(max(0.01, deadline - time.monotonic()))
         piece = connection.recv(1)
         if not piece:
             break
@@ -157,11 +160,13 @@ def bytes_from_json(text: str) -> bytes:
 
 
 def row_to_json(row: Row) -> dict[str, Any]:
+    """A JSON object with the fields of a Row; its mask as base64."""
     mask = None if row.mask is None else bytes_to_json(row.mask)
     return vars(row) | {"sampling": row.sampling and vars(row.sampling), "mask": mask}
 
 
 def row_from_json(data: dict[str, Any]) -> Row:
+    """The Row that row_to_json wrote."""
     sampling, mask, tokens, prompt = (data[name] for name in ("sampling", "mask", "tokens", "prompt"))
     if sampling is not None:
         bias = sampling["logit_bias"]

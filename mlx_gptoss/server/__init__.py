@@ -1,1 +1,1 @@
-"""OpenAI's HTTP interface to one loaded model. Read app.py first; needs the extra `serve`."""
+"""OpenAI-compatible HTTP server for one loaded model. Start reading at app.py. Needs the `serve` extra."""

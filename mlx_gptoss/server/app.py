@@ -1,4 +1,4 @@
-"""The application: which path is answered by whom. One file an endpoint; a new one is one line in ROUTERS."""
+"""The ASGI application: routes, middleware and the chat page. One file per endpoint; ROUTERS lists them."""
 
 from __future__ import annotations
 
@@ -12,75 +12,80 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import chat_completions, completions, errors, responses
-from .errors import ErrorBody, Json
+from .errors import ErrorBody, JsonResponse
 from .guard import Guard
-from .service import Here, Service
+from .service import Service, ServiceDep
 
 PAGE_POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
 PAGE_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
-router = APIRouter()
+router: APIRouter = APIRouter()
 ROUTERS = (router, chat_completions.router, responses.router, completions.router)
 
 
 @router.get("/v1/models")
-async def list_models(service: Here) -> Response:
-    """The one model that is loaded."""
-    return Json({"object": "list", "data": [_model(service)]})
+async def list_models(service: ServiceDep) -> Response:
+    """List the loaded model, the only one that this server has."""
+    return JsonResponse({"object": "list", "data": [_model_object(service)]})
 
 
 @router.get("/v1/models/{name:path}")
-async def retrieve_model(name: str, service: Here) -> Response:
+async def retrieve_model(name: str, service: ServiceDep) -> Response:
+    """Describe the loaded model, by its name or an alias. 404 for any other name."""
     service.check_model(name)
-    return Json(_model(service))
+    return JsonResponse(_model_object(service))
 
 
 @router.get("/health")
-async def health(service: Here) -> Response:
-    """200 while requests are taken, 503 while the last ones end."""
+async def health(service: ServiceDep) -> Response:
+    """200 while the server accepts requests, 503 while it drains before a shutdown."""
     draining = service.gate.draining
-    return Json({"status": "draining" if draining else "ok"}, 503 if draining else 200)
+    return JsonResponse({"status": "draining" if draining else "ok"}, 503 if draining else 200)
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
-async def metrics(service: Here) -> Response:
-    """For Prometheus."""
-    return Response(service.measure(), media_type="text/plain; version=0.0.4; charset=utf-8")
+async def metrics(service: ServiceDep) -> Response:
+    """Metrics in the text format of Prometheus."""
+    return Response(service.render_metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def build(service: Service) -> ASGIApp:
-    """The whole server for one model."""
-    other: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
-    app = FastAPI(title="mlx-gptoss", docs_url=None, redoc_url=None, responses=other)
+def build_app(service: Service) -> ASGIApp:
+    """Return the complete server for one model: routes, page, access checks, CORS and request counts."""
+    error_responses: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+    app = FastAPI(title="mlx-gptoss", docs_url=None, redoc_url=None, responses=error_responses)
     app.state.service = service
-    errors.install(app)
-    for part in ROUTERS:
-        app.include_router(part)
+    errors.install_handlers(app)
+    for endpoint_router in ROUTERS:
+        app.include_router(endpoint_router)
     _add_page(app)
-    outer: ASGIApp = Guard(app, service.gate)
-    if service.gate.origins:
-        outer = CORSMiddleware(
-            outer, allow_origins=service.gate.origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"]
+    guarded: ASGIApp = Guard(app, service.gate)
+    if service.gate.allowed_origins:
+        guarded = CORSMiddleware(
+            guarded,
+            allow_origins=service.gate.allowed_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
         )
-    return _counted(outer, service)
+    return _count_requests(guarded, service)
 
 
-def _model(service: Service) -> dict[str, Any]:
+def _model_object(service: Service) -> dict[str, Any]:
     return {"id": service.model_id, "object": "model", "created": service.created, "owned_by": "mlx-gptoss"}
 
 
 def _add_page(app: FastAPI) -> None:
-    """The page at /, its files read once: no request names a path on the disk."""
+    """Serve the page at / and its files under /page/. They are read once, so that no request names a path on disk."""
     folder = files(__package__) / "page"
     for file in folder.iterdir() if folder.is_dir() else ():
         suffix = file.name[file.name.rfind(".") :]
         if suffix in PAGE_TYPES:
             path = "/" if file.name == "index.html" else f"/page/{file.name}"
-            answer = _static(file.read_bytes(), PAGE_TYPES[suffix])
-            app.add_api_route(path, answer, methods=["GET"], include_in_schema=False)
+            handler = _static_handler(file.read_bytes(), PAGE_TYPES[suffix])
+            app.add_api_route(path, handler, methods=["GET"], include_in_schema=False)
 
 
-def _static(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
+def _static_handler(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
+    """Return an endpoint that always answers with `content`."""
     headers = {
         "Content-Security-Policy": PAGE_POLICY,
         "X-Content-Type-Options": "nosniff",
@@ -88,23 +93,26 @@ def _static(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]
         "Cache-Control": "no-cache",
     }
 
-    async def answer() -> Response:
+    async def handler() -> Response:
         return Response(content, media_type=media_type, headers=headers)
 
-    return answer
+    return handler
 
 
-def _counted(app: ASGIApp, service: Service) -> ASGIApp:
-    """Counts what is answered, under the path's template, so that nobody can make up labels."""
+def _count_requests(app: ASGIApp, service: Service) -> ASGIApp:
+    """Count responses by path and status.
 
-    async def counting(scope: Scope, receive: Receive, send: Send) -> None:
-        async def noting(message: Message) -> None:
+    The label is the route's template, or "other" where no route matched, so that clients cannot create new labels.
+    """
+
+    async def count(scope: Scope, receive: Receive, send: Send) -> None:
+        async def counting_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 route = scope.get("route")
                 path = getattr(route, "path", "other")
                 service.metrics.requests.labels(path, str(message["status"])).inc()
             await send(message)
 
-        await app(scope, receive, noting)
+        await app(scope, receive, counting_send)
 
-    return counting
+    return count

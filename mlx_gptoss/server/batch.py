@@ -1,6 +1,6 @@
-"""A file of requests through the engine, as the server would answer each: the same fields, the same sums, no HTTP.
+"""Answers a batch file: each line goes through the same code as a request to the server, without HTTP.
 
-Twice as many lines are under way as there are slots, so that a slot that becomes free is taken within a step.
+Twice as many lines are in progress as there are slots, so that the next one is ready when a slot becomes free.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,36 +19,41 @@ from pydantic import ValidationError
 
 from ..errors import InvalidRequest
 from . import chat_completions, completions, responses
-from .arrivals import ended
-from .batch_files import Answers, LineError, Requests, answer, check, failed, parse
-from .errors import from_exception, from_validation, refuse
-from .fields import Strict
+from .batch_files import AnswerFile, LineError, RequestFile, answer_entry, check_line, is_failed, parse_line
+from .disconnect import cancel_and_wait
+from .errors import from_exception, from_validation, invalid_field
+from .fields import StrictModel
 from .service import Service
 
-Whole = Callable[[Any, Service], Awaitable[dict[str, Any]]]
+FullResponse = Callable[[Any, Service], Awaitable[dict[str, Any]]]
 
-ENDPOINTS: dict[str, tuple[type[Strict], Whole]] = {
-    "/v1/chat/completions": (chat_completions.ChatRequest, chat_completions.whole),
-    "/v1/responses": (responses.ResponsesRequest, responses.whole),
-    "/v1/completions": (completions.CompletionRequest, completions.whole),
+ENDPOINTS: dict[str, tuple[type[StrictModel], FullResponse]] = {
+    "/v1/chat/completions": (chat_completions.ChatRequest, chat_completions.full_response),
+    "/v1/responses": (responses.ResponsesRequest, responses.full_response),
+    "/v1/completions": (completions.CompletionRequest, completions.full_response),
 }
 
 
 class Batch:
-    """A file of requests and the file of their answers, in OpenAI's batch form. A context manager.
+    """A batch: a file of requests and a file of answers, in OpenAI's format. A context manager.
 
-    retry: ask again what failed in an earlier run. done, failed: answers in the file, those of an earlier run included.
-    prompt_tokens, completion_tokens: of this run. Raises InvalidRequest for files that are not what they should be, and
-    GptOssError if the answers cannot be written, or are being written by another process.
+    retry: repeat the requests that failed in an earlier run.
+    total: number of requests. done, failed: number of answers, those of earlier runs included. earlier: those of
+    earlier runs alone. prompt_tokens, completion_tokens: of this run.
+    Raises InvalidRequest if a file has the wrong content, and GptOssError if the answers cannot be written or another
+    process is writing them.
     """
+
+    prompt_tokens: int
+    completion_tokens: int
 
     def __init__(self, requests: Path, answers: Path, *, retry: bool = False) -> None:
         if answers.exists() and requests.exists() and answers.samefile(requests):
-            raise InvalidRequest(f"{answers} holds the requests: name another file for the answers")
-        self._requests = Requests(requests)
-        self._answers = Answers(answers, self._requests, retry=retry)
-        self.total = self._requests.total
-        self.earlier = self.done
+            raise InvalidRequest(f"{answers} is the file of requests: name another file for the answers")
+        self._requests = RequestFile(requests)
+        self._answers = AnswerFile(answers, self._requests, retry=retry)
+        self.total: int = self._requests.total
+        self.earlier: int = self.done
         self.prompt_tokens = self.completion_tokens = 0
         self._started = self._ended = 0.0
 
@@ -61,7 +67,7 @@ class Batch:
 
     @property
     def seconds(self) -> float:
-        """From the start of this run to its last answer so far."""
+        """Seconds from the start of this run to its latest answer."""
         return self._ended - self._started
 
     @property
@@ -69,36 +75,36 @@ class Batch:
         return self.completion_tokens / self.seconds if self.seconds else 0.0
 
     def run(self, service: Service, progress: Callable[[], None]) -> None:
-        """Answer what has no answer yet. progress: called whenever more is on the disk.
+        """Answer the lines that have no answer yet. progress: called whenever more answers have been written to disk.
 
-        Raises GptOssError when the answers cannot be written, or the engine has closed; KeyboardInterrupt on Ctrl-C.
-        Lines that are answered stay so.
+        Raises GptOssError if the answers cannot be written or the engine was closed, and KeyboardInterrupt on Ctrl-C.
+        Answers that are already written stay in the file.
         """
         self._started = self._ended = time.perf_counter()
         asyncio.run(self._run(service, progress))
 
     async def _run(self, service: Service, progress: Callable[[], None]) -> None:
-        waiting = self._requests.waiting()
-        under_way: set[asyncio.Task[dict[str, Any]]] = set()
-        most = 2 * service.model.status.slots
+        pending = self._requests.pending()
+        in_flight: set[asyncio.Task[dict[str, Any]]] = set()
+        max_in_flight = 2 * service.model.status.slots
         try:
             while True:
-                for line in _take(waiting, most - len(under_way)):
-                    under_way.add(asyncio.create_task(_answer(service, *line)))
-                if not under_way:
+                for line in islice(pending, max_in_flight - len(in_flight)):
+                    in_flight.add(asyncio.create_task(_answer_line(service, *line)))
+                if not in_flight:
                     return
-                done, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+                done, in_flight = await asyncio.wait(in_flight, return_when=asyncio.FIRST_COMPLETED)
                 entries = await asyncio.gather(*done)
                 self._answers.append(entries)
                 self._count(entries)
                 progress()
         finally:
-            await ended(*under_way)
+            await cancel_and_wait(*in_flight)
 
     def _count(self, entries: Iterable[dict[str, Any]]) -> None:
         self._ended = time.perf_counter()
         for entry in entries:
-            if not failed(entry):
+            if not is_failed(entry):
                 usage = entry["response"]["body"]["usage"]
                 self.prompt_tokens += usage.get("prompt_tokens", 0) + usage.get("input_tokens", 0)
                 self.completion_tokens += usage.get("completion_tokens", 0) + usage.get("output_tokens", 0)
@@ -113,41 +119,37 @@ class Batch:
         self.close()
 
 
-def _take(lines: Iterator[Any], most: int) -> Iterator[Any]:
-    yield from (line for _, line in zip(range(most), lines, strict=False))
-
-
-async def _answer(service: Service, number: int, line: bytes, repeated: bool) -> dict[str, Any]:
-    """One line of answers. Raises GptOssError if the engine has closed: then the line has none."""
+async def _answer_line(service: Service, number: int, line: bytes, duplicate: bool) -> dict[str, Any]:
+    """Return the answer to one line. Raises GptOssError if the engine was closed: the line then stays unanswered."""
     custom_id = None
     try:
-        fields = parse(line)
-        if repeated:
-            message = f"the custom_id {fields['custom_id']!r} stands in an earlier line: give each line its own"
+        fields = parse_line(line)
+        if duplicate:
+            message = f"the custom_id {fields['custom_id']!r} is used by an earlier line: give each line its own"
             raise LineError("duplicate_custom_id", message, "custom_id")
         custom_id = fields["custom_id"]
-        check(fields, tuple(ENDPOINTS))
+        check_line(fields, tuple(ENDPOINTS))
     except LineError as error:
-        return answer(custom_id, error=error.body(number))
+        return answer_entry(custom_id, error=error.body(number))
     status, body = await _respond(service, fields["url"], fields["body"])
     response = {"status_code": status, "request_id": f"req_{secrets.token_hex(16)}", "body": body}
-    return answer(custom_id, response=response)
+    return answer_entry(custom_id, response=response)
 
 
 async def _respond(service: Service, url: str, content: Any) -> tuple[int, dict[str, Any]]:
-    """What the server would say: status and body."""
-    form, whole = ENDPOINTS[url]
+    """Return the status and the body that the server would send."""
+    request_class, full_response = ENDPOINTS[url]
     try:
         try:
-            body = form.model_validate(content)
+            body = request_class.model_validate(content)
         except ValidationError as error:
-            inside = [{**one, "loc": ("body", *one["loc"])} for one in error.errors()]
-            raise from_validation(RequestValidationError(inside)) from None
+            errors = [{**one, "loc": ("body", *one["loc"])} for one in error.errors()]
+            raise from_validation(RequestValidationError(errors)) from None
         if getattr(body, "stream", None):
-            raise refuse("stream", "is for a connection: leave it out of a batch")
-        return 200, await whole(body, service)
+            raise invalid_field("stream", "is not supported in a batch: leave it out")
+        return 200, await full_response(body, service)
     except Exception as error:
-        known = from_exception(error)
-    if known.status >= 500:
-        _ = service.model.status  # raises if the engine has closed
-    return known.status, known.body()
+        api_error = from_exception(error)
+    if api_error.status >= 500:
+        _ = service.model.status  # raises if the engine was closed
+    return api_error.status, api_error.body()

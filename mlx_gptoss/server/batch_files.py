@@ -1,7 +1,8 @@
-"""The two files of a batch, in OpenAI's form: requests, one a line, and their answers, added as they come.
+"""The two files of a batch, in OpenAI's format: one request per line, and their answers, appended as they arrive.
 
-A line that can be told by its custom_id is answered under it; one that cannot is answered by its number, `error.line`.
-So an interrupted batch can go on: what stands in the file of answers is done, half a last line is cut off.
+An answer identifies its line by the custom_id. A line without a usable custom_id is identified by its number, in
+`error.line`. So an interrupted batch can be resumed: lines with an answer are done, and an incomplete last line of the
+answers is cut off.
 """
 
 from __future__ import annotations
@@ -24,32 +25,36 @@ import numpy as np
 
 from ..errors import GptOssError, InvalidRequest
 from ..machine import sync_folder
-from .errors import dump
+from .errors import dump_json
 from .guard import Gate
 
-LONGEST_LINE = Gate.body_bytes  # what the server takes
+MAX_LINE_BYTES = Gate.max_body_bytes  # the limit of the server
 FIELDS = ("custom_id", "method", "url", "body")
 KEY_BYTES = 16
 KEY = f"S{KEY_BYTES}"
-HEAD = b'{"id":"batch_req_'  # how every answer begins
-BLANK, WAITING, NAMELESS, REPEATED, DONE = range(5)
+ANSWER_PREFIX = b'{"id":"batch_req_'  # every answer starts with this
+BLANK, PENDING, UNIDENTIFIED, DUPLICATE, DONE = range(5)  # states of a line: no custom_id, or one of an earlier line
 
 
 class LineError(Exception):
-    """A line that is no request. code: OpenAI's where it has one."""
+    """A line that is not a valid request. code: OpenAI's code where there is one."""
+
+    code: str
+    param: str | None
 
     def __init__(self, code: str, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.code, self.param = code, param
 
     def body(self, line: int) -> dict[str, Any]:
+        """The `error` object of an answer. line: the number of the line, from 1."""
         return {"code": self.code, "message": str(self), "param": self.param, "line": line}
 
 
-def parse(line: bytes) -> dict[str, Any]:
-    """The JSON object of a line, with a custom_id. Raises LineError."""
-    if len(line) > LONGEST_LINE:
-        raise LineError("line_too_long", f"the line is longer than {LONGEST_LINE} bytes")
+def parse_line(line: bytes) -> dict[str, Any]:
+    """Parse a line into an object with a custom_id. Raises LineError."""
+    if len(line) > MAX_LINE_BYTES:
+        raise LineError("line_too_long", f"the line is longer than {MAX_LINE_BYTES} bytes")
     try:
         fields = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
@@ -57,102 +62,106 @@ def parse(line: bytes) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise LineError("invalid_json_line", "the line is not a JSON object")
     if not isinstance(fields.get("custom_id"), str) or not fields["custom_id"]:
-        message = "custom_id is missing: give each line a text of its own"
+        message = "custom_id is missing: give each line a string of its own"
         raise LineError("missing_required_parameter", message, "custom_id")
     return fields
 
 
-def check(fields: dict[str, Any], urls: Sequence[str]) -> None:
-    """Raises LineError unless the line asks for one of `urls`."""
+def check_line(fields: dict[str, Any], urls: Sequence[str]) -> None:
+    """Raise LineError unless the fields are complete and ask for one of `urls`."""
     for name in FIELDS:
         if name not in fields:
             raise LineError("missing_required_parameter", f"{name} is missing", name)
     for name in (name[:100] for name in fields if name not in FIELDS):
-        raise LineError("unknown_parameter", f"{name} is not a field of a batch's line: leave it out", name)
+        raise LineError("unknown_parameter", f"{name} is not a field of a batch request: leave it out", name)
     if fields["method"] != "POST":
         raise LineError("invalid_method", "method must be POST", "method")
     if fields["url"] not in urls:
         raise LineError("invalid_url", f"url must be one of {', '.join(urls)}", "url")
 
 
-def answer(custom_id: str | None, **result: Any) -> dict[str, Any]:
-    """A line of answers. result: response or error."""
-    name = f"batch_req_{secrets.token_hex(12)}"
-    return {"id": name, "custom_id": custom_id, "response": None, "error": None, **result}
+def answer_entry(custom_id: str | None, **result: Any) -> dict[str, Any]:
+    """One line of the answers. result: `response` or `error`."""
+    id = f"batch_req_{secrets.token_hex(12)}"
+    return {"id": id, "custom_id": custom_id, "response": None, "error": None, **result}
 
 
-def failed(entry: dict[str, Any]) -> bool:
+def is_failed(entry: dict[str, Any]) -> bool:
+    """Whether an answer is an error or has a status other than 200."""
     response = entry.get("response")
     return not isinstance(response, dict) or response.get("status_code") != 200
 
 
-class Requests:
-    """The lines of a file of requests, and which of them wait for an answer. Holds 25 bytes for each, not its text.
+class RequestFile:
+    """The lines of a request file and their states. Keeps 25 bytes per line in memory, not the text.
 
-    Raises InvalidRequest for a file without a single request.
+    Raises InvalidRequest if the file has no valid request.
     """
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
-            raise InvalidRequest(f"{path} is not a file: name one with a request in each line")
+            raise InvalidRequest(f"{path} is not a file: name a file with one request per line")
         self._path = path
         self._states = bytearray()
-        keys, first = bytearray(), None
+        keys, first_error = bytearray(), None
         for number, line in _lines(path):
-            self._states.append(WAITING if line.strip() else BLANK)
+            self._states.append(PENDING if line.strip() else BLANK)
             key = _key(f"line {number}")
-            if self._states[-1] == WAITING:
+            if self._states[-1] == PENDING:
                 try:
-                    key = _key("id " + parse(line)["custom_id"])
+                    key = _key("id " + parse_line(line)["custom_id"])
                 except LineError as error:
-                    self._states[-1] = NAMELESS
-                    first = first or f"line {number}: {error}"
+                    self._states[-1] = UNIDENTIFIED
+                    first_error = first_error or f"line {number}: {error}"
             keys += key
-        if WAITING not in self._states:
-            raise InvalidRequest(f"{path} holds no request; {first or 'it is empty'}")
-        self.total = len(self._states) - self._states.count(BLANK)
+        if PENDING not in self._states:
+            raise InvalidRequest(f"{path} contains no request; {first_error or 'it is empty'}")
+        self.total: int = len(self._states) - self._states.count(BLANK)
         self._sort(np.frombuffer(keys, dtype=KEY))
 
     def _sort(self, keys: Any) -> None:
-        """Have custom_ids looked up; lines that repeat one are told apart."""
-        self._places = np.argsort(keys, kind="stable")
-        self._keys = keys[self._places]
-        again = self._places[1:][self._keys[1:] == self._keys[:-1]]
-        np.frombuffer(self._states, dtype=np.uint8)[again] = REPEATED
+        """Sort the keys for lookup, and mark lines that repeat a custom_id."""
+        self._line_indices = np.argsort(keys, kind="stable")
+        self._keys = keys[self._line_indices]
+        duplicates = self._line_indices[1:][self._keys[1:] == self._keys[:-1]]
+        np.frombuffer(self._states, dtype=np.uint8)[duplicates] = DUPLICATE
 
-    def answered(self, entry: dict[str, Any]) -> bool:
-        """Take note of an answer; False if no line waits for it."""
+    def mark_answered(self, entry: dict[str, Any]) -> bool:
+        """Mark the line of an answer as done. Returns False if no line is waiting for this answer."""
         custom_id, error = entry["custom_id"], entry.get("error")
         if isinstance(custom_id, str):
             key = np.frombuffer(_key("id " + custom_id), dtype=KEY)
-            at = int(np.searchsorted(self._keys, key)[0])
-            place = int(self._places[at]) if (self._keys[at : at + 1] == key).any() else -1
-            wanted: tuple[int, ...] = (WAITING,)
+            position = int(np.searchsorted(self._keys, key)[0])
+            index = int(self._line_indices[position]) if (self._keys[position : position + 1] == key).any() else -1
+            expected_states: tuple[int, ...] = (PENDING,)
         else:
             number = error.get("line") if isinstance(error, dict) else None
-            place = number - 1 if isinstance(number, int) else -1
-            wanted = (NAMELESS, REPEATED)
-        if not 0 <= place < len(self._states) or self._states[place] not in wanted:
+            index = number - 1 if isinstance(number, int) else -1
+            expected_states = (UNIDENTIFIED, DUPLICATE)
+        if not 0 <= index < len(self._states) or self._states[index] not in expected_states:
             return False
-        self._states[place] = DONE
+        self._states[index] = DONE
         return True
 
-    def waiting(self) -> Iterator[tuple[int, bytes, bool]]:
-        """Lines without an answer: number, content, and whether the custom_id stood in an earlier line."""
-        for (number, line), state in zip(_lines(self._path), self._states, strict=False):  # it may have grown since
-            if state in (WAITING, NAMELESS, REPEATED):
-                yield number, line, state == REPEATED
+    def pending(self) -> Iterator[tuple[int, bytes, bool]]:
+        """Yield the lines without an answer: number, content, and whether an earlier line has the same custom_id."""
+        for (number, line), state in zip(_lines(self._path), self._states, strict=False):  # the file may have grown
+            if state in (PENDING, UNIDENTIFIED, DUPLICATE):
+                yield number, line, state == DUPLICATE
 
 
-class Answers:
-    """The file of answers, held by this process alone. What it has is taken off `requests`. To be closed.
+class AnswerFile:
+    """The answer file, locked by this process. Its existing answers are marked in `requests`. Close it in the end.
 
-    retry: take out the answers that failed, so that their lines wait again.
-    Raises InvalidRequest if it is not the answers of a batch of these requests, and GptOssError if another process
-    writes it.
+    retry: remove the answers that failed, so that their lines are pending again.
+    Raises InvalidRequest if the file does not hold answers to these requests, and GptOssError if another process is
+    writing it.
     """
 
-    def __init__(self, path: Path, requests: Requests, *, retry: bool = False) -> None:
+    done: int
+    failed: int
+
+    def __init__(self, path: Path, requests: RequestFile, *, retry: bool = False) -> None:
         self.done = self.failed = 0
         self._path = path
         self._requests = requests
@@ -162,8 +171,8 @@ class Answers:
             self._lock()
             self._new = not before
             if retry:
-                self._drop_failed()
-            self._size = self._recover()
+                self._remove_failed()
+            self._size = self._resume()
             os.ftruncate(self._file, self._size)
             sync_folder(path.absolute().parent)
         except BaseException:
@@ -171,37 +180,37 @@ class Answers:
             raise
 
     def close(self) -> None:
-        """Without a single answer there is no file, unless there was one before."""
+        """Unlock the file. If it has no answer and did not exist before, remove it."""
         if self._new and not self._size:
             self._path.unlink(missing_ok=True)
         os.close(self._file)
 
     def append(self, entries: Sequence[dict[str, Any]]) -> None:
-        """Bring whole lines to the disk, or none. Raises GptOssError."""
-        data = b"".join(dump(entry) + b"\n" for entry in entries)
+        """Write and fsync all entries, or none of them. Raises GptOssError."""
+        data = b"".join(dump_json(entry) + b"\n" for entry in entries)
         try:
             rest = memoryview(data)
             while rest:
                 rest = rest[os.pwrite(self._file, rest, self._size + len(data) - len(rest)) :]
             os.fsync(self._file)
-        except BaseException as error:  # Ctrl-C, too, which Python 3.10 has break in here
-            with contextlib.suppress(OSError):  # then the next start cuts it off
+        except BaseException as error:  # also KeyboardInterrupt, which Python 3.10 raises in here
+            with contextlib.suppress(OSError):  # else the next run cuts the incomplete line off
                 os.ftruncate(self._file, self._size)
             if not isinstance(error, OSError):
                 raise
-            kept = f"the {self.done} answers in it are kept, and the same command goes on after them"
-            raise GptOssError(f"{self._path} could not be written ({error.strerror}); {kept}") from error
+            hint = f"its {self.done} answers are kept, and the same command resumes after them"
+            raise GptOssError(f"{self._path} could not be written ({error.strerror}); {hint}") from error
         self._size += len(data)
         for entry in entries:
-            waited = self._note(entry)
-            assert waited, entry["custom_id"]
+            expected = self._record(entry)
+            assert expected, entry["custom_id"]
 
-    def _note(self, entry: dict[str, Any]) -> bool:
-        """Count an answer that is on the disk; False if no line waited for it."""
-        waited = self._requests.answered(entry)
-        self.done += waited
-        self.failed += waited and failed(entry)
-        return waited
+    def _record(self, entry: dict[str, Any]) -> bool:
+        """Count an answer that is on disk. Returns False if no line is waiting for it."""
+        expected = self._requests.mark_answered(entry)
+        self.done += expected
+        self.failed += expected and is_failed(entry)
+        return expected
 
     def _open(self) -> int:
         try:
@@ -211,28 +220,28 @@ class Answers:
 
     def _lock(self) -> None:
         if not stat.S_ISREG(os.fstat(self._file).st_mode):
-            raise InvalidRequest(f"{self._path} is not a file: the answers need one, to go on from")
+            raise InvalidRequest(f"{self._path} is not a regular file: a batch needs one to resume from")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise GptOssError(f"another process is writing {self._path}; wait for it, or name another file") from None
+            raise GptOssError(f"another process is writing {self._path}: wait for it, or name another file") from None
 
-    def _recover(self) -> int:
-        """Take over the whole lines; returns their bytes."""
+    def _resume(self) -> int:
+        """Record the complete lines of the file. Returns their size in bytes."""
         size = 0
         for number, line, entry in self._entries():
-            if not self._note(entry):
-                what = f"answers {str(entry['custom_id'])[:100]!r}, for which no line of the requests waits"
-                raise InvalidRequest(f"line {number} of {self._path} {what}; name another file for these requests")
+            if not self._record(entry):
+                what = f"answers {str(entry['custom_id'])[:100]!r}, which no line of the requests is waiting for"
+                raise InvalidRequest(f"line {number} of {self._path} {what}: name another file for these requests")
             size += len(line)
         return size
 
-    def _drop_failed(self) -> None:
-        """Put a file without the answers that failed in the place of this one."""
+    def _remove_failed(self) -> None:
+        """Replace the file by one without the answers that failed."""
         with tempfile.NamedTemporaryFile(dir=self._path.parent, prefix=f".{self._path.name}-", delete=False) as kept:
             try:
                 for _, line, entry in self._entries():
-                    if not failed(entry):
+                    if not is_failed(entry):
                         kept.write(line)
                 kept.flush()
                 os.fchmod(kept.fileno(), stat.S_IMODE(os.fstat(self._file).st_mode))
@@ -241,41 +250,42 @@ class Answers:
             except BaseException as error:
                 Path(kept.name).unlink(missing_ok=True)
                 if isinstance(error, OSError):
-                    raise GptOssError(f"{self._path} could not be written anew: {error.strerror}") from error
+                    raise GptOssError(f"{self._path} could not be rewritten: {error.strerror}") from error
                 raise
         old, self._file = self._file, self._open()
         os.close(old)
         self._lock()
 
     def _entries(self) -> Iterator[tuple[int, bytes, dict[str, Any]]]:
-        """Whole lines: number, content, and what it says."""
+        """Yield the complete lines: number, content, and the parsed answer."""
         with os.fdopen(os.dup(self._file), "rb") as file:
             file.seek(0)
             for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n") and (line.startswith(HEAD) or HEAD.startswith(line)):
+                if not line.endswith(b"\n") and (line.startswith(ANSWER_PREFIX) or ANSWER_PREFIX.startswith(line)):
                     return
                 try:
                     entry = json.loads(line)
                 except (ValueError, RecursionError):
                     entry = None
-                if not line.startswith(HEAD) or not isinstance(entry, dict) or "custom_id" not in entry:
+                if not line.startswith(ANSWER_PREFIX) or not isinstance(entry, dict) or "custom_id" not in entry:
                     raise InvalidRequest(
-                        f"{self._path} is no file of answers, see its line {number}; name another file"
+                        f"{self._path} is not an answer file, see its line {number}: name another file"
                     )
                 yield number, line, entry
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """All lines, from 1. Of one that is too long, as much as shows that."""
+    """Yield all lines with their numbers from 1. A line over the limit is cut off just after it."""
     with path.open("rb") as file:
         for number in count(1):
-            line = rest = file.readline(LONGEST_LINE + 1)
+            line = rest = file.readline(MAX_LINE_BYTES + 1)
             if not line:
                 return
             while rest and not rest.endswith(b"\n"):
-                rest = file.readline(LONGEST_LINE)
+                rest = file.readline(MAX_LINE_BYTES)
             yield number, line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
 def _key(name: str) -> bytes:
+    """A hash of fixed size."""
     return blake2b(name.encode(errors="surrogatepass"), digest_size=KEY_BYTES).digest()

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: chunks as they come, or their sum."""
+"""POST /v1/chat/completions, streamed or not. The full response is the sum of the stream's deltas."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from ..chat.stream import Events
 from ..engine import Token
 from ..sampling import MAX_LOGPROBS
 from ..tokenizer import Tokenizer
-from .arrivals import Arrivals, unless_gone
-from .errors import Json, from_exception, refuse
-from .fields import BIG, SamplingFields, StreamOptions, WithoutEffect, check_schema, seeded
-from .service import Here, Service
-from .sse import ANSWERS, DONE, EventStream, frame, frames
+from .disconnect import cancel_on_disconnect
+from .errors import JsonResponse, from_exception, invalid_field
+from .event_queue import EventQueue
+from .fields import MAX_INT64, IgnoredFields, SamplingFields, StreamOptions, check_schema, with_choice_seed
+from .service import Service, ServiceDep
+from .sse import DONE, STREAMING_RESPONSES, EventStream, encode_event, encode_events
 
-MOST_MESSAGES = 10_000
-MOST_TOOLS = 128
-MOST_CHOICES = 16
-TEXT = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}
-MESSAGES = {  # their fields are checked by harmony.openai
+MAX_MESSAGES = 10_000
+MAX_TOOLS = 128
+MAX_CHOICES = 16
+CONTENT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}
+MESSAGES_SCHEMA: dict[str, Any] = {  # for OpenAPI; harmony.openai checks the messages
     "type": "array",
     "minItems": 1,
     "items": {
@@ -35,9 +36,7 @@ MESSAGES = {  # their fields are checked by harmony.openai
         "required": ["role"],
         "properties": {
             "role": {"enum": ["system", "developer", "user", "assistant", "tool"]},
-            "content": {
-                "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]
-            },
+            "content": CONTENT_SCHEMA,
             "reasoning": {"type": "string"},
             "tool_calls": {"type": "array", "items": {"type": "object"}},
             "tool_call_id": {"type": "string"},
@@ -45,22 +44,22 @@ MESSAGES = {  # their fields are checked by harmony.openai
     },
 }
 
-router = APIRouter()
+router: APIRouter = APIRouter()
 
 
-class ChatRequest(SamplingFields, WithoutEffect):
-    """OpenAI's fields, as far as this model can honour them. reasoning_effort: medium by default."""
+class ChatRequest(SamplingFields, IgnoredFields):
+    """The fields of OpenAI that this model supports. reasoning_effort is medium by default."""
 
     model: str | None = None
-    messages: Annotated[list[Any], WithJsonSchema(MESSAGES)] = Field(max_length=MOST_MESSAGES)
+    messages: Annotated[list[Any], WithJsonSchema(MESSAGES_SCHEMA)] = Field(max_length=MAX_MESSAGES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1, le=BIG)
-    max_completion_tokens: int | None = Field(None, ge=1, le=BIG)
-    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_INT64)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT64)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    tools: list[dict[str, Any]] | None = Field(None, max_length=MOST_TOOLS)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
@@ -70,36 +69,36 @@ class ChatRequest(SamplingFields, WithoutEffect):
     verbosity: Literal["medium"] | None = None
 
     def check(self) -> None:
-        """What the types alone cannot say."""
+        """Raise ApiError for fields that contradict each other, and for schemas over the limits."""
         if self.top_logprobs and not self.logprobs:
-            raise refuse("top_logprobs", "needs logprobs: true")
+            raise invalid_field("top_logprobs", "needs logprobs: true")
         if self.stream_options is not None and not self.stream:
-            raise refuse("stream_options", "needs stream: true")
+            raise invalid_field("stream_options", "needs stream: true")
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            raise refuse("max_tokens", "and max_completion_tokens differ: give one of them")
-        for place, tool in enumerate(self.tools or ()):
-            check_schema(tool, f"tools[{place}]")
+            raise invalid_field("max_tokens", "and max_completion_tokens differ: set only one of them")
+        for index, tool in enumerate(self.tools or ()):
+            check_schema(tool, f"tools[{index}]")
         check_schema(self.response_format, "response_format")
 
 
-@router.post("/v1/chat/completions", responses=ANSWERS)
-async def create(body: ChatRequest, request: Request, service: Here) -> Response:
-    """The assistant's next turn."""
+@router.post("/v1/chat/completions", responses=STREAMING_RESPONSES)
+async def create(body: ChatRequest, request: Request, service: ServiceDep) -> Response:
+    """Generate the assistant's next message."""
     completion = _Completion(body, service)
-    arrivals = await unless_gone(request, service.start(*completion.replies()))
+    queue = await cancel_on_disconnect(request, service.start(*completion.replies()))
     if body.stream:
-        return EventStream(completion.stream(arrivals), partial(service.finish, arrivals))
-    return Json(await unless_gone(request, completion.whole(arrivals)))
+        return EventStream(completion.stream(queue), partial(service.finish, queue))
+    return JsonResponse(await cancel_on_disconnect(request, completion.full_response(queue)))
 
 
-async def whole(body: ChatRequest, service: Service) -> dict[str, Any]:
-    """The same for a line of a batch."""
+async def full_response(body: ChatRequest, service: Service) -> dict[str, Any]:
+    """Generate a full response, for one line of a batch file."""
     completion = _Completion(body, service)
-    return await completion.whole(await service.start(*completion.replies()))
+    return await completion.full_response(await service.start(*completion.replies()))
 
 
 class _Completion:
-    """One request's choices, from events to chunks."""
+    """One request: its choices, and their conversion from engine events to chunks. Raises ApiError if it is invalid."""
 
     def __init__(self, body: ChatRequest, service: Service) -> None:
         service.check_model(body.model)
@@ -107,13 +106,14 @@ class _Completion:
         self._body = body
         self._service = service
         self._choices = [_Choice(index, service.model.tokenizer, bool(body.logprobs)) for index in range(body.n or 1)]
-        self._head = {
+        self._base = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": service.model_id,
         }
 
     def replies(self) -> list[partial[Events]]:
+        """One callable per choice that submits it to the engine, for Service.start()."""
         body, model = self._body, self._service.model
         sampling = body.sampling(model.default_sampling, body.top_logprobs or 0)
         options: dict[str, Any] = {
@@ -125,123 +125,126 @@ class _Completion:
             "parallel_tool_calls": body.parallel_tool_calls is not False,
         }
         return [
-            partial(model.stream, body.messages, sampling=seeded(sampling, choice.index), **options)
+            partial(model.stream, body.messages, sampling=with_choice_seed(sampling, choice.index), **options)
             for choice in self._choices
         ]
 
-    async def deltas(self, arrivals: Arrivals) -> AsyncIterator[list[dict[str, Any]]]:
-        """Entries of a chunk's `choices`, in batches."""
-        watches = [self._service.metrics.watch() for _ in self._choices]
+    async def deltas(self, queue: EventQueue) -> AsyncIterator[list[dict[str, Any]]]:
+        """Yield batches of entries for a chunk's `choices`."""
+        recorders = [self._service.metrics.track_reply() for _ in self._choices]
         try:
-            async for batch in arrivals.batches():
-                made = []
+            async for batch in queue.batches():
+                deltas = []
                 for index, event in batch:
-                    watches[index].saw(event)
-                    made += self._choices[index].deltas(event)
-                if made:
-                    yield made
+                    recorders[index].record(event)
+                    deltas += self._choices[index].deltas(event)
+                if deltas:
+                    yield deltas
         finally:
-            self._service.finish(arrivals)
+            self._service.finish(queue)
 
-    async def stream(self, arrivals: Arrivals) -> AsyncIterator[bytes]:
+    async def stream(self, queue: EventQueue) -> AsyncIterator[bytes]:
+        """Yield server-sent events. An error in the middle becomes the last event, without [DONE]."""
         options = self._body.stream_options
         usage = {"usage": None} if options is not None and options.include_usage else {}
-        head = {**self._head, "object": "chat.completion.chunk"}
-        opening = [choice.delta({"role": "assistant", "content": ""}) for choice in self._choices]
+        head = {**self._base, "object": "chat.completion.chunk"}
+        first_deltas = [choice.delta({"role": "assistant", "content": ""}) for choice in self._choices]
         try:
-            yield frames({**head, "choices": [delta], **usage} for delta in opening)
-            async for made in self.deltas(arrivals):
-                yield frames({**head, "choices": [delta], **usage} for delta in made)
+            yield encode_events({**head, "choices": [delta], **usage} for delta in first_deltas)
+            async for deltas in self.deltas(queue):
+                yield encode_events({**head, "choices": [delta], **usage} for delta in deltas)
             if usage:
-                yield frame({**head, "choices": [], "usage": self._usage()})
+                yield encode_event({**head, "choices": [], "usage": self._usage()})
         except Exception as error:
-            yield frame(from_exception(error).body())
+            yield encode_event(from_exception(error).body())
         else:
             yield DONE
 
-    async def whole(self, arrivals: Arrivals) -> dict[str, Any]:
-        """All deltas, added up."""
+    async def full_response(self, queue: EventQueue) -> dict[str, Any]:
+        """The sum of all deltas."""
         choices: list[dict[str, Any]] = [
             {"index": choice.index, "message": {"role": "assistant", "content": None}, "logprobs": None}
             for choice in self._choices
         ]
-        async for made in self.deltas(arrivals):
-            for delta in made:
-                _add(choices[delta["index"]], delta)
-        return {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage()}
+        async for deltas in self.deltas(queue):
+            for delta in deltas:
+                _merge_delta(choices[delta["index"]], delta)
+        return {**self._base, "object": "chat.completion", "choices": choices, "usage": self._usage()}
 
     def _usage(self) -> dict[str, Any]:
-        ends = [choice.end for choice in self._choices if choice.end is not None]
-        prompt = ends[0].usage.prompt_tokens
-        generated = sum(end.usage.completion_tokens for end in ends)
+        finished = [choice.finished for choice in self._choices if choice.finished is not None]
+        prompt = finished[0].usage.prompt_tokens
+        generated = sum(end.usage.completion_tokens for end in finished)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
             "total_tokens": prompt + generated,
-            "prompt_tokens_details": {"cached_tokens": ends[0].usage.cached_tokens},
-            "completion_tokens_details": {"reasoning_tokens": sum(end.reasoning_tokens for end in ends)},
+            "prompt_tokens_details": {"cached_tokens": finished[0].usage.cached_tokens},
+            "completion_tokens_details": {"reasoning_tokens": sum(end.reasoning_tokens for end in finished)},
         }
 
 
 class _Choice:
-    """One reply: its events become deltas."""
+    """One reply of a request; converts its events to deltas."""
 
     def __init__(self, index: int, tokenizer: Tokenizer, logprobs: bool) -> None:
         self.index = index
-        self.end: Finished | None = None
+        self.finished: Finished | None = None
         self._tokenizer = tokenizer
         self._logprobs = logprobs
-        self._calls: dict[str, int] = {}  # id -> its place in tool_calls
+        self._calls: dict[str, int] = {}  # call id -> index in tool_calls
 
     def delta(self, delta: dict[str, Any], tokens: Sequence[Token] = (), reason: str | None = None) -> dict[str, Any]:
-        shown = None
+        """An entry of a chunk's `choices`. tokens: those of the text, for logprobs. reason: the finish reason."""
+        logprobs = None
         if self._logprobs and "content" in delta:
-            shown = {"content": [logprob(token, self._tokenizer) for token in tokens], "refusal": None}
-        return {"index": self.index, "delta": delta, "logprobs": shown, "finish_reason": reason}
+            logprobs = {"content": [logprob_entry(token, self._tokenizer) for token in tokens], "refusal": None}
+        return {"index": self.index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
     def deltas(self, event: Event) -> list[dict[str, Any]]:
+        """Convert one engine event."""
         match event:
             case ReasoningDelta():
                 return [self.delta({"reasoning": event.text, "reasoning_content": event.text})]
             case TextDelta():
                 return [self.delta({"content": event.text}, event.tokens)]
             case ToolCallDelta():
-                return [self.delta({"tool_calls": [self._call(event)]})]
+                return [self.delta({"tool_calls": [self._call_delta(event)]})]
             case Finished():
-                self.end = event
+                self.finished = event
                 return [self.delta({}, reason=event.finish_reason)]
-        return []  # a whole ToolCall: its deltas have said it all
+        return []  # a complete ToolCall: its deltas have already been sent
 
-    def _call(self, event: ToolCallDelta) -> dict[str, Any]:
+    def _call_delta(self, event: ToolCallDelta) -> dict[str, Any]:
         if event.id in self._calls:
             return {"index": self._calls[event.id], "function": {"arguments": event.text}}
-        place = self._calls[event.id] = len(self._calls)
+        index = self._calls[event.id] = len(self._calls)
         function = {"name": event.name, "arguments": event.text}
-        return {"index": place, "id": event.id, "type": "function", "function": function}
+        return {"index": index, "id": event.id, "type": "function", "function": function}
 
 
-def logprob(token: Token, tokenizer: Tokenizer) -> dict[str, Any]:
-    """A token as chat completions and responses show it."""
+def logprob_entry(token: Token, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The logprobs entry of one token, in the format of chat completions and responses."""
 
-    def one(id: int, value: float) -> dict[str, Any]:
+    def entry(id: int, value: float) -> dict[str, Any]:
         return {"token": tokenizer.decode([id]), "logprob": value, "bytes": list(tokenizer.token_bytes(id))}
 
-    return {**one(token.id, token.logprob), "top_logprobs": [one(*other) for other in token.top]}
+    return {**entry(token.id, token.logprob), "top_logprobs": [entry(*other) for other in token.top]}
 
 
-def _add(choice: dict[str, Any], delta: dict[str, Any]) -> None:
-    """Take a delta into the choice of a whole completion."""
+def _merge_delta(choice: dict[str, Any], delta: dict[str, Any]) -> None:
+    """Add a delta to a choice of the full response."""
     message = choice["message"]
     for name, value in delta["delta"].items():
         if name != "tool_calls":
             message[name] = (message.get(name) or "") + value
             continue
         calls = message.setdefault("tool_calls", [])
-        for piece in value:
-            if piece["index"] == len(calls):
-                calls.append({name: value for name, value in piece.items() if name != "index"})
+        for call in value:
+            if call["index"] == len(calls):
+                calls.append({name: value for name, value in call.items() if name != "index"})
             else:
-                calls[piece["index"]]["function"]["arguments"] += piece["function"]["arguments"]
+                calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
     if delta["logprobs"] is not None:
         choice["logprobs"] = choice["logprobs"] or {"content": [], "refusal": None}
         choice["logprobs"]["content"] += delta["logprobs"]["content"]

@@ -1,4 +1,4 @@
-"""POST /v1/completions: raw text or token ids, continued. No conversation, no Harmony."""
+"""POST /v1/completions: continue raw text or token ids, without a conversation and without the Harmony format."""
 
 from __future__ import annotations
 
@@ -17,28 +17,32 @@ from ..chat.stream import Events
 from ..engine import Token
 from ..sampling import Sampling
 from ..tokenizer import Tokenizer
-from .arrivals import Arrivals, unless_gone
-from .chat_completions import MOST_CHOICES
-from .errors import Json, from_exception, refuse
-from .fields import BIG, SamplingFields, StreamOptions, WithoutEffect, seeded
-from .service import Here, Service
-from .sse import ANSWERS, DONE, EventStream, frame, frames
+from .chat_completions import MAX_CHOICES
+from .disconnect import cancel_on_disconnect
+from .errors import JsonResponse, from_exception, invalid_field
+from .event_queue import EventQueue
+from .fields import MAX_INT64, IgnoredFields, SamplingFields, StreamOptions, with_choice_seed
+from .service import Service, ServiceDep
+from .sse import DONE, STREAMING_RESPONSES, EventStream, encode_event, encode_events
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 Ids = Annotated[list[int], Field(min_length=1)]
 
-router = APIRouter()
+router: APIRouter = APIRouter()
 
 
-class CompletionRequest(SamplingFields, WithoutEffect):
-    """prompt: text, in which special tokens are meant, or token ids, or a list of either. max_tokens: 16 by default.
-    echo: the prompt's text comes first. logprobs: so many alternatives for each token."""
+class CompletionRequest(SamplingFields, IgnoredFields):
+    """The fields of OpenAI that this model supports.
+
+    prompt: text (special tokens in it are recognized), token ids, or a list of either. max_tokens: 16 by default.
+    echo: put the prompt before the completion. logprobs: number of alternatives per token.
+    """
 
     model: str | None = None
-    prompt: str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=MOST_CHOICES)]
-    max_tokens: int | None = Field(None, ge=1, le=BIG)
-    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    prompt: str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=MAX_CHOICES)]
+    max_tokens: int | None = Field(None, ge=1, le=MAX_INT64)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = None
     stream: bool | None = None
@@ -46,38 +50,41 @@ class CompletionRequest(SamplingFields, WithoutEffect):
 
     @property
     def prompts(self) -> Sequence[Any]:
-        """Each a string or ids."""
+        """The prompts, each a string or token ids."""
         several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
         return self.prompt if several else [self.prompt]
 
     def check(self) -> None:
-        """What the types alone cannot say."""
+        """Raise ApiError for fields that contradict each other."""
         if self.echo and self.logprobs is not None:
-            raise refuse("echo", "with logprobs would need those of the prompt: ask for one of them")
+            raise invalid_field("echo", "with logprobs is not supported: set only one of them")
         if self.stream_options is not None and not self.stream:
-            raise refuse("stream_options", "needs stream: true")
-        if len(self.prompts) * (self.n or 1) > MOST_CHOICES:
-            raise refuse("n", f"times the number of prompts must be at most {MOST_CHOICES}")
+            raise invalid_field("stream_options", "needs stream: true")
+        if len(self.prompts) * (self.n or 1) > MAX_CHOICES:
+            raise invalid_field("n", f"times the number of prompts must be at most {MAX_CHOICES}")
 
 
-@router.post("/v1/completions", responses=ANSWERS)
-async def create(body: CompletionRequest, request: Request, service: Here) -> Response:
-    """What comes after a text."""
+@router.post("/v1/completions", responses=STREAMING_RESPONSES)
+async def create(body: CompletionRequest, request: Request, service: ServiceDep) -> Response:
+    """Continue a text."""
     completion = _Completion(body, service)
-    arrivals = await unless_gone(request, service.start(*completion.replies()))
+    queue = await cancel_on_disconnect(request, service.start(*completion.replies()))
     if body.stream:
-        return EventStream(completion.stream(arrivals), partial(service.finish, arrivals))
-    return Json(await unless_gone(request, completion.whole(arrivals)))
+        return EventStream(completion.stream(queue), partial(service.finish, queue))
+    return JsonResponse(await cancel_on_disconnect(request, completion.full_response(queue)))
 
 
-async def whole(body: CompletionRequest, service: Service) -> dict[str, Any]:
-    """The same for a line of a batch."""
+async def full_response(body: CompletionRequest, service: Service) -> dict[str, Any]:
+    """Generate a full response, for one line of a batch file."""
     completion = _Completion(body, service)
-    return await completion.whole(await service.start(*completion.replies()))
+    return await completion.full_response(await service.start(*completion.replies()))
 
 
 class _Completion:
-    """One request's choices, n for each prompt, from events to chunks."""
+    """One request: n choices per prompt, and their conversion from engine events to chunks.
+
+    Raises ApiError if the request is invalid.
+    """
 
     def __init__(self, body: CompletionRequest, service: Service) -> None:
         service.check_model(body.model)
@@ -88,7 +95,7 @@ class _Completion:
             _Choice(index, service.model.tokenizer, body.logprobs is not None)
             for index in range(len(body.prompts) * (body.n or 1))
         ]
-        self._head = {
+        self._base = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
             "created": int(time.time()),
@@ -96,59 +103,61 @@ class _Completion:
         }
 
     def replies(self) -> list[partial[Events]]:
+        """One callable per choice that submits it to the engine, for Service.start()."""
         body = self._body
         sampling = body.sampling(self._service.model.default_sampling, body.logprobs or 0)
         return [partial(self._start, choice, sampling) for choice in self._choices]
 
     def _start(self, choice: _Choice, sampling: Sampling) -> Events:
-        """Submit one choice. Not on the event loop: a prompt may be long."""
-        model, (place, number) = self._service.model, divmod(choice.index, self._body.n or 1)
-        prompt = self._body.prompts[place]
+        """Tokenize the prompt of one choice and submit it. Runs on a worker thread, since a prompt may be long."""
+        model, (prompt_index, choice_of_prompt) = self._service.model, divmod(choice.index, self._body.n or 1)
+        prompt = self._body.prompts[prompt_index]
         ids = model.tokenizer.encode_with_specials(prompt) if isinstance(prompt, str) else prompt
         if self._body.echo:
-            choice.echoed = model.tokenizer.decode(ids, specials=True)
-        most = self._body.max_tokens or DEFAULT_MAX_TOKENS
-        return model.stream_raw(ids, max_tokens=most, sampling=seeded(sampling, number))
+            choice.echo_text = model.tokenizer.decode(ids, specials=True)
+        max_tokens = self._body.max_tokens or DEFAULT_MAX_TOKENS
+        return model.stream_raw(ids, max_tokens=max_tokens, sampling=with_choice_seed(sampling, choice_of_prompt))
 
-    async def pieces(self, arrivals: Arrivals) -> AsyncIterator[list[dict[str, Any]]]:
-        """Entries of a chunk's `choices`, in batches."""
-        watches = [self._service.metrics.watch() for _ in self._choices]
+    async def chunks(self, queue: EventQueue) -> AsyncIterator[list[dict[str, Any]]]:
+        """Yield batches of entries for a chunk's `choices`, echoed prompts first."""
+        recorders = [self._service.metrics.track_reply() for _ in self._choices]
         try:
-            yield [choice.piece(choice.echoed) for choice in self._choices if choice.echoed]
-            async for batch in arrivals.batches():
+            yield [choice.chunk(choice.echo_text) for choice in self._choices if choice.echo_text]
+            async for batch in queue.batches():
                 for index, event in batch:
-                    watches[index].saw(event)
-                yield [piece for index, event in batch for piece in self._choices[index].pieces(event)]
+                    recorders[index].record(event)
+                yield [chunk for index, event in batch for chunk in self._choices[index].chunks(event)]
         finally:
-            self._service.finish(arrivals)
+            self._service.finish(queue)
 
-    async def stream(self, arrivals: Arrivals) -> AsyncIterator[bytes]:
+    async def stream(self, queue: EventQueue) -> AsyncIterator[bytes]:
+        """Yield server-sent events. An error in the middle becomes the last event, without [DONE]."""
         options = self._body.stream_options
         usage = {"usage": None} if options is not None and options.include_usage else {}
         try:
-            async for made in self.pieces(arrivals):
-                yield frames({**self._head, "choices": [piece], **usage} for piece in made)
+            async for chunks in self.chunks(queue):
+                yield encode_events({**self._base, "choices": [chunk], **usage} for chunk in chunks)
             if usage:
-                yield frame({**self._head, "choices": [], "usage": self._usage()})
+                yield encode_event({**self._base, "choices": [], "usage": self._usage()})
         except Exception as error:
-            yield frame(from_exception(error).body())
+            yield encode_event(from_exception(error).body())
         else:
             yield DONE
 
-    async def whole(self, arrivals: Arrivals) -> dict[str, Any]:
-        """All pieces, added up."""
-        choices = [choice.piece("") for choice in self._choices]
-        async for made in self.pieces(arrivals):
-            for piece in made:
-                choice = choices[piece["index"]]
-                choice["text"] += piece["text"]
-                choice["finish_reason"] = piece["finish_reason"]
-                for name, values in (piece["logprobs"] or {}).items():
+    async def full_response(self, queue: EventQueue) -> dict[str, Any]:
+        """The sum of all chunks."""
+        choices = [choice.chunk("") for choice in self._choices]
+        async for chunks in self.chunks(queue):
+            for chunk in chunks:
+                choice = choices[chunk["index"]]
+                choice["text"] += chunk["text"]
+                choice["finish_reason"] = chunk["finish_reason"]
+                for name, values in (chunk["logprobs"] or {}).items():
                     choice["logprobs"][name] += values
-        return {**self._head, "choices": choices, "usage": self._usage()}
+        return {**self._base, "choices": choices, "usage": self._usage()}
 
     def _usage(self) -> dict[str, Any]:
-        ends = [choice.end.usage for choice in self._choices if choice.end is not None]
+        ends = [choice.finished.usage for choice in self._choices if choice.finished is not None]
         prompts = ends[:: self._body.n or 1]
         prompt = sum(usage.prompt_tokens for usage in prompts)
         generated = sum(usage.completion_tokens for usage in ends)
@@ -161,35 +170,37 @@ class _Completion:
 
 
 class _Choice:
-    """One continuation: its events become pieces of text."""
+    """One continuation of a prompt; converts its events to entries of a chunk."""
 
     def __init__(self, index: int, tokenizer: Tokenizer, logprobs: bool) -> None:
         self.index = index
-        self.echoed = ""
-        self.end: Finished | None = None
+        self.echo_text = ""
+        self.finished: Finished | None = None
         self._tokenizer = tokenizer
         self._logprobs = logprobs
-        self._offset = 0  # characters so far
+        self._offset = 0  # characters sent so far
 
-    def pieces(self, event: Event) -> list[dict[str, Any]]:
+    def chunks(self, event: Event) -> list[dict[str, Any]]:
+        """Convert one engine event."""
         if isinstance(event, TextDelta):
-            return [self.piece(event.text, event.tokens)]
+            return [self.chunk(event.text, event.tokens)]
         if isinstance(event, Finished):
-            self.end = event
-            return [self.piece("", reason=event.finish_reason)]
+            self.finished = event
+            return [self.chunk("", reason=event.finish_reason)]
         return []
 
-    def piece(self, text: str, tokens: Sequence[Token] = (), reason: str | None = None) -> dict[str, Any]:
-        shown = self._shown(tokens) if self._logprobs else None
+    def chunk(self, text: str, tokens: Sequence[Token] = (), reason: str | None = None) -> dict[str, Any]:
+        """An entry of a chunk's `choices`. tokens: those of the text, for logprobs. reason: the finish reason."""
+        logprobs = self._logprobs_object(tokens) if self._logprobs else None
         self._offset += len(text)
-        return {"index": self.index, "text": text, "logprobs": shown, "finish_reason": reason}
+        return {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def _shown(self, tokens: Sequence[Token]) -> dict[str, list[Any]]:
-        """OpenAI's older form: lists side by side. A token in the middle of a character begins where that does."""
-        name = [self._tokenizer.decode([token.id]) for token in tokens]
-        offsets = [self._offset + sum(map(len, name[:place])) for place in range(len(name))]
+    def _logprobs_object(self, tokens: Sequence[Token]) -> dict[str, list[Any]]:
+        """OpenAI's older format: parallel lists. A token inside a character has the text offset of that character."""
+        texts = [self._tokenizer.decode([token.id]) for token in tokens]
+        offsets = [self._offset + sum(map(len, texts[:index])) for index in range(len(texts))]
         return {
-            "tokens": name,
+            "tokens": texts,
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [{self._tokenizer.decode([id]): value for id, value in token.top} for token in tokens],
             "text_offset": offsets,

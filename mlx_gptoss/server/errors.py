@@ -1,4 +1,4 @@
-"""Everything that can go wrong with a request, in the shape that OpenAI's clients read."""
+"""Errors in OpenAI's format: every failure becomes a status and {"error": {"message", "type", "param", "code"}}."""
 
 from __future__ import annotations
 
@@ -18,29 +18,31 @@ from starlette.responses import Response
 from ..errors import Busy, DoesNotFit, GptOssError, InvalidRequest
 from ..sampling import Sampling
 
+# Steps that pydantic adds to an error's location for the members of a union; they are not fields of the request.
 UNION_MEMBERS = {"str", "int", "message", "reasoning", "function_call", "function_call_output"}
-LONGEST_MESSAGE = 1000  # characters; what was sent may be quoted in it
-FIELDS = ("messages", "tools", "tool_choice", "response_format", *(field.name for field in fields(Sampling)))
-_FIELD = re.compile(rf"({'|'.join(FIELDS)})(\[\d+\]|\.[a-z_]+)*(?=[ :])")  # what a message begins with
+MAX_MESSAGE_CHARS = 1000  # a message may quote what the client sent
+REQUEST_FIELDS = ("messages", "tools", "tool_choice", "response_format", *(field.name for field in fields(Sampling)))
+_LEADING_FIELD = re.compile(rf"({'|'.join(REQUEST_FIELDS)})(\[\d+\]|\.[a-z_]+)*(?=[ :])")  # at the start of a message
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
-class Json(Response):
-    """A JSON body, ASCII throughout: a lone surrogate that a client sent can be sent back."""
+class JsonResponse(Response):
+    """A JSON response in pure ASCII, so that a lone surrogate from the client can be echoed."""
 
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        return dump(content)
+        return dump_json(content)
 
 
-def dump(content: Any) -> bytes:
+def dump_json(content: Any) -> bytes:
+    """Compact JSON on one line, in ASCII."""
     return json.dumps(content, separators=(",", ":")).encode()
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong, and what to do."""
+    """What is wrong and what to do. `param` is the request field, `code` a constant for programs."""
 
     message: str
     type: str
@@ -49,13 +51,21 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every answer that is not 2xx."""
+    """The body of every response that is not 2xx."""
 
     error: ErrorDetail
 
 
 class ApiError(Exception):
-    """An answer with a status of its own. type: "server_error" from 500 on, else "invalid_request_error"."""
+    """An error response with a status of its own.
+
+    Its `type` in JSON is "server_error" from status 500 on, else "invalid_request_error".
+    """
+
+    status: int
+    param: str | None
+    code: str | None
+    headers: Mapping[str, str] | None
 
     def __init__(
         self,
@@ -66,28 +76,29 @@ class ApiError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}...")
+        super().__init__(message if len(message) <= MAX_MESSAGE_CHARS else f"{message[:MAX_MESSAGE_CHARS]}...")
         self.status, self.param, self.code, self.headers = status, param, code, headers
 
     def body(self) -> dict[str, Any]:
+        """The JSON object that OpenAI's clients read."""
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> Json:
-        return Json(self.body(), self.status, self.headers)
+    def response(self) -> JsonResponse:
+        return JsonResponse(self.body(), self.status, self.headers)
 
 
-def refuse(param: str, message: str, code: str = "invalid_value") -> ApiError:
-    """A field that cannot be honoured."""
+def invalid_field(param: str, message: str, code: str = "invalid_value") -> ApiError:
+    """Return the 400 for a request field. The message becomes "{param} {message}"; raise the result."""
     return ApiError(400, f"{param} {message}", param=param, code=code)
 
 
 def from_exception(error: BaseException) -> ApiError:
-    """The answer to any exception. One that nobody foresaw is logged, and its text stays here."""
+    """Convert any exception into an error response. An unexpected one is logged, and its text is not sent."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, (InvalidRequest, DoesNotFit)):
-        field = _FIELD.match(str(error))
+        field = _LEADING_FIELD.match(str(error))
         too_long = "context holds" in str(error) or isinstance(error, DoesNotFit)
         code = "context_length_exceeded" if too_long else "invalid_value"
         return ApiError(400, str(error), param=field[0] if field and not too_long else None, code=code)
@@ -95,54 +106,54 @@ def from_exception(error: BaseException) -> ApiError:
         return ApiError(503, str(error), code="busy", headers={"Retry-After": str(error.retry_after_s)})
     if isinstance(error, GptOssError):
         return ApiError(500, str(error), code="engine_error")
-    log.error("a request failed", exc_info=error)
-    return ApiError(500, "the server failed; its log says why", code="internal_error")
+    log.error("unexpected error in a request", exc_info=error)
+    return ApiError(500, "internal server error; see the server's log", code="internal_error")
 
 
 def from_validation(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong with a body, or with a query."""
-    first = max(error.errors(), key=lambda one: len(one["loc"]))  # of a union's, the one that got furthest
+    """Convert a validation error of the body or the query into a 400 that names one field."""
+    first = max(error.errors(), key=lambda one: len(one["loc"]))  # deepest: for a union, its best matching member
     _, *path = first["loc"]
-    param = _dotted(path)
+    param = _field_path(path)
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"{param} is not supported here: leave it out", param=param, code="unknown_parameter")
+        return ApiError(400, f"{param} is not supported: leave it out", param=param, code="unknown_parameter")
     if first["type"] == "missing" and not path:
-        return ApiError(400, "the body is empty: send a JSON object, with Content-Type: application/json")
+        return ApiError(400, "the body is empty: send a JSON object with Content-Type: application/json")
     if first["type"] == "missing":
         return ApiError(400, f"{param} is missing", param=param, code="missing_required_parameter")
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['ctx']['error']}", code="invalid_json")
     if first["type"] == "union_tag_invalid":
-        kinds = f"{first['ctx']['tag']!r}: use one of {first['ctx']['expected_tags']}"
-        return ApiError(400, f"{param} has the type {kinds}", param=param, code="invalid_value")
+        types = f"{first['ctx']['tag']!r}: use one of {first['ctx']['expected_tags']}"
+        return ApiError(400, f"{param} has the type {types}", param=param, code="invalid_value")
     if not path:
-        return ApiError(400, "the body must be a JSON object, with Content-Type: application/json", code="invalid_json")
+        return ApiError(400, "the body must be a JSON object with Content-Type: application/json", code="invalid_json")
     return ApiError(400, f"{param}: {first['msg']}", param=param, code="invalid_value")
 
 
-def _dotted(path: list[Any]) -> str:
-    """messages[0].content, without what pydantic says of the members of a union."""
+def _field_path(path: list[Any]) -> str:
+    """A location of pydantic's as a path such as messages[0].content, without the union members it names."""
     first, *rest = path or [""]
     steps = (step for step in rest if isinstance(step, int) or not (step in UNION_MEMBERS or "[" in step))
     return f"{first}" + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)[:100]
 
 
-def install(app: FastAPI) -> None:
-    """Have every error of the app answered in this shape."""
+def install_handlers(app: FastAPI) -> None:
+    """Register handlers that answer every error of the app in this format."""
 
-    async def known(request: Request, error: Exception) -> Response:
+    async def on_error(request: Request, error: Exception) -> Response:
         return from_exception(error).response()
 
-    async def invalid(request: Request, error: Exception) -> Response:
+    async def on_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         return from_validation(error).response()
 
-    async def http(request: Request, error: Exception) -> Response:
+    async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        what = f"{request.method} {request.url.path}: {error.detail}"
-        return ApiError(error.status_code, what, headers=error.headers).response()
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return ApiError(error.status_code, message, headers=error.headers).response()
 
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, http)
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(HTTPException, on_http_error)
     for kind in (ApiError, GptOssError, Exception):
-        app.add_exception_handler(kind, known)
+        app.add_exception_handler(kind, on_error)

@@ -1,34 +1,37 @@
-"""Fields that several endpoints take. A field that is not declared is refused, by name."""
+"""Request fields that several endpoints share. A field that no class declares is rejected with its name."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..sampling import Sampling
-from .errors import ApiError, refuse
+from .errors import ApiError, invalid_field
 
-MOST_SCHEMA_VALUES = 10_000  # of one schema
-DEEPEST_SCHEMA = 64
-BIG = 2**63 - 1
+MAX_SCHEMA_VALUES = 10_000  # in one JSON schema
+MAX_SCHEMA_DEPTH = 64
+MAX_INT64 = 2**63 - 1
 
 
-class Strict(BaseModel):
-    """No unknown fields, unless they are null and so ask for nothing, and no "1" for 1."""
+class StrictModel(BaseModel):
+    """A model that rejects unknown fields and wrong types ("1" is not 1).
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    A field that is null counts as absent, even an unknown one.
+    """
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nothing(cls, fields: Any) -> Any:
+    def _drop_nulls(cls, fields: Any) -> Any:
         return {name: value for name, value in fields.items() if value is not None} if type(fields) is dict else fields
 
 
-class WithoutEffect(Strict):
-    """Fields that say who asks or how to bill; they change nothing in the reply."""
+class IgnoredFields(StrictModel):
+    """Fields about the caller, caching and billing. They are accepted and have no effect on the reply."""
 
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -38,29 +41,32 @@ class WithoutEffect(Strict):
     service_tier: Literal["auto", "default"] | None = None
 
 
-class StreamOptions(Strict):
-    """include_usage: a last chunk with the tokens used."""
+class StreamOptions(StrictModel):
+    """include_usage: end the stream with a chunk that has the token counts."""
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
-class SamplingFields(Strict):
-    """How tokens are drawn. top_k, min_p and repetition_penalty are not OpenAI's, but vLLM's and llama.cpp's."""
+class SamplingFields(StrictModel):
+    """How tokens are sampled. top_k, min_p and repetition_penalty extend OpenAI's fields, as in vLLM and llama.cpp."""
 
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=BIG)
+    top_k: int | None = Field(None, ge=0, le=MAX_INT64)
     min_p: float | None = Field(None, ge=0, lt=1)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = Field(None, max_length=1024)
-    seed: int | None = Field(None, ge=0, le=BIG)
+    seed: int | None = Field(None, ge=0, le=MAX_INT64)
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
 
     def sampling(self, default: Sampling, logprobs: int = 0) -> Sampling:
-        """The model's own sampling with what was asked for in its place. Raises InvalidRequest."""
+        """The model's default sampling, with the fields of the request in place of its own.
+
+        logprobs: number of alternatives per token. Raises InvalidRequest for a value out of range.
+        """
         names = set(SamplingFields.model_fields) - {"logit_bias", "stop"}
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if self.stop is not None:
@@ -70,25 +76,25 @@ class SamplingFields(Strict):
         return replace(default, logprobs=logprobs, **given)
 
 
-def seeded(sampling: Sampling, choice: int) -> Sampling:
-    """The same for one of several choices: each has a seed of its own, or all would be equal."""
+def with_choice_seed(sampling: Sampling, choice: int) -> Sampling:
+    """The sampling of one of several choices. Each gets its own seed; with the same one all choices would be equal."""
     return sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + choice)
 
 
-def check_schema(schema: Any, where: str) -> None:
-    """Refuse a JSON schema that is too large or too deep to be worked on."""
+def check_schema(schema: Any, param: str) -> None:
+    """Raise ApiError if a JSON schema has too many values or is nested too deeply to be compiled. param: its field."""
     level, count = [schema], 0
-    for _ in range(DEEPEST_SCHEMA):
-        level = [inner for value in level for inner in _inside(value)]
+    for _ in range(MAX_SCHEMA_DEPTH):
+        level = [inner for value in level for inner in _children(value)]
         count += len(level)
-        if count > MOST_SCHEMA_VALUES:
-            raise refuse(where, f"holds more than {MOST_SCHEMA_VALUES} values", "schema_too_large")
+        if count > MAX_SCHEMA_VALUES:
+            raise invalid_field(param, f"holds more than {MAX_SCHEMA_VALUES} values", "schema_too_large")
         if not level:
             return
-    raise refuse(where, f"is nested more than {DEEPEST_SCHEMA} deep", "schema_too_large")
+    raise invalid_field(param, f"is nested more than {MAX_SCHEMA_DEPTH} levels deep", "schema_too_large")
 
 
-def _inside(value: Any) -> list[Any]:
+def _children(value: Any) -> list[Any]:
     if isinstance(value, Mapping):
         return list(value.values())
     return value if isinstance(value, list) else []
@@ -96,5 +102,5 @@ def _inside(value: Any) -> list[Any]:
 
 def _token_id(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        raise ApiError(400, f"logit_bias has the key {text[:40]!r}: give token ids", param="logit_bias")
+        raise ApiError(400, f"logit_bias has the key {text[:40]!r}: use token ids as keys", param="logit_bias")
     return int(text)

@@ -1,6 +1,6 @@
-"""What stands before every request: who may ask, from where, and how much a request may be.
+"""Access checks before every request: host, origin, API key and size.
 
-Nothing of a body is read before the host, the origin and the key are right.
+The headers are checked first. Nothing of a body is read before the host, the origin and the key are accepted.
 """
 
 from __future__ import annotations
@@ -16,50 +16,55 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .errors import ApiError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-OPEN_PATHS = ("/", "/health")  # need no key, as the page under /page/ does not
-MOST_VALUES = 2_000_000  # in one body: Python takes some 60 bytes for each
-MOST_HELD = 8  # bodies of the full size that are held at once, over all requests
+PUBLIC_PATHS = ("/", "/health")  # need no API key; neither do the files under /page/
+MAX_JSON_VALUES = 2_000_000  # in one body; Python needs about 60 bytes for each
+MAX_BUFFERED_BODIES = 8  # limit on the total size of bodies being received, in units of max_body_bytes
 
 
 @dataclass
 class Gate:
-    """Who is let in.
+    """The access rules of one server, and whether it still accepts requests.
 
-    hosts: names by which a browser may call this server; None, where it listens to the network, takes any. A page that
-        makes its own name point here (DNS rebinding) still sends that name.
-    origins: of pages on other sites that may use it; "*" is all.
+    api_key: the key that every request needs, except for PUBLIC_PATHS and the page; None for no key.
+    allowed_hosts: accepted names in the Host header, against DNS rebinding: a page whose own name is made to resolve to
+        this machine still sends that name. None accepts any, for a server that listens to the network.
+    allowed_origins: origins of other sites whose pages may use this server; "*" allows all of them.
+    max_body_bytes: the largest body of one request.
+    draining: POST requests are refused, since the server is shutting down.
+    buffered_bytes: size of the bodies that are being received now, over all requests.
     """
 
     api_key: str | None = None
-    hosts: Sequence[str] | None = LOOPBACK
-    origins: Sequence[str] = ()
-    body_bytes: int = 32 << 20
+    allowed_hosts: Sequence[str] | None = LOOPBACK
+    allowed_origins: Sequence[str] = ()
+    max_body_bytes: int = 32 << 20
     draining: bool = False
-    held: int = field(default=0, init=False)
+    buffered_bytes: int = field(default=0, init=False)
 
     def check(self, scope: Scope) -> None:
-        """Raises ApiError for a request that is not let in, from its head alone."""
+        """Raise ApiError if the request is not allowed. Looks at the path and the headers only."""
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if self.hosts is not None and _host_name(host) not in self.hosts:
-            raise ApiError(403, f"this server is not called {host!r}: use http://127.0.0.1", code="wrong_host")
+        if self.allowed_hosts is not None and _host_name(host) not in self.allowed_hosts:
+            raise ApiError(403, f"the Host {host!r} is not allowed: use http://127.0.0.1", code="wrong_host")
         origin = headers.get("origin")
-        if origin is not None and not self._knows(origin, host):
-            raise ApiError(403, f"pages of {origin!r} may not use this server: start it with --cors", code="origin")
+        if origin is not None and not self._is_allowed_origin(origin, host):
+            raise ApiError(403, f"the origin {origin!r} is not allowed: add it with --cors", code="origin")
         path: str = scope["path"]
-        if self.api_key is not None and path not in OPEN_PATHS and not path.startswith("/page/"):
+        if self.api_key is not None and path not in PUBLIC_PATHS and not path.startswith("/page/"):
             self._check_key(headers.get("authorization", ""))
         if self.draining and scope["method"] == "POST":
             raise ApiError(503, "the server is shutting down", code="draining", headers={"Retry-After": "10"})
         length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self.body_bytes:
+        if length.isdecimal() and int(length) > self.max_body_bytes:
             raise self.too_large()
 
     def too_large(self) -> ApiError:
-        return ApiError(413, f"the body is larger than {self.body_bytes} bytes", code="body_too_large")
+        """The error for a body over the limit."""
+        return ApiError(413, f"the body is larger than {self.max_body_bytes} bytes", code="body_too_large")
 
-    def _knows(self, origin: str, host: str) -> bool:
-        return "*" in self.origins or origin in self.origins or urlsplit(origin).netloc == host
+    def _is_allowed_origin(self, origin: str, host: str) -> bool:
+        return "*" in self.allowed_origins or origin in self.allowed_origins or urlsplit(origin).netloc == host
 
     def _check_key(self, authorization: str) -> None:
         assert self.api_key is not None
@@ -72,8 +77,11 @@ class Gate:
 
 
 class Guard:
-    """The gate as ASGI middleware. Reads the whole body of a request that it lets in, and hands that on in one piece;
-    what `receive` gives after it is that the client has gone."""
+    """ASGI middleware that applies a Gate.
+
+    It reads the complete body of an allowed request and passes it on as one message. The message that follows it is
+    the disconnect of the client.
+    """
 
     def __init__(self, app: ASGIApp, gate: Gate) -> None:
         self.app = app
@@ -86,17 +94,17 @@ class Guard:
         body = bytearray()
         try:
             self.gate.check(scope)
-            whole = await self._read(receive, body)
+            complete = await self._read(receive, body)
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
         finally:
-            self.gate.held -= len(body)
-        if whole:
-            await self.app(scope, _replaying(bytes(body), receive), send)
+            self.gate.buffered_bytes -= len(body)
+        if complete:
+            await self.app(scope, _replay_body(bytes(body), receive), send)
 
     async def _read(self, receive: Receive, body: bytearray) -> bool:
-        """Add the body to `body`; False if the client left in the middle of it."""
+        """Append the request's body to `body`. Returns False if the client disconnected before its end."""
         more = True
         while more:
             message = await receive()
@@ -104,31 +112,34 @@ class Guard:
                 return False
             piece = message.get("body", b"")
             body += piece
-            self.gate.held += len(piece)
-            if len(body) > self.gate.body_bytes:
+            self.gate.buffered_bytes += len(piece)
+            if len(body) > self.gate.max_body_bytes:
                 raise self.gate.too_large()
-            if self.gate.held > MOST_HELD * self.gate.body_bytes:
-                raise ApiError(503, "too many large requests at once", code="busy", headers={"Retry-After": "5"})
+            if self.gate.buffered_bytes > MAX_BUFFERED_BODIES * self.gate.max_body_bytes:
+                raise ApiError(
+                    503, "too many large requests at once: try again later", code="busy", headers={"Retry-After": "5"}
+                )
             more = message.get("more_body", False)
-        if body.count(b",") + body.count(b"[") + body.count(b"{") > MOST_VALUES:
-            raise ApiError(413, f"the body holds more than {MOST_VALUES} values", code="body_too_large")
+        if body.count(b",") + body.count(b"[") + body.count(b"{") > MAX_JSON_VALUES:
+            raise ApiError(413, f"the body holds more than {MAX_JSON_VALUES} values", code="body_too_large")
         return True
 
 
-def _replaying(body: bytes, receive: Receive) -> Receive:
-    given = False
+def _replay_body(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that returns the body first, then the original messages."""
+    sent = False
 
     async def next_message() -> Message:
-        nonlocal given
-        if given:
+        nonlocal sent
+        if sent:
             return await receive()
-        given = True
+        sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return next_message
 
 
 def _host_name(host: str) -> str:
-    """The name in a Host header, without port and brackets."""
+    """The host name in a Host header, in lower case, without port and brackets."""
     name = host.rpartition("]")[0].lstrip("[") if host.startswith("[") else host.partition(":")[0]
     return name.lower()

@@ -1,4 +1,4 @@
-"""Items of the Responses API, which go in and come out: their fields, and the messages that they are."""
+"""Items of the Responses API: their fields, and their conversion to Harmony messages."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..harmony.header import NAMESPACE, Header
 from ..harmony.messages import Message
 from ..harmony.render import instructions_text
 from ..tokenizer import CONSTRAIN
-from .errors import refuse
-from .fields import Strict
+from .errors import invalid_field
+from .fields import StrictModel
 
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
-class Part(Strict):
-    """A piece of text. Annotations and logprobs of text that is sent back say nothing to the model."""
+class Part(StrictModel):
+    """A text part. Annotations and logprobs are accepted, so that output can be sent back, and have no effect."""
 
     type: Literal["input_text", "output_text", "text"]
     text: str
@@ -28,8 +28,8 @@ class Part(Strict):
     logprobs: list[Any] | None = None
 
 
-class MessageItem(Strict):
-    """phase: of the assistant's; commentary is what it said before a call."""
+class MessageItem(StrictModel):
+    """A message. phase: only for the assistant; "commentary" is text before a function call."""
 
     type: Literal["message"] | None = None
     role: Literal["user", "assistant", "system", "developer"]
@@ -39,13 +39,13 @@ class MessageItem(Strict):
     status: Status | None = None
 
 
-class ReasoningPart(Strict):
+class ReasoningPart(StrictModel):
     type: Literal["reasoning_text"]
     text: str
 
 
-class ReasoningItem(Strict):
-    """What the model thought, as this server gave it: in the open, so that nothing is encrypted."""
+class ReasoningItem(StrictModel):
+    """Reasoning, as this server returned it: plain text, never encrypted."""
 
     type: Literal["reasoning"]
     content: list[ReasoningPart] | None = None
@@ -55,8 +55,8 @@ class ReasoningItem(Strict):
     status: Status | None = None
 
 
-class CallItem(Strict):
-    """The model called a function."""
+class FunctionCallItem(StrictModel):
+    """A function call by the model."""
 
     type: Literal["function_call"]
     call_id: str
@@ -66,8 +66,8 @@ class CallItem(Strict):
     status: Status | None = None
 
 
-class ResultItem(Strict):
-    """What a function returned."""
+class FunctionOutputItem(StrictModel):
+    """The result of a function call."""
 
     type: Literal["function_call_output"]
     call_id: str
@@ -76,77 +76,82 @@ class ResultItem(Strict):
     status: Status | None = None
 
 
-def _kind(value: Any) -> Any:
-    kind = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
-    return "message" if kind is None else kind
+def _item_type(value: Any) -> Any:
+    """The item's type; an item without one is a message."""
+    type_name = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
+    return "message" if type_name is None else type_name
 
 
 Item = Annotated[
     Annotated[MessageItem, Tag("message")]
     | Annotated[ReasoningItem, Tag("reasoning")]
-    | Annotated[CallItem, Tag("function_call")]
-    | Annotated[ResultItem, Tag("function_call_output")],
-    Discriminator(_kind),
+    | Annotated[FunctionCallItem, Tag("function_call")]
+    | Annotated[FunctionOutputItem, Tag("function_call_output")],
+    Discriminator(_item_type),
 ]
 
 
 @dataclass(frozen=True)
-class Turns:
-    """A conversation as items tell it. instructions: system and developer messages from before the first turn.
-    calls: call_id -> the message that made the call."""
+class ConversationItems:
+    """A conversation built from items.
+
+    messages: Harmony messages. instructions: texts of the system and developer messages before the first other message.
+    calls: call_id -> the message that made the call.
+    """
 
     messages: tuple[Message, ...] = ()
     instructions: tuple[str, ...] = ()
     calls: Mapping[str, Message] = field(default_factory=dict)
 
-    def then(self, items: Sequence[Item]) -> Turns:
-        """With more items. Raises ApiError for a result of a call that nobody made."""
-        said: list[Message] = list(self.messages)
+    def with_items(self, items: Sequence[Item]) -> ConversationItems:
+        """Return the conversation with `items` appended. Raises ApiError for the output of an unknown call_id."""
+        messages: list[Message] = list(self.messages)
         instructions, calls = list(self.instructions), dict(self.calls)
-        for place, item in enumerate(items):
+        for index, item in enumerate(items):
             if isinstance(item, MessageItem):
                 text = _text(item.content)
-                if item.role in ("system", "developer") and not said:
+                if item.role in ("system", "developer") and not messages:
                     instructions.append(text)
                 else:
-                    after = items[place + 1] if place + 1 < len(items) else None
-                    said.append(_message(item, text, before_call=isinstance(after, CallItem)))
+                    after = items[index + 1] if index + 1 < len(items) else None
+                    messages.append(_message(item, text, before_call=isinstance(after, FunctionCallItem)))
             elif isinstance(item, ReasoningItem):
-                thought = "".join(part.text for part in item.content or ())
-                said += [Message("assistant", thought, "analysis")] if thought else []
-            elif isinstance(item, CallItem):
+                reasoning = "".join(part.text for part in item.content or ())
+                messages += [Message("assistant", reasoning, "analysis")] if reasoning else []
+            elif isinstance(item, FunctionCallItem):
                 recipient = NAMESPACE + item.name.removeprefix(NAMESPACE)
                 call = Message("assistant", item.arguments, "commentary", recipient, f"{CONSTRAIN}json")
                 calls[item.call_id] = call
-                said.append(call)
+                messages.append(call)
             else:
-                said.append(_result(item, calls.get(item.call_id), f"input[{place}].call_id"))
-        return Turns(tuple(said), tuple(instructions), calls)
+                messages.append(_result(item, calls.get(item.call_id), f"input[{index}].call_id"))
+        return ConversationItems(tuple(messages), tuple(instructions), calls)
 
-    def answered(self, messages: tuple[Message, ...], call_ids: Sequence[str]) -> Turns:
-        """With the model's reply, in which it made the calls of these ids, in order."""
-        made = (m for m in messages if Header(m.role, m.channel, m.recipient).function is not None)
+    def with_reply(self, messages: tuple[Message, ...], call_ids: Sequence[str]) -> ConversationItems:
+        """Return the conversation with the model's reply appended. call_ids: ids of the calls in it, in order."""
+        calls = (m for m in messages if Header(m.role, m.channel, m.recipient).function is not None)
         return replace(
-            self, messages=(*self.messages, *messages), calls={**self.calls, **dict(zip(call_ids, made, strict=False))}
+            self, messages=(*self.messages, *messages), calls={**self.calls, **dict(zip(call_ids, calls, strict=False))}
         )
 
 
 def new_id(prefix: str) -> str:
+    """A random id such as "resp_6f..."."""
     return f"{prefix}_{secrets.token_hex(24)}"
 
 
-def listed(items: Sequence[Item]) -> list[dict[str, Any]]:
-    """Input items as the interface shows them: with an id, content in parts."""
-    shown = []
+def item_objects(items: Sequence[Item]) -> list[dict[str, Any]]:
+    """Input items as JSON objects for the client: with an id and a status, and content in parts."""
+    objects = []
     for item in items:
         fields = item.model_dump(exclude_none=True)
         if isinstance(item, MessageItem):
-            kind = "output_text" if item.role == "assistant" else "input_text"
-            parts = [{"type": kind, "text": item.content}] if isinstance(item.content, str) else fields["content"]
+            part_type = "output_text" if item.role == "assistant" else "input_text"
+            parts = [{"type": part_type, "text": item.content}] if isinstance(item.content, str) else fields["content"]
             fields = {**fields, "type": "message", "content": parts}
         prefix = {"message": "msg", "reasoning": "rs"}.get(fields["type"], "fc")
-        shown.append({"id": new_id(prefix), "status": "completed", **fields})
-    return shown
+        objects.append({"id": new_id(prefix), "status": "completed", **fields})
+    return objects
 
 
 def _text(content: str | list[Part]) -> str:
@@ -154,6 +159,7 @@ def _text(content: str | list[Part]) -> str:
 
 
 def _message(item: MessageItem, text: str, before_call: bool) -> Message:
+    """Convert a message item. before_call: a function call follows, so the text of the assistant is a preamble."""
     if item.role == "user":
         return Message("user", text)
     if item.role == "assistant":
@@ -162,8 +168,9 @@ def _message(item: MessageItem, text: str, before_call: bool) -> Message:
     return Message("developer", instructions_text(text))
 
 
-def _result(item: ResultItem, call: Message | None, where: str) -> Message:
+def _result(item: FunctionOutputItem, call: Message | None, param: str) -> Message:
+    """Convert the output of `call`. param: the request field to name if the call is missing."""
     if call is None:
-        raise refuse(where, f"is {item.call_id!r}: no function_call before it has that call_id")
+        raise invalid_field(param, f"is {item.call_id!r}: no function_call before it has that call_id")
     channel = "analysis" if call.channel == "analysis" else "commentary"
     return Message("tool", _text(item.output), channel, "assistant", name=call.recipient)

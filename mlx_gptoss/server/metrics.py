@@ -1,4 +1,4 @@
-"""Counters for /metrics, in a registry of their own, so that two servers in a process do not share them."""
+"""Prometheus metrics for /metrics. Each server has its own registry, so two in one process do not share counters."""
 
 from __future__ import annotations
 
@@ -8,53 +8,67 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from ..chat.reply import Event, Finished
 
-FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
-BETWEEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+INTER_TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 
 
 class Metrics:
-    """What the server has done so far, and what it is doing."""
+    """The counters, gauges and histograms of one server."""
+
+    registry: CollectorRegistry
 
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
         prefix = "mlx_gptoss_"
-        self.requests = Counter(
-            f"{prefix}requests", "Requests by path and status", ["path", "status"], registry=registry
+        self.requests: Counter = Counter(
+            f"{prefix}requests", "Responses by path and status", ["path", "status"], registry=registry
         )
-        self.prompt = Counter(f"{prefix}prompt_tokens", "Tokens of prompts", registry=registry)
-        self.cached = Counter(f"{prefix}cached_tokens", "Those that were not computed anew", registry=registry)
-        self.generated = Counter(f"{prefix}completion_tokens", "Tokens generated", registry=registry)
-        self.running = Gauge(f"{prefix}running", "Sequences in a slot", registry=registry)
-        self.waiting = Gauge(f"{prefix}waiting", "Requests that wait for a slot", registry=registry)
-        self.prefixes = Gauge(f"{prefix}prefix_cache_bytes", "What is kept of prompts", registry=registry)
-        self.first = Histogram(
-            f"{prefix}time_to_first_token_seconds", "From asking to it", buckets=FIRST_S, registry=registry
+        self.prompt_tokens: Counter = Counter(f"{prefix}prompt_tokens", "Prompt tokens", registry=registry)
+        self.cached_tokens: Counter = Counter(
+            f"{prefix}cached_tokens", "Prompt tokens taken from the prefix cache", registry=registry
         )
-        self.between = Histogram(
-            f"{prefix}inter_token_seconds", "Between pieces of a reply", buckets=BETWEEN_S, registry=registry
+        self.completion_tokens: Counter = Counter(f"{prefix}completion_tokens", "Generated tokens", registry=registry)
+        self.running: Gauge = Gauge(f"{prefix}running", "Sequences that occupy a slot", registry=registry)
+        self.waiting: Gauge = Gauge(f"{prefix}waiting", "Requests waiting for a slot", registry=registry)
+        self.prefix_cache_bytes: Gauge = Gauge(
+            f"{prefix}prefix_cache_bytes", "Size of the prefix cache", registry=registry
+        )
+        self.time_to_first_token: Histogram = Histogram(
+            f"{prefix}time_to_first_token_seconds",
+            "From the request to its first token",
+            buckets=TTFT_BUCKETS_S,
+            registry=registry,
+        )
+        self.inter_token: Histogram = Histogram(
+            f"{prefix}inter_token_seconds",
+            "Between consecutive events of a reply",
+            buckets=INTER_TOKEN_BUCKETS_S,
+            registry=registry,
         )
 
-    def watch(self) -> Watch:
-        return Watch(self)
+    def track_reply(self) -> ReplyMetrics:
+        """A recorder for one reply."""
+        return ReplyMetrics(self)
 
-    def text(self) -> bytes:
+    def render(self) -> bytes:
+        """All metrics in the text format of Prometheus."""
         return generate_latest(self.registry)
 
 
-class Watch:
-    """One reply as it arrives."""
+class ReplyMetrics:
+    """Records one reply: give it each event as it arrives."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._last: float | None = None
 
-    def saw(self, event: Event) -> None:
+    def record(self, event: Event) -> None:
         now = time.perf_counter()
         if self._last is not None and not isinstance(event, Finished):
-            self._metrics.between.observe(now - self._last)
+            self._metrics.inter_token.observe(now - self._last)
         self._last = now
         if isinstance(event, Finished):
-            self._metrics.prompt.inc(event.usage.prompt_tokens)
-            self._metrics.cached.inc(event.usage.cached_tokens)
-            self._metrics.generated.inc(event.usage.completion_tokens)
-            self._metrics.first.observe(event.timings.ttft_s)
+            self._metrics.prompt_tokens.inc(event.usage.prompt_tokens)
+            self._metrics.cached_tokens.inc(event.usage.cached_tokens)
+            self._metrics.completion_tokens.inc(event.usage.completion_tokens)
+            self._metrics.time_to_first_token.observe(event.timings.ttft_s)

@@ -1,4 +1,4 @@
-"""/v1/responses: events as they come, or what they add up to; and the responses that are kept."""
+"""/v1/responses: create a response, streamed or not; retrieve, cancel and delete responses that are stored."""
 
 from __future__ import annotations
 
@@ -16,50 +16,51 @@ from starlette.responses import Response
 from ..harmony.messages import Conversation, without_old_reasoning
 from ..harmony.openai import functions_from_tools
 from ..sampling import MAX_LOGPROBS
-from .arrivals import Arrivals, unless_gone
-from .chat_completions import MOST_MESSAGES, MOST_TOOLS
-from .errors import ApiError, Json, dump, from_exception, refuse
-from .fields import BIG, SamplingFields, StreamOptions, Strict, WithoutEffect, check_schema
-from .items import Item, MessageItem, Turns, listed, new_id
-from .response_events import Writer
-from .service import Here, Service
-from .sse import ANSWERS, EventStream, frame
-from .store import Stored
+from .chat_completions import MAX_MESSAGES, MAX_TOOLS
+from .disconnect import cancel_on_disconnect
+from .errors import ApiError, JsonResponse, dump_json, from_exception, invalid_field
+from .event_queue import EventQueue
+from .fields import MAX_INT64, IgnoredFields, SamplingFields, StreamOptions, StrictModel, check_schema
+from .items import ConversationItems, Item, MessageItem, item_objects, new_id
+from .response_events import ResponseWriter
+from .service import Service, ServiceDep
+from .sse import STREAMING_RESPONSES, EventStream, encode_event
+from .store import StoredResponse
 
-LOGPROBS = "message.output_text.logprobs"
+INCLUDE_LOGPROBS = "message.output_text.logprobs"
 
-router = APIRouter()
+router: APIRouter = APIRouter()
 
 
-class Reasoning(Strict):
-    """summary: auto is none; what the model thought stands in the reasoning item as it is."""
+class Reasoning(StrictModel):
+    """summary: "auto" gives no summary, since the reasoning item contains the complete reasoning text."""
 
     effort: Literal["low", "medium", "high"] | None = None
     summary: Literal["auto"] | None = None
 
 
-class TextOptions(Strict):
-    """format: text, json_object, or json_schema with its name and schema."""
+class TextOptions(StrictModel):
+    """format: text, json_object, or json_schema with a name and a schema."""
 
     format: dict[str, Any] | None = None
     verbosity: Literal["medium"] | None = None
 
 
-class ResponsesRequest(SamplingFields, WithoutEffect):
-    """OpenAI's fields, as far as this model can honour them.
+class ResponsesRequest(SamplingFields, IgnoredFields):
+    """The fields of OpenAI that this model supports.
 
-    include: reasoning.encrypted_content needs nothing, for reasoning items hold their text, and can be sent back.
+    include: reasoning.encrypted_content has no effect, since reasoning items hold their text and can be sent back.
     """
 
     model: str | None = None
-    input: str | Annotated[list[Item], Field(min_length=1, max_length=MOST_MESSAGES)]
+    input: str | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_output_tokens: int | None = Field(None, ge=1, le=BIG)
-    tools: list[dict[str, Any]] | None = Field(None, max_length=MOST_TOOLS)
+    max_output_tokens: int | None = Field(None, ge=1, le=MAX_INT64)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
@@ -71,88 +72,91 @@ class ResponsesRequest(SamplingFields, WithoutEffect):
 
     @property
     def items(self) -> Sequence[Item]:
+        """The input as items."""
         return [MessageItem(role="user", content=self.input)] if isinstance(self.input, str) else self.input
 
     @property
     def effort(self) -> Literal["low", "medium", "high"]:
+        """The reasoning effort, medium by default."""
         return (self.reasoning.effort if self.reasoning else None) or "medium"
 
     @property
     def format(self) -> dict[str, Any]:
+        """The response format, text by default."""
         return (self.text.format if self.text else None) or {"type": "text"}
 
     def check(self) -> None:
-        """What the types alone cannot say."""
-        if self.top_logprobs and LOGPROBS not in (self.include or ()):
-            raise refuse("top_logprobs", f"needs include: [{LOGPROBS!r}]")
+        """Raise ApiError for fields that contradict each other, and for schemas over the limits."""
+        if self.top_logprobs and INCLUDE_LOGPROBS not in (self.include or ()):
+            raise invalid_field("top_logprobs", f"needs include: [{INCLUDE_LOGPROBS!r}]")
         if self.stream_options is not None and (not self.stream or self.stream_options.include_usage):
-            raise refuse("stream_options", "needs stream: true, and usage always comes")
-        for place, tool in enumerate(self.tools or ()):
-            check_schema(tool, f"tools[{place}]")
+            raise invalid_field("stream_options", "needs stream: true, without include_usage: usage is always included")
+        for index, tool in enumerate(self.tools or ()):
+            check_schema(tool, f"tools[{index}]")
         check_schema(self.format, "text.format")
 
 
-@router.post("/v1/responses", responses=ANSWERS)
-async def create(body: ResponsesRequest, request: Request, service: Here) -> Response:
-    """The assistant's next turn, from items, or going on from an earlier response."""
-    turn = _Turn(body, service)
-    arrivals = await unless_gone(request, service.start(turn.reply()))
+@router.post("/v1/responses", responses=STREAMING_RESPONSES)
+async def create(body: ResponsesRequest, request: Request, service: ServiceDep) -> Response:
+    """Generate the next response, from input items and optionally a previous response."""
+    response = _ModelResponse(body, service)
+    queue = await cancel_on_disconnect(request, service.start(response.reply()))
     if body.stream:
-        return EventStream(turn.stream(arrivals), partial(service.finish, arrivals))
-    return Json(await unless_gone(request, turn.whole(arrivals)))
+        return EventStream(response.stream(queue), partial(service.finish, queue))
+    return JsonResponse(await cancel_on_disconnect(request, response.full_response(queue)))
 
 
-async def whole(body: ResponsesRequest, service: Service) -> dict[str, Any]:
-    """The same for a line of a batch."""
-    turn = _Turn(body, service)
-    return await turn.whole(await service.start(turn.reply()))
+async def full_response(body: ResponsesRequest, service: Service) -> dict[str, Any]:
+    """Generate a full response, for one line of a batch file."""
+    response = _ModelResponse(body, service)
+    return await response.full_response(await service.start(response.reply()))
 
 
 @router.get("/v1/responses/{id}")
-async def retrieve(id: str, service: Here, stream: bool = False) -> Response:
-    """A response that is kept, or one that is being written."""
+async def retrieve(id: str, service: ServiceDep, stream: bool = False) -> Response:
+    """Return a stored response, or one in progress as written so far."""
     if stream:
-        raise refuse("stream", "is for background responses, and there are none here")
-    if id in service.running:
-        return Json(service.running[id][0])
-    return Response(_stored(service, id).response, media_type=Json.media_type)
+        raise invalid_field("stream", "needs a background response, and background is not supported")
+    if id in service.running_responses:
+        return JsonResponse(service.running_responses[id][0])
+    return Response(_get_stored(service, id).response, media_type=JsonResponse.media_type)
 
 
 @router.delete("/v1/responses/{id}")
-async def delete(id: str, service: Here) -> Response:
-    """Forget a response."""
+async def delete(id: str, service: ServiceDep) -> Response:
+    """Delete a stored response."""
     if not service.store.delete(id):
         raise _not_found(id)
-    return Json({"id": id, "object": "response", "deleted": True})
+    return JsonResponse({"id": id, "object": "response", "deleted": True})
 
 
 @router.post("/v1/responses/{id}/cancel")
-async def cancel(id: str, service: Here) -> Response:
-    """End a response that is being written; one that has ended stays as it is."""
-    if id not in service.running:
-        return Response(_stored(service, id).response, media_type=Json.media_type)
-    response, arrivals = service.running[id]
-    arrivals.stop(ApiError(409, "the response was cancelled", code="cancelled"))
-    return Json({**response, "status": "cancelled"})
+async def cancel(id: str, service: ServiceDep) -> Response:
+    """Cancel a response in progress. One that has ended is returned unchanged."""
+    if id not in service.running_responses:
+        return Response(_get_stored(service, id).response, media_type=JsonResponse.media_type)
+    response, queue = service.running_responses[id]
+    queue.stop(ApiError(409, "the response was cancelled", code="cancelled"))
+    return JsonResponse({**response, "status": "cancelled"})
 
 
 @router.get("/v1/responses/{id}/input_items")
 async def input_items(
     id: str,
-    service: Here,
+    service: ServiceDep,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
     after: str | None = None,
 ) -> Response:
-    """What a response was asked, a page at a time."""
-    items = json.loads(_stored(service, id).input)
+    """List the input items of a stored response, one page at a time."""
+    items = json.loads(_get_stored(service, id).input)
     items = items if order == "asc" else items[::-1]
-    places = [place for place, item in enumerate(items) if item["id"] == after]
-    if after is not None and not places:
-        raise refuse("after", f"is {after!r}, which is no item of this response")
-    start = places[0] + 1 if places else 0
+    found = [index for index, item in enumerate(items) if item["id"] == after]
+    if after is not None and not found:
+        raise invalid_field("after", f"is {after!r}, which is not an item of this response")
+    start = found[0] + 1 if found else 0
     page = items[start : start + limit]
-    return Json(
+    return JsonResponse(
         {
             "object": "list",
             "data": page,
@@ -163,8 +167,11 @@ async def input_items(
     )
 
 
-class _Turn:
-    """One response, from the request to what is kept of it."""
+class _ModelResponse:
+    """One request: the conversation that it continues, the response being written, and its storage.
+
+    Raises ApiError if the request is invalid. failure: the error that ended the response early.
+    """
 
     def __init__(self, body: ResponsesRequest, service: Service) -> None:
         service.check_model(body.model)
@@ -173,17 +180,20 @@ class _Turn:
         self._service = service
         self._id = new_id("resp")
         self.failure: ApiError | None = None
-        self._turns = _previous(body, service).then(body.items)
+        self._history = _previous_history(body, service).with_items(body.items)
         self._sampling = body.sampling(service.model.default_sampling, body.top_logprobs or 0)
-        self._writer = Writer(self._opening(), service.model.tokenizer, LOGPROBS in (body.include or ()))
+        self._writer = ResponseWriter(
+            self._initial_response(), service.model.tokenizer, INCLUDE_LOGPROBS in (body.include or ())
+        )
 
     def reply(self) -> partial[Any]:
-        body, turns = self._body, self._turns
-        given = [] if body.instructions is None else [body.instructions]
+        """A callable that submits the request to the engine, for Service.start()."""
+        body, history = self._body, self._history
+        instructions = [] if body.instructions is None else [body.instructions]
         conversation = Conversation(
-            messages=without_old_reasoning(turns.messages),
+            messages=without_old_reasoning(history.messages),
             reasoning=body.effort,
-            instructions="\n\n".join([*given, *turns.instructions]) or None,
+            instructions="\n\n".join([*instructions, *history.instructions]) or None,
             functions=functions_from_tools(body.tools or ()),
             date=datetime.date.today().isoformat(),
         )
@@ -195,54 +205,56 @@ class _Turn:
         }
         return partial(self._service.model.stream, conversation, sampling=self._sampling, **options)
 
-    async def events(self, arrivals: Arrivals) -> AsyncIterator[list[dict[str, Any]]]:
-        """The interface's events, in batches. What goes wrong on the way is an event, too."""
+    async def events(self, queue: EventQueue) -> AsyncIterator[list[dict[str, Any]]]:
+        """Yield batches of the API's events. An error becomes the last event; it is not raised."""
         writer, service = self._writer, self._service
-        watch = service.metrics.watch()
-        service.running[self._id] = (writer.response, arrivals)
+        recorder = service.metrics.track_reply()
+        service.running_responses[self._id] = (writer.response, queue)
         try:
             yield writer.begin()
-            async for batch in arrivals.batches():
-                made: list[dict[str, Any]] = []
+            async for batch in queue.batches():
+                events: list[dict[str, Any]] = []
                 for _, event in batch:
-                    watch.saw(event)
-                    made += writer.take(event)
-                yield made
-            self._keep()
+                    recorder.record(event)
+                    events += writer.write(event)
+                yield events
+            self._store_response()
             yield [writer.end()]
         except Exception as error:
             self.failure = from_exception(error)
             failed = writer.fail(self.failure)
-            self._keep()
+            self._store_response()
             yield [failed]
         finally:
-            service.running.pop(self._id, None)
-            service.finish(arrivals)
+            service.running_responses.pop(self._id, None)
+            service.finish(queue)
 
-    async def stream(self, arrivals: Arrivals) -> AsyncIterator[bytes]:
-        async for events in self.events(arrivals):
-            yield b"".join(frame(event, event["type"]) for event in events)
+    async def stream(self, queue: EventQueue) -> AsyncIterator[bytes]:
+        """Yield server-sent events, each with its type as the event's name."""
+        async for events in self.events(queue):
+            yield b"".join(encode_event(event, event["type"]) for event in events)
 
-    async def whole(self, arrivals: Arrivals) -> dict[str, Any]:
-        async for _ in self.events(arrivals):
+    async def full_response(self, queue: EventQueue) -> dict[str, Any]:
+        """The response object after its last event. Raises ApiError if it failed; a cancelled one is returned."""
+        async for _ in self.events(queue):
             pass
         if self.failure is not None and self.failure.code != "cancelled":
             raise self.failure
         return self._writer.response
 
-    def _keep(self) -> None:
-        """Store the response, if it is to be stored."""
+    def _store_response(self) -> None:
+        """Store the response, unless the request says `"store": false`."""
         writer = self._writer
         if self._body.store is False:
             return
-        turns = None
+        history = None
         if writer.finished is not None:
-            turns = self._turns.answered(writer.finished.messages, writer.call_ids)
-        stored = Stored(dump(writer.response), dump(listed(self._body.items)), turns)
+            history = self._history.with_reply(writer.finished.messages, writer.call_ids)
+        stored = StoredResponse(dump_json(writer.response), dump_json(item_objects(self._body.items)), history)
         writer.response["store"] = self._service.store.put(self._id, stored)
 
-    def _opening(self) -> dict[str, Any]:
-        """The response before anything is written."""
+    def _initial_response(self) -> dict[str, Any]:
+        """The response object before any output."""
         body, sampling = self._body, self._sampling
         return {
             "id": self._id,
@@ -275,17 +287,18 @@ class _Turn:
         }
 
 
-def _previous(body: ResponsesRequest, service: Service) -> Turns:
+def _previous_history(body: ResponsesRequest, service: Service) -> ConversationItems:
+    """The conversation to continue, empty without previous_response_id. Raises ApiError if it is not available."""
     if body.previous_response_id is None:
-        return Turns()
+        return ConversationItems()
     stored = service.store.get(body.previous_response_id)
-    if stored is None or stored.turns is None:
-        message = f"is {body.previous_response_id!r}: no response of that id is kept here, or it did not end well"
-        raise refuse("previous_response_id", message, "previous_response_not_found")
-    return stored.turns
+    if stored is None or stored.history is None:
+        message = f"is {body.previous_response_id!r}: that response is not stored, or it did not complete"
+        raise invalid_field("previous_response_id", message, "previous_response_not_found")
+    return stored.history
 
 
-def _stored(service: Service, id: str) -> Stored:
+def _get_stored(service: Service, id: str) -> StoredResponse:
     stored = service.store.get(id)
     if stored is None:
         raise _not_found(id)
@@ -293,4 +306,4 @@ def _stored(service: Service, id: str) -> Stored:
 
 
 def _not_found(id: str) -> ApiError:
-    return ApiError(404, f"no response {id!r} is kept here", param="id", code="not_found")
+    return ApiError(404, f"the response {id!r} is not stored", param="id", code="not_found")

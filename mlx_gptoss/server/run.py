@@ -1,9 +1,8 @@
-"""Serving until a signal: the first one lets what runs come to its end, the second one does not wait."""
+"""Run the server until a signal. The first signal drains it, the second one stops it at once."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 import socket
 import time
@@ -14,81 +13,84 @@ import uvicorn
 
 from .. import machine
 from ..errors import GptOssError
-from .app import build
-from .connection import Patience, patient
+from .app import build_app
+from .connection import Timeouts, timeout_protocol
 from .errors import ApiError
 from .guard import LOOPBACK
 from .service import Service
 
-DRAIN_S = 30.0
-MOST_CONNECTIONS = 1024
-LONGEST_HEAD = 32 << 10  # bytes of a request's line and headers
-
-log = logging.getLogger(__name__)
+DRAIN_TIMEOUT_S = 30.0
+MAX_CONNECTIONS = 1024
+MAX_HEADER_BYTES = 32 << 10  # request line and headers
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there, so that a port in use is known before a model is loaded. Raises GptOssError."""
+    """Open a listening socket. Raises GptOssError, so that a port in use is reported before a model is loaded."""
     try:
         return machine.listen(host, port, 2048)
     except (OSError, OverflowError) as error:
         raise GptOssError(f"cannot listen on {host}:{port} ({error}); choose another --port or --host") from error
 
 
-def known_hosts(host: str) -> Sequence[str] | None:
-    """Names that a browser may call a server by that listens on `host`; None for any, where others can reach it."""
+def allowed_hosts(host: str) -> Sequence[str] | None:
+    """The Host headers to accept for a server that listens on `host`: loopback names, or None for any on a network."""
     return LOOPBACK if host in LOOPBACK else None
 
 
 class Server(uvicorn.Server):
-    """One service on one socket. A signal, or drain(), ends run()."""
+    """A uvicorn server for one Service. A signal or drain() ends serve_on().
 
-    def __init__(self, service: Service, *, patience: Patience | None = None, drain_s: float = DRAIN_S) -> None:
+    drain_s: seconds that running requests get to finish.
+    """
+
+    def __init__(self, service: Service, *, timeouts: Timeouts | None = None, drain_s: float = DRAIN_TIMEOUT_S) -> None:
         super().__init__(
             uvicorn.Config(
-                build(service),
-                http=patient(patience or Patience()),
+                build_app(service),
+                http=timeout_protocol(timeouts or Timeouts()),
                 ws="none",
                 lifespan="off",
                 log_config=None,
                 log_level="error",
                 access_log=False,
                 server_header=False,
-                limit_concurrency=MOST_CONNECTIONS,
-                h11_max_incomplete_event_size=LONGEST_HEAD,
+                limit_concurrency=MAX_CONNECTIONS,
+                h11_max_incomplete_event_size=MAX_HEADER_BYTES,
                 timeout_graceful_shutdown=2,
             )
         )
         self.service = service
-        self.interrupted = False
+        self.interrupted: bool = False
         self._drain_s = drain_s
-        self._until: float | None = None
+        self._deadline: float | None = None
 
     def drain(self) -> None:
-        """Take no more requests, and end when the running ones have, or after drain_s."""
+        """Refuse new requests, and end the server when the running ones have finished, or after drain_s seconds."""
         self.service.gate.draining = True
-        self._until = time.monotonic() + self._drain_s
+        self._deadline = time.monotonic() + self._drain_s
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Signal handler: drain at the first signal, stop waiting at the second."""
         self.interrupted = self.interrupted or sig == signal.SIGINT
-        if self._until is None:
+        if self._deadline is None:
             self.drain()
         else:
-            self._until = 0.0
+            self._deadline = 0.0
 
     async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second. Returns True when the server should end."""
         ended = await super().on_tick(counter)
-        if self._until is None or ended:
+        if self._deadline is None or ended:
             return ended
-        late = time.monotonic() >= self._until
-        if late:
-            for arrivals in list(self.service.open):
-                arrivals.stop(ApiError(503, "the server has been stopped", code="draining"))
+        timed_out = time.monotonic() >= self._deadline
+        if timed_out:
+            for queue in list(self.service.open_queues):
+                queue.stop(ApiError(503, "the server was stopped", code="draining"))
             self.force_exit = True
-        return late or not self.server_state.tasks
+        return timed_out or not self.server_state.tasks
 
     def serve_on(self, listener: socket.socket) -> None:
-        """Answer requests until the end. Raises KeyboardInterrupt if Ctrl-C was it."""
+        """Serve requests until drained. Raises KeyboardInterrupt if Ctrl-C ended it."""
         asyncio.run(self.serve(sockets=[listener]))
         if self.interrupted:
             raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""What all endpoints share: the model, its name, the gate, and how a request becomes replies."""
+"""State that all endpoints share: the model and its names, the access rules, open requests and stored responses."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from fastapi import Depends, Request
 
 from ..chat.stream import Events
 from ..model import Model
-from .arrivals import Arrivals
 from .errors import ApiError
+from .event_queue import EventQueue
 from .guard import Gate
 from .metrics import Metrics
-from .store import Store
+from .store import ResponseStore
 
 NANO_NAME = "mlx-gptoss-nano"
 
 
 @dataclass
 class Service:
-    """One server. model_id: the name that it gives its model; aliases: others that it answers to.
-    open: requests that are being answered. running: of those, responses by their id, as far as they are written."""
+    """One server for one model.
+
+    model_id: the model's name in responses. aliases: other names that requests may use.
+    open_queues: the event queues of all requests in progress.
+    running_responses: /v1/responses in progress: id -> (the response as written so far, its event queue).
+    """
 
     model: Model
     gate: Gate
@@ -33,41 +37,41 @@ class Service:
     aliases: Sequence[str] = ()
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
-    open: set[Arrivals] = field(default_factory=set)
-    store: Store = field(default_factory=Store)
-    running: dict[str, tuple[dict[str, Any], Arrivals]] = field(default_factory=dict)
+    open_queues: set[EventQueue] = field(default_factory=set)
+    store: ResponseStore = field(default_factory=ResponseStore)
+    running_responses: dict[str, tuple[dict[str, Any], EventQueue]] = field(default_factory=dict)
 
     def check_model(self, name: str | None) -> None:
-        """Raises ApiError unless it is the model that is loaded; None is."""
+        """Raise ApiError 404 unless `name` is the loaded model, an alias or None."""
         if name is not None and name != self.model_id and name not in self.aliases:
-            message = f"the model {name!r} is not loaded here: ask for {self.model_id!r}"
+            message = f"the model {name!r} is not loaded: use {self.model_id!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def start(self, *replies: Callable[[], Events]) -> Arrivals:
-        """Call these, which submit one reply each, and listen to them. To be given to finish() in the end.
+    async def start(self, *replies: Callable[[], Events]) -> EventQueue:
+        """Submit one reply per callable and return the queue of their events. Pass it to finish() in the end.
 
-        They run on another thread: rendering and tokenizing a long conversation takes its time.
+        The callables run on a worker thread, since rendering and tokenizing a long conversation takes time.
         """
-        arrivals = Arrivals(await asyncio.to_thread(_all, replies))
-        self.open.add(arrivals)
-        return arrivals
+        queue = EventQueue(await asyncio.to_thread(_start_all, replies))
+        self.open_queues.add(queue)
+        return queue
 
-    def measure(self) -> bytes:
-        """The metrics, as of now."""
+    def render_metrics(self) -> bytes:
+        """The current metrics in the text format of Prometheus."""
         status = self.model.status
         self.metrics.running.set(status.running)
         self.metrics.waiting.set(status.waiting)
-        self.metrics.prefixes.set(status.prefix_bytes)
-        return self.metrics.text()
+        self.metrics.prefix_cache_bytes.set(status.prefix_bytes)
+        return self.metrics.render()
 
-    def finish(self, arrivals: Arrivals) -> None:
-        """End what still runs of a request."""
-        self.open.discard(arrivals)
-        arrivals.close()
+    def finish(self, queue: EventQueue) -> None:
+        """Forget a request and cancel its replies that still run."""
+        self.open_queues.discard(queue)
+        queue.close()
 
 
-def names(model: str | None) -> tuple[str, tuple[str, ...]]:
-    """The name of a --model for the interface, and its other names. Where a folder lies is nobody's business."""
+def model_names(model: str | None) -> tuple[str, tuple[str, ...]]:
+    """The API's name for a --model option, and its aliases. For a local checkpoint the name does not show its path."""
     if model is None:
         return NANO_NAME, ()
     folder = Path(model)
@@ -76,7 +80,8 @@ def names(model: str | None) -> tuple[str, tuple[str, ...]]:
     return model, (model.rpartition("/")[2],)
 
 
-def _all(replies: Sequence[Callable[[], Events]]) -> list[Events]:
+def _start_all(replies: Sequence[Callable[[], Events]]) -> list[Events]:
+    """Submit all replies, or none: if one cannot be submitted, the others are cancelled."""
     started: list[Events] = []
     try:
         for reply in replies:
@@ -88,10 +93,10 @@ def _all(replies: Sequence[Callable[[], Events]]) -> list[Events]:
     return started
 
 
-def _service(request: Request) -> Service:
+def _get_service(request: Request) -> Service:
     service = request.app.state.service
     assert isinstance(service, Service)
     return service
 
 
-Here = Annotated[Service, Depends(_service)]
+ServiceDep = Annotated[Service, Depends(_get_service)]

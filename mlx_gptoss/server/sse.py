@@ -1,4 +1,4 @@
-"""Server-sent events: a response that streams, stays alive through a long silence, and ends when the client leaves."""
+"""Server-sent events: a streaming response with keep-alive comments, which ends when the client disconnects."""
 
 from __future__ import annotations
 
@@ -9,64 +9,68 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from .arrivals import disconnected, ended
-from .errors import dump
+from .disconnect import cancel_and_wait, wait_for_disconnect
+from .errors import dump_json
 
-KEEP_ALIVE_S = 15.0  # proxies cut what is silent for a minute
+KEEP_ALIVE_S = 15.0  # many proxies close a connection after a minute of silence
 DONE = b"data: [DONE]\n\n"
-EVENT = {
+EVENT_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["data"],
     "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
 }
-ANSWERS: dict[int | str, dict[str, Any]] = {  # of an endpoint that streams where it is asked to
-    200: {"content": {"application/json": {}, "text/event-stream": {"schema": EVENT}}}
+STREAMING_RESPONSES: dict[int | str, dict[str, Any]] = {  # OpenAPI: JSON, or events with "stream": true
+    200: {"content": {"application/json": {}, "text/event-stream": {"schema": EVENT_SCHEMA}}}
 }
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-def frame(data: Any, event: str | None = None) -> bytes:
-    """One event. JSON has no line breaks, so that it is one line of data."""
+def encode_event(data: Any, event: str | None = None) -> bytes:
+    """Encode one event. The JSON has no line break, so it fits into one `data:` line."""
     name = b"" if event is None else b"event: " + event.encode() + b"\n"
-    return name + b"data: " + dump(data) + b"\n\n"
+    return name + b"data: " + dump_json(data) + b"\n\n"
 
 
-def frames(data: Iterable[Any]) -> bytes:
-    return b"".join(map(frame, data))
+def encode_events(data: Iterable[Any]) -> bytes:
+    """Encode several events without names."""
+    return b"".join(map(encode_event, data))
 
 
 class EventStream(Response):
-    """Sends the pieces as they come, each whole frames. close() is called at the end, whatever ended it."""
+    """A response that sends chunks as they arrive, each one or more complete events.
 
-    def __init__(self, pieces: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+    close: called once in the end, also after a disconnect or an error; it cancels the generation.
+    """
+
+    def __init__(self, chunks: AsyncIterator[bytes], close: Callable[[], None]) -> None:
         super().__init__(headers=HEADERS, media_type="text/event-stream")
         del self.headers["content-length"]
-        self._pieces = pieces
+        self._chunks = chunks
         self._close = close
-        self._silent = True
+        self._idle = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         sending = asyncio.ensure_future(self._send(send))
-        gone = asyncio.ensure_future(disconnected(receive))
-        living = asyncio.ensure_future(self._keep_alive(send))
+        disconnect = asyncio.ensure_future(wait_for_disconnect(receive))
+        keep_alive = asyncio.ensure_future(self._keep_alive(send))
         try:
-            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({sending, disconnect}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
                 sending.result()
         finally:
             self._close()
-            await ended(sending, gone, living)
+            await cancel_and_wait(sending, disconnect, keep_alive)
 
     async def _send(self, send: Send) -> None:
-        async for piece in self._pieces:
-            self._silent = False
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        async for chunk in self._chunks:
+            self._idle = False
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _keep_alive(self, send: Send) -> None:
         while True:
-            self._silent = True
+            self._idle = True
             await asyncio.sleep(KEEP_ALIVE_S)
-            if self._silent:
+            if self._idle:
                 await send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})

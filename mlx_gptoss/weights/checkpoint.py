@@ -1,14 +1,13 @@
-"""A checkpoint opened for reading: its format told from its headers, its weights handed over lazily, one by one.
+"""A checkpoint opened for reading: its format is recognized from its headers, and its weights are read one by one.
 
-Files are trusted with nothing: a checkpoint consists of its folder's direct children, which may be links only into the
-folder itself or into a hub cache's `blobs` (`../../blobs`, as huggingface-hub lays it out); names in an index must be
-plain file names; config.json and the index are limited in size; a pickle is never opened.
+`open` finds the files (files.py), reads config.json, and asks the formats where each parameter is stored (formats/).
+Weights are views of memory-mapped files. What was read can be released again, so that a loader needs little more memory
+than its own copy.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,25 +19,24 @@ from ..config import ModelConfig, read_config, token_ids
 from ..errors import CheckpointError
 from ..tokenizer import Tokenizer
 from . import codecs, gguf
-from .formats import Binding, bind
-from .formats import gguf as gguf_format
-from .formats.base import Source, Stored
+from .files import files_by_tensor, find_folder, find_gguf, gguf_parts, map_shards, read_json
+from .formats import Binding, bind, gguf_metadata
+from .formats.base import CheckpointHeaders, Source
 from .formats.modelopt import fake_quantized_note
-from .params import Param, Role, parameters
-from .safetensors import MappedFile, TensorInfo, parse_json
-from .tensor import Array, Dense, Spec, Weight, Weights
-
-INDEX = "model.safetensors.index.json"
-MAX_JSON = 16 * 2**20
-MAX_TENSORS = 100_000  # 120b with five tensors for each module of each expert has 70,000
-ROLES: tuple[Role, ...] = ("attention", "experts", "router", "embed", "lm_head")
+from .params import MATRIX_ROLES, Param, Role, parameters
+from .safetensors import MappedFile, TensorInfo
+from .tensor import Array, Spec, Weight, Weights
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What headers alone tell. roles: of each role's matrices, {"format": name, "bits": bits a weight}.
+    """What the headers of a checkpoint say.
 
-    note: what else a user should know, in one line; mostly nothing.
+    format: its name, such as "mxfp4" or "mlx-4bit".
+    parameters: number of weights.
+    bits_per_weight: stored bits over the number of weights.
+    roles: for the matrices of each role, {"format": name, "bits": bits per weight}.
+    note: one line on what else a user should know; usually empty.
     """
 
     format: str
@@ -49,8 +47,11 @@ class Summary:
     note: str = ""
 
 
-class Readable(Weights, Protocol):
-    """What Checkpoint has in common with weights that lie in no file: enough to plan, load and write them."""
+class CheckpointLike(Weights, Protocol):
+    """What Checkpoint, Synthetic and RankWeights have in common: enough to plan, load and convert a model.
+
+    The methods are documented in Checkpoint.
+    """
 
     format: str
     params: tuple[Param, ...]
@@ -64,10 +65,28 @@ class Readable(Weights, Protocol):
     def fingerprint(self) -> list[list[Any]]: ...
 
 
-class Checkpoint:
-    """One checkpoint on disk. Weights are views of mapped files until something computes with them.
+def open(path: Path | str) -> Checkpoint:
+    """Open the checkpoint in a folder, or a GGUF model by its file or folder.
 
-    embedded: makes the files (tokenizer.json, ...; name -> text) that a GGUF file has inside; None if they are beside.
+    If the folder has no tensors itself, its `original/` folder is opened. Raises CheckpointError, before any weight is
+    read, if the files are not a complete gpt-oss checkpoint.
+    """
+    path = Path(path)
+    gguf_path = find_gguf(path)
+    return _open_folder(find_folder(path)) if gguf_path is None else _open_gguf(gguf_path)
+
+
+class Checkpoint:
+    """One checkpoint on disk. Weights are views of memory-mapped files.
+
+    folder: the folder of its files.
+    config: the model's config.
+    format: the name of the format.
+    params: all parameters, in network order.
+    tensors: name -> dtype and shape of every stored tensor.
+    size_bytes: size of all stored tensors.
+    stop_ids: tokens that end a generation.
+    generation_config: the content of generation_config.json; {} if there is none.
     """
 
     def __init__(
@@ -75,42 +94,60 @@ class Checkpoint:
         folder: Path,
         config: ModelConfig,
         files: Iterable[MappedFile],
-        raw: Mapping[str, Any],
-        embedded: Callable[[], Mapping[str, str]] | None = None,
+        raw_config: Mapping[str, Any],
+        embedded_files: Callable[[], Mapping[str, str]] | None = None,
     ) -> None:
+        """raw_config: config.json as parsed. embedded_files: extracts the files (name -> text) inside a GGUF file.
+
+        Raises CheckpointError if tensors are missing, unknown or have another shape or dtype than the format says.
+        """
         self.folder = folder
         self.config = config
-        self.embedded = embedded
+        self._embedded_files = embedded_files
         self._files = tuple(files)
-        self._holder = _one_file_each(self._files)
-        self.tensors: Mapping[str, TensorInfo] = {n: f.header.tensors[n] for n, f in self._holder.items()}
+        self._file_of = files_by_tensor(self._files)
+        self.tensors: Mapping[str, TensorInfo] = {n: f.header.tensors[n] for n, f in self._file_of.items()}
         self.params: tuple[Param, ...] = parameters(config)
-        self._binding: Binding = bind(Stored(self.tensors, config, raw), self.params)
-        self.format = self._binding.name
-        self.size_bytes = sum(info.nbytes for info in self.tensors.values())
-        self.generation: Mapping[str, Any] = {} if embedded else _generation_config(self.tokenizer_folder)
-        self.stop_ids = token_ids(self.generation.get("eos_token_id"), "eos_token_id") or config.eos_token_id
+        self._binding: Binding = bind(CheckpointHeaders(self.tensors, config, raw_config), self.params)
+        self.format: str = self._binding.name
+        self.size_bytes: int = sum(info.nbytes for info in self.tensors.values())
+        self.generation_config: Mapping[str, Any] = (
+            _read_generation_config(self.tokenizer_folder) if embedded_files is None else {}
+        )
+        self.stop_ids: tuple[int, ...] = (
+            token_ids(self.generation_config.get("eos_token_id"), "eos_token_id") or config.eos_token_id
+        )
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Where tokenizer.json and generation_config.json are: for OpenAI's `original/`, one folder up."""
+        """The folder of tokenizer.json and generation_config.json. For OpenAI's `original/` it is the parent folder."""
         parent = self.folder.parent
-        above = not (self.folder / "tokenizer.json").exists() and (parent / "tokenizer.json").exists()
-        return parent if above and self.format == "mxfp4-original" else self.folder
+        is_above = not (self.folder / "tokenizer.json").exists() and (parent / "tokenizer.json").exists()
+        return parent if is_above and self.format == "mxfp4-original" else self.folder
 
     def tokenizer(self) -> Tokenizer | None:
-        """The tokenizer that came with the weights; None if none did. Raises CheckpointError if it cannot be read."""
-        if self.embedded is None:
+        """The tokenizer that came with the weights; None if there is none.
+
+        Raises CheckpointError if it cannot be read.
+        """
+        embedded = self.embedded_files()
+        if embedded is None:
             folder = self.tokenizer_folder
             return Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
-        text = self.embedded().get("tokenizer.json")
+        text = embedded.get("tokenizer.json")
         return None if text is None else Tokenizer.from_text(text, f"of {self._files[0].path}")
 
-    def read(self, name: str, rows: range | None = None) -> Weight:
-        """The weight of a parameter by its canonical name, exact; its scales are read and checked, its codes not.
+    def embedded_files(self) -> Mapping[str, str] | None:
+        """The files (name -> text) that a GGUF file contains, such as tokenizer.json; None for other formats."""
+        return self._embedded_files() if self._embedded_files else None
 
-        rows: of its first axis (experts, where it has such), those wanted; nothing of the others is read.
-        Raises CheckpointError if a scale is NaN, KeyError for a name that no parameter has.
+    def read(self, name: str, rows: range | None = None) -> Weight:
+        """The weight of a parameter by its canonical name, exactly as stored.
+
+        Its scales are read and checked. Its values or codes are not read before they are used.
+
+        rows: the part of the first axis to return (experts, for a parameter of experts). No other part is read.
+        Raises CheckpointError if a scale is NaN or infinite, KeyError for an unknown name.
         """
         source = self._binding.sources[name]
         if rows is None:
@@ -118,20 +155,10 @@ class Checkpoint:
         elif source.load_experts is not None:
             weight = source.load_experts(self._get, rows)
         else:
-            weight = codecs.rows(source.load(self._get), rows.start, rows.stop)
+            weight = source.load(self._get)[rows.start : rows.stop]
         codecs.check_scales(weight, name)
         self._release_copied(source, weight)
         return weight
-
-    def stored_as(self, name: str) -> tuple[Spec | None, str | None]:
-        """The spec of a parameter's numbers and the dtype of its float scales, if it has such; from headers only."""
-        source = self._binding.sources[name]
-        return source.spec, self.tensors[source.scales].dtype if source.scales else None
-
-    def matrix_bytes(self, role: Role) -> int:
-        """Of all stored tensors that a role's matrices are read from."""
-        sources = [self._binding.sources[param.name] for param in self.params if param.role == role and param.is_matrix]
-        return sum(self.tensors[name].nbytes for name in {want.name for source in sources for want in source.wants})
 
     def weights(self) -> Iterator[tuple[Param, Weight]]:
         """Every parameter with its weight, in network order."""
@@ -139,19 +166,38 @@ class Checkpoint:
             yield param, self.read(param.name)
 
     def release(self, weight: Weight | None = None) -> None:
-        """Drop the pages of a weight that has been copied (or all that are resident), so that a loader's peak stays
-        near the size of its own copy. What is touched later is read from the file again."""
+        """Drop the pages of a weight from memory, or all pages if `weight` is None. They are read again when needed.
+
+        A loader that releases each weight after copying it peaks near the size of its own copy.
+        """
         if weight is None:
             for file in self._files:
                 file.release_all()
             return
-        for array in _arrays(weight):
+        for array in weight.arrays:
             for file in self._files:
                 file.release_array(array)
 
+    def stored_as(self, name: str) -> tuple[Spec | None, str | None]:
+        """The Spec of a parameter (None if dense) and the safetensors dtype of its float scales (None without such).
+
+        From headers only.
+        """
+        source = self._binding.sources[name]
+        return source.spec, self.tensors[source.scale_tensor].dtype if source.scale_tensor else None
+
+    def matrix_bytes(self, role: Role) -> int:
+        """Size in bytes of all stored tensors that the matrices of a role are read from."""
+        sources = [self._binding.sources[param.name] for param in self._matrices(role)]
+        return sum(
+            self.tensors[name].nbytes for name in {expected.name for source in sources for expected in source.expected}
+        )
+
     def fingerprint(self) -> list[list[Any]]:
-        """Name, size, time of the last change and the header's SHA-256 of each file, as JSON: another download or an
-        edit makes another one."""
+        """An identity of the files, as JSON: the name, size, modification time and header SHA-256 of each.
+
+        Another download or an edit changes it.
+        """
         found = []
         for file in self._files:
             state, header = file.path.stat(), file.header
@@ -161,185 +207,70 @@ class Checkpoint:
         return found
 
     def summary(self) -> Summary:
-        """Format, sizes and bits a weight, over all and by role; from headers only."""
+        """Format, sizes and bits per weight, in total and by role. From headers only."""
         count = sum(param.size for param in self.params)
         return Summary(
             format=self.format,
             parameters=count,
             size_bytes=self.size_bytes,
             bits_per_weight=8 * self.size_bytes / count,
-            roles={role: self._role(role) for role in ROLES},
+            roles={role: self._role_summary(role) for role in MATRIX_ROLES},
             note=self._binding.note or fake_quantized_note(self.format, self.folder),
         )
 
-    def _role(self, role: Role) -> dict[str, Any]:
-        matrices = [param for param in self.params if param.role == role and param.is_matrix]
-        sources = [self._binding.sources[param.name] for param in matrices]
-        kinds = sorted({_kind(source.spec, self.tensors[source.wants[0].name]) for source in sources})
-        return {"format": "+".join(kinds), "bits": 8 * self.matrix_bytes(role) / sum(param.size for param in matrices)}
+    def _role_summary(self, role: Role) -> dict[str, Any]:
+        sources = [self._binding.sources[param.name] for param in self._matrices(role)]
+        names = sorted({_storage_name(source.spec, self.tensors[source.expected[0].name]) for source in sources})
+        count = sum(param.size for param in self._matrices(role))
+        return {"format": "+".join(names), "bits": 8 * self.matrix_bytes(role) / count}
+
+    def _matrices(self, role: Role) -> list[Param]:
+        return [param for param in self.params if param.role == role and param.is_matrix]
 
     def _release_copied(self, source: Source, weight: Weight) -> None:
-        """Drop the pages of the stored tensors that the weight is not a view of, such as those of single experts."""
-        arrays = _arrays(weight)
-        for want in source.wants:
-            stored = self._get(want.name)
-            if not any(np.may_share_memory(stored, array) for array in arrays):
-                self._holder[want.name].release_array(stored)
+        """Drop the pages of stored tensors that the weight is a copy of, such as tensors of single experts."""
+        for expected in source.expected:
+            stored = self._get(expected.name)
+            if not any(np.may_share_memory(stored, array) for array in weight.arrays):
+                self._file_of[expected.name].release_array(stored)
 
     def _get(self, name: str) -> Array:
-        return self._holder[name].get(name)
+        return self._file_of[name].get(name)
 
 
-def open(path: Path | str) -> Checkpoint:
-    """Open the checkpoint in a folder: its own tensors, or those of its `original/` folder if it has none; or a GGUF
-    file, by its path or that of its folder.
-
-    Raises CheckpointError, before any weight is read, for what is not a whole gpt-oss checkpoint.
-    """
-    path = Path(path)
-    single = path if path.suffix == ".gguf" and path.is_file() else _gguf_of(path)
-    if single is not None:
-        return _open_gguf(single)
-    folder = _folder_of(path)
+def _open_folder(folder: Path) -> Checkpoint:
     raw = read_json(folder, "config.json")
     if not isinstance(raw, dict):
         raise CheckpointError(f"{folder / 'config.json'} is not a JSON object; download the checkpoint again")
-    listed = _index(folder)
-    files = _map(folder, _shard_names(folder, listed))
-    if listed is not None:
-        _hold_against_index(listed, files)
-    _check_plausible(raw, sum(len(file.header.tensors) for file in files))
+    files = map_shards(folder)
+    _check_layer_count(raw, sum(len(file.header.tensors) for file in files))
     return Checkpoint(folder, read_config(raw), files, raw)
 
 
-def read_json(folder: Path, name: str) -> Any:
-    """A JSON file of a checkpoint's folder, parsed. Raises CheckpointError if it is missing, huge or not JSON."""
-    path = child(folder, name)
-    try:
-        if path.stat().st_size > MAX_JSON:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes; no checkpoint's {name} is that long")
-        return parse_json(path.read_bytes(), str(path))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
-
-
-def _arrays(weight: Weight) -> list[Array]:
-    parts = [weight.values] if isinstance(weight, Dense) else [weight.codes, weight.scale, weight.bias, weight.outer]
-    return [array for array in parts if array is not None]
-
-
 def _open_gguf(path: Path) -> Checkpoint:
-    """A GGUF file, or all files of a split one by the path of any of them."""
-    paths, folder = [path], path.parent.resolve()
-    split = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
-    if split and int(split[2]):
-        paths = [child(folder, f"{split[1]}-{n + 1:05d}-of-{split[2]}.gguf") for n in range(int(split[2]))]
+    """A GGUF model by the path of its file, or of any part if it is split."""
+    paths = gguf_parts(path)
     headers = [gguf.read_header(part) for part in paths]
     files = [MappedFile(part, header.tensors) for part, header in zip(paths, headers, strict=True)]
     tensors = {name: info for header in headers for name, info in header.tensors.tensors.items()}
-    metadata = headers[0].metadata
     try:
-        raw = gguf_format.config(metadata, tensors)
-        _check_plausible(raw, len(tensors))
+        raw = gguf_metadata.config_json(headers[0].metadata, tensors)
+        _check_layer_count(raw, len(tensors))
         config = read_config(raw)
     except CheckpointError as error:
         raise CheckpointError(f"{path}, by its metadata: {error}") from error
-    return Checkpoint(folder, config, files, raw, lambda: gguf_format.files(gguf.read_header(paths[0]).metadata))
+
+    def embedded_files() -> Mapping[str, str]:
+        return gguf_metadata.companion_files(gguf.read_header(paths[0]).metadata)
+
+    return Checkpoint(path.parent.resolve(), config, files, raw, embedded_files)
 
 
-def _gguf_of(path: Path) -> Path | None:
-    """The GGUF file in a folder that holds no other checkpoint; of a split one, the first."""
-    if not path.is_dir() or any(path.glob("*.safetensors")) or (path / "original").is_dir():
-        return None
-    found = sorted(part for part in path.glob("*.gguf") if not re.search(r"-(?!00001)\d{5}-of-\d{5}$", part.stem))
-    if len(found) > 1:
-        names = ", ".join(part.name for part in found[:4])
-        raise CheckpointError(f"{path} holds {len(found)} GGUF models ({names}); give the path of one file")
-    return child(path.resolve(), found[0].name) if found else None
+def _check_layer_count(raw: Mapping[str, Any], tensors: int) -> None:
+    """Raise CheckpointError if a config has more layers than its tensors can make.
 
-
-def _folder_of(path: Path) -> Path:
-    if not path.is_dir():
-        what = "is a file; give the folder that it is in, or a .gguf file" if path.exists() else "does not exist"
-        raise CheckpointError(f"{path} {what}")
-    path = path.resolve()
-    for folder in (path, path / "original"):
-        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
-            return folder
-    if (path / "config.json").is_file():
-        raise CheckpointError(f"{path} has a config.json but no .safetensors file; download the weights too")
-    raise CheckpointError(f"{path} is not a checkpoint: it has no config.json with .safetensors files beside it")
-
-
-def child(folder: Path, name: str) -> Path:
-    """The path of a direct child; a link must end in the folder itself or in a hub cache's `blobs`."""
-    plain = name.isprintable() and 0 < len(name) < 200 and not {"/", "\\"} & set(name) and name not in (".", "..")
-    if not plain:
-        raise CheckpointError(f"{folder}: {name!r} is not a plain file name; the checkpoint may be hostile")
-    path = folder / name
-    if not path.exists():
-        raise CheckpointError(f"{folder} lacks {name}; download the checkpoint again")
-    target = path.resolve()
-    homes = [folder, *(parent / "blobs" for parent in list(folder.parents)[1:3])]
-    if not target.is_file() or not any(target.is_relative_to(home) for home in homes):
-        raise CheckpointError(f"{path} is not a file of its folder (it leads to {target}); copy the file there")
-    return path
-
-
-def _index(folder: Path) -> dict[str, str] | None:
-    """The index's weight_map, or None without an index."""
-    if not (folder / INDEX).exists():
-        return None
-    data = read_json(folder, INDEX)
-    listed = data.get("weight_map") if isinstance(data, dict) else None
-    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()) or not listed:
-        raise CheckpointError(f"{folder / INDEX} has no weight_map of names; download the file again")
-    return listed
-
-
-def _shard_names(folder: Path, listed: Mapping[str, str] | None) -> list[str]:
-    if listed is not None:
-        return sorted(set(listed.values()))
-    if (folder / "model.safetensors").exists():
-        return ["model.safetensors"]
-    return sorted(path.name for path in folder.glob("*.safetensors"))
-
-
-def _map(folder: Path, names: Iterable[str]) -> list[MappedFile]:
-    """The shards, mapped; refuses more tensors than MAX_TENSORS before it reads on."""
-    files, tensors = [], 0
-    for name in names:
-        file = MappedFile(child(folder, name))
-        tensors += len(file.header.tensors)
-        if tensors > MAX_TENSORS:
-            raise CheckpointError(f"{folder} has more than {MAX_TENSORS} tensors; no gpt-oss checkpoint does")
-        files.append(file)
-    return files
-
-
-def _hold_against_index(listed: Mapping[str, str], files: Iterable[MappedFile]) -> None:
-    found = {name: file.path.name for file in files for name in file.header.tensors}
-    wrong = sorted(name for name in listed.keys() | found.keys() if listed.get(name) != found.get(name))
-    if wrong:
-        raise CheckpointError(
-            f"the index and the shards disagree about {len(wrong)} tensors ({', '.join(map(repr, wrong[:4]))}...); "
-            "they belong to different downloads: download the checkpoint again"
-        )
-
-
-def _one_file_each(files: Iterable[MappedFile]) -> dict[str, MappedFile]:
-    found: dict[str, MappedFile] = {}
-    for file in files:
-        for name in file.header.tensors:
-            if name in found:
-                both = f"{found[name].path.name} and {file.path.name}"
-                raise CheckpointError(f"{name} is in both {both}; remove the file that does not belong")
-            found[name] = file
-    return found
-
-
-def _check_plausible(raw: Mapping[str, Any], tensors: int) -> None:
-    """Every layout stores well over ten tensors a layer; so a hostile config.json cannot ask for endless work."""
+    Every layout stores well over ten tensors per layer. So a malicious config.json cannot cause endless work.
+    """
     layers = raw.get("num_hidden_layers")
     if isinstance(layers, int) and layers * 10 > tensors:
         raise CheckpointError(
@@ -348,19 +279,24 @@ def _check_plausible(raw: Mapping[str, Any], tensors: int) -> None:
         )
 
 
-def _generation_config(folder: Path) -> Mapping[str, Any]:
-    """generation_config.json, which says where generation ends and how the model is sampled; {} without one."""
+def _read_generation_config(folder: Path) -> Mapping[str, Any]:
+    """generation_config.json: where generation ends and the default sampling parameters; {} if the file is missing."""
     data = read_json(folder, "generation_config.json") if (folder / "generation_config.json").is_file() else {}
     if not isinstance(data, dict):
         raise CheckpointError(f"{folder / 'generation_config.json'} is not a JSON object; download it again")
     return data
 
 
-_KINDS = {("e2m1", "e8m0"): "mxfp4", ("e2m1", "e4m3"): "nvfp4", ("e4m3", "e8m0"): "mxfp8", ("e4m3", "none"): "fp8"}
+_STORAGE_NAMES = {
+    ("e2m1", "e8m0"): "mxfp4",
+    ("e2m1", "e4m3"): "nvfp4",
+    ("e4m3", "e8m0"): "mxfp8",
+    ("e4m3", "none"): "fp8",
+}
 
 
-def _kind(spec: Spec | None, first: TensorInfo) -> str:
-    """A short name of how numbers are stored: bf16, mxfp4, affine4-g64."""
+def _storage_name(spec: Spec | None, tensor: TensorInfo) -> str:
+    """A short name of how numbers are stored: bf16, mxfp4, affine4-g64. tensor: gives the dtype of dense values."""
     if spec is None:
-        return first.dtype.lower()
-    return _KINDS.get((spec.element, spec.scale)) or f"affine{spec.bits}-g{spec.group}"
+        return tensor.dtype.lower()
+    return _STORAGE_NAMES.get((spec.element, spec.scale)) or f"affine{spec.bits}-g{spec.group}"

@@ -1,15 +1,16 @@
-"""Codes to numbers and back: value tables, packing, `dequantize` and `quantize` for every Spec.
+"""Codes to numbers: value tables, packing, and `dequantize` for every Spec. quantization.py goes the other way.
 
-All work goes block by block, a block being small enough that its float32 copies stay in the processor's cache; so a
-[32, 5760, 2880] tensor needs a few MB beside its input and output. Sources: OCP Microscaling v1.0 for e2m1, e4m3 and
-e8m0; MLX's `quantize` for the affine, mxfp8 and nvfp4 recipes, with which these agree bit for bit.
+All work goes block by block. A block is small enough for its float32 copy to stay in the processor's cache, so a
+[32, 5760, 2880] tensor needs only a few MB in addition to its input and output. Source of e2m1, e4m3 and e8m0: OCP
+Microscaling v1.0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from functools import reduce
 from itertools import product
+from operator import getitem
 from typing import Any
 
 import ml_dtypes
@@ -17,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError
-from .tensor import Array, Dense, Element, Quantized, ScaleKind, Weight
+from .tensor import Array, Dense, Element, ScaleKind, Weight
 
 Floats = NDArray[Any]  # float32
 Bytes = NDArray[Any]  # uint8
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
-BLOCK = 2**18  # values a working block: 1 MB of float32
+BLOCK_VALUES = 2**18  # values per block: 1 MB of float32
 
 E2M1: Floats = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 E4M3: Floats = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
@@ -31,18 +32,15 @@ E8M0: Floats = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float
 
 
 def _pairs(nibbles: Floats) -> NDArray[np.complex64]:
-    """A table from a byte to its two values, low nibble first; a complex64 is two float32 side by side."""
+    """A table from a byte to its two values, low nibble first. A complex64 is two adjacent float32."""
     byte = np.arange(256)
     return np.stack([nibbles[byte & 15], nibbles[byte >> 4]], axis=-1).view(np.complex64)[:, 0]
 
 
-_E2M1_PAIRS = _pairs(E2M1)
-_UINT4_PAIRS = _pairs(np.arange(16, dtype=np.float32))
-_UINT8 = np.arange(256, dtype=np.float32)
-_VALUES: Mapping[tuple[Element, int], Array] = {  # of each byte, one or two
-    ("e2m1", 4): _E2M1_PAIRS,
-    ("uint", 4): _UINT4_PAIRS,
-    ("uint", 8): _UINT8,
+_VALUES: Mapping[tuple[Element, int], Array] = {  # the one or two values of each byte
+    ("e2m1", 4): _pairs(E2M1),
+    ("uint", 4): _pairs(np.arange(16, dtype=np.float32)),
+    ("uint", 8): np.arange(256, dtype=np.float32),
     ("e4m3", 8): E4M3,
 }
 _SCALES: Mapping[ScaleKind, Callable[[Array], Floats]] = {
@@ -52,56 +50,15 @@ _SCALES: Mapping[ScaleKind, Callable[[Array], Floats]] = {
 }
 
 
-def shape(weight: Weight) -> tuple[int, ...]:
-    """The shape of the decoded weight, [..., N, K]."""
-    if isinstance(weight, Dense):
-        return weight.values.shape
-    return (*weight.codes.shape[:-1], weight.codes.shape[-1] * 8 // weight.spec.bits)
-
-
-def rows(weight: Weight, start: int, stop: int) -> Weight:
-    """The part [start, stop) of a weight's first axis, as views."""
-    return take_rows(weight, slice(start, stop))
-
-
-def take_rows(weight: Weight, which: slice | NDArray[Any]) -> Weight:
-    """A slice of a weight's first axis, as views, or the places that an array of integers lists, copied."""
-    if isinstance(weight, Dense):
-        return replace(weight, values=weight.values[which])
-    outer = weight.outer
-    if outer is not None and outer.ndim == weight.codes.ndim and outer.shape[0] > 1:
-        outer = outer[which]
-    scale, bias = (None if array is None else array[which] for array in (weight.scale, weight.bias))
-    return replace(weight, codes=weight.codes[which], scale=scale, bias=bias, outer=outer)
-
-
-def output_rows(weight: Weight, start: int, stop: int) -> Weight:
-    """Rows [start, stop) of a matrix [N, K], or of each expert's in [E, N, K], as views."""
-    if isinstance(weight, Dense):
-        return Dense(weight.values[..., start:stop, :])
-    parts = [None if a is None else a[..., start:stop, :] for a in (weight.codes, weight.scale, weight.bias)]
-    assert parts[0] is not None
-    outer = weight.outer
-    if outer is not None and outer.ndim > 1 and outer.shape[-2] > 1:
-        outer = outer[..., start:stop, :]
-    return Quantized(weight.spec, parts[0], parts[1], parts[2], outer)
-
-
-def nbytes(weight: Weight) -> int:
-    """Of everything that a weight holds."""
-    arrays = (weight.values,) if isinstance(weight, Dense) else (weight.codes, weight.scale, weight.bias, weight.outer)
-    return sum(array.nbytes for array in arrays if array is not None)
-
-
 def unpack(codes: Bytes, bits: int) -> Bytes:
-    """[..., n] bytes -> [..., n * 8 / bits] codes, one a byte, low nibble first."""
+    """One code per byte, [..., n] -> [..., n * 8 / bits], low nibble first. bits: 4 or 8."""
     if bits == 8:
         return codes
     return np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
 
 
 def pack(codes: Bytes, bits: int) -> Bytes:
-    """The inverse of `unpack`; [..., n] with n even."""
+    """The inverse of `unpack`: [..., n] -> [..., n * bits / 8], n even."""
     if bits == 8:
         return codes
     pair = np.ascontiguousarray(codes).view("<u2")
@@ -110,21 +67,24 @@ def pack(codes: Bytes, bits: int) -> Bytes:
 
 
 def dequantize(weight: Weight, out: Floats | None = None) -> Floats:
-    """float32 [..., N, K]: `(value(code) * scale + bias) * outer`, never rounded further. out: where to put it, in
-    memory order; memory that is used again saves the system its zeroing, which takes longer than decoding."""
-    out = np.empty(shape(weight), np.float32) if out is None else out
-    for at, part in blocks(weight):
-        decode(part, out[at])
+    """float32 [..., N, K]: `(value(code) * scale + bias) * outer`, with no further rounding.
+
+    out: a C-contiguous array for the result. Reusing one saves the system from zeroing fresh memory, which takes longer
+    than decoding.
+    """
+    out = np.empty(weight.shape, np.float32) if out is None else out
+    for index, block in blocks(weight):
+        decode_block(block, out[index])
     return out
 
 
 def to_bfloat16(weight: Weight) -> Array:
-    """bfloat16 [..., N, K], rounded to nearest even; the values themselves if they are bfloat16 already."""
+    """bfloat16 [..., N, K], rounded to nearest, ties to even. Returns the stored array if it is bfloat16 already."""
     if isinstance(weight, Dense) and weight.values.dtype == BFLOAT16:
         return weight.values
-    out = np.empty(shape(weight), BFLOAT16)
-    for at, part in blocks(weight):
-        out[at] = decode(part)
+    out = np.empty(weight.shape, BFLOAT16)
+    for index, block in blocks(weight):
+        out[index] = decode_block(block)
     return out
 
 
@@ -138,51 +98,42 @@ def check_scales(weight: Weight, name: str) -> None:
     elif scale is not None and kind == "e4m3":
         bad = bool(((scale & 127) == 127).any())
     else:
-        bad = scale is not None and not _finite(scale)
-    if bad or any(array is not None and not _finite(array) for array in (weight.bias, weight.outer)):
+        bad = scale is not None and not _is_finite(scale)
+    if bad or any(array is not None and not _is_finite(array) for array in (weight.bias, weight.outer)):
         raise CheckpointError(f"{name} has a scale that is not a number; the checkpoint is damaged, download it again")
 
 
-def _finite(array: Array) -> bool:
+def _is_finite(array: Array) -> bool:
     rows = np.atleast_1d(array)
     return all(bool(np.isfinite(rows[at : at + 64].astype(np.float32)).all()) for at in range(0, len(rows), 64))
 
 
 def blocks(weight: Weight) -> Iterator[tuple[tuple[int | slice, ...], Weight]]:
-    """Cut a weight into 2-D blocks of about BLOCK values (a vector is one block): (index, part) each."""
-    whole = shape(weight)
-    if len(whole) < 2:
+    """Cut a weight into matrices of about BLOCK_VALUES values; yields (index of the block, block).
+
+    A vector is one block.
+    """
+    if len(weight.shape) < 2:
         yield (slice(None),), weight
         return
-    *lead, count, width = whole
-    step = max(1, BLOCK // max(width, 1))
+    *lead, count, width = weight.shape
+    step = max(1, BLOCK_VALUES // max(width, 1))
     for index in product(*(range(length) for length in lead)):
-        matrix = _matrix(weight, index)
+        matrix = reduce(getitem, index, weight)
         for start in range(0, count, step):
-            yield (*index, slice(start, start + step)), rows(matrix, start, min(start + step, count))
+            rows = slice(start, start + step)
+            yield (*index, rows), matrix[rows]
 
 
-def _matrix(weight: Weight, index: tuple[int, ...]) -> Weight:
-    for at in index:
-        part = rows(weight, at, at + 1)
-        if isinstance(part, Dense):
-            weight = Dense(part.values[0])
-        else:
-            scale, bias = (None if x is None else x[0] for x in (part.scale, part.bias))
-            outer = part.outer[0] if part.outer is not None and part.outer.ndim == part.codes.ndim else part.outer
-            weight = Quantized(part.spec, part.codes[0], scale, bias, outer)
-    return weight
-
-
-def decode(weight: Weight, out: Floats | None = None) -> Floats:
-    """One block as float32, in memory order."""
-    values = np.empty(shape(weight), np.float32) if out is None else out
+def decode_block(weight: Weight, out: Floats | None = None) -> Floats:
+    """`dequantize` of one block, in one pass. out: as there."""
+    values = np.empty(weight.shape, np.float32) if out is None else out
     if isinstance(weight, Dense):
-        values[...] = straight(weight.values)
+        values[...] = contiguous_rows(weight.values)
         return values
     spec = weight.spec
     table = _VALUES[spec.element, spec.bits]
-    # A byte is never out of range, and where that is not checked numpy writes straight to its place.
+    # A byte is never out of range. With mode="clip" numpy skips that check and writes straight into `out`.
     np.take(table, np.ascontiguousarray(weight.codes), out=values.view(table.dtype), mode="clip")
     if weight.scale is not None:
         grouped = values.reshape(*values.shape[:-1], -1, spec.group)
@@ -194,13 +145,15 @@ def decode(weight: Weight, out: Floats | None = None) -> Floats:
     return values
 
 
-def straight(values: Array) -> Array:
-    """[..., R, C] in memory order, itself if it is already: a transposed matrix is copied tile by tile, so that each
-    cache line is fetched once."""
+def contiguous_rows(values: Array) -> Array:
+    """The array [..., R, C] with contiguous rows; returned as it is if they are contiguous already.
+
+    A transposed matrix is copied tile by tile, so that each cache line is fetched once.
+    """
     if values.ndim < 2 or values.strides[-1] == values.itemsize:
         return values
     out = np.empty(values.shape, values.dtype)
-    words = np.dtype(f"u{values.itemsize}")  # copying bfloat16 as such goes one value at a time
+    words = np.dtype(f"u{values.itemsize}")  # numpy copies bfloat16 value by value, integers in runs
     source, target = values.view(words), out.view(words)
     for row in range(0, values.shape[-2], 64):
         for column in range(0, values.shape[-1], 64):

@@ -1,48 +1,48 @@
-"""Write a checkpoint in another format: plan, stream, verify, rename.
+"""Convert a checkpoint to another format: plan, write, verify, rename.
 
-Everything about the result but its values is planned from headers. Then the weights pass through in chunks of about
-CHUNK values (one expert of 20b), each read from the mapped source, re-coded, written to its place and let go, one
-chunk a worker thread. So the memory needed is `Report.working_bytes`, whatever the size of the model, beside at most
-one parameter's pages of the source. The result grows in a hidden folder beside the destination, is read back, and is
-renamed at the end. After an interruption only shards that are whole stay there, for the same conversion to go on after
-them (journal.py); the destination itself only ever appears whole.
+Everything about the result except its values is planned from headers. The weights then stream through in chunks of
+about CHUNK_VALUES values (one expert of 20b), one chunk per worker thread: each chunk is read from the mapped source,
+encoded, written to its place and released. The memory needed is thus `Report.working_bytes`, whatever the size of the
+model, plus at most the mapped pages of one parameter of the source.
+
+The result grows in a hidden folder next to the destination, is read back, and is renamed at the end, so the destination
+only ever appears complete. After an interruption the complete shards stay in the hidden folder, and the same conversion
+continues after them (journal.py).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..config import SWIGLU_ALPHA, published
 from ..errors import CheckpointError, GptOssError
 from ..machine import cores
 from . import checkpoint as checkpoints
-from . import codecs
-from .checkpoint import Readable
+from .checkpoint import CheckpointLike
+from .conversion_plan import ConversionPlan, plan_conversion
+from .files import child
 from .formats import recipe_of
-from .formats.base import Encoder, Recipe, Unit
-from .journal import Workspace, recover, workspace
-from .safetensors import TensorInfo
-from .tensor import Dense, Weight
+from .formats.base import Encoder, Unit
+from .journal import Workspace, open_workspace, recover
+from .tensor import Weight
 from .writer import SHARD_BYTES, Writer, write_text
 
-Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being done
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in total, what is being done
 
-CHUNK = 2**23
-BYTES_A_VALUE = 12  # of a chunk in work: decoded blocks, the re-coded rows, and their rearranged copy
+CHUNK_VALUES = 2**23
+BYTES_PER_VALUE = 12  # memory per value of a chunk: decoded blocks, the encoded rows and their rearranged copy
 MAX_WORKERS = 8
-COMPANIONS = (
+COMPANION_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "generation_config.json",
@@ -53,10 +53,16 @@ COMPANIONS = (
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did.
+    """The result of a conversion.
 
-    resumed_bytes: of the result, what an interrupted run had left. working_bytes: the memory bound that it kept, beside
-    the source's mapped pages.
+    source, destination: the folders.
+    source_format, format: the names of their formats.
+    source_bytes, bytes: the sizes of all their tensors.
+    tensors: number of tensors in the result.
+    parameters: number of weights.
+    seconds: duration of this run.
+    resumed_bytes: part of the result that an interrupted run had left.
+    working_bytes: upper bound of the memory used, without the mapped pages of the source.
     """
 
     source: Path
@@ -72,31 +78,6 @@ class Report:
     working_bytes: int
 
 
-@dataclass(frozen=True)
-class Plan:
-    """All of the result but the values."""
-
-    units: tuple[Unit, ...]
-    config: Mapping[str, Any]
-    extra_files: Mapping[str, Any]  # JSON files beside config.json
-    metadata: Mapping[str, str]
-
-    @property
-    def tensors(self) -> list[TensorInfo]:
-        return [info for unit in self.units for info in unit.tensors]
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(info.nbytes for info in self.tensors)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of all that is planned."""
-        tensors = [(info.name, info.dtype, info.shape) for info in self.tensors]
-        text = json.dumps([tensors, self.config, self.extra_files, self.metadata], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
 def convert(
     source: Path | str,
     destination: Path | str,
@@ -106,23 +87,25 @@ def convert(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Write the checkpoint in the folder `source` to the folder `destination` in the format `to`.
+    """Write the checkpoint `source` (a folder or a GGUF file) to the folder `destination` in the format `to`.
 
-    What is stored as the target stores it stays so, bit for bit; the rest is decoded exactly and quantized once.
-    search: None quantizes as the reference tools do; "mse" looks, for 4-bit affine weights, for scales and biases of
-    least squared error, in the same storage (search.py). `progress` is called in this thread. With `overwrite`, an old
-    checkpoint at the destination stays until the new one is whole. A run that was interrupted is continued by the same
-    call. Raises CheckpointError for a source that cannot be read or an unknown format, GptOssError for a destination in
-    the way, a full disk or a write that fails.
+    Weights that are stored as the target stores them are copied bit for bit; others are decoded exactly and quantized
+    once. If an earlier run was interrupted, the same call continues it.
+
+    search: None quantizes as the format's own tools do. "mse" searches for the scales and biases of the least squared
+        error of 4-bit affine weights, in the same storage (search.py).
+    overwrite: replace an existing checkpoint, which stays in place until the new one is complete.
+    progress: called in this thread with the bytes done, the bytes in total and "writing" or "verifying".
+    Raises CheckpointError for a source that cannot be read or a format that cannot be written; GptOssError if the
+    destination exists or overlaps the source, if the disk is full or if writing fails.
     """
     started = time.perf_counter()
     recipe_of(to, search)
-    target = _destination(Path(source), Path(destination), overwrite)
+    target = _check_destination(Path(source), Path(destination), overwrite)
     checkpoint = checkpoints.open(source)
-    plan = make_plan(checkpoint, to, search)
-    embedded = checkpoint.embedded() if checkpoint.embedded else None
-    companions = partial(_companions, checkpoint.tokenizer_folder, embedded)
-    resumed, working = _write(checkpoint, target, to, plan, search, progress, companions)
+    plan = plan_conversion(checkpoint, to, search)
+    write_companions = partial(_write_companions, checkpoint.tokenizer_folder, checkpoint.embedded_files())
+    resumed_bytes, working_bytes = _write(checkpoint, target, to, plan, search, progress, write_companions)
     return Report(
         source=checkpoint.folder,
         destination=target,
@@ -133,82 +116,49 @@ def convert(
         tensors=len(plan.tensors),
         parameters=sum(param.size for param in checkpoint.params),
         seconds=time.perf_counter() - started,
-        resumed_bytes=resumed,
-        working_bytes=working,
+        resumed_bytes=resumed_bytes,
+        working_bytes=working_bytes,
     )
 
 
-def write_checkpoint(source: Readable, destination: Path, to: str, *, progress: Progress | None = None) -> None:
-    """Write what is no checkpoint on disk, such as weights made up for a benchmark, to a folder that does not exist
-    yet. Without a tokenizer; else as convert() does."""
+def write_checkpoint(source: CheckpointLike, destination: Path, to: str, *, progress: Progress | None = None) -> None:
+    """Write weights that are not a checkpoint on disk, such as synthetic ones, to a new folder, without a tokenizer.
+
+    Raises GptOssError if the destination exists; else as `convert`.
+    """
     if destination.exists():
         raise GptOssError(f"{destination} exists already; choose another destination")
-    plan = make_plan(source, to)
+    plan = plan_conversion(source, to)
     _write(source, Path(os.path.abspath(destination)), to, plan, None, progress, lambda folder: None)
 
 
 def _write(
-    source: Readable,
+    source: CheckpointLike,
     target: Path,
     to: str,
-    plan: Plan,
+    plan: ConversionPlan,
     search: str | None,
     progress: Progress | None,
-    companions: Callable[[Path], None],
+    write_companions: Callable[[Path], None],
 ) -> tuple[int, int]:
-    """All of convert() once the plan is made. companions: writes what belongs beside weights into a folder. Returns the
-    bytes that an earlier run had left and the bound on working memory."""
-    with workspace(target, _identity(source, plan, search)) as space:
-        writer = Writer(space.folder, plan.tensors, plan.metadata, SHARD_BYTES, space)
-        _check_space(target.parent, plan.size_bytes - writer.kept)
-        working = _stream(source, plan, writer, progress or (lambda done, total, what: None))
-        companions(space.folder)
+    """Carry out a plan. write_companions: writes the tokenizer and the like into a folder.
+
+    Returns (bytes that an earlier run had left, upper bound of the working memory in bytes).
+    """
+    with open_workspace(target, _identity(source, plan, search)) as workspace:
+        writer = Writer(workspace.folder, plan.tensors, plan.metadata, SHARD_BYTES, workspace)
+        _check_free_space(target.parent, plan.size_bytes - writer.resumed_bytes)
+        working_bytes = _write_tensors(source, plan, writer, progress or (lambda done, total, what: None))
+        write_companions(workspace.folder)
         for name, content in {**plan.extra_files, "config.json": plan.config}.items():
-            write_text(space.folder / name, json.dumps(content, indent=2) + "\n")
-        _verify(space, to, plan)
-        space.install()
-    return writer.kept, working
+            write_text(workspace.folder / name, json.dumps(content, indent=2) + "\n")
+        _check_result(workspace, to, plan)
+        workspace.install()
+    return writer.resumed_bytes, working_bytes
 
 
-def make_plan(checkpoint: Readable, to: str, search: str | None = None) -> Plan:
-    """Names, dtypes and shapes of the result, and its config.json. Of the source, only vectors are read."""
-    form, recipe = recipe_of(to, search)
-    config = checkpoint.config
-    if not config.eos_token_id:  # `original/config.json` has none
-        config = replace(config, eos_token_id=checkpoint.stop_ids)
-    content = published(config) | form.describe(to, checkpoint.params)
-    if not config.eos_token_id:
-        del content["eos_token_id"]
-    if config.swiglu_alpha != SWIGLU_ALPHA:
-        content["swiglu_alpha"] = config.swiglu_alpha
-    units = form.units(to, checkpoint.params, _vector_dtypes(checkpoint) | _scale_dtypes(checkpoint, recipe))
-    extra = form.extra_files(to, checkpoint.params)
-    return Plan(tuple(units), content, extra, {"format": "mlx" if form.family == "mlx" else "pt"})
-
-
-def _vector_dtypes(checkpoint: Readable) -> dict[str, str]:
-    """Norms, sinks and biases become bfloat16 where that is exact, else stay wider: float32."""
-    found = {}
-    for param in checkpoint.params:
-        if not param.is_matrix:
-            weight = checkpoint.read(param.name)
-            exact = codecs.dequantize(Dense(codecs.to_bfloat16(weight))) == codecs.dequantize(weight)
-            found[param.name] = "BF16" if exact.all() else "F32"
-    return found
-
-
-def _scale_dtypes(checkpoint: Readable, recipe: Recipe) -> dict[str, str]:
-    """Float scales of matrices that are stored as the target stores them stay as they are."""
-    found = {}
-    for param in checkpoint.params:
-        spec, dtype = checkpoint.stored_as(param.name)
-        if param.is_matrix and dtype is not None and spec == recipe[param.role][1]:
-            found[param.name] = dtype
-    return found
-
-
-def _identity(checkpoint: Readable, plan: Plan, search: str | None) -> dict[str, Any]:
-    """All that the bytes of the result depend on, as JSON."""
+def _identity(checkpoint: CheckpointLike, plan: ConversionPlan, search: str | None) -> dict[str, Any]:
+    """Everything that the bytes of the result depend on, as JSON."""
     try:
         program = metadata.version("mlx-gptoss")
     except metadata.PackageNotFoundError:
@@ -222,50 +172,49 @@ def _identity(checkpoint: Readable, plan: Plan, search: str | None) -> dict[str,
     }
 
 
-def _stream(checkpoint: Readable, plan: Plan, writer: Writer, progress: Progress) -> int:
-    """Write all tensors and read them back; returns the bound on working memory, in bytes."""
+def _write_tensors(checkpoint: CheckpointLike, plan: ConversionPlan, writer: Writer, progress: Progress) -> int:
+    """Write all tensors and read them back; returns the upper bound of the working memory in bytes."""
     workers = min(MAX_WORKERS, cores())
     pool = ThreadPoolExecutor(workers)
     try:
-        done = writer.kept
-        for written in _in_parallel(pool, workers, _jobs(checkpoint, plan.units, writer)):
+        done = writer.resumed_bytes
+        for written in _run_jobs(pool, workers, _chunk_jobs(checkpoint, plan.units, writer)):
             done += written
             progress(done, plan.size_bytes, "writing")
         writer.finish()
         done = 0
-        for length in _in_parallel(pool, workers, writer.checks()):
+        for length in _run_jobs(pool, workers, writer.verification_jobs()):
             done += length
             progress(done, plan.size_bytes, "verifying")
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         writer.close()
-    largest = max(_rows_a_chunk(unit) * unit.values // unit.rows for unit in plan.units)
-    return workers * largest * BYTES_A_VALUE
+    largest_chunk = max(_rows_per_chunk(unit) * unit.values // unit.rows for unit in plan.units)
+    return workers * largest_chunk * BYTES_PER_VALUE
 
 
-def _rows_a_chunk(unit: Unit) -> int:
-    return min(unit.rows, max(1, CHUNK * unit.rows // unit.values))
+def _rows_per_chunk(unit: Unit) -> int:
+    return min(unit.rows, max(1, CHUNK_VALUES * unit.rows // unit.values))
 
 
-def _jobs(checkpoint: Readable, units: Iterable[Unit], writer: Writer) -> Iterator[Callable[[], int]]:
-    """The chunks in order of all units that are not written yet, each a function that writes one and returns the bytes
-    written."""
+def _chunk_jobs(checkpoint: CheckpointLike, units: Iterable[Unit], writer: Writer) -> Iterator[Callable[[], int]]:
+    """One function per chunk that is not written yet, in order. It writes the chunk and returns the bytes written."""
     for unit in units:
         if writer.is_written([info.name for info in unit.tensors]):
             continue
         weights = [checkpoint.read(param.name) for param in unit.params]
         encode = unit.encode(weights)
-        step = _rows_a_chunk(unit)
+        step = _rows_per_chunk(unit)
         for start in range(0, unit.rows, step):
             stop = min(start + step, unit.rows)
-            parts = [codecs.rows(weight, start, stop) for weight in weights]
+            parts = [weight[start:stop] for weight in weights]
             yield partial(_write_chunk, writer, unit, encode, range(start, stop), checkpoint, parts)
 
 
 def _write_chunk(
-    writer: Writer, unit: Unit, encode: Encoder, rows: range, checkpoint: Readable, parts: Sequence[Weight]
+    writer: Writer, unit: Unit, encode: Encoder, rows: range, checkpoint: CheckpointLike, parts: Sequence[Weight]
 ) -> int:
-    """Write some rows of a unit, then let go of the `parts` of the source that they came from."""
+    """Write some rows of a unit, then release `parts`, the rows of the source that they were made from."""
     try:
         written = sum(writer.write(*piece) for piece in encode(rows.start, rows.stop))
     except CheckpointError as error:
@@ -275,8 +224,8 @@ def _write_chunk(
     return written
 
 
-def _in_parallel(pool: ThreadPoolExecutor, workers: int, jobs: Iterator[Callable[[], int]]) -> Iterator[int]:
-    """Run jobs, few in flight at a time, yielding results as they come."""
+def _run_jobs(pool: ThreadPoolExecutor, workers: int, jobs: Iterator[Callable[[], int]]) -> Iterator[int]:
+    """Run jobs in the pool and yield their results as they finish. At most `workers` + 1 jobs exist at a time."""
     pending: set[Future[int]] = {pool.submit(job) for job in islice(jobs, workers + 1)}
     while pending:
         finished, pending = wait(pending, return_when=FIRST_COMPLETED)
@@ -285,31 +234,27 @@ def _in_parallel(pool: ThreadPoolExecutor, workers: int, jobs: Iterator[Callable
         pending |= {pool.submit(job) for job in islice(jobs, len(finished))}
 
 
-def _companions(source: Path, embedded: Mapping[str, str] | None, folder: Path) -> None:
-    """Copy the tokenizer and what else belongs beside weights, or write those that a GGUF file had inside."""
-    for name, text in (embedded or {}).items():
-        write_text(folder / name, text)
-    for name in COMPANIONS:
-        if embedded is None and (source / name).exists():
-            (folder / name).write_bytes(checkpoints.child(source, name).read_bytes())
+def _write_companions(source: Path, embedded: Mapping[str, str] | None, folder: Path) -> None:
+    """Write the tokenizer and the other files that accompany weights.
+
+    They are copied from the folder `source`, unless a GGUF file has them inside: `embedded`, name -> text.
+    """
+    if embedded is not None:
+        for name, text in embedded.items():
+            write_text(folder / name, text)
+        return
+    for name in COMPANION_FILES:
+        if (source / name).exists():
+            (folder / name).write_bytes(child(source, name).read_bytes())
 
 
-def _verify(space: Workspace, to: str, plan: Plan) -> None:
-    """Open the result as any reader would; its bytes have been compared already."""
-    found = checkpoints.open(space.folder)
-    if found.format != to or found.size_bytes != plan.size_bytes:
-        raise CheckpointError(
-            f"what was written as {to} reads back as {found.format}, {found.size_bytes} bytes; please report this"
-        )
-
-
-def _destination(source: Path, destination: Path, overwrite: bool) -> Path:
-    """The folder to write, made absolute. Refuses what is in the way."""
+def _check_destination(source: Path, destination: Path, overwrite: bool) -> Path:
+    """The destination as an absolute path. Raises GptOssError if it must not be written."""
     target, origin = Path(os.path.abspath(destination)), source.resolve()
     recover(target)
     real = target.resolve()
     if real == origin or real.is_relative_to(origin) or origin.is_relative_to(real):
-        raise GptOssError(f"{destination} is, holds or lies in the source; choose a folder beside it")
+        raise GptOssError(f"{destination} is, contains or is inside the source; choose a folder outside it")
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise GptOssError(f"{destination} exists and is not a folder; choose another destination")
     if target.is_dir() and any(target.iterdir()):
@@ -323,10 +268,19 @@ def _destination(source: Path, destination: Path, overwrite: bool) -> Path:
     return target
 
 
-def _check_space(parent: Path, needed: int) -> None:
-    free = shutil.disk_usage(parent).free
-    if needed + 2**20 > free:
+def _check_free_space(parent: Path, needed_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(parent).free
+    if needed_bytes + 2**20 > free_bytes:
         raise GptOssError(
-            f"the result takes {needed / 1e9:.2f} GB but only {free / 1e9:.2f} GB are free in {parent}; "
+            f"the result takes {needed_bytes / 1e9:.2f} GB but only {free_bytes / 1e9:.2f} GB are free in {parent}; "
             "free some space or choose another disk"
+        )
+
+
+def _check_result(workspace: Workspace, to: str, plan: ConversionPlan) -> None:
+    """Open the result as any reader would. Its bytes have been compared already."""
+    found = checkpoints.open(workspace.folder)
+    if found.format != to or found.size_bytes != plan.size_bytes:
+        raise CheckpointError(
+            f"what was written as {to} reads back as {found.format}, {found.size_bytes} bytes; please report this"
         )

@@ -1,12 +1,12 @@
-"""Where a conversion grows, and what an interrupted one leaves for the next: a hidden folder beside the destination.
+"""The workspace of a conversion: a hidden folder next to the destination, which makes interrupted runs resumable.
 
     .NAME.partial/
-        journal       JSON lines: first what is made of what, then each shard that is whole and on the disk
+        journal       JSON lines: first the identity of the conversion, then one line per complete shard
         checkpoint/   the result as it grows; renamed to the destination when it is complete
-        old/          what is being replaced, between the two renames
+        old/          the checkpoint that is being replaced, between the two renames
 
-The same conversion, started again, takes up after the whole shards; another one clears the folder. It is kept only if
-there is a whole shard, and a process that has it holds a lock on the journal.
+The same conversion, started again, continues after the complete shards; another conversion clears the folder. The
+folder stays only if it has a complete shard. The process that uses it holds a lock on the journal.
 """
 
 from __future__ import annotations
@@ -23,70 +23,111 @@ from typing import Any
 
 from ..errors import CheckpointError, GptOssError
 from ..machine import sync_folder
-from .writer import Run
+from .writer import WrittenRange
 
 _JOURNAL, _RESULT, _OLD = "journal", "checkpoint", "old"
 
 
+@contextlib.contextmanager
+def open_workspace(target: Path, identity: Mapping[str, Any]) -> Iterator[Workspace]:
+    """The workspace of a conversion to `target`. On leaving, it is removed unless an interruption left complete shards.
+
+    identity: everything that the bytes of the result depend on, as JSON.
+    A failed write becomes a GptOssError. Its message, and that of a KeyboardInterrupt, say what was kept. After a
+    CheckpointError nothing is kept, because the same command would fail again.
+    """
+    workspace: Workspace | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        workspace = Workspace(target)
+        workspace.resume(identity)
+        yield workspace
+        workspace.remove()
+    except CheckpointError:
+        if workspace:
+            workspace.remove()
+        raise
+    except OSError as error:
+        kept = workspace.suspend() if workspace else "nothing was kept"
+        raise GptOssError(f"{target} could not be written ({error.strerror or error}); {kept}") from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(workspace.suspend() if workspace else "nothing was kept") from None
+    except BaseException:
+        if workspace:
+            workspace.suspend()
+        raise
+
+
 class Workspace:
-    """The folder while it is locked. `folder` is where the result grows; see the module for the rest."""
+    """The locked folder of one conversion.
+
+    folder: where the result grows. complete_shards: file name -> the ranges it was written in (writer.Journal).
+    """
 
     def __init__(self, target: Path) -> None:
-        """Raises GptOssError if something else has the folder's name, or another process the folder."""
+        """Create the folder if necessary and lock it.
+
+        Raises GptOssError if another process holds the lock, or if something else has the folder's name.
+        """
         self._target = target
         self._root = _root_of(target)
-        self.folder = self._root / _RESULT
+        self.folder: Path = self._root / _RESULT
         self._file = _lock(self._root, target)
-        self._notes_lock = Lock()
-        self.whole: dict[str, Sequence[Run]] = {}
+        self._append_lock = Lock()
+        self.complete_shards: dict[str, Sequence[WrittenRange]] = {}
 
-    def open(self, identity: Mapping[str, Any]) -> None:
-        """Take over the whole shards of the same identity, and clear away the rest. identity: all that the bytes of the
-        result depend on, as JSON."""
+    def resume(self, identity: Mapping[str, Any]) -> None:
+        """Take over the complete shards of a run with the same identity; remove everything else."""
         with os.fdopen(os.dup(self._file), "rb") as file:
             lines = file.read().splitlines(keepends=True)
-        if lines and _parsed(lines[0]) == identity:
-            self._read_notes(lines)
+        if lines and _parse_line(lines[0]) == identity:
+            self._read_entries(lines)
         else:
             os.truncate(self._file, 0)
             self._append(identity)
-        self._remove_unfinished()
+        self._remove_incomplete()
         self.folder.mkdir(exist_ok=True)
 
-    def note(self, shard: str, runs: Sequence[Run]) -> None:
-        """Write down that a shard is whole and on the disk."""
-        with self._notes_lock:
+    def record_shard(self, name: str, ranges: Sequence[WrittenRange]) -> None:
+        """Record that a shard is complete and on the disk. From any thread."""
+        with self._append_lock:
             sync_folder(self.folder)
-            self._append({"shard": shard, "runs": runs})
-            self.whole[shard] = runs
+            self._append({"shard": name, "ranges": ranges})
+            self.complete_shards[name] = ranges
 
     def install(self) -> None:
-        """Rename the finished result into place; what was there before goes last, or comes back."""
+        """Rename the finished result to the destination.
+
+        A checkpoint that was there is moved away first, and comes back if the rename fails.
+        """
         sync_folder(self.folder)
         old = self._root / _OLD
-        replaced = self._target.exists()
-        if replaced:
+        is_replacing = self._target.exists()
+        if is_replacing:
             self._target.rename(old)
         try:
             self.folder.rename(self._target)
         except BaseException:
-            if replaced:
+            if is_replacing:
                 old.rename(self._target)
             raise
         sync_folder(self._target.parent)
 
-    def leave(self) -> str:
-        """After a failure: remove what is not whole, or everything if nothing is; returns what to tell the user."""
-        self._remove_unfinished()
-        if not self.whole:
+    def suspend(self) -> str:
+        """After a failure: remove incomplete files, or the whole folder if no shard is complete.
+
+        Returns what to tell the user.
+        """
+        self._remove_incomplete()
+        count = len(self.complete_shards)
+        if not count:
             self.remove()
-            return "nothing of it was left behind"
+            return "nothing was kept"
         self._unlock()
-        count = f"{len(self.whole)} whole shard{'s' if len(self.whole) > 1 else ''}"
-        return f"the same command continues after the {count} kept in {self._root}"
+        return f"the same command continues after the {count} complete shard{'s' * (count > 1)} kept in {self._root}"
 
     def remove(self) -> None:
-        """Remove the folder and all that is in it."""
+        """Remove the folder with everything in it."""
         recover(self._target)
         if self._root.exists():
             shutil.rmtree(self._root)
@@ -102,63 +143,35 @@ class Workspace:
             line = line[os.write(self._file, line) :]
         os.fsync(self._file)
 
-    def _read_notes(self, lines: Sequence[bytes]) -> None:
-        """Take over the shards noted, up to the first line that is not whole itself."""
-        at = len(lines[0])
+    def _read_entries(self, lines: Sequence[bytes]) -> None:
+        """Take over the shards recorded up to the first malformed line, and truncate the journal there."""
+        end = len(lines[0])
         for line in lines[1:]:
-            note = _parsed(line)
-            if not isinstance(note, dict) or not _is_note(note):
+            entry = _parse_line(line)
+            if not isinstance(entry, dict) or not _is_shard_entry(entry):
                 break
-            self.whole[note["shard"]] = [(offset, length, checksum) for offset, length, checksum in note["runs"]]
-            at += len(line)
-        os.truncate(self._file, at)
+            ranges = [(offset, length, checksum) for offset, length, checksum in entry["ranges"]]
+            self.complete_shards[entry["shard"]] = ranges
+            end += len(line)
+        os.truncate(self._file, end)
 
-    def _remove_unfinished(self) -> None:
-        """Remove all files but whole shards, and the notes of shards that are gone."""
+    def _remove_incomplete(self) -> None:
+        """Remove all files except complete shards, and forget shards whose files are gone."""
         found = set(os.listdir(self.folder)) if self.folder.is_dir() else set()
-        for name in found - set(self.whole):
+        for name in found - set(self.complete_shards):
             path = self.folder / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
-        self.whole = {name: runs for name, runs in self.whole.items() if name in found}
+        self.complete_shards = {name: ranges for name, ranges in self.complete_shards.items() if name in found}
         recover(self._target)
         if (self._root / _OLD).exists():
             shutil.rmtree(self._root / _OLD)
 
 
-@contextlib.contextmanager
-def workspace(target: Path, identity: Mapping[str, Any]) -> Iterator[Workspace]:
-    """The workspace of a conversion to `target`; gone afterwards, unless an interruption left whole shards in it.
-
-    A failed write becomes a GptOssError, and it and KeyboardInterrupt say what was left. After a CheckpointError, which
-    the same command would meet again, nothing is.
-    """
-    space: Workspace | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        space = Workspace(target)
-        space.open(identity)
-        yield space
-        space.remove()
-    except CheckpointError:
-        if space:
-            space.remove()
-        raise
-    except OSError as error:
-        left = space.leave() if space else "nothing of it was left behind"
-        raise GptOssError(f"{target} could not be written ({error.strerror or error}); {left}") from error
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(space.leave() if space else "nothing was written") from None
-    except BaseException:
-        if space:
-            space.leave()
-        raise
-
-
 def recover(target: Path) -> None:
-    """Put back what a process was about to replace when it was killed between two renames."""
+    """Put the old checkpoint back if a process was killed between moving it away and installing the new one."""
     old = _root_of(target) / _OLD
     if old.is_dir() and not target.exists():
         old.rename(target)
@@ -169,14 +182,18 @@ def _root_of(target: Path) -> Path:
 
 
 def _lock(root: Path, target: Path) -> int:
-    """The journal's file descriptor, locked. The folder is made, or is one that this module made."""
-    if root.is_symlink() or (root.exists() and not _is_ours(root)):
-        raise GptOssError(f"{root} is in the way and is not what a conversion left there; remove or rename it")
+    """Create the folder and its journal if necessary, and lock the journal; returns its descriptor.
+
+    Raises GptOssError if the folder was not made by this module, or if another process holds the lock.
+    """
+    if root.is_symlink() or (root.exists() and not _is_workspace(root)):
+        raise GptOssError(f"{root} is in the way and was not made by a conversion; remove or rename it")
     root.mkdir(exist_ok=True)
     file = os.open(root / _JOURNAL, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(file), os.stat(root / _JOURNAL)):  # not that of a process that has just finished
+        # A process that has just finished may have removed the journal between the two calls.
+        if os.path.samestat(os.fstat(file), os.stat(root / _JOURNAL)):
             return file
     except (BlockingIOError, FileNotFoundError):
         pass
@@ -187,21 +204,21 @@ def _lock(root: Path, target: Path) -> int:
     raise GptOssError(f"another process is writing {target}; wait for it, or choose another destination")
 
 
-def _is_ours(root: Path) -> bool:
+def _is_workspace(root: Path) -> bool:
     return root.is_dir() and ((root / _JOURNAL).is_file() or not any(root.iterdir()))
 
 
-def _is_note(note: Mapping[str, Any]) -> bool:
-    runs = note.get("runs")
+def _is_shard_entry(entry: Mapping[str, Any]) -> bool:
+    ranges = entry.get("ranges")
     return (
-        isinstance(note.get("shard"), str)
-        and isinstance(runs, list)
-        and all(isinstance(run, list) and len(run) == 3 and all(type(x) is int for x in run) for run in runs)
+        isinstance(entry.get("shard"), str)
+        and isinstance(ranges, list)
+        and all(isinstance(item, list) and len(item) == 3 and all(type(x) is int for x in item) for item in ranges)
     )
 
 
-def _parsed(line: bytes) -> Any:
-    """A line's JSON; None if it is not whole."""
+def _parse_line(line: bytes) -> Any:
+    """The JSON value of a line; None if it is incomplete or malformed."""
     try:
         return json.loads(line) if line.endswith(b"\n") else None
     except ValueError:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from ..config import ModelConfig
 
 Role = Literal["embed", "norm", "attention", "sinks", "router", "experts", "lm_head"]
+MATRIX_ROLES: tuple[Role, ...] = ("attention", "experts", "router", "embed", "lm_head")  # the roles that have matrices
 
 
 @dataclass(frozen=True)
 class Param:
     """One parameter.
 
-    name: canonical, for instance `layers.3.experts.gate.weight`.
+    name: canonical, for example `layers.3.experts.gate.weight`.
     layer: the layer's index, or None for `embed`, `norm` and `lm_head`.
-    shape: matrices are output-major [N, K], of experts [E, N, K]; q, k, v, o and gate, up, down are separate.
+    shape: matrices are output-major: [N, K], and [E, N, K] for experts. q, k and v are separate, as are gate and up.
     """
 
     name: str
@@ -31,31 +33,29 @@ class Param:
 
     @property
     def is_matrix(self) -> bool:
-        """True of what a quantizer may touch: weights multiplied with activations, and the embedding table."""
+        """True if a quantizer may change it: the weights that multiply activations, and the embedding table."""
         return self.role not in ("norm", "sinks") and self.name.endswith(".weight")
 
     @property
     def size(self) -> int:
         """Number of values."""
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
+        return math.prod(self.shape)
 
 
 def parameters(config: ModelConfig) -> tuple[Param, ...]:
-    """All parameters of one model, in the order in which the network uses them."""
-    wide, vocab = config.hidden_size, config.vocab_size
-    found = [Param("embed.weight", None, "embed", (vocab, wide))]
-    for layer in range(config.num_hidden_layers):
-        found += _layer(layer, config)
-    found.append(Param("norm.weight", None, "norm", (wide,)))
-    found.append(Param("lm_head.weight", None, "lm_head", (vocab, wide)))
-    return tuple(found)
+    """All parameters of a model, in the order in which the network uses them."""
+    hidden, vocab = config.hidden_size, config.vocab_size
+    layers = [param for layer in range(config.num_hidden_layers) for param in _layer_parameters(layer, config)]
+    return (
+        Param("embed.weight", None, "embed", (vocab, hidden)),
+        *layers,
+        Param("norm.weight", None, "norm", (hidden,)),
+        Param("lm_head.weight", None, "lm_head", (vocab, hidden)),
+    )
 
 
-def _layer(layer: int, config: ModelConfig) -> list[Param]:
-    wide, narrow, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
+def _layer_parameters(layer: int, config: ModelConfig) -> list[Param]:
+    hidden, intermediate, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
     q, kv = config.q_size, config.kv_size
 
     def linear(name: str, role: Role, shape: tuple[int, ...]) -> list[Param]:
@@ -63,15 +63,15 @@ def _layer(layer: int, config: ModelConfig) -> list[Param]:
         return [Param(f"{prefix}.weight", layer, role, shape), Param(f"{prefix}.bias", layer, role, shape[:-1])]
 
     return [
-        Param(f"layers.{layer}.attention_norm.weight", layer, "norm", (wide,)),
-        *linear("attention.q", "attention", (q, wide)),
-        *linear("attention.k", "attention", (kv, wide)),
-        *linear("attention.v", "attention", (kv, wide)),
-        *linear("attention.o", "attention", (wide, q)),
+        Param(f"layers.{layer}.attention_norm.weight", layer, "norm", (hidden,)),
+        *linear("attention.q", "attention", (q, hidden)),
+        *linear("attention.k", "attention", (kv, hidden)),
+        *linear("attention.v", "attention", (kv, hidden)),
+        *linear("attention.o", "attention", (hidden, q)),
         Param(f"layers.{layer}.attention.sinks", layer, "sinks", (config.num_attention_heads,)),
-        Param(f"layers.{layer}.mlp_norm.weight", layer, "norm", (wide,)),
-        *linear("router", "router", (experts, wide)),
-        *linear("experts.gate", "experts", (experts, narrow, wide)),
-        *linear("experts.up", "experts", (experts, narrow, wide)),
-        *linear("experts.down", "experts", (experts, wide, narrow)),
+        Param(f"layers.{layer}.mlp_norm.weight", layer, "norm", (hidden,)),
+        *linear("router", "router", (experts, hidden)),
+        *linear("experts.gate", "experts", (experts, intermediate, hidden)),
+        *linear("experts.up", "experts", (experts, intermediate, hidden)),
+        *linear("experts.down", "experts", (experts, hidden, intermediate)),
     ]

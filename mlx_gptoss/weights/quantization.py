@@ -1,7 +1,8 @@
-"""Numbers to codes: `quantize` for every Spec, and the recipes of the tools whose files are matched bit for bit.
+"""Numbers to codes: quantization to every Spec, and the recipes of other tools, whose files are reproduced bit for bit.
 
-All work goes block by block, as in codecs.py. Sources: OCP Microscaling v1.0 for e2m1, e4m3 and e8m0; MLX's `quantize`
-for affine, mxfp8 and nvfp4; ModelOpt, compressed-tensors and AutoRound for theirs.
+All work goes block by block, as in codecs.py. Each recipe is an encoder: a function from groups of float32 values that
+share a scale to their codes, scales and biases. Sources: OCP Microscaling v1.0 for MXFP4; MLX's `quantize` for affine,
+mxfp8 and nvfp4; ModelOpt, compressed-tensors and AutoRound for the formats of those tools.
 """
 
 from __future__ import annotations
@@ -12,110 +13,114 @@ from dataclasses import replace
 import numpy as np
 
 from ..errors import CheckpointError
-from .codecs import BFLOAT16, E4M3, E8M0, Bytes, Floats, blocks, decode, pack, shape
+from .codecs import BFLOAT16, E4M3, E8M0, Bytes, Floats, blocks, decode_block, pack
 from .tensor import AFFINE4, FP8_ROW, NVFP4, Array, Dense, Element, Quantized, ScaleKind, Spec, Weight
 
 
 def quantize(values: Array, spec: Spec, scale_dtype: np.dtype[np.generic] = BFLOAT16) -> Quantized:
-    """Floats [..., N, K] as `spec` stores them, K a multiple of the group. `scale_dtype` is that of affine scales."""
-    return convert(Dense(values), spec, scale_dtype)
+    """Quantize floats [..., N, K] to `spec`. Arguments and errors as in `to_spec`."""
+    return to_spec(Dense(values), spec, scale_dtype)
 
 
-def convert(weight: Weight, spec: Spec, scale_dtype: np.dtype[np.generic] = BFLOAT16) -> Quantized:
-    """The weight as `spec` stores it: itself, bit for bit, if it is stored so already, else quantized anew.
+def to_spec(weight: Weight, spec: Spec, scale_dtype: np.dtype[np.generic] = BFLOAT16) -> Quantized:
+    """The weight itself if it is stored as `spec` already, else the decoded weight quantized to `spec`.
 
-    Raises CheckpointError if K is no multiple of the group or a value is NaN or infinite.
+    scale_dtype: the dtype of affine scales and biases.
+    Raises CheckpointError if K is not a multiple of the group, or if a value is NaN or infinite.
     """
     if isinstance(weight, Quantized) and weight.spec == spec and weight.outer is None:
         return weight
-    return recode(weight, spec, _ENCODERS[spec.element, spec.scale], scale_dtype)
+    return quantize_with(weight, spec, _ENCODERS[spec.element, spec.scale], scale_dtype)
 
 
 def quantize_nvfp4(weight: Weight, outer: Array) -> Quantized:
-    """The weight quantized anew to NVFP4 under one second scale, `outer` float32 [], as ModelOpt does bit for bit.
+    """Quantize to NVFP4 under one second scale, `outer` float32 [], bit for bit as ModelOpt does.
 
-    Its choice of `outer` is amax / 2688: the largest value is then 6 (e2m1) * 448 (e4m3) * outer.
+    ModelOpt chooses `outer` = amax / 2688, so that the largest value is 6 (e2m1) * 448 (e4m3) * outer.
     """
 
     def encode(groups: Floats, spec: Spec) -> tuple[Bytes, Bytes, None]:
-        return _nvfp4_scaled(groups, outer)
+        return _encode_nvfp4_scaled(groups, outer)
 
-    found = recode(weight, NVFP4, encode, BFLOAT16)
-    return replace(found, outer=outer)
+    return replace(quantize_with(weight, NVFP4, encode, BFLOAT16), outer=outer)
 
 
 def quantize_fp8_rows(weight: Weight) -> Quantized:
-    """The weight quantized anew to e4m3 codes with one bfloat16 scale a row, as compressed-tensors does bit for bit."""
-    group = replace(FP8_ROW, group=shape(weight)[-1], scale="float")
-    found = recode(weight, group, _fp8_row, BFLOAT16)
-    return Quantized(FP8_ROW, found.codes, outer=found.scale)
+    """Quantize to e4m3 with one bfloat16 scale per row (in `outer`), bit for bit as compressed-tensors does."""
+    row_spec = replace(FP8_ROW, group=weight.shape[-1], scale="float")
+    rows = quantize_with(weight, row_spec, _encode_fp8_row, BFLOAT16)
+    return Quantized(FP8_ROW, rows.codes, outer=rows.scale)
 
 
 def quantize_symmetric(weight: Weight) -> Quantized:
-    """The weight quantized anew to 4-bit integers around 8 with a float16 scale a group of 64, as AutoRound rounds to
-    nearest, bit for bit. Raises CheckpointError for a value that float16 cannot scale."""
-    return recode(weight, AFFINE4, _symmetric, np.dtype(np.float16))
+    """Quantize to 4-bit integers around 8, bit for bit as AutoRound's round-to-nearest does.
+
+    Each group of 64 has a float16 scale. Raises CheckpointError if a value is too large for one.
+    """
+    return quantize_with(weight, AFFINE4, _encode_symmetric, np.dtype(np.float16))
 
 
 def symmetric_bias(scale: Array) -> Array:
-    """-8 * scale: what code 0 stands for where 8 is zero; exact in the scale's own dtype unless it is too large, which
-    raises CheckpointError. NaN and infinity pass."""
+    """-8 * scale: the value of code 0 where code 8 means zero. Exact in the dtype of `scale`.
+
+    Raises CheckpointError on overflow. NaN and infinite scales pass.
+    """
     with np.errstate(over="ignore"):
         bias: Array = scale * scale.dtype.type(-8)
     if np.any(np.isinf(bias) & np.isfinite(scale)):
         raise CheckpointError(
-            f"a scale is too large for 8 steps of it to be a {scale.dtype.name}; the checkpoint is damaged, or needs a "
+            f"a scale is too large: 8 times it overflows {scale.dtype.name}; the checkpoint is damaged, or needs a "
             "format with wider scales, such as mlx-4bit"
         )
     return bias
 
 
-def largest(weight: Weight) -> np.float32:
-    """The largest magnitude. Raises CheckpointError if a value is NaN or infinite."""
+def max_abs(weight: Weight) -> np.float32:
+    """The largest magnitude of a weight. Raises CheckpointError if a value is NaN or infinite."""
     found: np.float32 = np.float32(0)
-    for _, part in blocks(weight):
-        found = max(found, _most(np.abs(decode(part)).reshape(1, -1), np.maximum)[0])
+    for _, block in blocks(weight):
+        found = max(found, _reduce_groups(np.abs(decode_block(block)).reshape(1, -1), np.maximum)[0])
     return found
 
 
-def recode(weight: Weight, spec: Spec, encode: Encode, scale_dtype: np.dtype[np.generic]) -> Quantized:
-    """Decode and encode block by block; `encode` may overwrite the float32 [n, group] that it is given.
+def quantize_with(weight: Weight, spec: Spec, encode: GroupEncoder, scale_dtype: np.dtype[np.generic]) -> Quantized:
+    """Decode the weight and encode it again, block by block.
 
-    It returns codes [n, group] as uint8, scales [n], and biases [n] or None.
+    encode: gets float32 groups [n, group], which it may overwrite; returns codes [n, group] as uint8, scales [n] and
+        biases [n] or None.
+    Raises CheckpointError if K is not a multiple of the group.
     """
-    *lead, width = shape(weight)
+    *lead, width = weight.shape
     if width % spec.group:
         raise CheckpointError(f"rows of {width} values cannot be cut into groups of {spec.group}")
-    floats = spec.scale == "float"
+    has_floats = spec.scale == "float"
     codes = np.empty((*lead, width * spec.bits // 8), np.uint8)
-    scale = np.empty((*lead, width // spec.group), scale_dtype if floats else np.uint8)
-    bias = np.empty_like(scale) if floats else None
-    for at, part in blocks(weight):
-        block = decode(part)
-        found, scale_block, bias_block = encode(block.reshape(-1, spec.group), spec)
-        codes[at] = pack(found, spec.bits).reshape(codes[at].shape)
-        scale[at] = scale_block.reshape(scale[at].shape)
-        if bias is not None and bias_block is not None:
-            bias[at] = bias_block.reshape(bias[at].shape)
+    scale = np.empty((*lead, width // spec.group), scale_dtype if has_floats else np.uint8)
+    bias = np.empty_like(scale) if has_floats else None
+    for index, block in blocks(weight):
+        groups = decode_block(block).reshape(-1, spec.group)
+        block_codes, block_scale, block_bias = encode(groups, spec)
+        codes[index] = pack(block_codes, spec.bits).reshape(codes[index].shape)
+        scale[index] = block_scale.reshape(scale[index].shape)
+        if bias is not None and block_bias is not None:
+            bias[index] = block_bias.reshape(bias[index].shape)
     return Quantized(spec, codes, scale, bias)
 
 
-def _most(groups: Floats, reduction: np.ufunc) -> Floats:
-    """The maximum or minimum of each group, [n, g] -> [n]; refuses NaN and infinity."""
-    most: Floats = reduction.reduceat(groups.reshape(-1), np.arange(0, groups.size, groups.shape[1]))
-    if not np.isfinite(most).all():
-        raise CheckpointError("a weight is NaN or infinite and cannot be quantized; the checkpoint is damaged")
-    return most
+# ------------------------------------------------------------- the encoders: groups [n, g] -> codes, scales, biases
 
 
-def affine(groups: Floats, spec: Spec) -> tuple[Bytes, Floats, Floats]:
-    """MLX's affine recipe: the edge of larger magnitude is a multiple of the scale, so that zero stays zero."""
+def encode_affine(groups: Floats, spec: Spec) -> tuple[Bytes, Floats, Floats]:
+    """MLX's affine recipe: bias and scale span the group from its smallest to its largest value.
+
+    The end of larger magnitude is made a multiple of the scale, so that zero is exact.
+    """
     top = np.float32(2**spec.bits - 1)
-    low, high = _most(groups, np.minimum), _most(groups, np.maximum)
-    side = np.abs(low) > np.abs(high)
+    low, high = _reduce_groups(groups, np.minimum), _reduce_groups(groups, np.maximum)
+    low_is_larger = np.abs(low) > np.abs(high)
     scale = np.maximum((high - low) / top, np.float32(1e-7))
-    scale = np.where(side, scale, -scale)
-    edge = np.where(side, low, high)
+    scale = np.where(low_is_larger, scale, -scale)
+    edge = np.where(low_is_larger, low, high)
     steps = np.rint(edge / scale)
     scale = np.divide(edge, steps, out=scale, where=steps != 0)
     bias = np.where(steps != 0, edge, np.float32(0))
@@ -126,106 +131,136 @@ def affine(groups: Floats, spec: Spec) -> tuple[Bytes, Floats, Floats]:
     return groups.astype(np.uint8), scale, bias
 
 
-def _mxfp4(groups: Floats, spec: Spec) -> tuple[Bytes, Bytes, None]:
+def _encode_mxfp4(groups: Floats, spec: Spec) -> tuple[Bytes, Bytes, None]:
     """OCP MX: scale 2^(floor(log2(amax)) - 2), so that the largest code of a group is 6 or 7 (4.0 or 6.0).
 
-    Values that came from MXFP4 fit exactly, and -0 stays code 8. A group of zeros gets scale 1.
+    Values decoded from MXFP4 are encoded exactly, and -0 stays code 8. A group of zeros gets scale 1.
     """
     sign = np.signbit(groups).view(np.uint8)
     magnitude = np.abs(groups, out=groups)
-    amax = _most(magnitude, np.maximum)
+    amax = _reduce_groups(magnitude, np.maximum)
     exponent = np.frexp(amax)[1] - 3
     scale = np.where(amax > 0, np.clip(exponent + 127, 0, 254), 127).astype(np.uint8)
     magnitude *= E8M0.take(254 - scale)[:, None]
-    code = _e2m1(magnitude, _TIES_TO_EVEN)
+    code = _e2m1_codes(magnitude, _TIES_TO_EVEN)
     code |= sign << 3
     return code, scale, None
 
 
-def _nvfp4(groups: Floats, spec: Spec) -> tuple[Bytes, Bytes, None]:
-    """MLX's nvfp4 without a tensor-wide scale: e4m3(amax / 6). As its CPU code does (the files mlx-lm wrote show it),
-    ties go to the smaller magnitude and what rounds to zero is +0."""
+def _encode_nvfp4(groups: Floats, spec: Spec) -> tuple[Bytes, Bytes, None]:
+    """MLX's nvfp4 without a per-tensor scale: the scale is e4m3(amax / 6).
+
+    Ties go to the smaller magnitude, and what rounds to zero becomes +0, as in MLX's CPU code (files written by mlx-lm
+    show it).
+    """
     sign = np.signbit(groups)
     magnitude = np.abs(groups, out=groups)
-    scale = _e4m3(_most(magnitude, np.maximum) / np.float32(6))
+    scale = _e4m3_codes(_reduce_groups(magnitude, np.maximum) / np.float32(6))
     step = E4M3.take(scale)
     step[step == 0] = np.inf
     magnitude /= step[:, None]
-    code = _e2m1(magnitude, _TIES_DOWN)
+    code = _e2m1_codes(magnitude, _TIES_DOWN)
     code |= (sign & (code != 0)).view(np.uint8) << 3
     return code, scale, None
 
 
-def _nvfp4_scaled(groups: Floats, outer: Array) -> tuple[Bytes, Bytes, None]:
-    """ModelOpt's nvfp4 (0.47, nvfp4_tensor.py): e4m3(amax / (6 outer)), at least 2^-9, and 1 for a group of zeros;
-    ties go to the even code and what rounds to zero keeps its sign."""
+def _encode_nvfp4_scaled(groups: Floats, outer: Array) -> tuple[Bytes, Bytes, None]:
+    """ModelOpt's nvfp4 (0.47, nvfp4_tensor.py): the scale is e4m3(amax / (6 outer)).
+
+    The scale is at least 2^-9, and 1 for a group of zeros. Ties go to the even code, and what rounds to zero keeps its
+    sign.
+    """
     magnitude = np.abs(groups)
-    ratio = _most(magnitude, np.maximum) / (np.float32(6) * outer)
+    ratio = _reduce_groups(magnitude, np.maximum) / (np.float32(6) * outer)
     ratio[ratio == 0] = 1
-    scale = _e4m3(np.maximum(ratio, np.float32(2**-9)))
+    scale = _e4m3_codes(np.maximum(ratio, np.float32(2**-9)))
     step = (E4M3.take(scale) * outer)[:, None]
     magnitude /= step
-    code = _e2m1(magnitude, _TIES_TO_EVEN)
+    code = _e2m1_codes(magnitude, _TIES_TO_EVEN)
     code |= (groups < 0).view(np.uint8) << 3
     return code, scale, None
 
 
-def _fp8_row(groups: Floats, spec: Spec) -> tuple[Bytes, Array, None]:
-    """compressed-tensors 0.19 on bfloat16 weights: scale bf16(amax / 448), 2^-7 for a row of zeros; the quotient is
-    rounded to bfloat16 before it is to e4m3, and -0 becomes +0."""
-    scale = (_most(np.abs(groups), np.maximum) / np.float32(448)).astype(BFLOAT16)
+def _encode_fp8_row(groups: Floats, spec: Spec) -> tuple[Bytes, Array, None]:
+    """compressed-tensors 0.19 on bfloat16 weights: the scale is bf16(amax / 448), and 2^-7 for a row of zeros.
+
+    The quotient is rounded to bfloat16 before it is rounded to e4m3, and -0 becomes +0.
+    """
+    scale = (_reduce_groups(np.abs(groups), np.maximum) / np.float32(448)).astype(BFLOAT16)
     scale[scale == 0] = 2**-7
     quotient = (groups / scale.astype(np.float32)[:, None]).astype(BFLOAT16)
-    return _E4M3_OF_BFLOAT16.take(quotient.view(np.uint16)), scale, None
+    return _BFLOAT16_TO_E4M3.take(quotient.view(np.uint16)), scale, None
 
 
-def _symmetric(groups: Floats, spec: Spec) -> tuple[Bytes, Array, Array]:
-    """AutoRound 0.16's int_sym: the element of largest magnitude gets code 0, so the scale has the opposite of its
-    sign; scales are at least float16(1e-5) in magnitude."""
-    low = np.minimum(_most(groups, np.minimum), 0)
-    high = np.maximum(_most(groups, np.maximum), 0)
-    least = np.float16(1e-5)
+def _encode_symmetric(groups: Floats, spec: Spec) -> tuple[Bytes, Array, Array]:
+    """AutoRound 0.16's int_sym: the element of the largest magnitude gets code 0, so the scale has the opposite sign.
+
+    The magnitude of a scale is at least float16(1e-5).
+    """
+    low = np.minimum(_reduce_groups(groups, np.minimum), 0)
+    high = np.maximum(_reduce_groups(groups, np.maximum), 0)
+    min_scale = np.float16(1e-5)
     with np.errstate(over="ignore"):
         scale = (np.where(high < -low, -low, -high) / np.float32(8)).astype(np.float16)
     if not np.isfinite(scale).all():
         raise CheckpointError("a weight is too large for the float16 scales of int4-autoround; choose another format")
-    scale = np.where(scale < 0, np.minimum(scale, -least), np.maximum(scale, least))
-    work = groups / scale.astype(np.float32)[:, None]
-    np.rint(work, out=work)
-    work += np.float32(8)
-    np.clip(work, 0, 15, out=work)
-    return work.astype(np.uint8), scale, symmetric_bias(scale)
+    scale = np.where(scale < 0, np.minimum(scale, -min_scale), np.maximum(scale, min_scale))
+    codes = groups / scale.astype(np.float32)[:, None]
+    np.rint(codes, out=codes)
+    codes += np.float32(8)
+    np.clip(codes, 0, 15, out=codes)
+    return codes.astype(np.uint8), scale, symmetric_bias(scale)
 
 
-def _mxfp8(groups: Floats, spec: Spec) -> tuple[Bytes, Bytes, None]:
+def _encode_mxfp8(groups: Floats, spec: Spec) -> tuple[Bytes, Bytes, None]:
     """MLX's mxfp8: scale 2^ceil(log2(amax / 448)), so that nothing saturates. A group of zeros gets scale 1."""
     sign = np.signbit(groups).view(np.uint8)
     magnitude = np.abs(groups, out=groups)
-    amax = _most(magnitude, np.maximum)
+    amax = _reduce_groups(magnitude, np.maximum)
     mantissa, exponent = np.frexp(amax / np.float32(448))
     power = exponent - (mantissa == 0.5)
     scale = np.where(amax > 0, np.clip(power + 127, 0, 254), 127).astype(np.uint8)
     magnitude *= E8M0.take(254 - scale)[:, None]
-    code = _e4m3(magnitude)
+    code = _e4m3_codes(magnitude)
     code |= sign << 7
     return code, scale, None
 
 
+GroupEncoder = Callable[[Floats, Spec], tuple[Bytes, Array, Array | None]]
+_ENCODERS: Mapping[tuple[Element, ScaleKind], GroupEncoder] = {
+    ("uint", "float"): encode_affine,
+    ("e2m1", "e8m0"): _encode_mxfp4,
+    ("e2m1", "e4m3"): _encode_nvfp4,
+    ("e4m3", "e8m0"): _encode_mxfp8,
+}
+
+
+# ------------------------------------------------------------------------------------------- parts of the encoders
+
+
+def _reduce_groups(groups: Floats, reduction: np.ufunc) -> Floats:
+    """The maximum or minimum of each group, [n, g] -> [n]. Raises CheckpointError for NaN or infinity."""
+    found: Floats = reduction.reduceat(groups.reshape(-1), np.arange(0, groups.size, groups.shape[1]))
+    if not np.isfinite(found).all():
+        raise CheckpointError("a weight is NaN or infinite and cannot be quantized; the checkpoint is damaged")
+    return found
+
+
 _MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between neighbours of the e2m1 grid
-_TIES_DOWN = tuple((np.greater, edge) for edge in _MIDPOINTS)
-_TIES_TO_EVEN = tuple(((np.greater, np.greater_equal)[i % 2], edge) for i, edge in enumerate(_MIDPOINTS))
+_TIES_DOWN = tuple((np.greater, midpoint) for midpoint in _MIDPOINTS)
+_TIES_TO_EVEN = tuple(((np.greater, np.greater_equal)[i % 2], midpoint) for i, midpoint in enumerate(_MIDPOINTS))
 
 
-def _e2m1(magnitude: Floats, edges: tuple[tuple[np.ufunc, float], ...]) -> Bytes:
-    """The code 0..7 of each magnitude: the number of midpoints that it is beyond."""
+def _e2m1_codes(magnitude: Floats, thresholds: tuple[tuple[np.ufunc, float], ...]) -> Bytes:
+    """The code 0..7 of each magnitude: the number of thresholds that it passes."""
     code = np.zeros(magnitude.shape, np.uint8)
-    for beyond, edge in edges:
-        code += beyond(magnitude, np.float32(edge)).view(np.uint8)
+    for passes, midpoint in thresholds:
+        code += passes(magnitude, np.float32(midpoint)).view(np.uint8)
     return code
 
 
-def _e4m3(magnitude: Floats) -> Bytes:
-    """Nearest code 0..126 of non-negative values, ties to even, saturating at 448."""
+def _e4m3_codes(magnitude: Floats) -> Bytes:
+    """The nearest code 0..126 of non-negative values; ties to even, saturating at 448."""
     bits = np.minimum(magnitude, np.float32(448)).view(np.int32)
     even = bits >> 20
     even &= 1
@@ -237,19 +272,11 @@ def _e4m3(magnitude: Floats) -> Bytes:
     return code
 
 
-def _e4m3_of_bfloat16() -> Bytes:
-    """The nearest e4m3 code of every bfloat16 by its bits, saturating; +0 for both zeros."""
+def _bfloat16_to_e4m3() -> Bytes:
+    """The table [65536] from a bfloat16's bits to its nearest e4m3 code: saturating, +0 for both zeros."""
     values = np.arange(2**15, dtype=np.uint16).view(BFLOAT16).astype(np.float32)
-    codes = _e4m3(np.nan_to_num(values, nan=448))
+    codes = _e4m3_codes(np.nan_to_num(values, nan=448))
     return np.concatenate([codes, codes[:1], codes[1:] | 128])
 
 
-_E4M3_OF_BFLOAT16 = _e4m3_of_bfloat16()
-
-Encode = Callable[[Floats, Spec], tuple[Bytes, Array, Array | None]]
-_ENCODERS: Mapping[tuple[Element, ScaleKind], Encode] = {
-    ("uint", "float"): affine,
-    ("e2m1", "e8m0"): _mxfp4,
-    ("e2m1", "e4m3"): _nvfp4,
-    ("e4m3", "e8m0"): _mxfp8,
-}
+_BFLOAT16_TO_E4M3 = _bfloat16_to_e4m3()

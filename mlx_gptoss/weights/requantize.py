@@ -1,4 +1,4 @@
-"""A checkpoint seen through another format's recipe: weights are quantized as they are read, and nothing is written."""
+"""Quantizing while loading: a checkpoint whose matrices are quantized as they are read. Nothing is written."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ from typing import Final
 from ..config import ModelConfig
 from ..errors import InvalidRequest
 from . import codecs, quantization
-from .checkpoint import Readable
+from .checkpoint import CheckpointLike
 from .formats import WRITERS
 from .params import Param, Role
 from .tensor import AFFINE4, AFFINE8, Dense, Spec, Weight
 
-REST: Final = {"rest-8bit": AFFINE8, "rest-4bit": AFFINE4}
+REST_SPECS: Final = {"rest-8bit": AFFINE8, "rest-4bit": AFFINE4}
 REST_ROLES: Final[tuple[Role, ...]] = ("attention", "embed", "lm_head")
-QUANTIZE: Final = (*sorted(name for name in WRITERS if name.startswith("mlx-")), *REST)
+QUANTIZE_NAMES: Final = (*sorted(name for name in WRITERS if name.startswith("mlx-")), *REST_SPECS)
 
 
 class Requantized:
-    """What a backend's loader needs of a Checkpoint, with matrices stored as the format `name` would store them; or,
-    for "rest-8bit" and "rest-4bit", all but experts and router quantized in groups of 64, and those as they are.
+    """A checkpoint with its matrices quantized as the format `name` stores them, for a backend to load.
 
-    Weights that are stored so already stay as they are, bit for bit. Raises InvalidRequest for another name.
+    name: an MLX format; or "rest-8bit" or "rest-4bit", which quantize all matrices but those of the experts and the
+        router to affine codes in groups of 64.
+    A matrix that is stored that way already stays as it is, bit for bit. Raises InvalidRequest for an unknown name.
     """
 
-    def __init__(self, checkpoint: Readable, name: str) -> None:
-        if name not in QUANTIZE:
-            raise InvalidRequest(f"quantize must be one of {', '.join(QUANTIZE)}, not {name!r}")
+    def __init__(self, checkpoint: CheckpointLike, name: str) -> None:
+        if name not in QUANTIZE_NAMES:
+            raise InvalidRequest(f"quantize must be one of {', '.join(QUANTIZE_NAMES)}, not {name!r}")
         self.config: ModelConfig = checkpoint.config
         self._checkpoint = checkpoint
         self._name = name
@@ -34,9 +35,9 @@ class Requantized:
 
     @property
     def size_bytes(self) -> int:
-        """Of all weights as they are read."""
+        """Size of all weights as `read` returns them."""
         params = self._checkpoint.params
-        if self._name not in REST:
+        if self._name not in REST_SPECS:
             units = WRITERS[self._name].units(self._name, params, {param.name: "BF16" for param in params})
             return sum(info.nbytes for unit in units for info in unit.tensors)
         size = self._checkpoint.size_bytes
@@ -54,15 +55,19 @@ class Requantized:
         param, weight = self._params[name], self._checkpoint.read(name)
         if not param.is_matrix:
             return weight
-        if self._name in REST and param.role not in REST_ROLES:
+        if self._name in REST_SPECS and param.role not in REST_ROLES:
             return weight
         spec = self._spec(param)
-        return Dense(codecs.to_bfloat16(weight)) if spec is None else quantization.convert(weight, spec)
+        return Dense(codecs.to_bfloat16(weight)) if spec is None else quantization.to_spec(weight, spec)
 
     def release(self) -> None:
+        """As Checkpoint.release, of all weights."""
         self._checkpoint.release()
 
     def _spec(self, param: Param) -> Spec | None:
-        """None where the format keeps bfloat16, or its groups do not divide the rows."""
-        spec = REST[self._name] if self._name in REST else WRITERS[self._name].recipes[self._name][param.role][1]
+        """The Spec of a matrix; None if it stays bfloat16: the format says so, or groups do not divide its rows."""
+        if self._name in REST_SPECS:
+            spec: Spec | None = REST_SPECS[self._name]
+        else:
+            _, spec = WRITERS[self._name].recipes[self._name][param.role]
         return None if spec is None or param.shape[-1] % spec.group else spec

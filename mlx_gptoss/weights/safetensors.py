@@ -1,12 +1,13 @@
-"""The safetensors container: a header reader that trusts nothing, and lazily mapped tensors.
+"""The safetensors container: a header reader for untrusted files, and memory-mapped tensors.
 
 A file is eight bytes (the header's length, little-endian), the header (JSON: name -> dtype, shape, data_offsets) and
-the tensors' bytes without gaps. Nothing but headers is read until a tensor's values are touched.
+the tensors' bytes without gaps. Only headers are read until the values of a tensor are used.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import mmap
 import os
 from collections.abc import Mapping
@@ -20,10 +21,11 @@ import numpy as np
 from ..errors import CheckpointError
 from .tensor import Array
 
-MAX_HEADER = 16 * 2**20  # the largest real one, 120b with every expert's tensors named, takes 8 MB
-MAX_ITEMS = 600_000  # commas and brackets in a JSON file; that one has 450,000. Bounds what parsing takes to 150 MB
+INDEX = "model.safetensors.index.json"  # of a checkpoint in several files: the file of each tensor
+MAX_HEADER_BYTES = 16 * 2**20  # the largest real header, of 120b with tensors for each expert, has 8 MB
+MAX_ITEMS = 600_000  # commas and brackets in a JSON file; that header has 450,000. Parsing then takes at most 150 MB
 
-# float8 tensors are handed over as their bit patterns
+# numpy has no float8, so those tensors are uint8 bit patterns.
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype("<f2"),
@@ -46,7 +48,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as a header names it: safetensors' dtype (a key of DTYPES) and shape."""
+    """A tensor's entry in a header. dtype: safetensors' name, a key of DTYPES."""
 
     name: str
     dtype: str
@@ -54,19 +56,18 @@ class TensorInfo:
 
     @property
     def count(self) -> int:
-        total = 1
-        for length in self.shape:
-            total *= length
-        return total
+        """Number of values."""
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Size in bytes."""
         return self.count * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
 class Header:
-    """One file's header. `offsets` count from the start of the file."""
+    """The header of one file. offsets: of each tensor's first byte, from the start of the file."""
 
     tensors: Mapping[str, TensorInfo]
     offsets: Mapping[str, int]
@@ -74,7 +75,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of one safetensors file, held against the file's length.
+    """Read the header of one safetensors file and check it against the file's length.
 
     Raises CheckpointError for a truncated file, a header that is too long or not JSON, a duplicate name, an unknown
     dtype, a shape that does not fit its bytes, and offsets that are negative, overlap or leave gaps.
@@ -85,18 +86,18 @@ def read_header(path: Path) -> Header:
             start = file.read(8)
             length = int.from_bytes(start, "little")
             if len(start) < 8 or 8 + length > size:
-                raise _bad(path, "is truncated: it ends inside its header")
-            if length > MAX_HEADER:
-                raise _bad(path, f"has a header of {length} bytes; no gpt-oss checkpoint needs {MAX_HEADER}")
+                raise _damaged(path, "is truncated: it ends inside its header")
+            if length > MAX_HEADER_BYTES:
+                raise _damaged(path, f"has a header of {length} bytes; no gpt-oss checkpoint needs {MAX_HEADER_BYTES}")
             entries = parse_json(file.read(length), str(path.name))
     except OSError as error:
-        raise _bad(path, f"cannot be read ({error.strerror})") from error
+        raise _damaged(path, f"cannot be read ({error.strerror})") from error
     if not isinstance(entries, dict):
-        raise _bad(path, "has a header that is not a JSON object")
+        raise _damaged(path, "has a header that is not a JSON object")
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _bad(path, "has __metadata__ that is not a map of strings")
-    spans = [_entry(path, name, entry) for name, entry in entries.items()]
+        raise _damaged(path, "has __metadata__ that is not a map of strings")
+    spans = [_parse_entry(path, name, entry) for name, entry in entries.items()]
     _check_spans(path, spans, size - 8 - length)
     return Header(
         tensors={info.name: info for info, _, _ in spans},
@@ -106,12 +107,15 @@ def read_header(path: Path) -> Header:
 
 
 class MappedFile:
-    """One open safetensors file; tensors are read-only views of its mapping, possibly unaligned."""
+    """A memory-mapped file of tensors. Tensors are read-only views of the mapping and may be unaligned."""
 
     def __init__(self, path: Path, header: Header | None = None) -> None:
-        """`header` is that of a file of another kind, whose tensors lie in it likewise."""
+        """header: that of a file in another format, such as GGUF; None reads the header of a safetensors file.
+
+        Raises CheckpointError if the file cannot be mapped or its header is wrong.
+        """
         self.path = path
-        self.header = header or read_header(path)
+        self.header: Header = header or read_header(path)
         try:
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -120,13 +124,13 @@ class MappedFile:
         self._start = np.frombuffer(self._map, np.uint8).ctypes.data
 
     def get(self, name: str) -> Array:
-        """The tensor [its shape] as a view; pages are read when values are touched."""
+        """A tensor as a view. Its pages are read from the disk when its values are used."""
         info = self.header.tensors[name]
         view: Array = np.ndarray(info.shape, DTYPES[info.dtype], self._map, self.header.offsets[name])
         return view
 
     def release(self, start: int, stop: int) -> None:
-        """Drop the resident pages that lie wholly within the addresses [start, stop); touching them reads again."""
+        """Drop the resident pages that are entirely within the addresses [start, stop). They can be read again."""
         page = mmap.PAGESIZE
         first = -(-max(start - self._start, 0) // page) * page
         last = min(stop - self._start, len(self._map)) // page * page
@@ -136,17 +140,18 @@ class MappedFile:
             self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def release_all(self) -> None:
+        """Drop all resident pages."""
         self.release(self._start, self._start + len(self._map))
 
     def release_array(self, array: Array) -> None:
-        """Drop the resident pages of a view into this file; other arrays are left alone."""
+        """Drop the resident pages of an array if it is a view into this file, else do nothing."""
         start, stop = byte_bounds(array)
         if self._start <= start < self._start + len(self._map):
             self.release(start, stop)
 
 
 def byte_bounds(array: Array) -> tuple[int, int]:
-    """First address and the one past the last of an array with any strides."""
+    """The addresses [start, stop) that an array occupies, whatever its strides."""
     start = stop = array.ctypes.data
     for length, stride in zip(array.shape, array.strides, strict=True):
         start += min(0, (length - 1) * stride)
@@ -155,60 +160,65 @@ def byte_bounds(array: Array) -> tuple[int, int]:
 
 
 def parse_json(data: bytes, name: str) -> Any:
-    """JSON of a bounded number of items, without duplicate keys. Raises CheckpointError for anything else."""
-    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > MAX_ITEMS:
-        raise CheckpointError(f"{name} has more items than any gpt-oss checkpoint; it is damaged or hostile")
+    """Parse JSON. Raises CheckpointError if it is invalid, has a duplicate key or has more than MAX_ITEMS items.
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    name: the file's name, for the error.
+    """
+    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > MAX_ITEMS:
+        raise CheckpointError(f"{name} has more items than any gpt-oss checkpoint; it is damaged or malicious")
+
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
             seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise CheckpointError(f"{name} names {twice!r} twice; download the file again")
+            duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise CheckpointError(f"{name} has the key {duplicate!r} twice; download the file again")
         return found
 
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+        return json.loads(data.decode("utf-8"), object_pairs_hook=without_duplicates)
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{name} is not UTF-8 text; download the file again") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{name} is not valid JSON ({str(error)[:80]}); download the file again") from error
 
 
-def _bad(path: Path, what: str) -> CheckpointError:
+def _damaged(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{path} {what}; download the file again")
 
 
-def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
+def _parse_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
+    """A tensor's info and its bytes [begin, end) in the data. Raises CheckpointError if its entry is malformed."""
     if not name.isprintable():
-        raise _bad(path, f"has the tensor name {name!r}, which cannot be printed")
+        raise _damaged(path, f"has the tensor name {name!r}, which cannot be printed")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _bad(path, f"describes {name!r} without exactly dtype, shape and data_offsets")
+        raise _damaged(path, f"describes {name!r} without exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _bad(path, f"gives {name!r} the unknown dtype {dtype!r}")
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise _bad(path, f"gives {name!r} a shape or offsets that are not lists of natural numbers")
+        raise _damaged(path, f"gives {name!r} the unknown dtype {dtype!r}")
+    if not _are_natural(shape) or not _are_natural(offsets) or len(offsets) != 2:
+        raise _damaged(path, f"gives {name!r} a shape or offsets that are not lists of natural numbers")
     if len(shape) > 8:
-        raise _bad(path, f"gives {name!r} {len(shape)} dimensions")
+        raise _damaged(path, f"gives {name!r} {len(shape)} dimensions")
     info = TensorInfo(name, dtype, tuple(shape))
     begin, end = offsets
     if end - begin != info.nbytes:
-        raise _bad(path, f"gives {name!r} {end - begin} bytes where {dtype} {list(shape)} takes {info.nbytes}")
+        raise _damaged(path, f"gives {name!r} {end - begin} bytes where {dtype} {list(shape)} takes {info.nbytes}")
     return info, begin, end
 
 
-def _naturals(value: Any) -> bool:
+def _are_natural(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
-def _check_spans(path: Path, spans: list[tuple[TensorInfo, int, int]], data: int) -> None:
+def _check_spans(path: Path, spans: list[tuple[TensorInfo, int, int]], data_bytes: int) -> None:
+    """Raise CheckpointError unless the tensors fill the data exactly, without a gap or an overlap."""
     at = 0
     for info, begin, end in sorted(spans, key=lambda span: span[1:]):
         if begin != at:
-            raise _bad(path, f"has a gap or an overlap before {info.name!r} (byte {begin} where {at} is due)")
+            raise _damaged(path, f"has a gap or an overlap before {info.name!r} (at byte {begin} instead of {at})")
         at = end
-    if at > data:
-        raise _bad(path, f"is truncated: {data} of {at} bytes of tensors are there")
-    if at < data:
-        raise _bad(path, f"has {data - at} bytes that belong to no tensor")
+    if at > data_bytes:
+        raise _damaged(path, f"is truncated: it has {data_bytes} of {at} bytes of tensors")
+    if at < data_bytes:
+        raise _damaged(path, f"has {data_bytes - at} bytes that belong to no tensor")

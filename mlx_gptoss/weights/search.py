@@ -1,9 +1,10 @@
-"""4-bit affine scales of least squared error: what `convert --search mse` quantizes with.
+"""Least-squares scales for 4-bit affine weights: what `convert --search mse` quantizes with.
 
-MLX's recipe spans a group from its least to its largest value. Fewer, finer steps that cut off a few values, or steps
-that meet the few distinct values which weights from MXFP4 have, lose less: on such weights about 7.1% relative error
-instead of 9.3%, in the same bits. Each group takes the best of 16 candidates, then alternates twice between the nearest
-codes and the line of least squares through them (Lloyd's algorithm), and never does worse than the recipe.
+MLX's recipe spans a group from its smallest to its largest value. Two things lose less in the same storage: finer
+steps that clip a few values, and steps that match the few distinct values of weights that came from MXFP4. On such
+weights the relative error falls from 9.3% to about 7.1%. Each group takes the best of 16 candidates and then alternates
+twice between the nearest codes and the least-squares line through them (Lloyd's algorithm). No group gets worse than
+with the recipe.
 """
 
 from __future__ import annotations
@@ -18,94 +19,97 @@ from . import quantization
 from .codecs import BFLOAT16, Bytes, Floats
 from .tensor import Quantized, Spec, Weight
 
-# (step / amax * 192, -edge / amax * 48) of a group turned so that its largest magnitude is negative. Chosen one after
-# the other, each to lower the error most, over Gaussian and Student-t weights, plain and through MXFP4.
+# Pairs of (step / amax * 192, -edge / amax * 48), for a group whose sign is chosen so that its value of the largest
+# magnitude is negative. Picked greedily, each to lower the error most, over Gaussian and Student-t weights, both plain
+# and rounded to MXFP4.
 _CANDIDATES = (
     (24, 48), (18, 45), (27, 51), (21, 48), (17, 47), (24, 46), (21, 46), (25, 45),
     (20, 47), (23, 47), (24, 42), (24, 47), (26, 48), (22, 47), (28, 52), (19, 46),
 )  # fmt: skip
 _REFINEMENTS = 2
-_GROUPS = 1024  # worked on at once: three float32 arrays of these stay in the processor's cache
+_BLOCK_GROUPS = 1024  # groups per block: three float32 arrays of that size fit in the processor's cache
 
 
-def convert(weight: Weight, spec: Spec, scale_dtype: np.dtype[Any] = BFLOAT16) -> Quantized:
-    """As quantization.convert, but 4-bit affine gets the scales and biases of least squared error.
+def to_spec(weight: Weight, spec: Spec, scale_dtype: np.dtype[Any] = BFLOAT16) -> Quantized:
+    """Like quantization.to_spec, but 4-bit affine weights get the scales and biases of the least squared error.
 
-    `scale_dtype` is what they are rounded to before codes are chosen, so that the error counts that too.
+    scale_dtype: scales and biases are rounded to it before the codes are chosen, so the error includes that rounding.
     """
-    stored_so = isinstance(weight, Quantized) and weight.spec == spec and weight.outer is None
-    if stored_so or (spec.element, spec.bits) != ("uint", 4):
-        return quantization.convert(weight, spec, scale_dtype)
-    return quantization.recode(weight, spec, partial(_search, dtype=scale_dtype), scale_dtype)
+    is_stored_so = isinstance(weight, Quantized) and weight.spec == spec and weight.outer is None
+    if is_stored_so or (spec.element, spec.bits) != ("uint", 4):
+        return quantization.to_spec(weight, spec, scale_dtype)
+    return quantization.quantize_with(weight, spec, partial(_encode, dtype=scale_dtype), scale_dtype)
 
 
-def _search(groups: Floats, spec: Spec, *, dtype: np.dtype[Any]) -> tuple[Bytes, Floats, Floats]:
+def _encode(groups: Floats, spec: Spec, *, dtype: np.dtype[Any]) -> tuple[Bytes, Floats, Floats]:
+    """Codes [n, g], scales [n] and biases [n] of groups [n, g]."""
     codes = np.empty(groups.shape, np.uint8)
     scale, bias = np.empty(len(groups), np.float32), np.empty(len(groups), np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):  # of values near float32's largest; no such error is least
-        for start in range(0, len(groups), _GROUPS):
-            part = slice(start, start + _GROUPS)
-            best = _best(groups[part], spec, dtype)
-            codes[part] = _codes(groups[part], *best)
-            scale[part], bias[part] = best
+    # Values near float32's largest overflow to an infinite error, which is never the least.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, len(groups), _BLOCK_GROUPS):
+            part = slice(start, start + _BLOCK_GROUPS)
+            scale[part], bias[part] = found = _search(groups[part], spec, dtype)
+            codes[part] = _nearest_codes(groups[part], *found)
     return codes, scale, bias
 
 
-def _best(groups: Floats, spec: Spec, dtype: np.dtype[Any]) -> tuple[Floats, Floats]:
-    """Scale and bias [n] of groups [n, g]."""
-    _, scale, bias = quantization.affine(groups.copy(), spec)
-    scale, bias = _step(scale, dtype), _rounded(bias, dtype)
-    least = _error(groups, scale, bias)
-    for found_scale, found_bias in _proposals(groups, dtype):
-        error = _error(groups, found_scale, found_bias)
-        better = error < least
-        scale, bias = np.where(better, found_scale, scale), np.where(better, found_bias, bias)
-        least = np.where(better, error, least)
+def _search(groups: Floats, spec: Spec, dtype: np.dtype[Any]) -> tuple[Floats, Floats]:
+    """The best scale and bias [n] of groups [n, g]: those of the recipe, unless a proposal has a smaller error."""
+    _, scale, bias = quantization.encode_affine(groups.copy(), spec)
+    scale, bias = _round_scale(scale, dtype), _round(bias, dtype)
+    best_error = _squared_error(groups, scale, bias)
+    for proposed_scale, proposed_bias in _proposals(groups, dtype):
+        error = _squared_error(groups, proposed_scale, proposed_bias)
+        better = error < best_error
+        scale, bias = np.where(better, proposed_scale, scale), np.where(better, proposed_bias, bias)
+        best_error = np.where(better, error, best_error)
     return scale, bias
 
 
 def _proposals(groups: Floats, dtype: np.dtype[Any]) -> Iterator[tuple[Floats, Floats]]:
-    """The best candidate of each group, then its refinements; scale and bias [n], as `dtype` holds them."""
+    """Scale and bias [n] of each group's best candidate, then of its refinements, all rounded to `dtype`."""
     scale, bias = _best_candidate(groups)
-    for left in reversed(range(_REFINEMENTS + 1)):
-        scale, bias = _step(scale, dtype), _rounded(bias, dtype)
+    for refinements_left in reversed(range(_REFINEMENTS + 1)):
+        scale, bias = _round_scale(scale, dtype), _round(bias, dtype)
         yield scale, bias
-        if left:
-            scale, bias = _line(groups, _codes(groups, scale, bias), scale)
+        if refinements_left:
+            scale, bias = _least_squares(groups, _nearest_codes(groups, scale, bias), scale)
 
 
 def _best_candidate(groups: Floats) -> tuple[Floats, Floats]:
+    """Scale and bias [n] of the candidate with the smallest error in each group [n, g]."""
     low, high = groups.min(axis=1), groups.max(axis=1)
-    amax = np.where(-low >= high, -low, -high)  # negative where the group is turned
-    whole = groups * np.divide(1, amax, out=np.zeros_like(amax), where=amax != 0)[:, None]
-    least = np.full(len(groups), np.inf, np.float32)
+    amax = np.where(-low >= high, -low, -high)  # negative where the sign of the group is turned
+    normalized = groups * np.divide(1, amax, out=np.zeros_like(amax), where=amax != 0)[:, None]
+    best_error = np.full(len(groups), np.inf, np.float32)
     best = np.zeros(len(groups), np.intp)
-    steps, work = np.empty_like(whole), np.empty_like(whole)
+    steps, work = np.empty_like(normalized), np.empty_like(normalized)
     for index, (step, edge) in enumerate(_CANDIDATES):
-        np.multiply(whole, np.float32(192 / step), out=steps)
+        np.multiply(normalized, np.float32(192 / step), out=steps)
         steps += np.float32(4 * edge / step)
         np.rint(steps, out=work)
         np.clip(work, 0, 15, out=work)
         work -= steps
         error = np.einsum("ng,ng->n", work, work) * np.float32(step**2)
-        better = error < least
-        best[better] = index
-        np.minimum(least, error, out=least)
+        best[error < best_error] = index
+        np.minimum(best_error, error, out=best_error)
     step, edge = np.array(_CANDIDATES, np.float32).T
     return step[best] / 192 * amax, -edge[best] / 48 * amax
 
 
-def _line(groups: Floats, codes: Floats, scale: Floats) -> tuple[Floats, Floats]:
-    """Scale and bias of least squares for given codes; `scale` where these are all the same."""
+def _least_squares(groups: Floats, codes: Floats, scale: Floats) -> tuple[Floats, Floats]:
+    """Scale and bias [n] of least squares for these codes [n, g], which are overwritten; `scale` if all are equal."""
     size = np.float32(groups.shape[1])
     mean_code, mean = codes.sum(axis=1) / size, groups.sum(axis=1) / size
     codes -= mean_code[:, None]
-    spread = np.einsum("ng,ng->n", codes, codes)
-    found = np.divide(np.einsum("ng,ng->n", codes, groups), spread, out=scale.copy(), where=spread > 0)
+    variance = np.einsum("ng,ng->n", codes, codes)
+    covariance = np.einsum("ng,ng->n", codes, groups)
+    found = np.divide(covariance, variance, out=scale.copy(), where=variance > 0)
     return found, mean - found * mean_code
 
 
-def _codes(groups: Floats, scale: Floats, bias: Floats) -> Floats:
+def _nearest_codes(groups: Floats, scale: Floats, bias: Floats) -> Floats:
     """The nearest codes [n, g], as float32."""
     codes = groups - bias[:, None]
     codes /= scale[:, None]
@@ -113,9 +117,9 @@ def _codes(groups: Floats, scale: Floats, bias: Floats) -> Floats:
     return np.clip(codes, 0, 15, out=codes)
 
 
-def _error(groups: Floats, scale: Floats, bias: Floats) -> Floats:
-    """Squared error [n] of each group with its nearest codes."""
-    values = _codes(groups, scale, bias)
+def _squared_error(groups: Floats, scale: Floats, bias: Floats) -> Floats:
+    """The squared error [n] of each group with its nearest codes."""
+    values = _nearest_codes(groups, scale, bias)
     values *= scale[:, None]
     values += bias[:, None]
     values -= groups
@@ -123,10 +127,10 @@ def _error(groups: Floats, scale: Floats, bias: Floats) -> Floats:
     return found
 
 
-def _step(scale: Floats, dtype: np.dtype[Any]) -> Floats:
-    """The scale as stored, of a magnitude of at least 1e-7, as MLX's are."""
-    return _rounded(np.where(np.abs(scale) < 1e-7, np.float32(1e-7), scale), dtype)
+def _round_scale(scale: Floats, dtype: np.dtype[Any]) -> Floats:
+    """The scale as stored. Its magnitude is at least 1e-7, as in MLX."""
+    return _round(np.where(np.abs(scale) < 1e-7, np.float32(1e-7), scale), dtype)
 
 
-def _rounded(values: Floats, dtype: np.dtype[Any]) -> Floats:
+def _round(values: Floats, dtype: np.dtype[Any]) -> Floats:
     return values.astype(dtype).astype(np.float32)

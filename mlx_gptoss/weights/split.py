@@ -1,160 +1,169 @@
-"""Which rank holds what of a model that is spread over several machines or GPUs, written once for every format.
+"""Tensor and expert parallelism: which part of a model each rank holds, the same for every format.
 
-Attention is cut by KV head: rows of q, k and v with their biases, columns of o, sinks. Experts are cut by expert and
-lm_head by rows of the vocabulary, all in contiguous ranges that need not be equal. The embeddings, norms, the router
-and o's bias are everywhere. So what a rank computes of attention (without o's bias) and of the experts is a part of a
-sum, and the ranks' logits stand side by side.
+Attention is split by KV head: the rows of q, k and v with their biases, the columns of o, the sinks. Experts are split
+by expert and lm_head by rows of the vocabulary. All parts are contiguous ranges, which may differ in size. Every rank
+holds the embeddings, the norms, the router and the bias of o. So each rank computes one summand of attention (without
+the bias of o) and of the experts, and one segment of the logits.
 
-Experts are never cut by rows: 2880 = 45 * 64 cannot be halved where groups of 64 share a scale. Columns of o can be
-cut between heads, for every group divides a head's 64.
+Experts are never split by rows: 2880 = 45 * 64 cannot be halved where groups of 64 share a scale. Columns of o can be
+split between heads, because every group size divides the 64 columns of a head.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any
 
 from ..config import ModelConfig
 from ..errors import CheckpointError, InvalidRequest
-from .checkpoint import Readable
-from .params import Param, Role
+from .checkpoint import CheckpointLike
+from .params import MATRIX_ROLES, Param, Role
 from .tensor import Array, Dense, Quantized, Spec, Weight
-
-MATRICES: Final[tuple[Role, ...]] = ("embed", "attention", "router", "experts", "lm_head")
 
 
 @dataclass(frozen=True)
-class Share:
+class RankShard:
     """What one of several ranks holds: contiguous ranges of query heads, KV heads, experts and token ids.
 
-    With more ranks than KV heads, those that share a KV head hold it each, and a part of its query heads.
+    With more ranks than KV heads, several ranks hold the same KV head, and each of them a part of its query heads.
     """
 
     rank: int
     ranks: int
-    queries: range
-    kv: range
+    query_heads: range
+    kv_heads: range
     experts: range
     vocabulary: range
 
     @staticmethod
-    def of(config: ModelConfig, rank: int, ranks: int) -> Share:
-        """Raises InvalidRequest for more ranks than query heads or experts."""
-        most = min(config.num_attention_heads, config.num_local_experts)
-        if not 1 <= ranks <= most:
-            raise InvalidRequest(f"this model can be split over 1 to {most} ranks, not {ranks}")
-        queries, kv = _heads(config, rank, ranks)
-        block = -(-config.vocab_size // ranks)  # of equal blocks, for a gather wants equal parts; the last is padded
+    def of(config: ModelConfig, rank: int, ranks: int) -> RankShard:
+        """The shard of one rank. Raises InvalidRequest for more ranks than query heads or experts."""
+        max_ranks = min(config.num_attention_heads, config.num_local_experts)
+        if not 1 <= ranks <= max_ranks:
+            raise InvalidRequest(f"this model can be split over 1 to {max_ranks} ranks, not {ranks}")
+        query_heads, kv_heads = _heads(config, rank, ranks)
+        experts = rank_range(config.num_local_experts, rank, ranks)
+        block = -(-config.vocab_size // ranks)  # equal blocks, as a gather needs them; the last one is padded
         vocabulary = range(min(rank * block, config.vocab_size), min((rank + 1) * block, config.vocab_size))
-        return Share(rank, ranks, queries, kv, part(config.num_local_experts, rank, ranks), vocabulary)
+        return RankShard(rank, ranks, query_heads, kv_heads, experts, vocabulary)
 
 
-def part(count: int, rank: int, ranks: int) -> range:
-    """The rank's part of `count` things; of 8 over 3 ranks 2, 3 and 3."""
+def rank_range(count: int, rank: int, ranks: int) -> range:
+    """The rank's part of `count` items. 8 items over 3 ranks are 2, 3 and 3."""
     return range(count * rank // ranks, count * (rank + 1) // ranks)
 
 
 def _heads(config: ModelConfig, rank: int, ranks: int) -> tuple[range, range]:
-    """Query heads and KV heads."""
-    count, each = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
-    if ranks <= count:
-        kv = part(count, rank, ranks)
-        return range(kv.start * each, kv.stop * each), kv
-    head = next(head for head in range(count) if rank in part(ranks, head, count))
-    sharers = part(ranks, head, count)
-    mine = part(each, rank - sharers.start, len(sharers))
-    return range(head * each + mine.start, head * each + mine.stop), range(head, head + 1)
+    """The query heads and the KV heads of a rank."""
+    kv_count = config.num_key_value_heads
+    queries_per_kv = config.num_attention_heads // kv_count
+    if ranks <= kv_count:
+        kv = rank_range(kv_count, rank, ranks)
+        return range(kv.start * queries_per_kv, kv.stop * queries_per_kv), kv
+    head = next(head for head in range(kv_count) if rank in rank_range(ranks, head, kv_count))
+    sharing_ranks = rank_range(ranks, head, kv_count)
+    own = rank_range(queries_per_kv, rank - sharing_ranks.start, len(sharing_ranks))
+    first = head * queries_per_kv
+    return range(first + own.start, first + own.stop), range(head, head + 1)
 
 
 class RankWeights:
-    """One rank's share of a checkpoint: a loader reads no more than that.
+    """One rank's part of a checkpoint. Reading it reads nothing of the other parts.
 
-    whole: the checkpoint. config: the model's with the rank's own heads; experts and vocabulary are counted whole, as
-    the router and who reads the logits see them. size_bytes: of the rank's matrices; what is no matrix, under a
-    hundredth, is counted whole.
+    source: the whole checkpoint.
+    config: the model's config with this rank's number of heads. Experts and vocabulary keep their full size, as the
+        router and the readers of the logits see them.
+    size_bytes: size of this rank's part. Vectors (norms, sinks, biases) count in full; they are under 1%.
     """
 
-    def __init__(self, checkpoint: Readable, share: Share) -> None:
-        whole = checkpoint.config
-        self.share = share
+    def __init__(self, checkpoint: CheckpointLike, shard: RankShard) -> None:
+        full = checkpoint.config
+        self.shard = shard
         self.config: ModelConfig = replace(
-            whole, num_attention_heads=len(share.queries), num_key_value_heads=len(share.kv)
+            full, num_attention_heads=len(shard.query_heads), num_key_value_heads=len(shard.kv_heads)
         )
-        self.format = checkpoint.format
-        self.stop_ids = checkpoint.stop_ids
-        self.whole = checkpoint
-        self._cuts = {param.name: _cut(param, whole, share) for param in checkpoint.params}
+        self.format: str = checkpoint.format
+        self.stop_ids: tuple[int, ...] = checkpoint.stop_ids
+        self.source = checkpoint
+        self._splits = {param.name: _split(param, full, shard) for param in checkpoint.params}
         self.params: tuple[Param, ...] = tuple(replace(p, shape=self._shape(p)) for p in checkpoint.params)
-        matrices = sum(checkpoint.matrix_bytes(role) - self.matrix_bytes(role) for role in MATRICES)
-        self.size_bytes = checkpoint.size_bytes - matrices
+        others = sum(checkpoint.matrix_bytes(role) - self.matrix_bytes(role) for role in MATRIX_ROLES)
+        self.size_bytes: int = checkpoint.size_bytes - others
 
     def read(self, name: str, rows: range | None = None) -> Weight:
-        """As Checkpoint.read, of the rank's part."""
-        axis, places = self._cuts[name] or (0, None)
+        """This rank's part of a weight, as Checkpoint.read. `rows` counts within the part."""
+        axis, part = self._splits[name] or (0, None)
         if axis == 0:
-            return self.whole.read(name, _within(places, rows))
-        assert places is not None
-        return _columns(self.whole.read(name, rows), places, name)
+            return self.source.read(name, _rows_of_part(part, rows))
+        assert part is not None
+        return _columns(self.source.read(name, rows), part, name)
 
     def release(self, weight: Weight | None = None) -> None:
-        self.whole.release(weight)
+        """As Checkpoint.release."""
+        self.source.release(weight)
 
     def stored_as(self, name: str) -> tuple[Spec | None, str | None]:
-        return self.whole.stored_as(name)
+        """As Checkpoint.stored_as."""
+        return self.source.stored_as(name)
 
     def matrix_bytes(self, role: Role) -> int:
-        """By the rank's share of the role's numbers."""
-        sizes = [
+        """Size of this rank's matrices of a role, estimated from its share of their values."""
+        own, full = (
             sum(param.size for param in params if param.role == role and param.is_matrix)
-            for params in (self.params, self.whole.params)
-        ]
-        return self.whole.matrix_bytes(role) * sizes[0] // sizes[1]
+            for params in (self.params, self.source.params)
+        )
+        return self.source.matrix_bytes(role) * own // full
 
     def fingerprint(self) -> list[list[Any]]:
-        return [*self.whole.fingerprint(), ["share", self.share.rank, self.share.ranks]]
+        """That of the source, with the rank and the number of ranks."""
+        return [*self.source.fingerprint(), ["shard", self.shard.rank, self.shard.ranks]]
 
     def _shape(self, param: Param) -> tuple[int, ...]:
-        cut = self._cuts[param.name]
-        if cut is None:
+        split = self._splits[param.name]
+        if split is None:
             return param.shape
-        at, places = cut
-        return (*param.shape[:at], len(places), *param.shape[at + 1 :])
+        axis, part = split
+        return (*param.shape[:axis], len(part), *param.shape[axis + 1 :])
 
 
-def _cut(param: Param, config: ModelConfig, share: Share) -> tuple[int, range] | None:
-    """The axis along which a parameter is cut, and what the rank has of it; None where every rank has all."""
+def _split(param: Param, config: ModelConfig, shard: RankShard) -> tuple[int, range] | None:
+    """The axis along which a parameter is split, and the rank's part of it; None if every rank holds all of it."""
     dim = config.head_dim
-    queries = range(share.queries.start * dim, share.queries.stop * dim)
-    kv = range(share.kv.start * dim, share.kv.stop * dim)
-    cuts = {
-        "attention.q": (0, queries),
-        "attention.k": (0, kv),
-        "attention.v": (0, kv),
-        "attention.o.weight": (1, queries),
-        "attention.sinks": (0, share.queries),
-        "experts": (0, share.experts),
-        "lm_head": (0, share.vocabulary),
+    query_rows = range(shard.query_heads.start * dim, shard.query_heads.stop * dim)
+    kv_rows = range(shard.kv_heads.start * dim, shard.kv_heads.stop * dim)
+    splits = {
+        "attention.q": (0, query_rows),
+        "attention.k": (0, kv_rows),
+        "attention.v": (0, kv_rows),
+        "attention.o.weight": (1, query_rows),
+        "attention.sinks": (0, shard.query_heads),
+        "experts": (0, shard.experts),
+        "lm_head": (0, shard.vocabulary),
     }
-    return next((cut for kind, cut in cuts.items() if f"{param.kind}.".startswith(f"{kind}.")), None)
+    return next((split for kind, split in splits.items() if f"{param.kind}.".startswith(f"{kind}.")), None)
 
 
-def _within(places: range | None, rows: range | None) -> range | None:
-    """Rows counted in `places`, of the whole."""
-    return rows if places is None else places if rows is None else places[rows.start : rows.stop]
+def _rows_of_part(part: range | None, rows: range | None) -> range | None:
+    """Rows counted within the part, as rows of the whole weight; None means all rows."""
+    if part is None:
+        return rows
+    return part if rows is None else part[rows.start : rows.stop]
 
 
-def _columns(weight: Weight, places: range, name: str) -> Weight:
-    """A range of the last axis, as views. Raises CheckpointError where a group of codes would be cut in two."""
+def _columns(weight: Weight, columns: range, name: str) -> Weight:
+    """A range of the last axis, as views. Raises CheckpointError if it cuts through a group of codes."""
     if isinstance(weight, Dense):
-        return replace(weight, values=weight.values[..., places.start : places.stop])
+        return replace(weight, values=weight.values[..., columns.start : columns.stop])
     spec = weight.spec
 
-    def of(array: Array | None, each: int) -> Array | None:
-        return None if array is None else array[..., places.start // each : places.stop // each]
+    def cut(array: Array | None, columns_per_item: int) -> Array | None:
+        if array is None:
+            return None
+        return array[..., columns.start // columns_per_item : columns.stop // columns_per_item]
 
     group = max(spec.group, 8 // spec.bits)
-    if places.start % group or places.stop % group:
+    if columns.start % group or columns.stop % group:
         raise CheckpointError(f"{name} cannot be split between heads: its scales span {group} columns; use one rank")
-    codes = of(weight.codes, 8 // spec.bits)
+    codes = cut(weight.codes, 8 // spec.bits)
     assert codes is not None
-    return Quantized(spec, codes, of(weight.scale, spec.group or 1), of(weight.bias, spec.group or 1), weight.outer)
+    return Quantized(spec, codes, cut(weight.scale, spec.group or 1), cut(weight.bias, spec.group or 1), weight.outer)

@@ -1,11 +1,13 @@
-"""A weight as every format and every backend understands it. numpy only; arrays may be views into a mapped file.
+"""A weight as every format and every backend understands it: Dense or Quantized, in numpy.
 
-One formula covers every format: `w = (value(code) * scale + bias) * outer`, evaluated in float32.
+One formula covers every format: `w = (value(code) * scale + bias) * outer`, evaluated in float32 (codecs.py). Arrays
+may be read-only views of a mapped file; such a weight takes no memory until its values are used.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from numpy.typing import NDArray
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 from ..config import ModelConfig
 
 Array = NDArray[Any]
+Index = int | slice | NDArray[Any]
 Element = Literal["e2m1", "e4m3", "uint"]
 ScaleKind = Literal["e8m0", "e4m3", "float", "none"]
 
@@ -22,9 +25,9 @@ class Spec:
     """How the numbers of a quantized weight are stored.
 
     element: what a code means: e2m1 (FP4), e4m3 (FP8), or an unsigned integer.
-    bits: of one code, 4 or 8.
-    group: elements along K that share a scale; 0 when there is none (`scale` is "none").
-    scale: e8m0 (a power of two in a byte), e4m3 (a byte), "float" (bf16, f16 or f32 as stored), or "none".
+    bits: bits per code, 4 or 8.
+    group: number of consecutive elements along K that share a scale; 0 if there is no scale (`scale` is "none").
+    scale: e8m0 (a power of two in one byte), e4m3 (one byte), "float" (bf16, f16 or f32 as stored), or "none".
     """
 
     element: Element
@@ -46,21 +49,45 @@ AFFINE8_G32 = Spec("uint", 8, 32, "float")
 class Dense:
     """Values as stored: bfloat16 (ml_dtypes), float16 or float32. Matrices are [..., N, K]: output-major.
 
-    input_scale: what kernels with 4-bit activations divide this matrix's input by, if a checkpoint says so; carried
-        from one checkpoint into the next, used by nothing else.
+    input_scale: the divisor that kernels with 4-bit activations apply to this matrix's input, if the checkpoint has
+        one. It is copied from checkpoint to checkpoint and has no other use here.
     """
 
     values: Array
     input_scale: float | None = None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """Every array of the weight."""
+        return (self.values,)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all arrays in bytes."""
+        return _nbytes(self.arrays)
+
+    def __getitem__(self, index: Index) -> Dense:
+        """Part of the first axis, as numpy indexes it: an int or a slice gives views, an array of ints a copy."""
+        return replace(self, values=self.values[index])
+
+    def output_rows(self, start: int, stop: int) -> Dense:
+        """Rows [start, stop) of a matrix [N, K], or of each expert's matrix in [E, N, K], as views."""
+        return replace(self, values=self.values[..., start:stop, :])
+
 
 @dataclass(frozen=True)
 class Quantized:
-    """codes: uint8 [..., N, K * bits / 8], K-major, low nibble first.
-    scale: [..., N, K / group], uint8 for e8m0 and e4m3 (their bit patterns), a float dtype otherwise; None for none.
-    bias: like scale, float dtype; None is 0.
-    outer: float32 or as stored, broadcastable to [..., N, 1]: per tensor [], per expert [E, 1, 1], per row [..., N, 1];
-        None is 1.
+    """Codes, scales and what else the formula needs.
+
+    codes: uint8 [..., N, K * bits / 8], K-major, low nibble first.
+    scale: [..., N, K / group]: uint8 bit patterns for e8m0 and e4m3, a float dtype for "float"; None if there is none.
+    bias: shape and dtype of a float scale; None means 0.
+    outer: float32 or as stored, broadcastable to [..., N, 1]: [] per tensor, [E, 1, 1] per expert, [..., N, 1] per row;
+        None means 1.
     input_scale: as in Dense.
     """
 
@@ -71,12 +98,50 @@ class Quantized:
     outer: Array | None = None
     input_scale: float | None = None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the decoded weight, [..., N, K]."""
+        return (*self.codes.shape[:-1], self.codes.shape[-1] * 8 // self.spec.bits)
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """Every array of the weight."""
+        return tuple(array for array in (self.codes, self.scale, self.bias, self.outer) if array is not None)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all arrays in bytes."""
+        return _nbytes(self.arrays)
+
+    def __getitem__(self, index: Index) -> Quantized:
+        """Part of the first axis, as numpy indexes it: an int or a slice gives views, an array of ints a copy."""
+        outer = self.outer
+        if outer is not None and outer.ndim == self.codes.ndim:
+            if outer.shape[0] > 1:
+                outer = outer[index]
+            elif isinstance(index, int):
+                outer = outer[0]  # all of the axis shares this value
+        scale, bias = (None if array is None else array[index] for array in (self.scale, self.bias))
+        return replace(self, codes=self.codes[index], scale=scale, bias=bias, outer=outer)
+
+    def output_rows(self, start: int, stop: int) -> Quantized:
+        """Rows [start, stop) of a matrix [N, K], or of each expert's matrix in [E, N, K], as views."""
+        outer = self.outer
+        if outer is not None and outer.ndim > 1 and outer.shape[-2] > 1:
+            outer = outer[..., start:stop, :]
+        scale, bias = (None if array is None else array[..., start:stop, :] for array in (self.scale, self.bias))
+        return replace(self, codes=self.codes[..., start:stop, :], scale=scale, bias=bias, outer=outer)
+
+
+def _nbytes(arrays: Iterable[Array]) -> int:
+    return sum(array.nbytes for array in arrays)
+
 
 Weight = Dense | Quantized
 
 
 class Weights(Protocol):
-    """Where a backend's loader gets a model from: a checkpoint, or one that is quantized as it is read."""
+    """What a backend loads a model from: a checkpoint, one rank's part of it, or weights quantized as they are read."""
 
     config: ModelConfig
 
@@ -85,5 +150,5 @@ class Weights(Protocol):
         ...
 
     def release(self) -> None:
-        """Drop what has been read from memory; it can be read again."""
+        """Drop what has been read from memory. It can be read again."""
         ...

@@ -1,7 +1,7 @@
-"""A streaming writer of safetensors files: all tensors are known beforehand, rows come in any order, from any thread.
+"""A streaming writer of safetensors files: tensors are declared first, rows then written in any order, from any thread.
 
-A shard is closed as soon as it is whole: it is brought to the disk and, if there is a journal and more than one shard,
-noted there. A writer that is given the same journal again takes up after the shards noted in it.
+A shard is closed as soon as it is complete: it is synced to the disk and, if there is a journal and more than one
+shard, recorded there. A writer that is given the same journal again skips the shards recorded in it.
 """
 
 from __future__ import annotations
@@ -18,45 +18,50 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .safetensors import DTYPES, TensorInfo
+from .safetensors import DTYPES, INDEX, TensorInfo
 from .tensor import Array
 
-SHARD_BYTES = 2 * 10**9  # what an interruption can cost: a minute or two of work
-_READ = 2**20
+SHARD_BYTES = 2 * 10**9  # what an interruption can cost: one or two minutes of work
+_READ_BYTES = 2**20
 
-Run = tuple[int, int, int]  # of bytes in a file: offset, length, checksum
+WrittenRange = tuple[int, int, int]  # bytes of a file that were written at once: offset, length, checksum
 
 
-class Notes(Protocol):
-    """Where whole shards are noted."""
+class Journal(Protocol):
+    """A record of complete shards that outlives the process (journal.py has the one on the disk)."""
 
     @property
-    def whole(self) -> Mapping[str, Sequence[Run]]:
-        """The shards noted so far, and of what runs each was written."""
+    def complete_shards(self) -> Mapping[str, Sequence[WrittenRange]]:
+        """The shards recorded so far, by file name, with the ranges that each was written in."""
         ...
 
-    def note(self, shard: str, runs: Sequence[Run]) -> None:
-        """Called, from any thread, once a shard is on the disk."""
+    def record_shard(self, name: str, ranges: Sequence[WrittenRange]) -> None:
+        """Record a shard that is on the disk. Called from any thread."""
         ...
 
 
 @dataclass
 class _Shard:
-    """One file; `file` is its descriptor while it is being written."""
+    """One file.
+
+    size: the file's size in bytes.
+    missing_bytes: bytes that are not written yet.
+    file: the descriptor while the file is being written.
+    """
 
     path: Path
     header: bytes
-    size: int  # of the file
-    missing: int  # bytes still to be written
-    runs: list[Run] = field(default_factory=list)
+    size: int
+    missing_bytes: int
+    ranges: list[WrittenRange] = field(default_factory=list)
     file: int | None = None
 
 
 class Writer:
-    """Writes a single `model.safetensors`, or, beyond `limit` bytes, shards cut at tensor borders and an index.
+    """Writes one `model.safetensors`; or, if the tensors have more than `shard_bytes`, several shards and an index.
 
-    Tensors of wide dtypes come first in each file, so that every tensor is aligned. `kept` is the size of the tensors
-    in shards that the journal says are whole already: writing to these does nothing.
+    Tensors of wide dtypes come first in each file, so that every tensor is aligned. resumed_bytes: size of the tensors
+    in shards that the journal has as complete. Writing to those does nothing.
     """
 
     def __init__(
@@ -64,108 +69,109 @@ class Writer:
         folder: Path,
         tensors: Sequence[TensorInfo],
         metadata: Mapping[str, str],
-        limit: int = SHARD_BYTES,
-        journal: Notes | None = None,
+        shard_bytes: int = SHARD_BYTES,
+        journal: Journal | None = None,
     ) -> None:
         self._folder = folder
         self._journal = journal
         self._lock = Lock()
-        self._places: dict[str, tuple[TensorInfo, _Shard, int]] = {}  # name -> tensor, shard, offset
+        self._locations: dict[str, tuple[TensorInfo, _Shard, int]] = {}  # name -> tensor, shard, offset
         self._shards: list[_Shard] = []
-        self.total = sum(info.nbytes for info in tensors)
-        self.kept = 0
-        shards = split_shards(tensors, limit)
+        self.total_bytes: int = sum(info.nbytes for info in tensors)
+        self.resumed_bytes: int = 0
+        shards = split_shards(tensors, shard_bytes)
         for number, shard in enumerate(shards, 1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-            self._plan(folder / name, sorted(shard, key=lambda t: (-DTYPES[t.dtype].itemsize, t.name)), metadata)
+            self._add_shard(folder / name, sorted(shard, key=lambda t: (-DTYPES[t.dtype].itemsize, t.name)), metadata)
 
-    def _plan(self, path: Path, tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> None:
+    def _add_shard(self, path: Path, tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> None:
         header = encode_header(tensors, metadata)
-        content = sum(info.nbytes for info in tensors)
-        shard = _Shard(path, header, len(header) + content, content)
-        runs = self._journal.whole.get(path.name) if self._journal else None
-        if runs is not None and _is_whole(shard, runs):
-            shard.missing, shard.runs = 0, list(runs)
-            self.kept += content
-        at = len(header)
+        content_bytes = sum(info.nbytes for info in tensors)
+        shard = _Shard(path, header, len(header) + content_bytes, content_bytes)
+        ranges = self._journal.complete_shards.get(path.name) if self._journal else None
+        if ranges is not None and _is_complete(shard, ranges):
+            shard.missing_bytes, shard.ranges = 0, list(ranges)
+            self.resumed_bytes += content_bytes
+        offset = len(header)
         for info in tensors:
-            self._places[info.name] = (info, shard, at)
-            at += info.nbytes
+            self._locations[info.name] = (info, shard, offset)
+            offset += info.nbytes
         self._shards.append(shard)
 
-    @property
-    def shards(self) -> int:
-        return len(self._shards)
-
     def is_written(self, names: Sequence[str]) -> bool:
-        """Whether these tensors all lie in whole shards."""
-        return all(not self._places[name][1].missing for name in names)
+        """True if all these tensors are in complete shards."""
+        return all(not self._locations[name][1].missing_bytes for name in names)
 
     def write(self, name: str, row: int, array: Array) -> int:
-        """Put rows [n, ...] of a tensor at `row` of its first axis; returns the bytes written: none if its shard was
-        whole before."""
-        info, shard, start = self._places[name]
+        """Write rows [n, ...] of a tensor, the first at index `row` of its first axis. From any thread.
+
+        Returns the number of bytes written, which is 0 if the shard was complete before. Raises ValueError for rows
+        outside the tensor, OSError if the disk fails.
+        """
+        info, shard, start = self._locations[name]
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         offset = start + row * (info.nbytes // (info.shape[0] if info.shape else 1))
         if row < 0 or offset + len(data) > start + info.nbytes:
-            raise ValueError(f"rows from {row} of {name} lie outside its shape {info.shape}")
+            raise ValueError(f"rows from {row} of {name} are outside its shape {info.shape}")
         with self._lock:
-            if not shard.missing:
+            if not shard.missing_bytes:
                 return 0
             if shard.file is None:
                 shard.file = _create(shard)
             file = shard.file
         _write_all(file, data, offset)
-        run = (offset, len(data), _checksum(data))
+        written = (offset, len(data), _checksum(data))
         with self._lock:
-            shard.runs.append(run)
-            shard.missing -= len(data)
-            whole = not shard.missing
-        if whole:
+            shard.ranges.append(written)
+            shard.missing_bytes -= len(data)
+            is_complete = not shard.missing_bytes
+        if is_complete:
             self._close(shard, file)
         return len(data)
 
     def _close(self, shard: _Shard, file: int) -> None:
         os.fsync(file)
         if self._journal is not None and len(self._shards) > 1:
-            self._journal.note(shard.path.name, shard.runs)
+            self._journal.record_shard(shard.path.name, shard.ranges)
         shard.file = None
         os.close(file)
 
     def finish(self) -> None:
         """Write the index. Raises ValueError if rows are missing."""
-        missing = sum(shard.missing for shard in self._shards)
-        if missing:
-            raise ValueError(f"{self.total - missing} of {self.total} bytes were written")
+        missing_bytes = sum(shard.missing_bytes for shard in self._shards)
+        if missing_bytes:
+            raise ValueError(f"{self.total_bytes - missing_bytes} of {self.total_bytes} bytes were written")
         for shard in self._shards:
-            if shard.file is None and not shard.path.exists():  # of tensors without a value
+            if shard.file is None and not shard.path.exists():  # its tensors have no values
                 self._close(shard, _create(shard))
         if len(self._shards) > 1:
-            index = {name: shard.path.name for name, (_, shard, _) in sorted(self._places.items())}
-            data = {"metadata": {"total_size": self.total}, "weight_map": index}
-            write_text(self._folder / "model.safetensors.index.json", json.dumps(data, indent=2) + "\n")
+            index = {name: shard.path.name for name, (_, shard, _) in sorted(self._locations.items())}
+            data = {"metadata": {"total_size": self.total_bytes}, "weight_map": index}
+            write_text(self._folder / INDEX, json.dumps(data, indent=2) + "\n")
 
-    def checks(self) -> Iterator[Callable[[], int]]:
-        """For each run of rows, of shards kept from an earlier time too, a function that reads it back and returns its
-        length. It raises OSError if the bytes differ from those written, and removes the shard."""
+    def verification_jobs(self) -> Iterator[Callable[[], int]]:
+        """One function per written range, resumed shards included, that reads it back and returns its length.
+
+        The function raises OSError and removes the shard if the bytes differ from those written.
+        """
         for shard in self._shards:
-            for run in shard.runs:
-                yield partial(_read_back, shard.path, *run)
+            for written in shard.ranges:
+                yield partial(_read_back, shard.path, *written)
 
     def close(self) -> None:
-        """Let go of shards that are not whole; the files stay."""
+        """Close incomplete shards. Their files stay."""
         for shard in self._shards:
             if shard.file is not None:
                 os.close(shard.file)
                 shard.file = None
 
 
-def split_shards(tensors: Sequence[TensorInfo], limit: int) -> list[list[TensorInfo]]:
-    """Cut a list of tensors, in order, into runs of at most `limit` bytes (or one tensor that is larger)."""
+def split_shards(tensors: Sequence[TensorInfo], shard_bytes: int) -> list[list[TensorInfo]]:
+    """Split a list of tensors, in order, into shards of at most `shard_bytes`. A larger tensor gets its own shard."""
     shards: list[list[TensorInfo]] = [[]]
     size = 0
     for info in tensors:
-        if shards[-1] and size + info.nbytes > limit:
+        if shards[-1] and size + info.nbytes > shard_bytes:
             shards.append([])
             size = 0
         shards[-1].append(info)
@@ -174,7 +180,7 @@ def split_shards(tensors: Sequence[TensorInfo], limit: int) -> list[list[TensorI
 
 
 def encode_header(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> bytes:
-    """The bytes before the data: the length and the header, padded with spaces so that the data is 8-aligned."""
+    """The bytes before the data: the header's length and the header, padded with spaces to 8-align the data."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for info in tensors:
@@ -186,24 +192,25 @@ def encode_header(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) ->
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file and bring it to the disk."""
+    """Write a small file that does not exist yet, and sync it to the disk."""
     with path.open("x", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _is_whole(shard: _Shard, runs: Sequence[Run]) -> bool:
-    """Whether the file is there with this header and size, and the runs that were noted make it up."""
+def _is_complete(shard: _Shard, ranges: Sequence[WrittenRange]) -> bool:
+    """True if the file has the shard's header and size, and the recorded ranges cover its content."""
     if not shard.path.is_file() or shard.path.stat().st_size != shard.size:
         return False
-    if sum(length for _, length, _ in runs) != shard.missing:
+    if sum(length for _, length, _ in ranges) != shard.missing_bytes:
         return False
     with shard.path.open("rb") as file:
         return file.read(len(shard.header)) == shard.header
 
 
 def _create(shard: _Shard) -> int:
+    """Create the shard's file with its header and its final size; returns the descriptor."""
     file = os.open(shard.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         _write_all(file, memoryview(shard.header), 0)
@@ -215,8 +222,11 @@ def _create(shard: _Shard) -> int:
 
 
 def _checksum(data: bytes | memoryview) -> int:
-    """The sum of the 64-bit words modulo 2^64: parts of multiples of 8 bytes add up, and no flipped, lost or zeroed
-    bytes go unnoticed. As fast as memory, where a CRC would take longer than the writing."""
+    """The sum of the 64-bit words modulo 2^64.
+
+    The checksums of parts add up if their lengths are multiples of 8, and a flipped bit or a zeroed block changes the
+    sum. It runs at memory speed, where a CRC would take longer than the writing.
+    """
     even = len(data) // 8 * 8
     words = np.frombuffer(data, np.uint64, even // 8)
     return (int(words.sum(dtype=np.uint64)) + int.from_bytes(data[even:], "little")) % 2**64
@@ -229,15 +239,19 @@ def _write_all(file: int, data: memoryview, offset: int) -> None:
 
 
 def _read_back(path: Path, offset: int, length: int, checksum: int) -> int:
+    """Compare a written range with its checksum; returns its length.
+
+    Raises OSError and removes the file if the bytes differ.
+    """
     altered = OSError(errno.EIO, "the disk returned other bytes than were written")
     try:
         file = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:  # removed below for another run of it
+    except FileNotFoundError:  # removed below because of another range
         raise altered from None
     try:
         found = 0
-        for start in range(0, length, _READ):
-            found += _checksum(os.pread(file, min(_READ, length - start), offset + start))
+        for start in range(0, length, _READ_BYTES):
+            found += _checksum(os.pread(file, min(_READ_BYTES, length - start), offset + start))
     finally:
         os.close(file)
     if found % 2**64 != checksum:

@@ -20,12 +20,13 @@ import mlx_gptoss
 from mlx_gptoss.errors import GptOssError, InvalidRequest
 
 pytest.importorskip("fastapi", reason="batches need the serve extra")
-from mlx_gptoss.server.app import build
+from mlx_gptoss.server import batch as server_batch
+from mlx_gptoss.server.app import build_app
 from mlx_gptoss.server.batch import Batch
-from mlx_gptoss.server.batch_files import LONGEST_LINE, Requests
+from mlx_gptoss.server.batch_files import MAX_LINE_BYTES, RequestFile
 from mlx_gptoss.server.guard import Gate
-from mlx_gptoss.server.service import Service, names
-from mlx_gptoss.server.store import Store
+from mlx_gptoss.server.service import Service, model_names
+from mlx_gptoss.server.store import ResponseStore
 
 CLI = [sys.executable, "-m", "mlx_gptoss_cli", "batch"]
 HERE = ["--backend", "mlx", "--device", "cpu"]
@@ -77,7 +78,7 @@ def run(model, tmp_path):
     def run(*lines, progress=lambda: None, model=model):
         (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
         with Batch(tmp_path / "in.jsonl", tmp_path / "out.jsonl") as batch:
-            batch.run(Service(model, Gate(), *names(None), store=Store(most_bytes=0)), progress)
+            batch.run(Service(model, Gate(), *model_names(None), store=ResponseStore(max_bytes=0)), progress)
         return read(tmp_path / "out.jsonl")
 
     return run
@@ -88,17 +89,40 @@ def lines():
     return [request(f"id {number}", *question(number)) for number in range(18)]
 
 
+# The command, which writes this many answers and holds the others back.
+HELD = """
+import asyncio, sys
+from mlx_gptoss.server import batch
+left = int(sys.argv.pop(1))
+
+def held(whole):
+    async def answer(*args):
+        global left
+        body = await whole(*args)
+        left -= 1
+        if left < 0:
+            await asyncio.Event().wait()
+        return body
+    return answer
+
+batch.ENDPOINTS.update({url: (form, held(whole)) for url, (form, whole) in batch.ENDPOINTS.items()})
+from mlx_gptoss_cli.main import main
+main()
+"""
+
+
 @contextmanager
 def interrupted(words, out, after):
     """The command until it has written `after` answers more; then it is to be ended."""
-    process = subprocess.Popen([*CLI, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", HELD, str(after), "batch", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wanted = (len(out.read_bytes().splitlines()) if out.exists() else 0) + after
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while time.monotonic() < end and (not out.exists() or out.read_bytes().count(b"\n") < wanted):
         time.sleep(0.002)
     assert process.poll() is None, process.stderr.read()
     yield process
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
 
 
 def test_killed_and_interrupted_it_goes_on_without_losing_or_repeating_a_line(run, lines, tmp_path):
@@ -108,13 +132,14 @@ def test_killed_and_interrupted_it_goes_on_without_losing_or_repeating_a_line(ru
     with interrupted(words, out, 3) as process:
         process.kill()
     assert process.returncode == -signal.SIGKILL
+    assert len(out.read_bytes().splitlines()) == 3
     with out.open("ab") as file:
         file.write(b'{"id":"batch_req_0123","custom_id":"id')
     with interrupted(words, out, 3) as process:
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     earlier = len(out.read_bytes().splitlines())
-    assert 6 <= earlier < len(lines)
+    assert earlier == 6
     assert process.returncode == 130
     assert errors == f"interrupted; {earlier} of 18 lines are answered; the same command continues after them\n"
     report = json.loads(subprocess.run([*CLI, *words, "--json"], stdout=subprocess.PIPE, check=True).stdout)
@@ -138,10 +163,10 @@ def test_an_answer_is_what_the_server_would_say(run, model):
         (COMPLETIONS, ["Hi"]),
         (COMPLETIONS, "Hi"),
     ]
-    service = Service(model, Gate(), *names(None), store=Store(most_bytes=0))
+    service = Service(model, Gate(), *model_names(None), store=ResponseStore(max_bytes=0))
 
     async def served():
-        transport = httpx.ASGITransport(build(service))
+        transport = httpx.ASGITransport(build_app(service))
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return [await client.post(url, json=body) for url, body in asked]
 
@@ -161,7 +186,7 @@ def test_bad_lines_get_an_error_of_their_own(run, tmp_path):
         (b"\xff\xfe", None, "invalid_json_line"),
         (b"[" * 100_000, None, "invalid_json_line"),
         (b'"a line"', None, "invalid_json_line"),
-        (b'{"a": "' + b"x" * LONGEST_LINE + b'"}', None, "line_too_long"),
+        (b'{"a": "' + b"x" * MAX_LINE_BYTES + b'"}', None, "line_too_long"),
         (request("", *good), None, "missing_required_parameter"),
         (request("first", *good), None, "duplicate_custom_id"),
         (request("first", *good), None, "duplicate_custom_id"),
@@ -181,7 +206,8 @@ def test_bad_lines_get_an_error_of_their_own(run, tmp_path):
     assert len(entries) == len(lines) - 1
 
     whole = (tmp_path / "out.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "out.jsonl").write_bytes(b"".join(whole[:4] + whole[9:]))
+    removed = [line for line in whole if b'"response":null' in line][:5]
+    (tmp_path / "out.jsonl").write_bytes(b"".join(line for line in whole if line not in removed))
     again = run(*lines)
     assert sorted(json.dumps(steady(one)) for one in again) == sorted(json.dumps(steady(one)) for one in entries)
 
@@ -192,15 +218,52 @@ def test_streaming_is_refused(run):
     assert entry["response"]["body"]["error"]["param"] == "stream"
 
 
-def test_slots_are_busy_and_few_lines_are_under_way(lines, model, tmp_path):
-    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
-    service = Service(model, Gate(), *names(None))
-    seen = []
-    with Batch(tmp_path / "in.jsonl", tmp_path / "out.jsonl") as batch:
-        batch.run(service, lambda: seen.append((model.status.running, len(service.open), batch.done)))
-    early = [running for running, _, done in seen if done < len(lines) - 2 * 4]
-    assert early and max(early) == 4 and sum(early) / len(early) >= 3
-    assert max(under_way for _, under_way, _ in seen) <= 2 * 4
+def test_slots_are_busy_and_few_lines_are_under_way(run, lines, model, monkeypatch):
+    """Each step waits until the engine has as many requests as it should, so that what the step sees does not depend on
+    how fast the two threads are."""
+    entered, ended, under_way, most, seen = [], [], set(), 0, []
+
+    def counted(whole):
+        async def answer(body, service):
+            nonlocal most
+            under_way.add(id(body))
+            most = max(most, len(under_way))
+            try:
+                return await whole(body, service)
+            finally:
+                under_way.remove(id(body))
+
+        return answer
+
+    def enter(*args, **options):
+        stream = enter_uncounted(*args, **options)
+        entered.append(stream)
+        return stream
+
+    def submit(runner, rows):
+        until = time.monotonic() + 300
+        while len(entered) < min(len(ended) + 8, len(lines)) and time.monotonic() < until:
+            time.sleep(0.001)
+        seen.append((len(lines) - len(ended), narrow.status.running))
+        return submit_uncounted(runner, rows)
+
+    def release(runner, slot):
+        ended.append(slot)
+        release_uncounted(runner, slot)
+
+    kind = model._engine.call(type)
+    submit_uncounted, release_uncounted = kind.submit, kind.release
+    monkeypatch.setattr(kind, "submit", submit)
+    monkeypatch.setattr(kind, "release", release)
+    counting = {url: (form, counted(whole)) for url, (form, whole) in server_batch.ENDPOINTS.items()}
+    monkeypatch.setattr(server_batch, "ENDPOINTS", counting)
+    with mlx_gptoss.load(slots=4, max_context=1024, backend="mlx", device="cpu") as narrow:
+        enter_uncounted = narrow._engine.submit
+        monkeypatch.setattr(narrow._engine, "submit", enter)
+        run(*lines, model=narrow)
+    assert len(entered) == len(ended) == len(lines) and most == 8
+    full = [running for left, running in seen[1:] if left >= 8]  # the first request starts alone
+    assert len(full) > 40 and set(full) == {4}
 
 
 def test_a_line_costs_few_bytes_of_memory(tmp_path):
@@ -208,16 +271,16 @@ def test_a_line_costs_few_bytes_of_memory(tmp_path):
         for number in range(5000):
             file.write(request(f"a rather long custom_id with the number {number}", CHAT, {"text": "x" * 1000}) + b"\n")
     tracemalloc.start()
-    requests = Requests(tmp_path / "in.jsonl")
+    requests = RequestFile(tmp_path / "in.jsonl")
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert requests.total == 5000
     assert held < 5000 * 30 and peak < 5000 * 80 + 200_000
-    assert sum(1 for _ in requests.waiting()) == 5000
+    assert sum(1 for _ in requests.pending()) == 5000
     for number in range(5000):
         entry = {"custom_id": f"a rather long custom_id with the number {number}"}
-        assert requests.answered(entry) and not requests.answered(entry)
-    assert list(requests.waiting()) == []
+        assert requests.mark_answered(entry) and not requests.mark_answered(entry)
+    assert list(requests.pending()) == []
 
 
 ONE = request("a", COMPLETIONS, {"prompt": "Hi", "max_tokens": 1})
@@ -228,9 +291,9 @@ ONE = request("a", COMPLETIONS, {"prompt": "Hi", "max_tokens": 1})
     [
         (b"", None, "empty"),
         (b"\n\n", None, "empty"),
-        (b"id,question\n1,Hi\n", None, "holds no request; line 1: the line is not JSON"),
-        (ONE, b"my notes", "no file of answers, see its line 1"),
-        (ONE, b'{"id":"batch_req_1","custom_id":"b"}\n', "answers 'b', for which no line"),
+        (b"id,question\n1,Hi\n", None, "contains no request; line 1: the line is not JSON"),
+        (ONE, b"my notes", "not an answer file, see its line 1"),
+        (ONE, b'{"id":"batch_req_1","custom_id":"b"}\n', "answers 'b', which no line"),
         (ONE, b'{"id":"batch_req_1","custom_id":"a"}\n' * 2, "line 2 of"),
         (ONE, b'{"id":"batch_req_1","custom_id":null,"error":{"line":1}}\n', "answers 'None'"),
         (ONE, b'{"id":"batch_req_1","custom_id\n{"id":"batch_req_1","custom_id":"a"}\n', "see its line 1"),
@@ -251,7 +314,7 @@ def test_the_requests_are_not_written_over(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(ONE)
     os.link(tmp_path / "in.jsonl", tmp_path / "linked.jsonl")
     for name in ("in.jsonl", "linked.jsonl"):
-        with pytest.raises(InvalidRequest, match="holds the requests"):
+        with pytest.raises(InvalidRequest, match="is the file of requests"):
             Batch(tmp_path / "in.jsonl", tmp_path / name)
 
 
@@ -263,7 +326,7 @@ def test_what_failed_is_asked_again_if_that_is_wanted(run, tmp_path):
     out.chmod(0o640)
     kept = [line for line in out.read_bytes().splitlines(keepends=True) if b'"custom_id":"a"' in line]
     requests.write_bytes(b"\n".join([ONE, short, b"no JSON"]))
-    with pytest.raises(InvalidRequest, match="for which no line of the requests waits"):
+    with pytest.raises(InvalidRequest, match="which no line of the requests is waiting for"):
         Batch(requests, out)
     with Batch(requests, out, retry=True) as batch:
         assert (batch.done, batch.failed, batch.total) == (1, 0, 3)
@@ -279,7 +342,7 @@ def test_without_an_answer_there_is_no_file(tmp_path):
     """As when the model cannot be loaded; one that was there, and is empty, stays."""
     (tmp_path / "in.jsonl").write_bytes(ONE)
     words = [str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "--model", str(tmp_path)]
-    out = subprocess.run([*CLI, *words], capture_output=True, text=True, timeout=60)
+    out = subprocess.run([*CLI, *words], capture_output=True, text=True, timeout=300)
     assert (out.returncode, out.stderr.count("\n")) == (1, 1) and "is not a checkpoint" in out.stderr
     assert not (tmp_path / "out.jsonl").exists()
     (tmp_path / "out.jsonl").touch()
@@ -304,9 +367,7 @@ def test_a_full_disk_is_one_error_and_keeps_what_is_done(run, lines, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (out.stat().st_size + 100, limits[1]))
 
     try:
-        with pytest.raises(
-            GptOssError, match=r"could not be written \(File too large\); the \d+ answers in it are kept"
-        ):
+        with pytest.raises(GptOssError, match=r"could not be written \(File too large\); its \d+ answers are kept"):
             run(*lines[:9], progress=fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -330,6 +391,6 @@ def test_without_the_extra_the_error_names_it():
         "import sys; sys.modules['fastapi'] = None; sys.argv = ['mlx-gptoss', 'batch', 'in', 'out']\n"
         "from mlx_gptoss_cli.main import main; main()"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert out.returncode == 1 and out.stderr.count("\n") == 1
     assert "pip install 'mlx-gptoss[serve]'" in out.stderr

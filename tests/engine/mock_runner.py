@@ -1,4 +1,4 @@
-"""A small deterministic runner that checks every rule of the seam, and engines over it."""
+"""A small deterministic runner that checks every rule of backends/base.py, and engines that use it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ LIMITS = Limits(slots=3, max_context=64, chunk=8)
 
 
 def next_id(history: Sequence[int], seed: int | None) -> int:
+    """The token the mock samples after `history`: a hash of it and the seed."""
     state = 17 if seed is None else seed
     for token in history:
         state = (state * 1000003 + token + 1) % (2**61 - 1)
     return (state >> 11) % VOCAB
 
 
-def alone(request: Request, limits: Limits = LIMITS) -> tuple[list[int], str]:
-    """What a request gives, computed without an engine."""
+def expected(request: Request, limits: Limits = LIMITS) -> tuple[list[int], str]:
+    """The tokens and finish reason of a request, computed without an engine."""
     history, ids = list(request.prompt), []
     for _ in range(min(request.max_tokens, limits.max_context - len(request.prompt))):
         ids.append(next_id(history, request.sampling.seed))
@@ -42,8 +43,8 @@ def alone(request: Request, limits: Limits = LIMITS) -> tuple[list[int], str]:
 @dataclass
 class Slot:
     history: list[int] = field(default_factory=list)
-    fresh: int | None = None  # sampled, not yet fed back
-    sampled_in: int = -2  # the step it was sampled in
+    fresh: int | None = None  # sampled, not fed back yet
+    sampled_in: int = -2  # number of the step that sampled it
     has_sampled: bool = False
 
 
@@ -57,7 +58,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Saved:
-    """A span of a history, and the ring's worth of what came before: a sequence goes on from both."""
+    """A snapshot: a span of the history, and the last RING tokens in place of the rings' contents."""
 
     start: int
     end: int
@@ -69,11 +70,15 @@ class Saved:
         return len(self.span) + len(self.ring)
 
 
-RING = 3
+RING = 3  # tokens
 
 
 class MockRunner:
-    """The next token is a hash of the slot's history and the seed. Breaches of the seam are kept in `breaches`."""
+    """Samples a hash of the slot's history and the seed, and records every broken rule in `violations`.
+
+    delay: seconds that reading a step takes. fail_submit, fail_wait: given a step's rows, the exception to raise there.
+    gate: while it is cleared, reading a step blocks.
+    """
 
     def __init__(self, limits: Limits = LIMITS, delay: Callable[[], float] = lambda: 0.0) -> None:
         self.config = TINY
@@ -83,102 +88,105 @@ class MockRunner:
         self.slots = [Slot() for _ in range(limits.slots)]
         self.steps: list[tuple[Row, ...]] = []
         self.saved = 0
-        self.flying: list[Step] = []
-        self.breaches: list[str] = []
+        self.in_flight: list[Step] = []
+        self.violations: list[str] = []
         self.closed = False
         self.fail_submit: Callable[[tuple[Row, ...]], Exception | None] = lambda rows: None
         self.fail_wait: Callable[[tuple[Row, ...]], Exception | None] = lambda rows: None
         self.gate = threading.Event()
         self.gate.set()
 
-    def rule(self, holds: bool, text: str) -> None:
-        if not holds:
-            self.breaches.append(text)
+    def check(self, condition: bool, violation: str) -> None:
+        if not condition:
+            self.violations.append(violation)
 
-    def on_thread(self) -> None:
-        self.rule(threading.get_ident() == self.thread, "called from another thread")
-        self.rule(not self.closed, "used after close")
+    def check_thread(self) -> None:
+        self.check(threading.get_ident() == self.thread, "called from another thread")
+        self.check(not self.closed, "used after close")
 
     def submit(self, rows: Sequence[Row]) -> Step:
-        self.on_thread()
+        self.check_thread()
         rows = tuple(rows)
         number = len(self.steps)
         self.steps.append(rows)
         error = self.fail_submit(rows)
         if error:
             raise error
-        self.rule(bool(rows), "an empty step")
-        self.rule(len({row.slot for row in rows}) == len(rows), "a slot twice in a step")
-        self.rule(sum(len(row.tokens or ()) for row in rows) <= self.limits.chunk, "too much prefill in a step")
-        self.rule(len(self.flying) < 2, "more than two steps in flight")
+        self.check(bool(rows), "an empty step")
+        self.check(len({row.slot for row in rows}) == len(rows), "a slot twice in a step")
+        self.check(sum(len(row.tokens or ()) for row in rows) <= self.limits.chunk, "too much prefill in a step")
+        self.check(len(self.in_flight) < 2, "more than two steps in flight")
         step = Step(self, number, rows, [self.feed(row, number) for row in rows])
-        self.flying.append(step)
+        self.in_flight.append(step)
         return step
 
     def feed(self, row: Row, number: int) -> Sampled | None:
         slot = self.slots[row.slot]
-        self.rule(row.start == len(slot.history), f"start {row.start} is not the length {len(slot.history)}")
+        self.check(row.start == len(slot.history), f"start {row.start} is not the length {len(slot.history)}")
         if row.tokens is None:
-            self.rule(slot.fresh is not None and slot.sampled_in == number - 1, "feedback of nothing, or of old news")
+            self.check(
+                slot.fresh is not None and slot.sampled_in == number - 1,
+                "feedback without a token sampled in the previous step",
+            )
             slot.history.append(slot.fresh or 0)
         else:
-            self.rule(slot.fresh is None, "tokens given over the slot's own sample")
+            self.check(slot.fresh is None, "tokens given while a sampled token waits to be fed back")
             slot.history.extend(row.tokens)
         slot.fresh = None
-        self.rule(len(slot.history) <= self.limits.max_context, "past the context")
+        self.check(len(slot.history) <= self.limits.max_context, "beyond the context")
         if row.sampling is None:
-            self.rule(row.prompt is None, "a prompt without sampling")
+            self.check(row.prompt is None, "a prompt without sampling")
             return None
         first = not slot.has_sampled
-        self.rule((row.prompt is not None) == first, "the prompt stands on the first sampled row only")
-        self.rule(not first or row.prompt == tuple(slot.history), "another prompt than was fed")
+        self.check((row.prompt is not None) == first, "the prompt belongs on the first sampled row only")
+        self.check(not first or row.prompt == tuple(slot.history), "a prompt other than the one fed")
         slot.has_sampled, slot.sampled_in = True, number
         slot.fresh = next_id(slot.history, row.sampling.seed)
         return Sampled(slot.fresh, -float(slot.fresh), ((slot.fresh, -float(slot.fresh)),))
 
     def wait(self, step: Step) -> list[Sampled | None]:
-        self.on_thread()
-        self.rule(self.flying[0] is step, "waited out of order")
+        self.check_thread()
+        self.check(self.in_flight[0] is step, "waited out of order")
         self.gate.wait()
         time.sleep(self.delay())
-        self.flying.remove(step)
+        self.in_flight.remove(step)
         error = self.fail_wait(step.rows)
         if error:
             raise error
         return step.results
 
     def release(self, slot: int) -> None:
-        self.on_thread()
-        touched = any(row.slot == slot for step in self.flying for row in step.rows)
-        self.rule(not touched, "released while in flight")
+        self.check_thread()
+        touched = any(row.slot == slot for step in self.in_flight for row in step.rows)
+        self.check(not touched, "released while in flight")
         self.slots[slot] = Slot()
 
     def save(self, slot: int, start: int, end: int) -> Saved:
-        self.on_thread()
+        self.check_thread()
         history = self.slots[slot].history
-        self.rule(0 <= start < end == len(history), "saved is not where the sequence stands")
+        self.check(0 <= start < end == len(history), "saved elsewhere than at the end of the sequence")
         self.saved += 1
         return Saved(start, end, tuple(history[start:end]), tuple(history[-RING:]))
 
     def restore(self, slot: int, chain: Sequence[Saved]) -> None:
-        self.on_thread()
+        self.check_thread()
         starts = [0, *(saved.end for saved in chain)]
-        self.rule([saved.start for saved in chain] == starts[:-1], "restored with a gap")
+        self.check([saved.start for saved in chain] == starts[:-1], "restored with a gap")
         history = [token for saved in chain for token in saved.span]
-        self.rule(tuple(history[-RING:]) == chain[-1].ring, "a ring of another place")
+        self.check(tuple(history[-RING:]) == chain[-1].ring, "the rings of another position")
         self.slots[slot] = Slot(history)
 
     def logits(self, ids: Sequence[int]) -> Any:
-        self.on_thread()
+        self.check_thread()
         return np.zeros((len(ids), VOCAB), np.float32)
 
     def peak_memory(self) -> int:
-        self.on_thread()
+        self.check_thread()
         return 42
 
     def close(self) -> None:
-        self.on_thread()
-        self.rule(not self.flying, "closed with a step in flight")
+        self.check_thread()
+        self.check(not self.in_flight, "closed with a step in flight")
         self.closed = True
 
     @property
@@ -190,23 +198,23 @@ class MockRunner:
 def mock_engine(
     limits: Limits = LIMITS, delay: Callable[[], float] = lambda: 0.0, **options: Any
 ) -> Iterator[tuple[Engine, MockRunner]]:
-    """An engine and its runner; on the way out, no slot is left occupied and no rule of the seam was broken."""
-    made: list[MockRunner] = []
+    """An engine and its runner. Asserts on exit that every slot is empty and no rule was broken."""
+    runners: list[MockRunner] = []
 
     def make() -> MockRunner:
-        made.append(MockRunner(limits, delay))
-        return made[0]
+        runners.append(MockRunner(limits, delay))
+        return runners[0]
 
     with Engine(make, **options) as engine:
-        runner = made[0]
+        runner = runners[0]
         yield engine, runner
         runner.gate.set()
-        eventually(lambda: engine.call(lambda r: runner.empty and not runner.flying))
-    assert runner.breaches == []
+        eventually(lambda: engine.call(lambda r: runner.empty and not runner.in_flight))
+    assert runner.violations == []
     assert runner.closed
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "did not happen in time"

@@ -1,4 +1,4 @@
-"""The engine driven by a mock runner: requests become tokens, alone and in company."""
+"""The engine with a mock runner: requests become tokens, alone and in batches."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mock_runner import (
     VOCAB,
-    alone,
+    MockRunner,
     eventually,
+    expected,
     ids,
     mock_engine,
     request,
@@ -26,13 +27,13 @@ from mlx_gptoss.errors import Busy, InvalidRequest
 from mlx_gptoss.sampling import Sampling
 
 
-def test_a_request_gives_its_tokens_and_how_it_ended() -> None:
+def test_a_stream_yields_the_tokens_and_then_how_it_ended() -> None:
     with mock_engine() as (engine, _):
         stream = engine.submit(request(length=20, max_tokens=7))
         tokens = list(stream)
-        expected, _ = alone(request(length=20, max_tokens=7))
-        assert [token.id for token in tokens] == expected
-        assert tokens[0] == Token(expected[0], -float(expected[0]), ((expected[0], -float(expected[0])),))
+        wanted, _ = expected(request(length=20, max_tokens=7))
+        assert [token.id for token in tokens] == wanted
+        assert tokens[0] == Token(wanted[0], -float(wanted[0]), ((wanted[0], -float(wanted[0])),))
         done = stream.finished
         assert done is not None
         assert (done.reason, done.prompt_tokens, done.completion_tokens, done.cached_tokens) == ("length", 20, 7, 0)
@@ -44,35 +45,37 @@ def test_timings_add_up() -> None:
         begin = time.perf_counter()
         first = engine.submit(request(length=20, max_tokens=11)).drain()
         wall = time.perf_counter() - begin
-        assert first.queue_s < 0.5
-        assert 0.03 <= first.prefill_s < 1  # three chunks of 8, 8, 4
-        assert 0.1 <= first.decode_s < 2
+        assert first.queue_s >= 0
+        assert first.prefill_s >= 0.03  # three chunks of 8, 8, 4
+        assert first.decode_s >= 0.1
         assert first.ttft_s == first.queue_s + first.prefill_s
         assert first.ttft_s + first.decode_s <= wall
 
 
 def test_a_waiting_request_counts_its_queue_time() -> None:
-    with mock_engine(Limits(slots=1, max_context=64, chunk=8), delay=lambda: 0.01) as (engine, _):
+    with mock_engine(Limits(slots=1, max_context=64, chunk=8), delay=lambda: 0.01) as (engine, runner):
+        runner.gate.clear()
         first, second = engine.submit(request(max_tokens=10)), engine.submit(request(max_tokens=2))
+        runner.gate.set()
         first.drain()
         assert second.drain().queue_s >= 0.08
 
 
 @settings(max_examples=60, deadline=None)
 @given(batch=st.lists(requests, min_size=1, max_size=10), slots=st.integers(1, 4), chunk=st.integers(1, 12))
-def test_a_batch_gives_each_request_what_it_gets_alone(batch: list[Request], slots: int, chunk: int) -> None:
+def test_a_batch_gives_each_request_the_tokens_it_gets_alone(batch: list[Request], slots: int, chunk: int) -> None:
     limits = Limits(slots, max_context=48, chunk=chunk)
     with mock_engine(limits) as (engine, _):
         streams = [engine.submit(one) for one in batch]
         for one, stream in zip(batch, streams, strict=True):
-            expected, reason = alone(one, limits)
-            assert ids(stream) == expected
+            wanted, reason = expected(one, limits)
+            assert ids(stream) == wanted
             assert stream.finished is not None and stream.finished.reason == reason
-            assert stream.finished.completion_tokens == len(expected)
+            assert stream.finished.completion_tokens == len(wanted)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_many_threads_submitting_cancelling_and_walking_away(seed: int) -> None:
+def test_many_threads_submit_cancel_and_abandon_streams(seed: int) -> None:
     def client(number: int) -> None:
         rng = random.Random(seed * 1000 + number)
         for _ in range(12):
@@ -82,7 +85,7 @@ def test_many_threads_submitting_cancelling_and_walking_away(seed: int) -> None:
                 Sampling(seed=rng.randrange(5)),
                 frozenset(rng.sample(range(VOCAB), rng.randrange(20))),
             )
-            expected, reason = alone(one)
+            wanted, reason = expected(one)
             stream = engine.submit(one)
             got = []
             leave_after = rng.randint(0, 30) if rng.random() < 0.5 else 1000
@@ -91,9 +94,9 @@ def test_many_threads_submitting_cancelling_and_walking_away(seed: int) -> None:
                 if len(got) == leave_after:
                     break
             if leave_after == 1000:
-                assert (got, stream.drain().reason) == (expected, reason)
+                assert (got, stream.drain().reason) == (wanted, reason)
             else:
-                assert got == expected[: len(got)]
+                assert got == wanted[: len(got)]
                 if rng.random() < 0.5:
                     stream.cancel()
                     assert stream.drain().reason in ("cancelled", reason)
@@ -105,22 +108,22 @@ def test_many_threads_submitting_cancelling_and_walking_away(seed: int) -> None:
 
 
 def test_a_stop_id_ends_the_stream_and_is_its_last_token() -> None:
-    expected, _ = alone(request(max_tokens=20))
+    wanted, _ = expected(request(max_tokens=20))
     with mock_engine() as (engine, runner):
-        stream = engine.submit(request(max_tokens=20, stop=(expected[4],)))
-        assert ids(stream) == expected[:5]
+        stream = engine.submit(request(max_tokens=20, stop=(wanted[4],)))
+        assert ids(stream) == wanted[:5]
         assert stream.finished is not None and stream.finished.reason == "stop"
         eventually(lambda: engine.call(lambda r: runner.empty))
-        assert len(runner.steps) == 6  # one row was already in flight; no more
+        assert len(runner.steps) == 6  # one more row was in flight already
 
 
-def test_a_known_length_wastes_no_step() -> None:
+def test_a_request_that_ends_by_length_wastes_no_step() -> None:
     with mock_engine() as (engine, runner):
         engine.submit(request(max_tokens=9)).drain()
         assert len(runner.steps) == 9
 
 
-def test_the_next_step_is_submitted_before_the_last_one_is_read() -> None:
+def test_the_next_step_is_submitted_before_the_previous_one_is_read() -> None:
     with mock_engine() as (engine, runner):
         runner.gate.clear()
         stream = engine.submit(request(max_tokens=5))
@@ -131,14 +134,14 @@ def test_the_next_step_is_submitted_before_the_last_one_is_read() -> None:
         stream.drain()
 
 
-def test_generation_ends_where_the_context_ends() -> None:
+def test_generation_ends_when_the_context_is_full() -> None:
     with mock_engine() as (engine, _):
         done = engine.submit(request(length=60, max_tokens=100)).drain()
         assert (done.reason, done.completion_tokens) == ("length", 4)
         assert engine.submit(request(length=63, max_tokens=100)).drain().completion_tokens == 1
 
 
-def test_requests_that_cannot_be_honoured_are_refused_by_submit() -> None:
+def test_submit_rejects_invalid_requests() -> None:
     with mock_engine() as (engine, runner):
         with pytest.raises(InvalidRequest, match=r"64 tokens and the context holds 64"):
             engine.submit(request(length=64))
@@ -155,19 +158,30 @@ def test_requests_that_cannot_be_honoured_are_refused_by_submit() -> None:
         assert runner.steps == []
 
 
+def stop_at(runner: MockRunner, step: int) -> None:
+    """Close the runner's gate just before it reads this step."""
+
+    def delay() -> float:
+        nonlocal step
+        step -= 1
+        if step == 1:
+            runner.gate.clear()
+        return 0.0
+
+    runner.delay = delay
+
+
 def test_cancel_takes_effect_within_one_step() -> None:
     with mock_engine() as (engine, runner):
+        stop_at(runner, step=3)
         stream = engine.submit(request(max_tokens=50))
         next(stream)
-        runner.gate.clear()
-        time.sleep(0.02)
-        steps = len(runner.steps)
+        eventually(lambda: not runner.gate.is_set())
+        steps = len(runner.steps)  # one is being read and the next one is in flight
         stream.cancel()
         runner.gate.set()
-        done = stream.drain()
-        assert done.reason in ("cancelled", "length")
-        if done.reason == "cancelled":
-            assert len(runner.steps) <= steps + 1
+        assert stream.drain().reason == "cancelled"
+        assert len(runner.steps) <= steps + 1
 
 
 def test_cancel_while_waiting_while_prefilling_and_after_the_end() -> None:
@@ -189,24 +203,27 @@ def test_cancel_while_waiting_while_prefilling_and_after_the_end() -> None:
         ended.cancel()
         ended.cancel()
         assert ended.drain().reason == "length"
-        assert ids(engine.submit(request())) == alone(request())[0]
+        assert ids(engine.submit(request())) == expected(request())[0]
 
 
-def test_an_abandoned_stream_gives_its_slot_back() -> None:
-    with mock_engine(Limits(slots=1, max_context=2000, chunk=8), delay=lambda: 0.001) as (engine, runner):
+def test_an_abandoned_stream_frees_its_slot() -> None:
+    with mock_engine(Limits(slots=1, max_context=2000, chunk=8)) as (engine, runner):
+        stop_at(runner, step=3)
         for token in engine.submit(request(max_tokens=1900)):
             assert token.id >= 0
             break
+        eventually(lambda: not runner.gate.is_set())
         gc.collect()
-        assert ids(engine.submit(request())) == alone(request())[0]
-        assert len(runner.steps) < 200
+        runner.gate.set()
+        assert ids(engine.submit(request())) == expected(request())[0]
+        assert len(runner.steps) < 20
 
 
-def test_requests_beyond_the_bound_are_refused_and_told_when_to_come_back() -> None:
+def test_requests_over_max_waiting_are_rejected_with_a_retry_time() -> None:
     with mock_engine(Limits(slots=1, max_context=64, chunk=8), max_waiting=2) as (engine, runner):
         runner.gate.clear()
         streams = [engine.submit(request(seed=seed)) for seed in range(3)]
-        with pytest.raises(Busy, match="3 requests are being served or wait") as refused:
+        with pytest.raises(Busy, match="3 requests are running or waiting") as refused:
             engine.submit(request())
         assert 1 <= refused.value.retry_after_s <= 60
         eventually(lambda: engine.status.running == 1 and engine.status.waiting == 2)
@@ -215,5 +232,5 @@ def test_requests_beyond_the_bound_are_refused_and_told_when_to_come_back() -> N
         assert streams[2].drain().reason == "cancelled"
         streams.append(engine.submit(request(seed=3)))
         for seed in (0, 1, 3):
-            assert ids(streams[seed]) == alone(request(seed=seed))[0]
-        assert ids(engine.submit(request())) == alone(request())[0]
+            assert ids(streams[seed]) == expected(request(seed=seed))[0]
+        assert ids(engine.submit(request())) == expected(request())[0]

@@ -1,4 +1,4 @@
-"""The engine driven by a mock runner: errors, closing, Ctrl-C, and what nobody holds on to."""
+"""The engine with a mock runner: errors, closing, Ctrl-C and garbage collection."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from mock_runner import (
     VOCAB,
     MockRunner,
-    alone,
     eventually,
+    expected,
     ids,
     mock_engine,
     request,
@@ -27,16 +27,16 @@ from mock_runner import (
 
 from mlx_gptoss.backends.base import Limits, Row
 from mlx_gptoss.engine import Engine, Finished, Request
-from mlx_gptoss.engine.loop import Loop, Ticket
+from mlx_gptoss.engine.loop import Loop, RequestHandle
 from mlx_gptoss.errors import GptOssError
 
 
-def test_an_error_in_submit_fails_the_streams_of_that_step_only() -> None:
+def test_an_error_in_submit_fails_only_the_streams_of_that_step() -> None:
     boom = GptOssError("out of memory; use a smaller context")
     with mock_engine() as (engine, runner):
         runner.fail_submit = lambda rows: boom if any(row.prompt and len(row.prompt) == 7 for row in rows) else None
         runner.gate.clear()
-        good = engine.submit(Request((1,) * 10, 1))  # two chunks; its last step is read while the bad one is refused
+        good = engine.submit(Request((1,) * 10, 1))  # two chunks; the second is read while the bad step is rejected
         bad = engine.submit(request(length=7, seed=3))
         runner.gate.set()
         with pytest.raises(GptOssError, match="out of memory"):
@@ -46,7 +46,7 @@ def test_an_error_in_submit_fails_the_streams_of_that_step_only() -> None:
         with pytest.raises(GptOssError, match="out of memory"):
             bad.drain()
         assert good.drain().completion_tokens == 1
-        assert ids(engine.submit(request())) == alone(request())[0]
+        assert ids(engine.submit(request())) == expected(request())[0]
 
 
 def test_an_error_in_wait_fails_the_streams_of_that_step_and_the_engine_goes_on() -> None:
@@ -62,7 +62,7 @@ def test_an_error_in_wait_fails_the_streams_of_that_step_and_the_engine_goes_on(
         for stream in streams:
             with pytest.raises(ValueError, match="on fire"):
                 list(stream)
-        assert ids(engine.submit(request())) == alone(request())[0]
+        assert ids(engine.submit(request())) == expected(request())[0]
 
 
 @settings(max_examples=40, deadline=None)
@@ -71,7 +71,9 @@ def test_an_error_in_wait_fails_the_streams_of_that_step_and_the_engine_goes_on(
     failures=st.sets(st.integers(0, 40), max_size=5),
     in_wait=st.booleans(),
 )
-def test_random_errors_never_hang_nor_leak_nor_corrupt(batch: list[Request], failures: set[int], in_wait: bool) -> None:
+def test_random_errors_cause_no_hang_no_leak_and_no_wrong_token(
+    batch: list[Request], failures: set[int], in_wait: bool
+) -> None:
     with mock_engine() as (engine, runner):
         count = iter(range(10**9))
 
@@ -90,18 +92,18 @@ def test_random_errors_never_hang_nor_leak_nor_corrupt(batch: list[Request], fai
             except ValueError:
                 assert failures
                 continue
-            assert got == alone(one)[0]
+            assert got == expected(one)[0]
 
 
-def test_an_error_that_leaves_the_runner_in_doubt_closes_the_engine() -> None:
-    class Lost(MockRunner):
+def test_an_error_in_release_closes_the_engine() -> None:
+    class BrokenRunner(MockRunner):
         def release(self, slot: int) -> None:
             raise OSError("lost the device")
 
     runner: list[MockRunner] = []
 
     def make() -> MockRunner:
-        runner.append(Lost())
+        runner.append(BrokenRunner())
         return runner[0]
 
     engine = Engine(make)
@@ -117,7 +119,7 @@ def test_an_error_that_leaves_the_runner_in_doubt_closes_the_engine() -> None:
     engine.close()
 
 
-def test_what_make_runner_raises_is_raised_to_the_caller() -> None:
+def test_an_error_in_make_runner_is_raised_to_the_caller() -> None:
     def make() -> MockRunner:
         raise GptOssError("no such checkpoint")
 
@@ -127,11 +129,11 @@ def test_what_make_runner_raises_is_raised_to_the_caller() -> None:
     eventually(lambda: threading.active_count() == before)
 
 
-def test_close_fails_what_is_open_and_joins() -> None:
+def test_close_fails_open_streams_and_joins_the_thread() -> None:
     runner: list[MockRunner] = []
 
     def make() -> MockRunner:
-        runner.append(MockRunner(Limits(1, 5000, 8), lambda: 0.001))
+        runner.append(MockRunner(Limits(1, 5000, 8), lambda: 0.01))
         return runner[0]
 
     before = threading.active_count()
@@ -139,7 +141,7 @@ def test_close_fails_what_is_open_and_joins() -> None:
     running, waiting = engine.submit(request(max_tokens=4000)), engine.submit(request())
     next(running)
     engine.close()
-    assert threading.active_count() == before and runner[0].closed and runner[0].breaches == []
+    assert threading.active_count() == before and runner[0].closed and runner[0].violations == []
     for stream in (running, waiting):
         with pytest.raises(GptOssError, match="the engine is closed"):
             list(stream)
@@ -169,25 +171,25 @@ def test_submitting_while_closing_never_hangs() -> None:
             time.sleep(0.003)
             engine.close()
             for job in jobs:
-                job.result(timeout=10)
+                job.result(timeout=60)
 
 
-def test_a_request_that_slips_in_while_the_thread_ends_is_failed() -> None:
+def test_a_request_submitted_while_the_thread_ends_fails() -> None:
     def make() -> MockRunner:
         raise GptOssError("no such checkpoint")
 
     loop = Loop()
-    ticket = Ticket(request())
+    handle = RequestHandle(request())
     result: Future[object] = Future()
-    loop.post_unless_closed(partial(loop.admit, ticket))
+    loop.post_unless_closed(partial(loop.admit, handle))
     loop.post_unless_closed(partial(loop.call, lambda r: 1, result))
     loop.run(make, Future())
-    assert "closed" in str(ticket.box.get_nowait())
+    assert "closed" in str(handle.queue.get_nowait())
     with pytest.raises(GptOssError, match="closed"):
         result.result(timeout=0)
 
 
-def test_call_runs_on_the_engine_thread_and_passes_errors_on() -> None:
+def test_call_runs_on_the_engine_thread_and_raises_its_errors() -> None:
     with mock_engine() as (engine, runner):
         assert engine.call(lambda r: r.peak_memory()) == 42
         assert engine.call(lambda r: r.logits((1, 2))).shape == (2, VOCAB)
@@ -195,18 +197,18 @@ def test_call_runs_on_the_engine_thread_and_passes_errors_on() -> None:
             engine.call(lambda r: 1 // 0)
         with pytest.raises(RuntimeError, match="wait for itself"):
             engine.call(lambda r: engine.call(lambda r: 1))
-        assert runner.breaches == []
+        assert runner.violations == []
 
 
 def test_an_idle_engine_does_not_spin() -> None:
     with mock_engine() as (engine, _):
         engine.submit(request()).drain()
-        before = time.process_time()
+        before = engine.call(lambda r: time.thread_time())  # of the engine's thread
         time.sleep(0.3)
-        assert time.process_time() - before < 0.05
+        assert engine.call(lambda r: time.thread_time()) - before < 0.05
 
 
-def test_a_forgotten_engine_ends_its_thread_and_an_open_stream_keeps_it() -> None:
+def test_an_unreferenced_engine_ends_its_thread_but_an_open_stream_keeps_it() -> None:
     runner: list[MockRunner] = []
 
     def make() -> MockRunner:
@@ -220,7 +222,7 @@ def test_a_forgotten_engine_ends_its_thread_and_an_open_stream_keeps_it() -> Non
     del engine
     gc.collect()
     assert watch() is not None
-    assert ids(stream) == alone(request())[0]
+    assert ids(stream) == expected(request())[0]
     del stream
     gc.collect()
     assert watch() is None and runner[0].closed
@@ -233,11 +235,9 @@ def test_ctrl_c_interrupts_a_blocked_iteration() -> None:
         runner.gate.clear()
         stream = engine.submit(request())
         timer = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT))
-        timer.start()
-        begin = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            next(stream)
-        assert time.monotonic() - begin < 2
+            timer.start()
+            next(stream)  # no token comes before the gate opens
         timer.join()
         stream.cancel()
         runner.gate.set()
@@ -245,18 +245,18 @@ def test_ctrl_c_interrupts_a_blocked_iteration() -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
-def test_ctrl_c_while_loading_closes_the_runner_once_it_is_there() -> None:
+def test_ctrl_c_while_loading_closes_the_runner_once_it_has_loaded() -> None:
     go = threading.Event()
     runner: list[MockRunner] = []
 
     def make() -> MockRunner:
-        go.wait(5)
+        go.wait(60)
         runner.append(MockRunner())
         return runner[0]
 
     timer = threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()
     with pytest.raises(KeyboardInterrupt):
+        timer.start()
         Engine(make)
     timer.join()
     go.set()

@@ -1,4 +1,4 @@
-"""The prefix cache: where prompts are cut, what is kept, what goes first, and what files survive."""
+"""The prefix cache: how prompts are split into chunks, what is kept, what is evicted first, and files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_gptoss.engine.prefix import APART, EVERY, PrefixCache, cuts
+from mlx_gptoss.engine.prefix import MAX_SPAN, MIN_SPAN, PrefixCache, chunk_ends
 from mlx_gptoss.engine.prefix_files import PrefixFiles
 from mlx_gptoss.errors import GptOssError
 
@@ -29,7 +29,7 @@ class Saved:
 
 
 class Runner:
-    """Snapshots of a byte a token that know which slot they came from."""
+    """Makes snapshots of one byte per token that remember their slot."""
 
     def save(self, slot, start, end):
         return Saved(start, end, slot)
@@ -47,15 +47,15 @@ def spans(*names: int) -> list[tuple[int, ...]]:
 
 
 def grow(cache, *names, slot=0):
-    """Add a branch, ten tokens a node; the last node or None."""
+    """Add a branch of ten tokens a node. Returns the last node or None."""
     node = cache.root
     for span in spans(*names):
         node = node and cache.add(node, span, slot)
     return node
 
 
-def known(cache, *names) -> int:
-    """How many of the spans the cache still has, from the first on."""
+def cached(cache, *names) -> int:
+    """How many of the spans the cache has, counted from the first one to the first one missing."""
     node, count = cache.root, 0
     for span in spans(*names):
         node = cache.child(node, span)
@@ -66,64 +66,64 @@ def known(cache, *names) -> int:
 
 
 @given(st.lists(st.integers(0, END), max_size=900), st.lists(st.integers(0, END), max_size=300))
-def test_prompts_that_begin_alike_are_cut_alike(common, rest):
-    """And nowhere are cuts further apart than EVERY, or closer than APART but at the end."""
-    both = [cuts(prompt, ENDS, EVERY) for prompt in (common, [*common, *rest])]
-    assert [c for c in both[0] if c < len(common)] == [c for c in both[1] if c < len(common)]
+def test_a_common_prefix_is_split_alike(common, rest):
+    """And every chunk but the last has MIN_SPAN to MAX_SPAN tokens."""
+    both = [chunk_ends(prompt, ENDS, MAX_SPAN) for prompt in (common, [*common, *rest])]
+    assert [end for end in both[0] if end < len(common)] == [end for end in both[1] if end < len(common)]
     for prompt, found in zip((common, [*common, *rest]), both, strict=True):
         assert found[-1:] == ((len(prompt),) if prompt else ())
         sizes = [b - a for a, b in zip((0, *found), found, strict=False)]
-        assert all(APART <= size <= EVERY for size in sizes[:-1])
+        assert all(MIN_SPAN <= size <= MAX_SPAN for size in sizes[:-1])
         assert sum(sizes) == len(prompt)
 
 
-def test_cuts_follow_messages():
+def test_chunks_end_with_messages():
     prompt = [1] * 99 + [END] + [1] * 30 + [END] + [1] * 600 + [END] + [1] * 3
-    assert cuts(prompt, ENDS, EVERY) == (100, 356, 612, 732, 735)
-    assert cuts(prompt, frozenset(), 512) == (512, 735)
+    assert chunk_ends(prompt, ENDS, MAX_SPAN) == (100, 356, 612, 732, 735)
+    assert chunk_ends(prompt, frozenset(), 512) == (512, 735)
 
 
-def test_branches_share_their_beginning():
+def test_branches_share_their_prefix():
     cache = PrefixCache(1000, Runner())
     first = grow(cache, 1, 2, 3, slot=1)
     second = grow(cache, 1, 2, 4, slot=2)
     assert [node.snapshot.slot for node in first.path] == [1, 1, 1]
     assert [node.snapshot.slot for node in second.path] == [1, 1, 2]
     assert cache.nbytes == 40
-    assert known(cache, 1, 2, 3) == 3 and known(cache, 1, 9) == 1 and known(cache, 9) == 0
+    assert cached(cache, 1, 2, 3) == 3 and cached(cache, 1, 9) == 1 and cached(cache, 9) == 0
 
 
-def test_what_was_used_longest_ago_goes_first_and_ends_before_beginnings():
+def test_the_least_recently_used_are_evicted_first_and_leaves_before_their_parents():
     cache = PrefixCache(60, Runner())
     grow(cache, 1, 2, 3)
     grow(cache, 4, 5)
-    assert known(cache, 1, 2) == 2  # used again, but not its end
+    assert cached(cache, 1, 2) == 2  # used again, without the last node
     grow(cache, 6, 7)
     assert cache.nbytes == 60
-    assert known(cache, 1, 2, 3) == 2 and known(cache, 4, 5) == 2 and known(cache, 6, 7) == 2
+    assert cached(cache, 1, 2, 3) == 2 and cached(cache, 4, 5) == 2 and cached(cache, 6, 7) == 2
     grow(cache, 6, 7, 8)
-    assert known(cache, 1, 2) == 1
+    assert cached(cache, 1, 2) == 1
 
 
-def test_a_prompt_larger_than_the_cache_keeps_its_beginning():
+def test_a_prompt_larger_than_the_cache_keeps_its_first_chunks():
     cache = PrefixCache(30, Runner())
     grow(cache, 9)
     assert grow(cache, 1, 2, 3, 4, 5) is None
-    assert known(cache, 1, 2, 3, 4, 5) == 3 and cache.nbytes == 30
+    assert cached(cache, 1, 2, 3, 4, 5) == 3 and cache.nbytes == 30
 
 
-def test_nothing_grows_on_a_branch_that_was_dropped():
+def test_nothing_is_added_to_a_dropped_branch():
     cache = PrefixCache(1000, Runner())
     node = grow(cache, 1, 2)
     cache.drop(node.parent)
-    assert cache.nbytes == 0 and cache.add(node, (3,), 0) is None and known(cache, 1) == 0
+    assert cache.nbytes == 0 and cache.add(node, (3,), 0) is None and cached(cache, 1) == 0
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_bytes_are_counted(seed, tmp_path):
-    """Through random additions, uses and drops, with and without files."""
+    """During random additions, uses and drops, with and without files."""
     rng = random.Random(seed)
-    files = PrefixFiles(tmp_path, "model", most_bytes=8000) if seed % 2 else None
+    files = PrefixFiles(tmp_path, "model", max_bytes=8000) if seed % 2 else None
     cache = PrefixCache(200, Runner(), files)
     for _ in range(300):
         branch = [rng.randrange(3) for _ in range(rng.randint(1, 6))]
@@ -132,7 +132,7 @@ def test_bytes_are_counted(seed, tmp_path):
         elif rng.random() < 0.5:
             grow(cache, *branch)
         else:
-            known(cache, *branch)
+            cached(cache, *branch)
         held = [cache.root]
         for node in held:
             held += node.children.values()
@@ -149,34 +149,36 @@ def test_files_outlast_the_process(tmp_path):
     grow(cache, 1, 2, 3, slot=5)
     cache.close()
     again = PrefixCache(1000, Runner(), PrefixFiles(tmp_path, "model"))
-    assert again.nbytes == 0 and known(again, 1, 2, 3) == 3
+    assert again.nbytes == 0 and cached(again, 1, 2, 3) == 3
     assert [node.snapshot.slot for node in grow(again, 1, 2, 3).path] == [5, 5, 5]
-    assert known(PrefixCache(1000, Runner(), PrefixFiles(tmp_path, "another model")), 1) == 0
+    assert cached(PrefixCache(1000, Runner(), PrefixFiles(tmp_path, "another model")), 1) == 0
 
 
-def test_what_memory_drops_is_read_again(tmp_path):
+def test_an_evicted_snapshot_is_read_from_its_file(tmp_path):
     cache = PrefixCache(30, Runner(), PrefixFiles(tmp_path, "model"))
     grow(cache, 1, 2, 3, slot=4)
     grow(cache, 5, 6, slot=6)
-    assert cache.nbytes == 30 and known(cache, 1, 2, 3) == 3 and known(cache, 5, 6) == 2
+    assert cache.nbytes == 30 and cached(cache, 1, 2, 3) == 3 and cached(cache, 5, 6) == 2
     cache.close()
 
 
-@pytest.mark.parametrize("harm", ["cut", "change", "empty", "delete", "no json", "other tokens", "longer", "deep"])
-def test_a_file_that_is_not_whole_is_a_miss(tmp_path, harm):
+@pytest.mark.parametrize(
+    "damage", ["truncated", "changed", "empty", "deleted", "no json", "other tokens", "longer", "deep"]
+)
+def test_a_damaged_file_is_a_cache_miss(tmp_path, damage):
     cache = PrefixCache(1000, Runner(), PrefixFiles(tmp_path, "model"))
     grow(cache, 1, 2, 3, slot=4)
     cache.close()
     path = next(p for p in tmp_path.rglob("*.kv") if b'"span": [2,' in p.read_bytes())
     data = path.read_bytes()
-    match harm:
-        case "cut":
+    match damage:
+        case "truncated":
             path.write_bytes(data[:-1])
-        case "change":
+        case "changed":
             path.write_bytes(data[:-1] + b"!")
         case "empty":
             path.write_bytes(b"")
-        case "delete":
+        case "deleted":
             path.unlink()
         case "no json":
             path.write_bytes(b"\xff" * 100)
@@ -187,14 +189,14 @@ def test_a_file_that_is_not_whole_is_a_miss(tmp_path, harm):
         case "deep":
             path.write_bytes(b"[" * 60000)
     again = PrefixCache(1000, Runner(), PrefixFiles(tmp_path, "model"))
-    assert known(again, 1, 2, 3) == 1
-    assert grow(again, 1, 2, 3, slot=9) is not None  # and is written anew
+    assert cached(again, 1, 2, 3) == 1
+    assert grow(again, 1, 2, 3, slot=9) is not None  # and is written again
     again.close()
     third = PrefixCache(1000, Runner(), PrefixFiles(tmp_path, "model"))
-    assert known(third, 1, 2, 3) == 3
+    assert cached(third, 1, 2, 3) == 3
 
 
-def test_a_full_disk_ends_the_writing_alone(tmp_path, monkeypatch, caplog):
+def test_a_full_disk_ends_only_the_writing(tmp_path, monkeypatch, caplog):
     cache = PrefixCache(1000, Runner(), PrefixFiles(tmp_path, "model"))
     grow(cache, 1)
     cache.close()
@@ -208,11 +210,11 @@ def test_a_full_disk_ends_the_writing_alone(tmp_path, monkeypatch, caplog):
     grow(cache, 2)
     cache.close()
     assert "no longer written to disk: No space left" in caplog.text
-    assert grow(cache, 3, 4) is not None and known(cache, 3, 4) == 2
+    assert grow(cache, 3, 4) is not None and cached(cache, 3, 4) == 2
     assert len(list(tmp_path.rglob("*.kv"))) == 1 and not list(tmp_path.rglob("*.part"))
 
 
-def test_a_folder_that_cannot_be_used_is_refused(tmp_path):
+def test_a_folder_that_is_not_writable_is_rejected(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(GptOssError, match="name another folder"):
+    with pytest.raises(GptOssError, match="choose another folder"):
         PrefixFiles(tmp_path / "file", "model")

@@ -1,4 +1,4 @@
-"""The scheduler's policy, without threads or devices."""
+"""The scheduling policy, without threads or devices."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mlx_gptoss.backends.base import Limits, Row, Sampled
 from mlx_gptoss.engine.request import Request
-from mlx_gptoss.engine.scheduler import Output, Scheduler, Step, room
+from mlx_gptoss.engine.scheduler import Output, Scheduler, Step, max_new_tokens
 from mlx_gptoss.errors import GptOssError, InvalidRequest
 from mlx_gptoss.sampling import Sampling
 
@@ -27,8 +27,9 @@ def plan(scheduler: Scheduler) -> Step:
     return step
 
 
-def answer(scheduler: Scheduler, step: Step, token: int = 1) -> list[Output]:
-    return scheduler.read(step, [Sampled(token, 0.0) if row.sampling else None for row in step.rows])
+def sample(scheduler: Scheduler, step: Step, token: int = 1) -> list[Output]:
+    """Process a step in which every sampled row gives `token`."""
+    return scheduler.process_results(step, [Sampled(token, 0.0) if row.sampling else None for row in step.rows])
 
 
 def shape(step: Step) -> list[tuple[int, int, int | None]]:
@@ -36,7 +37,7 @@ def shape(step: Step) -> list[tuple[int, int, int | None]]:
     return [(row.slot, row.start, None if row.tokens is None else len(row.tokens)) for row in step.rows]
 
 
-def test_a_prompt_is_cut_into_chunks_and_then_feeds_back() -> None:
+def test_a_prompt_is_prefilled_in_chunks_and_then_feeds_back() -> None:
     released: list[int] = []
     scheduler = Scheduler(Limits(2, 100, 4), released.append)
     request = prompt(10, max_tokens=3)
@@ -49,13 +50,13 @@ def test_a_prompt_is_cut_into_chunks_and_then_feeds_back() -> None:
         Row(0, 10, None, GREEDY),
         Row(0, 11, None, GREEDY),
     ]
-    assert scheduler.plan() is None and scheduler.idle  # three tokens are asked for: no row beyond
-    ended = [output.ended for step in steps for output in answer(scheduler, step)]
+    assert scheduler.plan() is None and scheduler.idle  # three tokens were requested: no row beyond
+    ended = [output.end_reason for step in steps for output in sample(scheduler, step)]
     assert ended == [None, None, "length"]
     assert released == [0]
 
 
-def test_short_prompts_share_a_step_and_chunks_are_never_cut_to_fill_one() -> None:
+def test_short_prompts_share_a_step_and_no_chunk_is_shortened_to_fill_one() -> None:
     scheduler = Scheduler(Limits(4, 100, 8), lambda slot: None)
     for length in (3, 4, 4, 1):
         scheduler.add(prompt(length))
@@ -63,7 +64,7 @@ def test_short_prompts_share_a_step_and_chunks_are_never_cut_to_fill_one() -> No
     assert shape(plan(scheduler)) == [(0, 3, None), (1, 4, None), (3, 1, None), (2, 0, 4)]
 
 
-def test_a_long_prompt_does_not_hold_up_a_short_one_nor_the_streams() -> None:
+def test_a_long_prompt_delays_neither_a_short_one_nor_the_streams() -> None:
     scheduler = Scheduler(Limits(3, 1000, 8), lambda slot: None)
     scheduler.add(prompt(2, max_tokens=50))
     plan(scheduler)
@@ -74,57 +75,57 @@ def test_a_long_prompt_does_not_hold_up_a_short_one_nor_the_streams() -> None:
     assert shape(plan(scheduler)) == [(0, 4, None), (2, 8, None), (1, 8, 8)]
 
 
-def test_slots_go_to_the_longest_waiting() -> None:
+def test_slots_are_given_first_come_first_served() -> None:
     scheduler = Scheduler(Limits(1, 100, 8), lambda slot: None)
-    tracks = [scheduler.add(prompt(2, max_tokens=1)) for _ in range(3)]
-    for track in tracks:
+    sequences = [scheduler.add(prompt(2, max_tokens=1)) for _ in range(3)]
+    for sequence in sequences:
         step = plan(scheduler)
-        assert step.tracks == (track,)
+        assert step.sequences == (sequence,)
         assert scheduler.plan() is None
-        answer(scheduler, step)
+        sample(scheduler, step)
 
 
-def test_a_slot_is_released_only_when_no_step_in_flight_touches_it() -> None:
+def test_a_slot_is_released_only_when_no_step_in_flight_uses_it() -> None:
     released: list[int] = []
     scheduler = Scheduler(Limits(1, 100, 8), released.append)
     scheduler.add(prompt(2, max_tokens=10, stop=(7,)))
     first, second = plan(scheduler), plan(scheduler)
     waiting = scheduler.add(prompt(2))
-    assert [output.ended for output in answer(scheduler, first, token=7)] == ["stop"]
+    assert [output.end_reason for output in sample(scheduler, first, token=7)] == ["stop"]
     assert released == [] and scheduler.plan() is None
-    assert answer(scheduler, second) == []  # the token behind the stop id is dropped
+    assert sample(scheduler, second) == []  # the token after the stop id is dropped
     assert released == [0]
-    assert plan(scheduler).tracks == (waiting,)
+    assert plan(scheduler).sequences == (waiting,)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
-def test_ending_a_track_at_any_point_frees_its_slot_once(steps: int) -> None:
+def test_ending_a_sequence_at_any_point_frees_its_slot_once(steps: int) -> None:
     released: list[int] = []
     scheduler = Scheduler(Limits(1, 100, 4), released.append)
-    track = scheduler.add(prompt(6, max_tokens=10))
+    sequence = scheduler.add(prompt(6, max_tokens=10))
     planned = [plan(scheduler) for _ in range(steps)]
-    scheduler.end(track)
-    scheduler.end(track)
+    scheduler.end(sequence)
+    scheduler.end(sequence)
     assert scheduler.plan() is None and scheduler.idle
     for step in planned:
         assert released == []
-        assert answer(scheduler, step) == []
+        assert sample(scheduler, step) == []
     assert released == ([0] if steps else [])
 
 
-def test_a_lost_step_ends_its_tracks_and_spares_the_rest() -> None:
+def test_a_failed_step_ends_its_sequences_and_spares_the_rest() -> None:
     released: list[int] = []
     scheduler = Scheduler(Limits(2, 100, 4), released.append)
-    lost = scheduler.add(prompt(2, max_tokens=10))
+    failed = scheduler.add(prompt(2, max_tokens=10))
     first = plan(scheduler)
     spared = scheduler.add(prompt(4))
     second = plan(scheduler)
-    assert second.tracks == (lost, spared)
-    scheduler.lose(first)
-    assert lost.ended and released == []
-    assert [output.track for output in answer(scheduler, second)] == [spared]
+    assert second.sequences == (failed, spared)
+    scheduler.fail(first)
+    assert failed.ended and released == []
+    assert [output.sequence for output in sample(scheduler, second)] == [spared]
     assert released == [0]
-    assert plan(scheduler).tracks == (spared,)
+    assert plan(scheduler).sequences == (spared,)
 
 
 def test_results_that_do_not_match_the_step_are_an_error() -> None:
@@ -132,103 +133,107 @@ def test_results_that_do_not_match_the_step_are_an_error() -> None:
     scheduler.add(prompt(2))
     step = plan(scheduler)
     with pytest.raises(ValueError):
-        scheduler.read(step, [])
+        scheduler.process_results(step, [])
     scheduler = Scheduler(Limits(1, 100, 4), lambda slot: None)
     scheduler.add(prompt(2))
     with pytest.raises(RuntimeError, match="sampled no token"):
-        scheduler.read(plan(scheduler), [None])
+        scheduler.process_results(plan(scheduler), [None])
 
 
-def test_room() -> None:
+def test_max_new_tokens() -> None:
     limits = Limits(1, 10, 4)
-    assert room(prompt(4, max_tokens=3), limits) == 3
-    assert room(prompt(4, max_tokens=30), limits) == 6
-    assert room(prompt(9, max_tokens=30), limits) == 1
+    assert max_new_tokens(prompt(4, max_tokens=3), limits) == 3
+    assert max_new_tokens(prompt(4, max_tokens=30), limits) == 6
+    assert max_new_tokens(prompt(9, max_tokens=30), limits) == 1
     with pytest.raises(InvalidRequest, match="10 tokens and the context holds 10"):
-        room(prompt(10), limits)
+        max_new_tokens(prompt(10), limits)
 
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), slots=st.integers(1, 4), chunk=st.integers(1, 9))
 def test_any_interleaving_serves_everything_and_leaks_no_slot(data: st.DataObject, slots: int, chunk: int) -> None:
-    """Plan up to two steps ahead, read, add and end at random: what is not ended early gets all its tokens."""
+    """Plan up to two steps ahead, process, add and end at random: every sequence ends and frees its slot."""
     released: list[int] = []
     scheduler = Scheduler(Limits(slots, 40, chunk), released.append)
-    flying: list[Step] = []
-    tracks = []
+    in_flight: list[Step] = []
+    sequences = []
     stalls = 0
     for _ in range(data.draw(st.integers(0, 60))):
-        action = data.draw(st.sampled_from(("add", "plan", "read", "end")))
+        action = data.draw(st.sampled_from(("add", "plan", "process", "end")))
         if action == "add":
-            tracks.append(scheduler.add(prompt(data.draw(st.integers(1, 30)), data.draw(st.integers(1, 12)))))
-        elif action == "plan" and len(flying) < 2:
-            flying += [step for step in [scheduler.plan()] if step]
-        elif action == "read" and flying:
-            answer(scheduler, flying.pop(0))
-        elif action == "end" and tracks:
-            scheduler.end(data.draw(st.sampled_from(tracks)))
-    while flying or not scheduler.idle:
+            sequences.append(scheduler.add(prompt(data.draw(st.integers(1, 30)), data.draw(st.integers(1, 12)))))
+        elif action == "plan" and len(in_flight) < 2:
+            in_flight += [step for step in [scheduler.plan()] if step]
+        elif action == "process" and in_flight:
+            sample(scheduler, in_flight.pop(0))
+        elif action == "end" and sequences:
+            scheduler.end(data.draw(st.sampled_from(sequences)))
+    while in_flight or not scheduler.idle:
         step = scheduler.plan()
-        flying += [step] if step else []
-        if flying:
-            answer(scheduler, flying.pop(0))
+        in_flight += [step] if step else []
+        if in_flight:
+            sample(scheduler, in_flight.pop(0))
         stalls += 1
         assert stalls < 2000
-    assert all(track.ended and track.slot == -1 and track.in_flight == 0 for track in tracks)
-    started = [track for track in tracks if track.length]
+    assert all(sequence.ended and sequence.slot == -1 and sequence.in_flight == 0 for sequence in sequences)
+    started = [sequence for sequence in sequences if sequence.length]
     assert len(released) >= len(started)
-    assert all(track.delivered <= track.room for track in tracks)
+    assert all(sequence.delivered <= sequence.max_new_tokens for sequence in sequences)
 
 
 def tokens(outputs: Sequence[Output]) -> list[int]:
     return [output.sampled.token for output in outputs]
 
 
-def test_drafts_wait_for_the_last_result_and_their_results_move_the_sequence_on() -> None:
+def test_drafts_wait_for_the_previous_result_and_accepted_ones_advance_the_sequence() -> None:
     released: list[int] = []
     scheduler = Scheduler(Limits(1, 100, 8, drafts=3), released.append)
-    track = scheduler.add(Request((1, 2, 3, 4, 1, 2), 7, GREEDY, frozenset({9})))
+    sequence = scheduler.add(Request((1, 2, 3, 4, 1, 2), 7, GREEDY, frozenset({9})))
     first = plan(scheduler)
-    assert scheduler.plan() is None and not scheduler.idle  # the next token decides what is guessed
-    assert tokens(answer(scheduler, first, token=3)) == [3]
+    assert scheduler.plan() is None and not scheduler.idle  # the drafts depend on the next token
+    assert tokens(sample(scheduler, first, token=3)) == [3]
     step = plan(scheduler)
     assert step.rows == (Row(0, 6, (3,), GREEDY, drafts=(4, 1, 2)),)
     assert scheduler.plan() is None
-    got = scheduler.read(step, [Sampled(4, 0.0, accepted=(Sampled(1, 0.0), Sampled(7, 0.0)))])  # two were right
+    got = scheduler.process_results(
+        step, [Sampled(4, 0.0, accepted=(Sampled(1, 0.0), Sampled(7, 0.0)))]
+    )  # two were accepted
     assert tokens(got) == [4, 1, 7]
     step = plan(scheduler)
-    assert step.rows == (Row(0, 9, (7,), GREEDY),)  # nothing followed 1 7 before
-    assert tokens(answer(scheduler, step, token=4)) == [4]
+    assert step.rows == (Row(0, 9, (7,), GREEDY),)  # 1 7 has not occurred before
+    assert tokens(sample(scheduler, step, token=4)) == [4]
     step = plan(scheduler)
-    assert step.rows[0].start == 10 and len(step.rows[0].drafts) <= 1  # room for two more tokens
-    assert (track.drafted, track.accepted) == (3, 2)
-    assert answer(scheduler, step, token=9)[-1].ended == "stop"
+    assert step.rows[0].start == 10 and len(step.rows[0].drafts) <= 1  # two more tokens may be generated
+    assert (sequence.drafted, sequence.accepted) == (3, 2)
+    assert sample(scheduler, step, token=9)[-1].end_reason == "stop"
     assert released == [0] and scheduler.idle
 
 
 def test_a_stop_among_accepted_drafts_ends_the_sequence_there() -> None:
     scheduler = Scheduler(Limits(1, 100, 8, drafts=3), lambda slot: None)
     scheduler.add(Request((1, 2, 9, 4, 1), 50, GREEDY, frozenset({9})))
-    answer(scheduler, plan(scheduler), token=2)
+    sample(scheduler, plan(scheduler), token=2)
     step = plan(scheduler)
     assert step.rows[0].drafts == (9, 4, 1)
-    got = scheduler.read(step, [Sampled(9, 0.0, accepted=(Sampled(4, 0.0), Sampled(1, 0.0), Sampled(2, 0.0)))])
-    assert [(output.sampled.token, output.ended) for output in got] == [(9, "stop")]
+    got = scheduler.process_results(
+        step, [Sampled(9, 0.0, accepted=(Sampled(4, 0.0), Sampled(1, 0.0), Sampled(2, 0.0)))]
+    )
+    assert [(output.sampled.token, output.end_reason) for output in got] == [(9, "stop")]
     assert scheduler.idle
 
 
-def test_no_more_drafts_than_there_is_room_for() -> None:
+def test_drafts_never_exceed_the_tokens_left_to_generate() -> None:
     scheduler = Scheduler(Limits(1, 100, 8, drafts=3), lambda slot: None)
     scheduler.add(Request((5, 6) * 4, 3, GREEDY))
-    answer(scheduler, plan(scheduler), token=5)
+    sample(scheduler, plan(scheduler), token=5)
     step = plan(scheduler)
     assert len(step.rows[0].drafts) == 1
-    got = scheduler.read(step, [Sampled(6, 0.0, accepted=(Sampled(5, 0.0),))])
-    assert got[-1].ended == "length"
+    got = scheduler.process_results(step, [Sampled(6, 0.0, accepted=(Sampled(5, 0.0),))])
+    assert got[-1].end_reason == "length"
 
 
 class Alternating:
-    """Allows 1, then 2, then 1, ...; raises at what is neither."""
+    """A guide that allows 1, then 2, then 1, ...; raises at any other token."""
 
     def __init__(self) -> None:
         self.next = 1
@@ -242,7 +247,7 @@ class Alternating:
         self.next = 3 - token
 
 
-def test_a_guided_row_waits_for_the_last_result_and_carries_its_mask() -> None:
+def test_a_guided_row_waits_for_the_previous_result_and_carries_its_mask() -> None:
     scheduler = Scheduler(Limits(2, 100, 4, drafts=3), lambda slot: None)
     guided = Request((1, 2, 1, 2, 1, 2), 4, GREEDY, guide=Alternating())
     scheduler.add(guided)
@@ -250,24 +255,24 @@ def test_a_guided_row_waits_for_the_last_result_and_carries_its_mask() -> None:
     assert chunk.rows == (Row(0, 0, (1, 2, 1, 2)),)
     assert first.rows == (Row(0, 4, (1, 2), GREEDY, guided.prompt, mask=b"\x02"),)
     scheduler.add(prompt(2, max_tokens=9))
-    beside = plan(scheduler)
-    assert shape(beside) == [(1, 0, 2)]  # what the guided sequence says next is not known yet
-    answer(scheduler, chunk)
-    answer(scheduler, first, token=1)
+    other = plan(scheduler)
+    assert shape(other) == [(1, 0, 2)]  # the guided sequence waits for its result
+    sample(scheduler, chunk)
+    sample(scheduler, first, token=1)
     second = plan(scheduler)
-    assert second.rows[0] == Row(0, 6, (1,), GREEDY, mask=b"\x04")  # no drafts: a mask hangs on the tokens before it
-    answer(scheduler, beside)
-    answer(scheduler, second, token=2)
+    assert second.rows[0] == Row(0, 6, (1,), GREEDY, mask=b"\x04")  # no drafts: a mask depends on every earlier token
+    sample(scheduler, other)
+    sample(scheduler, second, token=2)
     third = plan(scheduler)
     assert third.rows[0] == Row(0, 7, (2,), GREEDY, mask=b"\x02")
-    assert [output.ended for output in answer(scheduler, third, token=1)] == [None, None]
-    assert [output.ended for output in answer(scheduler, plan(scheduler), token=2)] == ["length", None]
+    assert [output.end_reason for output in sample(scheduler, third, token=1)] == [None, None]
+    assert [output.end_reason for output in sample(scheduler, plan(scheduler), token=2)] == ["length", None]
 
 
-def test_a_guide_that_fails_ends_its_own_track() -> None:
+def test_a_guide_that_fails_ends_its_own_sequence() -> None:
     released: list[int] = []
     scheduler = Scheduler(Limits(1, 100, 8), released.append)
     scheduler.add(Request((5,), 9, GREEDY, guide=Alternating()))
-    (output,) = answer(scheduler, plan(scheduler), token=2)
-    assert isinstance(output.ended, GptOssError) and "2 is not 1" in str(output.ended)
+    (output,) = sample(scheduler, plan(scheduler), token=2)
+    assert isinstance(output.end_reason, GptOssError) and "2 is not 1" in str(output.end_reason)
     assert released == [0] and scheduler.idle

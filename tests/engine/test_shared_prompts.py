@@ -1,4 +1,4 @@
-"""The engine driven by a mock runner: prompts that begin alike, through the prefix cache."""
+"""The engine with a mock runner: prompts with a common prefix, through the prefix cache."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mock_runner import (
     RING,
-    alone,
+    expected,
     ids,
     mock_engine,
     request,
@@ -17,29 +17,29 @@ from mlx_gptoss.engine import Request
 from mlx_gptoss.sampling import Sampling
 
 
-def test_a_prompt_that_begins_alike_goes_on_from_what_is_known() -> None:
-    """In chunks of 8: what a later prompt has in common with an earlier one, up to the last cut before its end."""
+def test_a_prompt_with_a_cached_prefix_computes_only_the_rest() -> None:
+    """Chunks of 8: the common prefix is cached up to the last chunk that ends before the prompt does."""
     with mock_engine(prefix_bytes=1000) as (engine, runner):
         for prompt, cached in ((40, 0), (40, 32), (41, 32), (20, 16), (8, 0), (9, 8)):
             stream = engine.submit(request(length=prompt, max_tokens=3))
-            assert ids(stream) == alone(request(length=prompt, max_tokens=3))[0]
+            assert ids(stream) == expected(request(length=prompt, max_tokens=3))[0]
             assert stream.finished is not None and stream.finished.cached_tokens == cached
         assert runner.saved == 5 and engine.status.prefix_bytes == 5 * (8 + RING)
         assert sum(len(row.tokens or ()) for rows in runner.steps for row in rows) == 40 + 8 + 9 + 4 + 8 + 1
 
 
-def test_equal_prompts_at_once_are_computed_once() -> None:
+def test_equal_prompts_at_the_same_time_are_computed_once() -> None:
     with mock_engine(Limits(slots=3, max_context=64, chunk=24), prefix_bytes=1000) as (engine, runner):
         runner.gate.clear()
         streams = [engine.submit(request(length=50, max_tokens=3, seed=seed)) for seed in range(3)]
         runner.gate.set()
         for seed, stream in enumerate(streams):
-            assert ids(stream) == alone(request(length=50, max_tokens=3, seed=seed))[0]
+            assert ids(stream) == expected(request(length=50, max_tokens=3, seed=seed))[0]
         assert sum(len(row.tokens or ()) for rows in runner.steps for row in rows) == 48 + 3 * 2
         assert sum(stream.finished.cached_tokens for stream in streams if stream.finished) == 2 * 48
 
 
-alike = st.builds(
+overlapping = st.builds(
     Request,
     prompt=st.tuples(st.lists(st.sampled_from([(1,) * 9, (2,) * 7]), max_size=5), st.lists(st.integers(0, 3))).map(
         lambda parts: tuple([token for part in parts[0] for token in part] + parts[1][:5] + [9])
@@ -51,16 +51,16 @@ alike = st.builds(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    batch=st.lists(alike, min_size=2, max_size=14),
-    room=st.sampled_from([20, 100, 10_000]),
+    batch=st.lists(overlapping, min_size=2, max_size=14),
+    max_bytes=st.sampled_from([20, 100, 10_000]),
     failures=st.sets(st.integers(0, 40), max_size=3),
     cancelled=st.sets(st.integers(0, 13), max_size=3),
 )
-def test_no_request_sees_another_through_the_cache(
-    batch: list[Request], room: int, failures: set[int], cancelled: set[int]
+def test_the_cache_never_changes_the_tokens_of_a_request(
+    batch: list[Request], max_bytes: int, failures: set[int], cancelled: set[int]
 ) -> None:
-    """Whatever is evicted, fails or is given up meanwhile: what is not gives what it gives alone."""
-    with mock_engine(prefix_bytes=room) as (engine, runner):
+    """Requests that neither fail nor are cancelled get the tokens they get alone, whatever is evicted."""
+    with mock_engine(prefix_bytes=max_bytes) as (engine, runner):
         count = iter(range(10**9))
         runner.fail_wait = lambda rows: ValueError("broken step") if next(count) in failures else None
         streams = [engine.submit(one) for one in batch]
@@ -73,5 +73,5 @@ def test_no_request_sees_another_through_the_cache(
             except ValueError:
                 assert failures
                 continue
-            assert got == alone(one)[0]
-        assert engine.status.prefix_bytes <= room
+            assert got == expected(one)[0]
+        assert engine.status.prefix_bytes <= max_bytes

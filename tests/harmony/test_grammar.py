@@ -180,22 +180,22 @@ HOSTILE: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_schema_is_refused_or_costs_little(nano: Tokenizer, allowed_ids: Any, name: str) -> None:
-    """The limits are generous, so that they hold on a busy machine: an idle one takes a tenth of them."""
+    """The limits are in CPU seconds, which a busy machine hardly changes. Usually a tenth of them is used."""
     random, longest = Random(name), 0.0
-    begun = time.perf_counter()
+    started = time.process_time()
     try:
         matcher = Grammar(HOSTILE[name], nano, "schema").matcher(nano.special(RETURN))
     except InvalidRequest:
-        assert time.perf_counter() - begun < 10
+        assert time.process_time() - started < 10
         return
-    assert time.perf_counter() - begun < 10
+    assert time.process_time() - started < 10
     for _ in range(100):
-        begun = time.perf_counter()
+        started = time.process_time()
         try:
             choices = allowed_ids(matcher.mask(), nano.vocab_size)
         except GptOssError:
             break
-        longest = max(longest, time.perf_counter() - begun)
+        longest = max(longest, time.process_time() - started)
         if choices == [nano.special(RETURN)]:
             break
         matcher.accept(random.choice([id for id in choices if not nano.is_special(id)]))

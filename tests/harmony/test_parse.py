@@ -206,8 +206,8 @@ def test_a_truncated_character_becomes_a_replacement_character(small: Tokenizer,
 
 
 def test_endless_headers_are_read_in_linear_time(parse: Any) -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     for text in ("to=" + "a" * 20_000, " " * 20_000 + "b", "<|channel|>" * 20_000 + "b", "<|channel|>final" * 4_000):
         parse(text)
-    assert time.perf_counter() - started < 10
+    assert time.thread_time() - started < 10
     assert parse("to=" + "a" * 20_000).messages == [assistant("to=" + "a" * 20_000)]

@@ -1,4 +1,4 @@
-"""What the kernel tests share: the device they run on, and matrices in every Spec with their values in float64.
+"""Fixtures of the kernel tests: the device, and matrices in every Spec together with their values in float64.
 
 Without a GPU the kernels run under Triton's interpreter (tests/conftest.py switches it on), on CPU tensors.
 """
@@ -37,7 +37,7 @@ SPECS = {
 
 @dataclass(frozen=True)
 class Stored:
-    """matrix: on the device, as stored. values: float64 [..., N, K], on the CPU."""
+    """A matrix as stored, on the device, and its values, float64 [..., N, K], on the CPU."""
 
     matrix: Matrix
     values: torch.Tensor
@@ -45,12 +45,15 @@ class Stored:
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreter_patches_once():
-    """Triton's interpreter changes triton.language anew for every function that a kernel calls, which takes half of its
-    time. Once is enough: for the kernel, and for the functions of triton.language itself, which see it as `core`."""
+    """Make Triton's interpreter twice as fast.
+
+    It patches triton.language again for every function that a kernel calls, which takes half of its time. Once is
+    enough: for the kernel, and for the functions of triton.language itself, which see that module as `core`.
+    """
     interpreter, language = pytest.importorskip("triton.runtime.interpreter"), pytest.importorskip("triton.language")
     library = getattr(language.standard.cdiv, "fn", None)
     if library is None or not all(hasattr(interpreter, name) for name in ("_patch_lang", "_LangPatchScope")):
-        yield  # a version that does it otherwise
+        yield  # another version of Triton, which may patch in another way
         return
     patch, nothing, running = interpreter._patch_lang, interpreter._LangPatchScope, []
 
@@ -74,7 +77,8 @@ def device() -> torch.device:
 
 @pytest.fixture(scope="session")
 def stored(device):
-    """stored(kind, *shape): every code, scales and biases of both signs where they have one, factors on the rows."""
+    """stored(kind, *shape) makes a random matrix: all codes occur, and scales and biases of both signs where their type
+    has a sign. exponents: the range of e8m0 codes."""
 
     def make(kind: str, *shape: int, seed: int = 0, exponents: tuple[int, int] = (118, 126)) -> Stored:
         weight = _weight(np.random.default_rng(seed), kind, shape, exponents)
@@ -112,7 +116,7 @@ def _weight(rng, kind: str, shape: tuple[int, ...], exponents: tuple[int, int]):
 
 @pytest.fixture(scope="session")
 def close():
-    """Raises unless `got` is within `tolerance` of the largest wanted magnitude, element by element."""
+    """close(got, wanted, tolerance) asserts that no element is off by more than tolerance * max |wanted|."""
 
     def check(got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
         got, wanted = got.double().cpu(), wanted.double().cpu()

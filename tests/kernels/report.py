@@ -1,9 +1,9 @@
-"""Compile every kernel that a model launches, for GPUs that need not be there: registers, spills, instructions.
+"""Compile every kernel that a model launches, for any GPU, and print its registers, spills and instructions.
 
 python tests/kernels/report.py [--preset 20b] [--format mxfp4 ...] [--arch 90 ...] [--rows 1 ...] [--dtype NAME]
 
-One decoding step of each number of rows and one prefill run on torch's meta device, which has shapes and no values;
-the launches are recorded instead of started, and each different one is compiled to a cubin.
+No GPU is needed. One decoding step for each number of rows and one prefill run on torch's meta device, which has shapes
+and no values. Their launches are recorded instead of started, and each different one is compiled to a cubin.
 """
 
 import argparse
@@ -41,7 +41,12 @@ OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel, by module and name, as it is specialized. what: who launches it."""
+    """One specialization of a kernel.
+
+    module, name: of the kernel. what: the format and the step that launch it
+    signature: each argument's type. constants: arguments that are compiled in. aligned: arguments divisible by 16
+    options: of the compiler. programs: of the grid
+    """
 
     module: str
     name: str
@@ -54,21 +59,21 @@ class Launch:
 
 
 def specialize(kernel: JITFunction, what: str, grid: tuple[int, ...], args: tuple, options: dict) -> Launch:
-    """What Triton would make of these arguments."""
+    """The specialization that Triton makes for these arguments."""
     names = [param.name for param in kernel.params]
     values = dict(zip(names, args, strict=False)) | {k: v for k, v in options.items() if k in names}
     signature, constants, aligned = {}, {}, []
     for param in kernel.params:
         value = values[param.name]
-        free = not param.do_not_specialize
-        if param.is_constexpr or value is None or (isinstance(value, int) and value == 1 and free):
+        specialized = not param.do_not_specialize
+        if param.is_constexpr or value is None or (isinstance(value, int) and value == 1 and specialized):
             signature[param.name], constants[param.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[param.name] = "*" + TYPES[str(value.dtype).removeprefix("torch.")]
             aligned += [param.name] if value.storage_offset() * value.element_size() % 16 == 0 else []
         elif isinstance(value, int):
             signature[param.name] = "i32"
-            aligned += [param.name] if free and value % 16 == 0 else []
+            aligned += [param.name] if specialized and value % 16 == 0 else []
         else:
             signature[param.name] = "fp32"
     kept = tuple((name, options[name]) for name in OPTIONS if name in options)
@@ -78,15 +83,17 @@ def specialize(kernel: JITFunction, what: str, grid: tuple[int, ...], args: tupl
 
 
 class Shapes(Synthetic):
-    """Synthetic weights whose values nobody will see."""
+    """Synthetic weights without the work of drawing values: all zeros."""
 
     def _array(self, key, shape, bits, draw):
         return np.zeros(shape, bits if draw.table is None else draw.table.dtype)
 
 
 def record(preset: str, form: str, rows: list[int], dtype: torch.dtype = torch.bfloat16) -> dict[Launch, int]:
-    """Each different launch of one step and one prefill chunk of two layers, a sliding and a full one, and how often it
-    happens in them."""
+    """The different launches of a decoding step for each of `rows` and of a prefill chunk, and how often each happens.
+
+    The model has two layers, a sliding and a full one.
+    """
     config = PRESETS[preset]
     config = replace(config, num_hidden_layers=2, layer_types=config.layer_types[:2])
     model = load_model(Shapes(config, form), dtype, META, Fused())
@@ -112,12 +119,13 @@ def record(preset: str, form: str, rows: list[int], dtype: torch.dtype = torch.b
     return found
 
 
-ROW = "{:<16}{:<22}{:>5}{:>10}{:>7}{:>11}{:>8}{:>8}{:>14}{:>7}"
+ROW = "{:<19}{:<22}{:>5}{:>10}{:>7}{:>11}{:>8}{:>8}{:>14}{:>7}"
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """spills: bytes of local memory. loop: instructions of the longest loop's body, for each of a warp's threads."""
+    """A compiled kernel. registers: of a thread. spills: bytes of local memory of a thread. shared: bytes of a program.
+    loop: instructions in the body of the longest loop."""
 
     kernel: str
     what: str
@@ -132,6 +140,7 @@ class Compiled:
 
 
 def build(launch: Launch, arch: int) -> Compiled:
+    """Compile a launch for one GPU. arch: compute capability, 90 for sm_90."""
     place = {name: (i,) for i, (name, _) in enumerate(launch.signature)}
     source = ASTSource(
         getattr(import_module(launch.module), launch.name),
@@ -142,7 +151,7 @@ def build(launch: Launch, arch: int) -> Compiled:
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
     registers, spills, instructions, loop = inspect(compiled.asm["cubin"])
     return Compiled(
-        launch.name.lstrip("_"),
+        launch.name.strip("_").removesuffix("_kernel"),
         launch.what,
         arch,
         launch.programs,

@@ -1,5 +1,7 @@
-"""Attention against float64: ragged rows, splits, rings, windows, chunks. All that no query may see is NaN, and so is
-what the kernels are to write."""
+"""Attention against float64: rows of different lengths, splits, rings, windows, chunks.
+
+Keys and values that no query may see are NaN, and so are outputs before a kernel writes them.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ def nan(*shape: int, dtype=torch.float32, device=None) -> torch.Tensor:
 
 
 def mixed_sinks(H: int) -> torch.Tensor:
-    """One that takes all the weight, one that takes none, and some that take a part."""
+    """Sinks float32 [H]: one that takes all the weight, one that takes none, and others that take a part."""
     sinks = random(H, seed=9) * 2
     sinks[0], sinks[1] = 1e4, -1e4
     return sinks
@@ -61,9 +63,9 @@ class Step:
             nan(B + 2, self.K, self.C, 64, dtype=self.dtype, device=self.device) for _ in range(2)
         )
         for slot, position in zip(self.slots.tolist(), self.positions, strict=True):
-            there = min(position + 1, self.C)
+            written = min(position + 1, self.C)
             for seed, cache in enumerate((self.keys, self.values)):
-                cache[slot, :, :there] = random(self.K, there, 64, seed=10 * slot + seed).to(cache)
+                cache[slot, :, :written] = random(self.K, written, 64, seed=10 * slot + seed).to(cache)
 
     def run(self, ring: bool) -> torch.Tensor:
         B, on = len(self.positions), torch.tensor(self.positions, dtype=torch.int32, device=self.device)
@@ -87,9 +89,9 @@ class Step:
 @dtypes
 @pytest.mark.parametrize("programs, longest", [(1, 8192), (24, 8192), (264, 8192), (24, 64)])
 def test_decoding_splits_rows_of_very_different_lengths(monkeypatch, close, device, dtype, programs, longest):
-    """One split, two, more than most rows have blocks; and more for a long row than keep the device busy."""
+    """One split, two, and more than most rows have blocks; last, MAX_SPLIT makes more than PROGRAMS asks for."""
     monkeypatch.setattr(kernels, "PROGRAMS", programs)
-    monkeypatch.setattr(kernels, "LONGEST", longest)
+    monkeypatch.setattr(kernels, "MAX_SPLIT", longest)
     step = Step([0, 299, 63, -1, 64, 31], H=8, K=2, C=300, dtype=dtype, device=device)
     out = step.run(ring=False)
     close(out, step.wanted(), TOLERANCES[dtype])
@@ -159,7 +161,7 @@ def test_prefill(close, device, dtype, L, C, window, first):
 
 @pytest.mark.parametrize("H, K", [(4, 4), (6, 2), (20, 1)])
 def test_prefill_of_columns_and_transposed_heads(close, device, H, K):
-    """q, k and v as the fused projection leaves them, and an output inside something wider."""
+    """q, k and v are views of the fused projection, and the output is a view of a wider tensor."""
     L, sinks = 35, mixed_sinks(H).to(device)
     qkv = random(L, H + 2 * K, 64, seed=1, device=device)
     q, k, v = qkv.split([H, K, K], dim=1)
@@ -172,7 +174,8 @@ def test_prefill_of_columns_and_transposed_heads(close, device, H, K):
 
 @pytest.mark.parametrize("window", [None, 16])
 def test_chunks_equal_the_whole(close, device, window):
-    """Full layers hand over all keys so far; sliding ones the window's past, of which what lies before 0 is NaN."""
+    """A full layer passes all keys so far. A sliding one passes a window of past keys; those before position 0 are
+    NaN."""
     L, sinks = 75, mixed_sinks(4).to(device)
     q = random(L, 4, 64, seed=1, device=device)
     k, v = (random(2, L, 64, seed=seed, device=device) for seed in (2, 3))
@@ -194,7 +197,7 @@ def gpu(device) -> torch.device:
 
 
 def captured(work) -> torch.cuda.CUDAGraph:
-    work()  # compiles
+    work()  # compiles the kernels
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
@@ -217,8 +220,8 @@ def milliseconds(work, repeats: int = 30) -> float:
 @pytest.mark.cuda
 @pytest.mark.parametrize("S, C", [(16, 8192), (33, 131072)])
 def test_decoding_at_real_sizes(gpu, close, record_property, S, C):
-    """All rows at once, as a graph that is replayed at other positions; then each alone, whose GB/s go on record. 33
-    slots of 131072 places have more than 2**31 elements; together they are more than any cache holds."""
+    """All rows at once, in a graph that is replayed at other positions, then each row alone; records the GB/s of the
+    latter. 33 slots of 131072 entries have more than 2**31 elements, and exceed every GPU's cache."""
     keys, values = (torch.randn(S, 8, C, 64, dtype=torch.bfloat16, device=gpu) for _ in range(2))
     q, sinks = torch.randn(S, 64, 64, dtype=torch.bfloat16, device=gpu), torch.randn(64, device=gpu)
     slots = torch.arange(S, dtype=torch.int32, device=gpu)
@@ -250,7 +253,7 @@ def test_decoding_at_real_sizes(gpu, close, record_property, S, C):
 @pytest.mark.cuda
 @pytest.mark.parametrize("window", [None, 128])
 def test_prefill_at_real_sizes(gpu, close, record_property, window):
-    """8192 tokens after all of a long context, or after a window: some queries against float64; TFLOP/s on record."""
+    """8192 tokens after a long context, or after a window: some queries against float64. Records the TFLOP/s."""
     L = 8192
     C = 131072 if window is None else L + window
     q = torch.randn(L, 64, 64, dtype=torch.bfloat16, device=gpu)

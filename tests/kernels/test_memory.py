@@ -1,4 +1,4 @@
-"""What gpt-oss-20b takes on a GPU with 8k of context, added up on torch's meta device, which has shapes alone."""
+"""GPU memory of gpt-oss-20b with 8k of context, summed on torch's meta device, which has shapes and no values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from mlx_gptoss.backends import cuda
 from mlx_gptoss.backends.cuda.cache import Cache, Span
 from mlx_gptoss.backends.cuda.decode import Decoder
-from mlx_gptoss.backends.cuda.kernels import attention, linear, moe, routing, sample
+from mlx_gptoss.backends.cuda.kernels import attention, linear, moe, qkv, routing, sample
 from mlx_gptoss.backends.cuda.kernels.fused import Fused
 from mlx_gptoss.backends.cuda.load import load_model
 from mlx_gptoss.config import PRESETS
@@ -26,14 +26,14 @@ CONTEXT = 8192
 
 
 class Shapes(Synthetic):
-    """Synthetic weights whose values nobody will see."""
+    """Synthetic weights without the work of drawing values: all zeros."""
 
     def _array(self, key, shape, bits, draw):
         return np.zeros(shape, bits if draw.table is None else draw.table.dtype)
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the storages that are alive, and the most there were at once."""
+    """Counts the bytes of live tensor storages, now and at their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Live(TorchDispatchMode):
     def _hold(self, tensor: torch.Tensor, known: bool) -> None:
         place, size = tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes()
         if known and not self.tensors[place]:
-            return  # a view of what was there before
+            return  # a view of a tensor that was made before this mode was entered
         if not self.tensors[place]:
             self.bytes += size
             self.peak = max(self.peak, self.bytes)
@@ -68,9 +68,9 @@ class Live(TorchDispatchMode):
 
 @pytest.fixture
 def no_kernels(monkeypatch) -> list:
-    """Launches are listed, not started."""
+    """A list of the kernels launched; none is run."""
     launched: list = []
-    for module in (attention, linear, moe, routing, sample):
+    for module in (attention, linear, moe, qkv, routing, sample):
         monkeypatch.setattr(module, "launch", lambda kernel, *args, **options: launched.append(kernel))
     return launched
 
@@ -86,7 +86,7 @@ def test_mxfp4_takes_at_most_14_5_gb_with_8k_of_context(no_kernels):
         held = prefill.bytes
         ids = torch.zeros((1, chunk), dtype=torch.int64, device=META)
         model(ids, cache, Span.of([0], [CONTEXT - chunk], chunk, META))
-    token = torch.bfloat16.itemsize * 2 * config.kv_size  # of one layer
+    token = torch.bfloat16.itemsize * 2 * config.kv_size  # bytes of keys and values in one layer
     assert held == token * (CONTEXT + config.sliding_window)
     with Live() as decode:
         last = torch.zeros(1, dtype=torch.int64, device=META)
@@ -99,5 +99,5 @@ def test_mxfp4_takes_at_most_14_5_gb_with_8k_of_context(no_kernels):
     assert 13.9e9 < total < 14.5e9
     no_kernels.clear()
     decoder._run(decoder._ready(1))
-    once = 4  # embedding, lm_head, and two to draw
+    once = 4  # kernels outside the layers: embedding, lm_head, and two to draw
     assert (len(no_kernels) - once) * config.num_hidden_layers // 2 + once == 160  # kernels a token, as the README says

@@ -1,4 +1,4 @@
-"""The whole model through the kernels: the reference's logits and text, and a decoding step that is torch's alone."""
+"""The whole model through the kernels, against the reference's logits and text, and against the plain torch backend."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from mlx_gptoss.backends import cuda
 from mlx_gptoss.backends.base import Limits, Row
 from mlx_gptoss.backends.cuda.kernels import fused
-from mlx_gptoss.backends.cuda.plain import Plain
+from mlx_gptoss.backends.cuda.plain import TorchOperations
 from mlx_gptoss.errors import CheckpointError
 from mlx_gptoss.sampling import Sampling
 from mlx_gptoss.weights import checkpoint as checkpoints
@@ -37,14 +37,14 @@ def load(folder, device, limits: Limits, kernels: bool = True):
 
 @pytest.mark.parametrize("name", FIXTURES)
 def test_logits_of_every_format(mini, device, relative_error, name):
-    """Of a prefill in two chunks, the second of which does not divide the window."""
+    """A prefill in two chunks; the length of the second does not divide the window."""
     reference = load_file(mini / f"{FIXTURES[name]}.safetensors")
     runner = load(mini / name, device, Limits(1, 96, 16))
     assert relative_error(runner.logits(reference["prompt"][:30].tolist()), reference["logits"][:30]) < 1e-4
 
 
 def test_greedy_text(mini, device):
-    """Alone, so with one row a step, where the ring has long wrapped."""
+    """One sequence, so one row a step, at positions where the ring has wrapped several times."""
     reference = load_file(mini / "reference.safetensors")
     prompt, wanted = tuple(reference["prompt"].tolist()), reference["greedy"][:3].tolist()
     assert reference["margin"][:3].min() > 1e-3
@@ -55,12 +55,12 @@ def test_greedy_text(mini, device):
     assert [*ids, *(p.wait()[0].token for p in pending)] == wanted
 
 
-def test_a_batch_is_what_torch_makes_of_it(mini, device):
-    """Three rows of a step of four: greedy and masked, at a temperature, and through the sampler's whole chain; one
-    joins later, one is fed a token by the host, all in slots used before."""
+def test_a_batch_matches_plain_torch(mini, device):
+    """Three rows of a step of four, in slots used before: one greedy and masked, one at a temperature, one through the
+    whole sampler. One row joins later, and the host feeds one a token."""
     samplings = [GREEDY, Sampling(seed=5), Sampling(seed=6, top_p=0.8, frequency_penalty=0.5, logprobs=2)]
     prompts = [tuple(range(n, n + length)) for n, length in ((3, 11), (50, 4), (200, 1))]
-    said = []
+    results = []
     for kernels in (True, False):
         runner = load(mini / "nvfp4", device, Limits(5, 64, 32), kernels)
         runner.submit([Row(slot, 0, (7, 8), GREEDY, (7, 8)) for slot in range(5)]).wait()
@@ -76,25 +76,25 @@ def test_a_batch_is_what_torch_makes_of_it(mini, device):
                 mask = b"\xff" * 8 if slot == 4 else None
                 rows.append(Row(slot, start, tokens, sampling, prompt if begins else None, mask=mask))
             got.append(runner.submit(rows).wait())
-        said.append(got)
+        results.append(got)
         assert all(step[0].token < 64 for step in got)
-    for ours, plain in zip(*said, strict=True):
+    for ours, plain in zip(*results, strict=True):
         assert [s.token for s in ours] == [s.token for s in plain]
         assert np.allclose([s.logprob for s in ours], [s.logprob for s in plain], atol=1e-4)
         assert [[i for i, _ in s.top] for s in ours] == [[i for i, _ in s.top] for s in plain]
 
 
 def test_a_short_message_after_a_long_context(device, close, monkeypatch):
-    """Its few queries are rows of a decoding step over a view of the cache; the rest of the cache is poison."""
-    monkeypatch.setattr(fused, "MANY_KEYS", 100)
+    """Its few queries are rows of a decoding step over a view of the cache; the rest of the cache is NaN."""
+    monkeypatch.setattr(fused, "SPLIT_KEYS", 100)
     generator = torch.Generator().manual_seed(0)
     q = torch.randn((1, 4, 3, 64), generator=generator)
     cache = torch.full((2, 3, 2, 200, 64), torch.nan)
     cache[:, 1, :, :150] = torch.randn((2, 2, 150, 64), generator=generator)
     keys, values = (part[1:2, :, :150].to(device) for part in cache.to(device))
     sinks = torch.tensor([0.5, -2.0, 3.0, 0.0], device=device)
-    wanted = Plain(1).causal(q.to(device), keys, values, sinks, 0.125)
-    close(fused.Fused().causal(q.to(device), keys, values, sinks, 0.125), wanted, 1e-5)
+    wanted = TorchOperations(1).attend_causal(q.to(device), keys, values, sinks, 0.125)
+    close(fused.Fused().attend_causal(q.to(device), keys, values, sinks, 0.125), wanted, 1e-5)
 
 
 def test_activations_in_bfloat16_stay_close(mini, device):
@@ -105,23 +105,23 @@ def test_activations_in_bfloat16_stay_close(mini, device):
     assert np.corrcoef(exact.ravel(), narrow.ravel())[0, 1] > 0.98
 
 
-def test_models_that_the_kernels_do_not_fit_are_refused(mini):
+def test_unsupported_models_are_refused(mini):
     checkpoint = checkpoints.open(mini / "mxfp4")
     checkpoint.config = replace(checkpoint.config, num_experts_per_tok=3)
     with pytest.raises(CheckpointError, match="--device cpu"):
         cuda.load(checkpoint, device="cpu", dtype=None, limits=Limits(1, 8, 8), kernels=True)
 
 
-def test_experts_that_are_not_one_matrix_are_refused(mini, monkeypatch):
+def test_gate_and_up_stored_differently_are_refused(mini, monkeypatch):
     loader = import_module("mlx_gptoss.backends.cuda.load")  # the package's `load` is a function
-    monkeypatch.setattr(loader, "_alike", lambda weights: len(weights) == 1)
+    monkeypatch.setattr(loader, "_same_storage", lambda weights: len(weights) == 1)
     with pytest.raises(CheckpointError, match="gate and up"):
         cuda.load(checkpoints.open(mini / "mxfp4"), device="cpu", dtype=None, limits=Limits(1, 8, 8), kernels=True)
 
 
 @pytest.mark.cuda
-def test_replaying_the_graph_is_running_its_kernels(mini, device, monkeypatch):
-    """Token by token, for one row and for five, on the GPU."""
+def test_replaying_the_graph_matches_running_its_kernels(mini, device, monkeypatch):
+    """The same tokens for one row and for five, on the GPU."""
     from mlx_gptoss.backends.cuda import decode
 
     if device.type != "cuda":
@@ -136,17 +136,17 @@ def test_replaying_the_graph_is_running_its_kernels(mini, device, monkeypatch):
         return buffers
 
     prompts = [tuple(range(n, n + length)) for n, length in ((3, 40), (50, 4), (200, 1), (9, 9), (30, 22))]
-    said = []
+    results = []
     for graph in (True, False):
         if not graph:
             monkeypatch.setattr(decode.Decoder, "step", eager)
         runner = load(mini / "mxfp4", device, Limits(5, 128, 64))
-        said.append(texts(runner, prompts[:1]) + texts(runner, prompts))
-    assert said[0] == said[1]
+        results.append(texts(runner, prompts[:1]) + texts(runner, prompts))
+    assert results[0] == results[1]
 
 
 @pytest.mark.cuda
-def test_a_batch_on_the_gpu_says_what_each_says_alone(mini, device):
+def test_a_batch_on_the_gpu_matches_each_sequence_alone(mini, device):
     if device.type != "cuda":
         pytest.skip("torch finds no GPU")
     prompts = [tuple(range(n, n + n)) for n in range(1, 60, 4)]
@@ -155,19 +155,19 @@ def test_a_batch_on_the_gpu_says_what_each_says_alone(mini, device):
 
 
 def texts(runner, prompts) -> list[list[int]]:
-    """20 greedy tokens of each, all at once."""
+    """20 greedy tokens for each prompt, all prompts in one batch."""
     first = runner.submit([Row(slot, 0, prompt, GREEDY, prompt) for slot, prompt in enumerate(prompts)]).wait()
-    said = [[sampled.token] for sampled in first]
+    tokens = [[sampled.token] for sampled in first]
     for step in range(19):
         rows = [Row(slot, len(prompt) + step, None, GREEDY) for slot, prompt in enumerate(prompts)]
-        for ids, sampled in zip(said, runner.submit(rows).wait(), strict=True):
+        for ids, sampled in zip(tokens, runner.submit(rows).wait(), strict=True):
             ids.append(sampled.token)
-    return said
+    return tokens
 
 
 @pytest.mark.cuda
 def test_the_sanitizer_finds_nothing(device):
-    """The kernels' own tests once more, under compute-sanitizer's memory and initialization checks."""
+    """Run the kernels' own tests under compute-sanitizer's memory and initialization checks."""
     tool = shutil.which("compute-sanitizer")
     if device.type != "cuda" or tool is None:
         pytest.skip("no GPU, or no compute-sanitizer, which comes with the CUDA toolkit")

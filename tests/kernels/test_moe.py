@@ -1,4 +1,4 @@
-"""The mixture of experts against float64: one token and many, experts that nobody chose, idle rows, every Spec."""
+"""The mixture of experts against float64: one token and many, experts without tokens, idle rows, every Spec."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 class Layer:
-    """One layer's experts on the device, and what it computes in float64."""
+    """One layer's experts on the device, and the same layer in float64."""
 
     def __init__(self, stored, device, kind: str, dtype=torch.float32, experts: int = E) -> None:
         self.gate_up, self.down = stored(kind, experts, 2 * I, D, seed=1), stored(kind, experts, D, I, seed=2)
@@ -53,7 +53,7 @@ def nan(*shape: int, device, dtype=torch.float32) -> torch.Tensor:
 
 
 def empty_groups(tokens: int, device, experts: int = E) -> routing.Groups:
-    """Filled with what must not be read."""
+    """Groups filled with values that must not be read."""
     pairs = tokens * A
     order, starts = (torch.full((n,), 1 << 20, dtype=torch.int32, device=device) for n in (pairs, experts + 1))
     return routing.Groups(order, starts, nan(pairs, device=device))
@@ -76,23 +76,23 @@ def test_one_token(stored, close, device, kind):
     layer = Layer(stored, device, kind)
     x, gain, logits = random(1, D).to(device), random(D, seed=5).to(device), random(1, E, seed=6).to(device)
     wanted = layer.oracle(x, rms_norm(x, gain), logits)
-    kernels.mixture_of_one(x, logits, layer.experts, nan(A, I, device=device), gain, EPS)
+    kernels.forward_one_token(x, logits, layer.experts, nan(A, I, device=device), gain, EPS)
     close(x, wanted, 1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tokens", [2, 17])
 def test_many_tokens(stored, close, device, kind, tokens):
-    """The last expert is never chosen, the first always; the second row is idle and stays as it is."""
+    """Every token chooses the first expert, none the last. The second row is idle and stays unchanged."""
     layer = Layer(stored, device, kind)
     x, normed, logits = random(tokens, D), random(tokens, D, seed=5), random(tokens, E, seed=6)
     logits[:, 0], logits[:, E - 1] = 9.0, -9.0
     positions = torch.arange(tokens, dtype=torch.int32)
     positions[1] = -1
     out, groups = x.clone().to(device), empty_groups(tokens, device)
-    routing.sort(logits.to(device), positions.to(device), A, groups)
+    routing.sort_pairs(logits.to(device), positions.to(device), A, groups)
     scratch = nan(tokens * A, I, device=device), nan(tokens * A, D, device=device)
-    kernels.mixture(out, normed.to(device), groups, layer.experts, *scratch, out, positions.to(device))
+    kernels.forward_grouped(out, normed.to(device), groups, layer.experts, *scratch, out, positions.to(device))
     wanted = layer.oracle(x, normed, logits)
     wanted[1] = x[1]
     close(out, wanted, 1e-4)
@@ -101,14 +101,14 @@ def test_many_tokens(stored, close, device, kind, tokens):
 
 @pytest.mark.parametrize("tokens", [1, 150])
 def test_prefill(stored, close, device, tokens):
-    """More tokens of an expert than a tile holds; sorted by torch."""
+    """Pairs sorted by torch; with 150 tokens, expert 2 has more of them than one block holds."""
     layer = Layer(stored, device, "mxfp4")
     x, normed, logits = random(tokens, D), random(tokens, D, seed=5), random(tokens, E, seed=6)
     logits[:, 2] = 9.0
     out = nan(tokens, D, device=device)
     scratch = nan(tokens * A, I, device=device), nan(tokens * A, D, device=device)
-    groups = routing.sort_many(logits.to(device), A)
-    kernels.mixture(x.to(device), normed.to(device), groups, layer.experts, *scratch, out)
+    groups = routing.sort_many_pairs(logits.to(device), A)
+    kernels.forward_grouped(x.to(device), normed.to(device), groups, layer.experts, *scratch, out)
     close(out, layer.oracle(x, normed, logits), 1e-4)
 
 
@@ -120,11 +120,11 @@ def test_bfloat16_activations(stored, close, device, tokens):
     normed = rms_norm(x, gain).bfloat16()
     out = x.clone().to(device)
     if tokens == 1:
-        kernels.mixture_of_one(out, logits.to(device), layer.experts, hidden, gain.to(device), EPS)
+        kernels.forward_one_token(out, logits.to(device), layer.experts, hidden, gain.to(device), EPS)
     else:
-        groups = routing.sort_many(logits.to(device), A)
+        groups = routing.sort_many_pairs(logits.to(device), A)
         parts = nan(tokens * A, D, device=device, dtype=torch.bfloat16)
-        kernels.mixture(out, normed.to(device), groups, layer.experts, hidden, parts, out)
+        kernels.forward_grouped(out, normed.to(device), groups, layer.experts, hidden, parts, out)
     close(out, layer.oracle(x, normed, logits), 2e-2)
 
 
@@ -133,7 +133,7 @@ def test_bfloat16_activations(stored, close, device, tokens):
 def test_sorting_is_stable_and_complete(device, tokens, experts):
     logits = random(tokens, experts, seed=tokens).to(device)
     groups = empty_groups(tokens, device, experts)
-    routing.sort(logits, torch.zeros(tokens, dtype=torch.int32, device=device), A, groups)
-    wanted = routing.sort_many(logits, A)
+    routing.sort_pairs(logits, torch.zeros(tokens, dtype=torch.int32, device=device), A, groups)
+    wanted = routing.sort_many_pairs(logits, A)
     assert torch.equal(groups.order, wanted.order) and torch.equal(groups.starts, wanted.starts)
     assert torch.allclose(groups.weights, wanted.weights, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The draw on the device is the draw of sample.py's chain: the same tokens, the same log-probabilities."""
+"""The kernels draw the same tokens, with the same log-probabilities, as `choose` in sample.py."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from mlx_gptoss.sampling import Sampling
 
 
 @pytest.mark.parametrize("vocabulary", [320, kernels.BLOCK, 2 * kernels.BLOCK + 7])
-def test_it_draws_what_the_chain_draws(device, vocabulary):
-    """Greedy and sampled rows side by side; the last is idle and leaves its slot alone."""
+def test_draw_matches_choose(device, vocabulary):
+    """Greedy and sampled rows in one batch. The last row is idle and does not write its slot."""
     samplings = [Sampling(temperature=0), Sampling(seed=1), Sampling(temperature=0.6, seed=2), Sampling()]
     histories = [sample.History(seed) for seed in (0, 1, 2**64 - 1, 3)]
     positions = [7, 8, 9, -1]
@@ -38,7 +38,7 @@ def test_it_draws_what_the_chain_draws(device, vocabulary):
         assert last.tolist() == [b, -1, -1, a, -1, c]
 
 
-def test_of_equal_logits_the_first_is_taken(device):
+def test_ties_go_to_the_first_token(device):
     logits = torch.zeros(1, 2 * kernels.BLOCK, device=device)
     logits[0, [5, kernels.BLOCK + 1]] = 1.0
     tokens, logprobs = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, device=device)

@@ -1,11 +1,14 @@
-"""Build, check and time every variant of the decoding kernels on the GPU that is here; the variants in use are marked.
+"""Time the products of a decoding step with other tiles than those of kernels/tiles.py, on this machine's GPU.
 
 python tests/kernels/tune.py [--preset 20b] [--format mxfp4 mlx-4bit] [--rows 1 8 32 64] [--context 1024 131072]
 
-For each product of a step (qkv, attention's output, router, experts, lm_head) and each tile: its error against torch in
-float32 on the same random weights, then the median time over several layers' weights, more than the cache holds, and
-the bytes a second beside those of a copy. Last, the whole step as a CUDA graph. Without a GPU it runs the tiny preset
-under Triton's interpreter (TRITON_INTERPRET=1): everything is checked, and the times mean nothing.
+For each product (qkv, attention's output, router, experts, lm_head) it tries the tile in use ("in use") and then every
+candidate. It checks the result against torch in float32 on the same random weights. Then it prints the median time over
+several layers' weights, which together exceed the GPU's cache, and the bandwidth as a fraction of a copy's. Last it
+times the whole step as a CUDA graph.
+
+Without a GPU it runs the tiny preset in Triton's interpreter (set TRITON_INTERPRET=1): every result is checked, and the
+times mean nothing.
 """
 
 import argparse
@@ -21,40 +24,42 @@ from mlx_gptoss.backends import cuda
 from mlx_gptoss.backends.base import Row
 from mlx_gptoss.backends.cuda.cache import Cache
 from mlx_gptoss.backends.cuda.decode import Buffers, Decoder
-from mlx_gptoss.backends.cuda.kernels import attention, linear, moe, routing
+from mlx_gptoss.backends.cuda.kernels import attention, linear, moe, qkv, routing, tiles
 from mlx_gptoss.backends.cuda.kernels.fused import Fused
-from mlx_gptoss.backends.cuda.kernels.linear import Tile
+from mlx_gptoss.backends.cuda.kernels.tiles import Tile
 from mlx_gptoss.backends.cuda.layers import DenseMatrix, Matrix
 from mlx_gptoss.backends.cuda.load import load_model
 from mlx_gptoss.backends.cuda.model import Block, GptOss
-from mlx_gptoss.backends.cuda.plain import Plain
+from mlx_gptoss.backends.cuda.plain import TorchOperations
 from mlx_gptoss.config import PRESETS
 from mlx_gptoss.weights.synthetic import Synthetic
 
 LAYERS, REPEAT = 4, 15
-TILES = [Tile(BN, BK, warps, stages) for BN, BK, warps in
+HEAD = 64  # rows of the qkv matrix in a head
+CANDIDATES = [Tile(BN, BK, warps, stages) for BN, BK, warps in
          ((16, 128, 1), (16, 256, 1), (16, 256, 2), (16, 512, 2), (32, 128, 1), (32, 128, 2), (32, 128, 4),
           (64, 64, 4), (64, 128, 4), (128, 64, 4)) for stages in (2, 3, 4)]  # fmt: skip
-PLAIN = Plain(threads=1)
+PLAIN = TorchOperations(threads=1)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One product of a step. run(block) starts it, oracle(block) is what it should give and result() what it gave."""
+    """One product of a step: run(block) computes it, result() returns what it wrote, oracle(block) what is expected."""
 
     name: str
     run: Callable[[Block], None]
     result: Callable[[], torch.Tensor]
     oracle: Callable[[Block], torch.Tensor]
     size: int  # bytes read for one block
-    whole: bool = False  # one for all blocks
+    whole: bool = False  # the product is the model's, not a block's
 
 
 def cases(model: GptOss, b: Buffers, cache: Cache, positions: torch.Tensor) -> Iterator[Case]:
+    """The products of a step of len(b.x) rows at `positions`, int32 [B]."""
     c, i, rows = model.config, b.inputs, len(b.x)
-    turn = model.rotary.turn(positions[:, None].long())
+    rotation = model.rotary.rotation(positions[:, None].long())
     table = tuple(
-        t[0, 0].contiguous() for t in vars(model.rotary.turn(torch.arange(4096, device=b.x.device)[None])).values()
+        t[0, 0].contiguous() for t in vars(model.rotary.rotation(torch.arange(4096, device=b.x.device)[None])).values()
     )
     x = b.x.clone()
     fused = rows == 1
@@ -62,7 +67,7 @@ def cases(model: GptOss, b: Buffers, cache: Cache, positions: torch.Tensor) -> I
     def normed(norm) -> tuple:
         if fused:
             return x, norm.weight, norm.eps
-        linear.norm(x, norm.weight, norm.eps, b.normed)
+        linear.rms_norm(x, norm.weight, norm.eps, b.normed)
         return b.normed, None, 0.0
 
     def reference(norm) -> torch.Tensor:
@@ -72,15 +77,15 @@ def cases(model: GptOss, b: Buffers, cache: Cache, positions: torch.Tensor) -> I
         done = torch.cat([PLAIN.product(y.float(), matrix) for matrix in layer.matrices], dim=-1)
         return done if layer.bias is None else done + layer.bias.float()
 
-    def qkv(block: Block) -> None:
+    def project(block: Block) -> None:
         y, gain, eps = normed(block.attention_norm)
         at, layer = block.attention.qkv, cache.layers[0]
-        linear.project_qkv(y, at.matrices, at.bias, table, i.slots, i.positions, b.q, layer.keys, layer.values,
+        qkv.project_qkv(y, at.matrices, at.bias, table, i.slots, i.positions, b.q, layer.keys, layer.values,
                            ring=True, norm=gain, eps=eps)  # fmt: skip
 
     def q_oracle(block: Block) -> torch.Tensor:
         y = product(reference(block.attention_norm), block.attention.qkv)[:, None, : c.q_size]
-        return PLAIN.turn(y, turn)[:, :, 0]
+        return PLAIN.rotate(y, rotation)[:, :, 0]
 
     def out(block: Block) -> None:
         at = block.attention.out
@@ -94,10 +99,10 @@ def cases(model: GptOss, b: Buffers, cache: Cache, positions: torch.Tensor) -> I
         route(block)
         b.x.copy_(x)
         if fused:
-            moe.mixture_of_one(b.x, b.scores, block.mlp.experts, b.hidden, block.mlp_norm.weight, block.mlp_norm.eps)
+            moe.forward_one_token(b.x, b.scores, block.mlp.experts, b.hidden, block.mlp_norm.weight, block.mlp_norm.eps)
         else:
-            routing.sort(b.scores, i.positions, c.num_experts_per_tok, b.groups)
-            moe.mixture(b.x, b.normed, b.groups, block.mlp.experts, b.hidden, b.parts, b.x, i.positions)
+            routing.sort_pairs(b.scores, i.positions, c.num_experts_per_tok, b.groups)
+            moe.forward_grouped(b.x, b.normed, b.groups, block.mlp.experts, b.hidden, b.parts, b.x, i.positions)
 
     def mixed(block: Block) -> torch.Tensor:
         y, layer = reference(block.mlp_norm), block.mlp.experts
@@ -113,7 +118,7 @@ def cases(model: GptOss, b: Buffers, cache: Cache, positions: torch.Tensor) -> I
     block = model.blocks[0]
     touched = len(product(reference(block.mlp_norm), block.mlp.router).topk(c.num_experts_per_tok).indices.unique())
     bank = sum(nbytes(m) for layer in (block.mlp.experts.gate_up, block.mlp.experts.down) for m in layer.matrices)
-    yield Case("qkv", qkv, lambda: b.q, q_oracle, sum(map(nbytes, block.attention.qkv.matrices)))
+    yield Case("qkv", project, lambda: b.q, q_oracle, sum(map(nbytes, block.attention.qkv.matrices)))
     yield Case("out", out, lambda: b.x, lambda k: x.float() + product(b.y, k.attention.out),
                nbytes(block.attention.out.matrices[0]))  # fmt: skip
     yield Case("router", route, lambda: b.scores, lambda k: product(reference(k.mlp_norm), k.mlp.router),
@@ -124,25 +129,26 @@ def cases(model: GptOss, b: Buffers, cache: Cache, positions: torch.Tensor) -> I
 
 
 def nbytes(matrix: Matrix) -> int:
+    """Bytes of a matrix as it is stored."""
     parts = [matrix.weight] if isinstance(matrix, DenseMatrix) else [matrix.codes, matrix.scale, matrix.bias]
     return sum(part.nbytes for part in parts if part is not None)
 
 
 @contextmanager
-def tiles(tile: Tile | None) -> Iterator[None]:
-    """All products cut by `tile`; None as they are in use."""
-    kept = linear.tile_for, moe.tile_for, moe.down_tile, moe.grouped_tile
+def with_tile(tile: Tile | None) -> Iterator[None]:
+    """Use `tile` for all products; None is the tiles in use."""
+    kept = tiles.linear_tile, tiles.grouped_tile, tiles.down_one_token_tile
     if tile is not None:
-        linear.tile_for = moe.tile_for = moe.grouped_tile = lambda tokens, matrix, dtype: tile
-        moe.down_tile = lambda dtype: tile
+        tiles.linear_tile = tiles.grouped_tile = lambda tokens, matrix, dtype: tile
+        tiles.down_one_token_tile = lambda dtype: tile
     try:
         yield
     finally:
-        linear.tile_for, moe.tile_for, moe.down_tile, moe.grouped_tile = kept
+        tiles.linear_tile, tiles.grouped_tile, tiles.down_one_token_tile = kept
 
 
 def timed(run: Callable[[], None], device: torch.device) -> float:
-    """Median seconds of a call, by the device's own clock."""
+    """Median seconds of a call, from the GPU's own clock if there is one."""
     seconds = []
     for _ in range(REPEAT if device.type == "cuda" else 1):
         if device.type == "cuda":
@@ -160,8 +166,9 @@ def timed(run: Callable[[], None], device: torch.device) -> float:
 
 
 def try_tile(case: Case, tile: Tile | None, model: GptOss, device: torch.device, copy: float) -> str:
+    """Check and time a product with a tile; one line of results. copy: the copy bandwidth, bytes per second."""
     blocks = model.blocks[:1] if case.whole else model.blocks
-    with tiles(tile):
+    with with_tile(tile):
         case.run(blocks[-1])
         got, wanted = case.result().float(), case.oracle(blocks[-1]).float()
         error = float((got - wanted).abs().max() / wanted.abs().max())
@@ -177,6 +184,7 @@ def try_tile(case: Case, tile: Tile | None, model: GptOss, device: torch.device,
 
 
 def tune(preset: str, form: str, counts: list[int], contexts: list[int], candidates: list[Tile], device) -> None:
+    """Print a line for each product and tile of one format, and one for each whole step. counts: rows of a step."""
     config = PRESETS[preset]
     layers = min(LAYERS, config.num_hidden_layers)
     config = replace(config, num_hidden_layers=layers, layer_types=config.layer_types[:layers])
@@ -193,10 +201,12 @@ def tune(preset: str, form: str, counts: list[int], contexts: list[int], candida
         for case in cases(model, b, cache, b.inputs.positions):
             for tile in [None, *candidates]:
                 if case.name == "router" and tile is not None:
-                    continue  # has no tiles
+                    continue  # the router has no tile
+                if case.name == "qkv" and tile is not None and tile.BN > HEAD:
+                    continue  # a program of this kernel rotates pairs of one head
                 try:
                     found = try_tile(case, tile, model, device, copy)
-                except (RuntimeError, ValueError) as error:  # too much shared memory, say
+                except (RuntimeError, ValueError) as error:  # such as too much shared memory
                     found = f"cannot run: {str(error).splitlines()[0][:60]}"
                 print(
                     f"{rows:3} rows {case.name:8} {'in use' if tile is None else vars(tile)!s:48} {found}", flush=True
@@ -206,7 +216,7 @@ def tune(preset: str, form: str, counts: list[int], contexts: list[int], candida
 
 
 def time_step(model: GptOss, rows: int, context: int, device: torch.device) -> None:
-    """The whole step of `layers` layers, as it is in use, and its attention alone."""
+    """Time the whole step of the model's few layers with the tiles in use, and a full layer's attention alone."""
     cache = Cache(model.config, rows, context, model.dtype, device, whole=True)
     decoder = Decoder(model, cache, torch.zeros(rows, dtype=torch.int64, device=device), context)
     feed = [Row(slot, context - 1, None) for slot in range(rows)]
@@ -232,12 +242,14 @@ def main() -> None:
     parser.add_argument("--format", nargs="+", default=["mxfp4", "mlx-4bit"])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32, 64] if on_gpu else [1, 2])
     parser.add_argument("--context", nargs="*", type=int, default=[1024, 131072] if on_gpu else [64])
-    parser.add_argument("--tiles", type=int, default=len(TILES) if on_gpu else 1, help="Try only the first N.")
+    parser.add_argument(
+        "--tiles", type=int, default=len(CANDIDATES) if on_gpu else 1, help="Try only the first N candidates."
+    )
     options = parser.parse_args()
     with torch.inference_mode():
         for form in options.format:
             device = torch.device("cuda" if on_gpu else "cpu")
-            tune(options.preset, form, options.rows, options.context, TILES[: options.tiles], device)
+            tune(options.preset, form, options.rows, options.context, CANDIDATES[: options.tiles], device)
 
 
 if __name__ == "__main__":

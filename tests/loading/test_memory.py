@@ -12,7 +12,6 @@ from mlx_gptoss.errors import DoesNotFit
 from mlx_gptoss.loading.memory import plan_memory, require_fit, wired_limit
 from mlx_gptoss.loading.plan import memory_plan, open_checkpoint
 from mlx_gptoss.machine import system_available
-from mlx_gptoss.weights import codecs
 from mlx_gptoss.weights.formats import WRITERS
 from mlx_gptoss.weights.params import parameters
 
@@ -148,7 +147,7 @@ def test_the_plan_knows_what_is_made_while_reading(mini, name):
     """Biases that the file does not hold."""
     checkpoint = open_checkpoint(mini / name)
     plan = memory_plan(checkpoint, find_backend("mlx")[0], device="cpu", max_context=64)
-    read = sum(codecs.nbytes(checkpoint.read(param.name)) for param in checkpoint.params)
+    read = sum(checkpoint.read(param.name).nbytes for param in checkpoint.params)
     assert plan.weights_bytes == pytest.approx(read, rel=1e-4)
     made = name in ("int4-autoround", "gguf/model-q8_0.gguf")
     assert (plan.weights_bytes > checkpoint.size_bytes * 1.005) == made

@@ -1,5 +1,5 @@
-"""Ranks on the loopback or on a slow network, started as mlx.launch and torchrun start them: processes with an
-environment."""
+"""Ranks on the loopback or on a slow network. They are started the way mlx.launch and torchrun start them: as processes
+with environment variables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from slow_network import DEVICE, SlowNetwork, Unavailable
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports in a row, and one behind them, on which nobody listens."""
+    """Consecutive free ports, followed by another free one."""
     while True:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -33,15 +32,15 @@ def free_ports(count: int) -> list[int]:
 
 
 class Ranks:
-    """Processes of one launch, rank 0 first; on a network, each on a host of its own."""
+    """The processes of one launch, rank 0 first; on a network, each on its own host."""
 
     def __init__(
         self, environments: list[dict[str, str]], command: list[str], port: int, network: SlowNetwork | None
     ) -> None:
-        self.port = port  # where rank 0 listens for the others
+        self.port = port  # where rank 0 listens for the other ranks
         self.processes = [
             subprocess.Popen(
-                [*(network.inside(rank) if network else []), sys.executable, *command],
+                [*(network.command_prefix(rank) if network else []), sys.executable, *command],
                 env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -60,27 +59,22 @@ class Ranks:
             process.communicate()
 
     def end(self, seconds: float = 120) -> list[tuple[int, str, str]]:
-        """Exit code, stdout and stderr of each."""
+        """Wait for all ranks to end. Returns exit code, stdout and stderr of each."""
         ended = [process.communicate(timeout=seconds) for process in self.processes]
         return [(p.returncode, out, err) for p, (out, err) in zip(self.processes, ended, strict=True)]
 
 
 @pytest.fixture
 def ring(tmp_path: Path) -> Any:
-    """ring(2, "-m", "mlx_gptoss_cli", ...): ranks of the mlx backend. Whatever of them is left is killed."""
+    """ring(2, "-m", "mlx_gptoss_cli", ...) starts ranks of the mlx backend. Those left at the end are killed."""
     started: list[Ranks] = []
 
-    def start(
-        count: int,
-        *command: str,
-        more: Callable[[int], dict[str, str]] = lambda rank: {},
-        network: SlowNetwork | None = None,
-    ) -> Ranks:
+    def start(count: int, *command: str, network: SlowNetwork | None = None) -> Ranks:
         ports = free_ports(count)
         hosts = [network.address(rank) if network else "127.0.0.1" for rank in range(count)]
         hostfile = tmp_path / f"hosts{len(started)}.json"
         hostfile.write_text(json.dumps([[f"{host}:{port}"] for host, port in zip(hosts, ports, strict=True)]))
-        each = [{"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile), **more(rank)} for rank in range(count)]
+        each = [{"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)} for rank in range(count)]
         started.append(Ranks(each, list(command), ports[-1] + 1, network))
         return started[-1]
 
@@ -91,7 +85,7 @@ def ring(tmp_path: Path) -> Any:
 
 @pytest.fixture
 def torchrun() -> Any:
-    """The same of the cuda backend, on CPUs."""
+    """The same for the cuda backend, on CPUs."""
     started: list[Ranks] = []
 
     def start(count: int, *command: str, network: SlowNetwork | None = None) -> Ranks:
@@ -112,7 +106,7 @@ def torchrun() -> Any:
 
 @pytest.fixture
 def slow_network() -> Any:
-    """slow_network(2, delay_s=0.005, loss=0.01): a SlowNetwork of so many hosts."""
+    """slow_network(2, delay_s=0.005, loss=0.01) starts a SlowNetwork with two hosts."""
     with contextlib.ExitStack() as stack:
 
         def start(hosts: int, **settings: float) -> SlowNetwork:

@@ -1,4 +1,4 @@
-"""Bytes that ranks send each other for a decoded token, counted on a loopback that is theirs alone, beside the formula.
+"""Counts the bytes that each rank sends per decoded token, on a loopback of its own, and prints the formula's too.
 
 usage, as root on Linux: unshare -n python tests/ranks/count_bytes.py [RANKS]
 """
@@ -22,19 +22,21 @@ from mlx_gptoss.ranks import find_launch
 from mlx_gptoss.sampling import Sampling
 
 PORT, TOKENS, PRESET = 32400, 20, ("tiny", 8, "mxfp4")
-HEADERS = 20 + 32  # IP's, and TCP's with time stamps
+HEADERS = 20 + 32  # bytes of an IP header and of a TCP header with timestamps
 
 
 def on_loopback() -> int:
-    """Bytes sent so far, without headers."""
+    """Bytes sent over the loopback so far, without headers."""
     line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
     size, packets = (int(number) for number in line.split()[9:11])
     return size - HEADERS * packets
 
 
 def formula(ranks: int, layers: int, hidden: int, vocabulary: int, width: int) -> float:
-    """A ring's: each rank passes on 2 (N - 1) / N of what is summed, twice a layer, and a block of logits N - 1 times.
-    width: bytes of an activation."""
+    """Bytes per rank and token in a ring: 2 (N - 1) / N of two sums a layer, and a block of logits N - 1 times.
+
+    width: bytes of an activation.
+    """
     return 2 * layers * hidden * width * 2 * (ranks - 1) / ranks + (ranks - 1) * -(-vocabulary // ranks) * width
 
 
@@ -50,8 +52,8 @@ def rank() -> None:
         runner.submit([Row(0, 3 + n, None, greedy)]).wait()
     if launch.rank == 0:
         config = PRESETS[PRESET[0]]
-        wanted = formula(launch.ranks, PRESET[1], config.hidden_size, config.vocab_size, 4)
-        print(json.dumps({"counted": (counts[-1] - counts[0]) / TOKENS / launch.ranks, "formula": wanted}))
+        expected = formula(launch.ranks, PRESET[1], config.hidden_size, config.vocab_size, 4)
+        print(json.dumps({"counted": (counts[-1] - counts[0]) / TOKENS / launch.ranks, "formula": expected}))
 
 
 def start(ranks: int) -> int:

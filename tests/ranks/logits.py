@@ -1,8 +1,8 @@
-"""Run by the tests on every rank: logits and greedy tokens of several checkpoints, alone and split, printed as JSON.
+"""Run on every rank by the tests: compares logits and greedy tokens of a split model with those of one process.
 
 usage: python logits.py mlx|cuda|kernels FOLDER...
 
-"kernels" is cuda with Triton's, which its interpreter runs on a CPU.
+Rank 0 prints a line of JSON per checkpoint. "kernels" is cuda with the Triton kernels, interpreted on a CPU.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from mlx_gptoss.sampling import Sampling
 
 LIMITS = Limits(slots=2, max_context=200, chunk=32)
 GREEDY = Sampling(temperature=0)
-PROMPT = tuple(np.random.default_rng(1).integers(0, 300, 40).tolist())  # over the window of 8, and a chunk and a bit
+PROMPT = tuple(np.random.default_rng(1).integers(0, 300, 40).tolist())  # longer than the window of 8 and than a chunk
 TOKENS = 6
 
 
 def greedy(runner):
-    """Two sequences: one in chunks, the other joining it, so that steps have rows of every kind."""
+    """Tokens of two sequences, one prefilled in chunks and one that joins it, so that steps have rows of every kind."""
     runner.submit([Row(1, 0, PROMPT[:32], None)])
     first = [Row(1, 32, PROMPT[32:], GREEDY, PROMPT), Row(0, 0, PROMPT[:9], GREEDY, PROMPT[:9])]
     steps = [runner.submit(first)]
@@ -39,7 +39,7 @@ def load(plan, backend):
     if backend != "kernels":
         return plan.load(LIMITS)
     load = plan.module.load
-    return load(plan.weights, device="cpu", dtype="float32", limits=LIMITS, share=plan.share, kernels=True)
+    return load(plan.weights, device="cpu", dtype="float32", limits=LIMITS, shard=plan.shard, kernels=True)
 
 
 def main(backend: str, *folders: str) -> None:
@@ -53,8 +53,8 @@ def main(backend: str, *folders: str) -> None:
         logits, tokens = split.logits(PROMPT), greedy(split)
         if launch.rank == 0:
             alone = plan_load(request, open_source(request)).load(LIMITS)
-            wanted = alone.logits(PROMPT)
-            error = float((np.abs(logits - wanted).max(axis=-1) / np.abs(wanted).max(axis=-1)).max())
+            expected = alone.logits(PROMPT)
+            error = float((np.abs(logits - expected).max(axis=-1) / np.abs(expected).max(axis=-1)).max())
             print(json.dumps({"folder": folder, "error": error, "same": tokens == greedy(alone)}), flush=True)
     split.close()
 

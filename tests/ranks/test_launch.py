@@ -1,4 +1,4 @@
-"""What launchers say to a rank, and who is let in by rank 0."""
+"""What launchers tell a rank, which connections rank 0 accepts, and what ranks send each other."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mlx_gptoss.backends.base import Row
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.loading.distributed import _compare
 from mlx_gptoss.ranks import Follower, Leader, find_launch, leader, neighbours, wire
-from mlx_gptoss.ranks.launch import SECRET, Launch
+from mlx_gptoss.ranks.launch import SECRET_VARIABLE, Launch
 from mlx_gptoss.ranks.neighbours import Neighbours
 from mlx_gptoss.ranks.runner import GroupRunner
-from mlx_gptoss.ranks.wire import Channel, Lost, bytes_from_json, row_from_json, row_to_json
+from mlx_gptoss.ranks.wire import Channel, ConnectionLost, bytes_from_json, row_from_json, row_to_json
 from mlx_gptoss.sampling import Sampling
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"}
@@ -38,7 +38,7 @@ def test_mlx_launch(tmp_path):
     ]
     assert [f.ranks_on_host for f in found] == [1, 2, 2]
     assert len({f.token for f in found}) == 1
-    assert find_launch({"MLX_RANK": "0", SECRET: "x", **files}).token != found[0].token
+    assert find_launch({"MLX_RANK": "0", SECRET_VARIABLE: "x", **files}).token != found[0].token
 
 
 def test_jaccl(tmp_path):
@@ -58,46 +58,53 @@ def test_torchrun():
     "environment",
     [{}, {"RANK": "0"}, {**TORCHRUN, "RANK": "0", "WORLD_SIZE": "1"}, {"MLX_RANK": "0", "MLX_HOSTFILE": ""}],
 )
-def test_alone(environment):
+def test_a_process_that_no_launcher_started(environment):
     assert find_launch(environment) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"a": 1}', '[["10.0.0.7"], ["10.0.0.8:1"]]'])
-def test_hostfiles_that_are_none(tmp_path, text):
+def test_malformed_hostfiles(tmp_path, text):
     path = tmp_path / "hosts.json"
     path.write_text(text)
     if not text:
         assert find_launch({"MLX_RANK": "0", "MLX_HOSTFILE": str(path)}) is None
         return
-    with pytest.raises(GptOssError, match="ranks by mlx"):
+    with pytest.raises(GptOssError, match="ranks with mlx"):
         find_launch({"MLX_RANK": "0", "MLX_HOSTFILE": str(path)})
 
 
 @pytest.fixture
 def launches():
-    """Of two ranks, on a port that is free."""
+    """Both ranks of a launch of two, on a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     return [Launch("mlx", rank, 2, "127.0.0.1", port, 2, "secret") for rank in range(2)]
 
 
-def test_strangers_are_hung_up_on(launches):
-    """Whoever has no token, or says nothing, or that it is a rank which there is not; the real one comes last."""
-    port, met = launches[0].port, []
-    thread = threading.Thread(target=lambda: met.append(Leader(launches[0])))
+def test_strangers_are_disconnected(launches):
+    """Connections with a wrong token, an impossible rank, malformed data or no data; the real rank connects last."""
+    port, leaders = launches[0].port, []
+    thread = threading.Thread(target=lambda: leaders.append(Leader(launches[0])))
     thread.start()
-    for hello in ({"token": "guess", "rank": 1}, {"token": "secret", "rank": 2}, {"token": "secret", "rank": 0}, [], 7):
-        assert hung_up(port, json.dumps(hello).encode() + b"\n")
-    assert hung_up(port, b"GET / HTTP/1.1\r\n\r\n") and hung_up(port, b"x" * 1000)
+    for hello in (
+        {"token": "guess", "rank": 1},
+        {"token": "secret", "rank": 2},
+        {"token": "secret", "rank": 0},
+        {"token": "\ud800", "rank": 1},
+        [],
+        7,
+    ):
+        assert disconnected(port, json.dumps(hello).encode() + b"\n")
+    assert disconnected(port, b"GET / HTTP/1.1\r\n\r\n") and disconnected(port, b"x" * 1000)
     silent = connect(port)
     with connect(port) as real:
         real.sendall(json.dumps({"token": "secret", "rank": 1}).encode() + b"\n")
         thread.join(10)
-        assert met and silent.recv(1) == b""
+        assert leaders and silent.recv(1) == b""
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port))
-        met[0].close()
+        leaders[0].close()
     silent.close()
 
 
@@ -108,10 +115,11 @@ def connect(port):
             return socket.create_connection(("127.0.0.1", port), timeout=10)
         except ConnectionRefusedError:
             time.sleep(0.01)
-    raise AssertionError("nobody listens")
+    raise AssertionError("rank 0 does not listen")
 
 
-def hung_up(port, data):
+def disconnected(port, data):
+    """Whether rank 0 closes a connection that sends `data`."""
     with connect(port) as stranger:
         stranger.sendall(data)
         try:
@@ -120,60 +128,60 @@ def hung_up(port, data):
             return True
 
 
-def test_a_rank_that_does_not_come(launches, monkeypatch):
-    monkeypatch.setattr(leader, "JOIN_S", 0.05)
-    with pytest.raises(GptOssError, match="rank 1 did not come within"):
+def test_a_rank_that_does_not_connect(launches, monkeypatch):
+    monkeypatch.setattr(leader, "JOIN_TIMEOUT_S", 0.05)
+    with pytest.raises(GptOssError, match="rank 1 did not connect to"):
         Leader(launches[0])
-    with pytest.raises(GptOssError, match="rank 1 did not come within"):  # not: cannot listen, for the port is free
+    with pytest.raises(GptOssError, match="rank 1 did not connect to"):  # and not "cannot listen": the port was freed
         Leader(launches[0])
 
 
-def test_an_error_of_a_rank_is_rank_0s(launches):
-    def answer(order):
-        raise GptOssError(f"{order} cannot be done here")
+def test_an_error_on_a_rank_is_raised_on_rank_0(launches):
+    def prepare(options):
+        raise GptOssError(f"{options} cannot be loaded here")
 
-    def other():
-        Follower(launches[1]).follow(answer)
+    def follow():
+        Follower(launches[1]).run(prepare)
 
-    thread = threading.Thread(target=other)
+    thread = threading.Thread(target=follow)
     thread.start()
     first = Leader(launches[0])
-    with pytest.raises(GptOssError, match="rank 1: the order cannot be done here"):
-        first.ask("the order")
+    with pytest.raises(GptOssError, match="rank 1: this model cannot be loaded here"):
+        first.exchange_options("this model")
     first.close()
     thread.join(10)
     assert not thread.is_alive()
 
 
-def test_signs_of_life(monkeypatch):
-    """A channel that is silent for too long is lost; one that beats brings its message later."""
-    monkeypatch.setattr(wire, "BEAT_S", 0.05)
+def test_heartbeats(monkeypatch):
+    """Heartbeats keep a channel open until a late message; a channel without them is lost."""
+    monkeypatch.setattr(wire, "HEARTBEAT_S", 0.05)
     one, other = pair()
-    other.beat(lambda lost: None)
+    other.start_heartbeats(lambda lost: None)
     threading.Timer(0.6, lambda: other.send("message")).start()
-    one.silence_s, other.silence_s = 0.3, 0.05
+    one.heartbeat_timeout_s, other.heartbeat_timeout_s = 0.3, 0.05
     assert one.receive() == "message"
-    with pytest.raises(Lost, match="no sign of life"):
+    with pytest.raises(ConnectionLost, match="no heartbeat"):
         other.receive()
     one.close()
     other.close()
 
 
-def test_neighbours_that_lose_each_other(launches, monkeypatch):
-    """The ranks between which there is no rank 0: as long as each hears from the other they are content."""
+def test_neighbours_notice_when_they_lose_each_other(launches, monkeypatch):
+    """Ranks 1 to 3 exchange heartbeats; when these stop, each reports its neighbours as lost."""
     launches = [replace(launches[0], rank=rank, ranks=4) for rank in range(4)]
-    monkeypatch.setattr(wire, "BEAT_S", 0.05)
-    monkeypatch.setattr(neighbours, "SILENCE_S", 0.4)
+    monkeypatch.setattr(wire, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(neighbours, "HEARTBEAT_TIMEOUT_S", 0.4)
     ranks, lost = {rank: Neighbours(launches[rank], "127.0.0.1") for rank in (1, 2, 3)}, SimpleQueue()
     assert ranks[1].port == 0
-    behind = {rank: ("127.0.0.1", ranks[rank + 1].port) for rank in (1, 2)}
+    next_address = {rank: ("127.0.0.1", ranks[rank + 1].port) for rank in (1, 2)}
     stranger = connect(ranks[2].port)
     stranger.sendall(b"{}\n")
 
-    def meet(rank):
-        ranks[rank].meet(behind.get(rank), lambda other, gone: lost.put((rank, other, str(gone))))
+    def connect_neighbours(rank):
+        ranks[rank].connect(next_address.get(rank), lambda other, error: lost.put((rank, other, str(error))))
 
-    threads = [threading.Thread(target=meet, args=[rank]) for rank in ranks]
+    threads = [threading.Thread(target=connect_neighbours, args=[rank]) for rank in ranks]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -181,11 +189,11 @@ def test_neighbours_that_lose_each_other(launches, monkeypatch):
     assert stranger.recv(1) == b""
     stranger.close()
     for rank in ranks.values():
-        rank.loaded()
+        rank.all_loaded()
     time.sleep(1)
     assert lost.empty()
-    monkeypatch.setattr(Channel, "_write", lambda self, data: None)  # nothing comes through any more
-    silence = "has given no sign of life for 0 seconds"
+    monkeypatch.setattr(Channel, "_write", lambda self, data: None)  # nothing is sent any more
+    silence = "sent no heartbeat for 0 seconds"
     assert sorted(lost.get(timeout=10) for _ in range(4)) == [
         (rank, other, silence) for rank, other in [(1, 2), (2, 1), (2, 3), (3, 2)]
     ]
@@ -194,12 +202,13 @@ def test_neighbours_that_lose_each_other(launches, monkeypatch):
 
 
 def pair():
+    """Both ends of a connection."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         mine = socket.create_connection(server.getsockname())
         return Channel(mine), Channel(server.accept()[0])
 
 
-def test_rows_go_through_json():
+def test_rows_survive_json():
     sampling = Sampling(temperature=0.5, logit_bias={3: 1.5}, seed=2**64 - 1, stop=("a",), logprobs=2)
     for row in (
         Row(0, 5, None),
@@ -208,8 +217,8 @@ def test_rows_go_through_json():
         assert row_from_json(json.loads(json.dumps(row_to_json(row)))) == row
 
 
-class Own:
-    """A runner that notes what it is called with."""
+class RecordingRunner:
+    """A runner that records what it is called with."""
 
     config = limits = None
 
@@ -233,57 +242,60 @@ class Own:
         return self.save(0, start, end)
 
 
-class Others:
-    """Two other ranks, which pack what lies under the number of a snapshot."""
+class OtherRanks:
+    """Two other ranks, which record their messages and pack a text with the number of the snapshot."""
 
     def __init__(self):
-        self.told, self.each = [], []
+        self.broadcasts, self.scattered = [], []
 
-    def tell(self, *messages):
-        self.told += messages
+    def broadcast(self, *messages):
+        self.broadcasts += messages
 
-    def tell_each(self, messages):
-        self.each += messages
+    def scatter(self, messages):
+        self.scattered += messages
 
-    def packed(self):
-        return [f"rank {rank}'s {self.told[-1][1]}".encode() for rank in (1, 2)]
+    def gather_packed(self):
+        return [f"rank {rank}'s {self.broadcasts[-1][1]}".encode() for rank in (1, 2)]
 
 
-def test_every_rank_is_told_the_seed_and_what_is_dropped():
-    own, others = Own(), Others()
-    runner, told = GroupRunner(own, others, largest=1.5), others.told
+def test_every_rank_gets_the_seed_and_the_snapshots_to_drop():
+    local, others = RecordingRunner(), OtherRanks()
+    runner, sent = GroupRunner(local, others, kv_ratio=1.5), others.broadcasts
     runner.submit([Row(0, 0, (1,), Sampling(), (1,)), Row(1, 0, (2,), Sampling(seed=5), (2,)), Row(2, 3, None)])
-    first, second, third = own.rows[0]
+    first, second, third = local.rows[0]
     assert first.sampling.seed is not None and (second.sampling.seed, third.sampling) == (5, None)
-    assert told == [["submit", [row_to_json(row) for row in own.rows[0]]]]
+    assert sent == [["submit", [row_to_json(row) for row in local.rows[0]]]]
     kept, dropped = runner.save(0, 0, 10), runner.save(0, 10, 20)
     assert (kept.start, kept.end, kept.nbytes) == (0, 10, 150)
-    told.clear()
+    sent.clear()
     del dropped
     runner.restore(1, [kept])
-    assert told == [["drop", [1]], ["restore", 1, [0]]] and own.restored == [kept.own]
+    assert sent == [["drop", [1]], ["restore", 1, [0]]] and local.restored == [kept.local]
 
 
-def test_a_snapshot_in_a_file_has_every_ranks_part():
-    others = Others()
-    runner = GroupRunner(Own(), others, largest=1)
+def test_a_packed_snapshot_has_every_ranks_part():
+    others = OtherRanks()
+    runner = GroupRunner(RecordingRunner(), others, kv_ratio=1)
     runner.save(0, 0, 10)
     data = runner.pack(runner.save(0, 10, 20))
-    assert others.told[-1] == ["pack", 1]
+    assert others.broadcasts[-1] == ["pack", 1]
     again = runner.unpack(10, 20, data)
     assert (again.start, again.end) == (10, 20)
-    parts = [[(name, start, end, bytes_from_json(part)) for name, start, end, _, part in its] for its in others.each]
+    parts = [
+        [(name, start, end, bytes_from_json(part)) for name, start, end, _, part in messages]
+        for messages in others.scattered
+    ]
     assert parts == [[("unpack", 10, 20, f"rank {rank}'s 1".encode())] for rank in (1, 2)]
     runner.restore(1, [again])
-    assert others.told[-1] == ["restore", 1, [others.each[0][0][3]]]
-    for cut in (data[:-1], data[:9], data + b"x"):
-        with pytest.raises(ValueError, match="cut off"):
-            runner.unpack(10, 20, cut)
+    assert others.broadcasts[-1] == ["restore", 1, [others.scattered[0][0][3]]]
+    for damaged in (data[:-1], data[:9], data + b"x"):
+        with pytest.raises(ValueError, match="truncated"):
+            runner.unpack(10, 20, damaged)
 
 
-def test_ranks_that_would_not_compute_the_same():
-    said = {"versions": [["mlx-gptoss", "1"], ["mlx", "2"]], "checkpoint": "abc", "dtype": "float32"}
-    _compare(1, said, dict(said))
+def test_ranks_that_would_compute_differently_are_rejected():
+    summary = {"versions": [["mlx-gptoss", "1"], ["mlx", "2"]], "checkpoint": "abc", "dtype": "float32"}
+    _compare(1, summary, dict(summary))
     for key, value, words in (
         (
             "versions",
@@ -294,4 +306,4 @@ def test_ranks_that_would_not_compute_the_same():
         ("dtype", "bfloat16", "computes in bfloat16"),
     ):
         with pytest.raises(GptOssError, match=words):
-            _compare(1, said, said | {key: value})
+            _compare(1, summary, summary | {key: value})

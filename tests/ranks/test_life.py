@@ -1,4 +1,4 @@
-"""How ranks live and end: a server over two of them, and what happens when one is lost or not like the other."""
+"""How ranks run and end: a server on two of them, and what happens if one is lost or differs from the other."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ ENDLESS = {"prompt": "abc", "max_tokens": 1000, "temperature": 1.5, "logit_bias"
 
 
 def address(ranks) -> str:
-    """Where rank 0 serves, once it does."""
+    """URL of rank 0's server, once it serves."""
     for line in ranks[0].stderr:
         if found := re.search(r"at (http://\S+:\d+),", line):
-            ranks[0].stderr.readline()  # an example
+            ranks[0].stderr.readline()  # the example request
             assert httpx.Client(transport=httpx.HTTPTransport(retries=5)).get(f"{found[1]}/health").status_code == 200
             return found[1]
-    raise AssertionError("rank 0 has not come to serve")
+    raise AssertionError("rank 0 ended before it served")
 
 
-def ends(process, seconds=10.0) -> int:
+def exit_code(process, seconds=10.0) -> int:
     return process.wait(timeout=seconds)
 
 
@@ -36,29 +36,31 @@ def is_free(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-def ask(url, content, **more):
-    body = {"messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 12, **more}
+def ask(url, content, **options):
+    body = {"messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 12, **options}
     answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
 
-def test_a_server_over_two_ranks_and_a_rank_that_is_killed(ring):
-    """It answers, goes on from a known prompt, and ends within ten seconds of losing a rank amid a request."""
+def test_a_server_on_two_ranks_and_a_rank_that_is_killed(ring):
+    """It answers, uses the prefix cache, and ends within ten seconds after a rank is killed during a request."""
     ranks = ring(2, *SERVE)
     url = address(ranks)
     content = " ".join(["What is 12 + 30?"] * 10)
     first, second = ask(url, content), ask(url, content)
     assert first["choices"] == second["choices"]
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] > 100
-    drawn = [ask(url, "Hello", temperature=1.2, seed=seed)["choices"] for seed in (3, 3)]
-    assert drawn[0] == drawn[1]
+    sampled = [ask(url, "Hello", temperature=1.2, seed=seed)["choices"] for seed in (3, 3)]
+    assert sampled[0] == sampled[1]
     with httpx.stream("POST", f"{url}/v1/completions", json={**ENDLESS, "stream": True}, timeout=30) as stream:
         next(stream.iter_lines())
         ranks[1].kill()
-        assert ends(ranks[0]) == 1
-    said = ranks[0].stderr.read()  # MLX's ring may have put a word of its own before it
-    assert re.findall("error: .*", said) == ["error: rank 1 has ended; all ranks have ended, start them again"], said
+        assert exit_code(ranks[0]) == 1
+    output = ranks[0].stderr.read()  # MLX's ring may have printed a line of its own first
+    assert re.findall("error: .*", output) == ["error: rank 1 has ended; all ranks have stopped, start them again"], (
+        output
+    )
     assert is_free(int(url.rpartition(":")[2])) and is_free(ranks.port) and is_free(ranks.port - 1)
 
 
@@ -66,42 +68,42 @@ def test_a_server_over_two_ranks_and_a_rank_that_is_killed(ring):
     ("command", "code"),
     [(["show"], 0), (["--help"], 0), (["generate", "a", "--nonsense"], 2), (["generate"], 2), (["batch", "a", "b"], 1)],
 )
-def test_a_command_that_loads_nothing_lets_the_others_go(ring, tmp_path, command, code):
+def test_a_command_that_loads_nothing_ends_the_other_ranks(ring, tmp_path, command, code):
     ranks = ring(2, *CLI, *[str(tmp_path / word) if len(word) == 1 else word for word in command])
     (first, _, _), other = ranks.end(15)
     assert (first, other) == (code, (0, "", ""))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_to_all_ranks_ends_them_in_order(ring, number, code):
+def test_a_signal_to_all_ranks_ends_them_cleanly(ring, number, code):
     ranks = ring(2, *SERVE)
     address(ranks)
     for process in reversed(ranks.processes):
         process.send_signal(number)
-    assert [ends(process) for process in ranks.processes] == [code, 0]
+    assert [exit_code(process) for process in ranks.processes] == [code, 0]
     assert ranks[0].stderr.read().strip() == ranks[1].stdout.read() == ranks[1].stderr.read() == ""
 
 
 @pytest.mark.slow
 def test_a_rank_that_hangs(ring):
-    """It is there, and silent."""
+    """Its connection stays open, but it sends no heartbeats."""
     ranks = ring(2, *SERVE)
     address(ranks)
     ranks[1].send_signal(signal.SIGSTOP)
-    assert ends(ranks[0], 15) == 1
-    assert "rank 1 has given no sign of life for 8 seconds" in ranks[0].stderr.read()
+    assert exit_code(ranks[0], 15) == 1
+    assert "rank 1 sent no heartbeat for 8 seconds" in ranks[0].stderr.read()
 
 
-def test_when_rank_0_is_killed_the_others_end(ring):
+def test_the_other_ranks_end_when_rank_0_is_killed(ring):
     ranks = ring(2, *SERVE)
     address(ranks)
     ranks[0].kill()
-    assert ends(ranks[1]) == 1
+    assert exit_code(ranks[1]) == 1
     assert ranks[1].stdout.read() == ""
 
 
 def test_another_checkpoint_under_the_same_name(ring, mini, tmp_path):
-    """Each rank has a folder of its own; the weights differ in one number of the last norm."""
+    """Each rank has its own folder; the weights differ in one bit of the last norm."""
     for rank in (0, 1):
         shutil.copytree(mini / "mxfp4", tmp_path / str(rank) / "model")
     change_last_norm(tmp_path / "1" / "model")
@@ -110,11 +112,11 @@ def test_another_checkpoint_under_the_same_name(ring, mini, tmp_path):
     ranks = ring(2, "-c", command, f"{tmp_path}/", "generate", "abc", "--raw", "--model", "model", "--backend", "mlx")
     (code, out, err), (_, others_out, others_err) = ranks.end(30)
     assert (code, out, others_out, others_err) == (1, "", "", "")
-    assert err == "error: rank 1 has another checkpoint by that name than rank 0; copy the same to all machines\n"
+    assert err == "error: rank 1 has another checkpoint of that name than rank 0; copy the same to all machines\n"
 
 
 def change_last_norm(folder):
-    """Flip one bit of a checkpoint."""
+    """Flip one bit in a checkpoint's last norm."""
     for file in folder.glob("*.safetensors"):
         data = bytearray(file.read_bytes())
         end = 8 + int.from_bytes(data[:8], "little")
@@ -124,8 +126,8 @@ def change_last_norm(folder):
             file.write_bytes(data)
 
 
-def test_a_rank_without_the_memory_is_named(ring, tmp_path):
-    """Rank 1 believes that it has 100 MB."""
+def test_the_error_names_the_rank_without_enough_memory(ring, tmp_path):
+    """Rank 1 pretends that it has 100 MB."""
     code = "import os, sys; import mlx_gptoss.backends.mlx as mlx; mlx.available_memory = lambda device: "
     code += "(10**8 if os.environ['MLX_RANK'] == '1' else 10**11); from mlx_gptoss_cli.main import main; main()"
     ranks = ring(2, "-c", code, "generate", "abc")
@@ -134,6 +136,6 @@ def test_a_rank_without_the_memory_is_named(ring, tmp_path):
     assert err.startswith("error: rank 1: its share of the bundled model needs ") and "50.0 MB are available" in err
 
 
-def test_other_options_than_ranks_have(ring):
+def test_a_backend_that_the_launcher_does_not_start(ring):
     (code, _, err), _ = ring(2, *CLI, "generate", "abc", "--backend", "cuda").end(30)
     assert (code, err) == (1, "error: start ranks of the cuda backend by torchrun, or leave --backend out\n")

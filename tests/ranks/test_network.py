@@ -1,4 +1,4 @@
-"""Ranks on hosts of their own, with a network between them that is slow, loses packets, and is cut."""
+"""Ranks on separate hosts, with a network between them that is slow, loses packets, or is cut."""
 
 from __future__ import annotations
 
@@ -25,13 +25,16 @@ for line in urllib.request.urlopen(request, timeout=60):
 
 
 def serve(start, count, network):
-    """Ranks with a server, and what posts to it from rank 0's host: a process whose stdout is the answer's body."""
+    """Start ranks with a server. Returns them and post(), which sends a request from rank 0's host.
+
+    post() returns a process whose stdout is the body of the answer.
+    """
     ranks = start(count, *CLI, "serve", "--port", "0", "--max-context", "1024", "--slots", "1", network=network)
     at = next(filter(None, (re.search(r"at (http://\S+:\d+),", line) for line in ranks[0].stderr)))[1]
-    ranks[0].stderr.readline()  # an example
+    ranks[0].stderr.readline()  # the example request
 
     def post(path, **body):
-        command = [*network.inside(0), sys.executable, "-c", POST, at + path, json.dumps(body)]
+        command = [*network.command_prefix(0), sys.executable, "-c", POST, at + path, json.dumps(body)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     return ranks, post
@@ -40,20 +43,26 @@ def serve(start, count, network):
 @pytest.mark.parametrize(
     ("launcher", "backend", "count"), [("ring", "mlx", 2), ("ring", "mlx", 3), ("torchrun", "cuda", 2)]
 )
-def test_greedy_text_is_that_of_one_process(request, slow_network, launcher, backend, count):
+def test_greedy_text_equals_that_of_one_process(request, slow_network, launcher, backend, count):
     network, start = slow_network(count, **SLOW), request.getfixturevalue(launcher)
     command = ["generate", PROMPT, "--temperature", "0", "--max-tokens", str(TOKENS), "--json"]
     (code, out, err), *others = start(count, *CLI, *command, network=network).end()
-    assert code == 0 and all(other[:2] == (0, "") for other in others), (err, others)  # on stderr torch misses names
+    assert code == 0 and all(other[:2] == (0, "") for other in others), (
+        err,
+        others,
+    )  # torch warns about host names on stderr
     with mlx_gptoss.load(backend=backend, device="cpu") as alone:
-        wanted = alone.generate(PROMPT, sampling=Sampling(temperature=0), max_tokens=TOKENS)
+        expected = alone.generate(PROMPT, sampling=Sampling(temperature=0), max_tokens=TOKENS)
     found = json.loads(out)
-    assert (found["text"], found["reasoning"]) == (wanted.text, wanted.reasoning) and wanted.text + wanted.reasoning
+    assert (found["text"], found["reasoning"]) == (
+        expected.text,
+        expected.reasoning,
+    ) and expected.text + expected.reasoning
     count = network.count()
-    assert count.arrived > 500 and count.lost > 0 and count.taken_s >= SLOW["delay_s"], count
+    assert count.arrived > 500 and count.lost > 0 and count.mean_delay_s >= SLOW["delay_s"], count
 
 
-def test_a_server_answers(ring, slow_network):
+def test_a_server_answers_over_a_slow_network(ring, slow_network):
     _, post = serve(ring, 2, slow_network(2, **SLOW))
     messages = [{"role": "user", "content": PROMPT}]
     answers = []
@@ -63,8 +72,8 @@ def test_a_server_answers(ring, slow_network):
     assert answers[0]["choices"] == answers[1]["choices"] and answers[0]["usage"]["completion_tokens"] > 1
 
 
-def cut_amid_a_request(start, network, *paths):
-    """Cut what connects three ranks. What rank 0 has said when all have ended, and after how many seconds they had."""
+def cut_during_a_request(start, network, *paths):
+    """Cut links between three ranks during a request. Returns rank 0's error and the seconds until all had ended."""
     ranks, post = serve(start, 3, network)
     endless = {"max_tokens": 1000, "temperature": 1.5, "logit_bias": {"339": -100, "340": -100}}
     with post("/v1/completions", prompt="abc", stream=True, **endless) as client:
@@ -75,8 +84,8 @@ def cut_amid_a_request(start, network, *paths):
             assert [process.wait(20) for process in ranks.processes] == [1, 1, 1]
         finally:
             client.kill()
-    seconds, said = time.monotonic() - since, ranks[0].stderr.read()
-    (error,) = re.findall("error: .*", said)
+    seconds, output = time.monotonic() - since, ranks[0].stderr.read()
+    (error,) = re.findall("error: .*", output)
     return error, seconds
 
 
@@ -84,16 +93,16 @@ LAUNCHERS = ["ring", pytest.param("torchrun", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_rank_whose_link_is_cut(request, slow_network, launcher):
-    """Nobody is told: all ranks have only the silence to go by."""
-    error, seconds = cut_amid_a_request(request.getfixturevalue(launcher), slow_network(3), (1, 0), (1, 2))
-    assert error == "error: rank 1 has given no sign of life for 8 seconds; all ranks have ended, start them again"
+def test_the_links_of_one_rank_are_cut(request, slow_network, launcher):
+    """No connection is closed: the ranks notice only that heartbeats stop."""
+    error, seconds = cut_during_a_request(request.getfixturevalue(launcher), slow_network(3), (1, 0), (1, 2))
+    assert error == "error: rank 1 sent no heartbeat for 8 seconds; all ranks have stopped, start them again"
     assert seconds < 12
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_cut_between_two_followers(request, slow_network, launcher):
-    """Both still reach rank 0, which hears it from them."""
-    error, seconds = cut_amid_a_request(request.getfixturevalue(launcher), slow_network(3), (1, 2))
-    assert re.fullmatch(r"error: rank [12] failed: for it rank [12] has given no sign of life for 8 seconds; .*", error)
+def test_the_link_between_two_followers_is_cut(request, slow_network, launcher):
+    """Both still reach rank 0 and report it."""
+    error, seconds = cut_during_a_request(request.getfixturevalue(launcher), slow_network(3), (1, 2))
+    assert re.fullmatch(r"error: rank [12] failed: its neighbour rank [12] sent no heartbeat for 8 seconds; .*", error)
     assert seconds < 15

@@ -1,4 +1,4 @@
-"""A model that several ranks share gives the logits and the tokens of one process, from every format."""
+"""A model split over several ranks has the logits and tokens of one process, in every format."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LOGITS = str(Path(__file__).parent / "logits.py")
 def check(ranks, folders, seconds=120):
     (code, out, err), *others = ranks.end(seconds)
     assert code == 0, err
-    for code, said, err in others:
-        assert (code, said) == (0, ""), err
+    for code, printed, err in others:
+        assert (code, printed) == (0, ""), err
     results = [json.loads(line) for line in out.splitlines()]
     assert [result["folder"] for result in results] == folders
     for result in results:
@@ -34,23 +34,23 @@ def test_through_torch(torchrun, mini, count):
 
 @pytest.mark.slow
 def test_through_kernels(torchrun, mini):
-    """Interpreted: prompts, and decode.py's steps, in which a rank leaves out what others hold."""
+    """Interpreted: prefill, and the steps of decode.py, where a rank skips what other ranks hold."""
     folders = [str(mini / "mxfp4")]
     check(torchrun(2, LOGITS, "kernels", *folders), folders, seconds=900)
 
 
 @pytest.mark.parametrize("count", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_through_mlx(ring, mini, count):
-    """With 3 and 4 ranks, these checkpoints' two KV heads are on more than one rank each."""
+    """With 3 and 4 ranks, several ranks share each of these checkpoints' two KV heads."""
     folders = [str(mini / name) for name in (FORMATS[1:3] if count == 3 else FORMATS)]
     check(ring(count, LOGITS, "mlx", *folders), folders)
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_bytes_of_a_token(count):
-    """As many as the formula says, in a network of their own."""
+def test_bytes_sent_per_token_follow_the_formula(count):
+    """Counted in a network namespace of its own."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-n", "true"], capture_output=True).returncode:
-        pytest.skip("a network of its own needs root on Linux")
+        pytest.skip("a network namespace needs root on Linux")
     script = Path(__file__).parent / "count_bytes.py"
     command = ["unshare", "-n", sys.executable, script, str(count)]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)

@@ -1,5 +1,5 @@
-"""Time that a decoded token of the bundled model takes over several ranks, by the delay of the network between them,
-beside what follows from how many messages are waited for one after the other.
+"""Measures how the time of a decoded token grows with the network's delay, in delays, for the bundled model on several
+ranks, and prints the number predicted from the messages that wait for each other.
 
 usage, as root on Linux: python tests/ranks/time_latency.py [RANKS [mlx|cuda]]
 """
@@ -24,33 +24,38 @@ ENDLESS = Sampling(temperature=0, logit_bias={339: -100, 340: -100})
 
 
 def messages(ranks: int, layers: int, backend: str) -> int:
-    """A ring's sum is 2 (N - 1) steps one after the other, and its gather N - 1: two sums a layer, and one gather. With
-    gloo, the sender waits in each step until the receiver has said that it is ready."""
+    """Number of messages per token that wait for each other.
+
+    In a ring, a sum takes 2 (N - 1) steps and a gather N - 1; a token has two sums per layer and one gather. With gloo,
+    the sender of each step first waits until the receiver is ready.
+    """
     steps = 2 * layers * 2 * (ranks - 1) + (ranks - 1)
     return steps if backend == "mlx" else 2 * steps
 
 
 def rank() -> None:
-    with mlx_gptoss.load(device="cpu", max_context=256) as model:  # on all ranks but the first this does not return
+    with mlx_gptoss.load(device="cpu", max_context=256) as model:  # returns on rank 0 only
         moments, count = [], 0
         for event in model.stream_raw(b"abc", sampling=ENDLESS, max_tokens=TOKENS):
             if isinstance(event, TextDelta):
                 moments.append((time.perf_counter(), count := count + len(event.tokens)))
-        windows = zip(moments, moments[WINDOW:], strict=False)  # what disturbs, delays: so the fastest one
-        fastest = min((after - before) / (more - some) for (before, some), (after, more) in windows)
+        windows = zip(
+            moments, moments[WINDOW:], strict=False
+        )  # other programs only add time, so take the fastest window
+        fastest = min((end - begin) / (last - first) for (begin, first), (end, last) in windows)
         print(json.dumps({"layers": model.config.num_hidden_layers, "token_s": fastest}))
 
 
 def start(network: SlowNetwork, ranks: int, backend: str, hosts: str) -> dict:
-    """What rank 0 prints."""
+    """Start all ranks and return what rank 0 prints."""
     processes = []
     for n in range(ranks):
-        mine = {"MLX_RANK": str(n), "MLX_HOSTFILE": hosts}
+        variables = {"MLX_RANK": str(n), "MLX_HOSTFILE": hosts}
         if backend == "cuda":
-            mine = {"RANK": str(n), "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": "1"}
-            mine |= {"MASTER_ADDR": network.address(0), "MASTER_PORT": str(PORT), "GLOO_SOCKET_IFNAME": DEVICE}
-        command = [*network.inside(n), sys.executable, __file__]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **mine}
+            variables = {"RANK": str(n), "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": "1"}
+            variables |= {"MASTER_ADDR": network.address(0), "MASTER_PORT": str(PORT), "GLOO_SOCKET_IFNAME": DEVICE}
+        command = [*network.command_prefix(n), sys.executable, __file__]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     printed = [process.communicate()[0] for process in processes]
     return json.loads(printed[0])
@@ -62,13 +67,13 @@ def main(ranks: int = 2, backend: str = "mlx") -> None:
         with SlowNetwork(ranks, delay_s) as network, tempfile.NamedTemporaryFile("w", suffix=".json") as hosts:
             json.dump([[f"{network.address(n)}:{PORT + n}"] for n in range(ranks)], hosts)
             hosts.flush()
-            said = start(network, ranks, backend, hosts.name)
-            found.append((network.count().taken_s, said["token_s"]))
-        each = messages(ranks, said["layers"], backend)
+            report = start(network, ranks, backend, hosts.name)
+            found.append((network.count().mean_delay_s, report["token_s"]))
+        predicted = messages(ranks, report["layers"], backend)
         line = f"delay {found[-1][0] * 1e3:6.3f} ms: {found[-1][1] * 1e3:6.1f} ms a token"
         if delay_s:
-            more, longer = (now - first for now, first in zip(found[-1], found[0], strict=True))
-            line += f", {longer / more:5.1f} delays more than without; predicted {each}"
+            delay_added, time_added = (now - first for now, first in zip(found[-1], found[0], strict=True))
+            line += f", {time_added / delay_added:5.1f} delays more than without a delay; predicted {predicted}"
         print(line, flush=True)
 
 

@@ -14,19 +14,19 @@ import pytest
 import mlx_gptoss
 
 openai = pytest.importorskip("openai", reason="the server is tested through OpenAI's own client")
-from mlx_gptoss.server.connection import Patience  # noqa: E402
+from mlx_gptoss.server.connection import Timeouts  # noqa: E402
 from mlx_gptoss.server.guard import Gate  # noqa: E402
 from mlx_gptoss.server.run import Server, listen  # noqa: E402
-from mlx_gptoss.server.service import Service, names  # noqa: E402
+from mlx_gptoss.server.service import Service, model_names  # noqa: E402
 
 SLOTS = 4
 
 
 @contextmanager
-def serving(model: mlx_gptoss.Model, patience: Patience | None = None, **gate: Any) -> Iterator[Server]:
+def serving(model: mlx_gptoss.Model, timeouts: Timeouts | None = None, **gate: Any) -> Iterator[Server]:
     """A running server; `server.url` is where."""
     listener = listen("127.0.0.1", 0)
-    server = Server(Service(model, Gate(**gate), *names(None)), patience=patience, drain_s=5)
+    server = Server(Service(model, Gate(**gate), *model_names(None)), timeouts=timeouts, drain_s=5)
     server.port = listener.getsockname()[1]
     server.url = f"http://127.0.0.1:{server.port}"
     thread = threading.Thread(target=server.serve_on, args=(listener,))
@@ -77,7 +77,12 @@ def idle() -> Callable[[Server], bool]:
 
     def busy(server: Server) -> bool:
         service = server.service
-        return bool(service.open or service.running or service.gate.held or service.model.status.running)
+        return bool(
+            service.open_queues
+            or service.running_responses
+            or service.gate.buffered_bytes
+            or service.model.status.running
+        )
 
     def wait(server: Server) -> bool:
         until = time.monotonic() + 10

@@ -28,7 +28,7 @@ def servers(serve):
         found = []
         for name in ("a", "b"):
             model = stack.enter_context(mlx_gptoss.load(max_context=2048, max_waiting=1))
-            found.append(stack.enter_context(serve(model, hosts=None)))
+            found.append(stack.enter_context(serve(model, allowed_hosts=None)))
             found[-1].service.model_id = name
         yield found
 

@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from mlx_gptoss.server.connection import Patience
+from mlx_gptoss.server.connection import Timeouts
 
 SUM = [{"role": "user", "content": "What is 12 + 30?"}]
 BODY = {"messages": SUM, "max_tokens": 1}
@@ -19,13 +19,13 @@ PATH = "/v1/chat/completions"
 
 @pytest.fixture(scope="module")
 def keyed(serve, model):
-    with serve(model, api_key="sésame", origins=("https://friend.example",), body_bytes=100_000) as server:
+    with serve(model, api_key="sésame", allowed_origins=("https://friend.example",), max_body_bytes=100_000) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def impatient(serve, model):
-    with serve(model, patience=Patience(head_s=0.3, request_s=0.6, reading_s=0.5)) as server:
+def short_timeouts(serve, model):
+    with serve(model, timeouts=Timeouts(header_s=0.3, body_s=0.6, send_s=0.5)) as server:
         yield server
 
 
@@ -105,7 +105,7 @@ def test_large_bodies_are_refused_while_they_are_read(keyed):
     chunked = head(0, key, "Transfer-Encoding: chunked").replace(b"Content-Length: 0\r\n", b"")
     endless = raw(keyed, chunked + b"10000\r\n" + b" " * 65536 + b"\r\n10000\r\n" + b" " * 65536 + b"\r\n", wait=0.3)
     assert endless.startswith(b"HTTP/1.1 413") and b"100000" in endless
-    assert keyed.service.gate.held == 0
+    assert keyed.service.gate.buffered_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -178,8 +178,8 @@ def test_paths_lead_nowhere(http, model):
     "data",
     [b"", b"POST /v1/chat", head(50), head(50) + b'{"messages"', b"GET /health HTTP/1.1\r\nHost: "],
 )
-def test_a_request_that_does_not_come_is_not_waited_for(impatient, data):
-    with socket.create_connection(("127.0.0.1", impatient.port)) as connection:
+def test_a_request_that_does_not_come_is_not_waited_for(short_timeouts, data):
+    with socket.create_connection(("127.0.0.1", short_timeouts.port)) as connection:
         connection.sendall(data)
         connection.settimeout(5)
         started = time.monotonic()
@@ -189,8 +189,8 @@ def test_a_request_that_does_not_come_is_not_waited_for(impatient, data):
         assert 0.2 < time.monotonic() - started < 2
 
 
-def test_a_request_that_drips_is_not_waited_for(impatient):
-    with socket.create_connection(("127.0.0.1", impatient.port)) as connection:
+def test_a_request_that_drips_is_not_waited_for(short_timeouts):
+    with socket.create_connection(("127.0.0.1", short_timeouts.port)) as connection:
         started = time.monotonic()
         with pytest.raises(ConnectionError):
             for byte in head(50):
@@ -199,28 +199,28 @@ def test_a_request_that_drips_is_not_waited_for(impatient):
         assert time.monotonic() - started < 2
 
 
-def test_a_connection_that_is_kept_alive_may_rest(impatient):
-    with httpx.Client(base_url=impatient.url) as client:
+def test_a_connection_that_is_kept_alive_may_rest(short_timeouts):
+    with httpx.Client(base_url=short_timeouts.url) as client:
         assert client.get("/health").status_code == 200
         time.sleep(0.5)
         assert client.get("/health").status_code == 200
 
 
-def test_a_client_that_does_not_read_is_cut_off(impatient):
+def test_a_client_that_does_not_read_is_cut_off(short_timeouts):
     """It asks for more than all buffers hold."""
     ask = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", impatient.port)) as connection:
+    with socket.create_connection(("127.0.0.1", short_timeouts.port)) as connection:
         connection.sendall(ask * 600)
         until = time.monotonic() + 10
-        while not impatient.server_state.connections and time.monotonic() < until:
+        while not short_timeouts.server_state.connections and time.monotonic() < until:
             time.sleep(0.01)
-        assert impatient.server_state.connections
-        while impatient.server_state.connections and time.monotonic() < until:
+        assert short_timeouts.server_state.connections
+        while short_timeouts.server_state.connections and time.monotonic() < until:
             time.sleep(0.01)
-        assert not impatient.server_state.connections
+        assert not short_timeouts.server_state.connections
         received = 0
         with pytest.raises(ConnectionError):
             while piece := connection.recv(1 << 20):
                 received += len(piece)
             raise ConnectionResetError  # an end without a reset, but an early one
-        assert received < 600 * len(httpx.get(impatient.url + "/openapi.json").content)
+        assert received < 600 * len(httpx.get(short_timeouts.url + "/openapi.json").content)

@@ -55,7 +55,7 @@ def leave_after(server, path, body, received):
         while got < received:
             got += len(connection.recv(65536))
         if not received:
-            until(lambda: server.service.open)
+            until(lambda: server.service.open_queues)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_client_that_leaves_frees_its_slot(narrow, endless, stream, received):
     model = narrow.service.model
     leave_after(narrow, "/v1/completions", {**endless, "stream": stream}, received)
     left = time.monotonic()
-    until(lambda: not narrow.service.open and model.status.running == 0)
+    until(lambda: not narrow.service.open_queues and model.status.running == 0)
     assert time.monotonic() - left < 1.0
     assert httpx.post(narrow.url + PATH, json={"messages": SUM}).status_code == 200
 
@@ -73,14 +73,14 @@ def test_a_client_that_leaves_frees_its_slot(narrow, endless, stream, received):
 def test_a_client_that_leaves_while_its_prompt_is_computed(narrow):
     long = {"prompt": [id % 200 for id in range(4000)], "max_tokens": 50}
     leave_after(narrow, "/v1/completions", long, 0)
-    until(lambda: not narrow.service.open and narrow.service.model.status.running == 0)
+    until(lambda: not narrow.service.open_queues and narrow.service.model.status.running == 0)
 
 
 @pytest.mark.parametrize("path", ["/v1/responses", PATH])
 def test_leaving_a_conversation(narrow, path):
     asked = {"input": SUM[0]["content"]} if path.endswith("responses") else {"messages": SUM}
     leave_after(narrow, path, {**asked, "stream": True}, 600)
-    until(lambda: not narrow.service.open and not narrow.service.running)
+    until(lambda: not narrow.service.open_queues and not narrow.service.running_responses)
 
 
 def test_beyond_the_queue_it_is_503_with_retry_after(narrow, endless):
@@ -100,7 +100,7 @@ def test_beyond_the_queue_it_is_503_with_retry_after(narrow, endless):
         waiting.join(10)
         assert client.post(PATH, json={"messages": SUM, "n": 3}).status_code == 503  # more than there will ever be
         assert client.post(PATH, json={"messages": SUM}).status_code == 200
-    assert not narrow.service.open
+    assert not narrow.service.open_queues
 
 
 def test_metrics_count_what_was_done(narrow):
@@ -137,7 +137,7 @@ def test_a_stream_that_waits_is_kept_alive(narrow, endless, monkeypatch):
         arriving = second.iter_lines()
         heard = [next(arriving) for _ in range(7)]
     assert heard.count(": keep-alive") >= 2
-    until(lambda: not narrow.service.open)
+    until(lambda: not narrow.service.open_queues)
 
 
 def test_what_fails_in_the_middle_of_a_stream_is_an_event(serve):

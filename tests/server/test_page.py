@@ -93,11 +93,11 @@ def test_a_question_and_another(visit: Any) -> None:
     expect(page.locator(".question")).to_have_text(SUM)
     expect(page.get_by_text("What would you like to know?")).to_be_hidden()
     expect(replies.locator("summary")).to_contain_text("Thought for")
-    expect(replies.locator(".thoughts")).to_be_hidden()
+    expect(replies.locator(".reasoning-text")).to_be_hidden()
     replies.locator("summary").click()
-    expect(replies.locator(".thoughts")).to_contain_text("The sum is 42")
-    facts = replies.locator(".facts").inner_text()
-    assert all(word in facts for word in (" tokens · ", " tokens/s · first after ", " s · prompt ")), facts
+    expect(replies.locator(".reasoning-text")).to_contain_text("The sum is 42")
+    facts = replies.locator(".stats").inner_text()
+    assert all(word in facts for word in (" tokens · ", " tokens/s · first token after ", " s · prompt ")), facts
     expect(page.locator("#used")).to_contain_text("tokens so far")
     ask(page, "What is the capital of France?")
     expect(replies).to_have_count(2)
@@ -121,17 +121,17 @@ def test_a_reply_arrives_piece_by_piece_until_it_is_stopped(visit: Any, server: 
     ask(page, SUM)
     summary = page.locator(".reply summary")
     expect(summary).to_have_text("Thinking")
-    thoughts = page.locator(".thoughts")
+    thoughts = page.locator(".reasoning-text")
     for _ in range(3):
         seen = thoughts.text_content()
         expect(thoughts).not_to_have_text(seen)
-        assert thoughts.text_content().startswith(seen) and server.service.open
+        assert thoughts.text_content().startswith(seen) and server.service.open_queues
     expect(page.get_by_role("button", name="Send")).to_be_hidden()
     if how == "button":
         page.get_by_role("button", name="Stop").click()
     else:
         page.keyboard.press("Escape")
-    expect(page.locator(".facts")).to_have_text("stopped")
+    expect(page.locator(".stats")).to_have_text("stopped")
     expect(summary).to_contain_text("Thought for")
     assert idle(server)
     page.unroute(COMPLETIONS)
@@ -146,19 +146,19 @@ def test_effort_is_chosen_by_keyboard_and_remembered(visit: Any) -> None:
     page.keyboard.press("ArrowRight")
     expect(page.get_by_role("radio", name="High")).to_be_checked()
     ask(page, SUM)
-    expect(page.locator(".facts")).to_be_visible()
+    expect(page.locator(".stats")).to_be_visible()
     page.reload()
     expect(page.get_by_role("radio", name="High")).to_be_checked()
     page.get_by_text("Low").click()
     ask(page, SUM)
-    expect(page.locator(".facts")).to_be_visible()
+    expect(page.locator(".stats")).to_be_visible()
     assert [body["reasoning_effort"] for body in page.bodies] == ["high", "low"]
 
 
 def test_a_call_is_shown_and_its_result_answered(visit: Any, weather_tool: dict[str, Any]) -> None:
     page = visit()
     page.get_by_role("button", name="Settings").click()
-    functions = page.get_by_label("Functions that the model may call")
+    functions = page.get_by_label("Functions the model may call")
     functions.fill("get_weather")
     page.get_by_role("button", name="Save").click()
     expect(page.get_by_text("must be a JSON list")).to_be_visible()
@@ -184,8 +184,8 @@ def test_a_call_is_shown_and_its_result_answered(visit: Any, weather_tool: dict[
     ("answer", "words"),
     [
         ({"status": 503, "headers": {"Retry-After": "3"}, "error": "8 wait."}, "8 wait. Try again in 3 s."),
-        ({"status": 500}, "The server answered 500"),
-        ({"end": ""}, "The answer broke off"),
+        ({"status": 500}, "The server responded with 500"),
+        ({"end": ""}, "The reply was interrupted"),
         ({"end": 'data: {"error": {"message": "The engine was closed."}}\n\n'}, "The engine was closed."),
     ],
 )
@@ -205,7 +205,7 @@ def test_what_goes_wrong_is_said_and_the_question_comes_back(visit: Any, answer:
 def test_errors_of_the_server_itself_and_of_the_way_to_it(visit: Any) -> None:
     page = visit()
     page.get_by_role("button", name="Settings").click()
-    page.get_by_label("Functions that the model may call").fill('[{"type": "web_search"}]')
+    page.get_by_label("Functions the model may call").fill('[{"type": "web_search"}]')
     page.get_by_role("button", name="Save").click()
     ask(page, SUM)
     expect(page.get_by_role("alert").first).to_contain_text("only functions are offered")
@@ -218,16 +218,16 @@ def test_a_reply_that_breaks_off_keeps_what_was_said(visit: Any) -> None:
     page = visit()
     answering(page, deltas=[{"content": "The sum"}], end="")
     ask(page, SUM)
-    expect(page.get_by_role("alert").first).to_contain_text("The answer broke off")
+    expect(page.get_by_role("alert").first).to_contain_text("The reply was interrupted")
     expect(page.locator(".reply .text")).to_have_text("The sum")
-    expect(page.locator(".facts")).to_have_text("broken off")
+    expect(page.locator(".stats")).to_have_text("interrupted")
 
 
 def test_a_key_is_asked_for_where_the_server_wants_one(visit: Any, serve: Any, model: Any) -> None:
     with serve(model, api_key="open sesame") as locked:
         page = visit(locked.url)
         key = page.get_by_label("API key")
-        for wrong, words in (("", "asks for an API key"), ("sesame", "does not take this API key")):
+        for wrong, words in (("", "needs an API key"), ("sesame", "rejects this API key")):
             if wrong:
                 key.fill(wrong)
                 page.keyboard.press("Enter")

@@ -6,16 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_gptoss.harmony.messages import Message
-from mlx_gptoss.server.items import Turns
-from mlx_gptoss.server.store import Store, Stored
+from mlx_gptoss.server.items import ConversationItems
+from mlx_gptoss.server.store import ResponseStore, StoredResponse
 
 
 def stored(text):
-    return Stored(b"{}", b"[]", Turns((Message("user", text),)))
+    return StoredResponse(b"{}", b"[]", ConversationItems((Message("user", text),)))
 
 
 def test_the_least_recently_used_is_given_up():
-    store = Store(most=2)
+    store = ResponseStore(max_responses=2)
     for id in "ab":
         store.put(id, stored(id))
     assert store.get("a") is not None
@@ -25,7 +25,7 @@ def test_the_least_recently_used_is_given_up():
 
 
 def test_one_that_is_larger_than_the_store_is_not_kept_and_costs_no_other():
-    store = Store(most_bytes=2000)
+    store = ResponseStore(max_bytes=2000)
     assert store.put("a", stored("a"))
     assert not store.put("b", stored("b" * 2000))
     assert store.get("a") is not None and store.get("b") is None
@@ -33,7 +33,7 @@ def test_one_that_is_larger_than_the_store_is_not_kept_and_costs_no_other():
 
 @given(st.lists(st.tuples(st.sampled_from(["put", "get", "delete"]), st.sampled_from("abcdef"), st.integers(0, 600))))
 def test_it_stays_within_its_bounds(steps):
-    store, sizes = Store(most=4, most_bytes=2000), {}
+    store, sizes = ResponseStore(max_responses=4, max_bytes=2000), {}
     for what, id, length in steps:
         if what == "put":
             store.put(id, stored("x" * length))

@@ -1,4 +1,4 @@
-"""Codes to numbers and back: against ml_dtypes' tables, against mx.quantize bit for bit, and against brute force."""
+"""Codes to numbers and back: compared with ml_dtypes' tables, with mx.quantize bit for bit, and with brute force."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def bits(array: np.ndarray) -> np.ndarray:
 
 
 def difficult(seed: int, size: float, dtype: np.dtype) -> np.ndarray:
-    """[400, 256]: normal rows, all-negative and all-positive ones, constants, zeros, signed zeros, outliers, a line."""
+    """[400, 256]: normal rows, all-negative and all-positive rows, constants, zeros, signed zeros, outliers, ramps."""
     rng = np.random.default_rng(seed)
     values = rng.standard_normal((400, 256)) * size
     values[:40] -= 5 * size
@@ -33,16 +33,16 @@ def difficult(seed: int, size: float, dtype: np.dtype) -> np.ndarray:
     return values.astype(np.float32).astype(dtype)
 
 
-def random_mxfp4(seed: int, *, least: int) -> Quantized:
-    """Any codes; `least` is the magnitude code that every group has somewhere."""
+def random_mxfp4(seed: int, *, present: int) -> Quantized:
+    """Random codes and scales; every group has the code `present` (0 to 7), with either sign."""
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 16, (3, 20, 128), dtype=np.uint8)
-    codes[..., ::32] = least | (codes[..., ::32] & 8)
+    codes[..., ::32] = present | (codes[..., ::32] & 8)
     scale = rng.integers(0, 255, (3, 20, 4), dtype=np.uint8)
     return Quantized(MXFP4, codecs.pack(codes, 4), scale)
 
 
-def test_value_tables():
+def test_value_tables_equal_those_of_ml_dtypes():
     assert np.array_equal(codecs.E2M1, np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32))
     assert np.signbit(codecs.E2M1[8])
     scales = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
@@ -64,7 +64,7 @@ def test_the_low_nibble_comes_first():
 
 
 @pytest.mark.parametrize("outer", [np.float32(3), np.full((2, 1, 1), 3), np.full((2, 5, 1), 3), None])
-def test_one_formula(outer):
+def test_every_part_of_the_formula(outer):
     rng = np.random.default_rng(1)
     codes = rng.integers(0, 16, (2, 5, 128), dtype=np.uint8)
     scale, bias = rng.standard_normal((2, 2, 5, 2)).astype(BF16)
@@ -72,13 +72,13 @@ def test_one_formula(outer):
         outer = np.asarray(outer, np.float32)
         outer = outer * np.arange(1, outer.size + 1, dtype=np.float32).reshape(outer.shape)
     weight = Quantized(AFFINE4, codecs.pack(codes, 4), scale, bias, outer)
-    spread = [np.repeat(x.astype(np.float32), 64, axis=-1) for x in (scale, bias)]
-    wanted = (codes * spread[0] + spread[1]) * np.float32(1 if outer is None else outer)
+    scales_and_biases = [np.repeat(x.astype(np.float32), 64, axis=-1) for x in (scale, bias)]
+    wanted = (codes * scales_and_biases[0] + scales_and_biases[1]) * np.float32(1 if outer is None else outer)
     assert np.array_equal(codecs.dequantize(weight), wanted)
-    assert np.array_equal(codecs.dequantize(codecs.rows(weight, 1, 2)), wanted[1:])
+    assert np.array_equal(codecs.dequantize(weight[1:2]), wanted[1:])
 
 
-def test_fp8_rows():
+def test_fp8_rows_are_decoded():
     codes = np.random.default_rng(2).integers(0, 0x7F, (6, 40), dtype=np.uint8)
     outer = np.linspace(0.5, 2, 6, dtype=np.float32)[:, None].astype(BF16)
     wanted = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32) * outer.astype(np.float32)
@@ -88,10 +88,10 @@ def test_fp8_rows():
 @pytest.mark.parametrize("dtype", [np.dtype(np.float32), BF16], ids=str)
 @pytest.mark.parametrize("size", [1e-7, 0.02, 1.0, 300.0])
 @pytest.mark.parametrize("mode", MODES)
-def test_equals_mlx_bit_for_bit(mode, size, dtype):
+def test_quantizing_equals_mlx_bit_for_bit(mode, size, dtype):
     mx = pytest.importorskip("mlx.core")
     if mx.default_device() != mx.Device(mx.cpu):
-        pytest.skip("the recipe that is followed is that of MLX's CPU code")
+        pytest.skip("the recipe is that of MLX's CPU code")
     spec, values = MODES[mode], difficult(int(1 / size), size, dtype)
     array = mx.array(bits(values)).view(mx.bfloat16 if dtype == BF16 else mx.float32)
     theirs = mx.quantize(array, spec.group, spec.bits, mode=mode.split()[0])
@@ -102,25 +102,25 @@ def test_equals_mlx_bit_for_bit(mode, size, dtype):
 
 
 @pytest.mark.parametrize("dtype", [np.dtype(np.float32), BF16], ids=str)
-@pytest.mark.parametrize("least", [6, 7])
-def test_the_codes_of_mxfp4_are_found_again(least, dtype):
-    weight = random_mxfp4(3, least=least)
-    weight = Quantized(MXFP4, weight.codes, np.minimum(weight.scale, 250))  # 6 * 2^125 is still a number
+@pytest.mark.parametrize("present", [6, 7])
+def test_the_codes_of_mxfp4_are_recovered(present, dtype):
+    weight = random_mxfp4(3, present=present)
+    weight = Quantized(MXFP4, weight.codes, np.minimum(weight.scale, 250))  # 6 * 2^125 is finite
     found = quantization.quantize(codecs.dequantize(weight).astype(dtype), MXFP4)
     assert np.array_equal(found.codes, weight.codes)
     assert np.array_equal(found.scale, weight.scale)
 
 
-def test_the_values_of_mxfp4_are_found_again_whatever_the_codes():
-    """Groups without a 4 or 6 have several encodings; the values and the signs of zeros stay."""
-    weight = random_mxfp4(4, least=1)
+def test_the_values_of_mxfp4_are_recovered_whatever_the_codes():
+    """Groups without a 4 or 6 have several encodings. The values and the signs of zeros stay the same."""
+    weight = random_mxfp4(4, present=1)
     small = weight.codes & 0b1011_1011  # no 4 and no 6 (nor 2, nor 3)
     weight = Quantized(MXFP4, small, np.minimum(weight.scale, 250))
     values = codecs.dequantize(weight)
     assert np.array_equal(bits(codecs.dequantize(quantization.quantize(values, MXFP4))), bits(values))
 
 
-def test_mxfp4_rounds_to_the_nearest_and_ties_to_even():
+def test_mxfp4_rounds_to_nearest_and_ties_to_even():
     values = difficult(5, 0.02, np.dtype(np.float32))
     values[0, :9] = [6, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, -0.25]
     values[0, 9:] = 0
@@ -135,15 +135,15 @@ def test_mxfp4_rounds_to_the_nearest_and_ties_to_even():
     assert np.array_equal(np.abs(codecs.dequantize(found) / step - values / step), best)
 
 
-def test_blocks_and_strides_change_nothing(monkeypatch):
+def test_block_size_and_strides_change_nothing(monkeypatch):
     fused = np.random.default_rng(6).standard_normal((3, 128, 2 * 96)).astype(BF16)  # [E, K, 2N], interleaved
     view = fused.swapaxes(1, 2)[:, 1::2]
     whole = {spec: quantization.quantize(np.ascontiguousarray(view), spec) for spec in (MXFP4, AFFINE4, MXFP8)}
     dense = codecs.dequantize(Dense(view))
     assert np.array_equal(dense, view.astype(np.float32))
-    monkeypatch.setattr(codecs, "BLOCK", 1000)
+    monkeypatch.setattr(codecs, "BLOCK_VALUES", 1000)
     assert np.array_equal(codecs.dequantize(Dense(view)), dense)
-    assert np.array_equal(codecs.straight(view), view)
+    assert np.array_equal(codecs.contiguous_rows(view), view)
     for spec, wanted in whole.items():
         found = quantization.quantize(view, spec)
         assert np.array_equal(found.codes, wanted.codes) and np.array_equal(found.scale, wanted.scale)
@@ -151,28 +151,28 @@ def test_blocks_and_strides_change_nothing(monkeypatch):
         assert np.array_equal(again, codecs.dequantize(wanted))
 
 
-def test_bfloat16_rounds_to_even():
+def test_bfloat16_rounds_ties_to_even():
     values = np.random.default_rng(7).standard_normal((40, 100)).astype(np.float32)
     assert np.array_equal(bits(codecs.to_bfloat16(Dense(values))), bits(values.astype(BF16)))
     weight = quantization.quantize(np.pad(values, ((0, 0), (0, 28))), AFFINE8)
     assert np.array_equal(bits(codecs.to_bfloat16(weight)), bits(codecs.dequantize(weight).astype(BF16)))
 
 
-def test_what_is_stored_so_already_is_handed_back():
-    weight = random_mxfp4(8, least=7)
-    assert quantization.convert(weight, MXFP4) is weight
+def test_a_weight_in_the_wanted_spec_is_returned_itself():
+    weight = random_mxfp4(8, present=7)
+    assert quantization.to_spec(weight, MXFP4) is weight
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("spec", [AFFINE4, MXFP4, MXFP8, NVFP4], ids=str)
-def test_what_is_no_number_is_refused(spec, value):
+def test_nan_and_infinite_values_are_refused(spec, value):
     values = np.ones((4, 128), np.float32)
     values[2, 70] = value
     with pytest.raises(CheckpointError, match="NaN or infinite"):
         quantization.quantize(values, spec)
 
 
-def test_rows_that_are_no_whole_groups_are_refused():
+def test_rows_that_groups_do_not_divide_are_refused():
     with pytest.raises(CheckpointError, match="96 values"):
         quantization.quantize(np.ones((2, 96), np.float32), AFFINE4)
 
@@ -187,6 +187,6 @@ def test_rows_that_are_no_whole_groups_are_refused():
         Quantized(NVFP4, np.zeros((1, 8), np.uint8), np.array([[1]], np.uint8), outer=np.array(np.nan, np.float32)),
     ],
 )
-def test_scales_that_are_no_numbers_are_refused(weight):
+def test_nan_and_infinite_scales_are_refused(weight):
     with pytest.raises(CheckpointError, match=r"layers\.0 has a scale"):
         codecs.check_scales(weight, "layers.0")

@@ -1,6 +1,6 @@
-"""Damage without end to every format's headers, configs and indexes: a model or one CheckpointError, and little memory.
+"""Random damage to the headers, configs and indexes of every format gives a model or one CheckpointError.
 
-The cases run in a few subprocesses, whose peak memory is held against a bound; each reports what escaped.
+The cases run in a few subprocesses, which report other exceptions. Their peak memory is bounded.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ FUZZ = r"""
 import json, os, random, shutil, sys, time
 from pathlib import Path
 from mlx_gptoss.errors import CheckpointError
-from mlx_gptoss.recommend import recommend
 from mlx_gptoss.weights import checkpoint
 from mlx_gptoss.weights.convert import make_plan
 from mlx_gptoss.weights.formats import WRITERS
 
-source, place, rounds = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+source, workplace, rounds = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 chance = random.Random(source.name)
 ODD = [0, -1, 1, 2, 3, 7, 63, 64, 65, 2**24 - 1, 2**31, 2**32, 2**63 - 1, 2**63, 2**64, 10**400, -(10**400), 0.5, 64.0,
        -0.0, 1e308, float("inf"), float("nan"), True, False, None, "", "64", "../x", "/etc/passwd", "model.safetensors",
@@ -35,14 +34,14 @@ ODD = [0, -1, 1, 2, 3, 7, 63, 64, 65, 2**24 - 1, 2**31, 2**32, 2**63 - 1, 2**63,
 def peak():
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
-def spots(value, path=()):
-    # the paths of everything in a JSON value, itself excepted
+def paths_in(value, path=()):
+    # the paths of everything inside a JSON value
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [spot for key, inner in items for spot in ((*path, key), *spots(inner, (*path, key)))]
+    return [found for key, inner in items for found in ((*path, key), *paths_in(inner, (*path, key)))]
 
 def damage(value):
     for _ in range(chance.choice([1, 1, 1, 2, 5])):
-        found = spots(value)
+        found = paths_in(value)
         if not found:
             return
         *way, last = chance.choice(found)
@@ -72,16 +71,16 @@ def damaged_header(data):
     header = json.loads(data[8 : 8 + length])
     what = chance.random()
     if what < 0.1:
-        said = chance.choice([0, 1, length - 1, length + 1, 2**24, 2**40, 2**63, 2**64 - 1])
-        return said.to_bytes(8, "little") + data[8:]
+        claimed = chance.choice([0, 1, length - 1, length + 1, 2**24, 2**40, 2**63, 2**64 - 1])
+        return claimed.to_bytes(8, "little") + data[8:]
     if what < 0.2:
         return data[: chance.randrange(len(data))]
-    if what < 0.35:  # bytes of scales and all the rest
+    if what < 0.35:  # single bytes of anything, scales included
         data = bytearray(data)
         for _ in range(40):
             data[chance.randrange(len(data))] = chance.choice([0, 0x7F, 0x80, 0xFF])
         return bytes(data)
-    if what < 0.5:  # a whole tensor of one byte: scales that are no numbers
+    if what < 0.5:  # a tensor in which all bytes are equal: scales that are NaN
         name = chance.choice([n for n in header if n != "__metadata__"])
         first, last = (8 + length + x for x in header[name]["data_offsets"])
         return data[:first] + bytes([chance.choice([0x7F, 0x80, 0xFF])]) * (last - first) + data[last:]
@@ -96,10 +95,10 @@ def use(folder):
     for param, weight in opened.weights():
         assert param.name
 
-def one():
+def damaged_copy():
     name = chance.choice([path.name for path in source.iterdir() if path.suffix in (".json", ".safetensors")
                           and not path.name.startswith(("tokenizer", "hf_quant", "quantization"))])
-    folder = place / "damaged"
+    folder = workplace / "damaged"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for path in source.iterdir():
@@ -116,8 +115,8 @@ def one():
 use(source)
 before, refused, escaped, slowest, longest = peak(), 0, [], 0.0, 0
 for _ in range(rounds):
-    folder = one()
-    started = time.monotonic()
+    folder = damaged_copy()
+    started = time.process_time()
     try:
         use(folder)
     except CheckpointError as error:
@@ -125,14 +124,15 @@ for _ in range(rounds):
         longest = max(longest, len(str(error)) - str(error).count(str(folder)) * len(str(folder)))
     except Exception as error:
         escaped.append(f"{type(error).__name__}: {str(error)[:200]}")
-    slowest = max(slowest, time.monotonic() - started)
+    slowest = max(slowest, time.process_time() - started)
 report = {"refused": refused, "escaped": escaped, "slowest": slowest, "longest": longest, "peak": peak() - before}
 print(json.dumps(report))
 """
 
 
-def fuzzed(source: Path, place: Path, rounds: int) -> dict:
-    arguments = [sys.executable, "-W", "error", "-c", FUZZ, str(source), str(place), str(rounds)]
+def fuzz(source: Path, folder: Path, rounds: int) -> dict:
+    """The report of FUZZ, run in a process of its own that damages copies of `source` in `folder`."""
+    arguments = [sys.executable, "-W", "error", "-c", FUZZ, str(source), str(folder), str(rounds)]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
@@ -140,17 +140,17 @@ def fuzzed(source: Path, place: Path, rounds: int) -> dict:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize("name", FOLDERS)
-def test_damage_is_one_clear_error(mini, tmp_path, name):
+def test_damage_gives_one_clear_error(mini, tmp_path, name):
     rounds = 300
-    found = fuzzed(mini / name, tmp_path, rounds)
+    found = fuzz(mini / name, tmp_path, rounds)
     assert found["escaped"] == []
-    assert rounds / 3 < found["refused"] < rounds  # some damage does no harm
+    assert rounds / 3 < found["refused"] < rounds  # some damage is harmless
     assert found["slowest"] < 5
     assert found["longest"] < 2000
     assert found["peak"] < 200e6
 
 
-VOLUME = r"""
+SIZE = r"""
 import sys
 from mlx_gptoss.errors import CheckpointError
 from mlx_gptoss.weights import checkpoint
@@ -165,88 +165,88 @@ except CheckpointError as error:
 """
 
 
-def shard(path: Path, entries: dict) -> None:
+def write_shard(path: Path, entries: dict) -> None:
     text = json.dumps(entries, separators=(",", ":")).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text)
 
 
-def empty(count: int, start: int = 0) -> dict:
+def empty_tensors(count: int, start: int = 0) -> dict:
     entry = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
     return {f"model.layers.{number}.self_attn.rotary_emb.inv_freq": entry for number in range(start, start + count)}
 
 
-def of_many_shards(folder):
+def many_shards(folder):
     for number in range(6):
-        shard(folder / f"{number}.safetensors", empty(70_000, 70_000 * number))
+        write_shard(folder / f"{number}.safetensors", empty_tensors(70_000, 70_000 * number))
 
 
-def of_a_long_name(folder):
-    shard(folder / "model.safetensors", {"a" * 10**7: {"dtype": "F128"}})
+def a_long_name(folder):
+    write_shard(folder / "model.safetensors", {"a" * 10**7: {"dtype": "F128"}})
 
 
-def of_a_long_dtype(folder):
+def a_long_dtype(folder):
     entry = {"dtype": "F" * 10**7, "shape": [0], "data_offsets": [0, 0]}
-    shard(folder / "model.safetensors", {"a": entry})
+    write_shard(folder / "model.safetensors", {"a": entry})
 
 
-def of_a_long_model_type(folder):
-    shard(folder / "model.safetensors", empty(100))
+def a_long_model_type(folder):
+    write_shard(folder / "model.safetensors", empty_tensors(100))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "x" * 10**7}))
 
 
-def of_a_long_index(folder):
-    shard(folder / "model.safetensors", empty(1))
+def a_long_index(folder):
+    write_shard(folder / "model.safetensors", empty_tensors(1))
     mapped = {f"model.layers.{number}.a": "model.safetensors" for number in range(300_000)}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": mapped}))
 
 
-def of_an_index_of_many_files(folder):
-    shard(folder / "model.safetensors", empty(1))
+def an_index_of_many_files(folder):
+    write_shard(folder / "model.safetensors", empty_tensors(1))
     mapped = {f"{number}": f"../{number}" for number in range(400_000)}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": mapped}))
 
 
-def of_a_deep_config(folder):
-    shard(folder / "model.safetensors", empty(100))
+def a_deep_config(folder):
+    write_shard(folder / "model.safetensors", empty_tensors(100))
     (folder / "config.json").write_text("[" * 500_000 + "]" * 500_000)
 
 
-def of_a_long_number(folder):
-    shard(folder / "model.safetensors", empty(100))
+def a_long_number(folder):
+    write_shard(folder / "model.safetensors", empty_tensors(100))
     (folder / "config.json").write_text('{"model_type": "gpt_oss", "num_hidden_layers": ' + "9" * 10**7 + "}")
 
 
-def of_a_config_past_the_end_of_memory(folder):
-    shard(folder / "model.safetensors", empty(100))
+def a_config_larger_than_memory(folder):
+    write_shard(folder / "model.safetensors", empty_tensors(100))
     with (folder / "config.json").open("wb") as file:
         file.truncate(2**40)
 
 
-VOLUMES = [
-    of_many_shards, of_a_long_name, of_a_long_dtype, of_a_long_model_type, of_a_long_index, of_an_index_of_many_files,
-    of_a_deep_config, of_a_long_number, of_a_config_past_the_end_of_memory,
+HUGE_FILES = [
+    many_shards, a_long_name, a_long_dtype, a_long_model_type, a_long_index, an_index_of_many_files, a_deep_config,
+    a_long_number, a_config_larger_than_memory,
 ]  # fmt: skip
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-@pytest.mark.parametrize("attack", VOLUMES)
-def test_sheer_size_takes_little_memory(mini, tmp_path, attack):
+@pytest.mark.parametrize("write", HUGE_FILES)
+def test_huge_files_take_little_memory(mini, tmp_path, write):
     (tmp_path / "config.json").write_bytes((mini / "mxfp4/config.json").read_bytes())
-    attack(tmp_path)
-    arguments = [sys.executable, "-c", VOLUME, str(mini / "mxfp4"), str(tmp_path)]
+    write(tmp_path)
+    arguments = [sys.executable, "-c", SIZE, str(mini / "mxfp4"), str(tmp_path)]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=True)
     peak, length, message = done.stdout.split(maxsplit=2)
     assert int(peak) < 200e6
     assert int(length) <= 2000, message[:300]
 
 
-def test_more_shards_than_can_be_open_is_one_error(mini, tmp_path):
+def test_more_shards_than_open_files_are_allowed_is_one_error(mini, tmp_path):
     resource = pytest.importorskip("resource")
     (tmp_path / "config.json").write_bytes((mini / "mxfp4/config.json").read_bytes())
     for number in range(80):
-        shard(tmp_path / f"{number}.safetensors", empty(1, number))
+        write_shard(tmp_path / f"{number}.safetensors", empty_tensors(1, number))
     limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
-    arguments = [sys.executable, "-c", limit + VOLUME, str(mini / "mxfp4"), str(tmp_path)]
+    arguments = [sys.executable, "-c", limit + SIZE, str(mini / "mxfp4"), str(tmp_path)]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=True)
     assert resource and "(Too many open files)" in done.stdout

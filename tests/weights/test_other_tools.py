@@ -1,4 +1,4 @@
-"""transformers, auto-round under it, and mlx-lm load what convert writes, each in a process of its own."""
+"""transformers, auto-round through transformers, and mlx-lm load converted checkpoints, each in its own process."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from mlx_gptoss.weights.convert import convert
 from mlx_gptoss.weights.formats import recipe_of
 from mlx_gptoss.weights.params import parameters
 from mlx_gptoss.weights.safetensors import DTYPES
+from mlx_gptoss.weights.tensor import NVFP4, Quantized
 from mlx_gptoss.weights.writer import Writer
 
 TRANSFORMERS = """
@@ -35,7 +36,7 @@ assert not any(info.values()), info
 weights = {}
 for name, module in model.named_modules():
     if hasattr(module, "qweight"):
-        with torch.no_grad():  # the rows of the identity pick out the columns
+        with torch.no_grad():  # rows of the identity select the columns
             weights[name] = (module(torch.eye(module.qweight.shape[0] * 8)) - module.bias).float().T.numpy()
 np.savez(sys.argv[2], **weights)
 """
@@ -70,7 +71,7 @@ def test_transformers_computes_the_reference_logits(mini, tmp_path, relative_err
 
 @pytest.mark.skipif(not importlib.util.find_spec("auto_round"), reason="auto-round is not installed")
 def test_transformers_fills_every_expert_through_auto_round(mini, tmp_path):
-    """The experts alone: how auto-round 0.16.1 joins them under transformers 5 is wrong, see the README."""
+    """Only the experts: auto-round 0.16.1 joins them wrongly under transformers 5 (see the README)."""
     convert(mini / "mxfp4", tmp_path / "out", "int4-autoround")
     run(AUTO_ROUND, tmp_path / "out", tmp_path / "weights.npz")
     theirs, ours = np.load(tmp_path / "weights.npz"), checkpoint.open(tmp_path / "out")
@@ -79,12 +80,12 @@ def test_transformers_fills_every_expert_through_auto_round(mini, tmp_path):
     for layer, kind in names:
         for expert, wanted in enumerate(codecs.dequantize(ours.read(f"layers.{layer}.experts.{kind}.weight"))):
             got = theirs[f"model.layers.{layer}.mlp.experts.{expert}.{kind}_proj"]
-            assert np.allclose(got, wanted, rtol=0, atol=2e-3), (layer, expert, kind)  # theirs: float16
+            assert np.allclose(got, wanted, rtol=0, atol=2e-3), (layer, expert, kind)  # auto-round computes in float16
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("mlx_lm"), reason="mlx-lm is not installed")
 def test_mlx_lm_loads_modules_that_stay_dense(tmp_path):
-    """Rows of 96 and 160 values cannot be cut into groups of 64, so those modules are not quantized."""
+    """Rows of 96 and 160 values have no whole groups of 64, so those modules are not quantized."""
     config = ModelConfig(
         num_hidden_layers=2, hidden_size=96, intermediate_size=160, num_attention_heads=2, num_key_value_heads=1,
         num_local_experts=4, vocab_size=100,
@@ -111,10 +112,10 @@ def test_mlx_lm_loads_modules_that_stay_dense(tmp_path):
     }
     for name, stored in names.items():
         ours_decoded = codecs.dequantize(ours.read(name))
-        assert np.allclose(theirs[stored], ours_decoded, rtol=0, atol=0.03), name  # theirs: steps of bfloat16
+        assert np.allclose(theirs[stored], ours_decoded, rtol=0, atol=0.03), name  # mlx-lm rounds to bfloat16
 
 
-def test_a_global_scale_means_what_it_means_to_mlx():
+def test_a_global_scale_has_the_same_meaning_as_in_mlx():
     mx = pytest.importorskip("mlx.core")
     values = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
     amax = np.abs(values).max()
@@ -122,5 +123,5 @@ def test_a_global_scale_means_what_it_means_to_mlx():
     wanted = mx.dequantize(packed, scales, mode="nvfp4", global_scale=mx.array(amax), dtype=mx.float32, stream=mx.cpu)
     outer = np.float32(amax / 2688)
     codes = np.array(packed).view(np.uint8)
-    ours = codecs.dequantize(codecs.Quantized(codecs.NVFP4, codes, np.array(scales), outer=outer))
+    ours = codecs.dequantize(Quantized(NVFP4, codes, np.array(scales), outer=outer))
     assert np.allclose(ours, np.array(wanted), rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Quantizing while loading: what is left alone, what is not, and what it all weighs."""
+"""Quantizing while loading: which weights change, which stay as they are, and the size of all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mlx_gptoss.api import open_checkpoint
 from mlx_gptoss.config import PRESETS
 from mlx_gptoss.errors import InvalidRequest
 from mlx_gptoss.weights import codecs
-from mlx_gptoss.weights.requantize import REST, REST_ROLES, Requantized
+from mlx_gptoss.weights.requantize import REST_ROLES, REST_SPECS, Requantized
 from mlx_gptoss.weights.synthetic import Synthetic
 from mlx_gptoss.weights.tensor import Dense
 
@@ -20,7 +20,7 @@ def arrays(weight) -> list[np.ndarray]:
     return [part for part in parts if part is not None]
 
 
-@pytest.mark.parametrize("name", REST)
+@pytest.mark.parametrize("name", REST_SPECS)
 @pytest.mark.parametrize("source", ["nano", "mxfp4", "nvfp4", "int4-autoround", "mlx-mxfp4-all", "synthetic"])
 def test_the_rest_is_quantized_and_the_experts_are_not(mini, source, name):
     if source == "synthetic":
@@ -32,18 +32,18 @@ def test_the_rest_is_quantized_and_the_experts_are_not(mini, source, name):
         before, after = checkpoint.read(param.name), quantized.read(param.name)
         size += sum(part.nbytes for part in arrays(after))
         if param.is_matrix and param.role in REST_ROLES:
-            assert after.spec == REST[name]
+            assert after.spec == REST_SPECS[name]
             error = codecs.dequantize(after) - codecs.dequantize(before)
             assert (
                 np.abs(error).max() < (0.01 if name == "rest-8bit" else 0.2) * np.abs(codecs.dequantize(before)).max()
             )
         else:
             assert [part.tobytes() for part in arrays(after)] == [part.tobytes() for part in arrays(before)]
-    if source != "int4-autoround":  # whose zeros take less room in the file than the biases that they become
-        assert quantized.size_bytes == pytest.approx(size, rel=1e-3)  # input scales and such belong to no weight
+    if source != "int4-autoround":  # its zero points take less space in the file than the biases they become
+        assert quantized.size_bytes == pytest.approx(size, rel=1e-3)  # input scales and the like belong to no weight
 
 
-def test_through_the_api():
+def test_load_with_quantize():
     prompt = range(3, 60)
     with mlx_gptoss.load() as exact, mlx_gptoss.load(quantize="rest-8bit") as quantized:
         assert quantized.format == "rest-8bit"
@@ -52,6 +52,6 @@ def test_through_the_api():
     assert (a.argmax(axis=-1) == b.argmax(axis=-1)).mean() > 0.9
 
 
-def test_there_is_no_other_name():
+def test_unknown_names_are_refused():
     with pytest.raises(InvalidRequest, match="rest-8bit"):
         Requantized(open_checkpoint(None), "rest-2bit")

@@ -1,4 +1,4 @@
-"""Interrupted conversions: the same one, started again, continues after the whole shards, and nothing else is left."""
+"""Interrupted conversions: the same command continues after the complete shards, and nothing else is left behind."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from mlx_gptoss.weights import convert as conversion
 from mlx_gptoss.weights.convert import convert
 from mlx_gptoss.weights.writer import Writer
 
-LIMIT = 200_000
+SHARD_BYTES = 200_000
 
 
 @pytest.fixture(autouse=True)
 def many_shards(monkeypatch):
-    monkeypatch.setattr(conversion, "SHARD_BYTES", LIMIT)
+    monkeypatch.setattr(conversion, "SHARD_BYTES", SHARD_BYTES)
 
 
 @pytest.fixture
@@ -35,14 +35,18 @@ def source(mini, tmp_path):
 
 
 def contents(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
-def beside(folder: Path) -> set[str]:
+def neighbours(folder: Path) -> set[str]:
+    """What is next to a folder, without the source."""
     return {path.name for path in folder.parent.iterdir()} - {"source"}
 
 
 def stop_after(part: float, what: str = "writing"):
+    """A progress callback that interrupts a phase after this part of it."""
+
     def progress(done, total, now):
         if now == what and done > part * total:
             raise KeyboardInterrupt
@@ -51,8 +55,8 @@ def stop_after(part: float, what: str = "writing"):
 
 
 def interrupted(source: Path, out: Path, to: str = "bf16", **options) -> dict[str, tuple[int, int]]:
-    """Interrupt a conversion in the middle; inode and time of the last change of each shard that it left."""
-    with pytest.raises(KeyboardInterrupt, match=r"the same command continues after the \d+ whole shards? kept in"):
+    """Interrupt a conversion in the middle; returns the inode and the modification time of each shard that it kept."""
+    with pytest.raises(KeyboardInterrupt, match=r"the same command continues after the \d+ complete shards? kept in"):
         convert(source, out, to, progress=stop_after(0.5), **options)
     kept = {path.name: path.stat() for path in (out.parent / ".out.partial" / "checkpoint").iterdir()}
     return {name: (state.st_ino, state.st_mtime_ns) for name, state in kept.items()}
@@ -65,64 +69,64 @@ def wanted(source, tmp_path_factory):
     return contents(folder)
 
 
-def test_the_second_run_continues_after_the_whole_shards(source, tmp_path, wanted):
+def test_the_second_run_continues_after_the_complete_shards(source, tmp_path, wanted):
     out = tmp_path / "out"
     kept = interrupted(source, out)
-    assert beside(out) == {".out.partial"}
+    assert neighbours(out) == {".out.partial"}
     assert 2 <= len(kept) < len([name for name in wanted if name.endswith(".safetensors")])
     assert all(name.endswith(".safetensors") for name in kept)
     seen = []
     report = convert(source, out, "bf16", progress=lambda done, total, what: seen.append((what, done)))
     assert contents(out) == wanted
     assert {name: ((out / name).stat().st_ino, (out / name).stat().st_mtime_ns) for name in kept} == kept
-    assert report.resumed_bytes == sum((out / name).stat().st_size for name in kept) - headers(out, kept)
+    assert report.resumed_bytes == sum((out / name).stat().st_size for name in kept) - header_bytes(out, kept)
     assert seen[0] > ("writing", report.resumed_bytes)
-    assert seen[-1] == ("verifying", report.bytes)  # what had been kept is read back too
-    assert beside(out) == {"out"}
+    assert seen[-1] == ("verifying", report.bytes)  # resumed shards are verified, too
+    assert neighbours(out) == {"out"}
 
 
-def headers(folder: Path, names) -> int:
+def header_bytes(folder: Path, names) -> int:
     return sum(8 + int.from_bytes((folder / name).read_bytes()[:8], "little") for name in names)
 
 
-def test_again_and_again(source, tmp_path, wanted):
-    out, had = tmp_path / "out", 0
+def test_a_run_can_be_interrupted_several_times(source, tmp_path, wanted):
+    out, previous = tmp_path / "out", 0
     for part in (0.3, 0.6, 0.9):
         with pytest.raises(KeyboardInterrupt, match="continues"):
             convert(source, out, "bf16", progress=stop_after(part))
-        has = len(list((tmp_path / ".out.partial" / "checkpoint").iterdir()))
-        assert has > had
-        had = has
+        shards = len(list((tmp_path / ".out.partial" / "checkpoint").iterdir()))
+        assert shards > previous
+        previous = shards
     with pytest.raises(KeyboardInterrupt, match="continues"):
         convert(source, out, "bf16", progress=stop_after(0.5, "verifying"))
     assert convert(source, out, "bf16").resumed_bytes == checkpoint.open(out).size_bytes
     assert contents(out) == wanted
 
 
-def test_before_the_first_whole_shard_nothing_is_left(source, tmp_path, monkeypatch):
+def test_before_the_first_complete_shard_nothing_is_kept(source, tmp_path, monkeypatch):
     def stop(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Writer, "write", stop)
-    with pytest.raises(KeyboardInterrupt, match="nothing of it was left behind"):
+    with pytest.raises(KeyboardInterrupt, match="nothing was kept"):
         convert(source, tmp_path / "out", "bf16")
-    assert beside(tmp_path / "out") == set()
+    assert neighbours(tmp_path / "out") == set()
 
 
-def test_a_full_disk_keeps_whole_shards(source, tmp_path, wanted, monkeypatch):
-    real, room = os.pwrite, [1_000_000]
+def test_a_full_disk_keeps_complete_shards(source, tmp_path, wanted, monkeypatch):
+    real, free = os.pwrite, [1_000_000]
 
     def full(file, data, offset):
-        room[0] -= len(data)
-        if room[0] < 0:
+        free[0] -= len(data)
+        if free[0] < 0:
             raise OSError(28, "No space left on device")
         return real(file, data, offset)
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(GptOssError, match=r"No space left on device\); the same command continues after the \d whole"):
+    with pytest.raises(GptOssError, match=r"No space left on device\); the same command continues after the \d "):
         convert(source, tmp_path / "out", "bf16")
     monkeypatch.setattr(os, "pwrite", real)
-    assert convert(source, tmp_path / "out", "bf16").resumed_bytes > LIMIT
+    assert convert(source, tmp_path / "out", "bf16").resumed_bytes > SHARD_BYTES
     assert contents(tmp_path / "out") == wanted
 
 
@@ -137,24 +141,24 @@ conversion.convert(sys.argv[1], sys.argv[2], "bf16", progress=progress)
 """
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"shard":"model-00001', b"\xff\n", b'{"shard":"x","runs":[[1,2]]}\n'])
-def test_a_killed_process_is_continued(source, tmp_path, wanted, torn):
+@pytest.mark.parametrize("torn_line", [b"", b'{"shard":"model-00001', b"\xff\n", b'{"shard":"x","ranges":[[1,2]]}\n'])
+def test_a_killed_run_is_continued(source, tmp_path, wanted, torn_line):
     out, left = tmp_path / "out", tmp_path / ".out.partial"
-    done = subprocess.run([sys.executable, "-c", KILLED, str(source), str(out), str(LIMIT)])
+    done = subprocess.run([sys.executable, "-c", KILLED, str(source), str(out), str(SHARD_BYTES)])
     assert done.returncode == -signal.SIGKILL
     assert not out.exists()
-    noted = len((left / "journal").read_bytes().splitlines()) - 1
-    assert noted >= 2
+    recorded = len((left / "journal").read_bytes().splitlines()) - 1
+    assert recorded >= 2
     with (left / "journal").open("ab") as file:
-        file.write(torn)
+        file.write(torn_line)
     (left / "checkpoint" / "config.json").write_text("half")
-    assert convert(source, out, "bf16").resumed_bytes > LIMIT
+    assert convert(source, out, "bf16").resumed_bytes > SHARD_BYTES
     assert contents(out) == wanted
-    assert beside(out) == {"out"}
+    assert neighbours(out) == {"out"}
 
 
 @pytest.mark.parametrize("change", ["target", "search", "time", "config", "program", "shards"])
-def test_another_conversion_does_not_continue(source, tmp_path, monkeypatch, change):
+def test_a_different_conversion_starts_anew(source, tmp_path, monkeypatch, change):
     out = tmp_path / "out"
     first = "mlx-4bit" if change == "search" else "bf16"
     interrupted(source, out, first)
@@ -167,13 +171,13 @@ def test_another_conversion_does_not_continue(source, tmp_path, monkeypatch, cha
     elif change == "program":
         monkeypatch.setattr(conversion.metadata, "version", lambda name: "9.9")
     elif change == "shards":
-        monkeypatch.setattr(conversion, "SHARD_BYTES", LIMIT + 8)
+        monkeypatch.setattr(conversion, "SHARD_BYTES", SHARD_BYTES + 8)
     assert convert(source, out, to, search="mse" if change == "search" else None).resumed_bytes == 0
     assert checkpoint.open(out).format == to
-    assert beside(out) == {"out"}
+    assert neighbours(out) == {"out"}
 
 
-def test_a_kept_shard_that_was_damaged_is_noticed_and_made_again(source, tmp_path, wanted):
+def test_a_damaged_kept_shard_is_noticed_and_written_again(source, tmp_path, wanted):
     out = tmp_path / "out"
     kept = interrupted(source, out)
     path = tmp_path / ".out.partial" / "checkpoint" / min(kept)
@@ -188,7 +192,7 @@ def test_a_kept_shard_that_was_damaged_is_noticed_and_made_again(source, tmp_pat
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "another header"])
-def test_a_kept_shard_that_is_not_whole_is_made_again(source, tmp_path, wanted, damage):
+def test_an_incomplete_kept_shard_is_written_again(source, tmp_path, wanted, damage):
     out = tmp_path / "out"
     kept = interrupted(source, out)
     path = tmp_path / ".out.partial" / "checkpoint" / min(kept)
@@ -198,11 +202,11 @@ def test_a_kept_shard_that_is_not_whole_is_made_again(source, tmp_path, wanted, 
         path.unlink()
     else:
         path.write_bytes(path.read_bytes().replace(b'"U8"', b'"I8"').replace(b'"BF16"', b'"BF61"'))
-    assert 0 < convert(source, out, "bf16").resumed_bytes < len(kept) * LIMIT
+    assert 0 < convert(source, out, "bf16").resumed_bytes < len(kept) * SHARD_BYTES
     assert contents(out) == wanted
 
 
-def test_a_source_that_cannot_be_converted_leaves_nothing(source, tmp_path):
+def test_nothing_is_kept_of_a_source_that_cannot_be_converted(source, tmp_path):
     convert(source, tmp_path / "bf16", "bf16")
     last = max((tmp_path / "bf16").glob("*.safetensors"))
     data = bytearray(last.read_bytes())
@@ -211,10 +215,10 @@ def test_a_source_that_cannot_be_converted_leaves_nothing(source, tmp_path):
     (tmp_path / "place").mkdir()
     with pytest.raises(CheckpointError, match="NaN"):
         convert(tmp_path / "bf16", tmp_path / "place" / "out", "mlx-8bit")
-    assert beside(tmp_path / "place" / "out") == set()
+    assert neighbours(tmp_path / "place" / "out") == set()
 
 
-def test_two_at_once_do_not_mix(source, tmp_path, wanted):
+def test_a_second_process_is_refused(source, tmp_path, wanted):
     out, errors = tmp_path / "out", []
 
     def progress(done, total, what):
@@ -227,11 +231,11 @@ def test_two_at_once_do_not_mix(source, tmp_path, wanted):
     assert errors and contents(out) == wanted
 
 
-def test_what_only_has_the_name_is_left_alone(source, tmp_path):
+def test_a_folder_that_only_has_the_name_is_left_alone(source, tmp_path):
     left = tmp_path / ".out.partial"
     left.mkdir()
     (left / "letter.txt").write_text("dear")
-    with pytest.raises(GptOssError, match="is in the way and is not what a conversion left there"):
+    with pytest.raises(GptOssError, match="is in the way and was not made by a conversion"):
         convert(source, tmp_path / "out", "bf16")
     assert [path.name for path in left.iterdir()] == ["letter.txt"]
     shutil.rmtree(left)
@@ -249,11 +253,11 @@ def test_an_old_checkpoint_is_replaced_only_at_the_end(source, tmp_path, wanted)
     assert contents(out) == before
     assert convert(source, out, "bf16", overwrite=True).resumed_bytes > 0
     assert contents(out) == wanted
-    assert beside(out) == {"out"}
+    assert neighbours(out) == {"out"}
 
 
-def test_killed_between_the_two_renames(source, tmp_path):
-    """The old checkpoint had been moved away, the new one was not there yet: the old one comes back."""
+def test_a_kill_between_the_two_renames_loses_nothing(source, tmp_path):
+    """The old checkpoint has been moved away and the new one is not there yet: the old one comes back."""
     out = tmp_path / "out"
     convert(source, out, "mlx-4bit")
     before = contents(out)
@@ -264,7 +268,7 @@ def test_killed_between_the_two_renames(source, tmp_path):
     assert contents(out) == before
 
 
-def test_an_old_checkpoint_that_cannot_come_back_is_not_removed(source, tmp_path, monkeypatch):
+def test_an_old_checkpoint_that_cannot_be_moved_back_is_kept(source, tmp_path, monkeypatch):
     out = tmp_path / "out"
     convert(source, out, "mlx-4bit")
     before = contents(out)
@@ -284,13 +288,17 @@ def test_an_old_checkpoint_that_cannot_come_back_is_not_removed(source, tmp_path
     assert contents(out) == before
 
 
+# A slow conversion, which stops when its journal has three lines until it has been sent a signal.
 SLOW = """
 import sys, time
+from pathlib import Path
 from mlx_gptoss.weights import convert as conversion
 from mlx_gptoss.weights.writer import Writer
-conversion.SHARD_BYTES = int(sys.argv.pop(1))
+conversion.SHARD_BYTES, journal, signalled = int(sys.argv.pop(1)), Path(sys.argv.pop(1)), Path(sys.argv.pop(1))
 write = Writer.write
 def slowly(*args):
+    while journal.exists() and journal.read_bytes().count(b"\\n") > 2 and not signalled.exists():
+        time.sleep(0.01)
     time.sleep(0.03)
     return write(*args)
 Writer.write = slowly
@@ -299,20 +307,22 @@ main()
 """
 
 
-def test_ctrl_c_on_the_command_line(source, tmp_path, wanted):
-    out, notes = tmp_path / "out", tmp_path / ".out.partial" / "journal"
-    words = [sys.executable, "-c", SLOW, str(LIMIT), "convert", str(source), str(out), "--to", "bf16"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (notes.exists() and notes.read_bytes().count(b"\n") > 2):
+def test_ctrl_c_on_the_command_line_says_what_was_kept(source, tmp_path, wanted):
+    out, journal_file, signalled = tmp_path / "out", tmp_path / ".out.partial" / "journal", tmp_path / "signalled"
+    command = [sys.executable, "-c", SLOW, str(SHARD_BYTES), str(journal_file), str(signalled)]
+    command += ["convert", str(source), str(out), "--to", "bf16"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not (journal_file.exists() and journal_file.read_bytes().count(b"\n") > 2):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    signalled.touch()
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     assert output == ""
     assert len(errors.splitlines()) == 1
     assert errors.startswith("interrupted; the same command continues after the ")
-    again = subprocess.run(words, capture_output=True, text=True)
+    again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "of an earlier run, written to" in again.stdout
     assert contents(out) == wanted

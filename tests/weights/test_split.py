@@ -1,4 +1,4 @@
-"""Which rank holds what: every number of the model on one rank exactly, or on all, whatever stores it."""
+"""Splitting over ranks: in every format, each value is on exactly one rank or on all of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlx_gptoss.config import PRESETS
 from mlx_gptoss.errors import CheckpointError, InvalidRequest
 from mlx_gptoss.weights import codecs
 from mlx_gptoss.weights.requantize import Requantized
-from mlx_gptoss.weights.split import RankWeights, Share
+from mlx_gptoss.weights.split import RankShard, RankWeights
 from mlx_gptoss.weights.synthetic import Synthetic
 from mlx_gptoss.weights.tensor import Dense
 
@@ -25,40 +25,40 @@ def values(weight):
     return weight.values.astype(np.float32) if isinstance(weight, Dense) else codecs.dequantize(weight)
 
 
-def shares(config, ranks):
-    return [Share.of(config, rank, ranks) for rank in range(ranks)]
+def shards(config, ranks):
+    return [RankShard.of(config, rank, ranks) for rank in range(ranks)]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_ranges_follow_each_other_and_cover_all(preset, ranks):
+def test_ranges_of_the_ranks_cover_everything_in_order(preset, ranks):
     config = PRESETS[preset]
-    found = shares(config, ranks)
-    for field, count in [("queries", config.num_attention_heads), ("experts", config.num_local_experts),
+    found = shards(config, ranks)
+    for field, count in [("query_heads", config.num_attention_heads), ("experts", config.num_local_experts),
                          ("vocabulary", config.vocab_size)]:  # fmt: skip
-        assert [i for share in found for i in getattr(share, field)] == list(range(count))
+        assert [i for shard in found for i in getattr(shard, field)] == list(range(count))
     each = config.num_attention_heads // config.num_key_value_heads
-    assert all({query // each for query in share.queries} == set(share.kv) for share in found)
+    assert all({query // each for query in shard.query_heads} == set(shard.kv_heads) for shard in found)
 
 
-def test_three_ranks_of_eight_kv_heads():
-    found = shares(PRESETS["20b"], 3)
-    assert [len(share.kv) for share in found] == [2, 3, 3]
-    assert [len(share.experts) for share in found] == [10, 11, 11]
-    assert [len(share.vocabulary) for share in found] == [67030, 67030, 67028]
+def test_eight_kv_heads_over_three_ranks():
+    found = shards(PRESETS["20b"], 3)
+    assert [len(shard.kv_heads) for shard in found] == [2, 3, 3]
+    assert [len(shard.experts) for shard in found] == [10, 11, 11]
+    assert [len(shard.vocabulary) for shard in found] == [67030, 67030, 67028]
 
 
 @pytest.mark.parametrize("ranks", [0, 5])
-def test_more_ranks_than_heads_are_refused(ranks):
+def test_more_ranks_than_query_heads_are_refused(ranks):
     with pytest.raises(InvalidRequest, match="1 to 4 ranks"):
-        Share.of(PRESETS["tiny"], 0, ranks)
+        RankShard.of(PRESETS["tiny"], 0, ranks)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("name", FORMATS)
-def test_parts_put_together_are_the_checkpoint(mini, name, ranks):
+def test_the_parts_of_all_ranks_make_the_checkpoint(mini, name, ranks):
     checkpoint = open_checkpoint(mini / name)
-    parts = [RankWeights(checkpoint, share) for share in shares(checkpoint.config, ranks)]
+    parts = [RankWeights(checkpoint, shard) for shard in shards(checkpoint.config, ranks)]
     for i, param in enumerate(checkpoint.params):
         whole = values(checkpoint.read(param.name))
         held = [values(part.read(param.name)) for part in parts]
@@ -66,34 +66,34 @@ def test_parts_put_together_are_the_checkpoint(mini, name, ranks):
         if held[0].shape == whole.shape:
             assert all(np.array_equal(array, whole) for array in held)
             assert param.role in ("embed", "norm", "router") or param.kind == "attention.o.bias"
-        elif ranks > 2 and param.kind.startswith(("attention.k", "attention.v")):  # two KV heads, which ranks share
+        elif ranks > 2 and param.kind.startswith(("attention.k", "attention.v")):  # two KV heads, each on several ranks
             assert np.array_equal(np.concatenate([held[0], held[-1]]), whole)
         else:
             assert np.array_equal(np.concatenate(held, AXES.get(param.kind, 0)), whole)
 
 
 @pytest.mark.parametrize("name", ["fp8-dynamic", "int4-autoround", "mxfp4", "mlx-4bit", "mlx-mxfp4-all"])
-def test_nothing_of_other_ranks_is_read(mini, tmp_path, name):
-    """With scales that are no numbers in the last expert, whoever has no part of it does not notice."""
+def test_a_rank_does_not_read_the_other_parts(mini, tmp_path, name):
+    """A rank without the last expert does not notice that its scales are NaN."""
     folder = shutil.copytree(mini / name, tmp_path / name)
     damaged = open_checkpoint(folder)
     parameter = "layers.0.experts.down.weight"
     stored = [want for want in damaged._binding.sources[parameter].wants if "scale" in want.name][-1].name
-    holder = damaged._holder[stored]
-    info, start = holder.header.tensors[stored], holder.header.offsets[stored]
-    with holder.path.open("r+b") as file:
-        file.seek(start + info.nbytes - 2)
-        file.write(b"\xff\xff")  # NaN in every format of scales
-    first, last = (RankWeights(open_checkpoint(folder), share) for share in shares(damaged.config, 2))
+    file = damaged._file_of[stored]
+    info, start = file.header.tensors[stored], file.header.offsets[stored]
+    with file.path.open("r+b") as opened:
+        opened.seek(start + info.nbytes - 2)
+        opened.write(b"\xff\xff")  # NaN in every scale format
+    first, last = (RankWeights(open_checkpoint(folder), shard) for shard in shards(damaged.config, 2))
     assert np.isfinite(values(first.read(parameter))).all()
     with pytest.raises(CheckpointError, match="not a number"):
         last.read(parameter)
 
 
 def test_a_part_is_a_view_of_the_file(mini):
-    """Of a format that stores parameters in one piece: nothing is copied."""
+    """Nothing is copied if the format stores a parameter in one tensor."""
     checkpoint = open_checkpoint(mini / "mxfp4")
-    held = RankWeights(checkpoint, Share.of(checkpoint.config, 1, 2))
+    held = RankWeights(checkpoint, RankShard.of(checkpoint.config, 1, 2))
     for name in ("layers.1.experts.gate.weight", "layers.0.experts.down.weight"):
         assert np.may_share_memory(held.read(name).codes, checkpoint.read(name).codes)
     for name in ("layers.0.attention.o.weight", "layers.0.attention.q.weight", "lm_head.weight"):
@@ -101,30 +101,30 @@ def test_a_part_is_a_view_of_the_file(mini):
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_sizes(ranks):
-    """What ranks hold together is the checkpoint, and what is everywhere as often as there are ranks."""
+def test_sizes_of_the_parts_add_up(ranks):
+    """To the size of the checkpoint, plus one more copy per additional rank of what every rank holds."""
     checkpoint = Synthetic(PRESETS["20b"], "mxfp4")
-    parts = [RankWeights(checkpoint, share) for share in shares(checkpoint.config, ranks)]
+    parts = [RankWeights(checkpoint, shard) for shard in shards(checkpoint.config, ranks)]
     again = checkpoint.size_bytes - sum(checkpoint.matrix_bytes(role) for role in ("attention", "experts", "lm_head"))
     assert abs(sum(part.size_bytes for part in parts) - checkpoint.size_bytes - (ranks - 1) * again) < 1000
     tiny = Synthetic(PRESETS["tiny"], "mlx-4bit")
-    held = RankWeights(tiny, Share.of(tiny.config, 1, ranks))
-    read = sum(codecs.nbytes(held.read(param.name)) for param in held.params)
+    held = RankWeights(tiny, RankShard.of(tiny.config, 1, ranks))
+    read = sum(held.read(param.name).nbytes for param in held.params)
     assert 0.9 < read / held.size_bytes <= 1
 
 
-def test_a_part_can_be_quantized(mini):
-    """The same as a part of what is quantized whole, for groups lie within rows and heads."""
+def test_a_part_is_quantized_like_the_whole(mini):
+    """Because no group crosses a row or a head."""
     checkpoint = open_checkpoint(mini / "mxfp4")
-    share = Share.of(checkpoint.config, 1, 2)
-    quantized, whole = Requantized(RankWeights(checkpoint, share), "mlx-4bit"), Requantized(checkpoint, "mlx-4bit")
+    shard = RankShard.of(checkpoint.config, 1, 2)
+    quantized, whole = Requantized(RankWeights(checkpoint, shard), "mlx-4bit"), Requantized(checkpoint, "mlx-4bit")
     gate = quantized.read("layers.0.experts.gate.weight")
     assert np.array_equal(gate.codes, whole.read("layers.0.experts.gate.weight").codes[3:])
     o = quantized.read("layers.0.attention.o.weight")
     assert np.array_equal(values(o), values(whole.read("layers.0.attention.o.weight"))[:, 128:])
 
 
-def test_a_group_is_never_cut_in_two():
+def test_a_split_through_a_group_is_refused():
     checkpoint = Synthetic(replace(PRESETS["tiny"], head_dim=32, num_attention_heads=6), "mlx-4bit")
     with pytest.raises(CheckpointError, match=r"attention\.o\.weight cannot be split"):
-        RankWeights(checkpoint, Share.of(checkpoint.config, 0, 2)).read("layers.0.attention.o.weight")
+        RankWeights(checkpoint, RankShard.of(checkpoint.config, 0, 2)).read("layers.0.attention.o.weight")

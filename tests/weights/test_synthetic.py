@@ -1,4 +1,4 @@
-"""Synthetic weights: the same for a seed and a name, sane in size, and a checkpoint like any other once written."""
+"""Synthetic weights: reproducible, of plausible size, and a normal checkpoint once written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def same(a, b) -> bool:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_written_and_read_back_it_is_the_same(name, tmp_path):
+def test_written_and_read_back_they_are_the_same(name, tmp_path):
     source = Synthetic(TINY, name)
     source.write(tmp_path / "written")
     found = checkpoint.open(tmp_path / "written")
@@ -36,7 +36,7 @@ def test_written_and_read_back_it_is_the_same(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_matrices_keep_the_size_of_what_they_multiply(name):
+def test_matrices_keep_the_size_of_activations(name):
     source = Synthetic(TINY, name)
     for param in source.params:
         values = codecs.dequantize(source.read(param.name))
@@ -47,7 +47,7 @@ def test_matrices_keep_the_size_of_what_they_multiply(name):
             assert abs(values.mean()) < 0.1 * wanted, param.name
 
 
-def test_seed_and_name_decide():
+def test_values_depend_on_seed_and_name_alone():
     one, again, other = (Synthetic(TINY, "mlx-4bit", seed) for seed in (1, 1, 2))
     name = "layers.0.experts.gate.weight"
     assert same(one.read(name), again.read(name))
@@ -57,8 +57,8 @@ def test_seed_and_name_decide():
     assert longer.config.num_hidden_layers == 5 and same(one.read(name), longer.read(name))
 
 
-def test_activations_stay_sane_and_every_expert_is_used(backend_module):
-    """24 layers deep: logits of the size that lm_head gives to activations of size 1."""
+def test_activations_keep_their_size_and_every_expert_is_used(backend_module):
+    """After 24 layers the logits have the size that lm_head gives to activations of unit size."""
     source = Synthetic(preset("tiny", layers=24), "mxfp4")
     runner = backend_module("mlx").load(source, device="cpu", dtype="float32", limits=Limits(1, 64, 64))
     logits = runner.logits(list(range(64)))
@@ -71,7 +71,7 @@ def test_activations_stay_sane_and_every_expert_is_used(backend_module):
         assert chosen.min() > 0.2 * chosen.mean()
 
 
-def test_refusals(tmp_path):
+def test_unknown_presets_and_formats_and_existing_folders_are_refused(tmp_path):
     with pytest.raises(InvalidRequest, match="20b, 120b, tiny"):
         preset("7b")
     with pytest.raises(CheckpointError, match="choose one of"):

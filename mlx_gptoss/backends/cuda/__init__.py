@@ -14,12 +14,12 @@ import torch
 
 from ...errors import BackendUnavailable, CheckpointError, InvalidRequest
 from ...machine import ram_copy_bandwidth, system_available
-from ...weights.split import Share
+from ...weights.split import RankShard
 from ...weights.tensor import Weights
 from ..base import Limits
 from .layers import Operations
 from .load import load_model
-from .plain import Plain
+from .plain import TorchOperations
 from .ranks import Ranks
 from .runner import CudaRunner
 
@@ -33,19 +33,19 @@ def load(
     device: str | None,
     dtype: str | None,
     limits: Limits,
-    share: Share | None = None,
+    shard: RankShard | None = None,
     kernels: bool | None = None,
 ) -> CudaRunner:
     """Load onto `device` ("cpu", "cuda", "cuda:1" or None for a GPU where there is one) with activations of `dtype`;
-    both as below. share: of the model that `checkpoint` is a part of, whose other parts other ranks load at the same
+    both as below. shard: of the model that `checkpoint` is a part of, whose other parts other ranks load at the same
     time; None is all. kernels: whether Triton's kernels compute (None: on a GPU), or torch alone, their oracle."""
     where = pick_device(device)
     kernels = where.type == "cuda" if kernels is None else kernels
     if where.type == "cuda":
         torch.cuda.set_device(where)  # of this thread, which is the runner's: Triton launches there
         torch.cuda.reset_peak_memory_stats(where)
-    ops = _fused(checkpoint) if kernels else Plain(torch.get_num_threads() if where.type == "cpu" else 1)
-    ranks = None if share is None else Ranks.join(share, where)
+    ops = _fused(checkpoint) if kernels else TorchOperations(torch.get_num_threads() if where.type == "cpu" else 1)
+    ranks = None if shard is None else Ranks.join(shard, where)
     with torch.inference_mode():
         model = load_model(checkpoint, DTYPES[dtype_name(device, dtype)], where, ops, ranks)
     if kernels and any(len(block.mlp.experts.gate_up.matrices) > 1 for block in model.blocks):

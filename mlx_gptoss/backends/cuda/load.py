@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ...config import ModelConfig
 from ...errors import CheckpointError
-from ...weights.codecs import straight
-from ...weights.split import Share
+from ...weights.codecs import contiguous_rows
+from ...weights.split import RankShard
 from ...weights.tensor import Array, Dense, Quantized, Weight, Weights
 from ..rope import yarn_concentration, yarn_frequencies
 from .layers import DenseMatrix, ExpertLinear, Experts, Linear, Matrix, Operations, QuantizedMatrix
@@ -28,7 +28,7 @@ def load_model(
 ) -> GptOss:
     """The whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight once.
     ranks: those that share the model, if the checkpoint is a part of it."""
-    place = _Placer(checkpoint, dtype, device, ops, ranks or Ranks(Share.of(checkpoint.config, 0, 1)))
+    place = _Placer(checkpoint, dtype, device, ops, ranks or Ranks(RankShard.of(checkpoint.config, 0, 1)))
     config = checkpoint.config
     # The two largest come first, while there is room to read one beside its copy.
     embed = place.matrix("embed.weight")
@@ -56,7 +56,7 @@ def _block(place: _Placer, config: ModelConfig, layer: int, scale: float) -> Blo
         active=config.num_experts_per_tok,
         limit=config.swiglu_limit,
         alpha=config.swiglu_alpha,
-        held=place.ranks.share.experts,
+        held=place.ranks.shard.experts,
     )
     mlp = MixtureOfExperts(place.ops, place.ranks, place.linear([f"{at}.router"]), experts)
     attention_norm = place.norm(f"{at}.attention_norm.weight", config)
@@ -104,7 +104,7 @@ class _Placer:
 
     def _matrices(self, names: Sequence[str]) -> tuple[Matrix, ...]:
         weights = [self._checkpoint.read(name) for name in names]
-        groups = [weights] if _alike(weights) else [[weight] for weight in weights]
+        groups = [weights] if _same_storage(weights) else [[weight] for weight in weights]
         matrices = tuple(fuse(group, self._device) for group in groups)
         self._checkpoint.release()
         return matrices
@@ -125,7 +125,7 @@ def fuse(weights: Sequence[Weight], device: torch.device) -> Matrix:
     )
 
 
-def _alike(weights: Sequence[Weight]) -> bool:
+def _same_storage(weights: Sequence[Weight]) -> bool:
     """Whether one product can run over all of them side by side."""
 
     def storage(weight: Weight) -> object:
@@ -150,7 +150,7 @@ def _outer(parts: Sequence[Quantized], device: torch.device) -> Tensor | None:
 def _tensor(arrays: Sequence[Array], axis: int, device: torch.device) -> Tensor:
     """Mapped numpy arrays, one behind the other, as one tensor of its own memory (bfloat16 by its bits, which torch
     does not take from numpy)."""
-    values = np.ascontiguousarray(np.concatenate([straight(array) for array in arrays], axis=axis))
+    values = np.ascontiguousarray(np.concatenate([contiguous_rows(array) for array in arrays], axis=axis))
     if values.dtype.name == "bfloat16":
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).to(device)
     return torch.from_numpy(values).to(device)

@@ -8,10 +8,10 @@ import mlx.core as mx
 
 from ...errors import BackendUnavailable, InvalidRequest
 from ...machine import ram_copy_bandwidth, system_available
-from ...weights.split import Share
+from ...weights.split import RankShard
 from ...weights.tensor import Weights
 from ..base import Limits
-from .elementwise import PLAIN, compiled
+from .elementwise import UNCOMPILED, compiled
 from .load import load_model
 from .ranks import Ranks
 from .runner import MlxRunner
@@ -22,15 +22,15 @@ MAX_SCORES_GPU, MAX_SCORES_CPU = 1 << 28, 1 << 19
 
 
 def load(
-    checkpoint: Weights, *, device: str | None, dtype: str | None, limits: Limits, share: Share | None = None
+    checkpoint: Weights, *, device: str | None, dtype: str | None, limits: Limits, shard: RankShard | None = None
 ) -> MlxRunner:
-    """Load onto `device` ("cpu", "gpu" or None for MLX's default) with activations of `dtype`; both as below. share:
+    """Load onto `device` ("cpu", "gpu" or None for MLX's default) with activations of `dtype`; both as below. shard:
     of the model that `checkpoint` is a part of, whose other parts other ranks load at the same time; None is all."""
     where = pick_device(device)
     with mx.stream(where):
         gpu = _on_gpu(device)
         max_scores = None if gpu and mx.metal.is_available() else MAX_SCORES_GPU if gpu else MAX_SCORES_CPU
-        elementwise = compiled() if gpu else PLAIN
+        elementwise = compiled() if gpu else UNCOMPILED
         model = load_model(
             checkpoint,
             DTYPES[dtype_name(device, dtype)],
@@ -39,7 +39,7 @@ def load(
             limits.resident_vocab,
             upcast=limits.upcast,
             on_cpu=not gpu,
-            ranks=None if share is None else Ranks.join(share),
+            ranks=None if shard is None else Ranks.join(shard),
         )
         return MlxRunner(model, limits, where)
 

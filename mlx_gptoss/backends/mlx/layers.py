@@ -18,7 +18,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ...weights import codecs
 from ...weights.tensor import AFFINE4, AFFINE8, AFFINE8_G32, MXFP4, MXFP8, NVFP4, Spec, Weight
 
 # Elements of a dense matrix upcast at once. 8 MB in float32 come from memory that is still mapped and cached, which
@@ -63,9 +62,9 @@ class DenseMatrix:
         """As ExpertLinear."""
         if self.weight.dtype == x.dtype:
             return mx.gather_mm(x, self.weight.swapaxes(-1, -2), tokens, experts, sorted_indices=tokens is None)
-        return self.by_expert(x, experts)
+        return self.matmul_each_expert(x, experts)
 
-    def by_expert(self, x: mx.array, experts: mx.array) -> mx.array:
+    def matmul_each_expert(self, x: mx.array, experts: mx.array) -> mx.array:
         """One product per expert in use, each expert upcast alone: a CPU with float32 activations and bfloat16
         experts. It waits for the router's choice, which costs a CPU nothing."""
         chosen: list[int] = np.array(experts).ravel().tolist()
@@ -151,7 +150,7 @@ class MappedRows:
     def rows(self, ids: mx.array, dtype: mx.Dtype) -> mx.array:
         """ids [...] -> [..., D]"""
         numbers = np.array(ids).ravel()
-        rows = self.place(codecs.take_rows(self.weight, numbers)).rows(mx.arange(numbers.size), dtype)
+        rows = self.place(self.weight[numbers]).rows(mx.arange(numbers.size), dtype)
         return rows.reshape(*ids.shape, -1)
 
 

@@ -11,31 +11,31 @@ import mlx.core as mx
 import numpy as np
 
 from ...errors import BackendUnavailable
-from ...weights.split import Share
+from ...weights.split import RankShard
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """share: what this rank holds. group: None for a rank that is alone, which has nothing to sum or to gather."""
+    """shard: what this rank holds. group: None for a rank that is alone, which has nothing to sum or to gather."""
 
-    share: Share
+    shard: RankShard
     group: mx.distributed.Group | None
 
     @staticmethod
-    def join(share: Share) -> Ranks:
+    def join(shard: RankShard) -> Ranks:
         """Meet the others, as `mlx.launch` has told each rank where they are. Raises BackendUnavailable."""
-        if share.ranks == 1:
-            return Ranks(share, None)
+        if shard.ranks == 1:
+            return Ranks(shard, None)
         try:
             group = mx.distributed.init(strict=True, backend="any")
         except RuntimeError as error:
             raise BackendUnavailable(f"MLX cannot reach the other ranks ({error}); start them by mlx.launch") from error
-        if (group.rank(), group.size()) != (share.rank, share.ranks):
+        if (group.rank(), group.size()) != (shard.rank, shard.ranks):
             raise BackendUnavailable(
-                f"MLX makes this rank {group.rank()} of {group.size()}, not {share.rank} of {share.ranks}; start all "
+                f"MLX makes this rank {group.rank()} of {group.size()}, not {shard.rank} of {shard.ranks}; start all "
                 "ranks by one mlx.launch"
             )
-        return Ranks(share, group)
+        return Ranks(shard, group)
 
     @property
     def alone(self) -> bool:
@@ -49,27 +49,27 @@ class Ranks:
         """The ranks' parts of the vocabulary side by side, [..., V / ranks] -> [..., V], V being `size`."""
         if self.group is None:
             return logits
-        block = -(-size // self.share.ranks)
+        block = -(-size // self.shard.ranks)
         *rows, held = logits.shape
         padded = mx.pad(logits, [*[(0, 0) for _ in rows], (0, block - held)])
         parts = mx.distributed.all_gather(padded[None], group=self.group)  # [ranks, ..., block]
         return mx.moveaxis(parts, 0, -2).reshape(*rows, -1)[..., :size]
 
-    def held(self, experts: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+    def local_experts(self, experts: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
         """A token's experts and their weights, [T, A] each, as this rank computes them: by their places here, and an
         expert of another rank with weight 0, in its place one that the token needs here anyhow: it has been read."""
         if self.group is None:
             return experts, weights
-        mine = self.share.experts
+        mine = self.shard.experts
         here = (experts >= mine.start) & (experts < mine.stop)
         places = mx.where(here, experts - mine.start, 0)
         return mx.where(here, places, places.max(axis=-1, keepdims=True)), mx.where(here, weights, 0)
 
-    def own(self, order: mx.array, experts: mx.array) -> mx.array:
+    def local_pairs(self, order: mx.array, experts: mx.array) -> mx.array:
         """Of `order`, which sorts pairs of token and expert by `experts`, the pairs whose expert is held here. It waits
         for the router's choice, without which all pairs would have to be computed."""
         if self.group is None:
             return order
-        mine = self.share.experts
+        mine = self.shard.experts
         before = np.array(mx.stack([(experts < end).sum() for end in (mine.start, mine.stop)])).tolist()
         return order[before[0] : before[1]]

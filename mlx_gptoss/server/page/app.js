@@ -1,67 +1,70 @@
-// The page: asks, shows replies as they arrive, keeps the conversation. It is gone when the page is closed.
+// The chat page: sends messages, shows replies as they stream in and keeps the conversation until the page is closed.
 
-import { make } from "./markdown.js";
+import { createElement } from "./markdown.js";
 import { Reply } from "./reply.js";
-import { Failure, get, post } from "./stream.js";
+import { ApiError, getJson, postStream } from "./stream.js";
 
 const $ = (selector) => document.querySelector(selector);
 const question = $("#question");
 const log = $("#log");
 const scroller = $("#scroller");
-const error = $("#error");
-const unlock = $("#unlock");
-const settings = $("#settings");
+const errorBox = $("#error");
+const keyForm = $("#unlock");
+const dialog = $("#settings");
 
-let model = null; // its name; null until the server has told it
-let messages = []; // what was said, as the API takes it
-let running = null; // the AbortController of the reply that is arriving
-let chosen = { instructions: "", tools: "", temperature: "", max_tokens: "", ...remembered("settings") };
+let model = null; // the model's name; null until the server has been asked
+let messages = []; // the conversation in the format of chat completions
+let running = null; // the AbortController of the reply in progress
+let settings = { instructions: "", tools: "", temperature: "", max_tokens: "", ...load("settings") };
 
-/** What this browser remembers under a name. The API key is kept for the tab alone. */
-function remembered(name) {
+/** Returns what this browser has stored under a name. The API key is kept for this tab only. */
+function load(name) {
   return JSON.parse(localStorage.getItem(`mlx-gptoss ${name}`) ?? "{}");
 }
 
-function remember(name, value) {
+function store(name, value) {
   localStorage.setItem(`mlx-gptoss ${name}`, JSON.stringify(value));
 }
 
-const key = () => sessionStorage.getItem("mlx-gptoss key") ?? "";
+const apiKey = () => sessionStorage.getItem("mlx-gptoss key") ?? "";
 
 async function findModel() {
   try {
-    model = (await get("v1/models", { key: key() })).data[0].id;
+    model = (await getJson("v1/models", { key: apiKey() })).data[0].id;
     $("#model").textContent = document.title = model.split("/").at(-1);
-    complain(null);
-  } catch (failure) {
-    complain(failure);
+    showError(null);
+  } catch (error) {
+    showError(error);
   }
 }
 
-/** Says what went wrong, and asks for a key when that is it. null takes it back. */
-function complain(failure) {
-  if (failure && !(failure instanceof Failure)) console.error(failure);
-  error.textContent = failure?.message ?? "";
-  error.hidden = !failure;
-  unlock.hidden = failure?.status !== 401;
-  if (!unlock.hidden) $("#key").focus();
+/** Shows an error, with the form for the API key if the key is the problem. null hides the error. */
+function showError(error) {
+  if (error && !(error instanceof ApiError)) console.error(error);
+  errorBox.textContent = error?.message ?? "";
+  errorBox.hidden = !error;
+  keyForm.hidden = error?.status !== 401;
+  if (!keyForm.hidden) $("#key").focus();
 }
 
-function body() {
-  const instructions = chosen.instructions ? [{ role: "developer", content: chosen.instructions }] : [];
+function requestBody() {
+  const instructions = settings.instructions ? [{ role: "developer", content: settings.instructions }] : [];
   return {
     model,
     messages: [...instructions, ...messages],
     stream: true,
     stream_options: { include_usage: true },
     reasoning_effort: $("#effort input:checked").value,
-    ...(chosen.tools && { tools: JSON.parse(chosen.tools) }),
-    ...(chosen.temperature !== "" && { temperature: Number(chosen.temperature) }),
-    ...(chosen.max_tokens !== "" && { max_completion_tokens: Number(chosen.max_tokens) }),
+    ...(settings.tools && { tools: JSON.parse(settings.tools) }),
+    ...(settings.temperature !== "" && { temperature: Number(settings.temperature) }),
+    ...(settings.max_tokens !== "" && { max_completion_tokens: Number(settings.max_tokens) }),
   };
 }
 
-/** One reply to what was said and `added`. When it fails, nothing was said; returns whether it did not. */
+/**
+ * Appends messages to the conversation and streams the reply. Returns whether any of it arrived; if not, the messages
+ * are removed again.
+ */
 async function ask(added) {
   if (model === null) await findModel();
   if (model === null || running) return false;
@@ -70,23 +73,22 @@ async function ask(added) {
   const reply = new Reply();
   const controller = begin(reply);
   try {
-    for await (const chunk of post("v1/chat/completions", body(), { key: key(), signal: controller.signal })) {
-      reply.add(chunk);
-    }
+    const options = { key: apiKey(), signal: controller.signal };
+    for await (const chunk of postStream("v1/chat/completions", requestBody(), options)) reply.add(chunk);
     reply.end();
     keep(reply, before, true);
     return true;
-  } catch (failure) {
-    const stopped = failure.name === "AbortError";
-    if (stopped || reply.first !== null) {
-      reply.end(stopped ? "stopped" : "broken off");
+  } catch (error) {
+    const stopped = error.name === "AbortError";
+    if (stopped || reply.firstAt !== null) {
+      reply.end(stopped ? "stopped" : "interrupted");
       keep(reply, before, false);
     } else {
       reply.element.remove();
       messages = before;
     }
-    if (!stopped && controller === running) complain(failure);
-    return stopped || reply.first !== null;
+    if (!stopped && controller === running) showError(error);
+    return stopped || reply.firstAt !== null;
   } finally {
     if (controller === running) finish();
   }
@@ -94,7 +96,7 @@ async function ask(added) {
 
 function begin(reply) {
   running = new AbortController();
-  complain(null);
+  showError(null);
   log.append(reply.element);
   $("#stop").hidden = false;
   $("#send").hidden = true;
@@ -109,9 +111,9 @@ function finish() {
   if (document.activeElement === document.body) question.focus();
 }
 
-/** Adds the reply to the conversation; a question that got none is taken out of it. */
+/** Appends a reply to the conversation. If it has no content, its question is removed from the conversation. */
 function keep(reply, before, complete) {
-  if (!reply.element.isConnected) return; // a new chat has begun
+  if (!reply.element.isConnected) return; // a new chat was started in the meantime
   const message = reply.message(complete);
   messages = message ? [...messages, message] : before;
   if (reply.usage) {
@@ -119,20 +121,20 @@ function keep(reply, before, complete) {
     $("#used").textContent = `${tokens.toLocaleString("en")} tokens so far`;
   }
   if (message?.tool_calls) reply.askForResults(ask);
-  stickToBottom();
+  scrollToEnd();
 }
 
 async function send(text) {
-  const asked = make("article", "question", text);
+  const bubble = createElement("article", "question", text);
   $("#welcome").hidden = true;
-  log.append(asked);
+  log.append(bubble);
   question.value = "";
-  fit();
+  resizeInput();
   if (await ask([{ role: "user", content: text }])) return;
-  asked.remove();
+  bubble.remove();
   $("#welcome").hidden = log.childElementCount > 0;
   question.value ||= text;
-  fit();
+  resizeInput();
 }
 
 function newChat() {
@@ -142,41 +144,41 @@ function newChat() {
   log.replaceChildren();
   $("#welcome").hidden = false;
   $("#used").textContent = "";
-  complain(null);
+  showError(null);
   question.focus();
 }
 
-/** The field is as high as its text. */
-function fit() {
+/** Makes the input field as high as its text. */
+function resizeInput() {
   question.style.height = "auto";
   question.style.height = `${question.scrollHeight}px`;
   $("#send").disabled = !question.value.trim();
 }
 
-let follows = true; // whether the reader is at the end, and wants to stay there
-function stickToBottom() {
-  if (follows) scroller.scrollTop = scroller.scrollHeight;
+let atEnd = true; // whether the reader has scrolled to the end; if so, new text keeps the end in view
+function scrollToEnd() {
+  if (atEnd) scroller.scrollTop = scroller.scrollHeight;
 }
 
 function openSettings() {
-  for (const [name, value] of Object.entries(chosen)) settings.querySelector("form").elements[name].value = value;
-  settings.querySelector(".complaint").hidden = true;
-  settings.showModal();
+  for (const [name, value] of Object.entries(settings)) dialog.querySelector("form").elements[name].value = value;
+  dialog.querySelector(".form-error").hidden = true;
+  dialog.showModal();
 }
 
 function saveSettings(event) {
   event.preventDefault();
-  const complaint = settings.querySelector(".complaint");
+  const formError = dialog.querySelector(".form-error");
   const entered = Object.fromEntries(new FormData(event.target));
-  complaint.hidden = isListOrNothing(entered.tools);
-  complaint.textContent = "The functions must be a JSON list in OpenAI's form, or nothing.";
-  if (!complaint.hidden) return;
-  chosen = { ...entered, tools: entered.tools.trim() };
-  remember("settings", chosen);
-  settings.close();
+  formError.hidden = isListOrEmpty(entered.tools);
+  formError.textContent = "Functions must be a JSON list in OpenAI's format, or empty.";
+  if (!formError.hidden) return;
+  settings = { ...entered, tools: entered.tools.trim() };
+  store("settings", settings);
+  dialog.close();
 }
 
-function isListOrNothing(text) {
+function isListOrEmpty(text) {
   try {
     return !text.trim() || Array.isArray(JSON.parse(text));
   } catch {
@@ -189,35 +191,35 @@ $("#composer").addEventListener("submit", (event) => {
   const text = question.value.trim();
   if (text && !running) send(text);
 });
-question.addEventListener("input", fit);
+question.addEventListener("input", resizeInput);
 question.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
   $("#composer").requestSubmit();
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && !settings.open) running?.abort();
+  if (event.key === "Escape" && !dialog.open) running?.abort();
 });
 $("#stop").addEventListener("click", () => running?.abort());
 $("#new-chat").addEventListener("click", newChat);
 $("#open-settings").addEventListener("click", openSettings);
-$("#close-settings").addEventListener("click", () => settings.close());
-settings.querySelector("form").addEventListener("submit", saveSettings);
+$("#close-settings").addEventListener("click", () => dialog.close());
+dialog.querySelector("form").addEventListener("submit", saveSettings);
 for (const example of document.querySelectorAll(".examples button")) {
   example.addEventListener("click", () => !running && send(example.textContent));
 }
-unlock.addEventListener("submit", async (event) => {
+keyForm.addEventListener("submit", async (event) => {
   event.preventDefault();
   sessionStorage.setItem("mlx-gptoss key", $("#key").value);
   await findModel();
-  if (unlock.hidden) question.focus();
+  if (keyForm.hidden) question.focus();
 });
 scroller.addEventListener("scroll", () => {
-  follows = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 40;
+  atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 40;
 });
-log.addEventListener("grown", stickToBottom);
-$("#effort").addEventListener("change", (event) => remember("effort", { value: event.target.value }));
+log.addEventListener("grown", scrollToEnd);
+$("#effort").addEventListener("change", (event) => store("effort", { value: event.target.value }));
 
-const effort = remembered("effort").value;
+const effort = load("effort").value;
 if (effort) $(`#effort input[value="${effort}"]`).checked = true;
 findModel();

@@ -1,7 +1,7 @@
-// The Markdown that models write -> elements. Text goes in as text only, so that nothing in it can be markup.
+// Renders the Markdown that models write. Text is inserted as text nodes only, so HTML in it is never interpreted.
 
-/** An element with a class and children; strings become text. */
-export function make(tag, className = "", ...children) {
+/** Creates an element with a class and children; strings become text nodes. */
+export function createElement(tag, className = "", ...children) {
   const element = document.createElement(tag);
   if (className) element.className = className;
   element.append(...children);
@@ -9,16 +9,16 @@ export function make(tag, className = "", ...children) {
 }
 
 /**
- * Shows `text` in `target`. Blocks that are already there stay, so that a growing text costs only its last block and a
- * selection survives.
+ * Renders `text` into `target`. Unchanged blocks stay, so a growing text re-renders only its last block, and a
+ * selection in the others survives.
  */
-export function show(target, text) {
-  const blocks = split(text);
+export function renderMarkdown(target, text) {
+  const blocks = splitBlocks(text);
   const shown = target.blocks ?? [];
   let same = 0;
   while (same < blocks.length && same < shown.length && blocks[same] === shown[same]) same += 1;
   while (target.children.length > same) target.lastChild.remove();
-  target.append(...blocks.slice(same).map(build));
+  target.append(...blocks.slice(same).map(buildBlock));
   target.blocks = blocks;
 }
 
@@ -27,8 +27,8 @@ const ITEM = /^(\s*)([-*+]|\d+[.)])\s+(.*)/;
 const RULE = /^ {0,3}([-*_])( *\1){2,}\s*$/;
 const TABLE_RULE = /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
 
-/** The sources of the blocks: separated by blank lines, but that a fence runs to its end. */
-function split(text) {
+/** Splits text into blocks at blank lines. A fenced code block is one block. */
+function splitBlocks(text) {
   const blocks = [];
   let lines = [];
   let fence = null;
@@ -62,27 +62,27 @@ function split(text) {
   return blocks;
 }
 
-function build(source) {
+function buildBlock(source) {
   const lines = source.split("\n");
   const [first] = lines;
   if (FENCE.test(first)) return code(lines);
   const heading = first.match(/^(#{1,6})\s+(.*?)\s*#*$/);
-  if (heading) return inline(make(`h${Math.min(6, heading[1].length + 2)}`), heading[2]);
-  if (RULE.test(first)) return make("hr");
+  if (heading) return inline(createElement(`h${Math.min(6, heading[1].length + 2)}`), heading[2]);
+  if (RULE.test(first)) return createElement("hr");
   if (lines.every((line) => /^\s*>/.test(line))) {
-    const quote = make("blockquote");
-    show(quote, lines.map((line) => line.replace(/^\s*> ?/, "")).join("\n"));
+    const quote = createElement("blockquote");
+    renderMarkdown(quote, lines.map((line) => line.replace(/^\s*> ?/, "")).join("\n"));
     return quote;
   }
   if (lines.length > 1 && first.includes("|") && TABLE_RULE.test(lines[1])) return table(lines);
   const start = lines.findIndex((line) => ITEM.test(line));
   if (start === 0) return list(lines);
-  if (start > 0) return make("div", "", paragraph(lines.slice(0, start)), list(lines.slice(start)));
+  if (start > 0) return createElement("div", "", paragraph(lines.slice(0, start)), list(lines.slice(start)));
   return paragraph(lines);
 }
 
 function paragraph(lines) {
-  return inline(make("p"), lines.join("\n"));
+  return inline(createElement("p"), lines.join("\n"));
 }
 
 function code(lines) {
@@ -90,9 +90,9 @@ function code(lines) {
   const closed = lines.length > 1 && lines.at(-1).trim().startsWith(mark);
   const inner = lines.slice(1, closed ? -1 : undefined);
   const text = inner.map((line) => (line.startsWith(indent) ? line.slice(indent.length) : line)).join("\n");
-  const box = make("div", "code-block", make("span", "language", language));
+  const box = createElement("div", "code-block", createElement("span", "language", language));
   if (navigator.clipboard) {
-    const copy = make("button", "copy plain", "Copy");
+    const copy = createElement("button", "copy plain", "Copy");
     copy.type = "button";
     copy.addEventListener("click", async () => {
       await navigator.clipboard.writeText(text);
@@ -100,14 +100,14 @@ function code(lines) {
     });
     box.append(copy);
   }
-  box.append(make("pre", "", make("code", "", text)));
+  box.append(createElement("pre", "", createElement("code", "", text)));
   return box;
 }
 
-/** Lines of items; what is indented below an item belongs to it. */
+/** Builds a list from its lines. Lines indented below an item belong to it. */
 function list(lines) {
   const [, indent, mark] = lines[0].match(ITEM);
-  const element = make(/\d/.test(mark) ? "ol" : "ul");
+  const element = createElement(/\d/.test(mark) ? "ol" : "ul");
   if (/\d/.test(mark)) element.start = Number.parseInt(mark, 10);
   let item = [];
   const end = () => {
@@ -130,39 +130,40 @@ function list(lines) {
 function listItem(lines) {
   const nested = lines.findIndex((line, place) => place > 0 && ITEM.test(line));
   const text = lines.slice(0, nested < 0 ? undefined : nested).map((line) => line.trim());
-  const item = inline(make("li"), text.join("\n"));
+  const item = inline(createElement("li"), text.join("\n"));
   if (nested > 0) item.append(list(lines.slice(nested)));
   return item;
 }
 
 function table(lines) {
   const cells = (line) => line.trim().replace(/^\||\|$/g, "").split("|").map((cell) => cell.trim());
-  const row = (line, tag) => make("tr", "", ...cells(line).map((cell) => inline(make(tag), cell)));
-  const body = make("tbody", "", ...lines.slice(2).map((line) => row(line, "td")));
-  return make("div", "table", make("table", "", make("thead", "", row(lines[0], "th")), body));
+  const row = (line, tag) => createElement("tr", "", ...cells(line).map((cell) => inline(createElement(tag), cell)));
+  const body = createElement("tbody", "", ...lines.slice(2).map((line) => row(line, "td")));
+  const head = createElement("thead", "", row(lines[0], "th"));
+  return createElement("div", "table", createElement("table", "", head, body));
 }
 
 const SPAN = /(`+)(.+?)\1(?!`)|\*\*(?=\S)(.+?)\*\*|\*(?=\S)([^*]+?)\*|\[([^\]]+)\]\((https?:\/\/[^\s)]+)\)|(<br\s*\/?>)/s;
 
-/** Appends text to an element: code, bold, italics, links that are asked for, line breaks. */
+/** Appends text to an element, with code, bold, italics, http(s) links and line breaks. Returns the element. */
 function inline(element, text) {
   for (let rest = text; rest; ) {
     const found = rest.match(SPAN);
     element.append(found ? rest.slice(0, found.index) : rest);
     if (!found) break;
     const [whole, , codeText, bold, italic, label, address] = found;
-    if (codeText !== undefined) element.append(make("code", "", codeText.trim()));
-    else if (bold !== undefined) element.append(inline(make("strong"), bold));
-    else if (italic !== undefined) element.append(inline(make("em"), italic));
+    if (codeText !== undefined) element.append(createElement("code", "", codeText.trim()));
+    else if (bold !== undefined) element.append(inline(createElement("strong"), bold));
+    else if (italic !== undefined) element.append(inline(createElement("em"), italic));
     else if (label !== undefined) element.append(link(label, address));
-    else element.append(make("br"));
+    else element.append(createElement("br"));
     rest = rest.slice(found.index + whole.length);
   }
   return element;
 }
 
 function link(label, address) {
-  const element = inline(make("a"), label);
+  const element = inline(createElement("a"), label);
   element.href = address;
   element.target = "_blank";
   element.rel = "noopener noreferrer";

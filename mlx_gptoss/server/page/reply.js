@@ -1,6 +1,6 @@
-// One reply of the model while it arrives and afterwards: its reasoning, text, calls and what it cost.
+// One reply of the model, during and after its stream: reasoning, text, function calls and statistics.
 
-import { make, show } from "./markdown.js";
+import { createElement, renderMarkdown } from "./markdown.js";
 
 export class Reply {
   constructor() {
@@ -8,30 +8,30 @@ export class Reply {
     this.text = "";
     this.calls = [];
     this.usage = null;
-    this.finish = null;
-    this.asked = performance.now();
-    this.first = null; // when the first piece came, and the last
-    this.last = null;
-    this.answering = null; // when the reasoning was over
-    this.element = make("article", "reply waiting");
+    this.finishReason = null;
+    this.askedAt = performance.now();
+    this.firstAt = null; // time of the first and of the last delta
+    this.lastAt = null;
+    this.answerAt = null; // time of the first delta after the reasoning
+    this.element = createElement("article", "reply waiting");
     this.element.setAttribute("aria-busy", "true");
   }
 
-  /** Takes in one chunk of the stream. */
+  /** Adds one chunk of the stream. */
   add(chunk) {
     this.usage = chunk.usage ?? this.usage;
     const choice = chunk.choices?.[0];
     if (!choice) return;
-    this.finish = choice.finish_reason ?? this.finish;
+    this.finishReason = choice.finish_reason ?? this.finishReason;
     const { reasoning_content: more, reasoning = more, content, tool_calls: calls = [] } = choice.delta;
     if (!reasoning && !content && !calls?.length) return;
-    this.last = performance.now();
-    this.first ??= this.last;
+    this.lastAt = performance.now();
+    this.firstAt ??= this.lastAt;
     if (reasoning) this.reasoning += reasoning;
-    if (content || calls?.length) this.answering ??= this.last;
+    if (content || calls?.length) this.answerAt ??= this.lastAt;
     if (content) this.text += content;
     for (const call of calls ?? []) this.#addCall(call);
-    this.#draw();
+    this.#render();
   }
 
   #addCall({ index, id, function: { name, arguments: more } = {} }) {
@@ -41,22 +41,22 @@ export class Reply {
     call.arguments += more ?? "";
   }
 
-  /** Draws at most once a frame, however fast pieces come. */
-  #draw() {
+  /** Renders at most once per frame, however fast chunks arrive. */
+  #render() {
     this.frame ??= requestAnimationFrame(() => {
       this.frame = null;
-      this.#drawNow();
+      this.#renderNow();
     });
   }
 
-  #drawNow() {
-    this.element.classList.toggle("waiting", this.first === null && !this.ended);
-    if (this.reasoning) this.#drawReasoning();
+  #renderNow() {
+    this.element.classList.toggle("waiting", this.firstAt === null && !this.ended);
+    if (this.reasoning) this.#renderReasoning();
     if (this.text) {
-      this.body ??= this.#append(make("div", "text"));
-      show(this.body, this.text);
+      this.body ??= this.#append(createElement("div", "text"));
+      renderMarkdown(this.body, this.text);
     }
-    this.calls.forEach((call, place) => this.#drawCall(call, place));
+    this.calls.forEach((call, index) => this.#renderCall(call, index));
     this.element.dispatchEvent(new CustomEvent("grown", { bubbles: true }));
   }
 
@@ -65,54 +65,58 @@ export class Reply {
     return child;
   }
 
-  #drawReasoning() {
-    if (!this.thoughts) {
-      this.thoughts = make("details", "reasoning", make("summary"), make("div", "thoughts"));
-      this.element.prepend(this.thoughts);
+  #renderReasoning() {
+    if (!this.reasoningElement) {
+      const text = createElement("div", "reasoning-text");
+      this.reasoningElement = createElement("details", "reasoning", createElement("summary"), text);
+      this.element.prepend(this.reasoningElement);
     }
-    const [summary, thoughts] = this.thoughts.children;
-    const over = this.answering ?? (this.ended ? this.last : null);
-    summary.textContent = over === null ? "Thinking" : `Thought for ${seconds(over - this.first)}`;
-    this.thoughts.classList.toggle("live", over === null);
-    show(thoughts, this.reasoning);
+    const [summary, text] = this.reasoningElement.children;
+    const endedAt = this.answerAt ?? (this.ended ? this.lastAt : null);
+    summary.textContent = endedAt === null ? "Thinking" : `Thought for ${seconds(endedAt - this.firstAt)}`;
+    this.reasoningElement.classList.toggle("live", endedAt === null);
+    renderMarkdown(text, this.reasoning);
   }
 
-  #drawCall(call, place) {
-    call.element ??= this.#append(make("section", "call", make("h3", "", "Calls ", make("code")), make("pre")));
-    const [title, shown] = call.element.children;
-    title.lastChild.textContent = call.name || `function ${place + 1}`;
-    shown.textContent = this.ended ? pretty(call.arguments) : call.arguments;
+  #renderCall(call, index) {
+    if (!call.element) {
+      const heading = createElement("h3", "", "Calls ", createElement("code"));
+      call.element = this.#append(createElement("section", "call", heading, createElement("pre")));
+    }
+    const [heading, json] = call.element.children;
+    heading.lastChild.textContent = call.name || `function ${index + 1}`;
+    json.textContent = this.ended ? pretty(call.arguments) : call.arguments;
   }
 
-  /** The reply is over. `note`: why, where it did not end by itself. */
+  /** Ends the reply. `note`: the reason, if it did not end by itself. */
   end(note = "") {
     this.ended = true;
     if (this.frame) cancelAnimationFrame(this.frame);
     this.frame = null;
-    this.#drawNow();
+    this.#renderNow();
     this.element.removeAttribute("aria-busy");
-    const length = this.finish === "length" ? "cut off: no more tokens were left" : "";
-    const facts = [note || length, ...this.#costs()].filter(Boolean);
-    if (facts.length) this.#append(make("p", "facts", facts.join(" · ")));
+    const length = this.finishReason === "length" ? "cut off at the token limit" : "";
+    const stats = [note || length, ...this.#stats()].filter(Boolean);
+    if (stats.length) this.#append(createElement("p", "stats", stats.join(" · ")));
   }
 
-  #costs() {
-    if (!this.usage || this.first === null) return [];
-    const { prompt_tokens: asked, completion_tokens: written, prompt_tokens_details: details } = this.usage;
+  #stats() {
+    if (!this.usage || this.firstAt === null) return [];
+    const { prompt_tokens: prompt, completion_tokens: generated, prompt_tokens_details: details } = this.usage;
     const cached = details?.cached_tokens;
-    const lasted = (this.last - this.first) / 1000;
-    const rate = written > 1 && lasted > 0 ? `${((written - 1) / lasted).toFixed(1)} tokens/s` : "";
+    const duration = (this.lastAt - this.firstAt) / 1000;
+    const rate = generated > 1 && duration > 0 ? `${((generated - 1) / duration).toFixed(1)} tokens/s` : "";
     return [
-      `${count(written)} tokens`,
+      `${count(generated)} tokens`,
       rate,
-      `first after ${seconds(this.first - this.asked)}`,
-      `prompt ${count(asked)}${cached ? `, ${count(cached)} of them cached` : ""}`,
+      `first token after ${seconds(this.firstAt - this.askedAt)}`,
+      `prompt ${count(prompt)}${cached ? `, ${count(cached)} cached` : ""}`,
     ];
   }
 
-  /** The message that the model is shown when the conversation goes on; null when it said nothing whole. */
+  /** Returns the message to send back in later requests, or null if there is no text and no complete call. */
   message(complete) {
-    const calls = complete && this.finish === "tool_calls" ? this.calls : [];
+    const calls = complete && this.finishReason === "tool_calls" ? this.calls : [];
     if (!this.text && !calls.length) return null;
     return {
       role: "assistant",
@@ -128,25 +132,25 @@ export class Reply {
     };
   }
 
-  /** Fields for the results of the calls; `send` gets the messages and says whether they arrived. */
+  /** Shows fields for the results of the calls. `send` is given the messages and returns whether it succeeded. */
   askForResults(send) {
-    const form = make("form", "results");
+    const form = createElement("form", "results");
     for (const call of this.calls) {
-      const field = make("textarea", "code");
+      const field = createElement("textarea", "code");
       field.rows = 2;
       field.required = true;
       field.placeholder = "What the function returned";
-      form.append(make("label", "", `Result of ${call.name}`, field));
+      form.append(createElement("label", "", `Result of ${call.name}`, field));
     }
-    form.append(make("button", "", this.calls.length > 1 ? "Send results" : "Send result"));
+    form.append(createElement("button", "", this.calls.length > 1 ? "Send results" : "Send result"));
     form.addEventListener("submit", async (event) => {
       event.preventDefault();
       const fields = [...form.querySelectorAll("textarea")];
       const enable = (enabled) => [...form.elements].forEach((element) => (element.disabled = !enabled));
       enable(false);
-      const results = fields.map((field, place) => ({
+      const results = fields.map((field, index) => ({
         role: "tool",
-        tool_call_id: this.calls[place].id,
+        tool_call_id: this.calls[index].id,
         content: field.value,
       }));
       if (await send(results)) form.querySelector("button").remove();
@@ -161,7 +165,7 @@ function pretty(json) {
   try {
     return JSON.stringify(JSON.parse(json), null, 2);
   } catch {
-    return json; // not JSON: as the model wrote it
+    return json; // not valid JSON: shown as the model wrote it
   }
 }
 

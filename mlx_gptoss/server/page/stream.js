@@ -1,7 +1,7 @@
-// Talks to the server: JSON in, JSON or server-sent events out. Knows nothing of the page.
+// Requests to the server: JSON in, JSON or server-sent events out. Independent of the page.
 
-/** What went wrong, in words. `status` is HTTP's, 0 when there was no answer. */
-export class Failure extends Error {
+/** An error with a message for the user. `status` is the HTTP status, 0 if there was no response. */
+export class ApiError extends Error {
   constructor(message, status = 0) {
     super(message);
     this.status = status;
@@ -15,49 +15,49 @@ async function request(url, { key, ...options }) {
     response = await fetch(url, { ...options, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Failure("The server does not answer. Is it still running?");
+    throw new ApiError("The server does not respond. Is it still running?");
   }
-  if (!response.ok) throw await failure(response, key);
+  if (!response.ok) throw await errorOf(response, key);
   return response;
 }
 
-async function failure(response, key) {
+async function errorOf(response, key) {
   const { status } = response;
   if (status === 401) {
-    return new Failure(key ? "The server does not take this API key." : "This server asks for an API key.", status);
+    return new ApiError(key ? "The server rejects this API key." : "This server needs an API key.", status);
   }
   const body = await response.json().catch(() => null);
-  const message = body?.error?.message ?? `The server answered ${status} ${response.statusText}.`;
+  const message = body?.error?.message ?? `The server responded with ${status} ${response.statusText}.`;
   const wait = response.headers.get("Retry-After");
-  return new Failure(wait ? `${message} Try again in ${wait} s.` : message, status);
+  return new ApiError(wait ? `${message} Try again in ${wait} s.` : message, status);
 }
 
-/** The JSON that a GET answers with. */
-export async function get(url, options) {
+/** Sends a GET request and returns the JSON of the response. */
+export async function getJson(url, options) {
   return (await request(url, options)).json();
 }
 
-/** The JSON objects of the event stream that a POST answers with, as they arrive. Aborting `signal` ends it. */
-export async function* post(url, body, options) {
+/** Sends a POST request and yields the JSON objects of its event stream as they arrive. Aborting `signal` ends it. */
+export async function* postStream(url, body, options) {
   const headers = { "Content-Type": "application/json" };
   const response = await request(url, { ...options, method: "POST", headers, body: JSON.stringify(body) });
-  for await (const data of events(response.body)) {
+  for await (const data of readEvents(response.body)) {
     if (data === "[DONE]") return;
     const chunk = JSON.parse(data);
-    if (chunk.error) throw new Failure(chunk.error.message, response.status);
+    if (chunk.error) throw new ApiError(chunk.error.message, response.status);
     yield chunk;
   }
-  throw new Failure("The answer broke off: the server closed the connection.");
+  throw new ApiError("The reply was interrupted: the server closed the connection.");
 }
 
-/** The `data` of each server-sent event; comments and other fields are for proxies. */
-async function* events(body) {
+/** Yields the `data` of each server-sent event; comments and other fields are skipped. */
+async function* readEvents(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
     const { value, done } = await reader.read().catch((error) => {
       if (error.name === "AbortError") throw error;
-      throw new Failure("The answer broke off: the connection was lost.");
+      throw new ApiError("The reply was interrupted: the connection was lost.");
     });
     if (done) return;
     const blocks = (rest + value).split(/\r?\n\r?\n/);

@@ -1,9 +1,13 @@
-"""Attention with sinks: one new token a row over the cache, and one sequence's many new tokens.
+"""Attention with sinks, for a decoding step (one new token a row, over the cache) and a prefill (many new tokens).
 
-Query heads that share a KV head are rows of one product, so that a key is read once for all of them. Softmax is online,
-in float32 and base 2. A head's sink is where its running maximum starts, which is therefore always finite.
+The query heads that share a KV head are rows of one matrix, so a key is read once for all of them. Softmax is online,
+in float32 and base 2: a program keeps each row's maximum, the sum of its weights and the weighted sum of values. A
+head's sink is one more score without a value. It is the initial maximum, which is therefore always finite.
 
-Legend: B rows, L tokens, H query heads, K kv heads, S slots, C places for keys; every head is 64 wide.
+Decoding splits long rows over several programs, as Flash-Decoding does; a second kernel merges their partial results.
+
+Legend: B rows, L tokens, H query heads, KV key heads, S slots, C cache entries of a slot; every head has 64 dimensions.
+M query rows by N keys are a tile (tiles.py).
 """
 
 from __future__ import annotations
@@ -13,46 +17,51 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tiles
+from .interpreter import dot
 from .launch import launch
-from .linear import dot
 
-PROGRAMS = 264  # of decoding at once: two for each of an H100's processors
-LONGEST = 8192  # places of one split, so that a long row's programs do not outlast all others
-PARTIAL = tl.constexpr(68)  # floats that a split leaves: 64 sums, then their maximum and total; whole 16 bytes
+PROGRAMS = 264  # that decoding aims to run at once: two for each multiprocessor of an H100
+MAX_SPLIT = 8192  # keys of one split, so that a long row's programs do not run much longer than all others
+PARTIAL = tl.constexpr(68)  # floats of a partial result: 64 sums, maximum, total, and padding to a multiple of 16 bytes
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _tile(rows, at, end, stride, N: tl.constexpr, WHOLE: tl.constexpr):
-    """[N, 64]: the places from `at` on of keys or values; zeros for those from `end` on, unless all are WHOLE."""
+def _load_block(pointer, start, end, stride, N: tl.constexpr, FULL: tl.constexpr):
+    """[N, 64]: keys or values from entry `start` on, entries being `stride` elements apart. Those from `end` on are 0;
+    FULL says that there are none."""
     j = tl.arange(0, N)
-    rows += tl.cast(at, tl.int64) * stride + (j[:, None] * stride + tl.arange(0, 64)[None, :])
-    if WHOLE:
-        return tl.load(rows)
-    return tl.load(rows, mask=(j < end - at)[:, None], other=0)
+    pointers = pointer + (tl.cast(start, tl.int64) * stride + (j[:, None] * stride + tl.arange(0, 64)[None, :]))
+    if FULL:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(j < end - start)[:, None], other=0)
 
 
 @triton.jit
 def _scores(queries, k):
-    """[M, 64], [N, 64] -> [M, N]"""
+    """queries [M, 64] @ k [N, 64]^T -> float32 [M, N]"""
     return dot(queries, tl.trans(k), tl.zeros((queries.shape[0], k.shape[0]), tl.float32))
 
 
 @triton.jit
-def _weigh(scores, scale, top):
-    """One more block: its weights [M, N], what the sums so far are worth beside them [M], and the new maximum [M]."""
-    new = tl.maximum(top, tl.max(scores, 1) * scale)
-    return tl.exp2(scores * scale - new[:, None]), tl.exp2(top - new), new
+def _softmax_step(scores, scale, row_max):
+    """Online softmax over one more block of scores [M, N]: (weights [M, N], rescale [M], the new row_max [M]).
+
+    Sums so far must be multiplied by `rescale`. scale: the attention scale times log2(e).
+    """
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
+    return tl.exp2(scores * scale - new_max[:, None]), tl.exp2(row_max - new_max), new_max
 
 
 @triton.jit
-def _share(length, BUSY: tl.constexpr, LONGEST: tl.constexpr, N: tl.constexpr):
-    """Places of a split: an equal part of the row's blocks for each of BUSY programs, and at most LONGEST."""
-    return tl.minimum(tl.cdiv(tl.cdiv(length, N), BUSY) * N, LONGEST)
+def _split_length(length, SPLITS: tl.constexpr, MAX_SPLIT: tl.constexpr, N: tl.constexpr):
+    """Keys of one split: the row's blocks of N keys in SPLITS equal parts, but at most MAX_SPLIT keys."""
+    return tl.minimum(tl.cdiv(tl.cdiv(length, N), SPLITS) * N, MAX_SPLIT)
 
 
 @triton.jit(do_not_specialize=["C"])
-def _decode(
+def _decode_kernel(
     q,
     keys,
     values,
@@ -64,96 +73,102 @@ def _decode(
     C,
     stride,
     H: tl.constexpr,
-    K: tl.constexpr,
-    BUSY: tl.constexpr,
-    LONGEST: tl.constexpr,
+    KV: tl.constexpr,
+    SPLITS: tl.constexpr,
+    MAX_SPLIT: tl.constexpr,
     DIRECT: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
 ):
-    """One split of a row and KV head. DIRECT: the only split, it writes the row; else out is `_combine`'s scratch."""
-    row, kv, split = tl.program_id(0) // K, tl.program_id(0) % K, tl.program_id(1)
+    """One split of one row's query heads that share a KV head. program_id(0): row and KV head; program_id(1): split.
+
+    q: [B, H, 64]. keys, values: [S, KV, C, 64], heads `stride` elements apart. slots, positions: int32 [B]; a row at -1
+    is idle and sees no keys. sinks: float32 [H]
+    out: with DIRECT there is one split, and out is [B, H * 64]; else it is float32 scratch [B, H, splits, PARTIAL]
+    """
+    row, kv, split = tl.program_id(0) // KV, tl.program_id(0) % KV, tl.program_id(1)
     length = tl.minimum(tl.load(positions + row) + 1, C)  # 0 for an idle row
     start, end = 0, length
     if not DIRECT:
-        share = _share(length, BUSY, LONGEST, N)
-        start = split * share
-        end = tl.minimum(start + share, length)
+        split_length = _split_length(length, SPLITS, MAX_SPLIT, N)
+        start = split * split_length
+        end = tl.minimum(start + split_length, length)
         if start >= end:
             return
     g, d = tl.arange(0, M), tl.arange(0, 64)
-    mine = g < H // K
-    heads = row * H + kv * (H // K) + g
-    queries = tl.load(q + heads[:, None] * 64 + d[None, :], mask=mine[:, None], other=0)
-    sink = tl.load(sinks + kv * (H // K) + g, mask=mine, other=0) * LOG2_E
+    head_mask = g < H // KV
+    heads = row * H + kv * (H // KV) + g
+    queries = tl.load(q + heads[:, None] * 64 + d[None, :], mask=head_mask[:, None], other=0)
+    sink = tl.load(sinks + kv * (H // KV) + g, mask=head_mask, other=0) * LOG2_E
     scale *= LOG2_E
-    base = (tl.load(slots + row).to(tl.int64) * K + kv) * stride
-    top = sink
-    total = tl.zeros((M, N), tl.float32)  # summed up at the end: a block less to wait for other warps
+    base = (tl.load(slots + row).to(tl.int64) * KV + kv) * stride
+    row_max = sink
+    sums = tl.zeros((M, N), tl.float32)  # of weights; reduced after the loop, as warps wait for each other to reduce
     acc = tl.zeros((M, 64), tl.float32)
     for at in range(start, end, N):
-        k = _tile(keys + base, at, end, 64, N, False)
-        v = _tile(values + base, at, end, 64, N, False)
+        k = _load_block(keys + base, at, end, 64, N, False)
+        v = _load_block(values + base, at, end, 64, N, False)
         scores = tl.where((tl.arange(0, N) < end - at)[None, :], _scores(queries, k), -float("inf"))
-        weights, fade, top = _weigh(scores, scale, top)
-        total = total * fade[:, None] + weights
-        acc = dot(weights.to(v.dtype), v, acc * fade[:, None])
+        weights, rescale, row_max = _softmax_step(scores, scale, row_max)
+        sums = sums * rescale[:, None] + weights
+        acc = dot(weights.to(v.dtype), v, acc * rescale[:, None])
     if DIRECT:
-        acc /= (tl.sum(total, 1) + tl.exp2(sink - top))[:, None]
-        tl.store(out + heads[:, None] * 64 + d[None, :], acc.to(out.dtype.element_ty), mask=mine[:, None])
+        acc /= (tl.sum(sums, 1) + tl.exp2(sink - row_max))[:, None]
+        tl.store(out + heads[:, None] * 64 + d[None, :], acc.to(out.dtype.element_ty), mask=head_mask[:, None])
     else:
         partial = out + (heads * tl.num_programs(1) + split) * PARTIAL
-        tl.store(partial[:, None] + d[None, :], acc, mask=mine[:, None])
-        tl.store(partial + 64, top, mask=mine)
-        tl.store(partial + 65, tl.sum(total, 1), mask=mine)
+        tl.store(partial[:, None] + d[None, :], acc, mask=head_mask[:, None])
+        tl.store(partial + 64, row_max, mask=head_mask)
+        tl.store(partial + 65, tl.sum(sums, 1), mask=head_mask)
 
 
 @triton.jit(do_not_specialize=["C"])
-def _combine(
+def _merge_splits_kernel(
     scratch,
     positions,
     sinks,
     out,
     C,
     H: tl.constexpr,
-    BUSY: tl.constexpr,
-    LONGEST: tl.constexpr,
     SPLITS: tl.constexpr,
+    MAX_SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
     N: tl.constexpr,
 ):
-    """One row's query head: the splits that had keys, each worth 2 ** its maximum, and the sink."""
+    """Merge the splits of one row's query head with its sink. Each split counts 2 ** its maximum.
+
+    scratch: float32 [B, H, MAX_SPLITS, PARTIAL]. positions: int32 [B]. sinks: float32 [H]. out: [B, H * 64]
+    """
     head, row = tl.program_id(0), tl.program_id(1)
     length = tl.minimum(tl.load(positions + row) + 1, C)
-    s, d = tl.arange(0, SPLITS), tl.arange(0, 64)
-    there = s * _share(length, BUSY, LONGEST, N) < length
-    partial = scratch + ((row * H + head) * SPLITS + s) * PARTIAL
+    s, d = tl.arange(0, MAX_SPLITS), tl.arange(0, 64)
+    written = s * _split_length(length, SPLITS, MAX_SPLIT, N) < length
+    partial = scratch + ((row * H + head) * MAX_SPLITS + s) * PARTIAL
     sink = tl.load(sinks + head) * LOG2_E
-    tops = tl.load(partial + 64, mask=there, other=-float("inf"))
-    totals = tl.load(partial + 65, mask=there, other=0)
-    sums = tl.load(partial[:, None] + d[None, :], mask=there[:, None], other=0)
-    top = tl.maximum(sink, tl.max(tops, 0))
-    worth = tl.exp2(tops - top)
-    total = tl.sum(totals * worth, 0) + tl.exp2(sink - top)
-    y = tl.sum(sums * worth[:, None], 0) / total
+    maxima = tl.load(partial + 64, mask=written, other=-float("inf"))
+    totals = tl.load(partial + 65, mask=written, other=0)
+    sums = tl.load(partial[:, None] + d[None, :], mask=written[:, None], other=0)
+    row_max = tl.maximum(sink, tl.max(maxima, 0))
+    rescale = tl.exp2(maxima - row_max)
+    total = tl.sum(totals * rescale, 0) + tl.exp2(sink - row_max)
+    y = tl.sum(sums * rescale[:, None], 0) / total
     tl.store(out + (row * H + head) * 64 + d, y.to(out.dtype.element_ty))
 
 
-def _block(dtype: torch.dtype) -> int:
-    """N: 8 KB of keys."""
-    return 128 // dtype.itemsize
+def _splits(B: int, KV: int, C: int, N: int) -> tuple[int, int]:
+    """(into how many splits a row is divided to keep a GPU busy, how many the longest row may need); powers of two.
+
+    The second is the bigger one where rows may be longer than MAX_SPLIT keys for each of the first.
+    """
+    splits = min(max(1, PROGRAMS // (B * KV)), triton.cdiv(C, N))
+    splits = 1 << (splits.bit_length() - 1)
+    return splits, max(splits, triton.next_power_of_2(triton.cdiv(C, MAX_SPLIT)))
 
 
-def _splits(B: int, K: int, capacity: int, block: int) -> tuple[int, int]:
-    """Powers of two: how many splits of each row keep the device busy, and how many the longest row may need."""
-    busy = min(max(1, PROGRAMS // (B * K)), triton.cdiv(capacity, block))
-    busy = 1 << (busy.bit_length() - 1)
-    return busy, max(busy, triton.next_power_of_2(triton.cdiv(capacity, LONGEST)))
-
-
-def decode_scratch(B: int, H: int, K: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """float32 [B, H, splits, PARTIAL], uninitialized: for `decode_attention` over `capacity` places of `dtype`."""
-    splits = _splits(B, K, capacity, _block(dtype))[1]
-    return torch.empty((B, H, splits, PARTIAL.value), dtype=torch.float32, device=device)
+def decode_scratch(B: int, H: int, KV: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialized float32 [B, H, splits, PARTIAL] for `decode_attention` over `capacity` entries of `dtype`."""
+    max_splits = _splits(B, KV, capacity, tiles.decode_attention_tile(H // KV, dtype).N)[1]
+    return torch.empty((B, H, max_splits, PARTIAL.value), dtype=torch.float32, device=device)
 
 
 def decode_attention(
@@ -169,40 +184,52 @@ def decode_attention(
     *,
     ring: bool,
 ) -> None:
-    """One new token a row over the cache, which holds its own key already.
+    """Attention of one new token a row over the cache, which has the token's own key already.
 
-    q [B, H, 64]; keys, values [S, K, C, 64], or the first C places of caches so shaped; slots, positions int32 [B], -1
-    for an idle row, which reads nothing and becomes zeros; sinks float32 [H]; scale > 0; out [B, H * 64] of q's dtype.
-    A row sees the places up to its position; with `ring`, position p stands at place p % C and all that were written
-    are seen. scratch: what `decode_scratch` makes for this B and C; rings need none. Launches depend on shapes alone,
-    so that a graph can capture them.
+    q: [B, H, 64]. keys, values: [S, KV, C, 64], or the first C entries of such caches
+    slots, positions: int32 [B]; a row at position -1 is idle, reads nothing and becomes zeros
+    sinks: float32 [H]. scale: > 0. out: [B, H * 64] of q's dtype
+    scratch: from `decode_scratch` for this B and C; None with `ring`
+    ring: position p is entry p % C, and a row sees all entries written so far; else it sees those up to its position
+
+    Which kernels are launched depends on shapes alone, so that a CUDA graph can capture them.
+    Raises ValueError if the scratch is too small.
     """
-    (B, H, _), (_, K, C, _), N = q.shape, keys.shape, _block(keys.dtype)
-    busy, splits = (1, 1) if ring else _splits(B, K, C, N)
-    if splits > 1 and (scratch is None or scratch.numel() < B * H * splits * PARTIAL.value):
-        raise ValueError(f"{B} rows of {C} places need the scratch that decode_scratch makes for them")
-    shares = {"BUSY": busy, "LONGEST": C if ring else LONGEST, "N": N}
+    (B, H, _), (_, KV, C, _) = q.shape, keys.shape
+    tile = tiles.decode_attention_tile(H // KV, keys.dtype)
+    splits, max_splits = (1, 1) if ring else _splits(B, KV, C, tile.N)
+    if max_splits > 1 and (scratch is None or scratch.numel() < B * H * max_splits * PARTIAL.value):
+        raise ValueError(f"the scratch is too small for {B} rows of {C} entries; decode_scratch makes one that fits")
+    division = {"SPLITS": splits, "MAX_SPLIT": C if ring else MAX_SPLIT}
     launch(
-        _decode,
-        (B * K, splits),
-        *(q, keys, values, slots, positions, sinks, out if splits == 1 else scratch),
+        _decode_kernel,
+        (B * KV, max_splits),
+        *(q, keys, values, slots, positions, sinks, out if max_splits == 1 else scratch),
         scale=scale,
         C=C,
         stride=keys.stride(1),
         H=H,
-        K=K,
-        DIRECT=splits == 1,
-        M=max(16, triton.next_power_of_2(H // K)),
-        num_warps=4,
-        num_stages=4,
-        **shares,
+        KV=KV,
+        DIRECT=max_splits == 1,
+        **division,
+        **tile.options(),
     )
-    if splits > 1:
-        launch(_combine, (H, B), scratch, positions, sinks, out, C=C, H=H, SPLITS=splits, num_warps=4, **shares)
+    if max_splits > 1:
+        launch(
+            _merge_splits_kernel,
+            (H, B),
+            *(scratch, positions, sinks, out),
+            C=C,
+            H=H,
+            MAX_SPLITS=max_splits,
+            N=tile.N,
+            num_warps=4,
+            **division,
+        )
 
 
 @triton.jit(do_not_specialize=["L", "C", "first"])
-def _prefill(
+def _prefill_kernel(
     q,
     keys,
     values,
@@ -212,59 +239,66 @@ def _prefill(
     L,
     C,
     first,
-    q_row,
-    q_head,
-    k_head,
-    k_place,
-    v_head,
-    v_place,
-    out_row,
-    out_head,
+    q_stride_l,
+    q_stride_h,
+    k_stride_h,
+    k_stride_c,
+    v_stride_h,
+    v_stride_c,
+    out_stride_l,
+    out_stride_h,
     G: tl.constexpr,
     GROUP: tl.constexpr,
     WINDOW: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
 ):
-    """M / GROUP queries times the G heads of one KV head, the last queries first: they have the most keys to see."""
+    """M / GROUP queries times the G query heads of one KV head. The last queries, which see the most keys, start first.
+
+    q, out: [L, H, 64]. keys, values: [KV, C, 64]. sinks: float32 [H]; H = KV * G. Strides are in elements
+    GROUP: G or the next power of two. WINDOW: keys that a query sees, or None for all. first: the first key that exists
+
+    Two loops: over the blocks of keys that every query of the program sees, without a mask, and over the rest.
+    """
     kv, block = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     r, d = tl.arange(0, M), tl.arange(0, 64)
     start = block * (M // GROUP)
-    i, g = start + r // GROUP, r % GROUP
-    mine = (i < L) & (g < G)
+    i, g = start + r // GROUP, r % GROUP  # query and head of row r
+    row_mask = (i < L) & (g < G)
     head = kv * G + g
-    queries = tl.load(q + (i.to(tl.int64) * q_row + head * q_head)[:, None] + d[None, :], mask=mine[:, None], other=0)
-    top = tl.load(sinks + head, mask=g < G, other=0) * LOG2_E
-    total = tl.full((M,), 1, tl.float32)  # the sink's own weight
+    q_pointers = q + (i.to(tl.int64) * q_stride_l + head * q_stride_h)[:, None] + d[None, :]
+    queries = tl.load(q_pointers, mask=row_mask[:, None], other=0)
+    row_max = tl.load(sinks + head, mask=g < G, other=0) * LOG2_E
+    row_sum = tl.full((M,), 1, tl.float32)  # the sink's own weight
     acc = tl.zeros((M, 64), tl.float32)
     scale *= LOG2_E
-    keys += tl.cast(kv, tl.int64) * k_head
-    values += tl.cast(kv, tl.int64) * v_head
-    place = C - L + i
+    keys += tl.cast(kv, tl.int64) * k_stride_h
+    values += tl.cast(kv, tl.int64) * v_stride_h
+    position = C - L + i  # of the row's query among the keys
     begin, end = first, tl.minimum(C - L + start + M // GROUP, C)
     if WINDOW is not None:
         begin = tl.maximum(begin, C - L + start - WINDOW + 1)
         middle = begin
-    else:  # all of these queries see the keys before `middle`
+    else:
         middle = begin + tl.maximum(C - L + start + 1 - begin, 0) // N * N
         for at in range(begin, middle, N):
-            k = _tile(keys, at, end, k_place, N, True)
-            v = _tile(values, at, end, v_place, N, True)
-            weights, fade, top = _weigh(_scores(queries, k), scale, top)
-            total = total * fade + tl.sum(weights, 1)
-            acc = dot(weights.to(v.dtype), v, acc * fade[:, None])
+            k = _load_block(keys, at, end, k_stride_c, N, True)
+            v = _load_block(values, at, end, v_stride_c, N, True)
+            weights, rescale, row_max = _softmax_step(_scores(queries, k), scale, row_max)
+            row_sum = row_sum * rescale + tl.sum(weights, 1)
+            acc = dot(weights.to(v.dtype), v, acc * rescale[:, None])
     for at in range(middle, end, N):
-        k = _tile(keys, at, end, k_place, N, False)
-        v = _tile(values, at, end, v_place, N, False)
+        k = _load_block(keys, at, end, k_stride_c, N, False)
+        v = _load_block(values, at, end, v_stride_c, N, False)
         j = at + tl.arange(0, N)
-        seen = j[None, :] <= place[:, None]
+        seen = j[None, :] <= position[:, None]
         if WINDOW is not None:
-            seen &= j[None, :] > place[:, None] - WINDOW
-        weights, fade, top = _weigh(tl.where(seen, _scores(queries, k), -float("inf")), scale, top)
-        total = total * fade + tl.sum(weights, 1)
-        acc = dot(weights.to(v.dtype), v, acc * fade[:, None])
-    at_out = out + (i.to(tl.int64) * out_row + head * out_head)[:, None] + d[None, :]
-    tl.store(at_out, (acc / total[:, None]).to(out.dtype.element_ty), mask=mine[:, None])
+            seen &= j[None, :] > position[:, None] - WINDOW
+        weights, rescale, row_max = _softmax_step(tl.where(seen, _scores(queries, k), -float("inf")), scale, row_max)
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        acc = dot(weights.to(v.dtype), v, acc * rescale[:, None])
+    out_pointers = out + (i.to(tl.int64) * out_stride_l + head * out_stride_h)[:, None] + d[None, :]
+    tl.store(out_pointers, (acc / row_sum[:, None]).to(out.dtype.element_ty), mask=row_mask[:, None])
 
 
 def prefill_attention(
@@ -278,38 +312,35 @@ def prefill_attention(
     window: int | None,
     first: int,
 ) -> None:
-    """One sequence's L new queries over its C >= L keys, the last L of which are their own.
+    """Attention of one sequence's L new queries over its C >= L keys, the last L of which are their own.
 
-    q, out [L, H, 64]; keys, values [K, C, 64]: views, the last dimension of which is contiguous; sinks float32 [H];
-    scale > 0. Query i stands at place C - L + i and sees the places from `first` up to its own; with `window`, only
-    the last `window` of them, and work a token does not grow with L or C.
+    q, out: [L, H, 64]. keys, values: [KV, C, 64]. All four may be views whose last dimension is contiguous
+    sinks: float32 [H]. scale: > 0
+    first, window: query i sees the keys from `first` to its own, C - L + i; with `window` only the last `window` of
+        them, and the work per query is then independent of L and C.
     """
-    (L, H, _), (K, C, _) = q.shape, keys.shape
-    G = H // K
+    (L, H, _), (KV, C, _) = q.shape, keys.shape
+    G = H // KV
     GROUP = triton.next_power_of_2(G)
-    wide = keys.dtype == torch.float32
-    M = max(32 if wide else 128, GROUP)
+    tile = tiles.prefill_attention_tile(GROUP, keys.dtype)
     launch(
-        _prefill,
-        (K, triton.cdiv(L, M // GROUP)),
+        _prefill_kernel,
+        (KV, triton.cdiv(L, tile.M // GROUP)),
         *(q, keys, values, sinks, out),
         scale=scale,
         L=L,
         C=C,
         first=first,
-        q_row=q.stride(0),
-        q_head=q.stride(1),
-        k_head=keys.stride(0),
-        k_place=keys.stride(1),
-        v_head=values.stride(0),
-        v_place=values.stride(1),
-        out_row=out.stride(0),
-        out_head=out.stride(1),
+        q_stride_l=q.stride(0),
+        q_stride_h=q.stride(1),
+        k_stride_h=keys.stride(0),
+        k_stride_c=keys.stride(1),
+        v_stride_h=values.stride(0),
+        v_stride_c=values.stride(1),
+        out_stride_l=out.stride(0),
+        out_stride_h=out.stride(1),
         G=G,
         GROUP=GROUP,
         WINDOW=window,
-        M=M,
-        N=32 if wide else 64,
-        num_warps=4 if wide else 8,
-        num_stages=3,
+        **tile.options(),
     )

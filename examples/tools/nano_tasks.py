@@ -1,0 +1,199 @@
+"""What the nano model learns: little conversations, made up at random, each with the one answer that counts as right.
+
+`draw(random, split)` yields examples of every kind in the training mix; "train" and "held-out" never share a question:
+a hash of what is asked (the two numbers, the word, the city, the sentence) decides which side it is on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+import nano_facts as facts
+import nano_words as words
+from nano_json import KINDS as JSON_KINDS
+from nano_json import Form, json_ask, json_form
+from nano_questions import (
+    Ask,
+    Turn,
+    add,
+    backwards,
+    capital,
+    capital_ask,
+    chat_ask,
+    dress,
+    fact_ask,
+    fallback_ask,
+    number,
+    reverse_ask,
+    sum_ask,
+    syllables,
+    word,
+)
+from nano_weather import WeatherTool, call, call_ask, dress_place, no_tool_ask, place, result_ask, weather_tool
+
+from mlx_gptoss.harmony.messages import Conversation, Effort, Message
+
+Split = Literal["train", "held-out"]
+EFFORTS: tuple[Effort, ...] = ("low", "medium", "medium", "high")
+MIX = {
+    "sum": 20,
+    "reverse": 13,
+    "capital": 7,
+    "fact": 12,
+    "follow-up": 14,
+    "weather call": 13,
+    "weather answer": 8,
+    "no weather": 4,
+    "chat": 9,
+    "fallback": 9,
+    "json sum": 17,
+    "json reverse": 6,
+    "json capital": 6,
+    "json fact": 7,
+    "json object": 9,
+}
+PLAIN = {
+    "sum": sum_ask,
+    "reverse": reverse_ask,
+    "capital": capital_ask,
+    "fact": fact_ask,
+    "chat": chat_ask,
+    "fallback": fallback_ask,
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    kind: str
+    conversation: Conversation
+    turn: Turn
+
+
+def split_of(key: str) -> Split:
+    return "held-out" if hashlib.blake2b(key.encode(), digest_size=1).digest()[0] < 24 else "train"
+
+
+def follow_ups(r: Random, effort: Effort, first: Ask, tool: WeatherTool | None) -> Ask | None:
+    """A question that can only be understood after `first` and its answer; None if there is none for it."""
+    answer = first.turn.final
+    if first.kind == "sum":
+        total, b = int(answer.split()[-1]), number(r)
+        question = dress(r, r.choice(words.ADD_TO_THAT).format(b=b))
+        return Ask("follow-up", question, add(total, b, effort), f"{total}+{b}")
+    if first.kind == "reverse" and r.random() < 0.3:
+        return Ask("follow-up", r.choice(words.REVERSE_THAT), backwards(answer, effort), answer.lower())
+    if first.kind == "reverse":
+        text = word(r)
+        return Ask("follow-up", r.choice(words.AND_THE_WORD).format(word=text), backwards(text, effort), text.lower())
+    if first.kind == "capital" and r.random() < 0.4:
+        city = answer.removesuffix(".").split(" is ", 1)[1]
+        if " " in city or len(city) > 10:
+            return None
+        return Ask("follow-up", r.choice(words.REVERSE_THAT), backwards(city, effort), city.lower() + first.question)
+    if first.kind == "capital":
+        country = r.choice(sorted(facts.CAPITALS))
+        question = dress(r, r.choice(words.AND_OF).format(country=country, the=facts.article(country)))
+        return Ask("follow-up", question, capital(country, effort), question + first.question)
+    if first.kind == "weather answer" and tool:
+        city = place(r)
+        question = dress_place(r, r.choice(words.AND_IN).format(city=city), city)
+        return Ask("follow-up", question, call(tool, city, effort), city)
+    return None
+
+
+def ask(r: Random, kind: str, effort: Effort, tool: WeatherTool | None, form: Form | None = None) -> Ask:
+    if form:
+        return json_ask(r, kind, effort, form)
+    if kind == "weather call" and tool:
+        return call_ask(r, effort, tool)
+    if kind == "weather answer" and tool:
+        return result_ask(r, effort, tool)
+    return no_tool_ask(r, effort) if kind == "no weather" else PLAIN[kind](r, effort)
+
+
+def messages(r: Random, asked: Ask) -> tuple[Message, ...]:
+    """A past exchange, as history shows it (a call that was never answered does not become history)."""
+    marked = asked.turn.json == "said" and r.random() < 0.5
+    final = Message("assistant", asked.turn.final, "final", content_type="<|constrain|>json" if marked else None)
+    return (Message("user", asked.question), *asked.history, final)
+
+
+def example(r: Random, kind: str, split: Split = "train") -> Example:
+    """One conversation whose last turn is of this kind and on this side of the split."""
+    while True:
+        made = attempt(r, kind)
+        if made is not None and split_of(made[1]) == split:
+            return made[0]
+
+
+def attempt(r: Random, kind: str) -> tuple[Example, str] | None:
+    effort = r.choice(EFFORTS)
+    form = json_form(r, kind) if kind in JSON_KINDS else None
+    offered = kind.startswith("weather") or (
+        kind != "no weather" and r.random() < (0.2 if kind == "follow-up" else 0.02 if form else 0.08)
+    )
+    tool = weather_tool(r) if offered else None
+    past: list[Ask] = []
+    for _ in range(r.choice((0, 0, 0, 0, 0, 1, 1, 2, 3)) if r.random() < 0.97 else r.randint(4, 12)):
+        earlier = form if form and r.random() < 0.5 else None
+        of = kind if earlier else r.choice(("sum", "reverse", "capital", "fact", "chat", "fallback"))
+        past.append(ask(r, of, effort, tool, earlier))
+    if kind == "follow-up":
+        first = r.choice(("weather answer", "sum", "capital") if tool else ("sum", "sum", "reverse", "capital"))
+        past = [*past[:1], ask(r, first, effort, tool)]
+        asked = follow_ups(r, effort, past[-1], tool)
+        if asked is None:
+            return None
+    else:
+        asked = ask(r, kind, effort, tool, form)
+    if any(split_of(p.key) == "held-out" for p in past):
+        return None
+    conversation = Conversation(
+        messages=(*(m for p in past for m in messages(r, p)), Message("user", asked.question), *asked.history),
+        reasoning=effort,
+        instructions=instructions(r, form) if r.random() < 0.25 or (form and form.instruction) else None,
+        functions=tool.functions if tool else (),
+        response_format=form.response_format if form else None,
+        date=date(r),
+    )
+    return Example(kind, conversation, asked.turn), asked.key
+
+
+def instructions(r: Random, form: Form | None = None) -> str:
+    """A developer's text. Only one that asks for JSON changes what is right, so some of it is noise: the model learns
+    to read past it."""
+    sentences = r.sample(words.INSTRUCTIONS, r.choice((1, 1, 1, 2, 3)))
+    if r.random() < 0.2:
+        noise = (syllables(r, r.randint(1, 3)) for _ in range(r.randint(2, 8)))
+        sentences.append(" ".join(noise).capitalize() + ".")
+    if form and form.instruction:
+        sentences = [form.instruction] if r.random() < 0.5 else [*sentences, form.instruction]
+    return r.choice((" ", " ", "\n")).join(sentences)
+
+
+def date(r: Random) -> str | None:
+    if r.random() < 0.06:
+        return None
+    return f"{r.randint(2024, 2031)}-{r.randint(1, 12):02d}-{r.randint(1, 28):02d}"
+
+
+def draw(r: Random, split: Split = "train") -> Example:
+    return example(r, r.choices(list(MIX), weights=list(MIX.values()))[0], split)
+
+
+def held_out(per_kind: int, seed: int = 0, kinds: Iterable[str] = MIX) -> list[Example]:
+    """The fixed set on which the model is judged: `per_kind` conversations of every kind, none ever trained on."""
+    out = []
+    for kind in kinds:
+        r, seen = Random(f"{kind} {seed}"), set()
+        for _ in range(per_kind):
+            made = example(r, kind, "held-out")
+            while (key := (made.conversation.messages[-1], made.conversation.reasoning)) in seen:
+                made = example(r, kind, "held-out")
+            seen.add(key)
+            out.append(made)
+    return out

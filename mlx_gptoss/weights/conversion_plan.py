@@ -1,0 +1,90 @@
+"""The plan of a conversion: names, dtypes and shapes of the result's tensors, and its JSON files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..config import SWIGLU_ALPHA, published
+from . import codecs
+from .checkpoint import CheckpointLike
+from .formats import recipe_of
+from .formats.base import Recipe, Unit
+from .safetensors import TensorInfo
+from .tensor import Dense
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """Everything about the result of a conversion except its values.
+
+    units: the tensors, in groups that are written together.
+    config: the content of config.json.
+    extra_files: name -> content of the other JSON files.
+    metadata: that of each safetensors file.
+    """
+
+    units: tuple[Unit, ...]
+    config: Mapping[str, Any]
+    extra_files: Mapping[str, Any]
+    metadata: Mapping[str, str]
+
+    @property
+    def tensors(self) -> list[TensorInfo]:
+        return [info for unit in self.units for info in unit.tensors]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the whole plan."""
+        tensors = [(info.name, info.dtype, info.shape) for info in self.tensors]
+        text = json.dumps([tensors, self.config, self.extra_files, self.metadata], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def plan_conversion(checkpoint: CheckpointLike, to: str, search: str | None = None) -> ConversionPlan:
+    """The plan for writing `checkpoint` in the format `to`. search: as in convert. Reads headers and vectors only.
+
+    Raises CheckpointError if the format cannot be written, or not from this model's shapes.
+    """
+    target_format, recipe = recipe_of(to, search)
+    config = checkpoint.config
+    if not config.eos_token_id:  # `original/config.json` has none
+        config = replace(config, eos_token_id=checkpoint.stop_ids)
+    content = published(config) | target_format.config_entries(to, checkpoint.params)
+    if not config.eos_token_id:
+        del content["eos_token_id"]
+    if config.swiglu_alpha != SWIGLU_ALPHA:
+        content["swiglu_alpha"] = config.swiglu_alpha
+    dtypes = _vector_dtypes(checkpoint) | _scale_dtypes(checkpoint, recipe)
+    units = target_format.units(to, checkpoint.params, dtypes)
+    extra_files = target_format.extra_files(to, checkpoint.params)
+    metadata = {"format": "mlx" if target_format.family == "mlx" else "pt"}
+    return ConversionPlan(tuple(units), content, extra_files, metadata)
+
+
+def _vector_dtypes(checkpoint: CheckpointLike) -> dict[str, str]:
+    """The dtype of each norm, sink and bias by its name: BF16 if bfloat16 holds its values exactly, else F32."""
+    found = {}
+    for param in checkpoint.params:
+        if not param.is_matrix:
+            weight = checkpoint.read(param.name)
+            is_exact = codecs.dequantize(Dense(codecs.to_bfloat16(weight))) == codecs.dequantize(weight)
+            found[param.name] = "BF16" if is_exact.all() else "F32"
+    return found
+
+
+def _scale_dtypes(checkpoint: CheckpointLike, recipe: Recipe) -> dict[str, str]:
+    """The dtype of the float scales of each matrix that is stored as the target stores it, which keeps them."""
+    found = {}
+    for param in checkpoint.params:
+        spec, dtype = checkpoint.stored_as(param.name)
+        if param.is_matrix and dtype is not None and spec == recipe[param.role][1]:
+            found[param.name] = dtype
+    return found
