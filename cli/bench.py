@@ -18,8 +18,8 @@ from mlx_gptoss.options import LoadOptions
 from .options import DEVICE_OPTIONS, JSON_OPTION, MODEL_OPTION, declared, options
 
 if TYPE_CHECKING:
-    from mlx_gptoss.measure.benchmark import Report, Where
-    from mlx_gptoss.measure.timing import Case, Contender
+    from mlx_gptoss.measure.benchmark import Report, Target
+    from mlx_gptoss.measure.timing import Case, TimedEngine
     from mlx_gptoss.weights.checkpoint import CheckpointLike
 
 COUNT = click.IntRange(min=1)
@@ -29,7 +29,7 @@ AGAINST = ["mlx-lm", "transformers", "mlx", "cuda"]
 @click.command()
 @options((MODEL_OPTION,))
 @click.option("--synthetic", metavar="20b|120b|tiny", help="Random weights of these shapes instead of a model.")
-@click.option("--format", "form", metavar="NAME", help="Format of the synthetic weights. Default: mxfp4.")
+@click.option("--format", "format_name", metavar="NAME", help="Format of the synthetic weights. Default: mxfp4.")
 @click.option("--layers", type=COUNT, metavar="N", help="Number of layers of the synthetic model.")
 @click.option("--prompt", type=COUNT, default=512, show_default=True, metavar="N", help="Tokens to prefill.")
 @click.option("--generate", type=COUNT, default=64, show_default=True, metavar="N", help="Tokens to decode.")
@@ -68,7 +68,7 @@ def bench(
         raise click.UsageError("--against loads the checkpoint as it is: convert it instead of --quantize")
     if choices["model"] and choices["synthetic"]:
         raise click.UsageError("give --model or --synthetic, not both")
-    if (choices["form"] or choices["layers"]) and not choices["synthetic"]:
+    if (choices["format_name"] or choices["layers"]) and not choices["synthetic"]:
         raise click.UsageError("--format and --layers describe synthetic weights: give --synthetic too")
     if min(context, default=prompt) < prompt:
         raise click.UsageError(f"the context of {min(context)} tokens is shorter than the prompt of {prompt}")
@@ -79,8 +79,8 @@ def bench(
     from mlx_gptoss.measure.timing import Case
 
     cases = [Case(b, prompt, c, generate) for b in sorted(set(batch)) for c in sorted(set(context or (prompt,)))]
-    with _telling() as tell:
-        report = _bench(cases, repeat, tell, **choices)
+    with _progress_log() as log:
+        report = _bench(cases, repeat, log, **choices)
     if as_json:
         click.echo(json.dumps(_json(report)))
     else:
@@ -91,10 +91,10 @@ def bench(
         plot_speeds(report.results, plot)
 
 
-def _bench(cases: list[Case], repeat: int, tell: Callable[[str], None], **choices: Any) -> Report:
+def _bench(cases: list[Case], repeat: int, log: Callable[[str], None], **choices: Any) -> Report:
     from mlx_gptoss.backends import BACKENDS
     from mlx_gptoss.loading.plan import LoadRequest
-    from mlx_gptoss.measure.benchmark import Model, Where, bench, load
+    from mlx_gptoss.measure.benchmark import BenchModel, Target, bench, load
     from mlx_gptoss.ranks import find_launch
     from mlx_gptoss.weights.formats import WRITERS
     from mlx_gptoss.weights.requantize import Requantized
@@ -105,31 +105,31 @@ def _bench(cases: list[Case], repeat: int, tell: Callable[[str], None], **choice
             raise click.UsageError("--against is for one process: leave it out among several ranks")
         choices["backend"] = launch.backend if choices["backend"] == "auto" else choices["backend"]
     with ExitStack() as stack:
-        source, folder = _source(stack, tell, **choices)
+        source, folder = _source(stack, log, **choices)
         synthetic = (choices["synthetic"], choices["layers"], source.format) if choices["synthetic"] else None
         request = LoadRequest(
             model=choices["model"], synthetic=synthetic, backend=choices["backend"], quantize=quantize, prefix_cache=0
         )
-        model = Model(source, source.size_bytes, source.format, request)
+        model = BenchModel(source, source.size_bytes, source.format, request)
         if quantize:
             weights = Requantized(source, quantize)
-            form = quantize if quantize in WRITERS else f"{source.format}, {quantize}"
-            model = Model(weights, weights.size_bytes, form, request)
-        where = Where.find(choices["backend"], choices["device"], choices["dtype"])
-        others: list[Contender] = []
+            format_name = quantize if quantize in WRITERS else f"{source.format}, {quantize}"
+            model = BenchModel(weights, weights.size_bytes, format_name, request)
+        target = Target.find(choices["backend"], choices["device"], choices["dtype"])
+        others: list[TimedEngine] = []
         if against in BACKENDS:
-            other = Where.find(against, choices["device"], choices["against_dtype"] or where.dtype)
-            second, _ = load(model, cases, repeat, other, tell)
+            other = Target.find(against, choices["device"], choices["against_dtype"] or target.dtype)
+            second, _ = load(model, cases, repeat, other, log)
             stack.callback(second.close)
             others.append(second)
         elif against:
-            tell(f"starting {against}")
-            others.append(stack.enter_context(_peer(against, folder, source.format, where, choices["against_dtype"])))
+            log(f"starting {against}")
+            others.append(stack.enter_context(_peer(against, folder, source.format, target, choices["against_dtype"])))
         must_agree = against is not None and against != "mlx-lm"  # which rounds YaRN's range
-        return bench(model, cases, where, repeat=repeat, others=others, must_agree=must_agree, tell=tell)
+        return bench(model, cases, target, repeat=repeat, others=others, must_agree=must_agree, log=log)
 
 
-def _source(stack: ExitStack, tell: Callable[[str], None], **choices: Any) -> tuple[CheckpointLike, Path | None]:
+def _source(stack: ExitStack, log: Callable[[str], None], **choices: Any) -> tuple[CheckpointLike, Path | None]:
     """The weights, and the folder of a checkpoint of them, which a peer can load; temporary for synthetic ones."""
     from mlx_gptoss import api
     from mlx_gptoss.weights.synthetic import Synthetic, preset
@@ -137,26 +137,26 @@ def _source(stack: ExitStack, tell: Callable[[str], None], **choices: Any) -> tu
     if not choices["synthetic"]:
         checkpoint = api.open_checkpoint(choices["model"])
         return checkpoint, checkpoint.folder
-    source = Synthetic(preset(choices["synthetic"], choices["layers"]), choices["form"] or "mxfp4")
+    source = Synthetic(preset(choices["synthetic"], choices["layers"]), choices["format_name"] or "mxfp4")
     if choices["against"] not in AGAINST[:2]:
         return source, None
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mlx-gptoss-bench-"))) / "checkpoint"
-    tell(f"writing {source.size_bytes / 1e9:.1f} GB of synthetic weights for {choices['against']}")
+    log(f"writing {source.size_bytes / 1e9:.1f} GB of synthetic weights for {choices['against']}")
     source.write(folder)
     return source, folder
 
 
-def _peer(name: str, folder: Path | None, form: str, where: Where, dtype: str | None) -> Any:
+def _peer(name: str, folder: Path | None, format_name: str, target: Target, dtype: str | None) -> Any:
     from .peers.process import Peer
 
     assert folder is not None
     if name == "transformers":  # its logits have to be ours: by default it computes in what we do
-        dtype = dtype or where.dtype
-    return Peer(name, folder, form, "cpu" if where.name == "cpu" else "gpu", dtype)
+        dtype = dtype or target.dtype
+    return Peer(name, folder, format_name, "cpu" if target.name == "cpu" else "gpu", dtype)
 
 
 @contextmanager
-def _telling() -> Iterator[Callable[[str], None]]:
+def _progress_log() -> Iterator[Callable[[str], None]]:
     """A spinner on a terminal's stderr; elsewhere a line for each thing that begins."""
     from rich.console import Console
     from rich.markup import escape

@@ -50,7 +50,7 @@ def serve(
     with run.listen(host, port) as listener:
         gate = Gate(api_key=api_key, allowed_hosts=run.allowed_hosts(host), allowed_origins=cors)
         with load(model, **given) as loaded:
-            grammar.prepare(loaded.tokenizer)
+            grammar.warm_up(loaded.tokenizer)
             model_id, aliases = service.model_names(model)
             if gate.allowed_hosts is None and api_key is None:
                 click.echo(f"warning: anyone who can reach {host}:{port} can use the model; set an --api-key", err=True)

@@ -65,7 +65,7 @@ def show(
 
 def _advice(best: Recommendation | None, model: str) -> str:
     from mlx_gptoss.loading.memory import gigabytes
-    from mlx_gptoss.loading.recommend import WHAT_IT_DOES
+    from mlx_gptoss.loading.recommend import DESCRIPTIONS
 
     if best is None:
         return "Recommended here: a machine with more memory; in no format does it fit"
@@ -73,7 +73,7 @@ def _advice(best: Recommendation | None, model: str) -> str:
         return "Recommended here: run it as it is"
     search = " --search mse" if best.format == "mlx-4bit" else ""
     return (
-        f"Recommended here: {best.format} ({gigabytes(best.size_bytes)}; {WHAT_IT_DOES[best.format]}): "
+        f"Recommended here: {best.format} ({gigabytes(best.size_bytes)}; {DESCRIPTIONS[best.format]}): "
         f"mlx-gptoss convert {model} DEST --to {best.format}{search}"
     )
 

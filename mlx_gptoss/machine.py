@@ -9,8 +9,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-COPIED = 128 << 20  # bytes: more than caches hold
-TRIES = 10
+COPY_BYTES = 128 << 20  # bytes: more than caches hold
+COPY_RUNS = 10
 
 
 def cores() -> int:
@@ -19,11 +19,11 @@ def cores() -> int:
 
 
 def ram_copy_bandwidth() -> float:
-    """Bytes a second of a copy by all cores, read and written counted; the best of TRIES."""
+    """Bytes a second of a copy by all cores, read and written counted; the best of COPY_RUNS."""
     import numpy as np
 
     threads = cores()
-    source = np.ones((threads, COPIED // threads), np.uint8)
+    source = np.ones((threads, COPY_BYTES // threads), np.uint8)
     target = np.zeros_like(source)
 
     def copy(thread: int) -> None:
@@ -31,7 +31,7 @@ def ram_copy_bandwidth() -> float:
 
     best = float("inf")
     with ThreadPoolExecutor(threads) as pool:
-        for _ in range(TRIES):
+        for _ in range(COPY_RUNS):
             started = time.perf_counter()
             list(pool.map(copy, range(threads)))
             best = min(best, time.perf_counter() - started)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -24,15 +25,14 @@ def test_versions_agree():
 def test_every_public_name_has_a_complete_type(tmp_path):
     """pyright downloads its program from npm at first use; where it cannot, the test skips."""
     words = [sys.executable, "-m", "pyright", "--verifytypes", "mlx_gptoss", "--ignoreexternal", "--outputjson"]
-    out = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    where = os.environ | {"PYTHONPATH": str(ROOT)}  # as if it were installed there
+    out = subprocess.run(words, cwd=tmp_path, env=where, capture_output=True, text=True)
     if not out.stdout.strip().startswith("{"):
         pytest.skip(f"pyright does not run here: {out.stderr.strip()[-200:]}")
     report = json.loads(out.stdout)["typeCompleteness"]
-    incomplete = [
-        symbol["name"] for symbol in report["symbols"] if symbol["isExported"] and not symbol["isTypeKnown"]
-    ]
-    assert not incomplete
-    assert report["completenessScore"] == 1.0
+    symbols = [symbol for symbol in report["symbols"] if symbol["isExported"]]
+    assert len(symbols) > 1000
+    assert not [s["name"] for s in symbols if not s["isTypeKnown"] or s["isTypeAmbiguous"]]
 
 
 @pytest.mark.slow
@@ -41,12 +41,13 @@ def test_sdist_and_wheel_build_without_a_warning_and_the_sdist_runs_its_tests(tm
         pytest.skip("not a git checkout, which is where an sdist is made")
     subprocess.run(["git", "clone", "-q", ROOT, tmp_path / "clone"], check=True)
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path / "dist"]
-    out = subprocess.run(build, cwd=tmp_path / "clone", capture_output=True, text=True, env=None)
+    out = subprocess.run(build, cwd=tmp_path / "clone", capture_output=True, text=True)
     assert out.returncode == 0, out.stdout + out.stderr
     assert "Warning" not in out.stdout + out.stderr and "warning: no" not in out.stdout
     (wheel,), (sdist,) = (tmp_path / "dist").glob("*.whl"), (tmp_path / "dist").glob("*.tar.gz")
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"mlx_gptoss/nano/model.safetensors", "mlx_gptoss/server/page/index.html", "mlx_gptoss_cli/main.py"} <= {*names}
+    needed = {"mlx_gptoss/nano/model.safetensors", "mlx_gptoss/server/page/index.html", "mlx_gptoss_cli/main.py"}
+    assert needed <= {*names}
     assert not [name for name in names if name.startswith(("tests/", "examples/", "cli/"))]
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")

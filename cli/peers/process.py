@@ -22,7 +22,7 @@ PEERS = {"mlx-lm": "mlx_lm", "transformers": "transformers"}  # name -> the pack
 
 
 class Peer:
-    """A loaded model of another program, as benchmark.py times it (Contender). A context manager.
+    """A loaded model of another program, as benchmark.py times it (TimedEngine). A context manager.
 
     folder: the checkpoint. device: "cpu" or "gpu". dtype: of activations; None is the program's own choice.
     Raises GptOssError if the program is not installed or fails, with what it said last.

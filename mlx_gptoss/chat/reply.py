@@ -164,7 +164,7 @@ class ReplyReader:
         if self.stops.matched is not None:
             return
         self.tokens.append(token)
-        within = None if self.tokenizer.is_special(token.id) else self.parser.within
+        within = None if self.tokenizer.is_special(token.id) else self.parser.content_kind
         if within == "text":
             self.text_tokens.add(token)
         self.reasoning_tokens += within == "reasoning"

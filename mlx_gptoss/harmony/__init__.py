@@ -1,1 +1,4 @@
-"""OpenAI's Harmony format: what a conversation is, how it becomes ids, and how the model's ids become messages."""
+"""OpenAI's Harmony chat format: conversations as data, rendering to token ids, parsing of token ids, and guided output.
+
+README.md in this folder describes the format and the files.
+"""

@@ -1,4 +1,7 @@
-"""The tools that the model knows from its training, in the words it was trained on (those of openai-harmony 0.0.8)."""
+"""Declarations of the tools that the model was trained with: browser and python.
+
+The texts are those of openai-harmony 0.0.8, character for character: the model has seen them in training.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from .messages import Function
-from .schema import Namespace
+from .typescript import Namespace
 
 _SEARCH = Function(
     "search",
@@ -71,7 +74,7 @@ environment. python will respond with the output of the execution or time out af
 '/mnt/data' can be used to save and persist user files. Internet access for this session is UNKNOWN. Depends on the \
 cluster."""
 
-BUILTIN: Mapping[str, Namespace] = MappingProxyType(
+BUILTIN_TOOLS: Mapping[str, Namespace] = MappingProxyType(
     {
         "browser": Namespace("browser", _BROWSER, (_SEARCH, _OPEN, _FIND)),
         "python": Namespace("python", _PYTHON),

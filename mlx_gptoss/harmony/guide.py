@@ -1,12 +1,13 @@
-"""What a reply may say, token by token: whole Harmony, calls as tool_choice wants them, JSON that obeys its schema.
+"""Guided replies: which tokens a reply may contain, so that it is well-formed Harmony and obeys the request.
 
-A reply is a header, a body, a header, ... Under a guide a header is one of those that the model was trained on, for a
-recipient that may be called, so that the parser reads what the guide meant. Bodies are any text, analysis always, but
-for two kinds: the final answer where a response format is asked for, and the arguments of a function with `strict`.
+A guide enforces the tool choice, the response format and the schemas of strict functions. A reply alternates headers
+and bodies. Headers are those that the model was trained to write, for a recipient that may be called, so that the
+parser reads them as the guide intended. Bodies are any text, except two kinds that follow a JSON schema: the final
+answer under a response format, and the arguments of a function with `strict`. Analysis is always free text.
 
-Only special tokens that would leave the structure are kept out of a free body: the model can think as long as it
-likes, but not end its turn by that. A call ends the turn (`<|call|>` is a stop id): under a guide a turn has one call
-at most. Where a call is due, neither analysis nor a preamble comes a second time before it.
+In a free body, only the special tokens that would break the structure are masked out: the model may think as long as
+it likes, but it cannot end the turn from within its analysis. A call ends the turn (`<|call|>` is a stop token), so a
+guided turn has at most one call. If a call is required, at most one analysis and one preamble precede it.
 """
 
 from __future__ import annotations
@@ -16,155 +17,169 @@ from dataclasses import dataclass
 
 from ..errors import GptOssError, InvalidRequest
 from ..tokenizer import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START, Tokenizer
-from .builtin import BUILTIN
-from .grammar import Grammar, Text, Vocabulary, vocabulary
-from .header import LONGEST_RECIPIENT, NAMESPACE
+from .builtin import BUILTIN_TOOLS
+from .grammar import Grammar, Matcher, Vocabulary, vocabulary
+from .header import MAX_RECIPIENT_CHARACTERS, NAMESPACE
 from .messages import BuiltinTool, Conversation, Function, ToolChoice
+
+_NO_ARGUMENTS = {"type": "object", "additionalProperties": False}
 
 
 @dataclass(frozen=True)
 class Body:
-    """What may follow a header: JSON under a grammar, or, without one, any text; then one of `ends`."""
+    """What may follow a header: JSON under `grammar` (None: any text), then one of the special tokens `ends`."""
 
     kind: str  # "analysis", "preamble", "final" or "call"
     ends: tuple[str, ...]
     grammar: Grammar | None = None
 
 
-Tree = dict[int, "Tree | Body"]  # token -> what may come after it
+HeaderTrie = dict[int, "HeaderTrie | Body"]  # token id -> what may follow it
 
 
 def guide_for(
     conversation: Conversation, tokenizer: Tokenizer, choice: ToolChoice, *, parallel_tool_calls: bool
 ) -> HarmonyGuide | None:
-    """The guide of one reply to `conversation`; None where the model is free.
+    """Return the guide of one reply to `conversation`, or None if there is nothing to enforce.
 
-    Raises InvalidRequest for a schema that cannot be enforced, and for a choice of a function that there is none of.
+    parallel_tool_calls: False limits the turn to one call, which takes a guide if there are tools.
+
+    Raises InvalidRequest for a schema that cannot be enforced, for a required call if no function is declared, and
+    for a function name that is too long.
     """
-    form, functions = conversation.response_format, conversation.functions
+    response_format, functions = conversation.response_format, conversation.functions
     if choice.kind == "required" and not functions:
-        raise InvalidRequest("tool_choice wants a function called, and there is none; give tools, or leave it out")
-    tools = [] if choice.kind == "none" else [f for f in functions if choice.name in (None, f.name)]
-    limited = choice.kind != "auto" or not parallel_tool_calls
+        raise InvalidRequest("tool_choice requires a call, but no function is declared: give tools, or leave it out")
+    allowed = [] if choice.kind == "none" else [f for f in functions if choice.name in (None, f.name)]
+    restricted = choice.kind != "auto" or not parallel_tool_calls
     if (
-        form is None
-        and not any(f.strict for f in tools)
-        and not (limited and (functions or conversation.builtin_tools))
+        response_format is None
+        and not any(f.strict for f in allowed)
+        and not (restricted and (functions or conversation.builtin_tools))
     ):
         return None
-    calls = {NAMESPACE + function.name: _arguments(function, tokenizer) for function in tools}
+    calls = {NAMESPACE + function.name: _arguments_grammar(function, tokenizer) for function in allowed}
     if choice.kind == "auto":
-        calls |= dict.fromkeys(_recipients(conversation.builtin_tools))
-    final = None if form is None else Grammar(form.schema, tokenizer, "response_format")
+        calls |= dict.fromkeys(_builtin_recipients(conversation.builtin_tools))
+    final = None if response_format is None else Grammar(response_format.schema, tokenizer, "response_format")
     return HarmonyGuide(tokenizer, final, calls, must_call=choice.kind == "required")
 
 
-def _arguments(function: Function, tokenizer: Tokenizer) -> Grammar | None:
-    """The grammar of a strict function's arguments; None for any text."""
-    if len(NAMESPACE + function.name) > LONGEST_RECIPIENT:
-        raise InvalidRequest(f"the name of a function has {len(function.name)} characters; give it a shorter one")
+def _arguments_grammar(function: Function, tokenizer: Tokenizer) -> Grammar | None:
+    """Return the grammar of a strict function's arguments; None for a function whose arguments are free text."""
+    if len(NAMESPACE + function.name) > MAX_RECIPIENT_CHARACTERS:
+        raise InvalidRequest(
+            f"the function name {function.name[:40]!r}... has {len(function.name)} characters, more than "
+            f"{MAX_RECIPIENT_CHARACTERS - len(NAMESPACE)}; use a shorter one"
+        )
     if not function.strict:
         return None
-    nothing = {"type": "object", "additionalProperties": False}
-    schema = nothing if function.parameters is None else function.parameters
+    schema = _NO_ARGUMENTS if function.parameters is None else function.parameters
     return Grammar(schema, tokenizer, f"the parameters of {function.name!r}")
 
 
-def _recipients(tools: Iterable[BuiltinTool]) -> Iterator[str]:
-    """Whom calls of built-in tools are addressed to."""
+def _builtin_recipients(tools: Iterable[BuiltinTool]) -> Iterator[str]:
+    """Yield the recipients that calls of built-in tools are addressed to."""
     for name in tools:
-        functions = BUILTIN[name].functions
+        functions = BUILTIN_TOOLS[name].functions
         yield from [f"{name}.{function.name}" for function in functions] if functions else [name]
 
 
 class HarmonyGuide:
-    """engine.Guide of one reply, from behind `<|start|>assistant` on."""
+    """The engine's Guide of one reply. It starts where the prompt ends, after `<|start|>assistant`."""
 
     def __init__(
         self, tokenizer: Tokenizer, final: Grammar | None, calls: dict[str, Grammar | None], *, must_call: bool
     ) -> None:
-        """final: of the final answer, None for any text. calls: recipients that may be called, with the grammar of
-        their arguments or None for any. must_call: whether the turn has to end in a call."""
+        """Begin a reply.
+
+        final: the grammar of the final answer; None for any text.
+        calls: recipient -> the grammar of its arguments, or None for any text, for every recipient that may be called.
+        must_call: whether the turn has to end in a call.
+        """
         self._tokenizer = tokenizer
         self._vocabulary: Vocabulary = vocabulary(tokenizer)
         self._final = final
         self._calls = calls
         self._must_call = must_call
-        self._said: set[str] = set()  # kinds of bodies so far
+        self._seen_kinds: set[str] = set()  # kinds of the bodies so far
         self._body: Body | None = None  # None within a header
-        self._text: Text | None = None  # of a body with a grammar
-        self._tree: Tree = {}
-        self._mask = b""
+        self._matcher: Matcher | None = None  # of a body with a grammar
+        self._trie: HeaderTrie = {}  # within a header: what may follow
+        self._mask = b""  # valid unless there is a matcher
         self._begin_header([])
 
     def mask(self) -> bytes:
-        return self._mask if self._text is None else self._text.mask()
+        """Return the mask of the tokens that may come next (the format is that of backends.base.Row)."""
+        return self._mask if self._matcher is None else self._matcher.mask()
 
     def accept(self, token: int) -> None:
-        if self._text is not None:
-            self._text.accept(token)
+        """Append a token to the reply. Raises GptOssError for one that the mask does not allow."""
+        if self._matcher is not None:
+            self._matcher.accept(token)
         elif self._body is None:
-            self._advance(token)
+            self._accept_header_token(token)
         elif self._tokenizer.is_special(token):
             self._begin_header([self._tokenizer.special(START), *self._tokenizer.encode("assistant")])
 
-    def _advance(self, token: int) -> None:
-        """One more token of a header."""
-        if token not in self._tree:
-            raise GptOssError(f"token {token} fits into no header; was it sampled without its mask?")
-        step = self._tree[token]
+    def _accept_header_token(self, token: int) -> None:
+        if token not in self._trie:
+            raise GptOssError(f"token {token} is not allowed in this header; was it sampled without the mask?")
+        step = self._trie[token]
         if isinstance(step, Body):
             self._begin_body(step)
         else:
-            self._tree = step
+            self._trie = step
             self._mask = self._vocabulary.mask(step)
 
     def _begin_body(self, body: Body) -> None:
         self._body = body
-        self._said.add(body.kind)
+        self._seen_kinds.add(body.kind)
         ends = [self._tokenizer.special(name) for name in body.ends]
         if body.grammar is None:
-            self._mask = self._vocabulary.mask(ends, self._vocabulary.text)
+            self._mask = self._vocabulary.mask(ends, self._vocabulary.text_mask)
         else:
-            self._text = body.grammar.begin(*ends)
+            self._matcher = body.grammar.matcher(*ends)
 
-    def _begin_header(self, before: list[int]) -> None:
-        """before: what stands between the last message and the header's first free token."""
+    def _begin_header(self, prefix: list[int]) -> None:
+        """Build the trie of the headers that may come now. `prefix`: ids between the last body and each header."""
         self._body = None
-        self._tree = {}
+        self._trie = {}
         for ids, body in self._headers():
-            node = self._tree
-            for id in [*before, *ids[:-1]]:
+            node = self._trie
+            for id in [*prefix, *ids[:-1]]:
                 step = node.setdefault(id, {})
-                assert isinstance(step, dict)  # `<|message|>` ends every header and stands nowhere else
+                assert isinstance(step, dict)  # `<|message|>` ends every header and occurs nowhere else in one
                 node = step
             node[ids[-1]] = body
-        self._mask = self._vocabulary.mask(self._tree)
+        self._mask = self._vocabulary.mask(self._trie)
 
     def _headers(self) -> Iterator[tuple[list[int], Body]]:
-        """The headers that may come now, from behind "assistant" to `<|message|>`, and what follows each.
+        """Yield the headers that may come now, from after "assistant" to `<|message|>`, each with its body.
 
-        With a response format a preamble has to lead to a call: before the final answer it would be part of the text.
+        Under a response format, a preamble has to lead to a call: before a final answer, it would become part of the
+        answer's text, which would then not be JSON.
         """
-        due = self._must_call or (self._final is not None and "preamble" in self._said)
-        if not due or "analysis" not in self._said:
-            yield self._ids(CHANNEL, "analysis", MESSAGE), Body("analysis", (END,))
-        if (self._final is None or self._calls) and not (due and "preamble" in self._said):
-            yield self._ids(CHANNEL, "commentary", MESSAGE), Body("preamble", (END,))
-        if not due:
+        call_due = self._must_call or (self._final is not None and "preamble" in self._seen_kinds)
+        if not call_due or "analysis" not in self._seen_kinds:
+            yield self._header_ids(CHANNEL, "analysis", MESSAGE), Body("analysis", (END,))
+        if (self._final is None or self._calls) and not (call_due and "preamble" in self._seen_kinds):
+            yield self._header_ids(CHANNEL, "commentary", MESSAGE), Body("preamble", (END,))
+        if not call_due:
             body = Body("final", (RETURN, END)) if self._final is None else Body("final", (RETURN,), self._final)
-            yield self._ids(CHANNEL, "final", MESSAGE), body
-            yield self._ids(CHANNEL, "final", " ", CONSTRAIN, "json", MESSAGE), body
+            yield self._header_ids(CHANNEL, "final", MESSAGE), body
+            yield self._header_ids(CHANNEL, "final", " ", CONSTRAIN, "json", MESSAGE), body
         for recipient, grammar in self._calls.items():
             body = Body("call", (CALL,), grammar)
             for channel in ("commentary", "analysis"):
-                for form in ((), (" ", CONSTRAIN, "json"), (" json",), (" code",)):
-                    yield self._ids(CHANNEL, channel, f" to={recipient}", *form, MESSAGE), body
-                    yield self._ids(f" to={recipient}", CHANNEL, channel, *form, MESSAGE), body
+                for content_type in ((), (" ", CONSTRAIN, "json"), (" json",), (" code",)):
+                    yield self._header_ids(CHANNEL, channel, f" to={recipient}", *content_type, MESSAGE), body
+                    yield self._header_ids(f" to={recipient}", CHANNEL, channel, *content_type, MESSAGE), body
 
-    def _ids(self, *pieces: str) -> list[int]:
-        """Special tokens by name, and text, piece by piece as it is rendered."""
-        special = self._tokenizer.specials
-        return [
-            id for piece in pieces for id in ([special[piece]] if piece in special else self._tokenizer.encode(piece))
-        ]
+    def _header_ids(self, *pieces: str) -> list[int]:
+        """Return the ids of a header. Each piece, a special token's name or text, is encoded apart, as in render.py."""
+        ids: list[int] = []
+        for piece in pieces:
+            id = self._tokenizer.specials.get(piece)
+            ids += self._tokenizer.encode(piece) if id is None else [id]
+        return ids

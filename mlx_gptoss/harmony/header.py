@@ -1,7 +1,10 @@
-"""What stands between `<|start|>` and `<|message|>`: who speaks, on which channel, to whom, in what form.
+"""Parsing of message headers: the words between `<|start|>` and `<|message|>`.
 
-`assistant<|channel|>commentary to=functions.add <|constrain|>json` is the usual form; the recipient may also stand
-before the channel, and the content type without its marker.
+A header names the author, the channel, the recipient and the content type. The usual form of a call is
+
+    assistant<|channel|>commentary to=functions.add <|constrain|>json
+
+The recipient may also precede the channel, and the content type may come without `<|constrain|>`.
 """
 
 from __future__ import annotations
@@ -15,18 +18,18 @@ from ..tokenizer import CHANNEL, CONSTRAIN
 from .messages import Role
 
 CHANNELS = ("analysis", "commentary", "final")
-NAMESPACE = "functions."
-LONGEST_RECIPIENT = 256  # characters
+NAMESPACE = "functions."  # precedes the name of a function in a recipient
+MAX_RECIPIENT_CHARACTERS = 256
 
-_EVERYBODY = (None, "all", "user", "assistant")
-_CONTENT_TYPES = ("json", "code")
-_TOOL = re.compile(r"functions\.\S+|browser\.\S+|python")
-_TYPE = re.compile(r"[\w.+/-]+")
+_NON_TOOL_RECIPIENTS = (None, "all", "user", "assistant")
+_KNOWN_CONTENT_TYPES = ("json", "code")
+_TOOL_NAME = re.compile(r"functions\.\S+|browser\.\S+|python")
+_CONTENT_TYPE = re.compile(r"[\w.+/-]+")
 
 
 @dataclass(frozen=True)
 class Header:
-    """A message without its content; the fields are those of `Message`."""
+    """A message without its content. The fields are those of `Message`."""
 
     role: Role = "assistant"
     channel: str | None = None
@@ -36,10 +39,11 @@ class Header:
 
     @property
     def kind(self) -> Literal["reasoning", "text", "call"]:
-        """Where the content goes.
+        """What the content is.
 
-        "call": addressed to a tool, on whatever channel (on `final` only `functions.` is believed);
-        "reasoning": the analysis channel; "text": all else, so that nothing said is hidden by mistake.
+        "call": arguments for a tool, on any channel. On `final`, only recipients in `functions.` count as tools.
+        "reasoning": anything else on the analysis channel.
+        "text": everything else, so that a reply with a strange header is shown instead of hidden.
         """
         if self.function is not None:
             return "call"
@@ -47,9 +51,9 @@ class Header:
 
     @property
     def function(self) -> str | None:
-        """The name of the function called, without its namespace; None when this is no call."""
+        """The name of the called tool, without "functions."; None if the message is not a call."""
         recipient = self.recipient
-        if recipient is None or recipient in _EVERYBODY:
+        if recipient is None or recipient in _NON_TOOL_RECIPIENTS:
             return None
         if self.channel == "final" and not recipient.startswith(NAMESPACE):
             return None
@@ -57,33 +61,36 @@ class Header:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Header text, and the special token before it (`<|channel|>`, `<|constrain|>`) if there was one."""
+class HeaderPart:
+    """Header text and the special token before it: `<|channel|>`, `<|constrain|>` or, for the first part, None."""
 
     marker: str | None
     text: str
 
 
-def read_header(parts: Sequence[Part], *, role_expected: bool, complete: bool) -> tuple[Header, str]:
-    """The header that `parts` spell, and the text among them that belongs to no header.
+def read_header(parts: Sequence[HeaderPart], *, role_expected: bool, complete: bool) -> tuple[Header, str]:
+    """Parse a header. Returns the header and the text in it that is not part of a header.
 
-    In each part, words are taken from the front; from the first that fits nowhere, the part is text. Whitespace
-    alone is not text. `complete` says that `<|message|>` followed: only then is a word believed to be a channel or
-    a content type for its place alone; before that it must be a known one.
+    In each part, header words are read from the front. From the first word that fits no field, the rest of the part
+    is text; it is dropped if it is only whitespace.
+
+    role_expected: whether `<|start|>` precedes the header, so that its first word is the author.
+    complete: whether `<|message|>` follows the header. If so, an unknown word in the place of a channel or content
+        type is taken for one; if not, only known words are.
     """
-    reading = _Reading(role_expected, complete)
-    left = [reading.take_part(part) for part in parts]
-    header = Header(reading.role, reading.channel, reading.recipient, reading.content_type, reading.name)
-    return header, "".join(text for text in left if text.strip())
+    reader = _HeaderReader(role_expected, complete)
+    rests = [reader.read_part(part) for part in parts]
+    header = Header(reader.role, reader.channel, reader.recipient, reader.content_type, reader.name)
+    return header, "".join(text for text in rests if text.strip())
 
 
-def is_half_a_word(text: str) -> bool:
-    """Whether `text`, at which a stream was cut off, is the beginning of a word that headers are made of."""
+def is_partial_header_word(text: str) -> bool:
+    """Whether `text`, the end of a truncated stream, is the beginning of a word that occurs in headers."""
     return any(word.startswith(text.strip()) for word in (*CHANNELS, "to=", "assistant", "json"))
 
 
-class _Reading:
-    """The fields found so far. Each `_take_...` says whether it could use the word."""
+class _HeaderReader:
+    """Collects the fields of one header. Each `_read_...` method returns whether the word belongs to its field."""
 
     def __init__(self, role_expected: bool, complete: bool) -> None:
         self.role: Role = "assistant"
@@ -95,43 +102,55 @@ class _Reading:
         self._complete = complete
         self._first = True
 
-    def take_part(self, part: Part) -> str:
-        """Use the words of one part; return the text from the first useless one on."""
+    def read_part(self, part: HeaderPart) -> str:
+        """Read the header words of one part. Returns the text from the first other word on."""
         end = 0
         marker = part.marker
-        for word in re.finditer(r"\S+", part.text):
-            if not (self._take_author(word[0], marker) or self._take_recipient(word[0], marker)):
-                if not (self._take_channel(word[0], marker) or self._take_content_type(word[0], marker)):
+        for match in re.finditer(r"\S+", part.text):
+            word = match[0]
+            if not (self._read_author(word, marker) or self._read_recipient(word, marker)):
+                if not (self._read_channel(word, marker) or self._read_content_type(word, marker)):
                     break
-                marker = None
-            end = word.end()
+                marker = None  # it applies to one channel or content type
+            end = match.end()
             self._first = False
         return part.text[end:]
 
-    def _take_author(self, word: str, marker: str | None) -> bool:
-        """The first word: a role, `role:name`, or a tool's own name. "assistant" may be said again."""
+    def _read_author(self, word: str, marker: str | None) -> bool:
+        """The first word of a header: a role, `role:name`, or the name of a tool.
+
+        "assistant" is accepted even where no role is expected: the prompt ends with it, and models repeat it.
+        """
         if not self._first or marker is not None:
             return False
         role, colon, name = word.partition(":")
         if role in get_args(Role) and (self._role_expected or word == "assistant"):
             self.role, self.name = cast(Role, role), name if colon else None
             return True
-        if self._role_expected and _TOOL.fullmatch(word):
+        if self._role_expected and _TOOL_NAME.fullmatch(word):
             self.role, self.name = "tool", word
             return True
         return False
 
-    def _take_recipient(self, word: str, marker: str | None) -> bool:
+    def _read_recipient(self, word: str, marker: str | None) -> bool:
+        """`to=NAME`, or the bare name of a tool. `to=` alone is skipped.
+
+        A second, different recipient is not accepted.
+        """
         recipient = word.removeprefix("to=")
         if word == recipient and marker == CONSTRAIN and self.recipient is not None:
-            return False  # `to=python <|constrain|>python`
-        if len(recipient) > LONGEST_RECIPIENT or not (word != recipient or _TOOL.fullmatch(word)):
+            return False  # `to=python <|constrain|>python`: the second "python" is the content type
+        if len(recipient) > MAX_RECIPIENT_CHARACTERS or not (word != recipient or _TOOL_NAME.fullmatch(word)):
             return False
         if self.recipient is None and recipient:
             self.recipient = recipient
         return recipient in ("", self.recipient)
 
-    def _take_channel(self, word: str, marker: str | None) -> bool:
+    def _read_channel(self, word: str, marker: str | None) -> bool:
+        """A known channel, or, after `<|channel|>` in a complete header, any word.
+
+        Of several known channels the last one counts. An unknown one is not replaced.
+        """
         if word in CHANNELS and (marker == CHANNEL or self._complete) and self.channel in (None, *CHANNELS):
             self.channel = word
             return True
@@ -139,11 +158,15 @@ class _Reading:
             self.channel = word
         return marker == CHANNEL and word == self.channel
 
-    def _take_content_type(self, word: str, marker: str | None) -> bool:
+    def _read_content_type(self, word: str, marker: str | None) -> bool:
+        """The word "json" or "code", or, in a complete header with a marker or a recipient, any MIME-like word.
+
+        A content type may be repeated after another `<|constrain|>`.
+        """
         if marker == CHANNEL or self.content_type is not None:
             return marker == CONSTRAIN and self.content_type == f"{CONSTRAIN}{word}"
         addressed = self._complete and (marker == CONSTRAIN or self.recipient is not None)
-        if word not in _CONTENT_TYPES and not (addressed and _TYPE.fullmatch(word)):
+        if word not in _KNOWN_CONTENT_TYPES and not (addressed and _CONTENT_TYPE.fullmatch(word)):
             return False
         self.content_type = f"{CONSTRAIN}{word}" if marker == CONSTRAIN else word
         return True

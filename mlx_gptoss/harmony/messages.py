@@ -1,4 +1,7 @@
-"""What a conversation is made of, before it becomes tokens. Plain frozen data; knows no tokenizer and no model."""
+"""Conversations as data: messages, functions, the response format and the tool choice, before tokenization.
+
+Plain frozen dataclasses. This module knows no tokenizer and no model.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,15 @@ KNOWLEDGE_CUTOFF = "2024-06"
 
 @dataclass(frozen=True)
 class Message:
-    """One message as Harmony knows it.
+    """One message with Harmony's header fields. Every header field but `role` may be None.
 
-    role: who speaks; a tool's message also has `name` (for a function, "functions.NAME").
-    channel: "analysis", "commentary" or "final" for the assistant; that of the call, mostly "commentary", for a
-        tool's result.
-    recipient: whom it is addressed to when not everybody, such as "functions.get_weather", "python" or "assistant".
-    content_type: "<|constrain|>json" for a call's arguments as the model writes them; plain "json" also occurs.
+    role: the author's role. A message of role "tool" needs `name`.
+    content: the text.
+    channel: "analysis", "commentary" or "final" for the assistant. A tool's result has the channel of its call,
+        mostly "commentary".
+    recipient: the addressee, such as "functions.get_weather", "python" or "assistant"; None for everybody.
+    content_type: "<|constrain|>json" for the arguments of a call as the model writes them; plain "json" occurs too.
+    name: the author's name; for the result of a function, "functions.NAME".
     """
 
     role: Role
@@ -35,9 +40,12 @@ class Message:
 
 @dataclass(frozen=True)
 class Function:
-    """A function that the model may call. `parameters` is a JSON schema of type object, or None for no arguments.
+    """A function that the model may call.
 
-    strict: whether the arguments of a call are made to obey the schema, not only shown it.
+    name: letters, digits, "_", "-" and ".".
+    description: what it does, for the model.
+    parameters: a JSON schema of type object; None for a function without arguments.
+    strict: whether generation enforces the schema on the arguments. Otherwise the model only sees it.
     """
 
     name: str
@@ -48,7 +56,11 @@ class Function:
 
 @dataclass(frozen=True)
 class ResponseFormat:
-    """The final answer is JSON that obeys `schema`. The model is shown the schema under a name; None shows nothing."""
+    """Makes the final answer JSON that is valid under `schema`.
+
+    name, description: the heading and the comment under which the model sees the schema in the developer message.
+        With name None the model does not see the schema; it is enforced all the same.
+    """
 
     schema: Mapping[str, Any]
     name: str | None = None
@@ -57,7 +69,10 @@ class ResponseFormat:
 
 @dataclass(frozen=True)
 class ToolChoice:
-    """Whether the turn may, must or must not end in a call. name: the only function that may be called."""
+    """Whether the turn may ("auto"), must ("required") or must not ("none") end in a call.
+
+    name: the only function that may be called; None for all functions of the conversation.
+    """
 
     kind: Literal["auto", "none", "required"] = "auto"
     name: str | None = None
@@ -65,13 +80,18 @@ class ToolChoice:
 
 @dataclass(frozen=True)
 class Conversation:
-    """All that the model is shown: the system message's fields, the developer's, then the turns.
+    """Everything that the model sees: the fields of the system and developer messages, then the turns.
 
-    instructions: the developer message's text (what other formats call the system prompt).
-    builtin_tools: those that the model knows from its training; whoever asks has to run them. Calls of "browser" are
-        named browser.search, browser.open and browser.find and hold JSON, those of "python" hold code.
-    response_format: what the next final answer is made to obey; None for any text.
+    messages: the turns, oldest first.
+    reasoning: the reasoning effort, in the system message.
+    instructions: the text of the developer message (the "system prompt" of other chat formats).
+    functions: the functions that the model may call, declared in the developer message.
+    builtin_tools: tools that the model knows from its training; the caller has to run them. Calls of "browser" are
+        addressed to browser.search, browser.open or browser.find and hold JSON; calls of "python" hold code.
+    response_format: enforced on the next final answer; None for free text.
     date: the "Current date" line, YYYY-MM-DD; None leaves the line out.
+    identity: the first line of the system message.
+    knowledge_cutoff: the "Knowledge cutoff" line; None leaves the line out.
     """
 
     messages: tuple[Message, ...] = ()
@@ -85,27 +105,34 @@ class Conversation:
     knowledge_cutoff: str | None = KNOWLEDGE_CUTOFF
 
     def with_user(self, text: str) -> Conversation:
-        """The conversation with the user's next turn."""
+        """Return the conversation with one more user message."""
         return replace(self, messages=(*self.messages, Message("user", text)))
 
     def with_result(self, function: str, result: str) -> Conversation:
-        """The conversation with what a called function or built-in tool returned, as text (usually JSON).
+        """Return the conversation with the result of a call appended.
 
-        function: its name as the call gave it. The latest call of that name is answered: by whom it was addressed to,
-        and on its channel, so that both are kept or dropped together.
+        function: the name of the called function or built-in tool, with or without "functions.".
+        result: what it returned, as text (usually JSON).
+
+        The result answers the latest call of that name. Its author is the recipient of the call, and its channel is
+        that of the call, so that call and result are kept or dropped together. Without such a call the result is a
+        function's, on commentary.
         """
-        full = function if function.startswith("functions.") else f"functions.{function}"
-        calls = [message for message in self.messages if message.recipient in (function, full)]
-        call = calls[-1] if calls else Message("assistant", "", recipient=full)
+        full_name = function if function.startswith("functions.") else f"functions.{function}"
+        calls = [message for message in self.messages if message.recipient in (function, full_name)]
+        call = calls[-1] if calls else Message("assistant", "", recipient=full_name)
         channel = "analysis" if call.channel == "analysis" else "commentary"
         answer = Message("tool", result, channel, recipient="assistant", name=call.recipient)
         return replace(self, messages=(*self.messages, answer))
 
 
 def without_old_reasoning(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The messages without the analysis that stands before the last final answer: the model was trained not to see it
-    again. Between a call and its result it stays."""
-    finals = [place for place, message in enumerate(messages) if message.channel == "final"]
+    """Return the messages without the analysis that precedes the last final answer.
+
+    The model was trained not to see that reasoning again. Reasoning after the last final answer, such as that between
+    a call and its result, stays.
+    """
+    finals = [index for index, message in enumerate(messages) if message.channel == "final"]
     last = finals[-1] if finals else 0
     old = [message for message in messages[:last] if message.channel != "analysis"]
     return (*old, *messages[last:])

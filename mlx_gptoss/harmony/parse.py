@@ -1,18 +1,19 @@
-"""Ids that the model emits, one by one -> pieces of messages. Never raises and never loses text.
+"""Streaming parser: token ids from the model -> pieces of messages. Never raises and never loses text.
 
-Of every run of text between special tokens, a message's content gets a suffix, to the letter and in order; what stands
-before it are header words (roles, recipients, channels, content types), and whitespace around them. Only a word of
-which the stream's end or `<|start|>` leaves the beginning is dropped.
+Guarantee: of every run of text between special tokens, a suffix becomes message content, unchanged and in order. The
+rest of the run is header words (roles, recipients, channels, content types) and the whitespace around them. The only
+text that is dropped is a partial header word that the end of the stream or `<|start|>` cuts off.
 
-On well-formed output this is openai-harmony's StreamableParser, but that a content type without a recipient is not
-taken for one. Malformed output goes where it most likely belongs:
+On well-formed output the parser agrees with openai-harmony's StreamableParser, with one exception: that one reads the
+content type of a message without a recipient as its recipient, and this one reads it as the content type. Malformed
+output goes where it most likely belongs:
 
-- A header that ends without `<|message|>`, or that grows beyond what a header can be: its known parts are read, the
-  rest is text of the message they describe (without any: visible text).
-- A header with words that fit nowhere: they begin the message's text.
-- `<|channel|>` within a text begins another message; when no channel follows, the text goes on where it was.
-- `<|start|>` ends a message as `<|end|>` does; after an end, `<|start|>assistant` may be missing.
-- Other special tokens within a text are dropped: they are not text.
+- A header that ends without `<|message|>`, or that exceeds the size of any header: its known parts are read, and the
+  rest is the text of the message that they describe. If there are none, it is visible text.
+- A header with words that fit no field: they become the beginning of the message's text.
+- `<|channel|>` within a text starts another message. If no channel follows, the text continues in the same message.
+- `<|start|>` ends a message, as `<|end|>` does. After an end, `<|start|>assistant` may be missing.
+- Other special tokens within a text are dropped.
 - Bytes that are not UTF-8 become U+FFFD.
 """
 
@@ -22,21 +23,22 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..tokenizer import CALL, CHANNEL, CONSTRAIN, END, ENDOFTEXT, MESSAGE, RETURN, START, Tokenizer
-from .header import Header, Part, is_half_a_word, read_header
+from .header import Header, HeaderPart, is_partial_header_word, read_header
 from .messages import Message
 
-_ENDS = (END, RETURN, CALL, ENDOFTEXT)
-_MOST_WORDS = 4  # that a header may hold before they are known to be header words
-_MOST_CHARACTERS = 512
+_MESSAGE_ENDS = (END, RETURN, CALL, ENDOFTEXT)
+# A header that exceeds one of these without `<|message|>` is text.
+_MAX_UNKNOWN_WORDS = 4
+_MAX_HEADER_CHARACTERS = 512
 
 
 @dataclass(frozen=True)
 class Delta(Header):
-    """A piece of a message, with the message's header.
+    """A piece of a message, with the header of the message.
 
-    text: more of its content; "" when the message only starts.
-    message: its index in `Parser.messages`, where it stands once it has ended.
-    starts: whether this is the message's first delta. Every message has exactly one such.
+    text: the next part of its content; "" when the message only starts.
+    message: the index of the message in `Parser.messages`, which holds it once it has ended.
+    starts: whether this is the first delta of the message. Every message has exactly one such delta.
     """
 
     text: str = ""
@@ -45,36 +47,41 @@ class Delta(Header):
 
 
 @dataclass
-class _Open:
-    """The message being written."""
+class _OpenMessage:
+    """The message that is being read."""
 
     header: Header
-    place: int
+    index: int
     pieces: list[str] = field(default_factory=list)
 
     def delta(self, text: str) -> Delta:
-        of = self.header
+        header = self.header
         starts = not self.pieces
         self.pieces.append(text)
-        return Delta(of.role, of.channel, of.recipient, of.content_type, of.name, text, self.place, starts)
+        return Delta(
+            *(header.role, header.channel, header.recipient, header.content_type, header.name),
+            text=text,
+            message=self.index,
+            starts=starts,
+        )
 
-    def closed(self) -> Message:
-        of = self.header
-        return Message(of.role, "".join(self.pieces), of.channel, of.recipient, of.content_type, of.name)
+    def to_message(self) -> Message:
+        header, content = self.header, "".join(self.pieces)
+        return Message(header.role, content, header.channel, header.recipient, header.content_type, header.name)
 
 
 class Parser:
-    """Reads what follows a rendered prompt, that is, what follows `<|start|>assistant`.
+    """Parses the ids that follow a rendered prompt, that is, the ids after `<|start|>assistant`.
 
-    A whole conversation, beginning with `<|start|>`, is read as well.
+    A whole conversation that begins with `<|start|>` is parsed, too.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._special_names = {id: name for name, id in tokenizer.specials.items()}
         self._decoder = tokenizer.decoder()
         self._messages: list[Message] = []
-        self._open: _Open | None = None
-        self._header: list[Part] | None = [Part(None, "")]  # as far as it is read; None within a text
+        self._open: _OpenMessage | None = None
+        self._header: list[HeaderPart] | None = [HeaderPart(None, "")]  # the header so far; None within content
         self._role_expected = False
 
     @property
@@ -83,83 +90,88 @@ class Parser:
         return list(self._messages)
 
     @property
-    def within(self) -> Literal["reasoning", "text", "call"] | None:
-        """What kind of message the next plain id adds text to; None in a header."""
+    def content_kind(self) -> Literal["reasoning", "text", "call"] | None:
+        """The kind of message that the next ordinary token belongs to; None within a header."""
         return self._open.header.kind if self._open is not None and self._header is None else None
 
     def push(self, id: int) -> list[Delta]:
-        """The pieces that this id completes: usually one or none."""
+        """Read one id. Returns the deltas that it completes, usually one or none."""
         name = self._special_names.get(id)
         if name is None:
-            return self._text(self._decoder.push(id))
-        return [*self._text(self._decoder.flush()), *self._special(name)]
+            return self._push_text(self._decoder.push(id))
+        return [*self._push_text(self._decoder.flush()), *self._push_special(name)]
 
     def finish(self) -> list[Delta]:
-        """End the stream, wherever it is. Half a header without text is no message."""
-        return [*self._text(self._decoder.flush()), *self._end(cut_off=True)]
+        """End the stream, wherever it is. Returns the last deltas. A truncated header without text is no message."""
+        return [*self._push_text(self._decoder.flush()), *self._end_message(cut_off=True)]
 
-    def _special(self, name: str) -> list[Delta]:
-        if name in _ENDS:
-            return self._end()
+    def _push_special(self, name: str) -> list[Delta]:
+        if name in _MESSAGE_ENDS:
+            return self._end_message()
         if name == START:
-            deltas = self._end(cut_off=True)
+            deltas = self._end_message(cut_off=True)
             self._role_expected = True
             return deltas
         if name == MESSAGE and self._header is not None:
-            return self._begin(*read_header(self._header, role_expected=self._role_expected, complete=True))
+            return self._begin_message(*read_header(self._header, role_expected=self._role_expected, complete=True))
         if name == CHANNEL and self._header is None:
-            self._header = [Part(CHANNEL, "")]
+            self._header = [HeaderPart(CHANNEL, "")]
         elif name in (CHANNEL, CONSTRAIN) and self._header is not None:
             if not self._header[-1].text.strip():
                 self._header.pop()
-            self._header.append(Part(name, ""))
+            self._header.append(HeaderPart(name, ""))
         return []
 
-    def _text(self, text: str) -> list[Delta]:
+    def _push_text(self, text: str) -> list[Delta]:
         if not text:
             return []
         if self._open is not None and self._header is None:
             return [self._open.delta(text)]
-        header = self._header or [Part(None, "")]
-        self._header = [*header[:-1], Part(header[-1].marker, header[-1].text + text)]
-        return self._no_header() if self._grown_too_long(self._header) else []
+        header = self._header or [HeaderPart(None, "")]
+        self._header = [*header[:-1], HeaderPart(header[-1].marker, header[-1].text + text)]
+        return self._header_as_text() if self._exceeds_header_limits(self._header) else []
 
-    def _grown_too_long(self, parts: list[Part]) -> bool:
+    def _exceeds_header_limits(self, parts: list[HeaderPart]) -> bool:
         _, text = self._read_unfinished(parts)
-        words = len(text.split())
-        return words > _MOST_WORDS or "\n" in text.strip() or sum(len(part.text) for part in parts) > _MOST_CHARACTERS
+        characters = sum(len(part.text) for part in parts)
+        return len(text.split()) > _MAX_UNKNOWN_WORDS or "\n" in text.strip() or characters > _MAX_HEADER_CHARACTERS
 
-    def _read_unfinished(self, parts: list[Part]) -> tuple[Header, str]:
+    def _read_unfinished(self, parts: list[HeaderPart]) -> tuple[Header, str]:
         return read_header(parts, role_expected=self._role_expected, complete=False)
 
-    def _begin(self, header: Header, text: str) -> list[Delta]:
-        self._close()
+    def _begin_message(self, header: Header, text: str) -> list[Delta]:
+        self._close_message()
         self._header = None
-        self._open = _Open(header, len(self._messages))
+        self._open = _OpenMessage(header, len(self._messages))
         return [self._open.delta(text)]
 
-    def _no_header(self) -> list[Delta]:
-        """What looked like a header is text, from where it stops being one."""
+    def _header_as_text(self) -> list[Delta]:
+        """Give up the current header: from its first unknown word on, it is text."""
         header, text = self._read_unfinished(self._header or [])
         if self._open is None or header != Header():
-            return self._begin(header, text)
-        self._header = None
+            return self._begin_message(header, text)
+        self._header = None  # `<|channel|>` without a channel: the open message continues
         return [self._open.delta(text)] if text else []
 
-    def _end(self, *, cut_off: bool = False) -> list[Delta]:
-        """End the message, and the header if one is being read: without text it counts unless it was cut off."""
+    def _end_message(self, *, cut_off: bool = False) -> list[Delta]:
+        """End the open message, and the current header if there is one.
+
+        A header that an end token ends becomes a message if it has text or any field. One that is cut off becomes a
+        message unless its text is a partial header word (or empty).
+        """
         deltas: list[Delta] = []
         if self._header is not None:
             header, text = self._read_unfinished(self._header)
-            half = self._header[-1].text.endswith(text) and is_half_a_word(text)
-            if not half if cut_off else text or header != Header(header.role):
-                deltas = self._no_header()
-        self._close()
-        self._header = [Part(None, "")]
+            is_partial = self._header[-1].text.endswith(text) and is_partial_header_word(text)
+            has_content = not is_partial if cut_off else bool(text) or header != Header(header.role)
+            if has_content:
+                deltas = self._header_as_text()
+        self._close_message()
+        self._header = [HeaderPart(None, "")]
         self._role_expected = False
         return deltas
 
-    def _close(self) -> None:
+    def _close_message(self) -> None:
         if self._open is not None:
-            self._messages.append(self._open.closed())
+            self._messages.append(self._open.to_message())
             self._open = None

@@ -1,8 +1,11 @@
-"""Regular expressions of JSON schemas (ECMA-262's) as llguidance reads them (Rust's), where both mean the same.
+r"""Translation of regular expressions from JSON Schema's dialect (ECMA-262) to llguidance's (Rust's regex).
 
-What one of them lacks, or reads otherwise, is refused. Two things are rewritten, both to allow a little less: `.` is no
-carriage return either, and no negated class holds U+0001. For to llguidance 1.9, which quotes strings itself, a class
-with every control character but the line feed is any character at all, whatever else it excludes: `[^"]` let `\\"` in.
+A pattern is translated only if it means the same in both dialects; otherwise it is refused. Two constructs are
+rewritten, both so that they match slightly less:
+
+- `.` does not match a carriage return either.
+- A negated class does not match U+0001. llguidance 1.9 escapes strings itself, and takes a class that holds every
+  control character except the line feed for "any character", whatever else the class excludes: `[^"]` would match `\"`.
 """
 
 from __future__ import annotations
@@ -11,25 +14,27 @@ import re
 
 _ESCAPE = r"\\(?:[dDwWsSnrtfv_]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|[pP]\{[\w=]+\}|[^\w\s<>])"
 _GROUP = r"\((?:\?:|\?<[A-Za-z_]\w*>|(?!\?))"
-_OUTSIDE = re.compile(rf"{_ESCAPE}|{_GROUP}|\[(?!\^?\])\^?|[^\\(\[]", re.DOTALL)
-_INSIDE = re.compile(rf"{_ESCAPE}|(?!&&|--|~~)[^\\\[]", re.DOTALL)  # of a class; in Rust's, classes nest and subtract
-_LOWEST = re.compile(r"\\x0[01]|\\u000[01]|[\x00\x01]")
+_OUTSIDE_CLASS = re.compile(rf"{_ESCAPE}|{_GROUP}|\[(?!\^?\])\^?|[^\\(\[]", re.DOTALL)
+# Rust allows classes within classes, and operators (&&, --, ~~) on them.
+_INSIDE_CLASS = re.compile(rf"{_ESCAPE}|(?!&&|--|~~)[^\\\[]", re.DOTALL)
+_U0000_OR_U0001 = re.compile(r"\\x0[01]|\\u000[01]|[\x00\x01]")
 
 
-def translated(pattern: str) -> str | None:
-    """The pattern for llguidance; None for one that cannot be relied on to mean the same there."""
-    pieces, place, within = [], 0, ""  # within: how the class began that is being read
-    while place < len(pattern):
-        token = (_INSIDE if within else _OUTSIDE).match(pattern, place)
-        if token is None or (within != "[^" and _LOWEST.fullmatch(token[0])):
+def translate_pattern(pattern: str) -> str | None:
+    """Return the pattern in llguidance's dialect, or None if it might not mean the same there."""
+    pieces, position = [], 0
+    class_start = ""  # "[" or "[^" within a class
+    while position < len(pattern):
+        token = (_INSIDE_CLASS if class_start else _OUTSIDE_CLASS).match(pattern, position)
+        if token is None or (class_start != "[^" and _U0000_OR_U0001.fullmatch(token[0])):
             return None
-        text, place = token[0], token.end()
-        if within:
-            within = "" if text == "]" else within
+        text, position = token[0], token.end()
+        if class_start:
+            class_start = "" if text == "]" else class_start
         elif text in ("[", "[^"):
-            within = text
+            class_start = text
             text += r"\x01" if text == "[^" else ""
         elif text == ".":
             text = r"[^\n\r]"
         pieces.append(text)
-    return None if within else "".join(pieces)
+    return None if class_start else "".join(pieces)

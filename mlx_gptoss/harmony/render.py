@@ -1,7 +1,7 @@
-"""A conversation -> the ids that the model continues. The ids are openai-harmony's, one for one.
+"""Rendering: a conversation -> the token ids that the model continues, identical to openai-harmony's.
 
-Text goes through `Tokenizer.encode`, piece by piece as the model was trained (header parts and content are encoded
-apart), so special tokens written in a message stay text.
+Header parts and content are encoded separately with `Tokenizer.encode`, as in training. That encodes special tokens
+in a message as plain text: a user cannot inject them.
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ from collections.abc import Sequence
 
 from ..errors import InvalidRequest
 from ..tokenizer import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START, Tokenizer
-from .builtin import BUILTIN
+from .builtin import BUILTIN_TOOLS
 from .messages import Conversation, Message, ResponseFormat
-from .schema import Namespace, tools_section
+from .typescript import Namespace, tools_section
 
-CHANNELS = "# Valid channels: analysis, commentary, final. Channel must be included for every message."
-CALLS_GO_TO_COMMENTARY = "Calls to these tools must go to the commentary channel: 'functions'."
+VALID_CHANNELS = "# Valid channels: analysis, commentary, final. Channel must be included for every message."
+CALL_CHANNEL = "Calls to these tools must go to the commentary channel: 'functions'."
 
 
 def render(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
-    """All messages, then `<|start|>assistant`: the model goes on with its header.
+    """Return the ids of the prompt: all messages, then `<|start|>assistant`. The model continues with its header.
 
-    Raises InvalidRequest for a message or built-in tool that cannot be rendered.
+    Raises InvalidRequest for a tool message without a name and for an unknown built-in tool.
     """
     ids = render_messages(prompt_messages(conversation), tokenizer)
     return [*ids, tokenizer.special(START), *tokenizer.encode("assistant")]
 
 
 def render_reply(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-    """What the model would have to say after `render` to add these assistant messages: a trainer's target.
+    """Return the ids that the model has to generate after `render` to write these messages: a training target.
 
-    It begins after `<|start|>assistant` and ends in `<|call|>` for a call, else in `<|return|>`.
-    Raises InvalidRequest unless there is a message and all are the assistant's.
+    They begin after `<|start|>assistant` and end in `<|call|>` for a call, otherwise in `<|return|>`.
+    Raises InvalidRequest for an empty list, and for a message that is not the assistant's or has a name.
     """
     if not messages or any(message.role != "assistant" or message.name for message in messages):
-        raise InvalidRequest("a reply is at least one message, and all of them the assistant's, without a name")
+        raise InvalidRequest("a reply must have at least one message, all from the assistant and without a name")
     ids = render_messages(messages, tokenizer)
     if messages[-1].recipient is None:
         ids[-1] = tokenizer.special(RETURN)
@@ -43,11 +43,14 @@ def render_reply(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]
 
 
 def render_messages(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of the messages, one after the other. Raises InvalidRequest as render_message does."""
     return [id for message in messages for id in render_message(message, tokenizer)]
 
 
 def render_message(message: Message, tokenizer: Tokenizer) -> list[int]:
-    """One message from `<|start|>` to its end: `<|call|>` when the assistant addresses somebody, else `<|end|>`.
+    """Return the ids of one message, from `<|start|>` to its end token.
+
+    That is `<|call|>` for a message from the assistant with a recipient, otherwise `<|end|>`.
 
     Raises InvalidRequest for a tool's message without a name.
     """
@@ -64,14 +67,15 @@ def render_message(message: Message, tokenizer: Tokenizer) -> list[int]:
 
 
 def prompt_messages(conversation: Conversation) -> tuple[Message, ...]:
-    """Every message the model is shown: system, developer when there is something to say, then the turns.
+    """Return the messages of the prompt: system, developer unless it would be empty, then the turns.
 
-    The rule for old reasoning is openai-harmony's: once the assistant's latest message is a final answer, analysis
-    before the conversation's first final answer is dropped. Until then (a call awaits its result) all is kept.
+    Old reasoning is dropped by openai-harmony's rule: if the assistant's latest message is a final answer, analysis
+    before the first final answer of the conversation is left out. Otherwise (a call awaits its result) all of it is
+    kept.
     """
     turns = conversation.messages
     assistant = [message for message in turns if message.role == "assistant"]
-    first_final = next((place for place, message in enumerate(turns) if message.channel == "final"), 0)
+    first_final = next((index for index, message in enumerate(turns) if message.channel == "final"), 0)
     if assistant and assistant[-1].channel == "final":
         kept = [message for message in turns[:first_final] if message.channel != "analysis"]
         turns = (*kept, *turns[first_final:])
@@ -83,8 +87,10 @@ def prompt_messages(conversation: Conversation) -> tuple[Message, ...]:
 
 
 def system_text(conversation: Conversation) -> str:
-    """The system message: who the model is, what day it is, how hard to think, built-in tools, which channels there
-    are. Raises InvalidRequest for a built-in tool that there is none of."""
+    """Return the system message: identity, dates, reasoning effort, built-in tools and the valid channels.
+
+    Raises InvalidRequest for an unknown built-in tool.
+    """
     about = [conversation.identity]
     if conversation.knowledge_cutoff is not None:
         about.append(f"Knowledge cutoff: {conversation.knowledge_cutoff}")
@@ -93,38 +99,42 @@ def system_text(conversation: Conversation) -> str:
     sections = ["\n".join(about), f"Reasoning: {conversation.reasoning}"]
     if conversation.builtin_tools:
         sections.append(tools_section([_builtin(name) for name in sorted(set(conversation.builtin_tools))]))
-    sections.append(f"{CHANNELS}\n{CALLS_GO_TO_COMMENTARY}" if conversation.functions else CHANNELS)
+    sections.append(f"{VALID_CHANNELS}\n{CALL_CHANNEL}" if conversation.functions else VALID_CHANNELS)
     return "\n\n".join(sections)
 
 
 def developer_text(conversation: Conversation) -> str:
-    """The developer message: instructions, the functions that may be called, the form of the answer; empty when there
-    is none of them."""
+    """Return the developer message: instructions, function declarations and the response format.
+
+    Empty if the conversation has none of them.
+    """
     sections = []
     if conversation.instructions is not None:
         sections.append(instructions_text(conversation.instructions))
     if conversation.functions:
         sections.append(tools_section([Namespace("functions", functions=conversation.functions)]))
     if conversation.response_format is not None and conversation.response_format.name is not None:
-        sections.append(format_section(conversation.response_format))
+        sections.append(response_format_section(conversation.response_format))
     return "\n\n".join(sections)
 
 
-def format_section(form: ResponseFormat) -> str:
-    """The "# Response Formats" section, as OpenAI's guide to Harmony lays it out ("Structured output")."""
-    comments = [f"// {line}\n" for line in form.description.splitlines()]
-    schema = json.dumps(form.schema, ensure_ascii=False, separators=(",", ":"))
-    return f"# Response Formats\n\n## {form.name}\n\n{''.join(comments)}{schema}"
+def response_format_section(response_format: ResponseFormat) -> str:
+    """Return the "# Response Formats" section, laid out as in OpenAI's guide to Harmony ("Structured output")."""
+    comments = [f"// {line}\n" for line in response_format.description.splitlines()]
+    schema = json.dumps(response_format.schema, ensure_ascii=False, separators=(",", ":"))
+    return f"# Response Formats\n\n## {response_format.name}\n\n{''.join(comments)}{schema}"
 
 
 def instructions_text(instructions: str) -> str:
+    """Return the "# Instructions" section of a developer message."""
     return f"# Instructions\n\n{instructions}"
 
 
 def _builtin(name: str) -> Namespace:
-    if name not in BUILTIN:
-        raise InvalidRequest(f"there is no built-in tool {name!r}: use {' or '.join(BUILTIN)}, or offer a function")
-    return BUILTIN[name]
+    if name not in BUILTIN_TOOLS:
+        known = " or ".join(BUILTIN_TOOLS)
+        raise InvalidRequest(f"unknown built-in tool {name!r}: use {known}, or declare a function")
+    return BUILTIN_TOOLS[name]
 
 
 def _author(message: Message, tokenizer: Tokenizer) -> list[int]:
@@ -132,7 +142,7 @@ def _author(message: Message, tokenizer: Tokenizer) -> list[int]:
         ids = tokenizer.encode(message.role)
         return ids if message.name is None else ids + tokenizer.encode(f":{message.name}")
     if message.name is None:
-        raise InvalidRequest('a tool message needs the name of the function that answers, such as "functions.add"')
+        raise InvalidRequest('a tool message needs a name: that of the called function, such as "functions.add"')
     return tokenizer.encode(message.name)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError, GptOssError
 
-NEEDED = (
+MODEL_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
     "config*.json",
@@ -22,9 +22,9 @@ NEEDED = (
     "chat_template*",
     "*.tiktoken",
 )
-NOT_NEEDED = ("*/*",)  # folders: original/ and metal/ hold the same weights once more
+IGNORED_FILES = ("*/*",)  # folders: original/ and metal/ hold the same weights once more
 
-AGAIN = "run the same command again; what is complete is kept"
+RETRY_ADVICE = "run the same command again; what is complete is kept"
 REPO_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?", re.ASCII)
 
 
@@ -68,8 +68,8 @@ def _download(repo: str, revision: str | None, progress: bool) -> Path:
         folder = huggingface_hub.snapshot_download(
             repo,
             revision=revision,
-            allow_patterns=list(NEEDED),
-            ignore_patterns=list(NOT_NEEDED),
+            allow_patterns=list(MODEL_FILES),
+            ignore_patterns=list(IGNORED_FILES),
             tqdm_class=None if progress else _silent_bars(),
         )
     except Exception as error:  # what can go wrong here is the hub's, the network's, the disk's: all for the user
@@ -97,7 +97,10 @@ def _explain(repo: str, revision: str | None, error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if _disk_is_full(error):
         folder = _cache()
-        return f"the disk is full: {repo} does not fit into {folder}; free some space there or set HF_HOME, and {AGAIN}"
+        return (
+            f"the disk is full: {repo} does not fit into {folder}; free some space there or set HF_HOME, and "
+            f"{RETRY_ADVICE}"
+        )
     if isinstance(error, errors.GatedRepoError):
         return f"{repo} is gated: ask for access at {_page(repo)}, then log in with `hf auth login`"
     if isinstance(error, errors.RevisionNotFoundError):
@@ -113,13 +116,13 @@ def _explain(repo: str, revision: str | None, error: Exception) -> str:
         return f"the hub refused access to {repo} ({status}); log in again with `hf auth login`"
     if isinstance(error, errors.LocalEntryNotFoundError):
         return _unreachable(repo, error.__cause__ or error)
-    return f"downloading {repo} failed ({type(error).__name__}: {_first_line(error)}); {AGAIN}"
+    return f"downloading {repo} failed ({type(error).__name__}: {_first_line(error)}); {RETRY_ADVICE}"
 
 
 def _unreachable(repo: str, error: BaseException) -> str:
     return (
         f"{repo} is not, or not completely, in the cache at {_cache()}, and the hub cannot be reached "
-        f"({_first_line(error)}); check the connection and HF_HUB_OFFLINE, and {AGAIN}"
+        f"({_first_line(error)}); check the connection and HF_HUB_OFFLINE, and {RETRY_ADVICE}"
     )
 
 

@@ -10,10 +10,10 @@ from ..config import ModelConfig
 from ..errors import DoesNotFit
 from ..machine import mac_memory
 
-COMFORTABLE_CONTEXT = 8192  # tokens that are worth leaving the embeddings in the file
-SMALLEST_CONTEXT = 2048  # a default context is not cut below this; with less room the model is refused
+PREFERRED_CONTEXT = 8192  # tokens that are worth leaving the embeddings in the file
+MIN_CONTEXT = 2048  # a default context is not cut below this; with less room the model is refused
 DEFAULT_CHUNK_CONTEXT = 32768  # tokens of default context that are worth more than a larger prefill chunk
-SMALLEST_CHUNK = 256  # tokens of one prefill step below which it would be slow for little memory
+MIN_CHUNK = 256  # tokens of one prefill step below which it would be slow for little memory
 PREFIX_BYTES = 2 << 30  # of the prefix cache: of 20b in bfloat16, conversations of 55,000 tokens together
 SYSTEM_BYTES = 3 << 30  # what macOS is left with when a GPU's limit is raised
 RUNTIME_BYTES = 300 << 20  # interpreter, libraries, tokenizer and allocator slack (measured: 210 MB with MLX on a CPU)
@@ -92,12 +92,12 @@ def plan_memory(
     prefix_bytes: int | None = 0,
 ) -> MemoryPlan:
     """The plan for `context` tokens a slot; None takes the model's longest, or what fits of it
-    (but no less than SMALLEST_CONTEXT, at which a model that is too big is refused).
+    (but no less than MIN_CONTEXT, at which a model that is too big is refused).
 
     activation_bytes: 2 or 4, the size of an activation and of a K/V entry. chunk: most tokens of one prefill step;
-    it is halved, down to SMALLEST_CHUNK, until the context fits, or DEFAULT_CHUNK_CONTEXT of a default one.
+    it is halved, down to MIN_CHUNK, until the context fits, or DEFAULT_CHUNK_CONTEXT of a default one.
     kv_bits: 8 where the full layers' keys and values are kept in 8 bits, with two float32 to 64 of them.
-    mappable_bytes: of the weights, what may stay in the file; it does if a COMFORTABLE_CONTEXT does not fit otherwise.
+    mappable_bytes: of the weights, what may stay in the file; it does if a PREFERRED_CONTEXT does not fit otherwise.
     upcastable_bytes: what dense matrices would take more if they were upcast; they are if the plan fits all the same.
     prefix_bytes: for the prefix cache; None gives it half of what is left, PREFIX_BYTES at most.
     """
@@ -119,7 +119,7 @@ def plan_memory(
     steps = [RUNTIME_BYTES + working_space(config, size, slots, activation_bytes) for size in _chunks(chunk)]
     choices = [replace(plan, chunk=size, step_bytes=step) for size, step in zip(_chunks(chunk), steps, strict=True)]
     whole = _first_that_fits(choices, wanted, context is not None)
-    if not mappable_bytes or (whole.fits and whole.context >= min(wanted, COMFORTABLE_CONTEXT)):
+    if not mappable_bytes or (whole.fits and whole.context >= min(wanted, PREFERRED_CONTEXT)):
         wide = replace(whole, upcast_bytes=upcastable_bytes)
         return _with_prefix(wide if wide.fits else whole, prefix_bytes)
     lean = _first_that_fits(
@@ -135,7 +135,7 @@ def _with_prefix(plan: MemoryPlan, prefix_bytes: int | None) -> MemoryPlan:
 
 def _chunks(most: int) -> list[int]:
     """Sizes of a prefill step to try, halving."""
-    return [most, *(_chunks(most // 2) if most > SMALLEST_CHUNK else [])]
+    return [most, *(_chunks(most // 2) if most > MIN_CHUNK else [])]
 
 
 def _first_that_fits(choices: Sequence[MemoryPlan], wanted: int, asked: bool) -> MemoryPlan:
@@ -143,7 +143,7 @@ def _first_that_fits(choices: Sequence[MemoryPlan], wanted: int, asked: bool) ->
     plan = replace(next((choice for choice in choices if choice.fits), choices[-1]), context=wanted)
     if asked or plan.fits:
         return plan
-    return replace(plan, context=min(wanted, max(plan.largest_context, SMALLEST_CONTEXT)))
+    return replace(plan, context=min(wanted, max(plan.largest_context, MIN_CONTEXT)))
 
 
 def require_fit(plan: MemoryPlan, name: str, smaller_formats: dict[str, int]) -> None:
@@ -153,7 +153,7 @@ def require_fit(plan: MemoryPlan, name: str, smaller_formats: dict[str, int]) ->
     advice = (
         [f"raise the GPU's limit until the next restart ({line})"] if (line := wired_limit(plan, mac_memory())) else []
     )
-    if plan.largest_context >= SMALLEST_CONTEXT:
+    if plan.largest_context >= MIN_CONTEXT:
         advice.append(f"use --max-context {plan.largest_context}")
     spare = plan.available_bytes - (plan.needed_bytes - plan.weights_bytes)
     fitting = {fmt: size for fmt, size in smaller_formats.items() if size <= spare}

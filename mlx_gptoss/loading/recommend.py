@@ -26,15 +26,15 @@ from ..weights.checkpoint import Checkpoint, CheckpointLike
 from ..weights.formats import WRITERS
 from ..weights.params import MATRIX_ROLES, Role
 from ..weights.tensor import MXFP4, Dense
-from .memory import COMFORTABLE_CONTEXT, SMALLEST_CONTEXT, MemoryPlan
+from .memory import MIN_CONTEXT, PREFERRED_CONTEXT, MemoryPlan
 
 _PREFERRED: Mapping[str, Sequence[str]] = {
     "mxfp4": ("mlx-mxfp4-q8", "mlx-mxfp4-q4"),
     "dense": ("mlx-8bit", "mlx-4bit"),
     "other": ("mlx-4bit",),
 }
-READ_BY_EVERY_TOKEN: Sequence[Role] = ("attention", "router", "lm_head")
-WHAT_IT_DOES: Mapping[str, str] = {
+DENSE_ROLES: Sequence[Role] = ("attention", "router", "lm_head")
+DESCRIPTIONS: Mapping[str, str] = {
     "mlx-mxfp4-q8": "experts bit for bit, the rest in 8 bits",
     "mlx-mxfp4-q4": "experts bit for bit, the rest in 4 bits",
     "mlx-8bit": "8 bits a weight",
@@ -63,12 +63,12 @@ def recommend(
     """The format to run the checkpoint in, or None if none fits.
 
     plan: of the checkpoint as it is. sizes: bytes in the formats that it can be written in. context: tokens that must
-    fit; None asks for COMFORTABLE_CONTEXT or, failing that, SMALLEST_CONTEXT. mappable: bytes that may stay in the
+    fit; None asks for PREFERRED_CONTEXT or, failing that, MIN_CONTEXT. mappable: bytes that may stay in the
     file, by format. Reads some rows of bfloat16 experts.
     """
     mappable = mappable or {}
     most = checkpoint.config.max_position_embeddings
-    for wanted in [context] if context else [min(COMFORTABLE_CONTEXT, most), min(SMALLEST_CONTEXT, most)]:
+    for wanted in [context] if context else [min(PREFERRED_CONTEXT, most), min(MIN_CONTEXT, most)]:
         for name, size in _candidates(checkpoint, sizes):
             as_is = size == checkpoint.size_bytes
             held = size + derived_bytes(checkpoint) if as_is else size
@@ -130,7 +130,7 @@ def mappable_by_format(checkpoint: Checkpoint) -> dict[str, int]:
 def upcastable_bytes(weights: CheckpointLike, activation_bytes: int) -> int:
     """Bytes that the dense matrices which every token reads would take more in activations of this size."""
     extra = 0
-    for role in READ_BY_EVERY_TOKEN:
+    for role in DENSE_ROLES:
         matrices = [param for param in weights.params if param.role == role and param.is_matrix]
         if all(weights.stored_as(param.name)[0] is None for param in matrices):
             wide = activation_bytes * sum(param.size for param in matrices)

@@ -18,24 +18,24 @@ from ..sampling import Sampling
 from ..weights.tensor import Weight, Weights
 from .evaluation import kl_divergence, log_softmax
 
-LAYERS = 4  # that are compared, of each kind two
-PROMPT = 136  # tokens: with those decoded, beyond the sliding window
+LAYERS = 4  # compared; two of each kind
+PROMPT = 136  # tokens; longer than the sliding window
 DECODED = 8
-# The most that rounding explains, by the activations' dtype: mean KL divergence in nats, and mean difference of decoded
-# tokens' log-probabilities. A narrow dtype now and then takes another expert where two are nearly as good.
+# The largest differences that rounding explains, by the activations' dtype: mean KL divergence in nats, and mean
+# difference of decoded tokens' log-probabilities. A narrow dtype sometimes chooses another expert.
 TOLERANCE = {"float32": (1e-5, 1e-2), "bfloat16": (0.05, 0.5), "float16": (0.05, 0.5)}
 GREEDY = Sampling(temperature=0)
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Our logits against another computation's, over `tokens` positions of `layers` layers.
+    """Our logits compared with another computation's, over `tokens` positions of the first `layers` layers.
 
-    relative_error: largest error over a position's vocabulary by its largest logit, the median of all positions;
-        worst_error: the same of the worst, which may be one where rounding decided between two experts.
-    kl: KL(other || ours) in nats, the mean. top1: how often both find the same token the likeliest.
-    decode_error: mean difference between the log-probabilities of tokens that we decoded, one a step in a batch, and
-        the other's of the same tokens, for the worst batch; None if only whole prompts were compared.
+    relative_error: the largest error over a position's vocabulary divided by its largest logit, median over positions.
+    worst_error: the same for the worst position, where rounding may have chosen another expert.
+    kl: mean KL(other || ours) in nats. top1: how often both rank the same token first.
+    decode_error: mean difference between our log-probabilities of tokens decoded one per step in a batch and the
+        other's of the same tokens, for the worst batch; None if only whole prompts were compared.
     """
 
     against: str
@@ -72,30 +72,30 @@ class FirstLayers:
         self._source.release()
 
 
-def with_float32(
+def with_cpu_float32(
     module: Backend, source: Weights, backend: str, device: str | None, dtype: str, batches: Sequence[int]
 ) -> Agreement:
-    """A backend on `device` in `dtype` against the same backend on the CPU in float32: a prompt's logits, and tokens
-    that it decodes in each of the `batches`, as the benchmark will. Raises GptOssError if they are further apart than
-    rounding puts them."""
+    """Compare a backend on `device` in `dtype` with the same backend on the CPU in float32: a prompt's logits, and
+    tokens decoded in batches of each size. Raises GptOssError if they differ by more than rounding explains."""
     first = FirstLayers(source, LAYERS)
     rng = np.random.default_rng(0)
-    # One sequence reaches beyond the window; the others are short, and no two lengths the same in a row.
+    # One sequence is longer than the window; the others are short, and neighbours have different lengths.
     lengths = [PROMPT, *(5 + slot % 7 for slot in range(1, max(batches)))]
-    asked = [tuple(rng.integers(0, source.config.vocab_size, length).tolist()) for length in lengths]
+    prompts = [tuple(rng.integers(0, source.config.vocab_size, length).tolist()) for length in lengths]
     limits = Limits(max(batches), PROMPT + DECODED, min(PROMPT, module.prefill_chunk(device)))
     runner = module.load(first, device=device, dtype=dtype, limits=limits)
     try:
-        ours = runner.logits(asked[0])
-        decoded = [_decode(runner, asked[:batch]) for batch in batches]
+        ours = runner.logits(prompts[0])
+        decoded = [_decode(runner, prompts[:batch]) for batch in batches]
     finally:
         runner.close()
     oracle = module.load(first, device="cpu", dtype="float32", limits=Limits(1, 1, limits.chunk))
     try:
         errors = [
-            np.mean([_decode_errors(oracle, asked[slot], done[slot]) for slot in _some(len(done))]) for done in decoded
+            np.mean([_decode_errors(oracle, prompts[slot], done[slot]) for slot in _sample_slots(len(done))])
+            for done in decoded
         ]
-        found = compare(ours, oracle.logits(asked[0]), f"{backend} on the CPU in float32", first.config)
+        found = compare(ours, oracle.logits(prompts[0]), f"{backend} on the CPU in float32", first.config)
     finally:
         oracle.close()
     found = replace(found, decode_error=float(np.max(errors)))
@@ -103,8 +103,8 @@ def with_float32(
     return found
 
 
-def of_logits(ours: HasLogits, other: Other, dtype: str, config: ModelConfig, *, require: bool) -> Agreement:
-    """Our logits of a short prompt against another program's. Raises GptOssError if they have to agree and do not."""
+def with_other_engine(ours: HasLogits, other: Other, dtype: str, config: ModelConfig, *, require: bool) -> Agreement:
+    """Compare our logits of a short prompt with another engine's. With require, raises GptOssError if they disagree."""
     ids = np.random.default_rng(0).integers(0, config.vocab_size, 48).tolist()
     found = compare(ours.logits(ids), other.logits(ids), f"{other.engine} ({other.backend})", config)
     if require:
@@ -113,9 +113,9 @@ def of_logits(ours: HasLogits, other: Other, dtype: str, config: ModelConfig, *,
 
 
 def compare(ours: NDArray[np.float32], other: NDArray[np.float32], against: str, config: ModelConfig) -> Agreement:
-    """Logits [T, V] against logits [T, V]. Raises GptOssError if ours are not numbers."""
+    """Compare logits [T, V] with logits [T, V]. Raises GptOssError if ours are NaN or infinite."""
     if not np.isfinite(ours).all():
-        raise GptOssError("some logits are NaN or infinite: the device computes nonsense; nothing was timed")
+        raise GptOssError("some logits are NaN or infinite: the device computes wrongly; nothing was timed")
     error = np.abs(ours - other).max(axis=-1) / np.abs(other).max(axis=-1)
     kl = kl_divergence(log_softmax(other), log_softmax(ours))
     top1 = np.mean(ours.argmax(axis=-1) == other.argmax(axis=-1))
@@ -135,26 +135,26 @@ def _require(found: Agreement, dtype: str) -> None:
     if not (found.kl <= kl and (found.decode_error or 0) <= decode):
         decoded = "" if found.decode_error is None else f", decoded log-probabilities off by {found.decode_error:.3g}"
         raise GptOssError(
-            f"the logits disagree with {found.against}: KL {found.kl:.3g} nats where {kl:g} is the most in {dtype}, "
+            f"the logits disagree with {found.against}: KL {found.kl:.3g} nats, allowed in {dtype} {kl:g}, "
             f"relative error {found.relative_error:.3g}, at worst {found.worst_error:.3g}{decoded}; nothing was timed: "
             "please report this"
         )
 
 
-def _decode(runner: Runner, asked: Sequence[tuple[int, ...]]) -> list[list[tuple[int, float]]]:
-    """(token, log-probability) of each decoded token, by slot: the first from the prompt, the others from batched steps
-    whose tokens are fed back on the device."""
+def _decode(runner: Runner, prompts: Sequence[tuple[int, ...]]) -> list[list[tuple[int, float]]]:
+    """(token, log-probability) of each decoded token, by slot. The first comes from the prompt, the others from batched
+    steps that feed tokens back on the device."""
     found: list[list[tuple[int, float]]] = []
-    for slot, ids in enumerate(asked):
+    for slot, ids in enumerate(prompts):
         (sampled,) = runner.submit([Row(slot, 0, ids, GREEDY, ids)]).wait()
         assert sampled is not None
         found.append([(sampled.token, sampled.logprob)])
     for step in range(DECODED - 1):
-        rows = [Row(slot, len(ids) + step, None, GREEDY) for slot, ids in enumerate(asked)]
+        rows = [Row(slot, len(ids) + step, None, GREEDY) for slot, ids in enumerate(prompts)]
         for row, sampled in zip(rows, runner.submit(rows).wait(), strict=True):
             assert sampled is not None
             found[row.slot].append((sampled.token, sampled.logprob))
-    for slot in range(len(asked)):
+    for slot in range(len(prompts)):
         runner.release(slot)
     return found
 
@@ -167,6 +167,6 @@ def _decode_errors(oracle: Runner, ids: tuple[int, ...], decoded: list[tuple[int
     return errors
 
 
-def _some(batch: int) -> list[int]:
-    """The first, the last, and one between."""
+def _sample_slots(batch: int) -> list[int]:
+    """The first, a middle and the last slot."""
     return sorted({0, batch // 2, batch - 1})

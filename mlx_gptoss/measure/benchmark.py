@@ -1,5 +1,5 @@
-"""How fast a model runs: prefill and decode, each timed alone (timing.py), beside the bytes that a step reads and the
-speed at which the device copies memory. Nothing here knows a device or another program.
+"""Speed of a model: prefill and decode timed apart (timing.py), the bytes that a step reads, and the bandwidth of a
+copy on the same device. It knows no device and no other engine by name.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from ..weights.synthetic import Synthetic
 from ..weights.tensor import Weight, Weights
 from . import agreement
 from .agreement import Agreement
-from .timing import Case, Contender, Ours
+from .timing import Case, OurEngine, TimedEngine
 
-Tell = Callable[[str], None]  # what is being done, for whoever waits
+Log = Callable[[str], None]  # receives a line for each thing that begins
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Medians over the repetitions. Speeds are tokens a second of all sequences together.
+    """Medians over the repetitions. Speeds are tokens per second of all sequences together.
 
-    bytes_per_step: what one decoding step has to read: every weight but the experts' and the embedding table's, the
-        experts that `batch` tokens touch in expectation, an embedding row a token, and keys and values of the context.
-    bytes_per_token: the same by token. fraction_of_bound: decode_tok_s * bytes_per_token over the copy bandwidth.
-    load_s: of synthetic weights, with their making. ratio: our speeds over the other program's.
-    None where it is not known or not asked for.
+    bytes_per_step: what one decode step must read: every weight except experts and embeddings, the experts that
+        `batch` tokens use in expectation, one embedding row per token, and the keys and values of the context.
+    bytes_per_token: the same per token. fraction_of_bound: decode_tok_s * bytes_per_token / copy bandwidth.
+    load_s: seconds; for synthetic weights, generating them is included. ratio: our speeds divided by the other
+        engine's. None means unknown or not requested.
     """
 
     engine: str
@@ -67,8 +67,11 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Report:
-    """results: case by case, ours first. ratio: geometric means of all; None if there was no one to compare with.
-    launches: of one decoded token by engine, as `launches_per_token` counts them; empty where that cannot be said."""
+    """What `bench` returns.
+
+    results: case by case, ours first. ratio: geometric means over all cases; None without another engine.
+    launches: of one decoded token by engine, from launches_per_token; empty if they cannot be counted.
+    """
 
     results: tuple[Measurement, ...]
     agreements: tuple[Agreement, ...]
@@ -76,8 +79,8 @@ class Report:
     launches: dict[str, int]
 
 
-class Counted:
-    """Weights that note what is taken of them: bytes of each parameter by its name."""
+class CountedWeights:
+    """Weights that record the bytes of each parameter that is read, by name."""
 
     def __init__(self, source: Weights) -> None:
         self.config: ModelConfig = source.config
@@ -94,38 +97,40 @@ class Counted:
 
 
 @dataclass(frozen=True)
-class Model:
-    """Weights to be timed, of `size_bytes` in the format `form`. request: how other ranks find them."""
+class BenchModel:
+    """Weights to be timed. size_bytes: in the format `format_name`. request: how other ranks find them."""
 
     weights: CheckpointLike | Requantized
     size_bytes: int
-    form: str
+    format_name: str
     request: LoadRequest = field(default_factory=LoadRequest)
 
 
-def load(model: Model, cases: Sequence[Case], repeat: int, where: Where, tell: Tell) -> tuple[Ours, Counted]:
-    """Our model, with room for all cases. Raises DoesNotFit before anything is loaded."""
-    module, config = where.module, model.weights.config
+def load(
+    model: BenchModel, cases: Sequence[Case], repeat: int, target: Target, log: Log
+) -> tuple[OurEngine, CountedWeights]:
+    """Load our model with memory for all cases. Raises DoesNotFit before any weight is read."""
+    module, config = target.module, model.weights.config
     context = max(case.length(repeat) for case in cases)
     if context > config.max_position_embeddings:
-        most = config.max_position_embeddings - (context - max(case.context for case in cases))
+        max_tokens = config.max_position_embeddings - (context - max(case.context for case in cases))
         raise InvalidRequest(
-            f"the model's context ends at {config.max_position_embeddings}; give at most {most} tokens"
+            f"the model's context ends at {config.max_position_embeddings}; give at most {max_tokens} tokens"
         )
     launch = find_launch()
     if launch is not None:
-        return _load_split(model, replace(model.request, max_context=context, slots=_slots(cases)), launch, where, tell)
-    limits = Limits(_slots(cases), context, module.prefill_chunk(where.device))
-    activation_bytes = ACTIVATION_BYTES[where.dtype]
-    made = upcastable = 0
+        return _load_split(model, replace(model.request, max_context=context, slots=_slots(cases)), launch, target, log)
+    limits = Limits(_slots(cases), context, module.prefill_chunk(target.device))
+    activation_bytes = ACTIVATION_BYTES[target.dtype]
+    derived = upcastable = 0
     if not isinstance(model.weights, Requantized):
-        made = derived_bytes(model.weights)
-        if where.backend == "mlx" and where.name == "cpu":
+        derived = derived_bytes(model.weights)
+        if target.backend == "mlx" and target.name == "cpu":
             upcastable = upcastable_bytes(model.weights, activation_bytes)
     plan = plan_memory(
         config,
-        model.size_bytes + made,
-        module.available_memory(where.device),
+        model.size_bytes + derived,
+        module.available_memory(target.device),
         activation_bytes=activation_bytes,
         context=context,
         slots=limits.slots,
@@ -133,22 +138,26 @@ def load(model: Model, cases: Sequence[Case], repeat: int, where: Where, tell: T
         upcastable_bytes=upcastable,
     )
     require_fit(plan, "this benchmark", {})
-    tell(f"loading onto {where.name}, backend {where.backend}")
+    log(f"loading onto {target.name}, backend {target.backend}")
     limits = replace(limits, upcast=plan.upcast_bytes > 0)
-    counted, started = Counted(model.weights), time.perf_counter()
-    runner = module.load(counted, device=where.device, dtype=where.dtype, limits=limits)
-    return Ours(runner, where.backend, where.name, model.form, time.perf_counter() - started), counted
+    counted, started = CountedWeights(model.weights), time.perf_counter()
+    runner = module.load(counted, device=target.device, dtype=target.dtype, limits=limits)
+    return OurEngine(runner, target.backend, target.name, model.format_name, time.perf_counter() - started), counted
 
 
-def _load_split(model: Model, request: LoadRequest, launch: Launch, where: Where, tell: Tell) -> tuple[Ours, Counted]:
-    """On rank 0 of several: the same, with what it holds itself counted."""
-    tell(f"loading onto {where.name}, backend {where.backend}, with {launch.ranks - 1} other ranks")
+def _load_split(
+    model: BenchModel, request: LoadRequest, launch: Launch, target: Target, log: Log
+) -> tuple[OurEngine, CountedWeights]:
+    """load() on rank 0 of several; counts the weights that this rank holds."""
+    log(f"loading onto {target.name}, backend {target.backend}, with {launch.ranks - 1} other ranks")
     started = time.perf_counter()
-    plan, start = coordinate(replace(request, device=where.device, dtype=where.dtype), launch)
-    counted = Counted(plan.weights)
+    plan, start = coordinate(replace(request, device=target.device, dtype=target.dtype), launch)
+    counted = CountedWeights(plan.weights)
     runner = start(partial(replace(plan, weights=counted).load, plan.limits()))
     engine = f"mlx-gptoss, {launch.ranks} ranks"
-    return Ours(runner, where.backend, where.name, model.form, time.perf_counter() - started, engine), counted
+    return OurEngine(
+        runner, target.backend, target.name, model.format_name, time.perf_counter() - started, engine
+    ), counted
 
 
 def _slots(cases: Sequence[Case]) -> int:
@@ -156,8 +165,8 @@ def _slots(cases: Sequence[Case]) -> int:
 
 
 @dataclass(frozen=True)
-class Where:
-    """A backend and a device of it. name: the device's; dtype: of the activations, never None."""
+class Target:
+    """A backend and one of its devices. name: the device's name. dtype: of the activations, never None."""
 
     module: Backend
     backend: str
@@ -166,92 +175,98 @@ class Where:
     dtype: str
 
     @staticmethod
-    def find(backend: str, device: str | None, dtype: str | None) -> Where:
+    def find(backend: str, device: str | None, dtype: str | None) -> Target:
         module, chosen = find_backend(backend)
-        return Where(module, chosen, device, module.device_name(device), module.dtype_name(device, dtype))
+        return Target(module, chosen, device, module.device_name(device), module.dtype_name(device, dtype))
 
 
 def bench(
-    model: Model,
+    model: BenchModel,
     cases: Sequence[Case],
-    where: Where,
+    target: Target,
     *,
     repeat: int = 3,
-    others: Sequence[Contender] = (),
+    others: Sequence[TimedEngine] = (),
     must_agree: bool = False,
-    tell: Tell = lambda what: None,
+    log: Log = lambda what: None,
 ) -> Report:
-    """Check, load and time; the others are loaded already.
+    """Check, load and time our model; `others` are loaded already.
 
-    Before a GPU or narrow activations are timed, the first layers are held against float32 on the CPU (agreement.py);
-    with `must_agree`, the others' logits must be ours too. Raises GptOssError if they are not.
+    Before a GPU or a narrow data type is timed, its first layers are compared with float32 on the CPU (agreement.py).
+    With must_agree, the other engines' logits must match ours. Raises GptOssError if they do not.
     """
     agreements = []
-    if where.name != "cpu" or where.dtype != "float32":
-        tell(f"comparing {where.name} in {where.dtype} with the CPU in float32")
+    if target.name != "cpu" or target.dtype != "float32":
+        log(f"comparing {target.name} in {target.dtype} with the CPU in float32")
         batches = sorted({case.batch for case in cases})
         agreements.append(
-            agreement.with_float32(where.module, model.weights, where.backend, where.device, where.dtype, batches)
+            agreement.with_cpu_float32(
+                target.module, model.weights, target.backend, target.device, target.dtype, batches
+            )
         )
-    tell("measuring the copy bandwidth")
-    bandwidth = where.module.copy_bandwidth(where.device)
-    ours, counted = load(model, cases, repeat, where, tell)
+    log("measuring the copy bandwidth")
+    bandwidth = target.module.copy_bandwidth(target.device)
+    ours, counted = load(model, cases, repeat, target, log)
     try:
         for other in others:
-            tell(f"comparing logits with {_name(other)}")
-            agreements.append(agreement.of_logits(ours, other, where.dtype, model.weights.config, require=must_agree))
+            log(f"comparing logits with {_name(other)}")
+            agreements.append(
+                agreement.with_other_engine(ours, other, target.dtype, model.weights.config, require=must_agree)
+            )
         results: list[Measurement] = []
         for case in cases:
-            mine, *theirs = _measure([ours, *others], case, repeat, tell)
-            results += [_bounded(mine, counted, where.dtype, bandwidth), *theirs]
+            mine, *theirs = _measure([ours, *others], case, repeat, log)
+            results += [_bounded(mine, counted, target.dtype, bandwidth), *theirs]
     finally:
         ours.close()
     ratios = [result.ratio for result in results if result.ratio]
     overall = {key: geometric_mean(ratio[key] for ratio in ratios) for key in ("prefill", "decode")} if ratios else None
     if find_launch() is not None:
         return Report(tuple(results), tuple(agreements), overall, {})
-    tell("counting launches")
+    log("counting launches")
     with_mlx_lm = any(other.engine.startswith("mlx-lm") for other in others)
-    launches = launches_per_token(where, model, beside_mlx_lm=with_mlx_lm)
+    launches = launches_per_token(target, model, count_mlx_lm=with_mlx_lm)
     return Report(tuple(results), tuple(agreements), overall, launches)
 
 
-def launches_per_token(where: Where, model: Model, *, beside_mlx_lm: bool) -> dict[str, int]:
-    """Launches of one decoded token at batch 1 through MLX, ours and, if wanted, mlx-lm's, counted on a tiny model with
-    as many layers that are stored alike: what they hang on. Empty for another backend, or a format that has no writer.
+def launches_per_token(target: Target, model: BenchModel, *, count_mlx_lm: bool) -> dict[str, int]:
+    """Launches of one decoded token at batch 1 through MLX, ours and optionally mlx-lm's.
+
+    Counted on a tiny model with the same number of layers in the same format, which determine the count. Empty for
+    another backend, or a format that cannot be written.
     """
-    if where.backend != "mlx" or model.form not in WRITERS:
+    if target.backend != "mlx" or model.format_name not in WRITERS:
         return {}
     counter, layers = import_module("mlx_gptoss.backends.mlx.launches"), model.weights.config.layer_types
-    small = Synthetic(replace(PRESETS["tiny"], num_hidden_layers=len(layers), layer_types=layers), model.form)
+    small = Synthetic(replace(PRESETS["tiny"], num_hidden_layers=len(layers), layer_types=layers), model.format_name)
     found = {"mlx-gptoss": counter.launches_per_token(small)}
-    if beside_mlx_lm:
+    if count_mlx_lm:
         with tempfile.TemporaryDirectory(prefix="mlx-gptoss-bench-") as folder:
             small.write(Path(folder) / "checkpoint")
             found["mlx-lm"] = counter.mlx_lm_launches_per_token(Path(folder) / "checkpoint")
     return found
 
 
-def _measure(contenders: Sequence[Contender], case: Case, repeat: int, tell: Tell) -> list[Measurement]:
-    """Ours first. Contenders take turns, so that what slows the machine for a while slows them all."""
-    prefills: list[list[float]] = [[] for _ in contenders]
-    decodes: list[list[float]] = [[] for _ in contenders]
+def _measure(engines: Sequence[TimedEngine], case: Case, repeat: int, log: Log) -> list[Measurement]:
+    """Time all engines, ours first, in turns, so that a busy moment of the machine slows all of them."""
+    prefills: list[list[float]] = [[] for _ in engines]
+    decodes: list[list[float]] = [[] for _ in engines]
     what = f"batch {case.batch}, context {case.context}"
-    for contender in contenders:
-        tell(f"{what}: warming up {_name(contender)}")
-        contender.begin(case)
+    for engine in engines:
+        log(f"{what}: warming up {_name(engine)}")
+        engine.begin(case)
     for n in range(repeat):
-        for contender, times in zip(contenders, prefills, strict=True):
-            tell(f"{what}: prefill {n + 1} of {repeat}, {_name(contender)}")
-            times.append(contender.prefill())
-    for contender in contenders:
-        tell(f"{what}: filling the context, {_name(contender)}")
-        contender.fill()
+        for engine, times in zip(engines, prefills, strict=True):
+            log(f"{what}: prefill {n + 1} of {repeat}, {_name(engine)}")
+            times.append(engine.prefill())
+    for engine in engines:
+        log(f"{what}: filling the context, {_name(engine)}")
+        engine.fill()
     for n in range(repeat):
-        for contender, times in zip(contenders, decodes, strict=True):
-            tell(f"{what}: decode {n + 1} of {repeat}, {_name(contender)}")
-            times.append(contender.decode())
-    found = [_measurement(*entry, case) for entry in zip(contenders, prefills, decodes, strict=True)]
+        for engine, times in zip(engines, decodes, strict=True):
+            log(f"{what}: decode {n + 1} of {repeat}, {_name(engine)}")
+            times.append(engine.decode())
+    found = [_measurement(*entry, case) for entry in zip(engines, prefills, decodes, strict=True)]
     if len(found) > 1:
         ours, other = found[:2]
         ratio = {
@@ -262,28 +277,28 @@ def _measure(contenders: Sequence[Contender], case: Case, repeat: int, tell: Tel
     return found
 
 
-def _name(contender: Contender) -> str:
-    return f"{contender.engine} ({contender.backend})"
+def _name(engine: TimedEngine) -> str:
+    return f"{engine.engine} ({engine.backend})"
 
 
-def _measurement(contender: Contender, prefills: list[float], decodes: list[float], case: Case) -> Measurement:
+def _measurement(engine: TimedEngine, prefills: list[float], decodes: list[float], case: Case) -> Measurement:
     return Measurement(
-        engine=contender.engine,
-        backend=contender.backend,
-        device=contender.device,
-        format=contender.format,
+        engine=engine.engine,
+        backend=engine.backend,
+        device=engine.device,
+        format=engine.format,
         batch=case.batch,
         prompt=case.prompt,
         context=case.context,
         generate=case.generate,
-        load_s=contender.load_s,
+        load_s=engine.load_s,
         prefill_tok_s=case.batch * case.prompt / median(prefills),
         decode_tok_s=case.batch * case.generate / median(decodes),
-        peak_memory_bytes=contender.peak_memory(),
+        peak_memory_bytes=engine.peak_memory(),
     )
 
 
-def _bounded(result: Measurement, counted: Counted, dtype: str, bandwidth: float) -> Measurement:
+def _bounded(result: Measurement, counted: CountedWeights, dtype: str, bandwidth: float) -> Measurement:
     config = counted.config
     step = step_bytes(counted.sizes, config, result.batch, result.context, ACTIVATION_BYTES[dtype])
     return replace(
@@ -296,9 +311,9 @@ def _bounded(result: Measurement, counted: Counted, dtype: str, bandwidth: float
 
 
 def step_bytes(sizes: dict[str, int], config: ModelConfig, batch: int, context: int, activation_bytes: int) -> float:
-    """Bytes that one decoding step of `batch` sequences has to read. sizes: of each parameter as stored, by name.
+    """Bytes that one decode step of `batch` sequences must read. sizes: bytes of each parameter as stored, by name.
 
-    Experts are chosen as if at random: batch tokens touch E (1 - (1 - A/E)^batch) of a layer's E in expectation.
+    Experts are assumed to be chosen at random: `batch` tokens use E (1 - (1 - A/E)^batch) of E experts in expectation.
     """
     E, A = config.num_local_experts, config.num_experts_per_tok
     touched = 1 - (1 - A / E) ** batch  # of the experts

@@ -35,9 +35,9 @@ Progress = Callable[[int, int, str], None]  # predictions done, predictions in a
 Doubles = NDArray[np.float64]
 Logits = NDArray[np.float32]
 
-BUNDLED_TEXT = api.NANO / "eval.txt"  # written by examples/nano_eval_text.py
+BUNDLED_TEXT = api.NANO / "eval.txt"  # written by examples/tools/nano_eval_text.py
 WINDOW_BYTES = 10**9
-LONGEST_WINDOW = 2048
+MAX_WINDOW = 2048
 BLOCK = 2**20  # values of a block of rows in float64
 
 
@@ -152,7 +152,7 @@ def evaluate(
 def _context(wanted: int | None, vocab: int, longest: int) -> int:
     if wanted is None:
         fitting = max(1, WINDOW_BYTES // (4 * vocab))
-        return min(LONGEST_WINDOW, longest, 1 << fitting.bit_length() - 1)
+        return min(MAX_WINDOW, longest, 1 << fitting.bit_length() - 1)
     if not 1 <= wanted <= longest:
         raise InvalidRequest(f"the context must be from 1 to the model's {longest} tokens, not {wanted}")
     return wanted
@@ -243,47 +243,47 @@ class _Run:
         self._require_disk(len(references))
         total = len(self._targets) * (len(subjects) + len(references))
 
-        def tell(passes: int, subject: _Subject) -> Callable[[int], None]:
+        def log(passes: int, subject: _Subject) -> Callable[[int], None]:
             return lambda done: progress(passes * len(self._targets) + done, total, subject.name)
 
         with ExitStack() as stack:
             recorded = []
             for place, reference in enumerate(references):
                 file = stack.enter_context(tempfile.TemporaryFile(prefix="mlx-gptoss-"))
-                recorded.append(self._record(reference, _LogitsFile(file, self._vocab), tell(place, reference)))
+                recorded.append(self._record(reference, _LogitsFile(file, self._vocab), log(place, reference)))
             return tuple(
-                self._measure(subject, recorded, tell(place, subject))
+                self._measure(subject, recorded, log(place, subject))
                 for place, subject in enumerate(subjects, len(references))
             )
 
-    def _record(self, subject: _Subject, file: _LogitsFile, tell: Callable[[int], None]) -> _Reference:
+    def _record(self, subject: _Subject, file: _LogitsFile, log: Callable[[int], None]) -> _Reference:
         nll, top = np.empty(len(self._targets)), np.empty(len(self._targets), np.int64)
-        for here, rows in self._predictions(subject, tell):
-            nll[here], top[here] = self._surprise(here, log_softmax(rows)), rows.argmax(-1)
+        for here, rows in self._predictions(subject, log):
+            nll[here], top[here] = self._nll_rows(here, log_softmax(rows)), rows.argmax(-1)
             file.append(rows)
         return _Reference(self._evaluation(subject, nll), top, file)
 
-    def _measure(self, subject: _Subject, references: Sequence[_Reference], tell: Callable[[int], None]) -> Evaluation:
+    def _measure(self, subject: _Subject, references: Sequence[_Reference], log: Callable[[int], None]) -> Evaluation:
         nll, top = np.empty(len(self._targets)), np.empty(len(self._targets), np.int64)
         kl = np.empty((len(references), len(self._targets)))
-        for here, rows in self._predictions(subject, tell):
+        for here, rows in self._predictions(subject, log):
             log_q = log_softmax(rows)
-            nll[here], top[here] = self._surprise(here, log_q), rows.argmax(-1)
+            nll[here], top[here] = self._nll_rows(here, log_q), rows.argmax(-1)
             for place, reference in enumerate(references):
                 kl[place, here] = kl_divergence(log_softmax(reference.logits.read(here)), log_q)
         against = [Divergence(r.evaluation, kl[place], top == r.top) for place, r in enumerate(references)]
         return self._evaluation(subject, nll, against)
 
-    def _surprise(self, here: slice, log_q: Doubles) -> Doubles:
+    def _nll_rows(self, here: slice, log_q: Doubles) -> Doubles:
         """-log of the probability that each row [V] gave to the token that came."""
         taken: Doubles = np.take_along_axis(log_q, self._targets[here, None], -1)[:, 0]
         return -taken
 
-    def _predictions(self, subject: _Subject, tell: Callable[[int], None]) -> Iterator[tuple[slice, Logits]]:
+    def _predictions(self, subject: _Subject, log: Callable[[int], None]) -> Iterator[tuple[slice, Logits]]:
         """The raw logits [n, V] of all predictions in order, a few rows at a time, with their places."""
         at_once = max(1, BLOCK // self._vocab)
         start = 0
-        tell(start)
+        log(start)
         with api.load(subject.source, max_context=self._context, kv_bits=subject.kv_bits, **self._options) as model:
             for window in self._windows:
                 logits = model.logits(window.inputs)[-len(window.targets) :]
@@ -296,7 +296,7 @@ class _Run:
                     rows = logits[at : at + at_once]
                     yield slice(start + at, start + at + len(rows)), rows
                 start += len(logits)
-                tell(start)
+                log(start)
 
     def _evaluation(self, subject: _Subject, nll: Doubles, against: Sequence[Divergence] = ()) -> Evaluation:
         summary = subject.checkpoint.summary()

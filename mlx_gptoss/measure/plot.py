@@ -18,8 +18,8 @@ from .evaluation import Divergence, Evaluation
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NOTHING = 1e-9  # nats: what is below is rounding alone, and has no place on a logarithmic axis
-SMOOTH = 1 / 15  # of the text
+KL_FLOOR = 1e-9  # nats: what is below is rounding alone, and has no place on a logarithmic axis
+SMOOTHING_WINDOW = 1 / 15  # of the text
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c564b")
 STYLES = ("-", (0, (4, 1.5)), (0, (1, 1)))  # for every further round of colors
 FONT, GAP = 8.0, 7.0  # points: of labels, and between a point and its label
@@ -35,7 +35,7 @@ class Line:
 
     @property
     def differs(self) -> bool:
-        return self.divergence.kl_mean >= NOTHING
+        return self.divergence.kl_mean >= KL_FLOOR
 
 
 def check_plot(path: Path) -> None:
@@ -105,28 +105,28 @@ def _names(evaluations: Sequence[Evaluation]) -> dict[str, str]:
     return formats if len(set(formats.values())) == len(formats) else {model: Path(model).name for model in formats}
 
 
-def _look(place: int) -> tuple[str, Any]:
+def _color_and_style(place: int) -> tuple[str, Any]:
     """Color and line style of the comparison at a place."""
     return COLORS[place % len(COLORS)], STYLES[place // len(COLORS) % len(STYLES)]
 
 
 def _by_position(axes: Axes, drawn: Sequence[Line]) -> None:
     count = len(drawn[0].divergence.kl)
-    width = max(1, round(count * SMOOTH / 2))
+    width = max(1, round(count * SMOOTHING_WINDOW / 2))
     for place, line in enumerate(drawn):
-        color, style = _look(place)
+        color, style = _color_and_style(place)
         if len(drawn) == 1 and line.differs:
             kl = line.divergence.kl
-            axes.plot(np.arange(1, count + 1), np.where(kl > NOTHING, kl, np.nan), ".", color="#c3d5e2", ms=2)
+            axes.plot(np.arange(1, count + 1), np.where(kl > KL_FLOOR, kl, np.nan), ".", color="#c3d5e2", ms=2)
         means = rolling_mean(rolling_mean(line.divergence.kl, width), width)
-        means[means < NOTHING] = np.nan
+        means[means < KL_FLOOR] = np.nan
         mean = f"{line.divergence.kl_mean:.2g}" if line.differs else "no difference"
         axes.plot(np.arange(len(means)) + width, means, ls=style, color=color, lw=1.4, label=f"{line.label}: {mean}")
     axes.set_xlim(1, max(2, count))
     if not any(line.differs for line in drawn):
-        axes.set_ylim(NOTHING, 1)
+        axes.set_ylim(KL_FLOOR, 1)
     smoothed = f", smoothed over {2 * width - 1} tokens" if width > 1 else ""
-    _dress(axes, f"KL by position{smoothed}", "predicted token, in the order of the text")
+    _style_axes(axes, f"KL by position{smoothed}", "predicted token, in the order of the text")
 
 
 def _by_bits(axes: Axes, drawn: Sequence[Line]) -> list[tuple[float, float]]:
@@ -135,7 +135,7 @@ def _by_bits(axes: Axes, drawn: Sequence[Line]) -> list[tuple[float, float]]:
     foot = min((line.divergence.kl_mean for line in drawn if line.differs), default=1e-3) / 6
     points = []
     for place, line in enumerate(drawn):
-        color, kl = _look(place)[0], line.divergence
+        color, kl = _color_and_style(place)[0], line.divergence
         if line.differs:
             axes.plot([line.bits] * 2, [kl.kl_mean, kl.kl_p99], color=color, lw=1, alpha=0.5)
             axes.plot(line.bits, kl.kl_p99, "o", color="white", mec=color, ms=4.5, zorder=3)
@@ -143,7 +143,7 @@ def _by_bits(axes: Axes, drawn: Sequence[Line]) -> list[tuple[float, float]]:
         else:
             axes.plot(line.bits, foot, "D", color="white", mec=color, ms=5, zorder=3)
         points.append((line.bits, kl.kl_mean if line.differs else foot))
-    _dress(axes, "KL by size: mean (full) to 99th percentile (open)", "bits per weight")
+    _style_axes(axes, "KL by size: mean (full) to 99th percentile (open)", "bits per weight")
     if not all(line.differs for line in drawn):
         axes.axhline(foot, color="#999999", lw=0.8, ls=":", zorder=0)
         top = axes.get_ylim()[1]
@@ -159,7 +159,7 @@ def _label(axes: Axes, drawn: Sequence[Line], points: Sequence[tuple[float, floa
     labels = [line.label if line.differs else f"{line.label} (no difference)" for line in drawn]
     places = axes.transData.transform(points) * 72 / dpi
     for place, (label, point, shift) in enumerate(zip(labels, points, _shifts(labels, places), strict=True)):
-        color = _look(place)[0]
+        color = _color_and_style(place)[0]
         leader: dict[str, Any] | None = {"arrowstyle": "-", "color": color, "lw": 0.5} if shift else None
         axes.annotate(
             label, point, (GAP, shift), textcoords="offset points", fontsize=FONT, color=color, va="center",
@@ -191,7 +191,7 @@ def _overlap(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _dress(axes: Axes, title: str, x: str) -> None:
+def _style_axes(axes: Axes, title: str, x: str) -> None:
     axes.set_yscale("log")
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_xlabel(x)
@@ -225,7 +225,7 @@ def _speeds(
     for result in results:
         lines.setdefault(f"{result.engine}, {other} {getattr(result, other)}", []).append(result)
     for place, (label, line) in enumerate(lines.items()):
-        color, style = _look(place)
+        color, style = _color_and_style(place)
         at = [getattr(result, x) for result in line]
         axes.plot(at, [speed(result) for result in line], "o", ls=style, color=color, lw=1.4, ms=4, label=label)
     axes.set_xscale("log")

@@ -1,5 +1,5 @@
-"""What is timed, and what can be: `Ours` drives a runner through the seam as the engine drives it, a step submitted
-before the one before it is read; other programs take turns with it behind the same `Contender` interface.
+"""What is timed: `OurEngine` drives a runner as engine/loop.py does, submitting a step before the previous one is read.
+Other engines take turns with it behind the same `TimedEngine` interface.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ..backends.base import Pending, Row, Runner
 from ..sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
-WARM_STEPS = 4  # decoding steps before those that count
-CPU_WARM_PROMPT = 32  # tokens; a GPU is warmed up with the whole prompt, for kernels may be made for its length
+WARM_STEPS = 4  # decode steps before the timed ones
+CPU_WARM_PROMPT = 32  # tokens; a GPU is warmed up with the whole prompt, because kernels may be compiled for its length
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: `batch` sequences, each with a prompt of `prompt` tokens, each decoding `generate` tokens once
-    there are `context` tokens before it."""
+    """One case to time: `batch` sequences, each prefilling `prompt` tokens, and each decoding `generate` tokens after
+    `context` tokens."""
 
     batch: int
     prompt: int
@@ -31,13 +31,13 @@ class Case:
     generate: int
 
     def length(self, repeat: int) -> int:
-        """Tokens that a sequence may reach: repeated decoding goes on where the last left off."""
+        """Maximum length of a sequence; each repetition of decoding continues where the previous one ended."""
         return self.context + WARM_STEPS + repeat * self.generate + 1
 
 
-class Contender(Protocol):
-    """One loaded model that can be timed, ours or another program's. The four calls come in this order, `prefill` and
-    `decode` several times each."""
+class TimedEngine(Protocol):
+    """One loaded model that can be timed, ours or another engine's. begin, prefill, fill and decode are called in this
+    order, prefill and decode several times each."""
 
     engine: str
     backend: str
@@ -50,7 +50,7 @@ class Contender(Protocol):
         ...
 
     def prefill(self) -> float:
-        """Seconds from no token to the first sampled one of every sequence."""
+        """Seconds from the first prompt token to the first sampled token of every sequence."""
         ...
 
     def fill(self) -> None:
@@ -58,7 +58,7 @@ class Contender(Protocol):
         ...
 
     def decode(self) -> float:
-        """Seconds of `generate` steps, each feeding back what the one before chose."""
+        """Seconds of `generate` steps, each feeding back the token that the previous one sampled."""
         ...
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
@@ -68,14 +68,19 @@ class Contender(Protocol):
     def peak_memory(self) -> int: ...
 
 
-class Ours:
-    """Our model behind the Contender interface. To be used from one thread."""
+class OurEngine:
+    """Our model behind the TimedEngine interface. Use it from one thread."""
+
+    backend: str
+    device: str
+    format: str
+    load_s: float
 
     def __init__(
-        self, runner: Runner, backend: str, device: str, form: str, load_s: float, engine: str = "mlx-gptoss"
+        self, runner: Runner, backend: str, device: str, format_name: str, load_s: float, engine: str = "mlx-gptoss"
     ) -> None:
         self.engine = engine
-        self.backend, self.device, self.format, self.load_s = backend, device, form, load_s
+        self.backend, self.device, self.format, self.load_s = backend, device, format_name, load_s
         self._runner = runner
         self._case = Case(0, 0, 0, 0)
         self._tokens: list[tuple[int, ...]] = []
@@ -114,7 +119,7 @@ class Ours:
         self._length = 0
 
     def _feed(self, end: int) -> None:
-        """Every sequence's tokens up to `end`; the last one's successor is sampled."""
+        """Feed every sequence's tokens up to `end` and sample the next one."""
         if end > self._length:
             run(self._runner, prefill_steps(self._tokens, self._length, end, self._runner.limits.chunk))
             self._length = end
@@ -126,13 +131,13 @@ class Ours:
 
 
 def prompts(vocab: int, case: Case) -> list[tuple[int, ...]]:
-    """The tokens before decoding, `context` random ones of each sequence; the same for every contender."""
+    """`context` random tokens per sequence, the same for every engine."""
     rng = np.random.default_rng(case.batch)
     return [tuple(rng.integers(0, vocab, case.context).tolist()) for _ in range(case.batch)]
 
 
 def prefill_steps(tokens: Sequence[tuple[int, ...]], start: int, end: int, chunk: int) -> Iterator[list[Row]]:
-    """Steps that feed tokens [start, end) of every sequence, of at most `chunk` tokens and one row a sequence."""
+    """Steps that feed tokens [start, end) of every sequence, each at most `chunk` tokens and one row per sequence."""
     rows: list[Row] = []
     for slot, ids in enumerate(tokens):
         for at in range(start, end, chunk):
@@ -146,7 +151,7 @@ def prefill_steps(tokens: Sequence[tuple[int, ...]], start: int, end: int, chunk
 
 
 def run(runner: Runner, steps: Iterator[list[Row]]) -> None:
-    """Run steps, each submitted before the one before it is waited for."""
+    """Run steps, submitting each before waiting for the previous one."""
     pending: Pending | None = None
     for rows in steps:
         ahead = runner.submit(rows)

@@ -1,1 +1,1 @@
-"""The bundled model: files only. See examples/train_nano.py, which made them."""
+"""The bundled model: files only. See examples/tools/train_nano.py, which made them."""

@@ -20,9 +20,8 @@ from ..errors import CheckpointError
 from ..tokenizer import Tokenizer
 from . import codecs, gguf
 from .files import files_by_tensor, find_folder, find_gguf, gguf_parts, map_shards, read_json
-from .formats import Binding, bind
-from .formats import gguf as gguf_format
-from .formats.base import Source, Stored
+from .formats import Binding, bind, gguf_metadata
+from .formats.base import CheckpointHeaders, Source
 from .formats.modelopt import fake_quantized_note
 from .params import MATRIX_ROLES, Param, Role, parameters
 from .safetensors import MappedFile, TensorInfo
@@ -109,11 +108,15 @@ class Checkpoint:
         self._file_of = files_by_tensor(self._files)
         self.tensors: Mapping[str, TensorInfo] = {n: f.header.tensors[n] for n, f in self._file_of.items()}
         self.params: tuple[Param, ...] = parameters(config)
-        self._binding: Binding = bind(Stored(self.tensors, config, raw_config), self.params)
-        self.format = self._binding.name
-        self.size_bytes = sum(info.nbytes for info in self.tensors.values())
-        self.generation_config = _read_generation_config(self.tokenizer_folder) if embedded_files is None else {}
-        self.stop_ids = token_ids(self.generation_config.get("eos_token_id"), "eos_token_id") or config.eos_token_id
+        self._binding: Binding = bind(CheckpointHeaders(self.tensors, config, raw_config), self.params)
+        self.format: str = self._binding.name
+        self.size_bytes: int = sum(info.nbytes for info in self.tensors.values())
+        self.generation_config: Mapping[str, Any] = (
+            _read_generation_config(self.tokenizer_folder) if embedded_files is None else {}
+        )
+        self.stop_ids: tuple[int, ...] = (
+            token_ids(self.generation_config.get("eos_token_id"), "eos_token_id") or config.eos_token_id
+        )
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -181,12 +184,14 @@ class Checkpoint:
         From headers only.
         """
         source = self._binding.sources[name]
-        return source.spec, self.tensors[source.scales].dtype if source.scales else None
+        return source.spec, self.tensors[source.scale_tensor].dtype if source.scale_tensor else None
 
     def matrix_bytes(self, role: Role) -> int:
         """Size in bytes of all stored tensors that the matrices of a role are read from."""
         sources = [self._binding.sources[param.name] for param in self._matrices(role)]
-        return sum(self.tensors[name].nbytes for name in {want.name for source in sources for want in source.wants})
+        return sum(
+            self.tensors[name].nbytes for name in {expected.name for source in sources for expected in source.expected}
+        )
 
     def fingerprint(self) -> list[list[Any]]:
         """An identity of the files, as JSON: the name, size, modification time and header SHA-256 of each.
@@ -215,7 +220,7 @@ class Checkpoint:
 
     def _role_summary(self, role: Role) -> dict[str, Any]:
         sources = [self._binding.sources[param.name] for param in self._matrices(role)]
-        names = sorted({_storage_name(source.spec, self.tensors[source.wants[0].name]) for source in sources})
+        names = sorted({_storage_name(source.spec, self.tensors[source.expected[0].name]) for source in sources})
         count = sum(param.size for param in self._matrices(role))
         return {"format": "+".join(names), "bits": 8 * self.matrix_bytes(role) / count}
 
@@ -224,10 +229,10 @@ class Checkpoint:
 
     def _release_copied(self, source: Source, weight: Weight) -> None:
         """Drop the pages of stored tensors that the weight is a copy of, such as tensors of single experts."""
-        for want in source.wants:
-            stored = self._get(want.name)
+        for expected in source.expected:
+            stored = self._get(expected.name)
             if not any(np.may_share_memory(stored, array) for array in weight.arrays):
-                self._file_of[want.name].release_array(stored)
+                self._file_of[expected.name].release_array(stored)
 
     def _get(self, name: str) -> Array:
         return self._file_of[name].get(name)
@@ -249,14 +254,14 @@ def _open_gguf(path: Path) -> Checkpoint:
     files = [MappedFile(part, header.tensors) for part, header in zip(paths, headers, strict=True)]
     tensors = {name: info for header in headers for name, info in header.tensors.tensors.items()}
     try:
-        raw = gguf_format.config(headers[0].metadata, tensors)
+        raw = gguf_metadata.config_json(headers[0].metadata, tensors)
         _check_layer_count(raw, len(tensors))
         config = read_config(raw)
     except CheckpointError as error:
         raise CheckpointError(f"{path}, by its metadata: {error}") from error
 
     def embedded_files() -> Mapping[str, str]:
-        return gguf_format.files(gguf.read_header(paths[0]).metadata)
+        return gguf_metadata.companion_files(gguf.read_header(paths[0]).metadata)
 
     return Checkpoint(path.parent.resolve(), config, files, raw, embedded_files)
 

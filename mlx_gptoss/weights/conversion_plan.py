@@ -57,7 +57,7 @@ def plan_conversion(checkpoint: CheckpointLike, to: str, search: str | None = No
     config = checkpoint.config
     if not config.eos_token_id:  # `original/config.json` has none
         config = replace(config, eos_token_id=checkpoint.stop_ids)
-    content = published(config) | target_format.describe(to, checkpoint.params)
+    content = published(config) | target_format.config_entries(to, checkpoint.params)
     if not config.eos_token_id:
         del content["eos_token_id"]
     if config.swiglu_alpha != SWIGLU_ALPHA:

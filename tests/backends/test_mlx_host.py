@@ -8,7 +8,7 @@ import pytest
 
 from mlx_gptoss.backends.mlx import host
 from mlx_gptoss.backends.mlx.layers import DenseMatrix, ExpertLinear
-from mlx_gptoss.backends.mlx.load import fuse, parts_of
+from mlx_gptoss.backends.mlx.load import fuse, split_rows
 from mlx_gptoss.config import PRESETS
 from mlx_gptoss.weights import codecs
 from mlx_gptoss.weights.synthetic import Synthetic
@@ -18,7 +18,7 @@ RNG = np.random.default_rng(0)
 EXPERTS = ["layers.0.experts.gate.weight", "layers.0.experts.up.weight"]
 
 pytestmark = pytest.mark.skipif(
-    not host.used(on_cpu=True, dtype=mx.float32), reason="a Mac's CPU has a BLAS that MLX uses"
+    not host.enabled(on_cpu=True, dtype=mx.float32), reason="a Mac's CPU has a BLAS that MLX uses"
 )
 
 
@@ -42,7 +42,7 @@ def error(found, wanted):
 @pytest.mark.parametrize("lead", [(1,), (3,), (1, 40), (2, 3, 5)], ids=str)
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_dense_matrix(monkeypatch, dtype, lead, biased):
-    monkeypatch.setattr(host, "WORTH", 1)
+    monkeypatch.setattr(host, "MIN_FLOPS_FOR_BLAS", 1)
     monkeypatch.setattr(host, "UPCAST_ELEMENTS", 50 * 192)  # seven blocks of rows
     weight, x, bias = normal(320, 192).astype(dtype), normal(*lead, 192), normal(320) if biased else None
     wanted = np.asarray(x, np.float64) @ np.asarray(weight.astype(mx.float32), np.float64).T
@@ -66,14 +66,14 @@ def test_small_products_are_left_to_mlx(monkeypatch):
 @pytest.mark.parametrize("parts", [1, 2])
 def test_experts(monkeypatch, name, parts):
     """With many rows, few, and none at all; 60 of them over 5 of 6 experts, in order."""
-    monkeypatch.setattr(host, "DECODED", 50 * 192)
-    monkeypatch.setattr(host, "WORTH", 1)
+    monkeypatch.setattr(host, "MAX_DECODED", 50 * 192)
+    monkeypatch.setattr(host, "MIN_FLOPS_FOR_BLAS", 1)
     source = Synthetic(PRESETS["tiny"], name)
     weights = [source.read(expert) for expert in EXPERTS]
     if name == "bf16":
         matrices = (host.HostMatrix(fuse(weights).weight),)
     else:
-        matrices = tuple(fuse(part) for part in parts_of(weights, parts))
+        matrices = tuple(fuse(part) for part in split_rows(weights, parts))
     rows = np.array([1, 25, 0, 20, 13, 1])
     chosen = mx.array(np.repeat(np.arange(6), rows).astype(np.uint32))
     x = normal(len(chosen), 1, 192)
@@ -110,8 +110,8 @@ def exact(q, k, v, mask, sinks):
 @pytest.mark.parametrize("mask", ["causal", "some", None])
 def test_attention(monkeypatch, slots, queries, keys, mask):
     """In blocks of few queries, over keys that lie in a larger cache."""
-    monkeypatch.setattr(host, "WORTH", 1)
-    monkeypatch.setattr(host, "SCORES", 3 * 2 * 50)
+    monkeypatch.setattr(host, "MIN_FLOPS_FOR_BLAS", 1)
+    monkeypatch.setattr(host, "MAX_SCORES", 3 * 2 * 50)
     q = normal(slots, queries, 4, 64).swapaxes(1, 2)
     k, v = (normal(slots, 2, 90, 64)[:, :, 20 : 20 + keys] for _ in range(2))
     if mask == "some":

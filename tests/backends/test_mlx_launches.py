@@ -11,7 +11,7 @@ import pytest
 import mlx_gptoss
 from mlx_gptoss.api import NANO
 from mlx_gptoss.backends.base import Limits, Row
-from mlx_gptoss.backends.mlx.elementwise import PLAIN, compiled
+from mlx_gptoss.backends.mlx.elementwise import UNCOMPILED, compiled
 from mlx_gptoss.backends.mlx.launches import count, launches_per_token, mlx_lm_launches_per_token, traced
 from mlx_gptoss.backends.mlx.load import load_model
 from mlx_gptoss.backends.mlx.runner import MlxRunner
@@ -54,7 +54,7 @@ def test_a_model_of_compiled_chains_computes_the_same(mini, compiler):
     """Prompts and batches of many shapes through one set of compiled functions."""
     cpu = mx.Device(mx.cpu)
     texts = []
-    for chains in (PLAIN, compiled()):
+    for chains in (UNCOMPILED, compiled()):
         with mx.stream(cpu):
             model = load_model(checkpoints.open(mini / "mlx-4bit"), mx.float32, chains)
         runner = MlxRunner(model, Limits(3, 100, 64), cpu)
@@ -66,7 +66,7 @@ def test_a_model_of_compiled_chains_computes_the_same(mini, compiler):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", [field.name for field in fields(PLAIN)])
+@pytest.mark.parametrize("name", [field.name for field in fields(UNCOMPILED)])
 def test_compiled_chains_are_one_launch_and_the_same_numbers(name, dtype, compiler):
     dtype = getattr(mx, dtype)
 
@@ -78,11 +78,13 @@ def test_compiled_chains_are_one_launch_and_the_same_numbers(name, dtype, compil
         "add": (random(3, 8), random(8), random(3, 8)),
         "swiglu": (random(3, 4, 1, 8), random(3, 4, 1, 8), random(3, 4, 1, 8), random(3, 4, 1, 8), 7.0, 1.702),
         "combine": (random(3, 8), outputs[:4], outputs[4:], [random(3, 1) for _ in range(4)]),
-        "noisy": (mx.random.normal((2, 50)), mx.array([[0.0], [0.7]]), mx.array([[1, 2], [3, 4]], dtype=mx.uint32)),
+        "add_gumbel_noise": (
+            mx.random.normal((2, 50)), mx.array([[0.0], [0.7]]), mx.array([[1, 2], [3, 4]], dtype=mx.uint32),
+        ),
     }[name]  # fmt: skip
     mx.eval(arguments)
-    plain, fused = getattr(PLAIN, name)(*arguments), getattr(compiled(), name)(*arguments)
+    plain, fused = getattr(UNCOMPILED, name)(*arguments), getattr(compiled(), name)(*arguments)
     launches = count([fused])
-    assert launches == (3 if name == "noisy" else 1)  # the random bits come from a kernel of their own
+    assert launches == (3 if name == "add_gumbel_noise" else 1)  # the random bits come from a kernel of their own
     assert plain.dtype == fused.dtype
     assert mx.abs(plain - fused).max().item() <= (1e-5 if dtype == mx.float32 else 2**-7) * mx.abs(plain).max().item()

@@ -21,7 +21,7 @@ FIXTURES |= {name: f"{name}.reference" for name in ("nvfp4", "fp8-dynamic", "int
 @pytest.mark.parametrize("name", FIXTURES)
 @pytest.mark.parametrize("count", [2, 3])
 def test_shared_matrices_compute_the_same(mini, monkeypatch, relative_error, name, count):
-    monkeypatch.setattr(load, "SHARED_FROM", 0)
+    monkeypatch.setattr(load, "MIN_BYTES_TO_SPLIT", 0)
     monkeypatch.setattr(load, "cores", lambda: count)
     reference = load_file(mini / f"{FIXTURES[name]}.safetensors")
     with mlx_gptoss.load(mini / name, backend="mlx", device="cpu") as model:
@@ -43,7 +43,7 @@ def test_parts_are_all_rows_in_order():
     for weights in ([row], [row, row], [bank], [bank, bank, bank], [Dense(rng.random((9, 4), np.float32))]):
         whole = np.concatenate([codecs.dequantize(weight) for weight in weights], axis=-2)
         for count in (1, 2, 4):
-            parts = load.parts_of(weights, count)
+            parts = load.split_rows(weights, count)
             assert len(parts) == count
             pieces = [codecs.dequantize(weight) for part in parts for weight in part]
             assert np.array_equal(np.concatenate(pieces, axis=-2), whole)

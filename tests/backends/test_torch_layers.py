@@ -94,7 +94,7 @@ def test_products_in_blocks(monkeypatch, spec, block, tokens, threads):
         Dense(codecs.dequantize(any_codes(MXFP4, 40)).astype(codecs.BFLOAT16)) if spec is None else any_codes(spec, 40)
     )
     x = np.random.default_rng(3).normal(size=(tokens, 256)).astype(np.float32)
-    y = plain.Plain(threads).product(torch.from_numpy(x), fuse([weight], CPU)).numpy()
+    y = plain.TorchOperations(threads).product(torch.from_numpy(x), fuse([weight], CPU)).numpy()
     wanted = x.astype(np.float64) @ codecs.dequantize(weight).astype(np.float64).T
     assert np.allclose(y, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
@@ -102,7 +102,7 @@ def test_products_in_blocks(monkeypatch, spec, block, tokens, threads):
 def test_linear_parts_that_are_stored_differently_stand_side_by_side():
     parts = [any_codes(MXFP4, 24, seed=1), any_codes(AFFINE[0], 8, seed=2)]
     bias = torch.arange(32.0)
-    linear = layers.Linear(tuple(fuse([part], CPU) for part in parts), bias, plain.Plain(1))
+    linear = layers.Linear(tuple(fuse([part], CPU) for part in parts), bias, plain.TorchOperations(1))
     x = torch.ones(2, 3, 256)
     wanted = np.concatenate([codecs.dequantize(part).sum(axis=1) for part in parts]) + np.arange(32)
     assert linear(x).shape == (2, 3, 32)
@@ -117,7 +117,7 @@ def test_its_threads_leave_the_threads_of_others_alone():
     before = threads_here()
     torch.set_num_threads(3)
     try:
-        ops = plain.Plain(3)
+        ops = plain.TorchOperations(3)
         assert torch.get_num_threads() == threads_here() == 3
         weight = any_codes(MXFP4, 40)
         ops.product(torch.ones(1, 256), fuse([weight], CPU))
@@ -128,10 +128,10 @@ def test_its_threads_leave_the_threads_of_others_alone():
 
 def test_far_positions_are_turned_exactly():
     frequencies = np.array([1.0, 0.1])
-    turn = Rotary(torch.from_numpy(frequencies), 1.0).turn(torch.tensor([[131071]]))
+    rotation = Rotary(torch.from_numpy(frequencies), 1.0).rotation(torch.tensor([[131071]]))
     x = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 1, 4)
     z = (np.array([1.0, 2.0]) + 1j * np.array([3.0, 4.0])) * np.exp(1j * 131071 * frequencies)
-    assert np.allclose(plain.Plain(1).turn(x, turn).flatten().numpy(), [*z.real, *z.imag], atol=1e-6)
+    assert np.allclose(plain.TorchOperations(1).rotate(x, rotation).flatten().numpy(), [*z.real, *z.imag], atol=1e-6)
 
 
 def test_devices_and_dtypes():

@@ -1,5 +1,8 @@
-"""Whole conversations, generated, rendered as openai-harmony renders them, id for id: every role, channel, recipient,
-content type and name, instructions, functions of any schema, built-in tools, efforts, dates and identities."""
+"""Generated conversations are rendered to the same ids as by openai-harmony.
+
+They cover every role, channel, recipient, content type and name, instructions, functions with any schema, built-in
+tools, reasoning efforts, dates and identities.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,12 @@ from hypothesis import strategies as st
 
 from mlx_gptoss.harmony.messages import Conversation, Function, Message, without_old_reasoning
 from mlx_gptoss.harmony.render import prompt_messages, render, render_reply
-from mlx_gptoss.harmony.schema import Namespace, tools_section
+from mlx_gptoss.harmony.typescript import Namespace, tools_section
 from mlx_gptoss.tokenizer import Tokenizer
 
 NAMES = st.text("abZ_9é", min_size=1, max_size=6)
 NOTES = st.text('ab "\\\n\r/{}é\u2028', max_size=12)
-# Few digits and small exponents: openai-harmony reads longer ones without rounding them to the nearest float.
+# Few digits and small exponents: openai-harmony does not round longer numbers to the nearest float.
 FLOATS = st.builds(lambda digits, exponent: float(f"{digits}e{exponent}"), st.integers(-999, 999), st.integers(-20, 20))
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64) | FLOATS | NOTES,
@@ -106,8 +109,8 @@ CONVERSATIONS = st.builds(
 )
 
 
-def as_judged(conversation: Conversation) -> Any:
-    """The same conversation in openai-harmony's own terms."""
+def to_openai_harmony(conversation: Conversation) -> Any:
+    """Return the same conversation as openai-harmony's Conversation."""
     import openai_harmony as oh
 
     system = oh.SystemContent(
@@ -122,88 +125,94 @@ def as_judged(conversation: Conversation) -> Any:
     if conversation.instructions is not None or conversation.functions:
         developer = oh.DeveloperContent(instructions=conversation.instructions)
         if conversation.functions:
-            developer = developer.with_function_tools([as_judged_tool(tool) for tool in conversation.functions])
+            developer = developer.with_function_tools([to_openai_harmony_tool(tool) for tool in conversation.functions])
         messages.append(oh.Message.from_role_and_content(oh.Role.DEVELOPER, developer))
-    return oh.Conversation.from_messages(messages + [as_judged_message(turn) for turn in conversation.messages])
+    return oh.Conversation.from_messages(messages + [to_openai_harmony_message(turn) for turn in conversation.messages])
 
 
-def as_judged_tool(function: Function) -> Any:
+def to_openai_harmony_tool(function: Function) -> Any:
     import openai_harmony as oh
 
     return oh.ToolDescription.new(function.name, function.description, function.parameters)
 
 
-def as_judged_message(message: Message) -> Any:
+def to_openai_harmony_message(message: Message) -> Any:
     import openai_harmony as oh
 
     author = oh.Author(role=oh.Role(message.role), name=message.name)
-    judged = oh.Message.from_author_and_content(author, message.content)
-    judged.channel, judged.recipient, judged.content_type = message.channel, message.recipient, message.content_type
-    return judged
+    converted = oh.Message.from_author_and_content(author, message.content)
+    converted.channel, converted.recipient, converted.content_type = (
+        message.channel,
+        message.recipient,
+        message.content_type,
+    )
+    return converted
 
 
-def judged_ids(judge: Any, conversation: Conversation, *, drop: bool = True) -> list[int]:
+def reference_ids(reference: Any, conversation: Conversation, *, drop: bool = True) -> list[int]:
     import openai_harmony as oh
 
     config = oh.RenderConversationConfig(auto_drop_analysis=drop)
-    return judge.render_conversation_for_completion(as_judged(conversation), oh.Role.ASSISTANT, config)
+    return reference.render_conversation_for_completion(to_openai_harmony(conversation), oh.Role.ASSISTANT, config)
 
 
 @settings(max_examples=200, deadline=None)
 @given(conversation=CONVERSATIONS)
-def test_ids_are_openai_harmonys(published: Tokenizer, judge: Any, conversation: Conversation) -> None:
-    assert render(conversation, published) == judged_ids(judge, conversation)
+def test_ids_match_openai_harmony(published: Tokenizer, reference: Any, conversation: Conversation) -> None:
+    assert render(conversation, published) == reference_ids(reference, conversation)
 
 
 @pytest.mark.slow
 @settings(max_examples=30_000, deadline=None)
 @given(conversation=CONVERSATIONS)
-def test_many_more_ids(published: Tokenizer, judge: Any, conversation: Conversation) -> None:
-    assert render(conversation, published) == judged_ids(judge, conversation)
+def test_many_more_ids(published: Tokenizer, reference: Any, conversation: Conversation) -> None:
+    assert render(conversation, published) == reference_ids(reference, conversation)
 
 
 @pytest.mark.parametrize("name", ["browser", "python"])
-def test_a_builtin_tool_has_openai_harmonys_words(published: Tokenizer, judge: Any, name: Any) -> None:
+def test_builtin_tools_are_declared_as_by_openai_harmony(published: Tokenizer, reference: Any, name: Any) -> None:
     for functions in ((), (Function("add"),)):
         conversation = Conversation((TURNS[0],), builtin_tools=(name,), functions=functions)
         ids = render(conversation, published)
-        assert ids == judged_ids(judge, conversation)
+        assert ids == reference_ids(reference, conversation)
         assert ("'functions'" in published.decode(ids)) == bool(functions)
 
 
 @settings(max_examples=200, deadline=None)
 @given(functions=FUNCTIONS.filter(len))
-def test_any_schema_is_written_as_openai_harmony_does(judge: Any, functions: tuple[Function, ...]) -> None:
+def test_any_schema_is_declared_as_by_openai_harmony(reference: Any, functions: tuple[Function, ...]) -> None:
     import openai_harmony as oh
 
-    content = oh.DeveloperContent.new().with_function_tools([as_judged_tool(tool) for tool in functions])
-    text = judge.decode(judge.render(oh.Message.from_role_and_content(oh.Role.DEVELOPER, content)))
+    content = oh.DeveloperContent.new().with_function_tools([to_openai_harmony_tool(tool) for tool in functions])
+    text = reference.decode(reference.render(oh.Message.from_role_and_content(oh.Role.DEVELOPER, content)))
     ours = tools_section([Namespace("functions", functions=functions)])
     assert ours == text.removeprefix("<|start|>developer<|message|>").removesuffix("<|end|>")
 
 
 @settings(max_examples=100, deadline=None)
 @given(answer=TEXTS, thought=TEXTS)
-def test_targets_are_openai_harmonys(published: Tokenizer, judge: Any, thought: str, answer: str) -> None:
+def test_training_targets_match_openai_harmony(published: Tokenizer, reference: Any, thought: str, answer: str) -> None:
     import openai_harmony as oh
 
     reply = (Message("assistant", thought, "analysis"), Message("assistant", answer, "final"))
     prompt = Conversation((TURNS[0],))
-    whole = as_judged(Conversation((TURNS[0], *reply)))
-    theirs = judge.render_conversation_for_training(whole, oh.RenderConversationConfig(auto_drop_analysis=False))
+    whole = to_openai_harmony(Conversation((TURNS[0], *reply)))
+    theirs = reference.render_conversation_for_training(whole, oh.RenderConversationConfig(auto_drop_analysis=False))
     assert render(prompt, published) + render_reply(reply, published) == theirs
 
 
 @settings(max_examples=100, deadline=None)
 @given(conversation=CONVERSATIONS)
-def test_old_reasoning_is_dropped_further_than_openai_harmony_does(
-    published: Tokenizer, judge: Any, conversation: Conversation
+def test_without_old_reasoning_drops_at_least_what_openai_harmony_drops(
+    published: Tokenizer, reference: Any, conversation: Conversation
 ) -> None:
-    """openai-harmony drops analysis before the first final answer, and only right after a final one. What is left
-    when ours was dropped, up to the last one, is shown as it is: neither finds more to drop."""
+    """openai-harmony drops analysis before the first final answer, and only if a final answer comes last.
+
+    without_old_reasoning drops analysis up to the last final answer. After that, neither renderer drops more.
+    """
     kept = Conversation(without_old_reasoning(conversation.messages))
     finals = [place for place, message in enumerate(kept.messages) if message.channel == "final"]
     old = kept.messages[: finals[-1]] if finals else ()
     assert all(message.channel != "analysis" for message in old)
     assert prompt_messages(kept)[1:] == kept.messages
-    assert render(kept, published) == judged_ids(judge, kept) == judged_ids(judge, kept, drop=False)
+    assert render(kept, published) == reference_ids(reference, kept) == reference_ids(reference, kept, drop=False)

@@ -1,5 +1,6 @@
-"""What a mask costs at the published vocabulary, against a decoding step of four full-size layers of 20b on a CPU.
+"""The cost of a grammar's mask with the published vocabulary, relative to a decoding step on a CPU.
 
+The step is that of four full-size layers of gpt-oss-20b with synthetic weights. Run it with
 python -m pytest -s -m slow tests/harmony/test_mask_cost.py
 """
 
@@ -23,7 +24,7 @@ from mlx_gptoss.sampling import Sampling
 from mlx_gptoss.tokenizer import RETURN, Tokenizer
 from mlx_gptoss.weights.synthetic import Synthetic, preset
 
-LINE = {
+ITEM = {
     "type": "object",
     "properties": {
         "name": {"type": "string"},
@@ -36,8 +37,8 @@ LINE = {
     "required": ["name", "tags", "kind", "price", "sold", "size"],
     "additionalProperties": False,
 }
-SCHEMA = {"type": "array", "items": LINE, "minItems": 1000}
-SAID = {
+SCHEMA = {"type": "array", "items": ITEM, "minItems": 1000}
+RECORD = {
     "name": 'A "very" old bottle of wine from Jurançon, said to be from 1961',
     "tags": ["wine", "white", "naïve", "日本"],
     "kind": "green",
@@ -49,23 +50,23 @@ TOKENS, TURNS = 12, 5
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
+    started = time.perf_counter()
     function()
-    return time.perf_counter() - begun
+    return time.perf_counter() - started
 
 
 def mask_seconds(grammar: Grammar, tokenizer: Tokenizer) -> list[float]:
-    """Of each token of JSON in two layouts: the mask before it, and taking it in."""
+    """Return the seconds that each token of a JSON text takes, in two layouts: computing its mask and accepting it."""
     times = []
     for indent in (None, 2):
-        text = grammar.begin(tokenizer.special(RETURN))
-        for id in tokenizer.encode(json.dumps([SAID] * 4, ensure_ascii=False, indent=indent)[:-1].rstrip()):
-            times.append(seconds(text.mask) + seconds(lambda text=text, id=id: text.accept(id)))
+        matcher = grammar.matcher(tokenizer.special(RETURN))
+        for id in tokenizer.encode(json.dumps([RECORD] * 4, ensure_ascii=False, indent=indent)[:-1].rstrip()):
+            times.append(seconds(matcher.mask) + seconds(lambda matcher=matcher, id=id: matcher.accept(id)))
     return times
 
 
 def applying_seconds(backend: str, module: Any, mask: bytes, vocabulary: int) -> float:
-    """How much longer the sampler takes with a mask, the result read."""
+    """Return how much longer sampling takes with a mask than without, including the read of the result."""
     sample = import_module(".sample", module.__name__)
     array = import_module("mlx.core").array if backend == "mlx" else import_module("torch").tensor
     logits, sampling = array(np.random.default_rng(0).normal(size=(1, vocabulary)).astype(np.float32)), Sampling(seed=1)
@@ -90,7 +91,7 @@ def test_a_mask_costs_under_a_tenth_of_a_decoding_step(published: Tokenizer, bac
     prompt = tuple(range(1000, 1016))
 
     def decode(guided: bool) -> float:
-        guide = grammar.begin(published.special(RETURN)) if guided else None
+        guide = grammar.matcher(published.special(RETURN)) if guided else None
         return engine.submit(Request(prompt, TOKENS, Sampling(seed=1), guide=guide)).drain().decode_s / (TOKENS - 1)
 
     with Engine(lambda: module.load(weights, device="cpu", dtype=None, limits=Limits(1, 128, 64))) as engine:
@@ -98,7 +99,7 @@ def test_a_mask_costs_under_a_tenth_of_a_decoding_step(published: Tokenizer, bac
         steps = [(decode(True), decode(False)) for _ in range(TURNS)]
     masked, free = (statistics.median(column) for column in zip(*steps, strict=True))
     masks = np.sort(mask_seconds(grammar, published))
-    apply = applying_seconds(backend, module, grammar.begin(200002).mask(), weights.config.vocab_size)
+    apply = applying_seconds(backend, module, grammar.matcher(200002).mask(), weights.config.vocab_size)
     share = (masks.mean() + apply) / free
     print(
         f"\n{backend}: mask p50 {np.median(masks) * 1e6:.0f} us, p99 {masks[int(0.99 * len(masks))] * 1e6:.0f} us, "

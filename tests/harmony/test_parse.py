@@ -1,4 +1,4 @@
-"""The stream parser on output of every kind, well-formed and not. test_parse_fuzz.py generates more."""
+"""The streaming parser on well-formed and malformed output. test_parse_fuzz.py generates more."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mlx_gptoss.tokenizer import Tokenizer
 THINK = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
 
 
-def said(content: str, channel: str | None = None, *rest: str | None) -> Message:
+def assistant(content: str, channel: str | None = None, *rest: str | None) -> Message:
     return Message("assistant", content, channel, *rest)
 
 
-def test_a_reply_arrives_piece_by_piece(small: Tokenizer) -> None:
+def test_a_reply_is_parsed_token_by_token(small: Tokenizer) -> None:
     parser = Parser(small)
     deltas = []
     for id in small.encode_with_specials(f"{THINK}<|channel|>final<|message|>Hé!"):
@@ -33,13 +33,13 @@ def test_a_reply_arrives_piece_by_piece(small: Tokenizer) -> None:
         [("text", "é", 1, False)],
         [("text", "!", 1, False)],
     ]
-    assert parser.messages == [said("hm", "analysis")]
+    assert parser.messages == [assistant("hm", "analysis")]
     assert parser.finish() == []
-    assert parser.messages == [said("hm", "analysis"), said("Hé!", "final")]
+    assert parser.messages == [assistant("hm", "analysis"), assistant("Hé!", "final")]
 
 
-CALL = said("{}", "commentary", "functions.f", "<|constrain|>json")
-PYTHON = said("1", "analysis", "python", "<|constrain|>python")
+CALL = assistant("{}", "commentary", "functions.f", "<|constrain|>json")
+PYTHON = assistant("1", "analysis", "python", "<|constrain|>python")
 
 
 @pytest.mark.parametrize(
@@ -54,21 +54,24 @@ PYTHON = said("1", "analysis", "python", "<|constrain|>python")
         ("assistant to=functions.f<|channel|>commentary<|channel|>commentary <|constrain|>json<|message|>{}", CALL),
         (" to=functions.f<|channel|><|channel|>commentary <|constrain|>json<|message|><|message|>{}<|call|>", CALL),
         ("<|channel|>commentary to=functions.f <|constrain|>json{}<|call|>", None),
-        ("<|channel|>commentary to=functions.f json<|message|>{}", said("{}", "commentary", "functions.f", "json")),
-        (" to=functions.f json<|message|>{}<|call|>", said("{}", None, "functions.f", "json")),
-        ("<|channel|>analysis to=functions.f code<|message|>{}", said("{}", "analysis", "functions.f", "code")),
-        ("<|channel|>analysis to=python code<|message|>1<|call|>", said("1", "analysis", "python", "code")),
+        (
+            "<|channel|>commentary to=functions.f json<|message|>{}",
+            assistant("{}", "commentary", "functions.f", "json"),
+        ),
+        (" to=functions.f json<|message|>{}<|call|>", assistant("{}", None, "functions.f", "json")),
+        ("<|channel|>analysis to=functions.f code<|message|>{}", assistant("{}", "analysis", "functions.f", "code")),
+        ("<|channel|>analysis to=python code<|message|>1<|call|>", assistant("1", "analysis", "python", "code")),
         (" to=python<|channel|>analysis <|constrain|>python<|message|>1", PYTHON),
         ("<|channel|>analysis to=python <|constrain|>python<|message|>1<|call|>", PYTHON),
-        ("<|channel|>analysis to=browser.search<|message|>{}<|call|>", said("{}", "analysis", "browser.search")),
-        ("<|channel|>commentary<|message|>I shall look.<|end|>", said("I shall look.", "commentary")),
-        ("<|channel|>final <|constrain|>json<|message|>{}", said("{}", "final", None, "<|constrain|>json")),
-        ("<|channel|>final json<|message|>{}", said("{}", "final", None, "json")),
-        ("<|channel|>final\n<|message|>Hi", said("Hi", "final")),
-        ("<|channel|>strange<|message|>Hi", said("Hi", "strange")),
-        ("<|message|>Hi<|return|>", said("Hi")),
-        ("final<|message|>Hi", said("Hi", "final")),
-        ("<|channel|>final<|message|><|return|>", said("", "final")),
+        ("<|channel|>analysis to=browser.search<|message|>{}<|call|>", assistant("{}", "analysis", "browser.search")),
+        ("<|channel|>commentary<|message|>I shall look.<|end|>", assistant("I shall look.", "commentary")),
+        ("<|channel|>final <|constrain|>json<|message|>{}", assistant("{}", "final", None, "<|constrain|>json")),
+        ("<|channel|>final json<|message|>{}", assistant("{}", "final", None, "json")),
+        ("<|channel|>final\n<|message|>Hi", assistant("Hi", "final")),
+        ("<|channel|>strange<|message|>Hi", assistant("Hi", "strange")),
+        ("<|message|>Hi<|return|>", assistant("Hi")),
+        ("final<|message|>Hi", assistant("Hi", "final")),
+        ("<|channel|>final<|message|><|return|>", assistant("", "final")),
         ("<|start|>user:bob<|message|>Hi<|end|>", Message("user", "Hi", name="bob")),
         (
             "<|start|>functions.f to=assistant<|channel|>commentary<|message|>3<|end|>",
@@ -79,22 +82,25 @@ PYTHON = said("1", "analysis", "python", "<|constrain|>python")
             Message("tool", "3", "analysis", "assistant", name="python"),
         ),
         # Malformed: no <|message|>
-        ("Hello", said("Hello")),
-        ("Hello there, how are you today?", said("Hello there, how are you today?")),
-        ("Hello\nworld<|return|>", said("Hello\nworld")),
-        ("<|channel|>final Hello there<|return|>", said(" Hello there", "final")),
-        ("<|channel|>finally, some text", said("finally, some text")),
-        ("<|channel|>final<|return|>", said("", "final")),
-        ("<|channel|>commentary to=functions.f {}<|call|>", said(" {}", "commentary", "functions.f")),
-        ("<|channel|>commentary to=functions.f<|call|>", said("", "commentary", "functions.f")),
-        ("<|start|>assistant Hi", said(" Hi")),
-        # Malformed: words that fit nowhere
-        ("Sure! <|channel|>final<|message|>Hi", said("Sure! Hi", "final")),
-        ("<|channel|>final a b c<|message|>Hi", said(" a b cHi", "final")),
+        ("Hello", assistant("Hello")),
+        ("Hello there, how are you today?", assistant("Hello there, how are you today?")),
+        ("Hello\nworld<|return|>", assistant("Hello\nworld")),
+        ("<|channel|>final Hello there<|return|>", assistant(" Hello there", "final")),
+        ("<|channel|>finally, some text", assistant("finally, some text")),
+        ("<|channel|>final<|return|>", assistant("", "final")),
+        ("<|channel|>commentary to=functions.f {}<|call|>", assistant(" {}", "commentary", "functions.f")),
+        ("<|channel|>commentary to=functions.f<|call|>", assistant("", "commentary", "functions.f")),
+        ("<|start|>assistant Hi", assistant(" Hi")),
+        # Malformed: header words that fit no field
+        ("Sure! <|channel|>final<|message|>Hi", assistant("Sure! Hi", "final")),
+        ("<|channel|>final a b c<|message|>Hi", assistant(" a b cHi", "final")),
         ("<|channel|>commentary to=functions.f to=functions.g<|message|>{}", None),
-        # Specials within a text
-        ("<|channel|>final<|message|>a<|message|>b<|constrain|>c<|startoftext|>d<|return|>", said("abcd", "final")),
-        ("<|channel|>final<|message|>a <|channel|>b c", said("a b c", "final")),
+        # Special tokens within a text
+        (
+            "<|channel|>final<|message|>a<|message|>b<|constrain|>c<|startoftext|>d<|return|>",
+            assistant("abcd", "final"),
+        ),
+        ("<|channel|>final<|message|>a <|channel|>b c", assistant("a b c", "final")),
     ],
 )
 def test_one_message(parse: Any, text: str, message: Message | None) -> None:
@@ -119,23 +125,26 @@ def test_one_message(parse: Any, text: str, message: Message | None) -> None:
         "<|channel|>analysis<|message|>a<|end|><|start|>assistant final<|message|>b<|return|><|endoftext|>",
     ],
 )
-def test_thought_then_answer(parse: Any, text: str) -> None:
-    assert parse(text).messages == [said("a", "analysis"), said("b", "final")]
+def test_reasoning_then_answer(parse: Any, text: str) -> None:
+    assert parse(text).messages == [assistant("a", "analysis"), assistant("b", "final")]
 
 
 @pytest.mark.parametrize(
     ("text", "messages"),
     [
-        ("c<|channel|>o", [said("co")]),
-        ("c<|channel|>o<|start|>assistant<|channel|>final<|message|>b", [said("co"), said("b", "final")]),
-        ("<|channel|>final<|message|>a<|channel|>an<|start|>assistant<|message|>b", [said("a", "final"), said("b")]),
+        ("c<|channel|>o", [assistant("co")]),
+        ("c<|channel|>o<|start|>assistant<|channel|>final<|message|>b", [assistant("co"), assistant("b", "final")]),
+        (
+            "<|channel|>final<|message|>a<|channel|>an<|start|>assistant<|message|>b",
+            [assistant("a", "final"), assistant("b")],
+        ),
     ],
 )
-def test_only_the_end_of_a_header_can_be_cut_off(parse: Any, text: str, messages: list[Message]) -> None:
+def test_only_the_end_of_a_header_can_be_truncated(parse: Any, text: str, messages: list[Message]) -> None:
     assert parse(text).messages == messages
 
 
-HALVES = [
+TRUNCATED_HEADERS = [
     "",
     "<|channel|>",
     "<|channel|>analysis",
@@ -145,13 +154,13 @@ HALVES = [
 ]
 
 
-@pytest.mark.parametrize("text", HALVES)
-def test_half_a_header_is_no_message(parse: Any, text: str) -> None:
+@pytest.mark.parametrize("text", TRUNCATED_HEADERS)
+def test_a_truncated_header_is_no_message(parse: Any, text: str) -> None:
     assert parse(text).messages == []
-    assert parse(THINK + text).messages == [said("hm", "analysis")]
+    assert parse(THINK + text).messages == [assistant("hm", "analysis")]
 
 
-def test_text_without_a_header_does_not_wait_for_its_end(small: Tokenizer) -> None:
+def test_text_without_a_header_is_streamed(small: Tokenizer) -> None:
     parser = Parser(small)
     deltas = [parser.push(id) for id in small.encode("I say this without any header")]
     early = "".join(delta.text for pushed in deltas for delta in pushed)
@@ -159,9 +168,9 @@ def test_text_without_a_header_does_not_wait_for_its_end(small: Tokenizer) -> No
     assert sum(map(bool, deltas)) > 5
 
 
-def test_only_start_is_followed_by_a_role(parse: Any) -> None:
+def test_a_role_is_read_only_after_start(parse: Any) -> None:
     turn = "<|start|>user<|message|>q<|end|>"
-    assert parse(f"{turn}user hi<|return|>").messages == [Message("user", "q"), said("user hi")]
+    assert parse(f"{turn}user hi<|return|>").messages == [Message("user", "q"), assistant("user hi")]
     assert parse(f"{turn}<|start|>user hi<|return|>").messages == [Message("user", "q"), Message("user", " hi")]
 
 
@@ -184,21 +193,21 @@ def test_only_start_is_followed_by_a_role(parse: Any) -> None:
         (Header(), "text", None),
     ],
 )
-def test_where_a_message_goes(header: Header, kind: str, function: str | None) -> None:
+def test_kind_and_function_of_a_header(header: Header, kind: str, function: str | None) -> None:
     assert (header.kind, header.function) == (kind, function)
 
 
-def test_a_truncated_character_becomes_a_replacement(small: Tokenizer, parse: Any) -> None:
+def test_a_truncated_character_becomes_a_replacement_character(small: Tokenizer, parse: Any) -> None:
     ids = small.encode_with_specials("<|channel|>final<|message|>ok 🎉")
     for missing in (1, 2):
-        assert parse(ids[:-missing]).messages == [said("ok \ufffd", "final")]
-        assert parse([*ids[:-missing], small.special("<|return|>")]).messages == [said("ok \ufffd", "final")]
+        assert parse(ids[:-missing]).messages == [assistant("ok \ufffd", "final")]
+        assert parse([*ids[:-missing], small.special("<|return|>")]).messages == [assistant("ok \ufffd", "final")]
     assert [delta.text for delta in parse(ids).deltas] == ["", "o", "k", " ", "🎉"]
 
 
-def test_a_header_without_end_is_read_in_linear_time(parse: Any) -> None:
+def test_endless_headers_are_read_in_linear_time(parse: Any) -> None:
     started = time.thread_time()
     for text in ("to=" + "a" * 20_000, " " * 20_000 + "b", "<|channel|>" * 20_000 + "b", "<|channel|>final" * 4_000):
         parse(text)
     assert time.thread_time() - started < 10
-    assert parse("to=" + "a" * 20_000).messages == [said("to=" + "a" * 20_000)]
+    assert parse("to=" + "a" * 20_000).messages == [assistant("to=" + "a" * 20_000)]

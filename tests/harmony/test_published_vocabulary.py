@@ -1,4 +1,4 @@
-"""The tokenizer on the published vocabulary, held against openai-harmony's."""
+"""The tokenizer with the published vocabulary, compared with openai-harmony's."""
 
 from __future__ import annotations
 
@@ -27,44 +27,44 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_encodes_as_openai_harmony(published: Tokenizer, judge: Any, text: str) -> None:
+def test_encodes_like_openai_harmony(published: Tokenizer, reference: Any, text: str) -> None:
     ids = published.encode(text)
-    assert ids == judge.encode(text, disallowed_special=())
-    assert published.decode(ids) == judge.decode(ids) == text
+    assert ids == reference.encode(text, disallowed_special=())
+    assert published.decode(ids) == reference.decode(ids) == text
 
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(max_size=200))
-def test_encodes_any_text(published: Tokenizer, judge: Any, text: str) -> None:
+def test_encodes_any_text(published: Tokenizer, reference: Any, text: str) -> None:
     ids = published.encode(text)
-    assert ids == judge.encode(text, disallowed_special=())
+    assert ids == reference.encode(text, disallowed_special=())
     assert published.decode(ids) == text
 
 
-def test_encodes_source_code(published: Tokenizer, judge: Any) -> None:
+def test_encodes_source_code(published: Tokenizer, reference: Any) -> None:
     for file in sorted(Path(__file__).parents[2].glob("mlx_gptoss/*.py")):
         text = file.read_text()
-        assert published.encode(text) == judge.encode(text, disallowed_special=()), file
+        assert published.encode(text) == reference.encode(text, disallowed_special=()), file
 
 
-def test_raw_prompts_may_hold_specials(published: Tokenizer, judge: Any) -> None:
+def test_raw_prompts_may_contain_special_tokens(published: Tokenizer, reference: Any) -> None:
     text = "<|start|>user<|message|>q 🎉<|end|><|start|>assistant to=f <|constrain|>json<|call|><|return"
     ids = published.encode_with_specials(text)
-    assert ids == judge.encode(text, allowed_special="all")
+    assert ids == reference.encode(text, allowed_special="all")
     assert published.decode(ids, specials=True) == text
-    assert set(SPECIALS) <= judge.special_tokens_set
+    assert set(SPECIALS) <= reference.special_tokens_set
 
 
-def test_decodes_any_ids(published: Tokenizer, judge: Any) -> None:
+def test_decodes_any_ids(published: Tokenizer, reference: Any) -> None:
     chance = random.Random(0)
     for _ in range(300):
         ids = [chance.randrange(199998) for _ in range(30)]
-        text = judge.decode(ids)
+        text = reference.decode(ids)
         assert published.decode(ids) == text
         decoder = published.decoder()
         assert "".join(map(decoder.push, ids)) + decoder.flush() == text
 
 
-def test_every_token_is_its_bytes(published: Tokenizer, judge: Any) -> None:
+def test_every_token_is_its_bytes(published: Tokenizer, reference: Any) -> None:
     for id in range(0, 199998, 7):
-        assert published.token_bytes(id).decode(errors="replace") == judge.decode([id])
+        assert published.token_bytes(id).decode(errors="replace") == reference.decode([id])

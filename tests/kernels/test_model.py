@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from mlx_gptoss.backends import cuda
 from mlx_gptoss.backends.base import Limits, Row
 from mlx_gptoss.backends.cuda.kernels import fused
-from mlx_gptoss.backends.cuda.plain import Plain
+from mlx_gptoss.backends.cuda.plain import TorchOperations
 from mlx_gptoss.errors import CheckpointError
 from mlx_gptoss.sampling import Sampling
 from mlx_gptoss.weights import checkpoint as checkpoints
@@ -93,8 +93,8 @@ def test_a_short_message_after_a_long_context(device, close, monkeypatch):
     cache[:, 1, :, :150] = torch.randn((2, 2, 150, 64), generator=generator)
     keys, values = (part[1:2, :, :150].to(device) for part in cache.to(device))
     sinks = torch.tensor([0.5, -2.0, 3.0, 0.0], device=device)
-    wanted = Plain(1).causal(q.to(device), keys, values, sinks, 0.125)
-    close(fused.Fused().causal(q.to(device), keys, values, sinks, 0.125), wanted, 1e-5)
+    wanted = TorchOperations(1).attend_causal(q.to(device), keys, values, sinks, 0.125)
+    close(fused.Fused().attend_causal(q.to(device), keys, values, sinks, 0.125), wanted, 1e-5)
 
 
 def test_activations_in_bfloat16_stay_close(mini, device):
@@ -114,7 +114,7 @@ def test_unsupported_models_are_refused(mini):
 
 def test_gate_and_up_stored_differently_are_refused(mini, monkeypatch):
     loader = import_module("mlx_gptoss.backends.cuda.load")  # the package's `load` is a function
-    monkeypatch.setattr(loader, "_alike", lambda weights: len(weights) == 1)
+    monkeypatch.setattr(loader, "_same_storage", lambda weights: len(weights) == 1)
     with pytest.raises(CheckpointError, match="gate and up"):
         cuda.load(checkpoints.open(mini / "mxfp4"), device="cpu", dtype=None, limits=Limits(1, 8, 8), kernels=True)
 

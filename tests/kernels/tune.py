@@ -30,7 +30,7 @@ from mlx_gptoss.backends.cuda.kernels.tiles import Tile
 from mlx_gptoss.backends.cuda.layers import DenseMatrix, Matrix
 from mlx_gptoss.backends.cuda.load import load_model
 from mlx_gptoss.backends.cuda.model import Block, GptOss
-from mlx_gptoss.backends.cuda.plain import Plain
+from mlx_gptoss.backends.cuda.plain import TorchOperations
 from mlx_gptoss.config import PRESETS
 from mlx_gptoss.weights.synthetic import Synthetic
 
@@ -39,7 +39,7 @@ HEAD = 64  # rows of the qkv matrix in a head
 CANDIDATES = [Tile(BN, BK, warps, stages) for BN, BK, warps in
          ((16, 128, 1), (16, 256, 1), (16, 256, 2), (16, 512, 2), (32, 128, 1), (32, 128, 2), (32, 128, 4),
           (64, 64, 4), (64, 128, 4), (128, 64, 4)) for stages in (2, 3, 4)]  # fmt: skip
-PLAIN = Plain(threads=1)
+PLAIN = TorchOperations(threads=1)
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Case:
 def cases(model: GptOss, b: Buffers, cache: Cache, positions: torch.Tensor) -> Iterator[Case]:
     """The products of a step of len(b.x) rows at `positions`, int32 [B]."""
     c, i, rows = model.config, b.inputs, len(b.x)
-    turn = model.rotary.turn(positions[:, None].long())
+    rotation = model.rotary.rotation(positions[:, None].long())
     table = tuple(
-        t[0, 0].contiguous() for t in vars(model.rotary.turn(torch.arange(4096, device=b.x.device)[None])).values()
+        t[0, 0].contiguous() for t in vars(model.rotary.rotation(torch.arange(4096, device=b.x.device)[None])).values()
     )
     x = b.x.clone()
     fused = rows == 1
@@ -85,7 +85,7 @@ def cases(model: GptOss, b: Buffers, cache: Cache, positions: torch.Tensor) -> I
 
     def q_oracle(block: Block) -> torch.Tensor:
         y = product(reference(block.attention_norm), block.attention.qkv)[:, None, : c.q_size]
-        return PLAIN.turn(y, turn)[:, :, 0]
+        return PLAIN.rotate(y, rotation)[:, :, 0]
 
     def out(block: Block) -> None:
         at = block.attention.out

@@ -14,8 +14,8 @@ from mlx_gptoss.config import TINY
 from mlx_gptoss.errors import DoesNotFit, GptOssError, InvalidRequest
 from mlx_gptoss.measure import agreement
 from mlx_gptoss.measure.agreement import FirstLayers
-from mlx_gptoss.measure.benchmark import Counted, Model, Where, bench, step_bytes
-from mlx_gptoss.measure.timing import WARM_STEPS, Case, Ours, prefill_steps, prompts
+from mlx_gptoss.measure.benchmark import BenchModel, CountedWeights, Target, bench, step_bytes
+from mlx_gptoss.measure.timing import WARM_STEPS, Case, OurEngine, prefill_steps, prompts
 from mlx_gptoss.weights import checkpoint
 from mlx_gptoss.weights.synthetic import Synthetic, preset
 
@@ -60,7 +60,7 @@ class Step:
 
 def test_every_step_is_submitted_before_the_last_is_read():
     runner = Recorder()
-    ours = Ours(runner, "none", "cpu", "none", 0.0)
+    ours = OurEngine(runner, "none", "cpu", "none", 0.0)
     ours.begin(Case(batch=3, prompt=20, context=30, generate=5))
     runner.log.clear()
     ours.prefill()
@@ -118,7 +118,7 @@ def test_bytes_of_a_step_of_the_published_models(name, form, wanted):
 
 def test_counted_bytes_are_those_of_the_checkpoint(mini, backend_module):
     source = checkpoint.open(mini / "mlx-4bit")
-    counted = Counted(source)
+    counted = CountedWeights(source)
     backend_module("mlx").load(counted, device="cpu", dtype="float32", limits=Limits(1, 64, 64)).close()
     assert sum(counted.sizes.values()) == source.size_bytes
 
@@ -129,8 +129,8 @@ def test_a_report_of_every_case(backend, backend_module):
     source = Synthetic(TINY, "mxfp4")
     cases = [Case(1, 16, 16, 4), Case(2, 16, 150, 4)]
     said = []
-    where = Where.find(backend, "cpu", None)
-    report = bench(Model(source, source.size_bytes, "mxfp4"), cases, where, repeat=2, tell=said.append)
+    target = Target.find(backend, "cpu", None)
+    report = bench(BenchModel(source, source.size_bytes, "mxfp4"), cases, target, repeat=2, log=said.append)
     assert not report.agreements and report.ratio is None and said
     for case, result in zip(cases, report.results, strict=True):
         assert (result.engine, result.backend, result.device) == ("mlx-gptoss", backend, "cpu")
@@ -143,30 +143,30 @@ def test_a_report_of_every_case(backend, backend_module):
 
 
 def test_what_cannot_be_run_is_refused(backend_module):
-    where = Where.find("mlx", "cpu", None)
+    target = Target.find("mlx", "cpu", None)
     source = Synthetic(TINY, "mxfp4")
     with pytest.raises(InvalidRequest, match="at most"):
-        bench(Model(source, source.size_bytes, "mxfp4"), [Case(1, 8, TINY.max_position_embeddings, 8)], where)
+        bench(BenchModel(source, source.size_bytes, "mxfp4"), [Case(1, 8, TINY.max_position_embeddings, 8)], target)
     with pytest.raises(DoesNotFit):
-        bench(Model(source, 10**15, "mxfp4"), [Case(1, 8, 8, 8)], where)
+        bench(BenchModel(source, 10**15, "mxfp4"), [Case(1, 8, 8, 8)], target)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_narrow_activations_are_held_against_float32(backend, backend_module):
     module = backend_module(backend)
     source = Synthetic(preset("tiny", layers=6), "mxfp4")
-    found = agreement.with_float32(module, source, backend, "cpu", "bfloat16", [1, 4])
+    found = agreement.with_cpu_float32(module, source, backend, "cpu", "bfloat16", [1, 4])
     assert found.layers == agreement.LAYERS
     assert 1e-7 < found.kl < 0.05 and 0 < found.decode_error < 0.5 and found.top1 > 0.8
-    exact = agreement.with_float32(module, source, backend, "cpu", "float32", [1, 4])
+    exact = agreement.with_cpu_float32(module, source, backend, "cpu", "float32", [1, 4])
     assert exact.kl < 1e-9 and exact.decode_error < 1e-4
 
 
 class Wrong:
     """A backend whose second copy of the model, the oracle, has other weights."""
 
-    def __init__(self, module, where):
-        self.module, self.where, self.loaded = module, where, 0
+    def __init__(self, module, target):
+        self.module, self.target, self.loaded = module, target, 0
         self.prefill_chunk = module.prefill_chunk
 
     def load(self, source, **options):
@@ -184,10 +184,10 @@ class Wrong:
 
 
 @pytest.mark.parametrize("where", ["prefill", "decode"])
-def test_a_model_that_computes_something_else_is_not_timed(backend_module, where):
+def test_a_model_that_computes_something_else_is_not_timed(backend_module, target):
     source = Synthetic(TINY, "mxfp4")
     with pytest.raises(GptOssError, match="nothing was timed"):
-        agreement.with_float32(Wrong(backend_module("mlx"), where), source, "mlx", "cpu", "float32", [2, 3])
+        agreement.with_cpu_float32(Wrong(backend_module("mlx"), target), source, "mlx", "cpu", "float32", [2, 3])
 
 
 def test_first_layers_are_those_of_the_model(mini):

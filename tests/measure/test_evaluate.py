@@ -25,7 +25,7 @@ from mlx_gptoss.measure.passages import Document, read_documents, windows
 from mlx_gptoss.tokenizer import Tokenizer
 
 TEXT = "<|start|>user<|message|>What is 12 + 30?<|end|>The quick brown fox jumps over the lazy dog. " * 3
-EXAMPLES = Path(__file__).parents[2] / "examples"
+TOOLS = Path(__file__).parents[2] / "examples" / "tools"
 LOGITS = arrays(np.float32, (2, 5), elements=st.floats(-60, 60, width=32))
 
 
@@ -157,9 +157,9 @@ def test_the_default_context_keeps_logits_under_a_gigabyte(vocab, context):
 
 
 def test_the_bundled_text_is_what_its_example_writes(tokenizer):
-    script = [sys.executable, str(EXAMPLES / "nano_eval_text.py")]
+    script = [sys.executable, str(TOOLS / "nano_eval_text.py")]
     written = subprocess.run(script, capture_output=True, check=True).stdout
-    assert evaluation.BUNDLED_TEXT.read_bytes() == written, "run examples/nano_eval_text.py again"
+    assert evaluation.BUNDLED_TEXT.read_bytes() == written, "run examples/tools/nano_eval_text.py again"
     documents = read_documents(written.decode(), tokenizer, "replies")
     assert len(documents) == 50 and all(d.first > 20 for d in documents)
 

@@ -119,7 +119,7 @@ def random_checkpoint():
                 writer.write(info.name, row, values)
         writer.finish()
         writer.close()
-        content = published(config) | target_format.describe(name, params) | {"swiglu_alpha": config.swiglu_alpha}
+        content = published(config) | target_format.config_entries(name, params) | {"swiglu_alpha": config.swiglu_alpha}
         (folder / "config.json").write_text(json.dumps(content))
         return folder
 

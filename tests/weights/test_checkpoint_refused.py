@@ -68,7 +68,7 @@ TENSOR_DAMAGE = {
     ),
     "transformers 5.14's names": (
         rename(f"{LAYER}mlp.experts.down_proj_blocks", f"{LAYER}mlp.experts.down_proj$"),
-        r"end in \$ come from a transformers 5\.14 bug",
+        r"ending in \$ come from a bug in transformers 5\.14",
     ),
 }
 

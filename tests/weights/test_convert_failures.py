@@ -134,7 +134,7 @@ def test_a_destination_that_overlaps_the_source_is_refused(mini, tmp_path):
     assert checkpoint.open(source).format == "mxfp4"
 
 
-@pytest.mark.parametrize(("name", "why"), [("mlx-5bit", "is not a format"), ("mxfp4-original", "only read")])
+@pytest.mark.parametrize(("name", "why"), [("mlx-5bit", "is not a format"), ("mxfp4-original", "read but not written")])
 def test_unknown_formats_are_refused_with_the_list(mini, tmp_path, name, why):
     with pytest.raises(GptOssError, match=f"{why}.*mlx-4bit"):
         convert(mini / "mxfp4", tmp_path / "out", name)

@@ -78,7 +78,7 @@ def test_a_rank_does_not_read_the_other_parts(mini, tmp_path, name):
     folder = shutil.copytree(mini / name, tmp_path / name)
     damaged = open_checkpoint(folder)
     parameter = "layers.0.experts.down.weight"
-    stored = [want for want in damaged._binding.sources[parameter].wants if "scale" in want.name][-1].name
+    stored = [tensor for tensor in damaged._binding.sources[parameter].expected if "scale" in tensor.name][-1].name
     file = damaged._file_of[stored]
     info, start = file.header.tensors[stored], file.header.offsets[stored]
     with file.path.open("r+b") as opened:

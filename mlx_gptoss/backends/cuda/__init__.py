@@ -19,7 +19,7 @@ from ...weights.tensor import Weights
 from ..base import Limits
 from .layers import Operations
 from .load import load_model
-from .plain import Plain
+from .plain import TorchOperations
 from .ranks import Ranks
 from .runner import CudaRunner
 
@@ -44,7 +44,7 @@ def load(
     if where.type == "cuda":
         torch.cuda.set_device(where)  # of this thread, which is the runner's: Triton launches there
         torch.cuda.reset_peak_memory_stats(where)
-    ops = _fused(checkpoint) if kernels else Plain(torch.get_num_threads() if where.type == "cpu" else 1)
+    ops = _fused(checkpoint) if kernels else TorchOperations(torch.get_num_threads() if where.type == "cpu" else 1)
     ranks = None if shard is None else Ranks.join(shard, where)
     with torch.inference_mode():
         model = load_model(checkpoint, DTYPES[dtype_name(device, dtype)], where, ops, ranks)

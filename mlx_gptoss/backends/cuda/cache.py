@@ -71,8 +71,8 @@ class FullCache:
         device: torch.device,
     ) -> None:
         self._max_context = max_context
-        self.keys = torch.zeros((slots, heads, capacity, head_dim), dtype=dtype, device=device)
-        self.values = torch.zeros((slots, heads, capacity, head_dim), dtype=dtype, device=device)
+        self.keys: Tensor = torch.zeros((slots, heads, capacity, head_dim), dtype=dtype, device=device)
+        self.values: Tensor = torch.zeros((slots, heads, capacity, head_dim), dtype=dtype, device=device)
 
     def append(self, k: Tensor, v: Tensor, span: Span) -> Visible:
         """Store one token a row, k, v [B, K, 1, 64], and return all keys up to them."""
@@ -80,8 +80,8 @@ class FullCache:
         slots = _indices(span)
         self.keys[slots, :, span.offsets] = k[:, :, 0]
         self.values[slots, :, span.offsets] = v[:, :, 0]
-        rows = _rows(span)
-        mask = None if len(set(span.starts)) == 1 else _until(span.offsets, span.end)
+        rows = _slot_index(span)
+        mask = None if len(set(span.starts)) == 1 else _causal_mask(span.offsets, span.end)
         return Visible(self.keys[rows, :, : span.end], self.values[rows, :, : span.end], mask)
 
     def extend(self, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
@@ -92,7 +92,7 @@ class FullCache:
         self.values[slot, :, start : span.end] = v[0]
         return self.keys[slot : slot + 1, :, : span.end], self.values[slot : slot + 1, :, : span.end]
 
-    def places(self, start: int, end: int) -> slice:
+    def snapshot_places(self, start: int, end: int) -> slice:
         """Of a snapshot."""
         return slice(start, end)
 
@@ -121,7 +121,7 @@ Part = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Saved:
+class SlotSnapshot:
     """A Snapshot. parts: keys and values of each layer in order, cut to one slot: of a full layer the positions from
     start to end, [K, end - start, 64]; of a ring the places filled at the end, [K, min(end, W), 64]."""
 
@@ -141,8 +141,8 @@ class RingCache:
         self, slots: int, heads: int, head_dim: int, window: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.window = window
-        self.keys = torch.zeros((slots, heads, window, head_dim), dtype=dtype, device=device)
-        self.values = torch.zeros((slots, heads, window, head_dim), dtype=dtype, device=device)
+        self.keys: Tensor = torch.zeros((slots, heads, window, head_dim), dtype=dtype, device=device)
+        self.values: Tensor = torch.zeros((slots, heads, window, head_dim), dtype=dtype, device=device)
 
     def append(self, k: Tensor, v: Tensor, span: Span) -> Visible:
         """Store one token a row, k, v [B, K, 1, 64]; order within a ring does not matter to softmax."""
@@ -151,8 +151,8 @@ class RingCache:
         self.values[slots, :, places] = v[:, :, 0]
         filled = min(span.end, self.window)
         everywhere = min(span.starts) + 1 >= filled
-        rows = _rows(span)
-        mask = None if everywhere else _until(span.offsets, filled)
+        rows = _slot_index(span)
+        mask = None if everywhere else _causal_mask(span.offsets, filled)
         return Visible(self.keys[rows, :, :filled], self.values[rows, :, :filled], mask)
 
     def extend(self, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
@@ -168,7 +168,7 @@ class RingCache:
             ring[slot : slot + 1] = torch.roll(joined[:, :, -w:], span.end % w, 2)
         return both[0], both[1]
 
-    def places(self, start: int, end: int) -> slice:
+    def snapshot_places(self, start: int, end: int) -> slice:
         """Of a snapshot: those that are filled at its end, so that nothing of what the slot held before is in it."""
         return slice(min(end, self.window))
 
@@ -203,22 +203,22 @@ class Cache:
             for kind in config.layer_types
         ]
 
-    def save(self, slot: int, start: int, end: int) -> Saved:
+    def save(self, slot: int, start: int, end: int) -> SlotSnapshot:
         """As Runner.save."""
         parts = []
         for layer in self.layers:
-            at = layer.places(start, end)
+            at = layer.snapshot_places(start, end)
             parts.append((layer.keys[slot, :, at].clone(), layer.values[slot, :, at].clone()))
-        return Saved(start, end, tuple(parts))
+        return SlotSnapshot(start, end, tuple(parts))
 
-    def restore(self, slot: int, chain: Sequence[Saved]) -> None:
+    def restore(self, slot: int, chain: Sequence[SlotSnapshot]) -> None:
         """As Runner.restore."""
         for i, layer in enumerate(self.layers):
             layer.restore(slot, [saved.parts[i] for saved in chain])
 
-    def unpack(self, start: int, end: int, data: bytes) -> Saved:
+    def unpack(self, start: int, end: int, data: bytes) -> SlotSnapshot:
         """As Runner.unpack: the bytes of all parts, one behind the other."""
-        places = [range(end)[layer.places(start, end)] for layer in self.layers]
+        places = [range(end)[layer.snapshot_places(start, end)] for layer in self.layers]
         keys = [layer.keys for layer in self.layers]
         shapes = [(2, k.shape[1], len(at), k.shape[3] * k.itemsize) for k, at in zip(keys, places, strict=True)]
         if len(data) != (size := sum(prod(shape) for shape in shapes)):
@@ -228,19 +228,19 @@ class Cache:
             piece = whole[begin : begin + prod(shape)].view(shape).clone().view(like.dtype).to(like.device)
             parts.append((piece[0], piece[1]))
             begin += prod(shape)
-        return Saved(start, end, tuple(parts))
+        return SlotSnapshot(start, end, tuple(parts))
 
 
 def _indices(span: Span) -> Tensor:
     return torch.tensor(span.slots, device=span.offsets.device)
 
 
-def _rows(span: Span) -> slice | Tensor:
+def _slot_index(span: Span) -> slice | Tensor:
     """Adjacent slots as a view; others have to be gathered."""
     first, last = span.slots[0], span.slots[-1]
     return slice(first, last + 1) if last - first + 1 == len(span.slots) else _indices(span)
 
 
-def _until(offsets: Tensor, end: int) -> Tensor:
+def _causal_mask(offsets: Tensor, end: int) -> Tensor:
     """Boolean [B, 1, 1, end]: row b sees places up to and including offsets[b]."""
     return torch.arange(end, device=offsets.device) <= offsets[:, None, None, None]

@@ -20,15 +20,20 @@ from .kernels import attention, linear, moe, qkv, routing, sample
 from .model import Block, GptOss, Norm
 
 IDLE = -1
-FED_BACK = -1
+FEED_BACK = -1
 
 
 class Inputs:
     """What the host says of each row, as one piece of memory, which one copy brings to the device.
 
-    given int64: the token, or FED_BACK for the one that the slot sampled last. keys int64: where the row's noise
+    given int64: the token, or FEED_BACK for the one that the slot sampled last. keys int64: where the row's noise
     starts. slots, positions int32. temperatures float32: 0 is greedy.
     """
+
+    given: Tensor
+    keys: Tensor
+    slots: Tensor
+    positions: Tensor
 
     def __init__(self, rows: int, memory: Tensor) -> None:
         """memory: uint8 [28 * rows]"""
@@ -36,7 +41,7 @@ class Inputs:
         self.given, self.keys = wide[:rows], wide[rows:]
         ints = narrow[: 8 * rows].view(torch.int32)
         self.slots, self.positions = ints[:rows], ints[rows:]
-        self.temperatures = narrow[8 * rows :].view(torch.float32)
+        self.temperatures: Tensor = narrow[8 * rows :].view(torch.float32)
         self.memory = memory
 
     @staticmethod
@@ -48,7 +53,7 @@ class Inputs:
 
     def fill(self, rows: Sequence[Row], keys: Sequence[int], temperatures: Sequence[float]) -> None:
         """On the host. The rows after the last stay idle."""
-        tokens = [FED_BACK if row.tokens is None else row.tokens[0] for row in rows]
+        tokens = [FEED_BACK if row.tokens is None else row.tokens[0] for row in rows]
         for part, values in (
             (self.given, tokens),
             (self.keys, keys),
@@ -65,6 +70,17 @@ class Buffers:
     logits float32 [B, V], tokens int64 [B] and logprobs float32 [B] are what a step leaves behind.
     """
 
+    x: Tensor
+    normed: Tensor
+    q: Tensor
+    y: Tensor
+    hidden: Tensor
+    parts: Tensor
+    share: Tensor
+    own_logits: Tensor
+    tokens: Tensor
+    logprobs: Tensor
+
     def __init__(self, model: GptOss, rows: int, capacity: int, device: torch.device) -> None:
         c = model.config
         D, pairs = c.hidden_size, rows * c.num_experts_per_tok
@@ -72,13 +88,13 @@ class Buffers:
         def new(*shape: int, dtype: torch.dtype = model.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        self.inputs = Inputs.empty(rows, device)
+        self.inputs: Inputs = Inputs.empty(rows, device)
         self.x, self.normed = new(rows, D), new(rows, D)
         self.q, self.y = new(rows, c.num_attention_heads, c.head_dim), new(rows, c.q_size)
         heads = c.num_attention_heads, c.num_key_value_heads
-        self.attention = attention.decode_scratch(rows, *heads, capacity, model.dtype, device)
-        self.scores = new(rows, c.num_local_experts, dtype=torch.float32)
-        self.groups = routing.Groups(
+        self.attention: Tensor = attention.decode_scratch(rows, *heads, capacity, model.dtype, device)
+        self.scores: Tensor = new(rows, c.num_local_experts, dtype=torch.float32)
+        self.groups: routing.Groups = routing.Groups(
             new(pairs, dtype=torch.int32),
             new(c.num_local_experts + 1, dtype=torch.int32),
             new(pairs, dtype=torch.float32),
@@ -87,8 +103,8 @@ class Buffers:
         if not model.ranks.alone:
             self.share = new(rows, D)  # this rank's part of a sum
             self.own_logits = new(rows, len(model.ranks.shard.vocabulary), dtype=torch.float32)
-        self.logits = new(rows, c.vocab_size, dtype=torch.float32)
-        self.draw = sample.scratch(rows, c.vocab_size, device)
+        self.logits: Tensor = new(rows, c.vocab_size, dtype=torch.float32)
+        self.draw: tuple[Tensor, ...] = sample.scratch(rows, c.vocab_size, device)
         self.tokens, self.logprobs = new(rows, dtype=torch.int64), new(rows, dtype=torch.float32)
 
 
@@ -102,8 +118,8 @@ class Decoder:
         self._capacity = max_context
         self._device = last.device
         positions = torch.arange(max_context, device=last.device)
-        turn = model.rotary.turn(positions[None])
-        self._table = (turn.cos[0, 0].contiguous(), turn.sin[0, 0].contiguous())  # [max_context, 32] each
+        rotation = model.rotary.rotation(positions[None])
+        self._table = (rotation.cos[0, 0].contiguous(), rotation.sin[0, 0].contiguous())  # [max_context, 32] each
         self._buffers: dict[int, Buffers] = {}
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 

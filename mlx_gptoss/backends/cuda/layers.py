@@ -82,7 +82,7 @@ Matrix = DenseMatrix | QuantizedMatrix
 
 
 @dataclass(frozen=True)
-class Turn:
+class Rotation:
     """The rotation of each position: float32 [B, 1, L, 32]."""
 
     cos: Tensor
@@ -96,23 +96,23 @@ class Operations(Protocol):
         """x [T, D] times a matrix [N, D], transposed -> [T, N]"""
         ...
 
-    def turn(self, x: Tensor, turn: Turn) -> Tensor:
+    def rotate(self, x: Tensor, rotation: Rotation) -> Tensor:
         """x [B, L, heads * 64], whose pairs are (i, i + 32) of a head -> rotated [B, heads, L, 64]"""
         ...
 
-    def single(
+    def attend_one(
         self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sinks: Tensor, scale: float
     ) -> Tensor:
         """One query a row, [B, H, 1, 64], over keys [B, K, C, 64] where mask, bool [B, 1, 1, C], is true or None ->
         [B, 1, H * 64]. Softmax with one more column a head, its sink, float32 [H], which is dropped afterwards."""
         ...
 
-    def causal(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float) -> Tensor:
+    def attend_causal(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float) -> Tensor:
         """One slot's L new queries [1, H, L, 64] over all C keys [1, K, C, 64], the last L of which are their own ->
         [1, L, H * 64]"""
         ...
 
-    def banded(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float, past: int) -> Tensor:
+    def attend_sliding(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float, past: int) -> Tensor:
         """The same for sliding layers: keys are W places before the L new ones, [1, K, W + L, 64], and each query sees
         W of them up to its own. The first W - past places do not exist."""
         ...
@@ -175,25 +175,25 @@ def _values(codes: Tensor, spec: Spec) -> Tensor:
     if spec.element == "uint" and spec.bits == 8:
         return codes.float()
     if spec.bits == 8:
-        return _bytes("e4m3", codes)
+        return _decode_bytes("e4m3", codes)
     # Four codes a look-up: look-ups are what decoding on a CPU spends its time on.
     words = codes.view(torch.uint16).flatten().int()
-    found = _quads(spec.element, codes.device).index_select(0, words)
+    found = _four_code_table(spec.element, codes.device).index_select(0, words)
     return found.view(torch.float16).view(*codes.shape[:-1], -1).float()
 
 
 def _scales(scale: Tensor, kind: ScaleKind) -> Tensor:
     """float32, as `scale` is shaped"""
-    return scale.float() if kind == "float" else _bytes(kind, scale)
+    return scale.float() if kind == "float" else _decode_bytes(kind, scale)
 
 
-def _bytes(kind: str, codes: Tensor) -> Tensor:
+def _decode_bytes(kind: str, codes: Tensor) -> Tensor:
     """e8m0 or e4m3 codes to float32"""
     return _byte_table(kind, codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
 
 
 @cache
-def _quads(element: Element, device: torch.device) -> Tensor:
+def _four_code_table(element: Element, device: torch.device) -> Tensor:
     """From 16 bits to the values of their four codes, lowest first: [65536] int64, each of which is four float16. They
     hold every e2m1 value and every integer to 15 exactly."""
     nibbles = torch.from_numpy(E2M1) if element == "e2m1" else torch.arange(16, dtype=torch.float32)

@@ -104,7 +104,7 @@ class _Placer:
 
     def _matrices(self, names: Sequence[str]) -> tuple[Matrix, ...]:
         weights = [self._checkpoint.read(name) for name in names]
-        groups = [weights] if _alike(weights) else [[weight] for weight in weights]
+        groups = [weights] if _same_storage(weights) else [[weight] for weight in weights]
         matrices = tuple(fuse(group, self._device) for group in groups)
         self._checkpoint.release()
         return matrices
@@ -125,7 +125,7 @@ def fuse(weights: Sequence[Weight], device: torch.device) -> Matrix:
     )
 
 
-def _alike(weights: Sequence[Weight]) -> bool:
+def _same_storage(weights: Sequence[Weight]) -> bool:
     """Whether one product can run over all of them side by side."""
 
     def storage(weight: Weight) -> object:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...config import ModelConfig
 from .cache import Cache, FullCache, LayerCache, Span
-from .layers import Experts, Linear, Matrix, Operations, Turn
+from .layers import Experts, Linear, Matrix, Operations, Rotation
 from .plain import heads_of
 from .ranks import Ranks
 
@@ -28,10 +28,10 @@ class Rotary:
     frequencies: Tensor
     score_scale: float
 
-    def turn(self, positions: Tensor) -> Turn:
+    def rotation(self, positions: Tensor) -> Rotation:
         """positions [B, L]; once a pass, for all layers."""
         angles = positions[:, None, :, None] * self.frequencies
-        return Turn(angles.cos().float(), angles.sin().float())
+        return Rotation(angles.cos().float(), angles.sin().float())
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,20 @@ class Attention:
     sinks: Tensor
     scale: float
 
-    def __call__(self, x: Tensor, cache: LayerCache, span: Span, turn: Turn) -> Tensor:
+    def __call__(self, x: Tensor, cache: LayerCache, span: Span, rotation: Rotation) -> Tensor:
         c = self.config
         qk, v = torch.split(self.qkv(x), [c.q_size + c.kv_size, c.kv_size], dim=-1)
-        turned = self.ops.turn(qk, turn)  # [B, H + K, L, 64]
-        q, k = turned[:, : c.num_attention_heads], turned[:, c.num_attention_heads :]
+        rotated = self.ops.rotate(qk, rotation)  # [B, H + K, L, 64]
+        q, k = rotated[:, : c.num_attention_heads], rotated[:, c.num_attention_heads :]
         v = heads_of(v, c.head_dim)  # [B, K, L, 64]
         if span.length == 1:
             see = cache.append(k, v, span)
-            y = self.ops.single(q, see.keys, see.values, see.mask, self.sinks, self.scale)
+            y = self.ops.attend_one(q, see.keys, see.values, see.mask, self.sinks, self.scale)
         elif isinstance(cache, FullCache):
-            y = self.ops.causal(q, *cache.extend(k, v, span), self.sinks, self.scale)
+            y = self.ops.attend_causal(q, *cache.extend(k, v, span), self.sinks, self.scale)
         else:
             past = min(span.starts[0], cache.window)
-            y = self.ops.banded(q, *cache.extend(k, v, span), self.sinks, self.scale, past)
+            y = self.ops.attend_sliding(q, *cache.extend(k, v, span), self.sinks, self.scale, past)
         return self.ranks.sum(self.out(y))
 
 
@@ -98,8 +98,8 @@ class Block:
     mlp_norm: Norm
     mlp: MixtureOfExperts
 
-    def __call__(self, x: Tensor, cache: LayerCache, span: Span, turn: Turn) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cache, span, turn)
+    def __call__(self, x: Tensor, cache: LayerCache, span: Span, rotation: Rotation) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cache, span, rotation)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -119,9 +119,9 @@ class GptOss:
     def __call__(self, ids: Tensor, cache: Cache, span: Span) -> Tensor:
         """ids [B, L] -> hidden states before the final norm, [B, L, D]"""
         x = self.embed.at(ids).decode(self.dtype)
-        turn = self.rotary.turn(span.positions)
+        rotation = self.rotary.rotation(span.positions)
         for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
-            x = block(x, layer_cache, span, turn)
+            x = block(x, layer_cache, span, rotation)
         return x
 
     def logits(self, x: Tensor) -> Tensor:

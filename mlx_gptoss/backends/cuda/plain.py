@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layers import DenseMatrix, Experts, Matrix, Turn
+from .layers import DenseMatrix, Experts, Matrix, Rotation
 
 # Elements decoded at once. On a CPU the block stays in the cache until the product has read it.
 CPU_BLOCK = 1 << 20
@@ -26,7 +26,7 @@ CPU_SCORES = 1 << 24
 GPU_SCORES = 1 << 26
 
 
-class Plain:
+class TorchOperations:
     """threads: that share a product's blocks.
 
     A block's decoding is a chain of small operations, some of which torch runs on one core; so whole blocks are what
@@ -35,7 +35,7 @@ class Plain:
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
-        self._pool = _hire(threads) if threads > 1 else None
+        self._pool = _single_core_pool(threads) if threads > 1 else None
 
     def product(self, x: Tensor, matrix: Matrix) -> Tensor:
         """x [T, D] times a matrix [N, D], transposed -> [T, N]"""
@@ -60,18 +60,18 @@ class Plain:
                 done.result()
         return y
 
-    def turn(self, x: Tensor, turn: Turn) -> Tensor:
+    def rotate(self, x: Tensor, rotation: Rotation) -> Tensor:
         """x [B, L, heads * 64], whose pairs are (i, i + 32) of a head -> rotated [B, heads, L, 64]"""
-        a, b = heads_of(x, 2 * turn.cos.shape[-1]).float().chunk(2, dim=-1)
-        return torch.cat([a * turn.cos - b * turn.sin, b * turn.cos + a * turn.sin], dim=-1).to(x.dtype)
+        a, b = heads_of(x, 2 * rotation.cos.shape[-1]).float().chunk(2, dim=-1)
+        return torch.cat([a * rotation.cos - b * rotation.sin, b * rotation.cos + a * rotation.sin], dim=-1).to(x.dtype)
 
-    def single(
+    def attend_one(
         self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sinks: Tensor, scale: float
     ) -> Tensor:
         """One query a row, [B, H, 1, 64], over keys [B, K, C, 64] where mask, bool [B, 1, 1, C], is true or None."""
-        return _joined(_attend(q, keys, values, mask, sinks, scale), q.dtype)
+        return _merge_heads(_attend(q, keys, values, mask, sinks, scale), q.dtype)
 
-    def causal(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float) -> Tensor:
+    def attend_causal(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float) -> Tensor:
         """A block of queries at a time, each over the keys up to its end."""
         _, H, L, _ = q.shape
         C = keys.shape[2]
@@ -83,9 +83,9 @@ class Plain:
             i = torch.arange(first, end, device=q.device)[:, None]
             mask = torch.arange(end, device=q.device)[None, :] <= i
             parts.append(_attend(block, keys[:, :, :end], values[:, :, :end], mask, sinks, scale))
-        return _joined(torch.cat(parts, dim=2), q.dtype)
+        return _merge_heads(torch.cat(parts, dim=2), q.dtype)
 
-    def banded(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float, past: int) -> Tensor:
+    def attend_sliding(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float, past: int) -> Tensor:
         """S = min(L, W) queries at a time. Work per token does not grow with L: block n of S queries sees only the keys
         [n S, n S + W + S)."""
         dtype, L = q.dtype, q.shape[2]
@@ -104,7 +104,7 @@ class Plain:
             exists = (torch.arange(n, device=q.device)[:, None] > 0) | (j >= W - past)
             mask = mask & exists[:, None, None, :]
         y = _attend(q, keys, values, mask, sinks, scale)  # [n, H, S, 64]
-        return _joined(y.transpose(0, 1).reshape(1, y.shape[1], n * S, y.shape[3])[:, :, :L], dtype)
+        return _merge_heads(y.transpose(0, 1).reshape(1, y.shape[1], n * S, y.shape[3])[:, :, :L], dtype)
 
     def mixture(self, x: Tensor, scores: Tensor, experts: Experts) -> Tensor:
         """Each expert in use is decoded once, for all tokens that chose it."""
@@ -157,7 +157,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor,
     return y.view(B, H, L, dim) / total
 
 
-def _joined(y: Tensor, dtype: torch.dtype) -> Tensor:
+def _merge_heads(y: Tensor, dtype: torch.dtype) -> Tensor:
     """[B, H, L, 64] -> [B, L, H * 64]"""
     return y.to(dtype).transpose(1, 2).flatten(2)
 
@@ -168,7 +168,7 @@ def _blocks(x: Tensor, size: int) -> Tensor:
     return x.reshape(heads, length // size, size, dim).transpose(0, 1)
 
 
-def _hire(threads: int) -> ThreadPoolExecutor:
+def _single_core_pool(threads: int) -> ThreadPoolExecutor:
     """A pool whose threads keep their own operations on one core. torch takes that setting for the thread that makes
     it and for all that start later; for the latter it is undone."""
     pool, everyone = ThreadPoolExecutor(threads, "gptoss-product"), Barrier(threads)

@@ -14,18 +14,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...config import ModelConfig
 from ...sampling import Sampling
 from ..base import Limits, Row, Sampled, Snapshot
-from .cache import Cache, Saved, Span
+from .cache import Cache, SlotSnapshot, Span
 from .model import GptOss
 from .sample import Choice, History, choose, noise_keys
 
 if TYPE_CHECKING:
     from .decode import Decoder
 
-LOGITS_ROWS = 256  # positions of the vocabulary-wide output held at once by logits()
-MOST_ROWS = 64  # of one step of decode.py
-WARM_UP = (256, 64, 32, 16)  # lengths of prompts for which kernels/moe.py takes different tiles
+LOGITS_CHUNK = 256  # positions of the vocabulary-wide output held at once by logits()
+MAX_ROWS = 64  # of one step of decode.py
+WARM_UP_LENGTHS = (256, 64, 32, 16)  # lengths of prompts for which kernels/moe.py takes different tiles
 GREEDY = Sampling(temperature=0)
 
 
@@ -52,7 +53,7 @@ class CudaRunner:
     """
 
     def __init__(self, model: GptOss, limits: Limits, device: torch.device, *, kernels: bool) -> None:
-        self.config = model.config
+        self.config: ModelConfig = model.config
         self.limits = limits
         self._model = model
         self._device = device
@@ -73,38 +74,38 @@ class CudaRunner:
             for group in [single] if single else []:
                 self._forward([rows[i] for i in group], group, results)
         else:
-            for start in range(0, len(single), MOST_ROWS):
-                group = single[start : start + MOST_ROWS]
+            for start in range(0, len(single), MAX_ROWS):
+                group = single[start : start + MAX_ROWS]
                 self._decode(self._decoder, [rows[i] for i in group], group, results)
         for i in sorted(set(range(len(rows))) - set(single)):
             self._forward([rows[i]], [i], results)
-        return Step(tuple(results), self._mark())
+        return Step(tuple(results), self._record_event())
 
     def release(self, slot: int) -> None:
         self._histories.pop(slot, None)
 
     @torch.inference_mode()
-    def save(self, slot: int, start: int, end: int) -> Saved:
+    def save(self, slot: int, start: int, end: int) -> SlotSnapshot:
         return self._cache.save(slot, start, end)
 
     @torch.inference_mode()
     def restore(self, slot: int, chain: Sequence[Snapshot]) -> None:
-        self._cache.restore(slot, [saved for saved in chain if isinstance(saved, Saved)])
+        self._cache.restore(slot, [saved for saved in chain if isinstance(saved, SlotSnapshot)])
 
     def pack(self, snapshot: Snapshot) -> bytes:
-        assert isinstance(snapshot, Saved)
+        assert isinstance(snapshot, SlotSnapshot)
         parts = [part for pair in snapshot.parts for part in pair]
         return b"".join(part.cpu().contiguous().view(torch.uint8).numpy().tobytes() for part in parts)
 
     @torch.inference_mode()
-    def unpack(self, start: int, end: int, data: bytes) -> Saved:
+    def unpack(self, start: int, end: int, data: bytes) -> SlotSnapshot:
         return self._cache.unpack(start, end, data)
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         cache = Cache(self.config, 1, len(ids), self._model.dtype, self._device)
         out = np.empty((len(ids), self.config.vocab_size), dtype=np.float32)
-        step = min(self.limits.chunk, LOGITS_ROWS)
+        step = min(self.limits.chunk, LOGITS_CHUNK)
         for start in range(0, len(ids), step):
             piece = self._ids([ids[start : start + step]])
             hidden = self._model(piece, cache, Span.of([0], [start], piece.shape[1], self._device))
@@ -130,8 +131,8 @@ class CudaRunner:
 
         decoder = Decoder(self._model, self._cache, self._last, self.limits.max_context)
         if self._device.type == "cuda":  # so that no request waits for a compiler
-            decoder.prepare(min(self.limits.slots, MOST_ROWS))
-            for length in WARM_UP:
+            decoder.prepare(min(self.limits.slots, MAX_ROWS))
+            for length in WARM_UP_LENGTHS:
                 cache = Cache(self.config, 1, length, self._model.dtype, self._device)
                 self._model(self._ids([[0] * length]), cache, Span.of([0], [0], length, self._device))
             torch.cuda.synchronize(self._device)
@@ -157,7 +158,7 @@ class CudaRunner:
         results: list[tuple[Choice, int, Sampling] | None],
     ) -> None:
         """Rows of one token through decode.py, which draws for most requests itself."""
-        samplings = [row.sampling if row.sampling and drawn_by_step(row) else GREEDY for row in rows]
+        samplings = [row.sampling if row.sampling and sampled_in_graph(row) else GREEDY for row in rows]
         seeds = [
             0 if sampling.greedy else self._history(row).seed for row, sampling in zip(rows, samplings, strict=True)
         ]
@@ -169,7 +170,7 @@ class CudaRunner:
         for b, (row, place) in enumerate(zip(rows, places, strict=True)):
             if row.sampling is None:
                 continue
-            if drawn_by_step(row):
+            if sampled_in_graph(row):
                 results[place] = (drawn, b, row.sampling)
             else:
                 others.append(b)
@@ -223,7 +224,7 @@ class CudaRunner:
         top_logprobs = None if choice.top_logprobs is None else fetch(choice.top_logprobs)
         return Choice(fetch(choice.tokens), fetch(choice.logprobs), top_ids, top_logprobs)
 
-    def _mark(self) -> torch.cuda.Event | None:
+    def _record_event(self) -> torch.cuda.Event | None:
         if self._device.type == "cpu":
             return None
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -231,7 +232,7 @@ class CudaRunner:
         return done
 
 
-def drawn_by_step(row: Row) -> bool:
+def sampled_in_graph(row: Row) -> bool:
     """Whether decode.py's step draws as the row says: greedy or at a temperature, with nothing else to heed."""
     sampling = row.sampling
     if sampling is None or row.mask is not None:

@@ -11,7 +11,7 @@ from ...machine import ram_copy_bandwidth, system_available
 from ...weights.split import RankShard
 from ...weights.tensor import Weights
 from ..base import Limits
-from .elementwise import PLAIN, compiled
+from .elementwise import UNCOMPILED, compiled
 from .load import load_model
 from .ranks import Ranks
 from .runner import MlxRunner
@@ -30,7 +30,7 @@ def load(
     with mx.stream(where):
         gpu = _on_gpu(device)
         max_scores = None if gpu and mx.metal.is_available() else MAX_SCORES_GPU if gpu else MAX_SCORES_CPU
-        elementwise = compiled() if gpu else PLAIN
+        elementwise = compiled() if gpu else UNCOMPILED
         model = load_model(
             checkpoint,
             DTYPES[dtype_name(device, dtype)],

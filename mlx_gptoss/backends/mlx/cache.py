@@ -29,8 +29,8 @@ class Span:
     slots, starts: [B] host integers, ascending slots. length: tokens a row. ring: W and the slack behind it.
     rows, offsets: slots and starts on the device, int32 [B]. places: in the ring, of each row's token or of one row's
         L tokens, int32 [B or L].
-    turns: how far each head of a one-token row's queries, keys and values is rotated, int32 [B * (H + 2 K)]; a value
-        by 0, which leaves it as it is.
+    rotations: by how many positions each head of a one-token row's queries, keys and values is rotated, int32
+        [B * (H + 2 K)]; a value by 0, which leaves it unchanged.
     tokens, pairs: the rows of activations that each token's experts take, uint32 [T, 1], and of the results that they
         give, uint32 [T, A]: both count up.
     seen: bool [B, 1, 1, end], the places that each of several unequal rows attends to; None is all. seen_in_ring: the
@@ -44,7 +44,7 @@ class Span:
     rows: mx.array
     offsets: mx.array
     places: mx.array
-    turns: mx.array
+    rotations: mx.array
     tokens: mx.array
     pairs: mx.array
     seen: mx.array | None
@@ -64,10 +64,10 @@ class Span:
             rows=rows,
             offsets=offsets,
             places=mx.array((positions % ring).ravel().astype(np.int32)),
-            turns=mx.array(np.outer(starts, turned).ravel().astype(np.int32)),
-            tokens=_numbers(len(slots) * length, 1),
-            pairs=_numbers(len(slots) * length, config.num_experts_per_tok),
-            seen=_until(offsets, max(starts) + length) if len(set(starts)) > 1 else None,
+            rotations=mx.array(np.outer(starts, turned).ravel().astype(np.int32)),
+            tokens=_count_up(len(slots) * length, 1),
+            pairs=_count_up(len(slots) * length, config.num_experts_per_tok),
+            seen=_causal_mask(offsets, max(starts) + length) if len(set(starts)) > 1 else None,
             seen_in_ring=_in_window(positions, config.sliding_window, ring) if length <= slack + 1 else None,
         )
 
@@ -78,7 +78,7 @@ class Span:
 
 
 class FullCache:
-    """Keys and values of every position so far, [2, S, K, C, 64], or in 8 bits as Packed has them; C grows up to
+    """Keys and values of every position so far, [2, S, K, C, 64], or in 8 bits as QuantizedKV has them; C grows up to
     max_context.
 
     phase: from 0 to 1. Layers of different phases grow at different times, so that one is copied at a time; growing by
@@ -93,22 +93,22 @@ class FullCache:
         self._max_context, self._phase, self._packed = max_context, phase, packed
         self.arrays: list[mx.array] = list(_pack(empty)) if packed else [empty]
 
-    def update(self, kv: mx.array, span: Span) -> tuple[mx.array, mx.array] | Packed:
+    def update(self, kv: mx.array, span: Span) -> tuple[mx.array, mx.array] | QuantizedKV:
         """Store kv [2, B, K, L, 64] and return all keys and values up to them, [B, K, end, 64] each."""
         self._grow(span.end)
         parts = _pack(kv) if self._packed else (kv,)
         self.arrays = [
-            _stored(a, p, span, span.starts[0], span.offsets) for a, p in zip(self.arrays, parts, strict=True)
+            _write(a, p, span, span.starts[0], span.offsets) for a, p in zip(self.arrays, parts, strict=True)
         ]
-        rows = _rows(span)
+        rows = _slot_index(span)
         # Indexed at once, for a plain [0] would be a copy.
         keys, values = ([array[i, rows, :, : span.end] for array in self.arrays] for i in (0, 1))
         if self._packed:
-            return Packed((keys[0], keys[1], keys[2]), (values[0], values[1], values[2]))
+            return QuantizedKV((keys[0], keys[1], keys[2]), (values[0], values[1], values[2]))
         return keys[0], values[0]
 
     @staticmethod
-    def places(start: int, end: int) -> int:
+    def snapshot_places(start: int, end: int) -> int:
         """Of a snapshot."""
         return end - start
 
@@ -140,7 +140,7 @@ class FullCache:
 
 
 @dataclass(frozen=True)
-class Packed:
+class QuantizedKV:
     """Keys and values in 8 bits, with a scale and an offset to each vector of 64: three arrays each, codes uint32
     [B, K, C, 16], scales and biases float32 [B, K, C, 1]. 72 bytes where bfloat16 takes 128."""
 
@@ -155,14 +155,14 @@ class Packed:
         """Weights float32 [B, K, n, C] times the values -> [B, K, n, 64]"""
         return mx.quantized_matmul(p, *self.values, transpose=False, group_size=64, bits=8)
 
-    def unpacked(self, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    def dequantized(self, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
         """Keys and values, [B, K, C, 64] each"""
         keys, values = (mx.dequantize(*part, group_size=64, bits=8).astype(dtype) for part in (self.keys, self.values))
         return keys, values
 
 
 @dataclass(frozen=True)
-class Saved:
+class SlotSnapshot:
     """A Snapshot. arrays: of each layer in order, those of its cache, cut to one slot: of a full layer the positions
     from start to end, [2, 1, K, end - start, ...]; of a ring the places filled at the end, [2, 1, K, min(end, R), 64].
     """
@@ -183,6 +183,9 @@ class RingCache:
     every window that is left. Nothing has to be undone: who attends next looks at positions, not at what was written.
     """
 
+    window: int
+    slack: int
+
     def __init__(self, shape: tuple[int, int, int], dtype: mx.Dtype, window: int, slack: int) -> None:
         """shape: S, K and 64."""
         self.window, self.slack = window, slack
@@ -192,13 +195,13 @@ class RingCache:
     def arrays(self) -> list[mx.array]:
         return [self._kv]
 
-    def places(self, start: int, end: int) -> int:
+    def snapshot_places(self, start: int, end: int) -> int:
         """Of a snapshot: those that are filled at its end."""
         return min(end, self._kv.shape[3])
 
     def part(self, slot: int, start: int, end: int) -> list[mx.array]:
         """Of one slot, the filled places, [2, 1, K, min(end, R), 64]: nothing of what the slot held before."""
-        return [self._kv[:, slot : slot + 1, :, : self.places(start, end)]]
+        return [self._kv[:, slot : slot + 1, :, : self.snapshot_places(start, end)]]
 
     def restore(self, slot: int, chain: Sequence[Sequence[mx.array]]) -> None:
         """Put the last of the parts into a slot."""
@@ -213,8 +216,8 @@ class RingCache:
             slot = span.slots[0]
             self._kv[:, slot : slot + 1, :, span.places] = kv
         else:
-            self._kv = _stored(self._kv, kv, span, place, span.places)
-        rows, filled = _rows(span), min(span.end, span.ring)
+            self._kv = _write(self._kv, kv, span, place, span.places)
+        rows, filled = _slot_index(span), min(span.end, span.ring)
         return self._kv[0, rows, :, :filled], self._kv[1, rows, :, :filled]
 
     def extend(self, kv: mx.array, span: Span) -> tuple[mx.array, mx.array]:
@@ -257,14 +260,14 @@ class Cache:
     def arrays(self) -> list[mx.array]:
         return [array for layer in self.layers for array in layer.arrays]
 
-    def save(self, slot: int, start: int, end: int) -> Saved:
+    def save(self, slot: int, start: int, end: int) -> SlotSnapshot:
         """As Runner.save. Waits for the steps under way: while a copy is pending, a step could not write in place."""
         parts = [array for layer in self.layers for array in layer.part(slot, start, end)]
         copies = tuple(mx.contiguous(part) for part in parts)
         mx.eval(copies)
-        return Saved(start, end, copies)
+        return SlotSnapshot(start, end, copies)
 
-    def restore(self, slot: int, chain: Sequence[Saved]) -> None:
+    def restore(self, slot: int, chain: Sequence[SlotSnapshot]) -> None:
         """As Runner.restore."""
         at = 0
         for layer in self.layers:
@@ -272,10 +275,10 @@ class Cache:
             layer.restore(slot, [saved.arrays[at : at + count] for saved in chain])
             at += count
 
-    def unpack(self, start: int, end: int, data: bytes) -> Saved:
-        """As Runner.unpack: the bytes of Saved's arrays, one behind the other."""
+    def unpack(self, start: int, end: int, data: bytes) -> SlotSnapshot:
+        """As Runner.unpack: the bytes of SlotSnapshot's arrays, one behind the other."""
         kinds = [
-            (array.dtype, (2, 1, array.shape[2], layer.places(start, end), array.shape[4] * array.dtype.size))
+            (array.dtype, (2, 1, array.shape[2], layer.snapshot_places(start, end), array.shape[4] * array.dtype.size))
             for layer in self.layers
             for array in layer.arrays
         ]
@@ -285,16 +288,16 @@ class Cache:
         for dtype, shape in kinds:
             arrays.append(mx.array(whole[at : at + prod(shape)].reshape(shape)).view(dtype))
             at += prod(shape)
-        return Saved(start, end, tuple(arrays))
+        return SlotSnapshot(start, end, tuple(arrays))
 
 
 def _pack(kv: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """kv [..., 64] as Packed keeps it."""
+    """kv [..., 64] as QuantizedKV keeps it."""
     codes, scales, biases = mx.quantize(kv.astype(mx.float32), group_size=64, bits=8)
     return codes, scales, biases
 
 
-def _stored(cache: mx.array, kv: mx.array, span: Span, place: int, places: mx.array) -> mx.array:
+def _write(cache: mx.array, kv: mx.array, span: Span, place: int, places: mx.array) -> mx.array:
     """cache [2, S, K, C, 64] with kv [2, B, K, L, 64] written: one slot's from `place` on, or each of several at its
     own of `places` [B]."""
     if len(span.slots) == 1:
@@ -306,13 +309,13 @@ def _stored(cache: mx.array, kv: mx.array, span: Span, place: int, places: mx.ar
     return cache
 
 
-def _rows(span: Span) -> slice | mx.array:
+def _slot_index(span: Span) -> slice | mx.array:
     """Adjacent slots as a view; others have to be gathered."""
     first, last = span.slots[0], span.slots[-1]
     return slice(first, last + 1) if last - first + 1 == len(span.slots) else span.rows
 
 
-def _numbers(rows: int, columns: int) -> mx.array:
+def _count_up(rows: int, columns: int) -> mx.array:
     """0, 1, 2, ... row by row, made on the host."""
     return mx.array(np.arange(rows * columns, dtype=np.uint32).reshape(rows, columns))
 
@@ -325,6 +328,6 @@ def _in_window(positions: NDArray[np.int64], window: int, ring: int) -> mx.array
     return None if seen.all() else mx.array(seen[:, None])
 
 
-def _until(offsets: mx.array, end: int) -> mx.array:
+def _causal_mask(offsets: mx.array, end: int) -> mx.array:
     """Boolean [B, 1, 1, end]: row b sees places up to and including offsets[b]."""
     return mx.arange(end)[None, None, None, :] <= offsets[:, None, None, None]

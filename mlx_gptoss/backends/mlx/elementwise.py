@@ -41,7 +41,7 @@ def combine(
     return (residual.astype(mx.float32) + terms[0]).astype(residual.dtype)
 
 
-def noisy(logits: mx.array, temperature: mx.array, keys: mx.array) -> mx.array:
+def add_gumbel_noise(logits: mx.array, temperature: mx.array, keys: mx.array) -> mx.array:
     """Logits [B, V] over temperature [B, 1], plus Gumbel noise of keys [B, 2]: their argmax is a draw from the
     softmax. Rows of temperature 0 stay as they are. Each row's noise hangs on its own key alone."""
     noise = mx.vmap(lambda key: mx.random.gumbel(logits.shape[-1:], key=key))(keys)
@@ -56,15 +56,18 @@ class Elementwise:
     add: Callable[..., mx.array] = add
     swiglu: Callable[..., mx.array] = swiglu
     combine: Callable[..., mx.array] = combine
-    noisy: Callable[..., mx.array] = noisy
+    add_gumbel_noise: Callable[..., mx.array] = add_gumbel_noise
 
 
-PLAIN = Elementwise()
+UNCOMPILED = Elementwise()
 
 
 def compiled() -> Elementwise:
     """Every chain as one launch. The three of each layer do not look at shapes, so that a new prompt length costs
     no new compilation."""
     return Elementwise(
-        **{name: mx.compile(function, shapeless=name != "noisy") for name, function in vars(PLAIN).items()}
+        **{
+            name: mx.compile(function, shapeless=name != "add_gumbel_noise")
+            for name, function in vars(UNCOMPILED).items()
+        }
     )

@@ -25,18 +25,18 @@ from ...weights.tensor import Quantized
 from .layers import UPCAST_ELEMENTS, DenseMatrix, ExpertLinear, Mask, QuantizedMatrix, fused
 
 Floats = NDArray[np.float32]
-WORTH = 1 << 20  # multiply-adds from which a product pays for waiting
-ROWS_WORTH = 10  # rows an expert from which it pays to decode it, where MLX's kernel decodes for each row anew
-SCORES = 1 << 20  # attention scores at once, 4 MB
-DECODED = 1 << 21  # weights decoded at once, 8 MB: smaller ones have BLAS start its threads too often
+MIN_FLOPS_FOR_BLAS = 1 << 20  # multiply-adds from which a product pays for waiting
+MIN_ROWS_PER_EXPERT = 10  # rows an expert from which it pays to decode it, where MLX's kernel decodes for each row anew
+MAX_SCORES = 1 << 20  # attention scores at once, 4 MB
+MAX_DECODED = 1 << 21  # weights decoded at once, 8 MB: smaller ones have BLAS start its threads too often
 
 
-def used(*, on_cpu: bool, dtype: mx.Dtype) -> bool:
+def enabled(*, on_cpu: bool, dtype: mx.Dtype) -> bool:
     """Whether products with activations of `dtype` are made here."""
     return on_cpu and dtype == mx.float32 and sys.platform != "darwin"
 
 
-def on_host(x: mx.array) -> NDArray[Any]:
+def to_numpy(x: mx.array) -> NDArray[Any]:
     """x, as a view, when it has been computed."""
     mx.eval(x)  # which lets other threads run, as numpy's own waiting does not
     return np.asarray(x)
@@ -48,25 +48,25 @@ class HostMatrix(DenseMatrix):
 
     def matmul(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
         """x float32 [..., D] -> [..., N]"""
-        if x.size * self.weight.shape[-2] < WORTH:
+        if x.size * self.weight.shape[-2] < MIN_FLOPS_FOR_BLAS:
             return super().matmul(x, bias)
-        rows = on_host(x.reshape(-1, x.shape[-1]))
+        rows = to_numpy(x.reshape(-1, x.shape[-1]))
         y = mx.array(np.concatenate([rows @ block.T for block in self._blocks()], axis=-1))
         y = y.reshape(*x.shape[:-1], -1)
         return y if bias is None else y + bias
 
     def gather(self, x: mx.array, experts: mx.array, tokens: mx.array | None) -> mx.array:
         """As ExpertLinear."""
-        return self.by_expert(x, experts)
+        return self.matmul_each_expert(x, experts)
 
     def _blocks(self) -> Iterator[Floats]:
-        """The rows in float32: all, or so many at a time where they are stored otherwise."""
+        """The rows in float32: all, or so many at a time where they are as_quantized otherwise."""
         if self.weight.dtype == mx.float32:
-            yield on_host(self.weight)
+            yield to_numpy(self.weight)
             return
         step = max(1, UPCAST_ELEMENTS // self.weight.shape[-1])
         for start in range(0, len(self.weight), step):
-            yield on_host(self.weight[start : start + step].astype(mx.float32))
+            yield to_numpy(self.weight[start : start + step].astype(mx.float32))
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,13 @@ class HostExperts(ExpertLinear):
         quantized = [matrix for matrix in self.matrices if isinstance(matrix, QuantizedMatrix)]
         if tokens is not None or len(quantized) < len(self.matrices):
             return super().__call__(x, experts, tokens)
-        found, starts = np.unique(on_host(experts), return_index=True)
-        if len(experts) < ROWS_WORTH * len(found):
+        found, starts = np.unique(to_numpy(experts), return_index=True)
+        if len(experts) < MIN_ROWS_PER_EXPERT * len(found):
             return super().__call__(x, experts, tokens)
-        banks = [stored(matrix) for matrix in quantized]
-        rows = on_host(x.reshape(-1, x.shape[-1]))
+        banks = [as_quantized(matrix) for matrix in quantized]
+        rows = to_numpy(x.reshape(-1, x.shape[-1]))
         y = np.empty((len(rows), sum(bank.codes.shape[-2] for bank in banks)), np.float32)
-        step = max(1, DECODED // rows.shape[-1])
+        step = max(1, MAX_DECODED // rows.shape[-1])
         memory = np.empty((step, rows.shape[-1]), np.float32)
         for expert, first, last in zip(found.tolist(), starts.tolist(), [*starts[1:].tolist(), len(rows)], strict=True):
             at = 0
@@ -98,39 +98,39 @@ def attend(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, sink
     """As layers.fused. Of one KV head at a time, and of so many queries that their scores are few enough to stay in the
     cache; what no query of those sees is left out."""
     (B, H, L, D), (_, K, S, _) = q.shape, k.shape
-    if q.size * S < WORTH:
+    if q.size * S < MIN_FLOPS_FOR_BLAS:
         return fused(q, k, v, scale, mask, sinks)
-    queries, keys, held = (on_host(a) for a in (q * scale, k, v))
-    seen = np.broadcast_to(on_host(mask), (B, 1, L, S))[:, 0] if isinstance(mask, mx.array) else None
-    sink = on_host(sinks).reshape(K, H // K, 1, 1)
+    queries, keys, values = (to_numpy(a) for a in (q * scale, k, v))
+    seen = np.broadcast_to(to_numpy(mask), (B, 1, L, S))[:, 0] if isinstance(mask, mx.array) else None
+    sink = to_numpy(sinks).reshape(K, H // K, 1, 1)
     out = np.empty((B, K, H // K, L, D), np.float32)
-    step = max(1, SCORES // (H // K * S))
+    step = max(1, MAX_SCORES // (H // K * S))
     for b, head, start in product(range(B), range(K), range(0, L, step)):
-        asked = queries[b].reshape(K, H // K, L, D)[head, :, start : start + step]
-        rows = asked.shape[1]
+        query = queries[b].reshape(K, H // K, L, D)[head, :, start : start + step]
+        rows = query.shape[1]
         last = S - L + start + rows if mask == "causal" else S
-        scores = (asked.reshape(-1, D) @ keys[b, head, :last].T).reshape(H // K, rows, last)
+        scores = (query.reshape(-1, D) @ keys[b, head, :last].T).reshape(H // K, rows, last)
         if mask == "causal":
             np.copyto(scores[..., last - rows :], -np.inf, where=np.triu(np.ones((rows, rows), np.bool_), 1))
         elif seen is not None:
             np.copyto(scores, -np.inf, where=~seen[b, start : start + rows])
-        most = np.maximum(scores.max(axis=-1, keepdims=True), sink[head])
-        np.exp(np.subtract(scores, most, out=scores), out=scores)
-        whole = scores.sum(axis=-1, keepdims=True) + np.exp(sink[head] - most)
-        found = (scores.reshape(-1, last) @ held[b, head, :last]).reshape(H // K, rows, D)
-        np.divide(found, whole, out=out[b, head, :, start : start + rows])
+        top = np.maximum(scores.max(axis=-1, keepdims=True), sink[head])
+        np.exp(np.subtract(scores, top, out=scores), out=scores)
+        total = scores.sum(axis=-1, keepdims=True) + np.exp(sink[head] - top)
+        found = (scores.reshape(-1, last) @ values[b, head, :last]).reshape(H // K, rows, D)
+        np.divide(found, total, out=out[b, head, :, start : start + rows])
     return mx.array(out.reshape(B, H, L, D))
 
 
-def stored(matrix: QuantizedMatrix) -> Quantized:
+def as_quantized(matrix: QuantizedMatrix) -> Quantized:
     """As the checkpoint's reader gave it: views of the same memory, but for FP8_ROW, which stays MXFP8."""
-    scale, bias = _as_stored(matrix.scales), None if matrix.biases is None else _as_stored(matrix.biases)
-    outer = None if matrix.outer is None else on_host(matrix.outer)[..., None]
-    return Quantized(matrix.spec, on_host(matrix.codes).view(np.uint8), scale, bias, outer)
+    scale, bias = _scale_to_numpy(matrix.scales), None if matrix.biases is None else _scale_to_numpy(matrix.biases)
+    outer = None if matrix.outer is None else to_numpy(matrix.outer)[..., None]
+    return Quantized(matrix.spec, to_numpy(matrix.codes).view(np.uint8), scale, bias, outer)
 
 
-def _as_stored(scales: mx.array) -> NDArray[Any]:
-    return on_host(scales.view(mx.uint16)).view(codecs.BFLOAT16) if scales.dtype == mx.bfloat16 else on_host(scales)
+def _scale_to_numpy(scales: mx.array) -> NDArray[Any]:
+    return to_numpy(scales.view(mx.uint16)).view(codecs.BFLOAT16) if scales.dtype == mx.bfloat16 else to_numpy(scales)
 
 
 def _expert(bank: Quantized, expert: int) -> Quantized:

@@ -91,7 +91,7 @@ def traced() -> Iterator[None]:
         (mx.fast, "rms_norm"): _like,
         (mx.fast, "rope"): _like,
         (mx.fast, "scaled_dot_product_attention"): _like,
-        (mx, "dequantize"): _rows,
+        (mx, "dequantize"): _slot_index,
     }
     kept = {place: getattr(*place) for place in places}
     try:
@@ -110,7 +110,7 @@ def _like(x: mx.array, *others: Any, **options: Any) -> mx.array:
     return like
 
 
-def _rows(codes: mx.array, scales: mx.array, *others: Any, bits: int = 4, **options: Any) -> mx.array:
+def _slot_index(codes: mx.array, scales: mx.array, *others: Any, bits: int = 4, **options: Any) -> mx.array:
     dtype = mx.bfloat16 if scales.dtype == mx.uint8 else scales.dtype
     rows = mx.zeros((*codes.shape[:-1], codes.shape[-1] * 32 // bits), dtype)
     mx.eval(rows)

@@ -62,9 +62,9 @@ class DenseMatrix:
         """As ExpertLinear."""
         if self.weight.dtype == x.dtype:
             return mx.gather_mm(x, self.weight.swapaxes(-1, -2), tokens, experts, sorted_indices=tokens is None)
-        return self.by_expert(x, experts)
+        return self.matmul_each_expert(x, experts)
 
-    def by_expert(self, x: mx.array, experts: mx.array) -> mx.array:
+    def matmul_each_expert(self, x: mx.array, experts: mx.array) -> mx.array:
         """One product per expert in use, each expert upcast alone: a CPU with float32 activations and bfloat16
         experts. It waits for the router's choice, which costs a CPU nothing."""
         chosen: list[int] = np.array(experts).ravel().tolist()

@@ -36,8 +36,10 @@ from .model import Attention, Block, GptOss, MixtureOfExperts, Rotary
 from .ranks import Ranks
 
 UNIT_E8M0 = 127  # the e8m0 byte for 2^0
-SORT_FROM = 64  # token-expert pairs from which sorting them by expert pays: each expert is then read once
-SHARED_FROM = 4 << 20  # bytes of a matrix from which streams share it: less is computed before the second has begun
+MIN_PAIRS_TO_SORT = 64  # token-expert pairs from which sorting them by expert pays: each expert is then read once
+MIN_BYTES_TO_SPLIT = (
+    4 << 20
+)  # bytes of a matrix from which streams share it: less is computed before the second has begun
 
 
 def load_model(
@@ -63,7 +65,7 @@ def load_model(
         lm_head, rest = place.linear(["lm_head"], biased=False), None
     else:
         embed = MappedRows(checkpoint.read("embed.weight"), lambda weight: fuse([weight]))
-        lm_head, rest = _cut(checkpoint.read("lm_head.weight"), resident_vocab)
+        lm_head, rest = _split_lm_head(checkpoint.read("lm_head.weight"), resident_vocab)
         checkpoint.release()
     frequencies = mx.array((1.0 / yarn_frequencies(config.yarn, config.head_dim)).astype(np.float32))
     rotary = Rotary(frequencies, config.head_dim**-0.5 * yarn_concentration(config.yarn) ** 2)
@@ -71,7 +73,7 @@ def load_model(
     return GptOss(config, dtype, embed, blocks, place.vector("norm.weight"), lm_head, rest, elementwise, place.ranks)
 
 
-def _cut(weight: Weight, resident: int) -> tuple[Linear, Callable[[], Linear] | None]:
+def _split_lm_head(weight: Weight, resident: int) -> tuple[Linear, Callable[[], Linear] | None]:
     """lm_head's first rows, placed, and what places the others when they are wanted."""
     first = fuse([weight[0:resident]])
     mx.eval([array for array in vars(first).values() if isinstance(array, mx.array)])
@@ -102,7 +104,7 @@ def _block(place: _Placer, config: ModelConfig, layer: int, rotary: Rotary) -> B
         bias=place.vectors([f"{at}.experts.{part}.bias" for part in ("gate", "up", "down")]),
         elementwise=place.elementwise,
         ranks=place.ranks,
-        sort_from=place.sort_from,
+        min_pairs_to_sort=place.min_pairs_to_sort,
     )
     return Block(
         config, place.vector(f"{at}.attention_norm.weight"), attention, place.vector(f"{at}.mlp_norm.weight"), mlp
@@ -125,10 +127,10 @@ class _Placer:
         self.elementwise = elementwise
         self.ranks = ranks
         # On a CPU a rank sorts always: waiting for the router costs nothing there, computing what others hold does.
-        self.sort_from = SORT_FROM if ranks.alone or not on_cpu else 1
+        self.min_pairs_to_sort = MIN_PAIRS_TO_SORT if ranks.alone or not on_cpu else 1
         self._upcast = upcast
         self._on_cpu = on_cpu
-        self._by_host = host.used(on_cpu=on_cpu, dtype=dtype)
+        self._by_host = host.enabled(on_cpu=on_cpu, dtype=dtype)
         self.attend = host.attend if self._by_host else fused
         self.max_scores = None if self._by_host else max_scores
         self._checkpoint = checkpoint
@@ -140,7 +142,7 @@ class _Placer:
 
     def vectors(self, names: Sequence[str]) -> mx.array:
         """Biases side by side, in the activation dtype."""
-        array = _joined([self._dense(name) for name in names], axis=-1).astype(self._dtype)
+        array = _concatenate([self._dense(name) for name in names], axis=-1).astype(self._dtype)
         mx.eval(array)
         return array
 
@@ -148,30 +150,30 @@ class _Placer:
         return self._matrices([name])[0]
 
     def linear(self, names: Sequence[str], *, biased: bool = True) -> Linear:
-        matrices, streams = self._shared([f"{n}.weight" for n in names])
+        matrices, streams = self._split_matrices([f"{n}.weight" for n in names])
         if self._upcast:
-            matrices = upcast_matrices(matrices, streams or self._aside(matrices), self._dtype)
+            matrices = upcast_matrices(matrices, streams or self._upcast_streams(matrices), self._dtype)
         return Linear(matrices, self.vectors([f"{n}.bias" for n in names]) if biased else None, streams)
 
     def experts(self, names: Sequence[str]) -> ExpertLinear:
         kind = host.HostExperts if self._by_host else ExpertLinear
-        return kind(*self._shared([f"{n}.weight" for n in names]))
+        return kind(*self._split_matrices([f"{n}.weight" for n in names]))
 
-    def _shared(self, names: Sequence[str]) -> tuple[tuple[Matrix, ...], tuple[mx.Stream, ...]]:
+    def _split_matrices(self, names: Sequence[str]) -> tuple[tuple[Matrix, ...], tuple[mx.Stream, ...]]:
         """The matrices; a large one in as many parts of its rows as there are streams, and those."""
         weights = [self._checkpoint.read(name) for name in names]
         size = sum(weight.nbytes for weight in weights)
         by_blas = self._by_host and isinstance(weights[0], Dense)
-        if not self._on_cpu or by_blas or size < SHARED_FROM or not _alike(weights):
+        if not self._on_cpu or by_blas or size < MIN_BYTES_TO_SPLIT or not _same_storage(weights):
             return self._matrices(names), ()
-        matrices = tuple(fuse(part) for part in parts_of(weights, len(self._streams)))
-        self._settle(matrices)
+        matrices = tuple(fuse(part) for part in split_rows(weights, len(self._streams)))
+        self._materialize(matrices)
         return matrices, self._streams
 
-    def _aside(self, matrices: Sequence[Matrix]) -> tuple[mx.Stream, ...]:
+    def _upcast_streams(self, matrices: Sequence[Matrix]) -> tuple[mx.Stream, ...]:
         """A stream for each matrix to be upcast on, if one is large and numpy is to multiply it whole: on the stream
         that reads, the next weights would wait for it."""
-        large = any(isinstance(m, DenseMatrix) and m.weight.nbytes >= SHARED_FROM for m in matrices)
+        large = any(isinstance(m, DenseMatrix) and m.weight.nbytes >= MIN_BYTES_TO_SPLIT for m in matrices)
         return self._streams[:1] * len(matrices) if self._by_host and large else ()
 
     @cached_property
@@ -187,19 +189,19 @@ class _Placer:
 
     def _matrices(self, names: Sequence[str]) -> tuple[Matrix, ...]:
         weights = [self._checkpoint.read(name) for name in names]
-        matrices = (fuse(weights),) if _alike(weights) else tuple(fuse([weight]) for weight in weights)
-        self._settle(matrices)
+        matrices = (fuse(weights),) if _same_storage(weights) else tuple(fuse([weight]) for weight in weights)
+        self._materialize(matrices)
         if not self._by_host:
             return matrices
         return tuple(host.HostMatrix(m.weight) if isinstance(m, DenseMatrix) else m for m in matrices)
 
-    def _settle(self, matrices: Sequence[Matrix]) -> None:
+    def _materialize(self, matrices: Sequence[Matrix]) -> None:
         for matrix in matrices:
             mx.eval([array for array in vars(matrix).values() if isinstance(array, mx.array)])
         self._checkpoint.release()
 
 
-def parts_of(weights: Sequence[Weight], count: int) -> list[list[Weight]]:
+def split_rows(weights: Sequence[Weight], count: int) -> list[list[Weight]]:
     """All rows, in order, cut into `count` parts of as many rows, as views."""
     rows = [weight.shape[-2] for weight in weights]
     ends = list(accumulate(rows))
@@ -218,16 +220,16 @@ def fuse(weights: Sequence[Weight]) -> Matrix:
     """One matrix of all rows, in order. The weights are stored alike, so joining their codes is exact."""
     first = weights[0]
     if isinstance(first, Dense):
-        return DenseMatrix(_joined([w.values for w in weights if isinstance(w, Dense)], axis=-2))
+        return DenseMatrix(_concatenate([w.values for w in weights if isinstance(w, Dense)], axis=-2))
     parts = [w for w in weights if isinstance(w, Quantized)]
-    codes = _joined([w.codes for w in parts], axis=-2).view(mx.uint32)
+    codes = _concatenate([w.codes for w in parts], axis=-2).view(mx.uint32)
     if first.spec == FP8_ROW:
         scales = mx.full((*codes.shape[:-1], codes.shape[-1] // 8), UNIT_E8M0, dtype=mx.uint8)
         return QuantizedMatrix(codes, scales, None, _outer(parts), MXFP8)
     if first.spec not in MODES:
         raise CheckpointError(f"MLX has no kernel for {first.spec}; convert the checkpoint with --to mlx-4bit")
-    scales = _joined([w.scale for w in parts if w.scale is not None], axis=-2)
-    biases = None if first.bias is None else _joined([w.bias for w in parts if w.bias is not None], axis=-2)
+    scales = _concatenate([w.scale for w in parts if w.scale is not None], axis=-2)
+    biases = None if first.bias is None else _concatenate([w.bias for w in parts if w.bias is not None], axis=-2)
     return QuantizedMatrix(codes, scales, biases, _outer(parts), first.spec)
 
 
@@ -245,7 +247,7 @@ def upcast_matrices(matrices: Sequence[Matrix], streams: Sequence[mx.Stream], dt
     return tuple(found)
 
 
-def _alike(weights: Sequence[Weight]) -> bool:
+def _same_storage(weights: Sequence[Weight]) -> bool:
     """Whether one kernel can run over all of them side by side."""
 
     def storage(weight: Weight) -> object:
@@ -267,12 +269,12 @@ def _outer(parts: Sequence[Quantized]) -> mx.array | None:
     return mx.array(np.concatenate(rows, axis=-1))
 
 
-def _joined(arrays: Sequence[Array], axis: int) -> mx.array:
+def _concatenate(arrays: Sequence[Array], axis: int) -> mx.array:
     """Mapped numpy arrays, one behind the other, as one MLX array."""
-    return _array(arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=axis))
+    return _to_mlx(arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=axis))
 
 
-def _array(values: Array) -> mx.array:
+def _to_mlx(values: Array) -> mx.array:
     """numpy (bfloat16 by its bits, which numpy itself does not know) to MLX."""
     values = np.ascontiguousarray(values)
     if values.dtype.name == "bfloat16":

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from ...config import ModelConfig
-from .cache import Cache, FullCache, LayerCache, Packed, RingCache, Span
+from .cache import Cache, FullCache, LayerCache, QuantizedKV, RingCache, Span
 from .elementwise import Elementwise
 from .layers import Attend, ExpertLinear, Linear, MappedRows, Matrix
 from .ranks import Ranks
 
-FEW = 8  # tokens whose attention to a cache in 8 bits costs less by its codes than decoded
+MAX_PACKED_QUERIES = 8  # tokens whose attention to a cache in 8 bits costs less by its codes than decoded
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class Attention:
         B, L, _ = x.shape
         q, kv = self._rotated(self.qkv(x), span)
         if isinstance(cache, RingCache) and 1 + cache.slack < L:
-            y = self._banded(q, *cache.extend(kv, span), past=min(span.starts[0], cache.window))
+            y = self._sliding(q, *cache.extend(kv, span), past=min(span.starts[0], cache.window))
         else:
             mask = span.seen if isinstance(cache, FullCache) else span.seen_in_ring
             held = cache.update(kv, span)
-            if isinstance(held, Packed):
-                y = self._attend_packed(q, held, mask)
+            if isinstance(held, QuantizedKV):
+                y = self._attend_quantized(q, held, mask)
             elif isinstance(cache, FullCache) and L > 1:
                 y = self._causal(q, *held)
             else:
@@ -76,13 +76,13 @@ class Attention:
         B, L, _ = x.shape
         H, K, dim = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
         if L == 1:  # all heads in one launch; values turn by 0
-            x = self.rotary(x.reshape(-1, 1, 1, dim), span.turns).reshape(B, H + 2 * K, dim)
+            x = self.rotary(x.reshape(-1, 1, 1, dim), span.rotations).reshape(B, H + 2 * K, dim)
             return x[:, :H, None], x[:, H:].reshape(B, 2, K, 1, dim).swapaxes(0, 1)
         x = x.reshape(B, L, H + 2 * K, dim).swapaxes(1, 2)  # [B, H + 2 K, L, 64]
         qk = self.rotary(x[:, : H + K], span.offsets)
         return qk[:, :H], mx.stack([qk[:, H:], x[:, H + K :]])
 
-    def _banded(self, q: mx.array, keys: mx.array, values: mx.array, past: int) -> mx.array:
+    def _sliding(self, q: mx.array, keys: mx.array, values: mx.array, past: int) -> mx.array:
         """Sliding attention of one slot's L new queries over W past and L new keys, S = min(L, W) queries at a time.
 
         Work per token does not grow with L: block n of S queries sees only the keys [n S, n S + W + S). past: how many
@@ -123,12 +123,12 @@ class Attention:
         ]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
-    def _attend_packed(self, q: mx.array, held: Packed, mask: mx.array | None) -> mx.array:
+    def _attend_quantized(self, q: mx.array, held: QuantizedKV, mask: mx.array | None) -> mx.array:
         """The same over keys and values in 8 bits. The scores of few tokens are products with the codes; a prompt is
         long enough for decoding them first to cost less."""
         B, H, L, dim = q.shape
-        if L > FEW:
-            return self._causal(q, *held.unpacked(q.dtype))
+        if L > MAX_PACKED_QUERIES:
+            return self._causal(q, *held.dequantized(q.dtype))
         grouped = (B, self.config.num_key_value_heads, -1)
         scores = held.scores((q.astype(mx.float32) * self.rotary.score_scale).reshape(*grouped, dim))
         scores = scores.reshape(B, H, L, -1)
@@ -151,7 +151,7 @@ class Attention:
 class MixtureOfExperts:
     """router: D -> E; gate_up: D -> 2 I per expert, gate rows first; down: I -> D per expert.
     bias [E, 2 I + D]: of both, so that a token's four are fetched at once. The experts are those that this rank holds,
-    the router's all. sort_from: token-expert pairs from which sorting them by expert pays."""
+    the router's all. min_pairs_to_sort: token-expert pairs from which sorting them by expert pays."""
 
     config: ModelConfig
     router: Linear
@@ -160,15 +160,15 @@ class MixtureOfExperts:
     bias: mx.array
     elementwise: Elementwise
     ranks: Ranks
-    sort_from: int
+    min_pairs_to_sort: int
 
     def __call__(self, x: mx.array, residual: mx.array, span: Span) -> mx.array:
         """x, residual [B, L, D] -> residual + the experts' answers to x, [B, L, D]"""
         shape, D = x.shape, x.shape[-1]
         x = x.reshape(-1, D)
         chosen, weights = self._route(x)  # [T, A] each
-        experts, weights = self.ranks.held(chosen, weights)
-        if chosen.size >= self.sort_from:
+        experts, weights = self.ranks.local_experts(chosen, weights)
+        if chosen.size >= self.min_pairs_to_sort:
             y, bias = self._sorted(x, chosen), self.bias[:, -D:][experts]  # [T, A, D] each
         else:
             bias = self.bias[experts]
@@ -194,7 +194,7 @@ class MixtureOfExperts:
         """The experts' answers without their biases, [T, A, D], computed with the T * A pairs ordered by expert, so
         that each expert's rows are adjacent. Zeros where another rank has the expert."""
         (T, A), pairs = chosen.shape, chosen.flatten()
-        order = self.ranks.own(mx.argsort(pairs), pairs)
+        order = self.ranks.local_pairs(mx.argsort(pairs), pairs)
         if not order.size:
             return mx.zeros((T, A, x.shape[-1]), dtype=x.dtype)
         experts = pairs[order] - self.ranks.shard.experts.start
@@ -238,7 +238,7 @@ class GptOss:
     blocks: tuple[Block, ...]
     norm: mx.array
     lm_head: Linear
-    rest: Callable[[], Linear] | None
+    load_rest: Callable[[], Linear] | None
     elementwise: Elementwise
     ranks: Ranks
 
@@ -257,9 +257,9 @@ class GptOss:
 
     def all_logits(self, x: mx.array) -> mx.array:
         """The same of the whole vocabulary: for evaluation."""
-        if self.rest is None:
+        if self.load_rest is None:
             return self.logits(x)
-        return mx.concatenate([self.logits(x), replace(self, lm_head=self.rest()).logits(x)], axis=-1)
+        return mx.concatenate([self.logits(x), replace(self, lm_head=self.load_rest()).logits(x)], axis=-1)
 
 
 def _blocks(x: mx.array, size: int) -> mx.array:

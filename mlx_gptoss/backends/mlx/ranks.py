@@ -55,7 +55,7 @@ class Ranks:
         parts = mx.distributed.all_gather(padded[None], group=self.group)  # [ranks, ..., block]
         return mx.moveaxis(parts, 0, -2).reshape(*rows, -1)[..., :size]
 
-    def held(self, experts: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+    def local_experts(self, experts: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
         """A token's experts and their weights, [T, A] each, as this rank computes them: by their places here, and an
         expert of another rank with weight 0, in its place one that the token needs here anyhow: it has been read."""
         if self.group is None:
@@ -65,7 +65,7 @@ class Ranks:
         places = mx.where(here, experts - mine.start, 0)
         return mx.where(here, places, places.max(axis=-1, keepdims=True)), mx.where(here, weights, 0)
 
-    def own(self, order: mx.array, experts: mx.array) -> mx.array:
+    def local_pairs(self, order: mx.array, experts: mx.array) -> mx.array:
         """Of `order`, which sorts pairs of token and expert by `experts`, the pairs whose expert is held here. It waits
         for the router's choice, without which all pairs would have to be computed."""
         if self.group is None:

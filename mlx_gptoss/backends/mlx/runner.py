@@ -11,21 +11,22 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from ...config import ModelConfig
 from ...sampling import Sampling
 from ..base import Limits, Row, Sampled, Snapshot, working_space
-from .cache import Cache, Saved, Span
+from .cache import Cache, SlotSnapshot, Span
 from .model import GptOss
 from .sample import Choice, History, choose
 
-LOGITS_ROWS = 256  # positions of the vocabulary-wide output held at once by logits()
-CLEAR_EVERY = 512  # steps between emptying MLX's buffer cache, which otherwise grows with every new length
+LOGITS_CHUNK = 256  # positions of the vocabulary-wide output held at once by logits()
+CLEAR_CACHE_STEPS = 512  # steps between emptying MLX's buffer cache, which otherwise grows with every new length
 
 
-Numbers = dict[str, NDArray[Any]]  # a Choice's arrays on the host, by their names
+HostChoice = dict[str, NDArray[Any]]  # a Choice's arrays on the host, by their names
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledRow:
     """What one row sampled: the entries [first, first + 1 + len(drafts)) of a choice."""
 
     choice: Choice
@@ -33,7 +34,7 @@ class Drawn:
     sampling: Sampling
     drafts: tuple[int, ...]
 
-    def read(self, numbers: Numbers) -> Sampled:
+    def read(self, numbers: HostChoice) -> Sampled:
         """The token and, with drafts, each token after one that the draft foresaw. All of them are drawn as they would
         be one by one, so that drafts change nothing but the speed."""
         tokens = []
@@ -52,14 +53,14 @@ class Step:
     of the device. arrays: everything else that the step changes.
     """
 
-    rows: tuple[Drawn | None, ...]
+    rows: tuple[SampledRow | None, ...]
     last: mx.array
     arrays: tuple[mx.array, ...]
 
     def wait(self) -> list[Sampled | None]:
         mx.eval(self.last)
         # Read whole: indexing on the device would be work behind the step that is already under way.
-        read = {id(row.choice): _numbers(row.choice) for row in self.rows if row is not None}
+        read = {id(row.choice): _to_host(row.choice) for row in self.rows if row is not None}
         return [None if row is None else row.read(read[id(row.choice)]) for row in self.rows]
 
 
@@ -67,7 +68,7 @@ class MlxRunner:
     """`submit` builds the step's graph and starts it; nothing here waits for the device but `wait` and `logits`."""
 
     def __init__(self, model: GptOss, limits: Limits, device: mx.Device) -> None:
-        self.config = model.config
+        self.config: ModelConfig = model.config
         self.limits = limits
         self._model = model
         self._elementwise = model.elementwise
@@ -79,20 +80,20 @@ class MlxRunner:
         self._steps = 0
         # Freed buffers that MLX keeps for reuse: what one prefill step needs, as the memory plan counts it.
         room = working_space(model.config, limits.chunk, limits.slots, model.dtype.size)
-        self._former_cache_limit = mx.set_cache_limit(room)
+        self._previous_cache_limit = mx.set_cache_limit(room)
 
     def submit(self, rows: Sequence[Row]) -> Step:
         with mx.stream(self._device):
             step = self.build(rows)
             mx.async_eval(step.last, step.arrays)  # type: ignore[no-untyped-call]
             self._steps += 1
-            if self._steps % CLEAR_EVERY == 0:
+            if self._steps % CLEAR_CACHE_STEPS == 0:
                 mx.clear_cache()
             return step
 
     def build(self, rows: Sequence[Row]) -> Step:
         """The step's graph, not started."""
-        results: list[Drawn | None] = [None] * len(rows)
+        results: list[SampledRow | None] = [None] * len(rows)
         single = [i for i, row in enumerate(rows) if not row.drafts and (row.tokens is None or len(row.tokens) == 1)]
         single.sort(key=lambda i: rows[i].slot)
         groups = [single] if single else []
@@ -110,20 +111,20 @@ class MlxRunner:
         self._last.pop(slot, None)
         self._histories.pop(slot, None)
 
-    def save(self, slot: int, start: int, end: int) -> Saved:
+    def save(self, slot: int, start: int, end: int) -> SlotSnapshot:
         with mx.stream(self._device):
             return self._cache.save(slot, start, end)
 
     def restore(self, slot: int, chain: Sequence[Snapshot]) -> None:
         with mx.stream(self._device):
-            self._cache.restore(slot, [saved for saved in chain if isinstance(saved, Saved)])
+            self._cache.restore(slot, [saved for saved in chain if isinstance(saved, SlotSnapshot)])
             mx.async_eval(self._cache.arrays)  # type: ignore[no-untyped-call]
 
     def pack(self, snapshot: Snapshot) -> bytes:
-        assert isinstance(snapshot, Saved)
+        assert isinstance(snapshot, SlotSnapshot)
         return b"".join(np.array(array.view(mx.uint8)).tobytes() for array in snapshot.arrays)
 
-    def unpack(self, start: int, end: int, data: bytes) -> Saved:
+    def unpack(self, start: int, end: int, data: bytes) -> SlotSnapshot:
         with mx.stream(self._device):
             return self._cache.unpack(start, end, data)
 
@@ -131,7 +132,7 @@ class MlxRunner:
         with mx.stream(self._device):
             cache = Cache(self.config, 1, len(ids), self._model.dtype, self.limits.kv_bits)
             out = np.empty((len(ids), self.config.vocab_size), dtype=np.float32)
-            step = min(self.limits.chunk, LOGITS_ROWS)
+            step = min(self.limits.chunk, LOGITS_CHUNK)
             for start in range(0, len(ids), step):
                 piece = mx.array(list(ids[start : start + step]))[None]
                 hidden = self._model(piece, cache, Span.of(self.config, [0], [start], piece.shape[1]), len(piece[0]))
@@ -146,9 +147,9 @@ class MlxRunner:
         self._last.clear()
         self._histories.clear()
         mx.clear_cache()
-        mx.set_cache_limit(self._former_cache_limit)
+        mx.set_cache_limit(self._previous_cache_limit)
 
-    def _forward(self, rows: Sequence[Row], places: Sequence[int], results: list[Drawn | None]) -> mx.array:
+    def _forward(self, rows: Sequence[Row], places: Sequence[int], results: list[SampledRow | None]) -> mx.array:
         """Either any number of one-token rows, or one row of several tokens. Returns what is computed last."""
         ids = mx.stack([self._tokens(row) for row in rows])  # [B, L]
         starts = [row.start for row in rows]
@@ -172,7 +173,7 @@ class MlxRunner:
         for n, (b, row, sampling) in enumerate(wanted):
             if not row.drafts:
                 self._last[row.slot] = choice.tokens[n : n + 1]
-            results[places[b]] = Drawn(choice, n * outputs, sampling, row.drafts)
+            results[places[b]] = SampledRow(choice, n * outputs, sampling, row.drafts)
         return choice.tokens
 
     def _tokens(self, row: Row) -> mx.array:
@@ -186,11 +187,11 @@ class MlxRunner:
         return self._histories[row.slot]
 
 
-def _numbers(choice: Choice) -> Numbers:
+def _to_host(choice: Choice) -> HostChoice:
     return {name: np.array(array) for name, array in vars(choice).items() if array is not None}
 
 
-def _sampled(numbers: Numbers, n: int, sampling: Sampling) -> Sampled:
+def _sampled(numbers: HostChoice, n: int, sampling: Sampling) -> Sampled:
     top: tuple[tuple[int, float], ...] = ()
     if sampling.logprobs:
         pairs = zip(numbers["top_ids"][n].tolist(), numbers["top_logprobs"][n].tolist(), strict=True)

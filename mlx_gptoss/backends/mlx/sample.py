@@ -14,7 +14,7 @@ import numpy as np
 
 from ...sampling import Sampling
 from ..base import allowed_tokens
-from .elementwise import PLAIN, Elementwise
+from .elementwise import UNCOMPILED, Elementwise
 
 
 @dataclass
@@ -63,7 +63,7 @@ def choose(
     histories: Sequence[History],
     positions: Sequence[int],
     masks: Sequence[bytes | None] = (),
-    elementwise: Elementwise = PLAIN,
+    elementwise: Elementwise = UNCOMPILED,
 ) -> Choice:
     """One token a row from raw logits, float32 [B, V]. `positions` number the draws of each row's random stream;
     `masks` are the rows' (backends.base.Row), or empty if none has one."""
@@ -71,16 +71,16 @@ def choose(
     if not all(s.greedy for s in samplings):
         keys = [(h.key[0], (h.key[1] + position) % 2**32) for h, position in zip(histories, positions, strict=True)]
         temperature = _column(samplings, "temperature")
-        shaped = elementwise.noisy(_filter(shaped, samplings), temperature, mx.array(keys, dtype=mx.uint32))
+        shaped = elementwise.add_gumbel_noise(_filter(shaped, samplings), temperature, mx.array(keys, dtype=mx.uint32))
     tokens = mx.argmax(shaped, axis=-1).view(mx.int32)
     for row, history in enumerate(histories):
         history.add(tokens[row])
     normalizer = mx.logsumexp(logits, axis=-1, keepdims=True)
     chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1) - normalizer
-    most = max(s.logprobs for s in samplings)
-    if not most:
+    top_n = max(s.logprobs for s in samplings)
+    if not top_n:
         return Choice(tokens, chosen[:, 0], None, None)
-    ids = mx.argpartition(-logits, kth=most - 1, axis=-1)[:, :most]
+    ids = mx.argpartition(-logits, kth=top_n - 1, axis=-1)[:, :top_n]
     ids = mx.take_along_axis(ids, mx.argsort(-mx.take_along_axis(logits, ids, axis=-1), axis=-1), axis=-1)
     return Choice(tokens, chosen[:, 0], ids, mx.take_along_axis(logits, ids, axis=-1) - normalizer)
 

@@ -1,4 +1,4 @@
-"""The table of formats, and what follows from it: which one a checkpoint has, and which can be written."""
+"""The table of formats, and what follows from it: recognizing a checkpoint's format, and finding a format's writer."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from ...errors import CheckpointError
 from ..params import Param
 from ..safetensors import TensorInfo
 from . import autoround, bf16, fp8, gguf, mlx, modelopt, mxfp4, original
-from .base import Format, Recipe, Source, Stored, Want, plain_name
+from .base import CheckpointHeaders, ExpectedTensor, Format, Recipe, Source
+from .hf_layout import HF_DENSE, hf_name
 
-# Asked in this order where a parameter lies; bf16 is last as it also takes what is plain, and autoround before mlx as
-# both name tensors `.scales`.
+# Each parameter is looked up in this order. bf16 is last because it also takes every dense tensor, and autoround comes
+# before mlx because both have tensors called `.scales`.
 FORMATS: tuple[Format, ...] = (
     original.FORMAT,
     gguf.FORMAT,
@@ -23,111 +24,122 @@ FORMATS: tuple[Format, ...] = (
     modelopt.FORMAT,
     bf16.FORMAT,
 )
-WRITERS: Mapping[str, Format] = {name: form for form in FORMATS if form.writes for name in form.recipes}
+WRITERS: Mapping[str, Format] = {name: fmt for fmt in FORMATS if fmt.writes for name in fmt.recipes}
 
-# Names that a known tool writes by mistake or that are not read: (what a name contains or ends in, why)
-_REFUSED = (
+_REFUSED_NAMES = (  # (what a tensor name ends in, why the checkpoint is refused)
     (
         "$",
-        "names that end in $ come from a transformers 5.14 bug (loading mxfp4, then saving); the tensors are lost "
-        "behind them: save again with another release, or use the original checkpoint",
+        "names ending in $ come from a bug in transformers 5.14 (loading mxfp4, then saving), which loses the tensors "
+        "behind them; save the model again with another release, or use the original checkpoint",
     ),
 )
 
 
 @dataclass(frozen=True)
 class Binding:
-    """Where every parameter lies in one checkpoint, the name of its format, and what is to be known of it."""
+    """How one checkpoint stores the network.
+
+    name: the name of its format.
+    sources: where each parameter is stored, by canonical name.
+    note: one line that the user should know, or "".
+    """
 
     name: str
-    sources: Mapping[str, Source]  # by canonical name
+    sources: Mapping[str, Source]
     note: str
 
 
-def bind(stored: Stored, params: Sequence[Param]) -> Binding:
-    """Find every parameter and account for every tensor, from headers alone.
+def bind(headers: CheckpointHeaders, params: Sequence[Param]) -> Binding:
+    """Find every parameter and account for every stored tensor, from headers alone.
 
-    Raises CheckpointError that lists what is missing, unknown, or of a wrong shape or dtype.
+    Raises CheckpointError that lists which tensors are missing, unknown, or of a wrong shape or dtype.
     """
-    for ending, why in _REFUSED:
-        names = [name for name in stored.tensors if name.endswith(ending)]
+    for ending, why in _REFUSED_NAMES:
+        names = [name for name in headers.tensors if name.endswith(ending)]
         if names:
-            raise CheckpointError(f"{_some(names)}: {why}")
+            raise CheckpointError(f"{_first_names(names)}: {why}")
     sources: dict[str, Source] = {}
     problems: dict[str, list[str]] = {"missing": [], "of a wrong shape": [], "of a wrong dtype": [], "unknown": []}
     used: set[str] = set()
     for param in params:
-        source = next(filter(None, (form.find(param, stored) for form in FORMATS)), None)
+        source = next(filter(None, (fmt.find(param, headers) for fmt in FORMATS)), None)
         if source is None:
-            problems["missing"].append(plain_name(param))
+            problems["missing"].append(hf_name(param))
             continue
         sources[param.name] = source
         group = source.spec.group if source.spec else 0
         if group and param.shape[-1] % group:
-            wrong = f"{source.wants[0].name} (rows of {param.shape[-1]} in groups of {group})"
+            wrong = f"{source.expected[0].name} (rows of {param.shape[-1]} in groups of {group})"
             problems["of a wrong shape"].append(wrong)
-        for want in source.wants:
-            if want.name not in used:
-                used.add(want.name)
-                _compare(want, stored.tensors.get(want.name), problems)
-    problems["unknown"] = sorted(set(stored.tensors) - used)
+        for expected in source.expected:
+            if expected.name not in used:
+                used.add(expected.name)
+                _check_tensor(expected, headers.tensors.get(expected.name), problems)
+    problems["unknown"] = sorted(set(headers.tensors) - used)
     if any(problems.values()):
-        what = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in problems.items() if names)
-        raise CheckpointError(f"the tensors do not make a gpt-oss model of config.json's sizes: {what}")
+        listed = "; ".join(f"{len(names)} {kind}: {_first_names(names)}" for kind, names in problems.items() if names)
+        raise CheckpointError(f"the tensors do not match a gpt-oss model of the sizes in config.json: {listed}")
     note = "; ".join(sorted({source.note for source in sources.values()} - {""}))
-    return Binding(_name(sources, params), sources, note)
+    return Binding(_format_name(sources, params), sources, note)
 
 
 def recipe_of(name: str, search: str | None = None) -> tuple[Format, Recipe]:
-    """The writer of a format name; search: "mse" for one that looks for better scales (search.py).
+    """The writer and the recipe of a format.
 
-    Raises CheckpointError that lists the names there are.
+    search: "mse" selects the writer that searches for better scales (search.py); None the ordinary one.
+    Raises CheckpointError, with the valid names, for an unknown name or search.
     """
     if name not in WRITERS:
-        read_only = any(name in form.recipes for form in FORMATS)
-        why = "is only read, not written" if read_only else "is not a format"
+        read_only = any(name in fmt.recipes for fmt in FORMATS)
+        why = "is read but not written" if read_only else "is not a format"
         raise CheckpointError(f"{name!r} {why}; choose one of {', '.join(sorted(WRITERS))}")
     if search is None:
         return WRITERS[name], WRITERS[name].recipes[name]
     if search != "mse" or name not in mlx.SEARCHABLE:
         raise CheckpointError(
-            f"search {search!r} cannot be had for {name}; search 'mse' can, for {' and '.join(mlx.SEARCHABLE)}"
+            f"search {search!r} is not available for {name}; search 'mse' is, for {' and '.join(mlx.SEARCHABLE)}"
         )
-    return mlx.SEARCHED, mlx.SEARCHED.recipes[name]
+    return mlx.SEARCH_FORMAT, mlx.SEARCH_FORMAT.recipes[name]
 
 
-def _compare(want: Want, info: TensorInfo | None, problems: dict[str, list[str]]) -> None:
+def _check_tensor(expected: ExpectedTensor, info: TensorInfo | None, problems: dict[str, list[str]]) -> None:
+    """Add what is wrong with a stored tensor to `problems`."""
     if info is None:
-        problems["missing"].append(want.name)
-    elif info.shape != want.shape:
-        problems["of a wrong shape"].append(f"{want.name} {list(info.shape)} instead of {list(want.shape)}")
-    elif info.dtype not in want.dtypes:
-        problems["of a wrong dtype"].append(f"{want.name} {info.dtype} instead of {' or '.join(want.dtypes)}")
+        problems["missing"].append(expected.name)
+    elif info.shape != expected.shape:
+        problems["of a wrong shape"].append(f"{expected.name} {list(info.shape)} instead of {list(expected.shape)}")
+    elif info.dtype not in expected.dtypes:
+        problems["of a wrong dtype"].append(f"{expected.name} {info.dtype} instead of {' or '.join(expected.dtypes)}")
 
 
-def _some(names: Sequence[str]) -> str:
+def _first_names(names: Sequence[str]) -> str:
+    """The first four names, and how many more there are."""
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     return ", ".join(names[:4]) + more
 
 
-def _name(sources: Mapping[str, Source], params: Sequence[Param]) -> str:
-    """The name whose recipe every matrix follows. Else the only family that quantizes or, when none
-    does, that keeps experts its own way; else `mixed`."""
+def _format_name(sources: Mapping[str, Source], params: Sequence[Param]) -> str:
+    """The format whose recipe every matrix matches.
+
+    Without one, the only family among the quantized matrices or, if none is quantized, among all of them (HF_DENSE
+    aside); "mixed" if there are several.
+    """
     matrices = [param for param in params if param.is_matrix]
-    for form in FORMATS:
-        for name, recipe in form.recipes.items():
-            if all(_follows(sources[param.name], recipe, param) for param in matrices):
+    for fmt in FORMATS:
+        for name, recipe in fmt.recipes.items():
+            if all(_matches(sources[param.name], recipe, param) for param in matrices):
                 return name
     found = [sources[param.name] for param in matrices]
     families = {source.family for source in found if source.spec is not None}
-    families = families or {source.family for source in found} - {"plain"}
+    families = families or {source.family for source in found} - {HF_DENSE}
     return families.pop() if len(families) == 1 else "mixed"
 
 
-def _follows(source: Source, recipe: Recipe, param: Param) -> bool:
+def _matches(source: Source, recipe: Recipe, param: Param) -> bool:
+    """Whether a matrix is stored as the recipe says."""
     family, spec = recipe[param.role]
-    if family == "mlx" and param.role == "router" and source.family in ("mlx", "plain"):
-        return True  # mlx-lm's releases differ in the router's bits
+    if family == "mlx" and param.role == "router" and source.family in ("mlx", HF_DENSE):
+        return True  # the router's bits differ between releases of mlx-lm
     if spec is not None and spec.group and param.shape[-1] % spec.group:
-        return source.spec is None and source.family in (family, "plain")
+        return source.spec is None and source.family in (family, HF_DENSE)
     return (source.family, source.spec) == (family, spec)

@@ -1,9 +1,11 @@
-"""`int4-autoround`: symmetric 4-bit integers in groups of 64, packed as GPTQ does. Each linear layer of the experts is
-a module of its own, INPUT-major: `.qweight` I32 [K/8, N] (eight codes along K, lowest bits first), `.scales` F16
-[K/64, N], `.qzeros` I32 [K/64, N/8], `.bias`; w = scale * (code - 8). Scales are signed. The rest is dense.
+"""`int4-autoround`: symmetric 4-bit integers in groups of 64, packed like GPTQ.
 
-The stored zero is 7 for the true zero 8 in GPTQ's first version (`auto_round:auto_gptq`, `auto_gptq`), and 8 in its
-second (`auto_round:gptqmodel`). GPTQ's `g_idx` may be there if it says what is plain: row k is of group k // 64.
+Each linear layer of the experts is its own module, INPUT-major: `.qweight` I32 [K/8, N] (eight codes along K, lowest
+bits first), `.scales` F16 [K/64, N], `.qzeros` I32 [K/64, N/8] and `.bias`. w = scale * (code - 8), and scales are
+signed. All other weights are dense.
+
+The zero point is 8. GPTQ's version 1 (`auto_round:auto_gptq`, `auto_gptq`) stores it as 7, version 2
+(`auto_round:gptqmodel`) as 8. GPTQ's `g_idx` is accepted if it describes the default order: row k in group k // 64.
 """
 
 from __future__ import annotations
@@ -17,36 +19,24 @@ from ...errors import CheckpointError
 from .. import codecs, quantization
 from ..params import Param
 from ..tensor import AFFINE4, Array, Quantized, Weight
-from .base import (
-    Encoder,
-    Format,
-    Get,
-    Piece,
-    Recipe,
-    Source,
-    Stored,
-    Unit,
-    dense_unit,
-    experts_prefix,
-    matrix_recipe,
-    plain_name,
-)
+from .base import CheckpointHeaders, Encoder, Format, GetTensor, Recipe, Source, TensorSlice, Unit, matrix_recipe
+from .hf_layout import HF_DENSE, dense_unit, experts_prefix, hf_name
 from .per_expert import (
     Modules,
-    block_of,
-    dense_experts,
+    dense_experts_source,
     dense_experts_unit,
     is_per_expert,
-    made_of,
     modules_of,
-    one_dtype,
+    modules_source,
+    quantization_config,
+    same_float_dtype,
 )
 
 FAMILY = "int4-autoround"
 _GROUP = AFFINE4.group
-_CODES_A_WORD = 8
-_NIBBLES = 0x11111111  # times a nibble: a word of eight of it
-_ZERO = 7  # as written
+_CODES_PER_WORD = 8
+_REPEAT_NIBBLE = 0x11111111  # multiplied by a nibble: a word with that nibble eight times
+_STORED_ZERO = 7  # as this module writes the zero point
 _OLD_NAMES = ("gate_up_projs", "down_projs")
 _ADVICE = "quantize the model symmetrically with 4 bits, groups of 64 and no reordering, or use the original checkpoint"
 
@@ -55,153 +45,161 @@ class AutoRound(Format):
     family = FAMILY
     writes = True
     recipes: Mapping[str, Recipe] = {
-        "int4-autoround": matrix_recipe("plain", None, experts=(FAMILY, AFFINE4)),
+        "int4-autoround": matrix_recipe(HF_DENSE, None, experts=(FAMILY, AFFINE4)),
     }
 
-    def find(self, param: Param, stored: Stored) -> Source | None:
+    def find(self, param: Param, headers: CheckpointHeaders) -> Source | None:
         if param.role == "experts":
-            _refuse_old_names(param, stored)
-            if not is_per_expert(param, stored):
+            _refuse_old_names(param, headers)
+            if not is_per_expert(param, headers):
                 return None
         modules = modules_of(param)
-        if not stored.has(f"{modules.first}.qweight"):
+        if not headers.has(f"{modules.first}.qweight"):
             return None
         if param.is_matrix:
-            return _integers(modules, param, stored)
-        return dense_experts(modules, "bias", param, stored) if param.role == "experts" else None
+            return _int4_source(modules, param, headers)
+        return dense_experts_source(modules, "bias", param, headers) if param.role == "experts" else None
 
     def units(self, target: str, params: Sequence[Param], dtypes: Mapping[str, str]) -> list[Unit]:
         def unit(param: Param) -> Unit:
             if param.role != "experts":
-                return dense_unit(param, dtypes, plain_name(param))
-            return _unit(param) if param.is_matrix else dense_experts_unit(param, "F16")
+                return dense_unit(param, dtypes, hf_name(param))
+            return _int4_unit(param) if param.is_matrix else dense_experts_unit(param, "F16")
 
         return [unit(param) for param in params]
 
-    def describe(self, target: str, params: Sequence[Param]) -> dict[str, Any]:
-        return {"quantization_config": self._block(params)}
+    def config_entries(self, target: str, params: Sequence[Param]) -> dict[str, Any]:
+        return {"quantization_config": _quantization_config(params)}
 
     def extra_files(self, target: str, params: Sequence[Param]) -> Mapping[str, Any]:
-        return {"quantization_config.json": self._block(params)}
-
-    def _block(self, params: Sequence[Param]) -> dict[str, Any]:
-        """As AutoRound 0.16 writes it."""
-        attention = (param for param in params if param.role == "attention" and param.is_matrix)
-        return {
-            "autoround_version": "0.16.1",
-            "bits": 4,
-            "block_name_to_quantize": "model.layers",
-            "data_type": "int",
-            "enable_quanted_input": False,
-            "extra_config": {plain_name(param).removesuffix(".weight"): {"bits": 16} for param in attention},
-            "group_size": _GROUP,
-            "packing_format": "auto_round:auto_gptq",
-            "quant_method": "auto-round",
-            "sym": True,
-        }
+        return {"quantization_config.json": _quantization_config(params)}
 
 
-def _refuse_old_names(param: Param, stored: Stored) -> None:
+def _quantization_config(params: Sequence[Param]) -> dict[str, Any]:
+    """`quantization_config` as AutoRound 0.16 writes it."""
+    attention = (param for param in params if param.role == "attention" and param.is_matrix)
+    return {
+        "autoround_version": "0.16.1",
+        "bits": 4,
+        "block_name_to_quantize": "model.layers",
+        "data_type": "int",
+        "enable_quanted_input": False,
+        "extra_config": {hf_name(param).removesuffix(".weight"): {"bits": 16} for param in attention},
+        "group_size": _GROUP,
+        "packing_format": "auto_round:auto_gptq",
+        "quant_method": "auto-round",
+        "sym": True,
+    }
+
+
+def _refuse_old_names(param: Param, headers: CheckpointHeaders) -> None:
+    """Raise CheckpointError for expert names of older uploads, whose order of gate and up rows is not documented."""
     prefix = experts_prefix(param)
-    if stored.has(*(f"{prefix}{old}.0.{part}" for old in _OLD_NAMES for part in ("qweight", "weight", "bias"))):
-        names = [name for name in stored.tensors if any(f".{old}." in name for old in _OLD_NAMES)]
+    if headers.has(*(f"{prefix}{old}.0.{part}" for old in _OLD_NAMES for part in ("qweight", "weight", "bias"))):
+        names = [name for name in headers.tensors if any(f".{old}." in name for old in _OLD_NAMES)]
         raise CheckpointError(
-            f"{len(names)} tensors are named as {', '.join(names[:4])}; it is not known how these hold gate and up, so "
-            "they cannot be read: take a checkpoint with mlp.experts.0.gate_proj, or the original one"
+            f"{len(names)} tensors have names like {', '.join(names[:4])}. How these order gate and up is unknown, so "
+            "they are not supported; use a checkpoint with mlp.experts.0.gate_proj, or the original one"
         )
 
 
-def _integers(modules: Modules, param: Param, stored: Stored) -> Source:
+def _int4_source(modules: Modules, param: Param, headers: CheckpointHeaders) -> Source:
+    """The packed integers of a matrix as AFFINE4 with bias = -8 * scale, in the scales' own dtype."""
     rows, width = param.shape[-2:]
-    _check_layout(modules.first, rows, width, stored)
+    _check_layout(modules.first, rows, width, headers)
     scales, groups = f"{modules.first}.scales", width // _GROUP
-    wants = modules.wants("qweight", ("I32",), (width // _CODES_A_WORD, rows))
-    wants += modules.wants("scales", one_dtype(stored, scales), (groups, rows))
-    wants += modules.wants("qzeros", ("I32",), (groups, rows // _CODES_A_WORD))
-    ordered = stored.has(f"{modules.first}.g_idx")
-    if ordered:
-        wants += modules.wants("g_idx", ("I32",), (width,))
-    zeros = _stored_zeros(stored)
+    expected = modules.expected("qweight", ("I32",), (width // _CODES_PER_WORD, rows))
+    expected += modules.expected("scales", same_float_dtype(headers, scales), (groups, rows))
+    expected += modules.expected("qzeros", ("I32",), (groups, rows // _CODES_PER_WORD))
+    has_g_idx = headers.has(f"{modules.first}.g_idx")
+    if has_g_idx:
+        expected += modules.expected("g_idx", ("I32",), (width,))
+    zeros = _allowed_zeros(headers)
 
-    def load(get: Get, modules: Modules) -> Weight:
+    def load(get: GetTensor, modules: Modules) -> Weight:
         for name in (name for names in modules.names for name in names):
             _check_zeros(f"{name}.qzeros", get(f"{name}.qzeros"), zeros)
-            if ordered and not np.array_equal(get(f"{name}.g_idx"), np.arange(width) // _GROUP):
-                raise CheckpointError(f"{name}.g_idx reorders the groups (act-order), which cannot be read: {_ADVICE}")
+            if has_g_idx and not np.array_equal(get(f"{name}.g_idx"), np.arange(width) // _GROUP):
+                raise CheckpointError(f"{name}.g_idx reorders groups (act-order), which is not supported: {_ADVICE}")
         codes = modules.read(get, "qweight", lambda words: codecs.contiguous_rows(words.T).view(np.uint8))
-        scale = modules.read(get, "scales", lambda found: codecs.contiguous_rows(found.T))
+        scale = modules.read(get, "scales", lambda stored: codecs.contiguous_rows(stored.T))
         return Quantized(AFFINE4, codes, scale, quantization.symmetric_bias(scale))
 
-    return made_of(modules, FAMILY, AFFINE4, wants, load, scales)
+    return modules_source(modules, FAMILY, AFFINE4, expected, load, scales)
 
 
-def _check_layout(module: str, rows: int, width: int, stored: Stored) -> None:
-    """Refuse by name what the shapes or config.json show to be another packing. Shapes that fit none are left to the
-    check of shapes."""
-    block, words = block_of(stored), stored.shape(f"{module}.qweight")
-    groups = stored.shape(f"{module}.scales")[:1]
-    what = None
-    if "awq" in f"{block.get('quant_method')} {block.get('packing_format')}" or words == (width, rows // _CODES_A_WORD):
-        what = "is packed as AWQ does"
+def _check_layout(module: str, rows: int, width: int, headers: CheckpointHeaders) -> None:
+    """Raise CheckpointError, with the reason, if the shapes or config.json show a different packing.
+
+    Shapes that match no known packing pass; the general check of shapes reports them.
+    """
+    block, words = quantization_config(headers), headers.shape(f"{module}.qweight")
+    groups = headers.shape(f"{module}.scales")[:1]
+    problem = None
+    packing = f"{block.get('quant_method')} {block.get('packing_format')}"
+    if "awq" in packing or words == (width, rows // _CODES_PER_WORD):
+        problem = "uses AWQ packing"
     elif block.get("sym") is False:
-        what = "is quantized asymmetrically"
+        problem = "is quantized asymmetrically"
     elif words[1:] == (rows,) and words[0] * 32 % width == 0 and words[0] * 32 // width != AFFINE4.bits:
-        what = f"has {words[0] * 32 // width} bits a weight"
+        problem = f"has {words[0] * 32 // width} bits per weight"
     elif groups and groups[0] and groups[0] != width // _GROUP:
-        what = f"has groups of {-(-width // groups[0])}"
-    if what:
-        raise CheckpointError(f"{module} {what}, which cannot be read: {_ADVICE}")
+        problem = f"has groups of {-(-width // groups[0])}"
+    if problem:
+        raise CheckpointError(f"{module} {problem}, which is not supported: {_ADVICE}")
 
 
-def _stored_zeros(stored: Stored) -> tuple[int, ...]:
-    """The values of a stored zero that mean 8: by config.json's packing, or either if it says nothing."""
-    block = block_of(stored)
+def _allowed_zeros(headers: CheckpointHeaders) -> tuple[int, ...]:
+    """The stored values that mean the zero point 8, by config.json's packing; 7 or 8 if config.json does not say."""
+    block = quantization_config(headers)
     packing = str(block.get("packing_format") or block.get("checkpoint_format") or block.get("quant_method"))
-    first = packing in ("auto_round:auto_gptq", "auto_gptq", "gptq")
-    second = packing in ("auto_round:gptqmodel", "auto_round", "gptq_v2")
-    return (7,) if first else (8,) if second else (7, 8)
+    version_1 = packing in ("auto_round:auto_gptq", "auto_gptq", "gptq")
+    version_2 = packing in ("auto_round:gptqmodel", "auto_round", "gptq_v2")
+    return (7,) if version_1 else (8,) if version_2 else (7, 8)
 
 
 def _check_zeros(name: str, words: Array, zeros: tuple[int, ...]) -> None:
-    if not any((words.view(np.uint32) == zero * _NIBBLES).all() for zero in zeros):
+    """Raise CheckpointError unless one of `zeros` fills every nibble of `qzeros`, I32 [K/64, N/8]."""
+    if not any((words.view(np.uint32) == zero * _REPEAT_NIBBLE).all() for zero in zeros):
         raise CheckpointError(
-            f"{name} is not {' or '.join(map(str, zeros))} throughout, so zero is not code 8: the checkpoint is "
-            f"asymmetric, or its packing_format is not what config.json says: {_ADVICE}"
+            f"{name} is not {' or '.join(map(str, zeros))} throughout, so the zero point is not 8: the checkpoint is "
+            f"asymmetric, or config.json gives the wrong packing_format: {_ADVICE}"
         )
 
 
-def _unit(param: Param) -> Unit:
+def _int4_unit(param: Param) -> Unit:
+    """`.qweight`, `.qzeros` and `.scales` of every expert."""
     rows, width = param.shape[-2:]
     modules = modules_of(param)
-    if width % _GROUP or rows % _CODES_A_WORD:
+    if width % _GROUP or rows % _CODES_PER_WORD:
         raise CheckpointError(
-            f"{param.name} has {rows} rows of {width} values; int4-autoround needs multiples of {_CODES_A_WORD} and of "
-            f"{_GROUP}: choose another format"
+            f"{param.name} has {rows} rows of {width} values; int4-autoround needs multiples of "
+            f"{_CODES_PER_WORD} and {_GROUP}: choose another format"
         )
     groups = width // _GROUP
-    tensors = modules.infos("qweight", "I32", (width // _CODES_A_WORD, rows))
-    tensors += modules.infos("qzeros", "I32", (groups, rows // _CODES_A_WORD))
-    tensors += modules.infos("scales", "F16", (groups, rows))
+    tensors = modules.tensor_infos("qweight", "I32", (width // _CODES_PER_WORD, rows))
+    tensors += modules.tensor_infos("qzeros", "I32", (groups, rows // _CODES_PER_WORD))
+    tensors += modules.tensor_infos("scales", "F16", (groups, rows))
 
     def encode(weights: Sequence[Weight]) -> Encoder:
-        def pieces(start: int, stop: int) -> list[Piece]:
+        def encode_rows(start: int, stop: int) -> list[TensorSlice]:
             part = _as_symmetric(weights[0][start:stop])
             words = np.ascontiguousarray(part.codes).view(np.int32)
-            zeros = np.full((stop - start, groups, rows // _CODES_A_WORD), _ZERO * _NIBBLES, np.int32)
+            zeros = np.full((stop - start, groups, rows // _CODES_PER_WORD), _STORED_ZERO * _REPEAT_NIBBLE, np.int32)
             return [
-                *modules.pieces("qweight", start, codecs.contiguous_rows(words.swapaxes(1, 2))),
-                *modules.pieces("qzeros", start, zeros),
-                *modules.pieces("scales", start, np.asarray(part.scale).swapaxes(1, 2)),
+                *modules.slices("qweight", start, codecs.contiguous_rows(words.swapaxes(1, 2))),
+                *modules.slices("qzeros", start, zeros),
+                *modules.slices("scales", start, np.asarray(part.scale).swapaxes(1, 2)),
             ]
 
-        return pieces
+        return encode_rows
 
     return Unit((param,), tuple(tensors), encode)
 
 
 def _as_symmetric(weight: Weight) -> Quantized:
-    """The weight as it is stored if its groups are of 64, its zero is code 8 and float16 holds its scales, else
-    quantized anew."""
+    """The weight with its own codes if it is 4-bit, in groups of 64, with zero point 8 and scales that float16 holds
+    exactly; otherwise quantized to that."""
     if isinstance(weight, Quantized) and weight.spec == AFFINE4 and weight.outer is None:
         scale, bias = np.asarray(weight.scale).astype(np.float32), np.asarray(weight.bias).astype(np.float32)
         with np.errstate(over="ignore"):

@@ -1,10 +1,13 @@
-"""`fp8-dynamic`: what llm-compressor writes with compressed-tensors. Each linear layer is a module of its own,
-output-major: `.weight` F8_E4M3 [N, K], `.weight_scale` [N, 1]; w = e4m3 * scale. Activations are quantized by whoever
-runs it; here they are not. The same tool's FP4 schemes are read, not written.
+"""`fp8-dynamic`: the output of llm-compressor, stored with compressed-tensors.
 
-The experts' modules are `mlp.experts.7.gate_proj` or, from older releases, `mlp.experts.experts.7.gate_proj`; or they
-stay fused as in `bf16`. llm-compressor 0.12 and 0.13 cut the interleaved rows of gate and up in halves: their
-`gate_proj` is the first half of the rows, not the gate (its pull request 3100 mended it). Only the version tells.
+Each linear layer is its own module, output-major: `.weight` F8_E4M3 [N, K] and `.weight_scale` [N, 1], with
+w = e4m3 * scale. Activations are quantized at run time by engines that do so; this program does not. The FP4 schemes
+of compressed-tensors (nvfp4-pack-quantized, mxfp4-pack-quantized) are read but not written.
+
+Expert modules are called `mlp.experts.7.gate_proj` or, in older releases, `mlp.experts.experts.7.gate_proj`; or the
+experts stay fused as in `bf16`. llm-compressor 0.12 and 0.13 split the interleaved rows of gate and up in halves: their
+`gate_proj` is the first half of the rows, not the gate (fixed by llm-compressor's pull request 3100). Only the version
+in config.json distinguishes the two.
 """
 
 from __future__ import annotations
@@ -21,33 +24,32 @@ from ..params import Param
 from ..tensor import FP8_ROW, MXFP4, NVFP4, Array, Quantized, Spec, Weight
 from .base import (
     FLOATS,
+    CheckpointHeaders,
     Encoder,
+    ExpectedTensor,
     Format,
-    Get,
-    Piece,
+    GetTensor,
     Recipe,
     Source,
-    Stored,
+    TensorSlice,
     Unit,
-    dense_unit,
     matrix_recipe,
-    plain_name,
-    rows_of,
 )
+from .hf_layout import HF_DENSE, dense_unit, fused_rows, hf_name
 from .per_expert import (
     Modules,
-    block_of,
-    dense_experts,
+    dense_experts_source,
     dense_experts_unit,
     is_per_expert,
-    made_of,
     modules_of,
-    one_dtype,
+    modules_source,
+    quantization_config,
+    same_float_dtype,
 )
 
 FAMILY = "fp8-dynamic"
 _VERSION = re.compile(r"(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?")
-_HALVES_SINCE, _HALVES_UNTIL = (0, 17, 1), (0, 19, 0)  # of compressed-tensors, which llm-compressor pins
+_HALF_SPLIT_SINCE, _HALF_SPLIT_BEFORE = (0, 17, 1), (0, 19, 0)  # compressed-tensors releases; llm-compressor pins them
 _WRITTEN_VERSION = "0.19.0"
 
 
@@ -55,48 +57,48 @@ class Fp8(Format):
     family = FAMILY
     writes = True
     recipes: Mapping[str, Recipe] = {
-        "fp8-dynamic": matrix_recipe("plain", None, attention=(FAMILY, FP8_ROW), experts=(FAMILY, FP8_ROW))
+        "fp8-dynamic": matrix_recipe(HF_DENSE, None, attention=(FAMILY, FP8_ROW), experts=(FAMILY, FP8_ROW))
     }
 
-    def find(self, param: Param, stored: Stored) -> Source | None:
-        modules = _modules(param, stored)
+    def find(self, param: Param, headers: CheckpointHeaders) -> Source | None:
+        modules = _modules(param, headers)
         if modules is None:
             return None
         if not param.is_matrix:
-            return dense_experts(modules, "bias", param, stored) if param.role == "experts" else None
-        weight, packed = stored.dtype(f"{modules.first}.weight"), stored.dtype(f"{modules.first}.weight_packed")
+            return dense_experts_source(modules, "bias", param, headers) if param.role == "experts" else None
+        weight, packed = headers.dtype(f"{modules.first}.weight"), headers.dtype(f"{modules.first}.weight_packed")
         if weight == "F8_E4M3":
-            return _float8(modules, param, stored)
+            return _fp8_source(modules, param, headers)
         if packed == "U8":
-            return _float4(modules, param, stored)
+            return _fp4_source(modules, param, headers)
         if packed is not None or weight == "I8":
             scheme = "pack-quantized" if packed else "int-quantized"
             raise CheckpointError(
-                f"{modules.first} is {scheme} (integers of compressed-tensors), which cannot be read; float-quantized "
-                "(FP8), nvfp4-pack-quantized and mxfp4-pack-quantized can; take one of those or the original checkpoint"
+                f"{modules.first} is {scheme} (an integer scheme of compressed-tensors), which is not supported; use a "
+                "float-quantized (FP8), nvfp4-pack-quantized or mxfp4-pack-quantized checkpoint, or the original one"
             )
-        return dense_experts(modules, "weight", param, stored) if param.role == "experts" else None
+        return dense_experts_source(modules, "weight", param, headers) if param.role == "experts" else None
 
     def units(self, target: str, params: Sequence[Param], dtypes: Mapping[str, str]) -> list[Unit]:
         def unit(param: Param) -> Unit:
             dtype = dtypes.get(param.name, "BF16")
             if param.is_matrix and self.recipes[target][param.role][1]:
-                return _unit(param, dtype)
+                return _fp8_unit(param, dtype)
             if param.role == "experts":
                 return dense_experts_unit(param, dtype)
-            return dense_unit(param, dtypes, plain_name(param))
+            return dense_unit(param, dtypes, hf_name(param))
 
         return [unit(param) for param in params]
 
-    def describe(self, target: str, params: Sequence[Param]) -> dict[str, Any]:
-        """As compressed-tensors 0.19 writes it for the FP8_DYNAMIC scheme."""
-        ignored = [plain_name(param).rpartition(".")[0] for param in params if param.kind == "router.weight"]
+    def config_entries(self, target: str, params: Sequence[Param]) -> dict[str, Any]:
+        """`quantization_config` as compressed-tensors 0.19 writes it for the FP8_DYNAMIC scheme."""
+        ignored = [hf_name(param).rpartition(".")[0] for param in params if param.kind == "router.weight"]
         scheme: dict[str, Any] = {
             "format": "float-quantized",
-            "input_activations": _arguments(dynamic=True, strategy="token"),
+            "input_activations": _quantization_args(dynamic=True, strategy="token"),
             "output_activations": None,
             "targets": ["Linear"],
-            "weights": _arguments(dynamic=False, strategy="channel", observer="memoryless_minmax"),
+            "weights": _quantization_args(dynamic=False, strategy="channel", observer="memoryless_minmax"),
         }
         block: dict[str, Any] = {
             "config_groups": {"group_0": scheme},
@@ -113,7 +115,7 @@ class Fp8(Format):
         return {"quantization_config": block}
 
 
-def _arguments(*, dynamic: bool, strategy: str, observer: str | None = None) -> dict[str, Any]:
+def _quantization_args(*, dynamic: bool, strategy: str, observer: str | None = None) -> dict[str, Any]:
     """compressed-tensors' QuantizationArgs for FP8."""
     return {
         "actorder": None,
@@ -131,78 +133,81 @@ def _arguments(*, dynamic: bool, strategy: str, observer: str | None = None) -> 
     }
 
 
-def _modules(param: Param, stored: Stored) -> Modules | None:
-    """The modules that the rows of a parameter are in, for the experts under whichever of their names."""
+def _modules(param: Param, headers: CheckpointHeaders) -> Modules | None:
+    """The modules that hold a parameter's rows, under any of the names used for experts; None for fused experts."""
     if param.role != "experts":
         return modules_of(param)
-    if is_per_expert(param, stored, "experts."):
+    if is_per_expert(param, headers, "experts."):
         return modules_of(param, "experts.")
-    if not is_per_expert(param, stored):
+    if not is_per_expert(param, headers):
         return None
     modules = modules_of(param)
     part = param.kind.split(".")[1]
-    if part == "down" or not _in_halves(modules.first, stored):
+    if part == "down" or not _is_half_split(modules.first, headers):
         return modules
-    first, second = (modules_of(_sibling(param, part, other)) for other in ("gate", "up"))
-    both = zip(first.names, second.names, strict=True)
-    return Modules(tuple((*gate, *up) for gate, up in both), rows_of(part))
+    first_half, second_half = (modules_of(_sibling(param, part, other)) for other in ("gate", "up"))
+    both = zip(first_half.names, second_half.names, strict=True)
+    return Modules(tuple((*gate, *up) for gate, up in both), fused_rows(part))
 
 
 def _sibling(param: Param, part: str, other: str) -> Param:
     return Param(param.name.replace(f".{part}.", f".{other}."), param.layer, param.role, param.shape)
 
 
-def _in_halves(module: str, stored: Stored) -> bool:
-    """Whether `gate_proj` and `up_proj` are halves of the interleaved rows."""
-    block = block_of(stored)
-    if block.get("quant_method") != "compressed-tensors" and stored.dtype(f"{module}.weight") in (None, *FLOATS):
+def _is_half_split(module: str, headers: CheckpointHeaders) -> bool:
+    """Whether `gate_proj` and `up_proj` are the two halves of the interleaved rows."""
+    block = quantization_config(headers)
+    if block.get("quant_method") != "compressed-tensors" and headers.dtype(f"{module}.weight") in (None, *FLOATS):
         return False
-    version = block.get("version")
-    match = _VERSION.match(version) if isinstance(version, str) else None
+    text = block.get("version")
+    match = _VERSION.match(text) if isinstance(text, str) else None
     if match is None:
         raise CheckpointError(
-            f"config.json's quantization_config has the version {version!r}, but only compressed-tensors' version "
-            f"tells whether {module} is the gate or half of gate and up; take config.json from the checkpoint's source"
+            f"config.json's quantization_config has the version {text!r}. Only compressed-tensors' version tells "
+            f"whether {module} is the gate or half of gate and up; take config.json from the checkpoint's source"
         )
-    found = tuple(int(part or 0) for part in match.groups())
-    return _HALVES_SINCE <= found < _HALVES_UNTIL
+    version = tuple(int(part or 0) for part in match.groups())
+    return _HALF_SPLIT_SINCE <= version < _HALF_SPLIT_BEFORE
 
 
-def _float8(modules: Modules, param: Param, stored: Stored) -> Source:
-    """One scale a row, or one for all, which then serves every row."""
+def _fp8_source(modules: Modules, param: Param, headers: CheckpointHeaders) -> Source:
+    """`.weight` F8_E4M3 [N, K] with `.weight_scale` [N, 1], or one scale [] or [1] that applies to every row."""
     rows, width = param.shape[-2:]
     scales = f"{modules.first}.weight_scale"
-    shape = stored.shape(scales)
+    shape = headers.shape(scales)
     if len(shape) == 2 and shape[1] > 1:
         raise CheckpointError(
-            f"{scales} has the shape {list(shape)}: FP8 with a scale for each block cannot be read, only with one for "
-            "each row (FP8_DYNAMIC); quantize the model with that scheme, or convert the original checkpoint"
+            f"{scales} has the shape {list(shape)}: FP8 with one scale per block is not supported, only one per row "
+            "(FP8_DYNAMIC); quantize the model with that scheme, or convert the original checkpoint"
         )
-    wants = modules.wants("weight", ("F8_E4M3",), (rows, width))
-    wants += modules.wants("weight_scale", one_dtype(stored, scales), shape if shape in ((), (1,)) else (rows, 1))
-    wants += _unused(modules, stored)
+    expected = modules.expected("weight", ("F8_E4M3",), (rows, width))
+    scale_shape = shape if shape in ((), (1,)) else (rows, 1)
+    expected += modules.expected("weight_scale", same_float_dtype(headers, scales), scale_shape)
+    expected += _activation_scales(modules, headers)
 
-    def load(get: Get, modules: Modules) -> Weight:
+    def load(get: GetTensor, modules: Modules) -> Weight:
         outer = modules.read(get, "weight_scale", lambda scale: _per_row(scale, rows))
         return Quantized(FP8_ROW, modules.read(get, "weight"), outer=outer)
 
-    return made_of(modules, FAMILY, FP8_ROW, wants, load, scales)
+    return modules_source(modules, FAMILY, FP8_ROW, expected, load, scales)
 
 
-def _float4(modules: Modules, param: Param, stored: Stored) -> Source:
-    """`.weight_packed` U8 [N, K/2], low nibble first; `.weight_scale`: e4m3 a group of 16 (NVFP4) with
-    `.weight_global_scale`, which divides, or e8m0 a group of 32 (MXFP4)."""
+def _fp4_source(modules: Modules, param: Param, headers: CheckpointHeaders) -> Source:
+    """`.weight_packed` U8 [N, K/2], low nibble first, with `.weight_scale`.
+
+    NVFP4: scales are e4m3, one per 16 values, divided by `.weight_global_scale`. MXFP4: e8m0, one per 32 values.
+    """
     rows, width = param.shape[-2:]
-    with_global = stored.dtype(f"{modules.first}.weight_scale") == "F8_E4M3"
+    with_global = headers.dtype(f"{modules.first}.weight_scale") == "F8_E4M3"
     spec: Spec = NVFP4 if with_global else MXFP4
     dtypes = ("F8_E4M3",) if with_global else ("U8", "F8_E8M0")
-    wants = modules.wants("weight_packed", ("U8",), (rows, width // 2))
-    wants += modules.wants("weight_scale", dtypes, (rows, width // spec.group))
+    expected = modules.expected("weight_packed", ("U8",), (rows, width // 2))
+    expected += modules.expected("weight_scale", dtypes, (rows, width // spec.group))
     if with_global:
-        wants += modules.wants("weight_global_scale", ("F32",), (1,))
-    wants += _unused(modules, stored)
+        expected += modules.expected("weight_global_scale", ("F32",), (1,))
+    expected += _activation_scales(modules, headers)
 
-    def load(get: Get, modules: Modules) -> Weight:
+    def load(get: GetTensor, modules: Modules) -> Weight:
         codes, scale = modules.read(get, "weight_packed"), modules.read(get, "weight_scale")
         outer = None
         if with_global:
@@ -210,50 +215,56 @@ def _float4(modules: Modules, param: Param, stored: Stored) -> Source:
         return Quantized(spec, codes, scale, outer=outer)
 
     family = "nvfp4-pack-quantized" if with_global else "mxfp4-pack-quantized"
-    return made_of(modules, family, spec, wants, load)
+    return modules_source(modules, family, spec, expected, load)
 
 
-def _unused(modules: Modules, stored: Stored) -> list[Any]:
-    """Scales of activations, which are not quantized here."""
-    names = (part for part in ("input_scale", "input_global_scale") if stored.has(f"{modules.first}.{part}"))
-    return [want for part in names for want in modules.wants(part, FLOATS, stored.shape(f"{modules.first}.{part}"))]
+def _activation_scales(modules: Modules, headers: CheckpointHeaders) -> list[ExpectedTensor]:
+    """Static activation scales. They are accepted but not used, because activations stay unquantized."""
+    expected = []
+    for part in ("input_scale", "input_global_scale"):
+        name = f"{modules.first}.{part}"
+        if headers.has(name):
+            expected += modules.expected(part, FLOATS, headers.shape(name))
+    return expected
 
 
 def _per_row(scale: Array, rows: int) -> Array:
+    """[N, 1] of scales [N, 1], [1] or []."""
     return np.broadcast_to(scale.reshape(-1, 1), (rows, 1))
 
 
 def _reciprocal(scale: Array) -> Array:
-    """A global scale of zero becomes infinity, which is then refused as every scale is that is no number."""
+    """1 / scale. Zero becomes infinity, which Checkpoint.read then refuses like every scale that is not finite."""
     with np.errstate(divide="ignore"):
-        found: Array = np.float32(1) / scale
-    return found
+        reciprocal: Array = np.float32(1) / scale
+    return reciprocal
 
 
-def _as_rows(weight: Weight) -> Quantized:
-    """The weight as it is stored if it is FP8 already, else quantized anew."""
+def _fp8_unit(param: Param, dtype: str) -> Unit:
+    """`.weight` and `.weight_scale` of each module; `dtype` is the dtype of the scales."""
+    rows, width = param.shape[-2:]
+    modules = modules_of(param)
+    tensors = modules.tensor_infos("weight", "F8_E4M3", (rows, width))
+    tensors += modules.tensor_infos("weight_scale", dtype, (rows, 1))
+
+    def encode(weights: Sequence[Weight]) -> Encoder:
+        def encode_rows(start: int, stop: int) -> list[TensorSlice]:
+            part = _as_fp8_rows(weights[0][start:stop])
+            return [
+                *modules.slices("weight", start, part.codes),
+                *modules.slices("weight_scale", start, np.asarray(part.outer)),
+            ]
+
+        return encode_rows
+
+    return Unit((param,), tuple(tensors), encode)
+
+
+def _as_fp8_rows(weight: Weight) -> Quantized:
+    """The weight itself if it is stored as FP8 with a scale per row; otherwise quantized to that."""
     if isinstance(weight, Quantized) and weight.spec == FP8_ROW:
         return weight
     return quantization.quantize_fp8_rows(weight)
-
-
-def _unit(param: Param, dtype: str) -> Unit:
-    """`dtype` is that of the scales."""
-    rows, width = param.shape[-2:]
-    modules = modules_of(param)
-    tensors = modules.infos("weight", "F8_E4M3", (rows, width)) + modules.infos("weight_scale", dtype, (rows, 1))
-
-    def encode(weights: Sequence[Weight]) -> Encoder:
-        def pieces(start: int, stop: int) -> list[Piece]:
-            part = _as_rows(weights[0][start:stop])
-            return [
-                *modules.pieces("weight", start, part.codes),
-                *modules.pieces("weight_scale", start, np.asarray(part.outer)),
-            ]
-
-        return pieces
-
-    return Unit((param,), tuple(tensors), encode)
 
 
 FORMAT = Fp8()

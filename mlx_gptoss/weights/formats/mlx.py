@@ -1,6 +1,9 @@
-"""`mlx-*`: what mlx-lm writes and loads. Modules keep Hugging Face's names, gate and up apart and output-major; a
-quantized module is `.weight` U32 (codes, lowest bits first), `.scales` and, when affine, `.biases`. Every module has
-a mode of its own, told by dtypes and shapes; config.json's `quantization` must agree where it speaks."""
+"""`mlx-*`: the layouts that mlx-lm writes and loads. Modules keep Hugging Face's names; gate and up are separate and
+output-major. A quantized module is `.weight` U32 (codes, lowest bits first), `.scales` and, if affine, `.biases`.
+
+Every module has its own mode, inferred from dtypes and shapes. config.json's `quantization` block may be missing, but
+it must not contradict the tensors.
+"""
 
 from __future__ import annotations
 
@@ -16,59 +19,60 @@ from ..safetensors import DTYPES, TensorInfo
 from ..tensor import AFFINE4, AFFINE8, MXFP4, MXFP8, NVFP4, Quantized, Spec, Weight
 from .base import (
     FLOATS,
+    CheckpointHeaders,
     Encoder,
+    ExpectedTensor,
     Format,
-    Get,
-    Piece,
+    GetTensor,
     Recipe,
     Source,
-    Stored,
+    TensorSlice,
     Unit,
-    Want,
     dense_source,
-    dense_unit,
     matrix_recipe,
-    plain_name,
 )
+from .hf_layout import HF_DENSE, dense_unit, hf_name
 
+FAMILY = "mlx"
 _MODES: Mapping[str, tuple[Spec, ...]] = {
     "affine": tuple(Spec("uint", bits, group, "float") for bits in (4, 8) for group in (32, 64, 128)),
     "mxfp4": (MXFP4,),
     "nvfp4": (NVFP4,),
     "mxfp8": (MXFP8,),
 }
-_NVFP4_TOP = 448 * 6  # MLX's global_scale is the amax that scale 448 and code 6.0 stand for
+_NVFP4_MAX = 448 * 6  # MLX's global_scale is the amax, which the scale 448 with the code 6.0 represents
 
-
-Quantizer = Callable[[Weight, Spec, np.dtype[Any]], Quantized]
+Quantizer = Callable[[Weight, Spec, np.dtype[Any]], Quantized]  # weight, spec, dtype of affine scales
 
 
 class Mlx(Format):
-    """quantize: what makes a weight that is stored otherwise into a quantized one, bit for bit as it is if it is so
-    already."""
+    """The MLX family.
 
-    family = "mlx"
+    quantize: converts a weight to a spec. A weight that is already stored in that spec must come back bit for bit.
+    """
+
+    family = FAMILY
     writes = True
     recipes: Mapping[str, Recipe] = {
-        "mlx-4bit": matrix_recipe("mlx", AFFINE4, router=("mlx", AFFINE8)),
-        "mlx-8bit": matrix_recipe("mlx", AFFINE8),
-        "mlx-mxfp8": matrix_recipe("mlx", MXFP8, router=("mlx", AFFINE8)),
-        "mlx-nvfp4": matrix_recipe("mlx", NVFP4, router=("mlx", AFFINE8)),
-        "mlx-mxfp4": matrix_recipe("plain", None, experts=("mlx", MXFP4)),
-        "mlx-mxfp4-q8": matrix_recipe("mlx", AFFINE8, experts=("mlx", MXFP4)),
-        "mlx-mxfp4-q4": matrix_recipe("mlx", AFFINE4, experts=("mlx", MXFP4), router=("mlx", AFFINE8)),
+        "mlx-4bit": matrix_recipe(FAMILY, AFFINE4, router=(FAMILY, AFFINE8)),
+        "mlx-8bit": matrix_recipe(FAMILY, AFFINE8),
+        "mlx-mxfp8": matrix_recipe(FAMILY, MXFP8, router=(FAMILY, AFFINE8)),
+        "mlx-nvfp4": matrix_recipe(FAMILY, NVFP4, router=(FAMILY, AFFINE8)),
+        "mlx-mxfp4": matrix_recipe(HF_DENSE, None, experts=(FAMILY, MXFP4)),
+        "mlx-mxfp4-q8": matrix_recipe(FAMILY, AFFINE8, experts=(FAMILY, MXFP4)),
+        "mlx-mxfp4-q4": matrix_recipe(FAMILY, AFFINE4, experts=(FAMILY, MXFP4), router=(FAMILY, AFFINE8)),
     }
 
     def __init__(self, quantize: Quantizer = quantization.to_spec) -> None:
         self._quantize = quantize
 
-    def find(self, param: Param, stored: Stored) -> Source | None:
-        name = plain_name(param)
+    def find(self, param: Param, headers: CheckpointHeaders) -> Source | None:
+        name = hf_name(param)
         module = name.rpartition(".")[0]
-        if param.is_matrix and stored.has(f"{module}.scales", f"{module}.biases"):
-            return _quantized(module, param, stored)
-        if param.role == "experts" and stored.has(name):
-            return dense_source("mlx", name, param.shape)
+        if param.is_matrix and headers.has(f"{module}.scales", f"{module}.biases"):
+            return _quantized_source(module, param, headers)
+        if param.role == "experts" and headers.has(name):
+            return dense_source(FAMILY, name, param.shape)
         return None
 
     def units(self, target: str, params: Sequence[Param], dtypes: Mapping[str, str]) -> list[Unit]:
@@ -76,77 +80,83 @@ class Mlx(Format):
 
         def unit(param: Param) -> Unit:
             spec = specs.get(param.name)
-            scales = dtypes.get(param.name, "BF16")
             if spec is None:
-                return dense_unit(param, dtypes, plain_name(param))
-            return _quantized_unit(param, spec, scales, self._quantize)
+                return dense_unit(param, dtypes, hf_name(param))
+            return _quantized_unit(param, spec, dtypes.get(param.name, "BF16"), self._quantize)
 
         return [unit(param) for param in params]
 
-    def describe(self, target: str, params: Sequence[Param]) -> dict[str, Any]:
-        """The default and, as older loaders need them, an entry for every quantized module."""
+    def config_entries(self, target: str, params: Sequence[Param]) -> dict[str, Any]:
+        """`quantization`: the default mode, and an entry for every quantized module, which older loaders need."""
         recipe = self.recipes[target]
         default = recipe["experts"][1]
         assert default is not None
-        block: dict[str, Any] = _entry(default)
+        block: dict[str, Any] = _config_entry(default)
+        specs = _specs(recipe, params)
         for param in params:
-            spec = _specs(recipe, [param]).get(param.name)
-            if spec is not None:
-                block[plain_name(param).rpartition(".")[0]] = _entry(spec)
+            if param.name in specs:
+                block[hf_name(param).rpartition(".")[0]] = _config_entry(specs[param.name])
         return {"quantization": block, "quantization_config": block}
 
 
 def _specs(recipe: Recipe, params: Sequence[Param]) -> dict[str, Spec]:
-    """The spec of each parameter to quantize. As in mlx-lm, rows that cannot be cut into groups stay dense."""
-    found = {}
+    """The spec of each parameter to quantize, by name. Rows that do not split into groups stay dense, as in mlx-lm."""
+    specs = {}
     for param in params:
         spec = recipe[param.role][1] if param.is_matrix else None
         if spec is not None and param.shape[-1] % spec.group == 0:
-            found[param.name] = spec
-    return found
+            specs[param.name] = spec
+    return specs
 
 
-def _mode(spec: Spec) -> str:
-    return next(mode for mode, specs in _MODES.items() if spec in specs)
+def _config_entry(spec: Spec) -> dict[str, Any]:
+    """What config.json says about a module that is stored in this spec."""
+    mode = next(mode for mode, specs in _MODES.items() if spec in specs)
+    return {"group_size": spec.group, "bits": spec.bits, "mode": mode}
 
 
-def _entry(spec: Spec) -> dict[str, Any]:
-    return {"group_size": spec.group, "bits": spec.bits, "mode": _mode(spec)}
+def _quantized_source(module: str, param: Param, headers: CheckpointHeaders) -> Source:
+    """`.weight` U32 [..., N, K * bits / 32] with `.scales` (and `.biases` if affine) [..., N, K / group].
 
-
-def _quantized(module: str, param: Param, stored: Stored) -> Source:
-    spec = _infer(module, param, stored)
-    _hold_against_config(module, spec, stored.raw)
+    NVFP4 may have a `.global_scale` F32, [E] for experts and [] otherwise.
+    """
+    spec = _infer_spec(module, param, headers)
+    _check_config(module, spec, headers.raw)
     lead, width = param.shape[:-1], param.shape[-1]
     names = {part: f"{module}.{part}" for part in ("weight", "scales", "biases", "global_scale")}
     grouped = (*lead, width // spec.group)
-    wants = [Want(names["weight"], ("U32",), (*lead, width * spec.bits // 32))]
+    expected = [ExpectedTensor(names["weight"], ("U32",), (*lead, width * spec.bits // 32))]
     affine = spec.scale == "float"
-    wants.append(Want(names["scales"], FLOATS if affine else ("U8",), grouped))
+    expected.append(ExpectedTensor(names["scales"], FLOATS if affine else ("U8",), grouped))
     if affine:
-        same = stored.dtype(names["scales"])
-        wants.append(Want(names["biases"], (same,) if same in FLOATS else FLOATS, grouped))
-    with_global = spec == NVFP4 and stored.has(names["global_scale"])
+        dtype = headers.dtype(names["scales"])
+        expected.append(ExpectedTensor(names["biases"], (dtype,) if dtype in FLOATS else FLOATS, grouped))
+    with_global = spec == NVFP4 and headers.has(names["global_scale"])
     if with_global:
-        wants.append(Want(names["global_scale"], ("F32",), lead[:1] if param.role == "experts" else ()))
+        shape = lead[:1] if param.role == "experts" else ()
+        expected.append(ExpectedTensor(names["global_scale"], ("F32",), shape))
 
-    def load(get: Get) -> Weight:
+    def load(get: GetTensor) -> Weight:
         codes = get(names["weight"]).view(np.uint8)
         outer = None
         if with_global:
-            outer = (get(names["global_scale"]) / np.float32(_NVFP4_TOP)).reshape(*lead[:-1], 1, 1)
+            outer = (get(names["global_scale"]) / np.float32(_NVFP4_MAX)).reshape(*lead[:-1], 1, 1)
         return Quantized(spec, codes, get(names["scales"]), get(names["biases"]) if affine else None, outer)
 
-    return Source("mlx", spec, tuple(wants), load, scales=names["scales"] if affine else None)
+    return Source(FAMILY, spec, tuple(expected), load, scale_tensor=names["scales"] if affine else None)
 
 
-def _infer(module: str, param: Param, stored: Stored) -> Spec:
-    """Bits and group from the shapes, the mode from the dtype of the scales."""
-    words, groups = stored.shape(f"{module}.weight")[-1:], stored.shape(f"{module}.scales")[-1:]
-    affine = stored.dtype(f"{module}.scales") != "U8"
+def _infer_spec(module: str, param: Param, headers: CheckpointHeaders) -> Spec:
+    """The spec of a module: bits and group from the shapes, the mode from the dtype of the scales.
+
+    Raises CheckpointError for a combination that is not supported. Shapes that match nothing get an arbitrary spec;
+    the general check of shapes then reports them.
+    """
+    words, groups = headers.shape(f"{module}.weight")[-1:], headers.shape(f"{module}.scales")[-1:]
+    affine = headers.dtype(f"{module}.scales") != "U8"
     width = param.shape[-1]
     if not words or not groups or not groups[0] or 32 * words[0] % width or width % groups[0]:
-        return AFFINE4 if affine else MXFP4  # shapes that fit nothing: the check of shapes will list them
+        return AFFINE4 if affine else MXFP4
     bits, group = 32 * words[0] // width, width // groups[0]
     for mode, specs in _MODES.items():
         for spec in specs:
@@ -154,32 +164,33 @@ def _infer(module: str, param: Param, stored: Stored) -> Spec:
                 return spec
     kind = "affine" if affine else "floating-point"
     raise CheckpointError(
-        f"{module} is quantized to {bits} bits in {kind} groups of {group}, which cannot be read; affine 4 and 8 bits "
-        "in groups of 32, 64 or 128, mxfp4, mxfp8 and nvfp4 can: convert the original checkpoint to one of them"
+        f"{module} is quantized to {bits} bits in {kind} groups of {group}, which is not supported. Supported are "
+        "affine 4 and 8 bits in groups of 32, 64 or 128, mxfp4, mxfp8 and nvfp4; convert the original checkpoint to "
+        "one of these"
     )
 
 
-def _hold_against_config(module: str, spec: Spec, raw: Mapping[str, Any]) -> None:
-    """Raise if config.json's quantization block says something else of this module. A block may be missing."""
+def _check_config(module: str, spec: Spec, raw: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if config.json's quantization block contradicts the tensors. The block may be missing."""
     block = raw.get("quantization", raw.get("quantization_config"))
     if not isinstance(block, Mapping) or "group_size" not in block:
         return
     entry = block.get(module, True)
     if entry is True:
         entry = {"mode": "affine", **{key: block[key] for key in ("group_size", "bits", "mode") if key in block}}
-    said = dict(entry) if isinstance(entry, Mapping) else {}
-    found = _entry(spec)
-    wrong = [key for key in found if said.get(key, "affine" if key == "mode" else found[key]) != found[key]]
-    if wrong:
+    stated = dict(entry) if isinstance(entry, Mapping) else {}
+    actual = _config_entry(spec)
+    # An entry without a mode is affine, whatever the default mode is.
+    if any(stated.get(key, "affine" if key == "mode" else actual[key]) != actual[key] for key in actual):
         raise CheckpointError(
-            f"config.json's quantization says {entry!r} of {module}, but its tensors are {found}; "
+            f"config.json's quantization says {entry!r} about {module}, but its tensors are {actual}; "
             "the files belong to different checkpoints, or config.json was edited"
         )
 
 
 def _quantized_unit(param: Param, spec: Spec, dtype: str, quantize: Quantizer) -> Unit:
-    """`dtype` is that of affine scales and biases."""
-    module = plain_name(param).rpartition(".")[0]
+    """`.weight`, `.scales` and, if affine, `.biases`; `dtype` is the dtype of affine scales and biases."""
+    module = hf_name(param).rpartition(".")[0]
     lead, width = param.shape[:-1], param.shape[-1]
     grouped = (*lead, width // spec.group)
     affine = spec.scale == "float"
@@ -188,19 +199,19 @@ def _quantized_unit(param: Param, spec: Spec, dtype: str, quantize: Quantizer) -
     biases = TensorInfo(f"{module}.biases", dtype, grouped)
 
     def encode(weights: Sequence[Weight]) -> Encoder:
-        def pieces(start: int, stop: int) -> list[Piece]:
+        def encode_rows(start: int, stop: int) -> list[TensorSlice]:
             part = quantize(weights[0][start:stop], spec, DTYPES[dtype])
-            found: list[Piece] = [(codes.name, start, part.codes)]
+            slices: list[TensorSlice] = [(codes.name, start, part.codes)]
             for info, array in ((scales, part.scale), (biases, part.bias)):
                 if array is not None:
-                    found.append((info.name, start, array))
-            return found
+                    slices.append((info.name, start, array))
+            return slices
 
-        return pieces
+        return encode_rows
 
     return Unit((param,), (codes, scales, biases) if affine else (codes, scales), encode)
 
 
 FORMAT = Mlx()
-SEARCHED = Mlx(search.to_spec)
+SEARCH_FORMAT = Mlx(search.to_spec)  # writes the same layouts with `--search mse`
 SEARCHABLE = tuple(name for name, recipe in Mlx.recipes.items() if AFFINE4 in [spec for _, spec in recipe.values()])

@@ -7,15 +7,15 @@ from torch import Tensor
 
 from ....config import ModelConfig
 from ....errors import CheckpointError
-from ..layers import Experts, Matrix, Turn
-from ..plain import Plain
+from ..layers import Experts, Matrix, Rotation
+from ..plain import TorchOperations
 from . import attention, linear, moe, qkv, routing
 
 SPLIT_QUERIES, SPLIT_KEYS = 64, 4096  # up to so many queries over more than so many keys, keys are split among programs
 
 
-class Fused(Plain):
-    """Triton for every operation but `single`, which only prompts of one token need: it is Plain's."""
+class Fused(TorchOperations):
+    """Triton for every operation but `single`, which only prompts of one token need: it is TorchOperations's."""
 
     def __init__(self) -> None:
         super().__init__(threads=1)
@@ -34,11 +34,11 @@ class Fused(Plain):
         """x [T, D] @ matrix [N, D]^T -> [T, N]"""
         return linear.product(x, matrix)
 
-    def turn(self, x: Tensor, turn: Turn) -> Tensor:
+    def rotate(self, x: Tensor, rotation: Rotation) -> Tensor:
         """x [1, L, heads * 64], rotated -> [1, heads, L, 64], a view of [L, heads, 64]"""
-        return qkv.rope(x[0], turn.cos[0, 0], turn.sin[0, 0]).transpose(0, 1)[None]
+        return qkv.rope(x[0], rotation.cos[0, 0], rotation.sin[0, 0]).transpose(0, 1)[None]
 
-    def causal(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float) -> Tensor:
+    def attend_causal(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float) -> Tensor:
         """q [1, H, L, 64] over keys and values [1, KV, C, 64] -> [1, L, H * 64].
 
         A short message after a long context has too few queries to fill a GPU. Its queries are computed as rows of a
@@ -49,7 +49,7 @@ class Fused(Plain):
             return _attend_split(q, keys, values, sinks, scale)
         return _attend(q, keys, values, sinks, scale, window=None, first=0)
 
-    def banded(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float, past: int) -> Tensor:
+    def attend_sliding(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float, past: int) -> Tensor:
         """q [1, H, L, 64] over keys and values [1, KV, W + L, 64], in a window of W -> [1, L, H * 64]. The first
         W - past keys do not exist."""
         W = keys.shape[2] - q.shape[2]

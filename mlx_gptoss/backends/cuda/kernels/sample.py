@@ -1,7 +1,7 @@
 """Draw tokens on the device: greedily, or at a temperature from the whole vocabulary, with their log-probabilities.
 
 The drawn tokens are those of `choose` in the backend's sample.py, which uses the same random numbers (SplitMix64,
-turned into Gumbel noise). Requests that ask for more (top_p, penalties, alternatives ...) go through `choose` itself,
+rotated into Gumbel noise). Requests that ask for more (top_p, penalties, alternatives ...) go through `choose` itself,
 over the same logits.
 
 Two kernels: the first reduces each block of a row's logits to four numbers, the second reduces the blocks of a row.

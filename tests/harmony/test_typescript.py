@@ -1,4 +1,4 @@
-"""JSON schemas as TypeScript: golden texts. test_corpus.py holds generated ones against openai-harmony's."""
+"""Tool declarations as TypeScript: golden texts. test_corpus.py compares generated ones with openai-harmony's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mlx_gptoss.harmony.messages import Function
-from mlx_gptoss.harmony.schema import Namespace, compact_json, tools_section, type_of
+from mlx_gptoss.harmony.typescript import Namespace, compact_json, tools_section, typescript_type
 
 WEATHER = Function(
     "get_weather",
@@ -72,14 +72,14 @@ def test_golden() -> None:
     assert tools_section([Namespace("functions", functions=[WEATHER, Function("stop")])]) == GOLDEN
 
 
-def test_golden_is_openai_harmonys(judge: Any) -> None:
+def test_golden_matches_openai_harmony(reference: Any) -> None:
     import openai_harmony as oh
 
     tools = [
         oh.ToolDescription.new(tool.name, tool.description, tool.parameters) for tool in (WEATHER, Function("stop"))
     ]
     content = oh.DeveloperContent.new().with_function_tools(tools)
-    text = judge.decode(judge.render(oh.Message.from_role_and_content(oh.Role.DEVELOPER, content)))
+    text = reference.decode(reference.render(oh.Message.from_role_and_content(oh.Role.DEVELOPER, content)))
     assert text == f"<|start|>developer<|message|>{GOLDEN}<|end|>"
 
 
@@ -87,9 +87,9 @@ def test_golden_is_openai_harmonys(judge: Any) -> None:
     ("value", "text"),
     [(1e-5, "0.00001"), (1e-6, "1e-6"), (1e16, "1e16"), (1e15, "1000000000000000.0"), (2**64, "1.8446744073709552e19")],
 )
-def test_numbers_are_written_as_serde_json_does(value: float, text: str) -> None:
+def test_numbers_are_formatted_as_by_serde_json(value: float, text: str) -> None:
     assert compact_json(value) == text
 
 
-def test_what_is_no_schema_is_any() -> None:
-    assert [type_of(thing) for thing in (True, None, 3, [], {}, {"type": "null"})] == ["any"] * 6
+def test_invalid_and_empty_schemas_become_any() -> None:
+    assert [typescript_type(thing) for thing in (True, None, 3, [], {}, {"type": "null"})] == ["any"] * 6

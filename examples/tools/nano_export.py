@@ -1,21 +1,21 @@
-"""The trained nano model as a checkpoint in OpenAI's layout: experts in MXFP4, the rest bfloat16."""
+"""Write the trained model as a checkpoint in OpenAI's layout, experts in MXFP4 and the rest bfloat16; read it back."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import torch
-from nano_model import Experts, Nano, Shape, mxfp4_codes
+from nano_model import Experts, Nano, Shape, mxfp4_codes, mxfp4_values
 from nano_tokenizer import write_tokenizer
-from safetensors.torch import save
+from requires import torch
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 NOT_QUANTIZED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
 
 
 def export(model: Nano, folder: Path) -> None:
-    """Writes model.safetensors, config.json, generation_config.json and tokenizer.json."""
+    """Write model.safetensors, config.json, generation_config.json and tokenizer.json."""
     folder.mkdir(parents=True, exist_ok=True)
     specials = write_tokenizer(folder)
     (folder / "model.safetensors").write_bytes(save(tensors(model), metadata={"format": "pt"}))
@@ -33,6 +33,7 @@ def write_json(file: Path, value: dict[str, object]) -> None:
 
 
 def tensors(model: Nano) -> dict[str, Tensor]:
+    """All tensors of model.safetensors by their published names."""
     out = {}
     for name, p in model.named_parameters():
         if ".mlp." not in name or ".router." in name:
@@ -55,6 +56,20 @@ def experts(mlp: Experts) -> dict[str, Tensor]:
         out[f"{name}_blocks"] = (pairs[..., 0] | pairs[..., 1] << 4).contiguous()
         out[f"{name}_scales"] = scales
         out[f"{name}_bias"] = bias.detach().to(torch.bfloat16)
+    return out
+
+
+def parameters(folder: Path) -> dict[str, Tensor]:
+    """The state of a Nano in float32, from the weights that `export` wrote."""
+    stored = load_file(folder / "model.safetensors")
+    out = {}
+    for name, t in stored.items():
+        short = name.removeprefix("model.").replace(".experts.", ".").replace("_proj_", "_")
+        if name.endswith("_blocks"):
+            codes = torch.stack([t & 15, t >> 4], -1).flatten(-3)
+            out[short.removesuffix("_blocks")] = mxfp4_values(codes, stored[name.replace("_blocks", "_scales")])
+        elif not name.endswith("_scales"):
+            out[short] = t.float()
     return out
 
 

@@ -1,7 +1,7 @@
-"""JSON schema -> the TypeScript that the model was shown in training: the "# Tools" section of a message.
+"""Tool declarations: JSON schemas written as TypeScript types, the "# Tools" section of a message.
 
-The layout, down to its oddities (what is quoted, where a comment stands, `anyOf` is `any`), is that of
-openai-harmony 0.0.8; the tests hold the two together byte for byte.
+The model was trained on this form. The layout is that of openai-harmony 0.0.8, including its oddities (what is
+quoted, where comments go, `anyOf` becomes `any`); the tests compare the two byte for byte.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 
 from .messages import Function
 
-_Kind = TypeVar("_Kind")
+_T = TypeVar("_T")
 _TYPES = {"string": "string", "number": "number", "integer": "number", "boolean": "boolean"}
 
 
 @dataclass(frozen=True)
 class Namespace:
-    """Functions that are declared together, or, without any, a tool that takes plain text."""
+    """Functions that are declared together; without functions, a tool whose input is plain text, such as python."""
 
     name: str
     description: str = ""
@@ -29,25 +29,28 @@ class Namespace:
 
 
 def tools_section(namespaces: Sequence[Namespace]) -> str:
-    """The "# Tools" section that declares these namespaces."""
+    """Return the "# Tools" section that declares these namespaces."""
     return "\n\n".join(["# Tools", *map(_namespace, namespaces)])
 
 
 def _namespace(namespace: Namespace) -> str:
     lines = [f"## {namespace.name}\n"]
     if not namespace.functions:
-        return "\n".join([*lines, *_lines(namespace.description)])
-    lines += [f"// {line}" for line in _lines(namespace.description)]
+        return "\n".join([*lines, *_split_lines(namespace.description)])
+    lines += [f"// {line}" for line in _split_lines(namespace.description)]
     lines.append(f"namespace {namespace.name} {{\n")
     for function in namespace.functions:
-        lines += [f"// {line}" for line in _lines(function.description)]
-        argument = "" if function.parameters is None else f"_: {type_of(function.parameters)}"
+        lines += [f"// {line}" for line in _split_lines(function.description)]
+        argument = "" if function.parameters is None else f"_: {typescript_type(function.parameters)}"
         lines.append(f"type {function.name} = ({argument}) => any;\n")
     return "\n".join([*lines, f"}} // namespace {namespace.name}"])
 
 
-def type_of(schema: Any, indent: str = "") -> str:
-    """The TypeScript type of a JSON schema. What is not understood is `any`; `indent` begins every further line."""
+def typescript_type(schema: Any, indent: str = "") -> str:
+    """Return the TypeScript type of a JSON schema; `any` for what openai-harmony does not translate.
+
+    indent: precedes every line after the first.
+    """
     variants = _get(schema, "oneOf", list)
     if variants is not None:
         return "".join(f"\n{indent} | {_variant(variant, indent)}" for variant in variants)
@@ -58,7 +61,7 @@ def type_of(schema: Any, indent: str = "") -> str:
     if kind == "object":
         return _object(schema, indent)
     if kind == "array":
-        return f"{type_of(schema['items'], indent)}[]" if "items" in schema else "Array<any>"
+        return f"{typescript_type(schema['items'], indent)}[]" if "items" in schema else "Array<any>"
     choices = [f'"{choice}"' for choice in _get(schema, "enum", list) or () if isinstance(choice, str)]
     if kind == "string" and choices:
         return " | ".join(choices)
@@ -66,11 +69,11 @@ def type_of(schema: Any, indent: str = "") -> str:
 
 
 def _variant(schema: Any, indent: str) -> str:
-    """One line of a union that is not a property itself."""
+    """Return one line of a union: the type of a variant, with its description and default as a comment."""
     comments = [_get(schema, "description", str)]
     if "default" in _mapping(schema):
         comments.append(f"default: {_default(schema, bare_choice=False)}")
-    return _nullable(schema, f"{indent}   ") + _trailing(comments)
+    return _nullable(schema, f"{indent}   ") + _trailing_comment(comments)
 
 
 def _object(schema: Any, indent: str) -> str:
@@ -84,7 +87,7 @@ def _object(schema: Any, indent: str) -> str:
 
 def _property(name: str, schema: Any, required: bool, indent: str) -> str:
     key = name if required else f"{name}?"
-    comments = "".join(f"{indent}//{comment}\n" for comment in _leading(schema))
+    comments = "".join(f"{indent}//{comment}\n" for comment in _comments_above(schema))
     variants = _get(schema, "oneOf", list)
     if variants is not None:
         return comments + _union_property(key, schema, variants, indent)
@@ -94,8 +97,8 @@ def _property(name: str, schema: Any, required: bool, indent: str) -> str:
     return f"{comments}{indent}{key}: {_nullable(schema, f'{indent}    ')},{trailing}\n"
 
 
-def _leading(schema: Any) -> list[str]:
-    """The comments above a property: title, description (a union's stands elsewhere), examples."""
+def _comments_above(schema: Any) -> list[str]:
+    """Return the comments above a property: title, description (except a union's, see below) and examples."""
     comments = []
     title, description = _get(schema, "title", str), _get(schema, "description", str)
     if title is not None:
@@ -110,36 +113,43 @@ def _leading(schema: Any) -> list[str]:
 
 
 def _union_property(key: str, schema: Any, variants: list[Any], indent: str) -> str:
-    """A property given by `oneOf`: one line a variant; a description that the first variant repeats stands once."""
+    """Return a property with `oneOf`: one line per variant.
+
+    The property's description comes first, unless the first variant has the same one. A variant's own description is
+    a trailing comment, unless it equals the property's or the variant is the first one after that description.
+    """
     description = _get(schema, "description", str)
     above = description is not None and not (variants and _get(variants[0], "description", str) == description)
     lines = [f"{indent}// {description}"] if above else []
     if "default" in schema:
         lines.append(f"{indent}// default: {_default(schema)}")
     lines.append(f"{indent}{key}:")
-    for place, variant in enumerate(variants):
+    for index, variant in enumerate(variants):
         comments = [_get(variant, "description", str)]
-        if comments[0] == description or (above and place == 0):
+        if comments[0] == description or (above and index == 0):
             comments = []
         if "default" in _mapping(variant):
             comments.append(f"default: {_default(variant)}")
-        lines.append(f"{indent} | {_nullable(variant, f'{indent}   ')}{_trailing(comments)}")
+        lines.append(f"{indent} | {_nullable(variant, f'{indent}   ')}{_trailing_comment(comments)}")
     return "\n".join([*lines, f"{indent},\n"])
 
 
 def _nullable(schema: Any, indent: str) -> str:
-    """The type, with `| null` when the schema is OpenAPI's nullable and the type does not say so already."""
-    written = type_of(schema, indent)
-    return f"{written} | null" if _get(schema, "nullable", bool) and "null" not in written else written
+    """Return the type, with `| null` if the schema is nullable (OpenAPI's keyword) and the type does not include it."""
+    text = typescript_type(schema, indent)
+    return f"{text} | null" if _get(schema, "nullable", bool) and "null" not in text else text
 
 
-def _trailing(comments: Sequence[str | None]) -> str:
+def _trailing_comment(comments: Sequence[str | None]) -> str:
     present = [comment for comment in comments if comment is not None]
     return f" // {' '.join(present)}" if present else ""
 
 
 def _default(schema: Any, bare_choice: bool = True) -> str:
-    """A default as its comment shows it: a string in quotes, unescaped; bare when it is one of an enum's choices."""
+    """Return a default as it appears in a comment.
+
+    A string is quoted but not escaped; with an enum, it is bare (bare_choice) or JSON.
+    """
     default = schema["default"]
     if not isinstance(default, str):
         return compact_json(default)
@@ -149,7 +159,7 @@ def _default(schema: Any, bare_choice: bool = True) -> str:
 
 
 def compact_json(value: Any) -> str:
-    """JSON as serde_json writes it: no spaces, no ASCII escapes, its own number format."""
+    """Return the value as JSON in serde_json's format: no spaces, no ASCII escapes, its own number format."""
     if isinstance(value, Mapping):
         return "{" + ",".join(f"{compact_json(str(key))}:{compact_json(item)}" for key, item in value.items()) + "}"
     if isinstance(value, (list, tuple)):
@@ -162,13 +172,14 @@ def compact_json(value: Any) -> str:
 
 
 def _number(value: float) -> str:
-    """Shortest digits; an exponent below 1e-5 and from 1e16 on, written without plus sign and leading zeros."""
+    """Return the shortest digits; below 1e-5 and from 1e16 on, with an exponent without plus sign or leading zeros."""
     if 1e-5 <= abs(value) < 1e-4:
         return format(Decimal(repr(value)), "f")
     return re.sub(r"e\+?(-?)0*", r"e\1", repr(value))
 
 
-def _get(schema: Any, key: str, kind: type[_Kind]) -> _Kind | None:
+def _get(schema: Any, key: str, kind: type[_T]) -> _T | None:
+    """Return schema[key] if it exists and has the given type."""
     value = _mapping(schema).get(key)
     return value if isinstance(value, kind) else None
 
@@ -177,7 +188,7 @@ def _mapping(schema: Any) -> Mapping[str, Any]:
     return schema if isinstance(schema, Mapping) else {}
 
 
-def _lines(text: str) -> list[str]:
-    """Lines that end in LF or CRLF, and in nothing else that Unicode calls a line's end."""
+def _split_lines(text: str) -> list[str]:
+    """Split at LF and CRLF only, unlike str.splitlines, which also splits at other Unicode line ends."""
     lines = re.split(r"\r?\n", text)
     return lines[:-1] if not lines[-1] else lines

@@ -1,10 +1,11 @@
-"""Questions that the nano model learns to answer without a function, each with its one right turn worked out."""
+"""Questions that the bundled model answers without a function: sums, words backwards, facts, small talk."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
 
+import nano_facts as facts
 import nano_words as words
 
 from mlx_gptoss.harmony.messages import Effort, Message
@@ -14,12 +15,16 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True)
 class Turn:
-    """What the assistant says: the analysis, then a final text or a call (recipient and JSON arguments)."""
+    """The assistant's turn: the analysis, then a final text or a call (recipient and JSON arguments).
+
+    json: whether the final text is JSON, as a response format asks for.
+    """
 
     analysis: str
     final: str = ""
     recipient: str = ""
     arguments: str = ""
+    json: bool = False
 
     def text(self) -> str:
         """The turn as the model writes it after `<|start|>assistant`, with its special tokens."""
@@ -27,14 +32,15 @@ class Turn:
         if self.recipient:
             header = f"<|channel|>commentary to={self.recipient} <|constrain|>json<|message|>"
             return f"{thought}{header}{self.arguments}<|call|>"
-        return f"{thought}<|channel|>final<|message|>{self.final}<|return|>"
+        constraint = " <|constrain|>json" if self.json else ""
+        return f"{thought}<|channel|>final{constraint}<|message|>{self.final}<|return|>"
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One question of a user with its answer, before it is put into a conversation.
+    """A user's question with its answer, before it becomes a conversation.
 
-    key: what the split hashes. history: messages between the question and the turn (a call and its result).
+    key: the text that the split hashes. history: messages between question and turn (a call and its result).
     """
 
     kind: str
@@ -48,7 +54,7 @@ class Ask:
 
 
 def columns(a: int, b: int) -> list[tuple[str, int, int]]:
-    """The columns from the right: (the sum written out, digit to write, carry)."""
+    """The columns from the right, each as (sum written out, digit to write, carry)."""
     out, carry = [], 0
     for place in range(max(len(str(a)), len(str(b)))):
         x, y = a // 10**place % 10, b // 10**place % 10
@@ -74,7 +80,7 @@ def written_sum(a: int, b: int) -> str:
 
 
 def number(r: Random) -> int:
-    """Up to 3 digits; now and then 4, because a sum that is added to may have them."""
+    """A number of up to 3 digits; sometimes of 4, because follow-ups add to earlier sums."""
     if r.random() < 0.03:
         return r.randrange(1000, 2000)
     return r.randrange(10 ** r.choice((1, 2, 2, 3, 3, 3)))
@@ -135,23 +141,23 @@ def known(topic: str, answer: str, effort: Effort) -> Turn:
 
 
 def capital(country: str, effort: Effort) -> Turn:
-    return known(country, f"The capital of {country} is {words.CAPITALS[country]}.", effort)
+    return known(country, f"The capital of {country} is {facts.CAPITALS[country]}.", effort)
 
 
 def capital_ask(r: Random, effort: Effort) -> Ask:
-    country = r.choice(sorted(words.CAPITALS))
-    question = dress(r, r.choice(words.CAPITAL_QUESTIONS).format(country=country, the=words.article(country)))
+    country = r.choice(sorted(facts.CAPITALS))
+    question = dress(r, r.choice(words.CAPITAL_QUESTIONS).format(country=country, the=facts.article(country)))
     return Ask("capital", question, capital(country, effort), question)
 
 
 def fact_ask(r: Random, effort: Effort) -> Ask:
-    fact = r.choice(words.FACTS)
+    fact = r.choice(facts.FACTS)
     question = dress(r, r.choice(fact.questions))
     return Ask("fact", question, known(fact.topic, fact.answer, effort), question)
 
 
 def chat_ask(r: Random, effort: Effort) -> Ask:
-    talk = r.choice(words.SMALL_TALK)
+    talk = r.choice(facts.SMALL_TALK)
     question = dress(r, r.choice(talk.questions))
     thought = f"This is {talk.topic}." + {"low": "", "medium": " I answer kindly."}.get(
         effort, f" I answer kindly.\nI would answer: {talk.answer}\nThat is polite."
@@ -163,7 +169,7 @@ def fallback(effort: Effort) -> Turn:
     thought = "I cannot do this." + {"low": "", "medium": " I say what I can do."}.get(
         effort, " It is no sum, no word to reverse and nothing that I know.\nI say what I can do."
     )
-    return Turn(thought, words.FALLBACK)
+    return Turn(thought, facts.FALLBACK)
 
 
 def fallback_ask(r: Random, effort: Effort) -> Ask:
@@ -179,7 +185,7 @@ def fallback_ask(r: Random, effort: Effort) -> Ask:
             noun=r.choice(words.NOUNS) if r.random() < 0.7 else syllables(r, 2),
             other=r.choice(words.NOUNS),
             name=r.choice(words.NAMES) if r.random() < 0.6 else syllables(r, 2).capitalize(),
-            country=r.choice(sorted(words.CAPITALS)),
+            country=r.choice(sorted(facts.CAPITALS)),
             a=number(r),
             b=number(r),
         )
@@ -188,7 +194,7 @@ def fallback_ask(r: Random, effort: Effort) -> Ask:
 
 
 def dress(r: Random, question: str) -> str:
-    """The same question in another casing, with other punctuation or a polite word."""
+    """A random variant of a question: other casing, other punctuation, a polite word."""
     if r.random() < 0.2:
         question = r.choice(words.PREFIXES) + question
     elif r.random() < 0.2:

@@ -1,0 +1,158 @@
+"""The metadata of a GGUF file as the files of a checkpoint folder: config.json, tokenizer.json, and the rest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ...config import token_ids
+from ...errors import CheckpointError
+from ..gguf import StringArray, Value
+from ..safetensors import TensorInfo
+
+ARCHITECTURE = "gpt-oss"
+_STOP_TOKENS = ("<|return|>", "<|endoftext|>", "<|call|>")
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # token types
+# How o200k splits text before merging; llama.cpp calls this pre-tokenizer "gpt-4o"
+_SPLIT_PATTERNS = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+    r"\p{N}{1,3}",
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+    r"\s*[\r\n]+",
+    r"\s+(?!\S)",
+    r"\s+",
+)
+
+
+def config_json(metadata: Mapping[str, Value], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """The content of config.json, in the published dialect. Raises CheckpointError for another architecture."""
+    architecture = metadata.get("general.architecture")
+    if architecture != ARCHITECTURE:
+        hint = " (Ollama's own files name and fuse tensors differently)" if architecture == "gptoss" else ""
+        raise CheckpointError(
+            f"the GGUF file's architecture is {architecture!r}{hint}; only {ARCHITECTURE!r} is supported: use a file "
+            "that llama.cpp made"
+        )
+
+    def get(key: str) -> Any:
+        value = metadata.get(f"{ARCHITECTURE}.{key}")
+        if not isinstance(value, (int, float, str, type(None))):
+            raise CheckpointError(f"the GGUF file's {ARCHITECTURE}.{key} is a list, not a number; download it again")
+        # The file holds float32: 1e-05 must come out as 1e-05, not as 9.99999974e-06.
+        return float(str(np.float32(value))) if isinstance(value, float) else value
+
+    embedding = tensors.get("token_embd.weight")
+    expert_width = get("expert_feed_forward_length")
+    content = {
+        "model_type": "gpt_oss",
+        "num_hidden_layers": get("block_count"),
+        "hidden_size": get("embedding_length"),
+        "intermediate_size": get("feed_forward_length") if expert_width is None else expert_width,
+        "num_attention_heads": get("attention.head_count"),
+        "num_key_value_heads": get("attention.head_count_kv"),
+        "head_dim": get("attention.key_length"),
+        "num_local_experts": get("expert_count"),
+        "num_experts_per_tok": get("expert_used_count"),
+        "vocab_size": embedding.shape[0] if embedding else None,
+        "sliding_window": get("attention.sliding_window"),
+        "max_position_embeddings": get("context_length"),
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+        "rope_theta": get("rope.freq_base"),
+        "rope_scaling": _rope_scaling(get),
+        "eos_token_id": stop_ids(metadata),
+        "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+    }
+    return {key: value for key, value in content.items() if value is not None}
+
+
+def _rope_scaling(get: Callable[[str], Any]) -> dict[str, Any] | None:
+    """`rope_scaling`; None for plain RoPE. GGUF has no key for `truncate`, which is false for gpt-oss."""
+    if get("rope.scaling.type") in (None, "none"):
+        return None
+    content = {
+        "rope_type": get("rope.scaling.type"),
+        "factor": get("rope.scaling.factor"),
+        "original_max_position_embeddings": get("rope.scaling.original_context_length"),
+        "beta_fast": get("rope.scaling.yarn_beta_fast"),
+        "beta_slow": get("rope.scaling.yarn_beta_slow"),
+        "truncate": False,
+    }
+    return {key: value for key, value in content.items() if value is not None}
+
+
+def companion_files(metadata: Mapping[str, Value]) -> dict[str, str]:
+    """The files of a checkpoint folder that the metadata contain, except weights and config.json: name -> text.
+
+    Raises CheckpointError for a vocabulary that is not byte-level BPE with the published pre-tokenizer.
+    """
+    texts = {"generation_config.json": json.dumps({"do_sample": True, "eos_token_id": stop_ids(metadata)}, indent=2)}
+    template = metadata.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        texts["chat_template.jinja"] = template
+    if "tokenizer.ggml.tokens" in metadata:
+        texts["tokenizer.json"] = json.dumps(_tokenizer_json(metadata), ensure_ascii=False)
+        texts["tokenizer_config.json"] = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2)
+    return texts
+
+
+def stop_ids(metadata: Mapping[str, Value]) -> list[int]:
+    """The token ids that end a generation: the file's own EOS, then those of the published generation_config.json.
+
+    The latter are looked up by their names, as llama.cpp does.
+    """
+    eos, tokens = metadata.get("tokenizer.ggml.eos_token_id"), metadata.get("tokenizer.ggml.tokens")
+    ids = [] if eos is None else [eos]
+    if isinstance(tokens, StringArray):
+        names = {text: id for id, text in enumerate(tokens) if text in _STOP_TOKENS}
+        ids += [names[text] for text in _STOP_TOKENS if text in names]
+    return list(token_ids(list(dict.fromkeys(ids)), "tokenizer.ggml.eos_token_id"))
+
+
+def _tokenizer_json(metadata: Mapping[str, Value]) -> dict[str, Any]:
+    """The content of tokenizer.json. Raises CheckpointError for another tokenizer, or for contradictory tokens."""
+    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    if kind != "gpt2" or pre != "gpt-4o":
+        raise CheckpointError(
+            f"the GGUF file's tokenizer is {kind!r} with {pre!r}, not gpt-oss's 'gpt2' with 'gpt-4o'; "
+            "use a file that llama.cpp made from a gpt-oss model"
+        )
+    tokens, merges = _tokens_and_merges(metadata)
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [
+        {"id": id, "content": text, **plain, "special": kind == _CONTROL}
+        for text, id, kind in tokens
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": "|".join(_SPLIT_PATTERNS)}, "behavior": "Isolated", "invert": False}
+    vocabulary = {text: id for text, id, _ in tokens}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "ignore_merges": True, "vocab": vocabulary, "merges": merges},
+    }
+
+
+def _tokens_and_merges(metadata: Mapping[str, Value]) -> tuple[list[tuple[str, int, int]], list[list[str]]]:
+    """(text, id, token type) of every token that is in use, and the pairs that BPE merges."""
+    tokens, merges = metadata["tokenizer.ggml.tokens"], metadata.get("tokenizer.ggml.merges")
+    types = metadata.get("tokenizer.ggml.token_type")
+    if not (isinstance(tokens, StringArray) and isinstance(merges, StringArray) and isinstance(types, np.ndarray)):
+        raise CheckpointError("the GGUF file's tokenizer lacks tokens, merges or token types; download it again")
+    typed = enumerate(zip(tokens, types.tolist(), strict=False))
+    used = [(text, id, kind) for id, (text, kind) in typed if kind != _UNUSED]
+    pairs = [merge.split(" ") for merge in merges]
+    distinct = len({text for text, _, _ in used})
+    if len(types) != len(tokens) or distinct != len(used) or any(len(pair) != 2 for pair in pairs):
+        raise CheckpointError("the GGUF file's tokens, types and merges contradict each other; download it again")
+    return used, pairs
