@@ -59,10 +59,12 @@ class Batch:
 
     @property
     def done(self) -> int:
+        """Number of answers in the file."""
         return self._answers.done
 
     @property
     def failed(self) -> int:
+        """Number of them that are errors."""
         return self._answers.failed
 
     @property
@@ -72,6 +74,7 @@ class Batch:
 
     @property
     def completion_tok_s(self) -> float:
+        """Generated tokens per second in this run."""
         return self.completion_tokens / self.seconds if self.seconds else 0.0
 
     def run(self, service: Service, progress: Callable[[], None]) -> None:
@@ -110,6 +113,7 @@ class Batch:
                 self.completion_tokens += usage.get("completion_tokens", 0) + usage.get("output_tokens", 0)
 
     def close(self) -> None:
+        """Unlock and close the answer file."""
         self._answers.close()
 
     def __enter__(self) -> Batch:
