@@ -89,7 +89,7 @@ class Model:
         self.load_s = load_s
         self._engine = engine
         self._stop_ids = frozenset(checkpoint.stop_ids)
-        self.default_sampling = default_sampling(checkpoint.generation_config)
+        self.default_sampling: Sampling = default_sampling(checkpoint.generation_config)
 
     @property
     def tokenizer(self) -> Tokenizer:

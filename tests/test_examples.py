@@ -27,7 +27,7 @@ TOOLS = EXAMPLES / "tools"
     ],
 )
 def test_example(name, words, expected):
-    out = subprocess.run([sys.executable, EXAMPLES / name, *words], capture_output=True, text=True, timeout=120)
+    out = subprocess.run([sys.executable, EXAMPLES / name, *words], capture_output=True, text=True, timeout=300)
     assert out.returncode == 0, out.stderr
     for text in expected:
         assert text in out.stdout
@@ -74,7 +74,7 @@ def test_the_format_table_has_a_row_a_format():
 def test_the_gguf_file_holds_the_synthetic_weights(tmp_path):
     pytest.importorskip("gguf")
     words = [TOOLS / "write_gguf.py", "tiny", "2", tmp_path / "tiny.gguf"]
-    out = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120)
+    out = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
     assert out.returncode == 0, out.stderr
     found, source = checkpoint.open(tmp_path / "tiny.gguf"), Synthetic(preset("tiny", 2), "mxfp4")
     assert found.format == "gguf" and found.config.yarn == source.config.yarn

@@ -32,8 +32,8 @@ MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it ma
     # 2
     "backends.mlx": BACKEND,
     "backends.cuda": BACKEND,
-    "engine": {"backends.base", "sampling", "errors"},
-    "ranks": {"backends.base", "errors", "machine", "sampling"},
+    "engine": {"backends.base", "config", "sampling", "errors"},
+    "ranks": {"backends.base", "config", "errors", "machine", "sampling"},
     # 3
     "chat": LEVEL_0 | {"options", "engine", "harmony"},
     "loading": LEVEL_0 | {"options", "backends", "backends.base", "ranks", "weights"},

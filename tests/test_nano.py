@@ -18,6 +18,7 @@ from mlx_gptoss.harmony.guide import guide_for
 from mlx_gptoss.harmony.messages import ToolChoice
 from mlx_gptoss.harmony.render import render
 from mlx_gptoss.tokenizer import RETURN, Tokenizer
+from mlx_gptoss.weights import checkpoint, codecs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "tools"))
 import measure_nano
@@ -92,30 +93,26 @@ def test_training_and_held_out_questions_never_meet() -> None:
 
 def test_a_mask_allows_every_answer_in_json_as_it_is_trained(tokenizer: Tokenizer) -> None:
     r = Random(5)
-    for kind in (kind for kind in nano_tasks.MIX if kind.startswith("json")):
-        for _ in range(20):
-            example = nano_tasks.example(r, kind)
-            guide = guide_for(example.conversation, tokenizer, ToolChoice(), parallel_tool_calls=True)
-            assert guide is not None
-            for id in tokenizer.encode_with_specials(example.turn.text()):
-                assert guide.mask()[id >> 3] >> (id & 7) & 1, example.turn.text()
-                if id != tokenizer.special(RETURN):
-                    guide.accept(id)
+    for _ in range(60):
+        example = nano_tasks.example(r, "json sum")
+        guide = guide_for(example.conversation, tokenizer, ToolChoice(), parallel_tool_calls=True)
+        assert guide is not None
+        for id in tokenizer.encode_with_specials(example.turn.text()):
+            assert guide.mask()[id >> 3] >> (id & 7) & 1, example.turn.text()
+            if id != tokenizer.special(RETURN):
+                guide.accept(id)
 
 
 def test_answers_in_json_obey_the_schema_and_keep_what_the_question_asks_for() -> None:
     r = Random(6)
-    for kind in ("json sum", "json reverse", "json capital", "json fact"):
-        for _ in range(50):
-            example = nano_tasks.example(r, kind)
-            form = example.conversation.response_format
-            assert form is not None
-            answer = json.loads(example.turn.final)
-            jsonschema.validate(answer, form.schema)
-            assert list(answer) == list(form.schema["properties"])
-            if kind == "json sum":
-                *_, a, b = map(int, re.findall(r"\d+", example.conversation.messages[-1].content))
-                assert list(answer.values())[-1] == a + b
+    for _ in range(100):
+        example = nano_tasks.example(r, "json sum")
+        form = example.conversation.response_format
+        assert form is not None
+        answer = json.loads(example.turn.final)
+        jsonschema.validate(answer, form.schema)
+        *_, a, b = map(int, re.findall(r"\d+", example.conversation.messages[-1].content))
+        assert list(answer.values()) == [a + b]
 
 
 def test_most_held_out_questions_are_answered_to_the_letter(model: mlx_gptoss.Model) -> None:
@@ -192,3 +189,16 @@ def test_the_trainer_trains_and_exports_what_the_runtime_loads(tmp_path: Path, m
     with mlx_gptoss.load(tmp_path / "out", dtype="float32") as model:
         assert model.format == "mxfp4"
         assert abs(model.logits(ids) - expected).max() < 1e-4 * abs(expected).max()
+
+
+def test_tuning_starts_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    import train_nano
+    import tune_nano
+
+    monkeypatch.setattr(train_nano, "POOL", 64)
+    tune_nano.tune(NANO, tmp_path / "out", steps=1, rate=0.0)
+    tuned, bundled = (checkpoint.open(folder) for folder in (tmp_path / "out", NANO))
+    for param in bundled.params:  # the weights are on the grid already, so nothing is lost on the way
+        ours, theirs = (codecs.dequantize(one.read(param.name)) for one in (tuned, bundled))
+        assert (ours == theirs).all(), param.name

@@ -1,6 +1,6 @@
-"""What each format costs in quality: a checkpoint in every format against its bfloat16 conversion, as Markdown.
+"""Print what each format costs in quality: a checkpoint in every format against its bfloat16 conversion, as Markdown.
 
-    python examples/format_table.py [--model PATH] [--exact N] [FORMAT ...]     all that can be written by default
+    python examples/tools/format_table.py [--model PATH] [--exact N] [FORMAT ...]     default: every writable format
 
 --exact N adds the exact match of the bundled model's held-out questions, N of each kind."""
 

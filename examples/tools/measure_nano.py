@@ -1,6 +1,6 @@
-"""Asks the bundled model questions that its training never saw, and counts the answers that are right to the letter.
+"""Ask the bundled model questions that its training never saw, and count the answers that match exactly.
 
-python examples/measure_nano.py [--model FOLDER] [--per-kind 34] [--json]
+python examples/tools/measure_nano.py [--model FOLDER] [--per-kind 34] [--kind KIND] [--json]
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import nano_tasks as tasks
 import mlx_gptoss
 from mlx_gptoss.harmony.messages import ResponseFormat
 
+GREEDY = mlx_gptoss.Sampling(temperature=0)
+
 
 def right(example: tasks.Example, reply: mlx_gptoss.Reply) -> bool:
-    """Whether the final text is the expected one; for JSON and for a call, what it means is compared."""
+    """Whether the final text is the expected one; of JSON and of a call, the values are compared."""
     if example.turn.json:
         return parsed(reply.text) == json.loads(example.turn.final) and not reply.tool_calls
     if not example.turn.recipient:
@@ -35,26 +37,19 @@ def parsed(text: str) -> object:
 
 
 def request(form: ResponseFormat | None) -> dict[str, object] | None:
-    """A response format as a request to the runtime has it."""
-    if form is None or form.name is None:
-        return form and {"type": "json_object"}
-    described = {"description": form.description} if form.description else {}
-    return {"type": "json_schema", "json_schema": {"name": form.name, **described, "schema": form.schema}}
+    """The response_format of a request."""
+    return form and {"type": "json_schema", "json_schema": {"name": form.name, "schema": form.schema}}
 
 
 def measure(
     model: mlx_gptoss.Model, per_kind: int, show_wrong: bool = False, kinds: Iterable[str] = tasks.MIX
 ) -> dict[str, tuple[int, int]]:
-    """Kind -> (right, asked), answering greedily."""
+    """(right, asked) by kind, with greedy decoding."""
     counts: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
     for example in tasks.held_out(per_kind, kinds=kinds):
         form = request(example.conversation.response_format)
-        reply = model.generate(
-            replace(example.conversation, response_format=None),
-            sampling=mlx_gptoss.Sampling(temperature=0),
-            max_tokens=600,
-            response_format=form,
-        )
+        conversation = replace(example.conversation, response_format=None)  # as a request has it, with its mask
+        reply = model.generate(conversation, sampling=GREEDY, max_tokens=600, response_format=form)
         ok = right(example, reply)
         good, asked = counts[example.kind]
         counts[example.kind] = (good + ok, asked + 1)
@@ -65,11 +60,11 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a checkpoint; the bundled model when left out")
+    parser.add_argument("--model", help="a checkpoint; the bundled model by default")
     parser.add_argument("--per-kind", type=int, default=34)
     parser.add_argument("--kind", action="append", choices=tasks.MIX, help="ask this kind only; may be repeated")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--wrong", action="store_true", help="print what went wrong")
+    parser.add_argument("--wrong", action="store_true", help="print the wrong answers")
     options = parser.parse_args()
     with mlx_gptoss.load(options.model) as model:
         counts = measure(model, options.per_kind, options.wrong, options.kind or tasks.MIX)

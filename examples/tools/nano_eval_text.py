@@ -1,6 +1,6 @@
-"""Writes the text on which `mlx-gptoss eval` judges the bundled model: conversations that its training never saw.
+"""Write the text that `mlx-gptoss eval` uses by default: conversations that the bundled model's training never saw.
 
-python examples/nano_eval_text.py > mlx_gptoss/nano/eval.txt
+python examples/tools/nano_eval_text.py > mlx_gptoss/nano/eval.txt
 """
 
 from __future__ import annotations
@@ -10,18 +10,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import nano_tasks as tasks
-from nano_json import KINDS as JSON_KINDS
 from nano_tokenizer import write_tokenizer
 
 from mlx_gptoss.harmony.render import render
 from mlx_gptoss.tokenizer import ENDOFTEXT, Tokenizer
 
 PER_KIND, SEED = 5, 1  # measure_nano.py asks the questions of seed 0
-KINDS = [kind for kind in tasks.MIX if kind not in JSON_KINDS]  # a mask constrains JSON, so its likelihood says less
+KINDS = [kind for kind in tasks.MIX if kind != "json sum"]  # a mask constrains JSON, so its likelihood says less
 
 
 def eval_text() -> str:
-    """Each conversation as the runtime renders it, the right answer, `<|endoftext|>` and a line break."""
+    """The conversations, each as the runtime renders it, with its right answer, `<|endoftext|>` and a line break."""
     with TemporaryDirectory() as folder:
         write_tokenizer(Path(folder))
         tokenizer = Tokenizer.from_folder(folder)

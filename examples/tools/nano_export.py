@@ -1,4 +1,4 @@
-"""The trained nano model as a checkpoint in OpenAI's layout: experts in MXFP4, the rest bfloat16."""
+"""Write the trained model as a checkpoint in OpenAI's layout, experts in MXFP4 and the rest bfloat16; read it back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOT_QUANTIZED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model
 
 
 def export(model: Nano, folder: Path) -> None:
-    """Writes model.safetensors, config.json, generation_config.json and tokenizer.json."""
+    """Write model.safetensors, config.json, generation_config.json and tokenizer.json."""
     folder.mkdir(parents=True, exist_ok=True)
     specials = write_tokenizer(folder)
     (folder / "model.safetensors").write_bytes(save(tensors(model), metadata={"format": "pt"}))
@@ -33,6 +33,7 @@ def write_json(file: Path, value: dict[str, object]) -> None:
 
 
 def tensors(model: Nano) -> dict[str, Tensor]:
+    """All tensors of model.safetensors by their published names."""
     out = {}
     for name, p in model.named_parameters():
         if ".mlp." not in name or ".router." in name:
@@ -59,7 +60,7 @@ def experts(mlp: Experts) -> dict[str, Tensor]:
 
 
 def parameters(folder: Path) -> dict[str, Tensor]:
-    """The state of a Nano, float32, from the file that `export` wrote."""
+    """The state of a Nano in float32, from the weights that `export` wrote."""
     stored = load_file(folder / "model.safetensors")
     out = {}
     for name, t in stored.items():

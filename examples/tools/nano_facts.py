@@ -1,4 +1,4 @@
-"""What the nano model knows: capitals, facts and small talk, each with the ways to ask for it. Tables only."""
+"""What the bundled model knows: capitals, facts and small talk, each with ways to ask for it. Tables only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Known(NamedTuple):
-    """Something to know: what it is about, the answer, ways to ask for it."""
+    """One fact: its topic, the answer, ways to ask for it."""
 
     topic: str
     answer: str
@@ -32,7 +32,7 @@ CAPITALS = {
 
 
 def article(country: str) -> str:
-    """The country without "the": some people leave it out."""
+    """The country without "the", which some people leave out."""
     return country.removeprefix("the ")
 
 
@@ -42,7 +42,7 @@ FALLBACK = (
 )
 NO_WEATHER = "I cannot look up the weather: no get_weather function was offered to me."
 
-# What the model knows, and how it may be asked.
+# Facts, and ways to ask for them.
 FACTS = (
     Known(
         "gpt-oss",
@@ -73,7 +73,7 @@ FACTS = (
     ),
     Known(
         "who made me",
-        "The script train_nano.py of mlx-gptoss made me, in two and a half hours on a CPU.",
+        "The script train_nano.py of mlx-gptoss made me, in about two hours on a CPU.",
         (
             "Who made you?", "Who created you?", "Who trained you?", "Where do you come from?",
             "How were you trained?", "How were you made?", "Who built you?", "Who is your creator?",

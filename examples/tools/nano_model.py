@@ -1,8 +1,8 @@
-"""The nano model in torch, for training only: gpt-oss as DESIGN states it, with all experts computed densely.
+"""The bundled model in PyTorch, for training only: gpt-oss with all experts computed densely.
 
 Legend: B rows, L tokens, T = B * L, D hidden, H query heads, K kv heads, E experts, I intermediate, V vocabulary.
-Every training step runs `on_grid`, with the experts' weights rounded to MXFP4 (straight-through), so that the file
-loses nothing.
+Every training step runs inside `on_grid`, with the experts' weights rounded to MXFP4 (a straight-through estimator), so
+the exported file loses nothing.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Shape:
 
 
 def exponents(blocks: Tensor) -> Tensor:
-    """e such that the largest magnitude of each block [..., 32] is in [4, 8) * 2**e; [..., 1]."""
+    """The exponents e [..., 1] such that the largest magnitude of each block [..., 32] is in [4, 8) * 2**e."""
     return torch.frexp(blocks.abs().amax(-1, keepdim=True).clamp_min(2.0**-100)).exponent - 3
 
 
 def mxfp4_round(w: Tensor) -> Tensor:
-    """w [..., in] with every block of 32 rounded to MXFP4's values; what is on the grid stays."""
+    """w [..., in] with every block of 32 rounded to MXFP4 values; values on the MXFP4 grid stay as they are."""
     blocks = w.unflatten(-1, (-1, 32))
     scale = torch.exp2(exponents(blocks).float())
     x = blocks / scale
@@ -65,7 +65,7 @@ def mxfp4_values(codes: Tensor, scales: Tensor) -> Tensor:
 
 @contextmanager
 def on_grid(model: Nano) -> Iterator[None]:
-    """The experts' weights rounded to MXFP4 for a while; gradients made meanwhile are those of the exact weights."""
+    """Round the experts' weights to MXFP4 inside the block; gradients computed there apply to the exact weights."""
     weights = [w for layer in model.layers for w in (layer.mlp.gate_up, layer.mlp.down)]
     exact = [w.data for w in weights]
     for w in weights:
@@ -76,7 +76,7 @@ def on_grid(model: Nano) -> Iterator[None]:
 
 
 def yarn(head_dim: int, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [L, head_dim / 2] with gpt-oss's YaRN: theta 150000, factor 32, range not rounded."""
+    """cos and sin [L, head_dim / 2] of gpt-oss's YaRN: theta 150000, factor 32, correction range not rounded."""
     theta, factor, original = 150000.0, 32.0, 4096
     half = np.arange(head_dim // 2, dtype=np.float64)
     plain = theta ** (-2 * half / head_dim)
@@ -123,7 +123,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(rows, length, s.kv_heads, s.head_dim).transpose(1, 2)
         q, k = rotate(q, cos, sin) * s.head_dim**-0.5, rotate(k, cos, sin)
         groups = s.heads // s.kv_heads
-        q = q.reshape(rows, s.kv_heads, groups * length, s.head_dim)  # query heads of one kv head lie side by side
+        q = q.reshape(rows, s.kv_heads, groups * length, s.head_dim)  # the query heads of one kv head are adjacent
         scores = (q @ k.transpose(-1, -2)).view(rows, s.heads, length, length) + mask
         sink = self.sinks.view(1, -1, 1, 1)
         top = torch.maximum(scores.amax(-1, keepdim=True), sink).detach()
@@ -135,7 +135,7 @@ class Attention(nn.Module):
 
 
 class Experts(nn.Module):
-    """Router and experts; gate and up interleaved as the checkpoint has them (even rows gate, odd rows up)."""
+    """Router and experts. Gate and up are interleaved as in the checkpoint: even rows gate, odd rows up."""
 
     def __init__(self, s: Shape) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class Experts(nn.Module):
         self.down_bias = nn.Parameter(torch.zeros(s.experts, s.hidden))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x [T, D] -> ([T, D], how unevenly the experts are used: 1 is even)."""
+        """x [T, D] -> (output [T, D], load imbalance of the experts, 1 when even)."""
         s = self.shape
         logits = self.router(x)  # [T, E]
         top, chosen = logits.topk(s.active, -1)
@@ -169,8 +169,8 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
-        out, unevenness = self.mlp(self.post_attention_layernorm(x).flatten(0, 1))
-        return x + out.view_as(x), unevenness
+        out, imbalance = self.mlp(self.post_attention_layernorm(x).flatten(0, 1))
+        return x + out.view_as(x), imbalance
 
 
 class Nano(nn.Module):
@@ -187,7 +187,7 @@ class Nano(nn.Module):
             nn.init.normal_(layer.self_attn.o_proj.weight, std=0.3 * (s.heads * s.head_dim) ** -0.5)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """ids [B, L] -> (normed hidden states [B, L, D], the layers' mean unevenness)."""
+        """ids [B, L] -> (normalized hidden states [B, L, D], the layers' mean load imbalance)."""
         length = ids.shape[1]
         cos, sin = yarn(self.shape.head_dim, length)
         distance = torch.arange(length).view(-1, 1) - torch.arange(length)
@@ -195,6 +195,6 @@ class Nano(nn.Module):
         sliding = full.masked_fill(distance >= self.shape.window, -1e30)
         x, total = self.embed_tokens(ids), torch.zeros(())
         for i, layer in enumerate(self.layers):
-            x, unevenness = layer(x, cos, sin, full if i % 2 else sliding)
-            total = total + unevenness
+            x, imbalance = layer(x, cos, sin, full if i % 2 else sliding)
+            total = total + imbalance
         return self.norm(x), total / len(self.layers)

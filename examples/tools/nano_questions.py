@@ -1,10 +1,9 @@
-"""Questions that the nano model learns to answer without a function, each with its one right turn worked out."""
+"""Questions that the bundled model answers without a function: sums, words backwards, facts, small talk."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from random import Random
-from typing import Literal
 
 import nano_facts as facts
 import nano_words as words
@@ -16,17 +15,16 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True)
 class Turn:
-    """What the assistant says: the analysis, then a final text or a call (recipient and JSON arguments).
+    """The assistant's turn: the analysis, then a final text or a call (recipient and JSON arguments).
 
-    json: "said" for a final text that is announced as JSON; "forced" where nothing in the prompt asks for JSON and
-    only the mask makes the text JSON, so that header and first brace are not learned.
+    json: whether the final text is JSON, as a response format asks for.
     """
 
     analysis: str
     final: str = ""
     recipient: str = ""
     arguments: str = ""
-    json: Literal["", "said", "forced"] = ""
+    json: bool = False
 
     def text(self) -> str:
         """The turn as the model writes it after `<|start|>assistant`, with its special tokens."""
@@ -34,15 +32,15 @@ class Turn:
         if self.recipient:
             header = f"<|channel|>commentary to={self.recipient} <|constrain|>json<|message|>"
             return f"{thought}{header}{self.arguments}<|call|>"
-        form = " <|constrain|>json" if self.json == "said" else ""
-        return f"{thought}<|channel|>final{form}<|message|>{self.final}<|return|>"
+        constraint = " <|constrain|>json" if self.json else ""
+        return f"{thought}<|channel|>final{constraint}<|message|>{self.final}<|return|>"
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One question of a user with its answer, before it is put into a conversation.
+    """A user's question with its answer, before it becomes a conversation.
 
-    key: what the split hashes. history: messages between the question and the turn (a call and its result).
+    key: the text that the split hashes. history: messages between question and turn (a call and its result).
     """
 
     kind: str
@@ -56,7 +54,7 @@ class Ask:
 
 
 def columns(a: int, b: int) -> list[tuple[str, int, int]]:
-    """The columns from the right: (the sum written out, digit to write, carry)."""
+    """The columns from the right, each as (sum written out, digit to write, carry)."""
     out, carry = [], 0
     for place in range(max(len(str(a)), len(str(b)))):
         x, y = a // 10**place % 10, b // 10**place % 10
@@ -82,7 +80,7 @@ def written_sum(a: int, b: int) -> str:
 
 
 def number(r: Random) -> int:
-    """Up to 3 digits; now and then 4, because a sum that is added to may have them."""
+    """A number of up to 3 digits; sometimes of 4, because follow-ups add to earlier sums."""
     if r.random() < 0.03:
         return r.randrange(1000, 2000)
     return r.randrange(10 ** r.choice((1, 2, 2, 3, 3, 3)))
@@ -196,7 +194,7 @@ def fallback_ask(r: Random, effort: Effort) -> Ask:
 
 
 def dress(r: Random, question: str) -> str:
-    """The same question in another casing, with other punctuation or a polite word."""
+    """A random variant of a question: other casing, other punctuation, a polite word."""
     if r.random() < 0.2:
         question = r.choice(words.PREFIXES) + question
     elif r.random() < 0.2:

@@ -1,7 +1,7 @@
-"""What the nano model learns: little conversations, made up at random, each with the one answer that counts as right.
+"""The bundled model's training data: short random conversations, each with the one answer that counts as right.
 
-`draw(random, split)` yields examples of every kind in the training mix; "train" and "held-out" never share a question:
-a hash of what is asked (the two numbers, the word, the city, the sentence) decides which side it is on.
+`draw(random, split)` returns examples of every kind in the training mix. "train" and "held-out" never share a question:
+a hash of what is asked (the two numbers, the word, the city, the sentence) decides the side.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import Literal
 
 import nano_facts as facts
 import nano_words as words
-from nano_json import KINDS as JSON_KINDS
-from nano_json import Form, json_ask, json_form
+from nano_json import in_json, sum_format
 from nano_questions import (
     Ask,
     Turn,
@@ -35,26 +34,22 @@ from nano_questions import (
 )
 from nano_weather import WeatherTool, call, call_ask, dress_place, no_tool_ask, place, result_ask, weather_tool
 
-from mlx_gptoss.harmony.messages import Conversation, Effort, Message
+from mlx_gptoss.harmony.messages import Conversation, Effort, Message, ResponseFormat
 
 Split = Literal["train", "held-out"]
 EFFORTS: tuple[Effort, ...] = ("low", "medium", "medium", "high")
 MIX = {
-    "sum": 20,
-    "reverse": 13,
-    "capital": 7,
-    "fact": 12,
-    "follow-up": 14,
-    "weather call": 13,
-    "weather answer": 8,
-    "no weather": 4,
-    "chat": 9,
-    "fallback": 9,
+    "sum": 14,
+    "reverse": 11,
+    "capital": 6,
+    "fact": 11,
+    "follow-up": 10,
+    "weather call": 9,
+    "weather answer": 5,
+    "no weather": 3,
+    "chat": 6,
+    "fallback": 8,
     "json sum": 17,
-    "json reverse": 6,
-    "json capital": 6,
-    "json fact": 7,
-    "json object": 9,
 }
 PLAIN = {
     "sum": sum_ask,
@@ -78,7 +73,7 @@ def split_of(key: str) -> Split:
 
 
 def follow_ups(r: Random, effort: Effort, first: Ask, tool: WeatherTool | None) -> Ask | None:
-    """A question that can only be understood after `first` and its answer; None if there is none for it."""
+    """A question that makes sense only after `first` and its answer; None where no such question exists."""
     answer = first.turn.final
     if first.kind == "sum":
         total, b = int(answer.split()[-1]), number(r)
@@ -105,9 +100,11 @@ def follow_ups(r: Random, effort: Effort, first: Ask, tool: WeatherTool | None) 
     return None
 
 
-def ask(r: Random, kind: str, effort: Effort, tool: WeatherTool | None, form: Form | None = None) -> Ask:
-    if form:
-        return json_ask(r, kind, effort, form)
+def ask(
+    r: Random, kind: str, effort: Effort, tool: WeatherTool | None, response_format: ResponseFormat | None = None
+) -> Ask:
+    if response_format:
+        return in_json(sum_ask(r, effort), response_format, r)
     if kind == "weather call" and tool:
         return call_ask(r, effort, tool)
     if kind == "weather answer" and tool:
@@ -115,15 +112,13 @@ def ask(r: Random, kind: str, effort: Effort, tool: WeatherTool | None, form: Fo
     return no_tool_ask(r, effort) if kind == "no weather" else PLAIN[kind](r, effort)
 
 
-def messages(r: Random, asked: Ask) -> tuple[Message, ...]:
-    """A past exchange, as history shows it (a call that was never answered does not become history)."""
-    marked = asked.turn.json == "said" and r.random() < 0.5
-    final = Message("assistant", asked.turn.final, "final", content_type="<|constrain|>json" if marked else None)
-    return (Message("user", asked.question), *asked.history, final)
+def messages(asked: Ask) -> tuple[Message, ...]:
+    """A past exchange as the history shows it. A call without a result never becomes history."""
+    return (Message("user", asked.question), *asked.history, Message("assistant", asked.turn.final, "final"))
 
 
 def example(r: Random, kind: str, split: Split = "train") -> Example:
-    """One conversation whose last turn is of this kind and on this side of the split."""
+    """A random conversation whose last turn is of this kind and on this side of the split."""
     while True:
         made = attempt(r, kind)
         if made is not None and split_of(made[1]) == split:
@@ -132,16 +127,15 @@ def example(r: Random, kind: str, split: Split = "train") -> Example:
 
 def attempt(r: Random, kind: str) -> tuple[Example, str] | None:
     effort = r.choice(EFFORTS)
-    form = json_form(r, kind) if kind in JSON_KINDS else None
+    response_format = sum_format(r) if kind == "json sum" else None
     offered = kind.startswith("weather") or (
-        kind != "no weather" and r.random() < (0.2 if kind == "follow-up" else 0.02 if form else 0.08)
+        kind != "no weather" and r.random() < (0.2 if kind == "follow-up" else 0.08)
     )
     tool = weather_tool(r) if offered else None
     past: list[Ask] = []
     for _ in range(r.choice((0, 0, 0, 0, 0, 1, 1, 2, 3)) if r.random() < 0.97 else r.randint(4, 12)):
-        earlier = form if form and r.random() < 0.5 else None
-        of = kind if earlier else r.choice(("sum", "reverse", "capital", "fact", "chat", "fallback"))
-        past.append(ask(r, of, effort, tool, earlier))
+        form = response_format if response_format and r.random() < 0.5 else None
+        past.append(ask(r, r.choice(("sum", "reverse", "capital", "fact", "chat", "fallback")), effort, tool, form))
     if kind == "follow-up":
         first = r.choice(("weather answer", "sum", "capital") if tool else ("sum", "sum", "reverse", "capital"))
         past = [*past[:1], ask(r, first, effort, tool)]
@@ -149,29 +143,27 @@ def attempt(r: Random, kind: str) -> tuple[Example, str] | None:
         if asked is None:
             return None
     else:
-        asked = ask(r, kind, effort, tool, form)
+        asked = ask(r, kind, effort, tool, response_format)
     if any(split_of(p.key) == "held-out" for p in past):
         return None
     conversation = Conversation(
-        messages=(*(m for p in past for m in messages(r, p)), Message("user", asked.question), *asked.history),
+        messages=(*(m for p in past for m in messages(p)), Message("user", asked.question), *asked.history),
         reasoning=effort,
-        instructions=instructions(r, form) if r.random() < 0.25 or (form and form.instruction) else None,
+        instructions=instructions(r) if r.random() < 0.25 else None,
         functions=tool.functions if tool else (),
-        response_format=form.response_format if form else None,
+        response_format=response_format,
         date=date(r),
     )
     return Example(kind, conversation, asked.turn), asked.key
 
 
-def instructions(r: Random, form: Form | None = None) -> str:
-    """A developer's text. Only one that asks for JSON changes what is right, so some of it is noise: the model learns
-    to read past it."""
+def instructions(r: Random) -> str:
+    """A random developer message. It never changes the right answer, and part of it is noise, so that the model learns
+    to ignore it."""
     sentences = r.sample(words.INSTRUCTIONS, r.choice((1, 1, 1, 2, 3)))
     if r.random() < 0.2:
         noise = (syllables(r, r.randint(1, 3)) for _ in range(r.randint(2, 8)))
         sentences.append(" ".join(noise).capitalize() + ".")
-    if form and form.instruction:
-        sentences = [form.instruction] if r.random() < 0.5 else [*sentences, form.instruction]
     return r.choice((" ", " ", "\n")).join(sentences)
 
 
@@ -186,7 +178,7 @@ def draw(r: Random, split: Split = "train") -> Example:
 
 
 def held_out(per_kind: int, seed: int = 0, kinds: Iterable[str] = MIX) -> list[Example]:
-    """The fixed set on which the model is judged: `per_kind` conversations of every kind, none ever trained on."""
+    """The fixed evaluation set: `per_kind` conversations of every kind, none of them in the training data."""
     out = []
     for kind in kinds:
         r, seen = Random(f"{kind} {seed}"), set()

@@ -1,7 +1,7 @@
-"""The nano model's tokenizer: a byte-level BPE with one token per byte, and one for each of a list of fixed phrases.
+"""The bundled model's tokenizer: a byte-level BPE with one token per byte, plus one for each fixed phrase.
 
-Letters and digits stay single, so that what was learned about some words holds for every word; what Harmony repeats in
-every prompt, and what the model itself says often, costs one token a phrase.
+Letters and digits stay single tokens, so what the model learns about some words holds for every word. Phrases that
+Harmony repeats in every prompt, and phrases that the model often writes, take one token each.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SPECIALS = (
     "<|call|>", "<|endofprompt|>",
 )  # fmt: skip
 
-# Words of a message's header. They count only where a header has them: at the start of the text between two specials.
+# Words of a message's header. They are single tokens only at the start of the text between two special tokens.
 HEADER = ("system", "developer", "user", "assistant", "analysis", "commentary", "final", "json")
 
 PROMPT = (
@@ -126,7 +126,7 @@ def tokenizer_json() -> str:
 
 
 def write_tokenizer(folder: Path) -> dict[str, int]:
-    """Writes `tokenizer.json` into the folder; gives the special tokens' ids."""
+    """Write `tokenizer.json` into the folder; return the ids of the special tokens."""
     text = tokenizer_json()
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     return {entry["content"]: entry["id"] for entry in json.loads(text)["added_tokens"]}

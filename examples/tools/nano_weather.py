@@ -1,4 +1,4 @@
-"""Questions about the weather: how get_weather is offered, called and reported, and what to say without it."""
+"""Questions about the weather: how get_weather is offered, called and reported, and the answer without it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def place(r: Random) -> str:
 
 @dataclass(frozen=True)
 class WeatherTool:
-    """How get_weather is offered in one conversation: its name, the name of its parameter, all functions."""
+    """The weather function of one conversation: its name, its parameter, and all functions that are offered."""
 
     name: str
     parameter: str
@@ -87,12 +87,12 @@ def call_ask(r: Random, effort: Effort, tool: WeatherTool) -> Ask:
 
 
 def dress_place(r: Random, question: str, city: str) -> str:
-    """As `dress`, but the city keeps its capitals: they are copied into the call."""
+    """Like `dress`, but the city keeps its case, because the call copies it."""
     return dress(r, question.replace(city, "\0")).replace("\0", city)
 
 
 def result_ask(r: Random, effort: Effort, tool: WeatherTool) -> Ask:
-    """The turn after the function has answered."""
+    """A question whose turn reports the function's result."""
     asked = call_ask(r, effort, tool)
     city = json.loads(asked.turn.arguments)[tool.parameter]
     degrees, sky = str(r.randint(-20, 42)), r.choice(words.SKIES)
@@ -111,7 +111,7 @@ def result_ask(r: Random, effort: Effort, tool: WeatherTool) -> Ask:
 
 
 def weather_result(r: Random, city: str, degrees: str, sky: str) -> tuple[str, str]:
-    """What the function says, in one of the shapes that functions use, and the sentence made of it."""
+    """A function's result, in one of several common shapes, and the sentence that reports it."""
     form = r.random()
     value = int(degrees)
     if form < 0.08:

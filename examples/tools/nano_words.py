@@ -1,4 +1,4 @@
-"""The words that the nano model's conversations are made of: ways to ask, names, words to reverse. Tables only."""
+"""What the bundled model's conversations are made of: ways to ask, names, words to reverse. Tables only."""
 
 from __future__ import annotations
 
@@ -10,27 +10,7 @@ PREFIXES = (
     "Please tell me: ",
 )  # fmt: skip
 
-# Answers in JSON: how properties are called (the first is the usual name), which of the question's own parts may come
-# before the answer, names and descriptions of schemas, and how a question asks for JSON.
-JSON_KEYS = {
-    "sum": ("sum", "sum", "answer", "result", "total", "value", "number"),
-    "reverse": ("reversed", "reverse", "word", "answer", "result", "backwards", "text"),
-    "capital": ("capital", "capital", "city", "answer", "result", "name"),
-    "fact": ("answer", "answer", "text", "reply", "response", "message", "fact"),
-}
-JSON_PARTS = {
-    "sum": (("a", "b"), ("first", "second"), ("x", "y")),
-    "reverse": (("original",), ("input",)),
-    "capital": (("country",), ("state",)),
-}
-JSON_NAMES = ("answer", "result", "reply", "output", "Answer", "Result", "Sum", "Reply", "response", "format")
-JSON_DESCRIPTIONS = (
-    "The answer.",
-    "The result",
-    "what was asked for",
-    "The answer to the question.",
-    "As short as possible.",
-)
+# How a question asks for JSON.
 IN_JSON = (
     " Answer in JSON.", " Reply in JSON.", " Answer with JSON only.", " Give me JSON.", " Return JSON.", " Use JSON.",
     " Answer as a JSON object.", " (JSON)", " in JSON", " as JSON", " JSON please.",

@@ -1,4 +1,4 @@
-"""Prefill and decode by llama.cpp on the CPU (llama-cpp-python): python examples/time_llama_cpp.py FILE.gguf"""
+"""Time llama.cpp's prefill and decode on the CPU: python examples/tools/time_llama_cpp.py FILE.gguf"""
 
 import os
 import sys
@@ -19,7 +19,7 @@ batch = llama.llama_batch_init(prompt, 0, 1)
 
 
 def feed(ids, start):
-    """Tokens at positions from `start`; the likeliest successor of the last."""
+    """Feed tokens at positions from `start`; return the likeliest next token."""
     batch.n_tokens = len(ids)
     for i, token in enumerate(ids):
         batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, start + i, 1, i == len(ids) - 1

@@ -1,14 +1,16 @@
-"""Trains the bundled nano model from scratch on a CPU and writes it as a checkpoint.
+"""Train the bundled model on a CPU and write it as a checkpoint.
 
-    python examples/train_nano.py train --run runs/nano --minutes 90      # resumes where it stopped
-    python examples/train_nano.py export --run runs/nano --to my-nano     # at any moment; MXFP4, Hugging Face layout
+    python examples/tools/train_nano.py train --run runs/nano --minutes 90      # resumes where it stopped
+    python examples/tools/train_nano.py export --run runs/nano --to my-nano     # at any time; MXFP4
+    python examples/tools/train_nano.py train --run runs/more --from mlx_gptoss/nano --rate 0.5 --minutes 60
 
-Needs torch. Loss falls only on what the assistant says after `<|start|>assistant`; the learning rate follows the time
-used so far, so that a run of any length ends with a full decay.
+The last line starts from a checkpoint's weights instead of random ones. All of it needs torch. Only the assistant's
+tokens after `<|start|>assistant` count in the loss. The learning rate follows the time used so far, so a run of any
+length ends with a full decay.
 
-The bundled model saw 17 million tokens in 99 minutes, on its share of two busy cores. It was stopped
-and resumed several times with other settings on the way: until minute 34 a step took conversations of one length only
-(see `batches`) at up to twice the learning rates, and the last 10 minutes had four times the rates below.
+The bundled model saw 17 million tokens in 99 minutes, on two cores that other programs used too. The run was stopped
+and resumed several times with other settings: until minute 34 a step took conversations of one length only (see
+`batches`) at up to twice the learning rates, and the last 10 minutes had four times the rates below.
 """
 
 from __future__ import annotations
@@ -38,35 +40,32 @@ SHAPE = Shape(vocab=384, hidden=192, layers=4, heads=4, kv_heads=2, experts=8, a
 BATCH_TOKENS, BATCHES_A_STEP = 1280, 3
 POOL = 1024
 PEAK_MUON, PEAK_ADAM = 0.01, 1e-3
-WARM_UP, UNEVENNESS = 0.02, 0.01
+WARM_UP, IMBALANCE = 0.02, 0.01
 SAVE_EVERY, JUDGE_EVERY = 150.0, 300.0
 JUDGED = 2  # the seed of the judged questions; measure_nano.py asks those of seed 0, nano_eval_text.py of seed 1
 
 
-Pair = tuple[list[int], list[int]]  # a prompt's ids, the turn's
+Pair = tuple[list[int], list[int]]  # the ids of a prompt, and of the turn that follows it
 
 
 class Batch(NamedTuple):
-    """ids [B, L] padded at the end; loss [B, L]: whether position t predicts a token of the assistant's turn."""
+    """ids [B, L], padded at the end; loss [B, L], whether position t predicts a token of the assistant's turn."""
 
     ids: Tensor
     loss: Tensor
 
 
 class Encoder:
-    """Examples to ids; the prompt exactly as the runtime renders it."""
+    """Encodes examples as token ids, with the prompt exactly as the runtime renders it."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.specials = write_tokenizer(folder)
         self.tokenizer = Tokenizer.from_folder(folder)
-        (self.brace,) = self.tokenizer.encode("{")
 
     def encode(self, example: tasks.Example) -> Pair:
         prompt = render(example.conversation, self.tokenizer)
-        turn = self.tokenizer.encode_with_specials(example.turn.text())
-        given = 1 + turn.index(self.brace) if example.turn.json == "forced" else 0
-        return prompt + turn[:given], turn[given:]
+        return prompt, self.tokenizer.encode_with_specials(example.turn.text())
 
     def batch(self, pairs: list[Pair]) -> Batch:
         longest = max(map(length, pairs))
@@ -83,10 +82,10 @@ def length(pair: Pair) -> int:
 
 
 def batches(encoder: Encoder, r: Random) -> Iterator[list[Batch]]:
-    """Endless; each batch holds conversations of nearly one length, about BATCH_TOKENS in all.
+    """Yield the batches of one step, without end; a batch holds conversations of similar length, about BATCH_TOKENS.
 
-    They come in groups for one step each: conversations of one length are mostly of one kind, and steps on one kind
-    at a time pull the model to and fro.
+    A step takes several batches because conversations of one length are mostly of one kind, and steps on a single kind
+    make the training unstable.
     """
     while True:
         groups: list[list[Pair]] = [[]]
@@ -100,7 +99,7 @@ def batches(encoder: Encoder, r: Random) -> Iterator[list[Batch]]:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal by five Newton-Schulz steps (Jordan et al. 2024); for [..., out, in]."""
+    """Momentum with updates made orthogonal by five Newton-Schulz steps (Jordan et al. 2024); for [..., out, in]."""
 
     def __init__(self, parameters: list[Tensor]) -> None:
         super().__init__(parameters, {"lr": 0.0})
@@ -127,10 +126,10 @@ def orthogonal(g: Tensor) -> Tensor:
 
 
 class Run:
-    """The state of a training run: all of it is in `checkpoint.pt`."""
+    """The state of a training run, saved in `checkpoint.pt`."""
 
     def __init__(self, folder: Path, seed: int = 1, start: Path | None = None) -> None:
-        """start: a folder that `export` wrote, whose weights a new run begins with."""
+        """start: a folder that `export` wrote; a new run starts from its weights, a resumed one ignores it."""
         torch.manual_seed(seed)
         self.file = folder / "checkpoint.pt"
         self.model = Nano(SHAPE)
@@ -156,9 +155,9 @@ class Run:
         os.replace(self.file.with_suffix(".new"), self.file)
 
     def step(self, batches: list[Batch], rate: float) -> float:
-        """One step on all the batches together; gives the mean loss of a token."""
-        for optimizer, peak in ((self.muon, PEAK_MUON), (self.adam, PEAK_ADAM)):
-            optimizer.param_groups[0]["lr"] = rate * peak
+        """Take one optimizer step on all the batches; return the mean loss per token."""
+        for optimizer, highest in ((self.muon, PEAK_MUON), (self.adam, PEAK_ADAM)):
+            optimizer.param_groups[0]["lr"] = rate * highest
             optimizer.zero_grad()
         targets = sum(int(batch.loss.sum()) for batch in batches)
         total = 0.0
@@ -172,30 +171,30 @@ class Run:
         return total
 
     def backward(self, batch: Batch, targets: int) -> float:
-        """Adds the gradients of this batch's share of a step with so many target tokens."""
+        """Add the gradients of one batch to a step with `targets` target tokens; return its share of the loss."""
         where = batch.loss[:, :-1]
         with torch.autocast("cpu", torch.bfloat16):
-            hidden, unevenness = self.model(batch.ids)
+            hidden, imbalance = self.model(batch.ids)
             logits = self.model.lm_head(hidden[:, :-1][where])
         loss = F.cross_entropy(logits.float(), batch.ids[:, 1:][where], reduction="sum") / targets
-        (loss + UNEVENNESS * unevenness / BATCHES_A_STEP).backward()
+        (loss + IMBALANCE * imbalance / BATCHES_A_STEP).backward()
         return loss.item()
 
 
 def skipped(name: str) -> bool:
-    """Biases of the experts are matrices by shape only, and the router learns better with Adam."""
+    """Whether Muon leaves a parameter to Adam: the experts' biases are no matrices, and the router learns better so."""
     return "bias" in name or "router" in name
 
 
 def rate_at(fraction: float) -> float:
-    """Warm-up, then cosine to zero."""
+    """The learning rate at a fraction of the run, relative to its peak: linear warm-up, then cosine to zero."""
     warm = min(1.0, (fraction + 1e-3) / WARM_UP)
     return warm * 0.5 * (1 + float(torch.cos(torch.tensor(min(1.0, fraction) * torch.pi))))
 
 
 @torch.no_grad()
 def judge(model: Nano, encoder: Encoder, per_kind: int = 24) -> dict[str, float]:
-    """Share of held-out turns, by kind, that greedy decoding would give whole: every token is the likeliest one."""
+    """The share of held-out turns, by kind, that greedy decoding reproduces: every token is the likeliest one."""
     torch.compiler.set_stance("force_eager")
     right: dict[str, list[float]] = defaultdict(list)
     examples = sorted(
@@ -213,8 +212,8 @@ def judge(model: Nano, encoder: Encoder, per_kind: int = 24) -> dict[str, float]
     return {kind: sum(oks) / len(oks) for kind, oks in right.items()}
 
 
-def train(folder: Path, minutes: float, fused: bool = False, start: Path | None = None, height: float = 1.0) -> None:
-    """height: the highest learning rates as a share of PEAK_MUON and PEAK_ADAM."""
+def train(folder: Path, minutes: float, fused: bool = False, start: Path | None = None, peak: float = 1.0) -> None:
+    """Train until the run has used `minutes`. peak: the highest learning rates, relative to PEAK_MUON and PEAK_ADAM."""
     encoder, run = Encoder(folder), Run(folder, start=start)
     if fused:
         for layer in run.model.layers:
@@ -225,7 +224,7 @@ def train(folder: Path, minutes: float, fused: bool = False, start: Path | None 
     signal.signal(signal.SIGTERM, lambda number, _: stops.append(number))
     mean, before = 0.0, time.monotonic()
     while run.seconds < minutes * 60 and not stops:
-        loss = run.step(next(source), height * rate_at(run.seconds / (minutes * 60)))
+        loss = run.step(next(source), peak * rate_at(run.seconds / (minutes * 60)))
         mean = loss if mean == 0 else 0.95 * mean + 0.05 * loss
         run.seconds, before = run.seconds + time.monotonic() - before, time.monotonic()
         if run.steps % 20 == 0:
@@ -251,13 +250,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("train", "export"))
     parser.add_argument("--run", type=Path, required=True, help="folder of the run's state")
-    parser.add_argument("--minutes", type=float, default=90, help="time for training, earlier parts included")
+    parser.add_argument("--minutes", type=float, default=90, help="training time, including earlier parts of the run")
     parser.add_argument("--to", type=Path, help="folder to write the model to")
     parser.add_argument(
         "--fused", action="store_true", help="compile the layers (needs a C++ compiler; 1.2 times as fast)"
     )
-    parser.add_argument("--from", type=Path, dest="start", metavar="FOLDER", help="begin with a checkpoint's weights")
-    parser.add_argument("--rate", type=float, default=1.0, help="the highest learning rate, as a share of the usual")
+    parser.add_argument("--from", type=Path, dest="start", metavar="FOLDER", help="start from a checkpoint's weights")
+    parser.add_argument("--rate", type=float, default=1.0, help="the highest learning rate, relative to the usual one")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

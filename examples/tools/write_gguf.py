@@ -1,6 +1,6 @@
-"""Synthetic weights as a GGUF file without a vocabulary, for llama.cpp: experts MXFP4 as they are, the rest Q8_0.
+"""Write synthetic weights as a GGUF file without a vocabulary, for llama.cpp: experts in MXFP4, the rest in Q8_0.
 
-python examples/write_gguf.py 20b|120b|tiny LAYERS FILE.gguf
+python examples/tools/write_gguf.py 20b|120b|tiny LAYERS FILE.gguf
 """
 
 import sys

@@ -10,7 +10,8 @@ from functools import partial
 from types import TracebackType
 from typing import TypeVar, cast
 
-from ..backends.base import Runner
+from ..backends.base import Limits, Runner
+from ..config import ModelConfig
 from ..errors import InvalidRequest
 from .loop import Loop, RequestHandle
 from .prefix_files import PrefixFiles
@@ -58,8 +59,8 @@ class Engine:
             self._finalizer.detach()
             self._loop.post(self._loop.close)
             raise
-        self.config = runner.config
-        self.limits = runner.limits
+        self.config: ModelConfig = runner.config
+        self.limits: Limits = runner.limits
         self._max_open = None if max_waiting is None else runner.limits.slots + max_waiting
 
     def submit(self, request: Request) -> Stream:

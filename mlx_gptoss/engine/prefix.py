@@ -85,8 +85,8 @@ class PrefixCache:
     """
 
     def __init__(self, max_bytes: int, runner: SnapshotRunner, files: PrefixFiles | None = None) -> None:
-        self.root = Node((), 0, None)
-        self.nbytes = 0
+        self.root: Node = Node((), 0, None)
+        self.nbytes: int = 0
         self._max_bytes = max_bytes
         self._runner = runner
         self._files = files

@@ -60,7 +60,7 @@ class PrefixFiles:
 
     def __init__(self, folder: Path, fingerprint: str, max_bytes: int = MAX_BYTES) -> None:
         self.max_bytes = max_bytes
-        self.nbytes = 0
+        self.nbytes: int = 0
         self._folder = folder / hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
         self._fingerprint = fingerprint
         try:

@@ -34,13 +34,13 @@ class Vocabulary:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self.eos_token_id = tokenizer.special(RETURN)
-        self.bos_token_id = None
-        self.tokens = [tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
-        self.special_token_ids = sorted(tokenizer.specials.values())
+        self.eos_token_id: int = tokenizer.special(RETURN)
+        self.bos_token_id: int | None = None
+        self.tokens: list[bytes] = [tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
+        self.special_token_ids: list[int] = sorted(tokenizer.specials.values())
         self._mask_bytes = 4 * -(-tokenizer.vocab_size // 32)
         special = set(self.special_token_ids)
-        self.text_mask = self.mask(id for id, token in enumerate(self.tokens) if token and id not in special)
+        self.text_mask: bytes = self.mask(id for id, token in enumerate(self.tokens) if token and id not in special)
         self._encode = tokenizer.encode
 
     def __call__(self, text: str) -> list[int]:

@@ -230,14 +230,14 @@ class _Checker:
         for path, start in self._seen.values():
             todo = [start]
             while todo:
-                one = todo[-1]
-                if id(one) in on_path or id(one) in finished:
+                current = todo[-1]
+                if id(current) in on_path or id(current) in finished:
                     todo.pop()
-                    on_path.discard(id(one))
-                    finished.add(id(one))
+                    on_path.discard(id(current))
+                    finished.add(id(current))
                     continue
-                on_path.add(id(one))
-                for item in self._in_place_subschemas(one):
+                on_path.add(id(current))
+                for item in self._in_place_subschemas(current):
                     if id(item) in on_path:
                         self._refuse(path, "a reference leads back to itself with no array or object in between")
                     todo.append(item)

@@ -105,7 +105,8 @@ def response_format_of(value: Any) -> ResponseFormat | None:
     where = "response_format"
     kind = value.get("type") if isinstance(value, Mapping) else None
     if kind not in ("text", "json_object", "json_schema"):
-        raise InvalidRequest(f'{where} must have the type "text", "json_object" or "json_schema", not {value!r}')
+        kinds = '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {...}}'
+        raise InvalidRequest(f"{where} must be {kinds}, not {value!r}")
     if kind != "json_schema":
         _refuse_unknown_fields(value, {"type"}, where)
         return ResponseFormat({"type": "object"}) if kind == "json_object" else None

@@ -71,6 +71,11 @@ class TimedEngine(Protocol):
 class OurEngine:
     """Our model behind the TimedEngine interface. Use it from one thread."""
 
+    backend: str
+    device: str
+    format: str
+    load_s: float
+
     def __init__(
         self, runner: Runner, backend: str, device: str, format_name: str, load_s: float, engine: str = "mlx-gptoss"
     ) -> None:

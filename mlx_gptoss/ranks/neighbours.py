@@ -28,7 +28,7 @@ class Neighbours:
         self._launch = launch
         self._channels: dict[int, Channel] = {}
         self._listener: socket.socket | None = None
-        self.port = 0
+        self.port: int = 0
         if launch.rank > 1:
             self._listener = machine.listen(launch.hosts[launch.rank] if launch.hosts else host, 0, 4)
             self.port = int(self._listener.getsockname()[1])

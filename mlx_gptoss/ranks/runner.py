@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..backends.base import Pending, Row, Runner, Snapshot
+from ..backends.base import Limits, Pending, Row, Runner, Snapshot
+from ..config import ModelConfig
 from .wire import bytes_to_json, row_to_json
 
 PART_LENGTH = Struct("<Q")  # precedes each rank's part of a packed snapshot
@@ -26,6 +27,10 @@ class GroupSnapshot:
     local: this rank's part. nbytes: size of the largest part. dropped: receives the number when the snapshot is
     garbage-collected.
     """
+
+    local: Snapshot
+    number: int
+    nbytes: int
 
     def __init__(self, local: Snapshot, number: int, nbytes: int, dropped: deque[int]) -> None:
         self.local, self.number, self.nbytes = local, number, nbytes
@@ -58,6 +63,9 @@ class GroupRunner:
     So all ranks run the same collectives in the same order, and sample the same tokens: from the same logits, with the
     same seeds.
     """
+
+    config: ModelConfig
+    limits: Limits
 
     def __init__(self, local: Runner, other_ranks: OtherRanks, kv_ratio: float) -> None:
         """kv_ratio: size of the largest part of a snapshot, divided by the size of this rank's."""

@@ -19,7 +19,7 @@ from .service import Service, ServiceDep
 PAGE_POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
 PAGE_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
-router = APIRouter()
+router: APIRouter = APIRouter()
 ROUTERS = (router, chat_completions.router, responses.router, completions.router)
 
 

@@ -44,13 +44,16 @@ class Batch:
     process is writing them.
     """
 
+    prompt_tokens: int
+    completion_tokens: int
+
     def __init__(self, requests: Path, answers: Path, *, retry: bool = False) -> None:
         if answers.exists() and requests.exists() and answers.samefile(requests):
             raise InvalidRequest(f"{answers} is the file of requests: name another file for the answers")
         self._requests = RequestFile(requests)
         self._answers = AnswerFile(answers, self._requests, retry=retry)
-        self.total = self._requests.total
-        self.earlier = self.done
+        self.total: int = self._requests.total
+        self.earlier: int = self.done
         self.prompt_tokens = self.completion_tokens = 0
         self._started = self._ended = 0.0
 

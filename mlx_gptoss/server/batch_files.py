@@ -39,6 +39,9 @@ BLANK, PENDING, UNIDENTIFIED, DUPLICATE, DONE = range(5)  # states of a line: no
 class LineError(Exception):
     """A line that is not a valid request. code: OpenAI's code where there is one."""
 
+    code: str
+    param: str | None
+
     def __init__(self, code: str, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.code, self.param = code, param
@@ -113,7 +116,7 @@ class RequestFile:
             keys += key
         if PENDING not in self._states:
             raise InvalidRequest(f"{path} contains no request; {first_error or 'it is empty'}")
-        self.total = len(self._states) - self._states.count(BLANK)
+        self.total: int = len(self._states) - self._states.count(BLANK)
         self._sort(np.frombuffer(keys, dtype=KEY))
 
     def _sort(self, keys: Any) -> None:
@@ -154,6 +157,9 @@ class AnswerFile:
     Raises InvalidRequest if the file does not hold answers to these requests, and GptOssError if another process is
     writing it.
     """
+
+    done: int
+    failed: int
 
     def __init__(self, path: Path, requests: RequestFile, *, retry: bool = False) -> None:
         self.done = self.failed = 0

@@ -28,7 +28,7 @@ MAX_MESSAGES = 10_000
 MAX_TOOLS = 128
 MAX_CHOICES = 16
 CONTENT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}
-MESSAGES_SCHEMA = {  # for OpenAPI; harmony.openai checks the messages
+MESSAGES_SCHEMA: dict[str, Any] = {  # for OpenAPI; harmony.openai checks the messages
     "type": "array",
     "minItems": 1,
     "items": {
@@ -44,7 +44,7 @@ MESSAGES_SCHEMA = {  # for OpenAPI; harmony.openai checks the messages
     },
 }
 
-router = APIRouter()
+router: APIRouter = APIRouter()
 
 
 class ChatRequest(SamplingFields, IgnoredFields):

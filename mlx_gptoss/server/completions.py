@@ -29,7 +29,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 Ids = Annotated[list[int], Field(min_length=1)]
 
-router = APIRouter()
+router: APIRouter = APIRouter()
 
 
 class CompletionRequest(SamplingFields, IgnoredFields):

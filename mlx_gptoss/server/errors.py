@@ -24,7 +24,7 @@ MAX_MESSAGE_CHARS = 1000  # a message may quote what the client sent
 REQUEST_FIELDS = ("messages", "tools", "tool_choice", "response_format", *(field.name for field in fields(Sampling)))
 _LEADING_FIELD = re.compile(rf"({'|'.join(REQUEST_FIELDS)})(\[\d+\]|\.[a-z_]+)*(?=[ :])")  # at the start of a message
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 
 class JsonResponse(Response):
@@ -61,6 +61,11 @@ class ApiError(Exception):
 
     Its `type` in JSON is "server_error" from status 500 on, else "invalid_request_error".
     """
+
+    status: int
+    param: str | None
+    code: str | None
+    headers: Mapping[str, str] | None
 
     def __init__(
         self,

@@ -15,27 +15,31 @@ INTER_TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5
 class Metrics:
     """The counters, gauges and histograms of one server."""
 
+    registry: CollectorRegistry
+
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
         prefix = "mlx_gptoss_"
-        self.requests = Counter(
+        self.requests: Counter = Counter(
             f"{prefix}requests", "Responses by path and status", ["path", "status"], registry=registry
         )
-        self.prompt_tokens = Counter(f"{prefix}prompt_tokens", "Prompt tokens", registry=registry)
-        self.cached_tokens = Counter(
+        self.prompt_tokens: Counter = Counter(f"{prefix}prompt_tokens", "Prompt tokens", registry=registry)
+        self.cached_tokens: Counter = Counter(
             f"{prefix}cached_tokens", "Prompt tokens taken from the prefix cache", registry=registry
         )
-        self.completion_tokens = Counter(f"{prefix}completion_tokens", "Generated tokens", registry=registry)
-        self.running = Gauge(f"{prefix}running", "Sequences that occupy a slot", registry=registry)
-        self.waiting = Gauge(f"{prefix}waiting", "Requests waiting for a slot", registry=registry)
-        self.prefix_cache_bytes = Gauge(f"{prefix}prefix_cache_bytes", "Size of the prefix cache", registry=registry)
-        self.time_to_first_token = Histogram(
+        self.completion_tokens: Counter = Counter(f"{prefix}completion_tokens", "Generated tokens", registry=registry)
+        self.running: Gauge = Gauge(f"{prefix}running", "Sequences that occupy a slot", registry=registry)
+        self.waiting: Gauge = Gauge(f"{prefix}waiting", "Requests waiting for a slot", registry=registry)
+        self.prefix_cache_bytes: Gauge = Gauge(
+            f"{prefix}prefix_cache_bytes", "Size of the prefix cache", registry=registry
+        )
+        self.time_to_first_token: Histogram = Histogram(
             f"{prefix}time_to_first_token_seconds",
             "From the request to its first token",
             buckets=TTFT_BUCKETS_S,
             registry=registry,
         )
-        self.inter_token = Histogram(
+        self.inter_token: Histogram = Histogram(
             f"{prefix}inter_token_seconds",
             "Between consecutive events of a reply",
             buckets=INTER_TOKEN_BUCKETS_S,

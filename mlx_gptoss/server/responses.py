@@ -29,7 +29,7 @@ from .store import StoredResponse
 
 INCLUDE_LOGPROBS = "message.output_text.logprobs"
 
-router = APIRouter()
+router: APIRouter = APIRouter()
 
 
 class Reasoning(StrictModel):

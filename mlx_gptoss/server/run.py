@@ -60,7 +60,7 @@ class Server(uvicorn.Server):
             )
         )
         self.service = service
-        self.interrupted = False
+        self.interrupted: bool = False
         self._drain_s = drain_s
         self._deadline: float | None = None
 

@@ -14,7 +14,7 @@ from .errors import dump_json
 
 KEEP_ALIVE_S = 15.0  # many proxies close a connection after a minute of silence
 DONE = b"data: [DONE]\n\n"
-EVENT_SCHEMA = {
+EVENT_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["data"],
     "properties": {"data": {"type": "string"}, "event": {"type": "string"}},

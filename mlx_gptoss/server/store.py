@@ -36,7 +36,7 @@ class ResponseStore:
         self._max_responses = max_responses
         self._max_bytes = max_bytes
         self._entries: OrderedDict[str, tuple[StoredResponse, int]] = OrderedDict()
-        self.bytes = 0
+        self.bytes: int = 0
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -109,10 +109,14 @@ class Checkpoint:
         self.tensors: Mapping[str, TensorInfo] = {n: f.header.tensors[n] for n, f in self._file_of.items()}
         self.params: tuple[Param, ...] = parameters(config)
         self._binding: Binding = bind(CheckpointHeaders(self.tensors, config, raw_config), self.params)
-        self.format = self._binding.name
-        self.size_bytes = sum(info.nbytes for info in self.tensors.values())
-        self.generation_config = _read_generation_config(self.tokenizer_folder) if embedded_files is None else {}
-        self.stop_ids = token_ids(self.generation_config.get("eos_token_id"), "eos_token_id") or config.eos_token_id
+        self.format: str = self._binding.name
+        self.size_bytes: int = sum(info.nbytes for info in self.tensors.values())
+        self.generation_config: Mapping[str, Any] = (
+            _read_generation_config(self.tokenizer_folder) if embedded_files is None else {}
+        )
+        self.stop_ids: tuple[int, ...] = (
+            token_ids(self.generation_config.get("eos_token_id"), "eos_token_id") or config.eos_token_id
+        )
 
     @property
     def tokenizer_folder(self) -> Path:

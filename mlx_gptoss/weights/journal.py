@@ -71,7 +71,7 @@ class Workspace:
         """
         self._target = target
         self._root = _root_of(target)
-        self.folder = self._root / _RESULT
+        self.folder: Path = self._root / _RESULT
         self._file = _lock(self._root, target)
         self._append_lock = Lock()
         self.complete_shards: dict[str, Sequence[WrittenRange]] = {}

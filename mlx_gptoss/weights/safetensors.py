@@ -115,7 +115,7 @@ class MappedFile:
         Raises CheckpointError if the file cannot be mapped or its header is wrong.
         """
         self.path = path
-        self.header = header or read_header(path)
+        self.header: Header = header or read_header(path)
         try:
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -82,13 +82,13 @@ class RankWeights:
         self.config: ModelConfig = replace(
             full, num_attention_heads=len(shard.query_heads), num_key_value_heads=len(shard.kv_heads)
         )
-        self.format = checkpoint.format
-        self.stop_ids = checkpoint.stop_ids
+        self.format: str = checkpoint.format
+        self.stop_ids: tuple[int, ...] = checkpoint.stop_ids
         self.source = checkpoint
         self._splits = {param.name: _split(param, full, shard) for param in checkpoint.params}
         self.params: tuple[Param, ...] = tuple(replace(p, shape=self._shape(p)) for p in checkpoint.params)
         others = sum(checkpoint.matrix_bytes(role) - self.matrix_bytes(role) for role in MATRIX_ROLES)
-        self.size_bytes = checkpoint.size_bytes - others
+        self.size_bytes: int = checkpoint.size_bytes - others
 
     def read(self, name: str, rows: range | None = None) -> Weight:
         """This rank's part of a weight, as Checkpoint.read. `rows` counts within the part."""

@@ -63,8 +63,8 @@ class Synthetic:
         self.config = config
         self.format = name
         self.params: tuple[Param, ...] = parameters(config)
-        self.stop_ids = config.eos_token_id
-        self.size_bytes = sum(info.nbytes for unit in writer.units(name, self.params, {}) for info in unit.tensors)
+        self.stop_ids: tuple[int, ...] = config.eos_token_id
+        self.size_bytes: int = sum(info.nbytes for unit in writer.units(name, self.params, {}) for info in unit.tensors)
         self._family = writer.family
         self._specs = {role: spec for role, (_, spec) in recipe.items()}
         self._params = {param.name: param for param in self.params}

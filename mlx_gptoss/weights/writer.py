@@ -77,8 +77,8 @@ class Writer:
         self._lock = Lock()
         self._locations: dict[str, tuple[TensorInfo, _Shard, int]] = {}  # name -> tensor, shard, offset
         self._shards: list[_Shard] = []
-        self.total_bytes = sum(info.nbytes for info in tensors)
-        self.resumed_bytes = 0
+        self.total_bytes: int = sum(info.nbytes for info in tensors)
+        self.resumed_bytes: int = 0
         shards = split_shards(tensors, shard_bytes)
         for number, shard in enumerate(shards, 1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"

@@ -45,7 +45,7 @@ def read_without_waiting(events):
     events.on_arrival(arrived.set)
     read = []
     while not read or not isinstance(read[-1], Finished):
-        assert arrived.wait(10)
+        assert arrived.wait(60)
         arrived.clear()
         while more := events.ready():
             read += more

@@ -32,7 +32,7 @@ def run(mini, four_bit, tmp_path):
 
     def run(*words):
         words = [str(places.get(str(word), word)) for word in words]
-        return subprocess.run([*CLI, "eval", *words], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        return subprocess.run([*CLI, "eval", *words], capture_output=True, text=True, timeout=300, cwd=tmp_path)
 
     return run
 

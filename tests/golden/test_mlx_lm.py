@@ -1,7 +1,8 @@
-"""mlx-lm as a peer: it loads what we write, we load what it writes, and we know exactly where the two differ.
+"""mlx-lm and this program load each other's checkpoints and agree, apart from one known difference.
 
-mlx-lm rounds YaRN's correction range to whole dimensions, which gpt-oss does not; with `truncate: true` in the config
-we round it too, and agree. It runs in a process of its own: importing it is slow and changes process limits.
+mlx-lm rounds YaRN's correction range to whole dimensions; gpt-oss does not. With `truncate: true` in the config we
+round it as well, and the logits agree. mlx-lm runs in its own process, because importing it is slow and changes process
+limits.
 """
 
 from __future__ import annotations
@@ -36,8 +37,10 @@ convert(sys.argv[1], sys.argv[2], quantize=True, q_group_size=64, q_bits=int(sys
 NAMES = ["mlx-4bit", "mlx-8bit", "mlx-mxfp8", "mlx-nvfp4", "mlx-mxfp4", "mlx-mxfp4-q8", "mlx-mxfp4-q4"]
 
 
-def run(code, *words):
-    out = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, timeout=300)
+def run(code, *arguments):
+    out = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
     assert out.returncode == 0, out.stderr[-3000:]
 
 
@@ -46,7 +49,7 @@ def prompt(request):
     return load_file(request.getfixturevalue("mini") / "reference.safetensors")["prompt"]
 
 
-def peer_logits(folder, prompt, tmp_path):
+def mlx_lm_logits(folder, prompt, tmp_path):
     np.save(tmp_path / "prompt.npy", prompt)
     run(LOGITS, folder, tmp_path / "prompt.npy", tmp_path / "logits.npy")
     return np.load(tmp_path / "logits.npy")
@@ -64,17 +67,17 @@ def truncate(folder):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_loads_what_we_write_and_agrees_once_we_round_too(mini, tmp_path, prompt, relative_error, name):
+def test_mlx_lm_loads_what_we_write_and_agrees_once_we_round_too(mini, tmp_path, prompt, relative_error, name):
     mlx_gptoss.convert(mini / "mxfp4", tmp_path / "out", to=name)
-    theirs = peer_logits(tmp_path / "out", prompt, tmp_path)
-    assert relative_error(our_logits(tmp_path / "out", prompt), theirs) > 1e-3  # unrounded: OpenAI's, not theirs
+    theirs = mlx_lm_logits(tmp_path / "out", prompt, tmp_path)
+    assert relative_error(our_logits(tmp_path / "out", prompt), theirs) > 1e-3  # not rounded, as OpenAI computes it
     truncate(tmp_path / "out")
     assert relative_error(our_logits(tmp_path / "out", prompt), theirs) < 1e-4
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_we_load_what_it_writes(mini, tmp_path, prompt, relative_error, bits):
+def test_we_load_what_mlx_lm_writes_and_agree(mini, tmp_path, prompt, relative_error, bits):
     run(CONVERT, mini / "mxfp4", tmp_path / "theirs", bits)
     truncate(tmp_path / "theirs")
-    theirs = peer_logits(tmp_path / "theirs", prompt, tmp_path)
+    theirs = mlx_lm_logits(tmp_path / "theirs", prompt, tmp_path)
     assert relative_error(our_logits(tmp_path / "theirs", prompt), theirs) < 1e-4

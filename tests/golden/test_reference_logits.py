@@ -1,7 +1,6 @@
-"""Checkpoints that the reference tools wrote give the logits and the greedy text that transformers computed in float32,
-on every backend.
+"""Every backend computes transformers' float32 logits and greedy text, from checkpoints that the reference tools wrote.
 
-The weights are random and sharp: a wrong convention anywhere shows as an error of tens of percent.
+The weights are random and sharp: any wrong convention shows as an error of tens of percent.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ REFERENCE = {  # folder or file -> the file that holds its logits
     "gguf/model-q8_0.gguf": "gguf-q8_0.reference",
 }
 GREEDY = Sampling(temperature=0)
-SMALLEST_MARGIN = 1e-3
+MIN_MARGIN = 1e-3  # between the best and the second-best logit of a greedy token
 
 
 @pytest.fixture(params=REFERENCE)
 def case(request, mini, shared):
-    """(checkpoint, reference tensors), from tests/data or else from the bigger collection."""
+    """(checkpoint, reference tensors), from tests/data or else from the larger collection of fixtures."""
     for root in (mini, shared / "fixtures" / "mini"):
         if (root / request.param).exists():
             return root / request.param, load_file(root / f"{REFERENCE[request.param]}.safetensors")
@@ -44,35 +43,37 @@ def backend(request, backend_module):
     return request.param
 
 
-def until_close_call(reference) -> int:
-    """How many greedy tokens are beyond doubt."""
-    close = np.flatnonzero(reference["margin"] < SMALLEST_MARGIN)
+def count_certain(reference) -> int:
+    """The number of greedy tokens before the first whose margin is too small to be certain."""
+    close = np.flatnonzero(reference["margin"] < MIN_MARGIN)
     return int(close[0]) if close.size else len(reference["greedy"])
 
 
-def test_logits(case, backend, relative_error):
+def test_logits_match_the_reference(case, backend, device_of, relative_error):
     folder, reference = case
-    with mlx_gptoss.load(folder, backend=backend, device="cpu", dtype="float32") as model:
+    with mlx_gptoss.load(folder, backend=backend, device=device_of(backend), dtype="float32") as model:
         logits = model.logits(reference["prompt"].tolist())
     assert logits.dtype == np.float32
     assert relative_error(logits, reference["logits"]) < 1e-4
 
 
-def test_cached_generation(case, backend):
+def test_greedy_generation_matches_the_reference(case, backend, device_of):
     folder, reference = case
-    with mlx_gptoss.load(folder, backend=backend, device="cpu", dtype="float32") as model:
+    with mlx_gptoss.load(folder, backend=backend, device=device_of(backend), dtype="float32") as model:
         done = model.complete(reference["prompt"].tolist(), max_tokens=48, sampling=GREEDY)
-    sure = min(until_close_call(reference), len(done.ids))
-    assert sure > 8
-    assert list(done.ids[:sure]) == reference["greedy"][:sure].tolist()
+    certain = min(count_certain(reference), len(done.ids))
+    assert certain > 8
+    assert list(done.ids[:certain]) == reference["greedy"][:certain].tolist()
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 7, 8, 9, 16, 17, 95, 96])
-def test_prefill_chunks_that_do_not_divide_the_window(mini, backend, backend_module, relative_error, chunk):
+def test_chunked_prefill_matches_the_reference(mini, backend, backend_module, device_of, relative_error, chunk):
     reference = load_file(mini / "reference.safetensors")
     prompt = tuple(reference["prompt"].tolist())
     checkpoint = checkpoints.open(mini / "mxfp4")
-    runner = backend_module(backend).load(checkpoint, device="cpu", dtype="float32", limits=Limits(3, 200, chunk))
+    runner = backend_module(backend).load(
+        checkpoint, device=device_of(backend), dtype="float32", limits=Limits(3, 200, chunk)
+    )
     assert relative_error(runner.logits(prompt), reference["logits"]) < 1e-4
     for start in range(0, len(prompt), chunk):
         piece = prompt[start : start + chunk]
@@ -81,5 +82,5 @@ def test_prefill_chunks_that_do_not_divide_the_window(mini, backend, backend_mod
         pending = runner.submit([row])
     ids = [pending.wait()[0].token]
     ids += [runner.submit([Row(1, len(prompt) + i, None, GREEDY)]).wait()[0].token for i in range(47)]
-    sure = until_close_call(reference)
-    assert ids[:sure] == reference["greedy"][:sure].tolist()
+    certain = count_certain(reference)
+    assert ids[:certain] == reference["greedy"][:certain].tolist()

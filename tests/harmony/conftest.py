@@ -1,5 +1,5 @@
-"""Tokenizers: a small one made here, the bundled model's, and the published vocabulary with openai-harmony's encoding
-of it as reference. Texts drawn from a grammar."""
+"""Fixtures: tokenizers (a small one built here, the bundled model's, the published one), openai-harmony's encoding of
+the published vocabulary as the reference, a parser that checks its own deltas, and random texts from a grammar."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SPLIT_PATTERN = "|".join(
 
 
 def byte_alphabet() -> list[str]:
-    """The character of each byte, in the order of bytes."""
+    """Return the character that byte-level BPE uses for each byte, in the order of bytes."""
     others = iter(range(0x100, 0x200))
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
@@ -61,6 +61,7 @@ def byte_alphabet() -> list[str]:
 def byte_level_tokenizer(
     ids: dict[bytes, int], merges: list[tuple[bytes, bytes]], specials: dict[str, int]
 ) -> Tokenizer:
+    """Build a byte-level BPE tokenizer with the published split pattern."""
     letters = byte_alphabet()
 
     def as_text(token: bytes) -> str:
@@ -83,7 +84,7 @@ def byte_level_tokenizer(
 
 @pytest.fixture(scope="session")
 def small() -> Tokenizer:
-    """256 bytes, a few words, Harmony's specials."""
+    """A tokenizer with the 256 bytes, a few words and Harmony's special tokens."""
     ids = {bytes([byte]): byte for byte in range(256)}
     merges = []
     for word in (b"as", b"sis", b"tan", b"fin", b"al", b"\xf0\x9f", b" to"):
@@ -102,8 +103,10 @@ class Parsed:
 
 @pytest.fixture(scope="session")
 def parse(small: Tokenizer) -> Callable[[str | Iterable[int]], Parsed]:
-    """Reads ids, or text in which special tokens are meant, with the small vocabulary. Deltas must come in order, each
-    message start once, and what they say be what the messages hold."""
+    """A function that parses ids, or text with special tokens, with the small vocabulary.
+
+    It checks that deltas come in order, that each message starts once, and that deltas and messages agree.
+    """
 
     def read(stream: str | Iterable[int]) -> Parsed:
         parser = Parser(small)
@@ -133,7 +136,7 @@ def vocabulary_file() -> Path:
 
 @pytest.fixture(scope="session")
 def published(vocabulary_file: Path) -> Tokenizer:
-    """The published vocabulary, its ranks turned into merges."""
+    """A tokenizer with the published vocabulary. The file lists tokens by rank; merges are derived from it."""
     rows = (line.split() for line in vocabulary_file.read_bytes().splitlines())
     ids = {base64.b64decode(token): int(rank) for token, rank in rows}
     merges = [last_merge(token, ids) for token in ids if len(token) > 1]
@@ -141,7 +144,7 @@ def published(vocabulary_file: Path) -> Tokenizer:
 
 
 def last_merge(token: bytes, ids: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The last merge that makes `token`: merge its bytes, lowest rank first, until two parts are left."""
+    """Return the last merge that produces `token`: merge its bytes, lowest rank first, until two parts are left."""
     parts = [token[place : place + 1] for place in range(len(token))]
     while len(parts) > 2:
         ranked = ((ids.get(parts[at] + parts[at + 1], len(ids)), at) for at in range(len(parts) - 1))
@@ -152,7 +155,7 @@ def last_merge(token: bytes, ids: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 @pytest.fixture(scope="session")
 def reference(vocabulary_file: Path) -> Any:
-    """openai-harmony's encoding, fed the same file so that it does not fetch one."""
+    """openai-harmony's encoding. It reads the same vocabulary file instead of downloading one."""
     openai_harmony = pytest.importorskip("openai_harmony", reason="openai-harmony comes with the `test` extra")
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TIKTOKEN_ENCODINGS_BASE", str(vocabulary_file.parent))
@@ -161,32 +164,36 @@ def reference(vocabulary_file: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def nano() -> Tokenizer:
-    """The bundled model's."""
+    """The tokenizer of the bundled model."""
     return Tokenizer.from_folder(NANO)
 
 
 @pytest.fixture(scope="session")
 def allowed_ids() -> Callable[[bytes, int], list[int]]:
-    """The ids below `size` that a mask allows."""
+    """A function that lists the ids below `size` that a mask allows."""
     return lambda mask, size: [id for id in range(size) if mask[id >> 3] >> (id & 7) & 1]
 
 
 @pytest.fixture(scope="session")
 def sample_text(allowed_ids: Any) -> Callable[..., str | None]:
-    """A text of tokens drawn evenly from what a grammar's mask allows, in favour of what closes; None for one that got
-    too long."""
+    """A function that samples a text under a grammar, or returns None if it gets too long.
 
-    def draw(grammar: Grammar, tokenizer: Tokenizer, end: str, random: Random, max_tokens: int = 2000) -> str | None:
-        text, end_id, ids = grammar.matcher(tokenizer.special(end)), tokenizer.special(end), []
+    Tokens are drawn evenly from those that the mask allows. The end, and tokens that close a string, an object or an
+    array, are preferred, so that most texts end.
+    """
+
+    def sample(grammar: Grammar, tokenizer: Tokenizer, end: str, random: Random, max_tokens: int = 2000) -> str | None:
+        end_id, ids = tokenizer.special(end), []
+        matcher = grammar.matcher(end_id)
         for _ in range(max_tokens):
-            choices = allowed_ids(text.mask(), tokenizer.vocab_size)
+            choices = allowed_ids(matcher.mask(), tokenizer.vocab_size)
             assert not [id for id in choices if tokenizer.is_special(id) and id != end_id]
             if end_id in choices and (len(choices) == 1 or random.random() < 0.3):
                 return tokenizer.decode(ids)
             closing = [id for id in choices if tokenizer.token_bytes(id) in (b'"', b"}", b"]")]
             kept = closing if closing and random.random() < 0.3 else [id for id in choices if id != end_id]
             ids.append(random.choice(kept))
-            text.accept(ids[-1])
+            matcher.accept(ids[-1])
         return None
 
-    return draw
+    return sample

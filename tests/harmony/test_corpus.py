@@ -1,5 +1,8 @@
-"""Whole conversations, generated, rendered as openai-harmony renders them, id for id: every role, channel, recipient,
-content type and name, instructions, functions of any schema, built-in tools, efforts, dates and identities."""
+"""Generated conversations are rendered to the same ids as by openai-harmony.
+
+They cover every role, channel, recipient, content type and name, instructions, functions with any schema, built-in
+tools, reasoning efforts, dates and identities.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from mlx_gptoss.tokenizer import Tokenizer
 
 NAMES = st.text("abZ_9é", min_size=1, max_size=6)
 NOTES = st.text('ab "\\\n\r/{}é\u2028', max_size=12)
-# Few digits and small exponents: openai-harmony reads longer ones without rounding them to the nearest float.
+# Few digits and small exponents: openai-harmony does not round longer numbers to the nearest float.
 FLOATS = st.builds(lambda digits, exponent: float(f"{digits}e{exponent}"), st.integers(-999, 999), st.integers(-20, 20))
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64) | FLOATS | NOTES,
@@ -107,7 +110,7 @@ CONVERSATIONS = st.builds(
 
 
 def to_openai_harmony(conversation: Conversation) -> Any:
-    """The same conversation in openai-harmony's own terms."""
+    """Return the same conversation as openai-harmony's Conversation."""
     import openai_harmony as oh
 
     system = oh.SystemContent(
@@ -137,9 +140,13 @@ def to_openai_harmony_message(message: Message) -> Any:
     import openai_harmony as oh
 
     author = oh.Author(role=oh.Role(message.role), name=message.name)
-    judged = oh.Message.from_author_and_content(author, message.content)
-    judged.channel, judged.recipient, judged.content_type = message.channel, message.recipient, message.content_type
-    return judged
+    converted = oh.Message.from_author_and_content(author, message.content)
+    converted.channel, converted.recipient, converted.content_type = (
+        message.channel,
+        message.recipient,
+        message.content_type,
+    )
+    return converted
 
 
 def reference_ids(reference: Any, conversation: Conversation, *, drop: bool = True) -> list[int]:
@@ -151,7 +158,7 @@ def reference_ids(reference: Any, conversation: Conversation, *, drop: bool = Tr
 
 @settings(max_examples=200, deadline=None)
 @given(conversation=CONVERSATIONS)
-def test_ids_are_openai_harmonys(published: Tokenizer, reference: Any, conversation: Conversation) -> None:
+def test_ids_match_openai_harmony(published: Tokenizer, reference: Any, conversation: Conversation) -> None:
     assert render(conversation, published) == reference_ids(reference, conversation)
 
 
@@ -163,7 +170,7 @@ def test_many_more_ids(published: Tokenizer, reference: Any, conversation: Conve
 
 
 @pytest.mark.parametrize("name", ["browser", "python"])
-def test_a_builtin_tool_has_openai_harmonys_words(published: Tokenizer, reference: Any, name: Any) -> None:
+def test_builtin_tools_are_declared_as_by_openai_harmony(published: Tokenizer, reference: Any, name: Any) -> None:
     for functions in ((), (Function("add"),)):
         conversation = Conversation((TURNS[0],), builtin_tools=(name,), functions=functions)
         ids = render(conversation, published)
@@ -173,7 +180,7 @@ def test_a_builtin_tool_has_openai_harmonys_words(published: Tokenizer, referenc
 
 @settings(max_examples=200, deadline=None)
 @given(functions=FUNCTIONS.filter(len))
-def test_any_schema_is_written_as_openai_harmony_does(reference: Any, functions: tuple[Function, ...]) -> None:
+def test_any_schema_is_declared_as_by_openai_harmony(reference: Any, functions: tuple[Function, ...]) -> None:
     import openai_harmony as oh
 
     content = oh.DeveloperContent.new().with_function_tools([to_openai_harmony_tool(tool) for tool in functions])
@@ -184,7 +191,7 @@ def test_any_schema_is_written_as_openai_harmony_does(reference: Any, functions:
 
 @settings(max_examples=100, deadline=None)
 @given(answer=TEXTS, thought=TEXTS)
-def test_targets_are_openai_harmonys(published: Tokenizer, reference: Any, thought: str, answer: str) -> None:
+def test_training_targets_match_openai_harmony(published: Tokenizer, reference: Any, thought: str, answer: str) -> None:
     import openai_harmony as oh
 
     reply = (Message("assistant", thought, "analysis"), Message("assistant", answer, "final"))
@@ -196,11 +203,13 @@ def test_targets_are_openai_harmonys(published: Tokenizer, reference: Any, thoug
 
 @settings(max_examples=100, deadline=None)
 @given(conversation=CONVERSATIONS)
-def test_old_reasoning_is_dropped_further_than_openai_harmony_does(
+def test_without_old_reasoning_drops_at_least_what_openai_harmony_drops(
     published: Tokenizer, reference: Any, conversation: Conversation
 ) -> None:
-    """openai-harmony drops analysis before the first final answer, and only right after a final one. What is left
-    when ours was dropped, up to the last one, is shown as it is: neither finds more to drop."""
+    """openai-harmony drops analysis before the first final answer, and only if a final answer comes last.
+
+    without_old_reasoning drops analysis up to the last final answer. After that, neither renderer drops more.
+    """
     kept = Conversation(without_old_reasoning(conversation.messages))
     finals = [place for place, message in enumerate(kept.messages) if message.channel == "final"]
     old = kept.messages[: finals[-1]] if finals else ()

@@ -1,4 +1,4 @@
-"""What the grammar of a schema lets through is JSON that obeys the schema, whatever is drawn; the rest is refused."""
+"""Grammars: every text that a grammar allows is valid under its schema; schemas that cannot be enforced are refused."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ SCHEMAS: dict[str, Any] = json.loads((Path(__file__).parents[1] / "data" / "sche
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
-def test_whatever_is_drawn_obeys_the_schema(nano: Tokenizer, sample_text: Any, name: str) -> None:
+def test_sampled_texts_are_valid_under_the_schema(nano: Tokenizer, sample_text: Any, name: str) -> None:
     jsonschema = pytest.importorskip("jsonschema")
     schema, random = SCHEMAS[name], Random(name)
-    grammar, reference = Grammar(schema, nano, "schema"), jsonschema.Draft202012Validator(schema)
+    grammar, validator = Grammar(schema, nano, "schema"), jsonschema.Draft202012Validator(schema)
     texts = [sample_text(grammar, nano, RETURN, random) for _ in range(12)]
     finished = [text for text in texts if text is not None]
     assert len(finished) > 8
     for text in finished:
-        reference.validate(json.loads(text))
-        assert text.encode("utf-8")  # no half of a surrogate pair
+        validator.validate(json.loads(text))
+        assert text.encode("utf-8")  # no lone surrogate
     assert not any("  " in text.replace("\n", "\n|").split("|")[0] for text in finished if '"' not in text)
 
 
-def test_blanks_are_bounded_and_both_usual_layouts_are_allowed(nano: Tokenizer, allowed_ids: Any) -> None:
+def test_whitespace_is_bounded_and_usual_layouts_are_allowed(nano: Tokenizer, allowed_ids: Any) -> None:
     value = {"a": [1, {"b": "x"}], "c": {}}
     schema = {"const": value}
     for layout in (json.dumps(value), json.dumps(value, indent=2), json.dumps(value, separators=(",", ":"))):
-        text = Grammar(schema, nano, "schema").matcher(nano.special(CALL))
+        matcher = Grammar(schema, nano, "schema").matcher(nano.special(CALL))
         for id in nano.encode(layout):
-            text.accept(id)
-        assert allowed_ids(text.mask(), nano.vocab_size) == [nano.special(CALL)]
-    text = Grammar(schema, nano, "schema").matcher(nano.special(CALL))
+            matcher.accept(id)
+        assert allowed_ids(matcher.mask(), nano.vocab_size) == [nano.special(CALL)]
+    matcher = Grammar(schema, nano, "schema").matcher(nano.special(CALL))
     for id in nano.encode("{\n" + 24 * " "):
-        text.accept(id)
-    assert allowed_ids(text.mask(), nano.vocab_size) == nano.encode('"')
+        matcher.accept(id)
+    assert allowed_ids(matcher.mask(), nano.vocab_size) == nano.encode('"')
 
 
-def test_what_the_mask_forbids_is_an_error(nano: Tokenizer) -> None:
-    text = Grammar({"type": "integer"}, nano, "schema").matcher(nano.special(RETURN))
-    with pytest.raises(GptOssError, match="does not obey"):
-        text.accept(nano.encode("x")[0])
+def test_accepting_a_masked_token_is_an_error(nano: Tokenizer) -> None:
+    matcher = Grammar({"type": "integer"}, nano, "schema").matcher(nano.special(RETURN))
+    with pytest.raises(GptOssError, match="not allowed by the schema"):
+        matcher.accept(nano.encode("x")[0])
 
 
-def test_masks_of_text_hold_no_special_token_and_no_hole(nano: Tokenizer, allowed_ids: Any) -> None:
+def test_the_text_mask_has_no_special_and_no_empty_token(nano: Tokenizer, allowed_ids: Any) -> None:
     known = vocabulary(nano)
     ids = allowed_ids(known.text_mask, len(known.text_mask) * 8)
     assert ids == [id for id in range(nano.vocab_size) if nano.token_bytes(id) and not nano.is_special(id)]
@@ -74,13 +74,13 @@ REFUSED: list[tuple[Any, str]] = [
     ({"type": "integer", "minimun": 3}, "'minimun'"),
     ({"x-guidance": {"lenient": True}, "uniqueItems": True}, "'x-guidance'"),
     ({"properties": {"a": {"$id": "b"}}}, "'\\$id'"),
-    ({"type": "string", "format": "color"}, "format 'color' is not known"),
-    ({"type": "text"}, "no type 'text'"),
+    ({"type": "string", "format": "color"}, "unknown format 'color'"),
+    ({"type": "text"}, "unknown type 'text'"),
     ({"type": "array", "items": [{"type": "string"}]}, "prefixItems"),
     ({"anyOf": []}, "non-empty list"),
     ({"allOf": {"type": "string"}}, "non-empty list"),
-    ({"properties": []}, "object of schemas"),
-    ({"properties": {"a": 3}}, "3 is no schema"),
+    ({"properties": []}, "map names to schemas"),
+    ({"properties": {"a": 3}}, "3 is not a schema"),
     ({"$ref": "https://example.org/schema"}, "must begin with #/"),
     ({"$ref": "#/$defs/a"}, "points to nothing"),
     ({"$ref": "#/examples/0", "examples": [{"not": {}}]}, "#/examples/0: the keyword 'not'"),
@@ -96,13 +96,13 @@ REFUSED: list[tuple[Any, str]] = [
     ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
     ({"oneOf": [{"$ref": "#/$defs/a"}, {"$ref": "#/$defs/a"}], "$defs": {"a": {"type": "object"}}}, "oneOf"),
     ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
-    ({"type": "string", "pattern": "["}, "is no pattern"),
+    ({"type": "string", "pattern": "["}, "is invalid"),
     ({"type": "string", "pattern": "(a"}, "regex parse error"),
-    ({"type": "string", "pattern": 3}, "is no pattern"),
-    ({"patternProperties": {"\\bx": {}}}, "is no pattern"),
+    ({"type": "string", "pattern": 3}, "is invalid"),
+    ({"patternProperties": {"\\bx": {}}}, "is invalid, or uses"),
     ({"type": "object", "patternProperties": {"a": {"type": "integer"}, "b": {"type": "string"}}}, "not disjoint"),
     ({"patternProperties": {f"^a{n}_": {} for n in range(51)}}, "more than 50 patterns"),
-    ({"properties": {"a": {}}, "patternProperties": {"^(a)$": {}}}, "match no name but those in properties"),
+    ({"properties": {"a": {}}, "patternProperties": {"^(a)$": {}}}, "may match only names in properties"),
     ({"oneOf": [{"const": str(n)} for n in range(101)]}, "more than 100 schemas"),
     ({"enum": []}, "Unsatisfiable"),
     ({"allOf": [{"type": "string"}, {"type": "number"}]}, "Unsatisfiable"),
@@ -110,16 +110,16 @@ REFUSED: list[tuple[Any, str]] = [
     ({"enum": {1, 2}}, "plain JSON"),
     ({"const": float("nan")}, "plain JSON"),
     ({"description": "x" * MAX_CHARACTERS}, "characters"),
-    ({"anyOf": [{"const": n} for n in range(3000)]}, "2000 schemas"),
+    ({"anyOf": [{"const": n} for n in range(3000)]}, "2000 subschemas"),
 ]
 
 
 @pytest.mark.parametrize(("schema", "complaint"), REFUSED, ids=lambda value: str(value)[:40])
-def test_what_cannot_be_enforced_is_refused_by_name(nano: Tokenizer, schema: Any, complaint: str) -> None:
+def test_a_schema_that_cannot_be_enforced_is_refused_by_name(nano: Tokenizer, schema: Any, complaint: str) -> None:
     with pytest.raises(InvalidRequest, match=complaint) as refusal:
         Grammar(schema, nano, "response_format")
-    assert str(refusal.value).startswith("response_format") and "\n" not in str(refusal.value)
-    assert len(str(refusal.value)) < 800
+    message = str(refusal.value)
+    assert message.startswith("response_format") and "\n" not in message and len(message) < 800
 
 
 def test_a_schema_nested_too_deeply_is_refused(nano: Tokenizer) -> None:
@@ -131,17 +131,19 @@ def test_a_schema_nested_too_deeply_is_refused(nano: Tokenizer) -> None:
             Grammar(schema, nano, "schema")
 
 
-def test_one_of_what_excludes_each_other_is_any_of_it() -> None:
+def test_one_of_disjoint_schemas_becomes_any_of() -> None:
     text = normalize_schema(SCHEMAS["one of, tagged, by reference"], "schema")
     assert "oneOf" not in text and next(iter(json.loads(text))) == "anyOf"
-    for open_to_doubt in (
-        {"oneOf": [{"type": "string"}, {"type": "null"}], "anyOf": [{"type": "null"}]},  # there can be only one anyOf
+    for schema in (
         {"oneOf": [{"type": "boolean"}, {"enum": [False, []]}]},
         {"oneOf": [{}, {"type": "null"}]},
         {"oneOf": [{"enum": ["a", "b"]}, {"const": "b"}]},
     ):
-        with pytest.raises(InvalidRequest, match="oneOf: two of its schemas may hold at once"):
-            normalize_schema(open_to_doubt, "schema")
+        with pytest.raises(InvalidRequest, match="oneOf: two of its schemas may match the same value"):
+            normalize_schema(schema, "schema")
+    both = {"oneOf": [{"type": "string"}, {"type": "null"}], "anyOf": [{"type": "null"}]}
+    with pytest.raises(InvalidRequest, match="oneOf and anyOf in the same schema"):
+        normalize_schema(both, "schema")
     assert "anyOf" in normalize_schema({"oneOf": [{"enum": ["a", "b"]}, {"const": "c"}, {"const": 1}]}, "schema")
 
 
@@ -178,23 +180,23 @@ HOSTILE: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_schema_is_refused_or_costs_little(nano: Tokenizer, allowed_ids: Any, name: str) -> None:
-    """CPU seconds, which a busy machine hardly changes; usually a tenth of the limits."""
+    """The limits are in CPU seconds, which a busy machine hardly changes. Usually a tenth of them is used."""
     random, longest = Random(name), 0.0
-    begun = time.process_time()
+    started = time.process_time()
     try:
-        text = Grammar(HOSTILE[name], nano, "schema").matcher(nano.special(RETURN))
+        matcher = Grammar(HOSTILE[name], nano, "schema").matcher(nano.special(RETURN))
     except InvalidRequest:
-        assert time.process_time() - begun < 10
+        assert time.process_time() - started < 10
         return
-    assert time.process_time() - begun < 10
+    assert time.process_time() - started < 10
     for _ in range(100):
-        begun = time.process_time()
+        started = time.process_time()
         try:
-            choices = allowed_ids(text.mask(), nano.vocab_size)
+            choices = allowed_ids(matcher.mask(), nano.vocab_size)
         except GptOssError:
             break
-        longest = max(longest, time.process_time() - begun)
+        longest = max(longest, time.process_time() - started)
         if choices == [nano.special(RETURN)]:
             break
-        text.accept(random.choice([id for id in choices if not nano.is_special(id)]))
+        matcher.accept(random.choice([id for id in choices if not nano.is_special(id)]))
     assert longest < 1

@@ -1,4 +1,4 @@
-"""Replies drawn evenly from what a guide allows: whole Harmony, which the parser reads as the guide meant it."""
+"""Guides: replies sampled under a guide are well-formed Harmony, and the parser reads them as the guide intended."""
 
 from __future__ import annotations
 
@@ -36,8 +36,11 @@ def guided(tokenizer: Tokenizer, choice: ToolChoice = AUTO, parallel: bool = Tru
 
 
 def sample_reply(guide: HarmonyGuide, tokenizer: Tokenizer, random: Random) -> list[int]:
-    """Ids drawn evenly from the mask, up to a stop id. Special tokens, where they may come, are drawn one time in four,
-    and so are tokens that close a text."""
+    """Sample a reply under the guide, up to and including a stop token.
+
+    Tokens are drawn evenly from the mask, except that one time in four special tokens are preferred, and one time in
+    four tokens that close a string, an object or an array.
+    """
     stops, ids = {tokenizer.special(RETURN), tokenizer.special(CALL)}, []
     while True:
         mask = guide.mask()
@@ -78,7 +81,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_parser_reads_what_the_guide_meant(nano: Tokenizer, case: str) -> None:
+def test_the_parser_reads_sampled_replies_as_intended(nano: Tokenizer, case: str) -> None:
     options, random, seen = CASES[case], Random(case), set()
     names = {f"functions.{f.name}" for f in options.get("functions", ())}
     choice = options.get("choice", AUTO)
@@ -98,7 +101,7 @@ def test_the_parser_reads_what_the_guide_meant(nano: Tokenizer, case: str) -> No
             assert not calls and last.channel == "final" and choice.kind != "required"
             if "response_format" in options:
                 assert isinstance(json.loads(last.content)["n"], int)
-                assert [m.channel for m in messages].count("commentary") == 0  # it would be part of the text
+                assert [m.channel for m in messages].count("commentary") == 0  # a preamble would be part of the text
         if choice.kind == "required":
             assert len(before) <= 2
     offered = {"browser.search", "browser.open", "browser.find", "python"} if "builtin_tools" in options else names
@@ -128,7 +131,7 @@ def test_nothing_to_enforce_needs_no_guide(nano: Tokenizer) -> None:
         ],
     ],
 )
-def test_what_the_model_was_trained_to_write_is_allowed(nano: Tokenizer, messages: list[Message]) -> None:
+def test_replies_like_those_in_training_are_allowed(nano: Tokenizer, messages: list[Message]) -> None:
     guide = guided(nano, response_format=FORM, functions=(STRICT, FREE))
     *ids, last = render_reply(messages, nano)
     for id in ids:
@@ -137,7 +140,7 @@ def test_what_the_model_was_trained_to_write_is_allowed(nano: Tokenizer, message
     assert guide.mask()[last >> 3] >> (last & 7) & 1
 
 
-def test_recipients_may_stand_behind_the_channel(nano: Tokenizer) -> None:
+def test_the_recipient_may_follow_the_channel(nano: Tokenizer) -> None:
     text = '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Oslo"}'
     guide, ids = guided(nano, functions=(STRICT,)), nano.encode_with_specials(text)
     for id in ids:
@@ -147,7 +150,7 @@ def test_recipients_may_stand_behind_the_channel(nano: Tokenizer) -> None:
     assert (message.recipient, message.content) == ("functions.get_weather", '{"city": "Oslo"}')
 
 
-def test_analysis_is_any_text_and_its_end(nano: Tokenizer) -> None:
+def test_analysis_may_be_any_text(nano: Tokenizer) -> None:
     guide = guided(nano, response_format=FORM)
     for id in nano.encode_with_specials("<|channel|>analysis<|message|>{"):
         guide.accept(id)
@@ -156,18 +159,18 @@ def test_analysis_is_any_text_and_its_end(nano: Tokenizer) -> None:
     assert allowed == text | {nano.special(END)}
 
 
-def test_a_token_outside_the_mask_is_an_error(nano: Tokenizer) -> None:
-    with pytest.raises(GptOssError, match="fits into no header"):
+def test_accepting_a_masked_header_token_is_an_error(nano: Tokenizer) -> None:
+    with pytest.raises(GptOssError, match="not allowed in this header"):
         guided(nano, response_format=FORM).accept(nano.encode("x")[0])
 
 
 @pytest.mark.parametrize(
     ("fields", "choice", "complaint"),
     [
-        ({}, REQUIRED, "there is none"),
+        ({}, REQUIRED, "^tool_choice requires a call, but no function is declared"),
         ({"response_format": ResponseFormat({"not": {}})}, AUTO, "^response_format cannot be enforced"),
         ({"functions": (Function("f", "", {"not": {}}, True),)}, AUTO, "^the parameters of 'f' cannot be enforced"),
-        ({"functions": (Function("f" * 250),)}, REQUIRED, "shorter"),
+        ({"functions": (Function("f" * 250),)}, REQUIRED, "250 characters, more than 246; use a shorter one"),
     ],
 )
 def test_refusals(nano: Tokenizer, fields: dict[str, Any], choice: ToolChoice, complaint: str) -> None:

@@ -1,5 +1,6 @@
-"""What a mask costs at the published vocabulary, against a decoding step of four full-size layers of 20b on a CPU.
+"""The cost of a grammar's mask with the published vocabulary, relative to a decoding step on a CPU.
 
+The step is that of four full-size layers of gpt-oss-20b with synthetic weights. Run it with
 python -m pytest -s -m slow tests/harmony/test_mask_cost.py
 """
 
@@ -49,23 +50,23 @@ TOKENS, TURNS = 12, 5
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
+    started = time.perf_counter()
     function()
-    return time.perf_counter() - begun
+    return time.perf_counter() - started
 
 
 def mask_seconds(grammar: Grammar, tokenizer: Tokenizer) -> list[float]:
-    """Of each token of JSON in two layouts: the mask before it, and taking it in."""
+    """Return the seconds that each token of a JSON text takes, in two layouts: computing its mask and accepting it."""
     times = []
     for indent in (None, 2):
-        text = grammar.matcher(tokenizer.special(RETURN))
+        matcher = grammar.matcher(tokenizer.special(RETURN))
         for id in tokenizer.encode(json.dumps([RECORD] * 4, ensure_ascii=False, indent=indent)[:-1].rstrip()):
-            times.append(seconds(text.mask) + seconds(lambda text=text, id=id: text.accept(id)))
+            times.append(seconds(matcher.mask) + seconds(lambda matcher=matcher, id=id: matcher.accept(id)))
     return times
 
 
 def applying_seconds(backend: str, module: Any, mask: bytes, vocabulary: int) -> float:
-    """How much longer the sampler takes with a mask, the result read."""
+    """Return how much longer sampling takes with a mask than without, including the read of the result."""
     sample = import_module(".sample", module.__name__)
     array = import_module("mlx.core").array if backend == "mlx" else import_module("torch").tensor
     logits, sampling = array(np.random.default_rng(0).normal(size=(1, vocabulary)).astype(np.float32)), Sampling(seed=1)

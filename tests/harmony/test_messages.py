@@ -1,4 +1,4 @@
-"""Conversations that grow: results of calls, and which reasoning is kept."""
+"""Conversations that grow turn by turn: results of calls, and which reasoning is kept."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ANSWER = Message("assistant", "three", "final")
     [
         (CALL, "f", RESULT),
         (CALL, "functions.f", RESULT),
-        (ASKED, "f", RESULT),  # a call that is not in the conversation
+        (ASKED, "f", RESULT),  # no such call in the conversation
         (CODE, "python", Message("tool", "3", "analysis", "assistant", name="python")),
         (Message("assistant", "{}", "analysis", "browser.open", "code"), "browser.open", None),
         (Message("assistant", "{}", "commentary", "functions.python"), "python", None),
@@ -30,18 +30,20 @@ ANSWER = Message("assistant", "three", "final")
         (Message("assistant", "{}", "final", "functions.f"), "f", RESULT),
     ],
 )
-def test_a_result_comes_from_whom_the_call_went_to(call: Message, function: str, result: Message | None) -> None:
+def test_the_author_of_a_result_is_the_recipient_of_the_call(
+    call: Message, function: str, result: Message | None
+) -> None:
     conversation = Conversation((ASKED, call)).with_result(function, "3")
     expected = result or Message("tool", "3", call.channel, "assistant", name=call.recipient)
     assert conversation.messages == (ASKED, call, expected)
 
 
-def test_the_latest_call_of_a_name_is_answered() -> None:
+def test_a_result_answers_the_latest_call_of_that_name() -> None:
     conversation = Conversation((CODE, Message("assistant", "{}", "commentary", "functions.python")))
     assert conversation.with_result("python", "3").messages[-1].name == "functions.python"
 
 
-def test_reasoning_stays_between_a_call_and_its_result_and_goes_after_the_answer() -> None:
+def test_reasoning_is_kept_until_the_final_answer() -> None:
     turn = (ASKED, THOUGHT, PREAMBLE, CALL, RESULT, THOUGHT, CODE, OUTPUT)
     assert without_old_reasoning(turn) == turn
     kept = (ASKED, PREAMBLE, CALL, RESULT, ANSWER)

@@ -1,4 +1,4 @@
-"""Chat requests as dicts -> conversations; what is refused, and that the refusal says what to do."""
+"""Chat requests in OpenAI's form: what they become, what is refused, and what the error messages say."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     "tool", [ADD, {"type": "function", **ADD}, {"type": "function", "function": {**ADD, "strict": False}}]
 )
-def test_tools_in_each_form(tool: dict[str, Any]) -> None:
+def test_tools_in_every_form(tool: dict[str, Any]) -> None:
     expected = (Function("add", "Adds.", {"type": "object", "properties": {}}),)
     assert functions_from_tools([tool]) == expected
     assert functions_from_tools(expected) == expected
@@ -66,12 +66,12 @@ def test_tools_in_each_form(tool: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("field", ["reasoning", "reasoning_content", "thinking"])
-def test_reasoning_under_each_name(field: str) -> None:
+def test_reasoning_under_every_field_name(field: str) -> None:
     turns = from_chat([USER, {"role": "assistant", field: "hm", "content": "2"}]).messages[1:]
     assert turns == (Message("assistant", "hm", "analysis"), Message("assistant", "2", "final"))
 
 
-def test_calls_in_variants() -> None:
+def test_variants_of_calls() -> None:
     call = {"function": {"name": "functions.add", "arguments": {"a": "é"}}, "index": 0}
     turns = from_chat(
         [
@@ -114,23 +114,26 @@ def calling(call: Any) -> list[Any]:
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "reads only text"),
         ([{"role": "user", "content": ["Hi"]}], "reads only text"),
         ([{"role": "user", "content": [{"type": "text", "text": 3}]}], "text must be a string"),
-        ([{"role": "user", "content": "Hi", "name": "a b"}], "made of letters"),
-        (after_user({"role": "assistant", "content": None}), "says nothing"),
-        (after_user({"role": "assistant", "tool_calls": []}), "says nothing"),
-        (after_user({"role": "assistant", "content": "a", "reasoning": "b", "thinking": "c"}), "reasoning twice"),
+        ([{"role": "user", "content": "Hi", "name": "a b"}], "consist of letters"),
+        (after_user({"role": "assistant", "content": None}), "is empty"),
+        (after_user({"role": "assistant", "tool_calls": []}), "is empty"),
+        (
+            after_user({"role": "assistant", "content": "a", "reasoning": "b", "thinking": "c"}),
+            "two different reasoning texts",
+        ),
         (after_user({"role": "assistant", "content": "a", "function_call": {"name": "f"}}), "'function_call'"),
         (calling("add"), "tool_calls must be a list"),
         (calling(["add"]), r"tool_calls\[0\] must be"),
         (calling([{"id": "c1", "type": "custom"}]), "must be"),
-        (calling([{"id": "c1", "function": {"name": "a b"}}]), "made of letters"),
+        (calling([{"id": "c1", "function": {"name": "a b"}}]), "consist of letters"),
         (calling([{"id": "c1", "function": {"name": "add", "arguments": 3}}]), "JSON in a string"),
         (calling([{"id": "c1", "function": None}]), "function must be"),
         (after_user({"role": "tool", "content": "2"}), "tool_call_id"),
-        (after_user({"role": "tool", "content": "2", "tool_call_id": "c9"}), "which no assistant message"),
-        (after_user({"role": "tool", "content": "2", "tool_call_id": {}}), "which no assistant message"),
+        (after_user({"role": "tool", "content": "2", "tool_call_id": "c9"}), "which is in no assistant message"),
+        (after_user({"role": "tool", "content": "2", "tool_call_id": {}}), "which is in no assistant message"),
     ],
 )
-def test_refusals_of_messages(messages: Any, complaint: str) -> None:
+def test_refused_messages(messages: Any, complaint: str) -> None:
     with pytest.raises(InvalidRequest, match=complaint):
         from_chat(messages)
 
@@ -142,16 +145,16 @@ def test_refusals_of_messages(messages: Any, complaint: str) -> None:
         ([3], "only functions"),
         ([{"type": "web_search"}], "only functions"),
         ([{"type": "function", "function": "add"}], "function must be"),
-        ([{"type": "function", "function": {}}], "name must be made of letters"),
+        ([{"type": "function", "function": {}}], "name must consist of letters"),
         ([{**ADD, "parameters": "none"}], "JSON schema"),
         ([{**ADD, "description": 3}], "description must be a string"),
         ([{**ADD, "strict": "yes"}], "strict must be true or false"),
         ([{**ADD, "color": "red"}], "'color'"),
         ([ADD, ADD], "two tools are named 'add'"),
-        ([Function("a b")], "made of letters"),
+        ([Function("a b")], "consist of letters"),
     ],
 )
-def test_refusals_of_tools(tools: Any, complaint: str) -> None:
+def test_refused_tools(tools: Any, complaint: str) -> None:
     with pytest.raises(InvalidRequest, match=complaint):
         from_chat([USER], tools=tools)
 
@@ -185,12 +188,12 @@ def test_response_formats(value: Any, expected: ResponseFormat | None) -> None:
         ({"type": "json_schema"}, "schema must be a JSON schema"),
         ({"type": "json_schema", "json_schema": "s"}, "json_schema must be"),
         ({"type": "json_schema", "json_schema": {"name": "n"}}, "json_schema.schema must be"),
-        ({"type": "json_schema", "json_schema": {"schema": {}}}, "name must be made of letters"),
+        ({"type": "json_schema", "json_schema": {"schema": {}}}, "name must consist of letters"),
         ({"type": "json_schema", "json_schema": {"name": "n", "schema": {}, "color": 1}}, "'color'"),
         ({"type": "json_schema", "json_schema": {"name": "n", "schema": {}, "strict": 3}}, "true or false"),
     ],
 )
-def test_refusals_of_response_formats(value: Any, complaint: str) -> None:
+def test_refused_response_formats(value: Any, complaint: str) -> None:
     with pytest.raises(InvalidRequest, match=complaint):
         response_format_of(value)
 
@@ -204,7 +207,7 @@ def test_tool_choices() -> None:
     assert tool_choice_of({"type": "function", "name": "add"}, functions) == ToolChoice("required", "add")
     assert tool_choice_of("add", functions) == ToolChoice("required", "add")
     for wrong, complaint in (
-        ("sub", "not among the tools"),
+        ("sub", "not one of the tools"),
         (None, "must be"),
         ({"type": "allowed_tools"}, "must be"),
         ({"type": "function"}, "must be"),
@@ -215,11 +218,11 @@ def test_tool_choices() -> None:
 
 
 @pytest.mark.parametrize("effort", ["none", "", None, ["high"]])
-def test_refusal_of_an_effort(effort: Any) -> None:
+def test_refused_reasoning_effort(effort: Any) -> None:
     with pytest.raises(InvalidRequest, match="low, medium, high"):
         from_chat([USER], reasoning=effort)
 
 
-def test_refusal_of_instructions() -> None:
+def test_refused_instructions() -> None:
     with pytest.raises(InvalidRequest, match="system must be a string"):
         from_chat([USER], system=3)  # type: ignore[arg-type]

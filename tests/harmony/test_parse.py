@@ -1,4 +1,4 @@
-"""The stream parser on output of every kind, well-formed and not. test_parse_fuzz.py generates more."""
+"""The streaming parser on well-formed and malformed output. test_parse_fuzz.py generates more."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def assistant(content: str, channel: str | None = None, *rest: str | None) -> Me
     return Message("assistant", content, channel, *rest)
 
 
-def test_a_reply_arrives_piece_by_piece(small: Tokenizer) -> None:
+def test_a_reply_is_parsed_token_by_token(small: Tokenizer) -> None:
     parser = Parser(small)
     deltas = []
     for id in small.encode_with_specials(f"{THINK}<|channel|>final<|message|>Hé!"):
@@ -91,11 +91,11 @@ PYTHON = assistant("1", "analysis", "python", "<|constrain|>python")
         ("<|channel|>commentary to=functions.f {}<|call|>", assistant(" {}", "commentary", "functions.f")),
         ("<|channel|>commentary to=functions.f<|call|>", assistant("", "commentary", "functions.f")),
         ("<|start|>assistant Hi", assistant(" Hi")),
-        # Malformed: words that fit nowhere
+        # Malformed: header words that fit no field
         ("Sure! <|channel|>final<|message|>Hi", assistant("Sure! Hi", "final")),
         ("<|channel|>final a b c<|message|>Hi", assistant(" a b cHi", "final")),
         ("<|channel|>commentary to=functions.f to=functions.g<|message|>{}", None),
-        # Specials within a text
+        # Special tokens within a text
         (
             "<|channel|>final<|message|>a<|message|>b<|constrain|>c<|startoftext|>d<|return|>",
             assistant("abcd", "final"),
@@ -125,7 +125,7 @@ def test_one_message(parse: Any, text: str, message: Message | None) -> None:
         "<|channel|>analysis<|message|>a<|end|><|start|>assistant final<|message|>b<|return|><|endoftext|>",
     ],
 )
-def test_thought_then_answer(parse: Any, text: str) -> None:
+def test_reasoning_then_answer(parse: Any, text: str) -> None:
     assert parse(text).messages == [assistant("a", "analysis"), assistant("b", "final")]
 
 
@@ -140,11 +140,11 @@ def test_thought_then_answer(parse: Any, text: str) -> None:
         ),
     ],
 )
-def test_only_the_end_of_a_header_can_be_cut_off(parse: Any, text: str, messages: list[Message]) -> None:
+def test_only_the_end_of_a_header_can_be_truncated(parse: Any, text: str, messages: list[Message]) -> None:
     assert parse(text).messages == messages
 
 
-HALVES = [
+TRUNCATED_HEADERS = [
     "",
     "<|channel|>",
     "<|channel|>analysis",
@@ -154,13 +154,13 @@ HALVES = [
 ]
 
 
-@pytest.mark.parametrize("text", HALVES)
-def test_half_a_header_is_no_message(parse: Any, text: str) -> None:
+@pytest.mark.parametrize("text", TRUNCATED_HEADERS)
+def test_a_truncated_header_is_no_message(parse: Any, text: str) -> None:
     assert parse(text).messages == []
     assert parse(THINK + text).messages == [assistant("hm", "analysis")]
 
 
-def test_text_without_a_header_does_not_wait_for_its_end(small: Tokenizer) -> None:
+def test_text_without_a_header_is_streamed(small: Tokenizer) -> None:
     parser = Parser(small)
     deltas = [parser.push(id) for id in small.encode("I say this without any header")]
     early = "".join(delta.text for pushed in deltas for delta in pushed)
@@ -168,7 +168,7 @@ def test_text_without_a_header_does_not_wait_for_its_end(small: Tokenizer) -> No
     assert sum(map(bool, deltas)) > 5
 
 
-def test_only_start_is_followed_by_a_role(parse: Any) -> None:
+def test_a_role_is_read_only_after_start(parse: Any) -> None:
     turn = "<|start|>user<|message|>q<|end|>"
     assert parse(f"{turn}user hi<|return|>").messages == [Message("user", "q"), assistant("user hi")]
     assert parse(f"{turn}<|start|>user hi<|return|>").messages == [Message("user", "q"), Message("user", " hi")]
@@ -193,11 +193,11 @@ def test_only_start_is_followed_by_a_role(parse: Any) -> None:
         (Header(), "text", None),
     ],
 )
-def test_where_a_message_goes(header: Header, kind: str, function: str | None) -> None:
+def test_kind_and_function_of_a_header(header: Header, kind: str, function: str | None) -> None:
     assert (header.kind, header.function) == (kind, function)
 
 
-def test_a_truncated_character_becomes_a_replacement(small: Tokenizer, parse: Any) -> None:
+def test_a_truncated_character_becomes_a_replacement_character(small: Tokenizer, parse: Any) -> None:
     ids = small.encode_with_specials("<|channel|>final<|message|>ok 🎉")
     for missing in (1, 2):
         assert parse(ids[:-missing]).messages == [assistant("ok \ufffd", "final")]
@@ -205,7 +205,7 @@ def test_a_truncated_character_becomes_a_replacement(small: Tokenizer, parse: An
     assert [delta.text for delta in parse(ids).deltas] == ["", "o", "k", " ", "🎉"]
 
 
-def test_a_header_without_end_is_read_in_linear_time(parse: Any) -> None:
+def test_endless_headers_are_read_in_linear_time(parse: Any) -> None:
     started = time.thread_time()
     for text in ("to=" + "a" * 20_000, " " * 20_000 + "b", "<|channel|>" * 20_000 + "b", "<|channel|>final" * 4_000):
         parse(text)

@@ -1,5 +1,5 @@
-"""The stream parser on generated output: what is well-formed is read as openai-harmony reads it; of what is not, no
-letter is lost."""
+"""The streaming parser on generated output: it agrees with openai-harmony on well-formed output, and loses no
+character of malformed output."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ HEADER_WORD = re.compile(
 
 
 def runs(tokenizer: Tokenizer, ids: list[int]) -> list[tuple[str, bool]]:
-    """The text between special tokens, and whether the stream's end or `<|start|>` cuts it off. `<|startoftext|>`
-    means nothing anywhere, and separates nothing."""
+    """Return the runs of text between special tokens, and whether the end of the stream or `<|start|>` truncates each.
+
+    `<|startoftext|>` has no meaning anywhere and does not separate runs.
+    """
     found, run, decoder = [], "", tokenizer.decoder()
     for id in ids:
         run += decoder.push(id)
@@ -36,27 +38,27 @@ def runs(tokenizer: Tokenizer, ids: list[int]) -> list[tuple[str, bool]]:
 
 
 def assert_nothing_is_lost(tokenizer: Tokenizer, ids: list[int], messages: list[Message]) -> None:
-    """The contents, joined, are a suffix of each run, where before the suffix only header words stand."""
+    """Check that the joined contents consist of a suffix of every run, and that only header words precede a suffix."""
     header_fields = {field for message in messages for field in (message.channel, message.content_type) if field}
     known = {field.removeprefix("<|constrain|>") for field in header_fields}
-    said = "".join(message.content for message in messages)
-    ends = {0}  # where in `said` the suffixes so far may end
+    contents = "".join(message.content for message in messages)
+    ends = {0}  # where in `contents` the suffixes so far may end
     for run, cut_off in runs(tokenizer, ids):
         kept = suffixes(run, cut_off, known)
-        ends = {end + len(suffix) for end in ends for suffix in kept if said.startswith(suffix, end)}
+        ends = {end + len(suffix) for end in ends for suffix in kept if contents.startswith(suffix, end)}
         assert ends, (run, messages)
-    assert len(said) in ends, messages
+    assert len(contents) in ends, messages
 
 
 def suffixes(run: str, cut_off: bool, known: set[str]) -> set[str]:
-    """What may be left of a run when the words before it belong to a header."""
-    left = {run}
+    """Return the suffixes of a run that may be content, because only header words precede them."""
+    found = {run}
     for word in re.finditer(r"\S+", run):
         if not (HEADER_WORD.fullmatch(word[0]) or word[0] in known):
             break
-        left.add(run[word.end() :])
-    half = {rest for rest in left if cut_off and any(word.startswith(rest.strip()) for word in WORDS)}
-    return left | ({""} if half or any(not rest.strip() for rest in left) else set())
+        found.add(run[word.end() :])
+    partial = {rest for rest in found if cut_off and any(word.startswith(rest.strip()) for word in WORDS)}
+    return found | ({""} if partial or any(not rest.strip() for rest in found) else set())
 
 
 GLUED = st.sampled_from(
@@ -70,7 +72,7 @@ PLAIN = st.sampled_from(["W", " W", " W", "\n", " ", "🎉", "a", "c", "co"])
 
 
 def numbered(pieces: list[str]) -> str:
-    """Every word is another one, so that each can be looked for."""
+    """Make every W a different word, so that the test can look for each."""
     return "".join(piece.replace("W", f"w{place:04}") for place, piece in enumerate(pieces))
 
 
@@ -100,26 +102,26 @@ RESULTS = st.builds(
 
 def check_words(small: Tokenizer, parse: Any, text: str) -> None:
     messages = parse(text).messages
-    header_fields = " ".join(
+    fields = " ".join(
         part
         for message in messages
         for part in (message.content, message.channel, message.recipient, message.content_type, message.name)
         if part
     )
     for word in re.findall(r"w\d{4}", text):
-        assert header_fields.count(word) == 1, (word, messages)
+        assert fields.count(word) == 1, (word, messages)
     assert_nothing_is_lost(small, small.encode_with_specials(text), messages)
 
 
 @settings(max_examples=1000, deadline=None)
 @given(text=STREAMS)
-def test_no_word_is_lost_or_said_twice(small: Tokenizer, parse: Any, text: str) -> None:
+def test_no_word_is_lost_or_duplicated(small: Tokenizer, parse: Any, text: str) -> None:
     check_words(small, parse, text)
 
 
 @settings(max_examples=300, deadline=None)
 @given(text=STREAMS.map(lambda text: text.replace("<|", "<¦")), data=st.data())
-def test_content_is_kept_to_the_letter(parse: Any, text: str, data: st.DataObject) -> None:
+def test_content_is_unchanged(parse: Any, text: str, data: st.DataObject) -> None:
     specials = st.sampled_from(["", "<|message|>", "<|constrain|>", "<|startoftext|>"])
     at = data.draw(st.integers(0, len(text)))
     streamed = f"<|channel|>final<|message|>{text[:at]}{data.draw(specials)}{text[at:]}<|return|>"
@@ -128,12 +130,12 @@ def test_content_is_kept_to_the_letter(parse: Any, text: str, data: st.DataObjec
 
 @st.composite
 def garbled(draw: st.DrawFn, small: Tokenizer) -> list[int]:
-    """A well-formed conversation, then cut off, or with tokens dropped, doubled, swapped or put in."""
+    """A well-formed conversation that is then truncated, or gets tokens dropped, repeated, swapped or inserted."""
     ids = render_messages(draw(st.lists(TEXT_MESSAGES | CALLS | RESULTS, min_size=1, max_size=4)), small)
     ids = ids[draw(st.sampled_from([0, 2])) :]
     for _ in range(draw(st.integers(0, 5))):
         at = draw(st.integers(0, max(0, len(ids) - 1)))
-        change = draw(st.sampled_from(["cut", "drop", "double", "swap", "put"]))
+        change = draw(st.sampled_from(["cut", "drop", "double", "swap", "insert"]))
         if change == "cut":
             ids = ids[:at] if draw(st.booleans()) else ids[at:]
         elif change == "drop":
@@ -156,20 +158,20 @@ def check_garbled(small: Tokenizer, parse: Any, data: st.DataObject) -> None:
 
 @settings(max_examples=500, deadline=None)
 @given(data=st.data())
-def test_no_letter_is_lost_of_garbled_output(small: Tokenizer, parse: Any, data: st.DataObject) -> None:
+def test_no_character_of_garbled_output_is_lost(small: Tokenizer, parse: Any, data: st.DataObject) -> None:
     check_garbled(small, parse, data)
 
 
 @settings(max_examples=500, deadline=None)
 @given(ids=st.lists(st.integers(0, 300), max_size=60), prefix=st.sampled_from(["", THINK, f"{THINK}<|message|>"]))
-def test_any_ids_are_read(small: Tokenizer, parse: Any, prefix: str, ids: list[int]) -> None:
+def test_any_ids_are_parsed(small: Tokenizer, parse: Any, prefix: str, ids: list[int]) -> None:
     ids = small.encode_with_specials(prefix) + ids
     assert_nothing_is_lost(small, ids, parse(ids).messages)
 
 
 @settings(max_examples=200, deadline=None)
 @given(reply=REPLIES, result=RESULTS)
-def test_what_is_rendered_is_read_back(small: Tokenizer, parse: Any, reply: list[Message], result: Message) -> None:
+def test_rendered_messages_are_parsed_back(small: Tokenizer, parse: Any, reply: list[Message], result: Message) -> None:
     assert parse(render_reply(reply, small)).messages == reply
     whole = [Message("user", "Hi", name="bob"), *reply, result, Message("developer", "x")]
     assert parse(render_messages(whole, small)).messages == whole
@@ -177,7 +179,7 @@ def test_what_is_rendered_is_read_back(small: Tokenizer, parse: Any, reply: list
 
 @st.composite
 def headers(draw: st.DrawFn, message: Message) -> str:
-    """The message with its recipient and content type where models put them: before or after the channel."""
+    """The header of a message, with recipient and content type before or after the channel, as models write them."""
     channel = "" if message.channel is None else f"<|channel|>{message.channel}"
     recipient = message.recipient or ""
     if recipient:
@@ -193,7 +195,7 @@ def headers(draw: st.DrawFn, message: Message) -> str:
 
 @st.composite
 def conversations(draw: st.DrawFn, tokenizer: Tokenizer) -> list[int]:
-    """What follows `<|start|>assistant`: a reply, perhaps with tools' results in it."""
+    """The ids after `<|start|>assistant`: a reply, possibly with tool results in it."""
     reply = draw(st.lists(TEXT_MESSAGES | CALLS, min_size=1, max_size=2))
     rest = draw(st.lists(TEXT_MESSAGES | CALLS | RESULTS, max_size=4))
     ids: list[int] = []
@@ -205,7 +207,7 @@ def conversations(draw: st.DrawFn, tokenizer: Tokenizer) -> list[int]:
 
 
 def check_against_openai_harmony(published: Tokenizer, reference: Any, ids: list[int]) -> None:
-    """The same delta at each id, the same content so far, and the same messages, in pieces as at once."""
+    """Check that both parsers agree on the delta at each id, the content so far, and the messages, streamed or not."""
     import openai_harmony as oh
 
     theirs = oh.StreamableParser(reference, oh.Role.ASSISTANT)
@@ -235,7 +237,7 @@ def from_openai_harmony(message: Any) -> Message:
 
 @settings(max_examples=400, deadline=None)
 @given(data=st.data())
-def test_well_formed_output_is_read_as_openai_harmony_does(
+def test_well_formed_output_is_parsed_as_by_openai_harmony(
     published: Tokenizer, reference: Any, data: st.DataObject
 ) -> None:
     check_against_openai_harmony(published, reference, data.draw(conversations(published)))

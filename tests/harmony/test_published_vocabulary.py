@@ -1,4 +1,4 @@
-"""The tokenizer on the published vocabulary, held against openai-harmony's."""
+"""The tokenizer with the published vocabulary, compared with openai-harmony's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_encodes_as_openai_harmony(published: Tokenizer, reference: Any, text: str) -> None:
+def test_encodes_like_openai_harmony(published: Tokenizer, reference: Any, text: str) -> None:
     ids = published.encode(text)
     assert ids == reference.encode(text, disallowed_special=())
     assert published.decode(ids) == reference.decode(ids) == text
@@ -47,7 +47,7 @@ def test_encodes_source_code(published: Tokenizer, reference: Any) -> None:
         assert published.encode(text) == reference.encode(text, disallowed_special=()), file
 
 
-def test_raw_prompts_may_hold_specials(published: Tokenizer, reference: Any) -> None:
+def test_raw_prompts_may_contain_special_tokens(published: Tokenizer, reference: Any) -> None:
     text = "<|start|>user<|message|>q 🎉<|end|><|start|>assistant to=f <|constrain|>json<|call|><|return"
     ids = published.encode_with_specials(text)
     assert ids == reference.encode(text, allowed_special="all")

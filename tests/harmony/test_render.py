@@ -1,4 +1,4 @@
-"""Rendered conversations: golden texts on a small vocabulary. test_corpus.py holds the ids against openai-harmony's."""
+"""Rendering: golden texts with a small vocabulary. test_corpus.py compares the ids with openai-harmony's."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ Reasoning: high
 # Valid channels: analysis, commentary, final. Channel must be included for every message."""
 
 
-def written(conversation: Conversation, tokenizer: Tokenizer) -> str:
+def rendered(conversation: Conversation, tokenizer: Tokenizer) -> str:
     return tokenizer.decode(render(conversation, tokenizer), specials=True)
 
 
 def test_a_chat(small: Tokenizer) -> None:
     conversation = Conversation((USER,), reasoning="high", instructions="Be brief.", date="2025-06-28")
-    assert written(conversation, small) == (
+    assert rendered(conversation, small) == (
         f"{SYSTEM}<|end|><|start|>developer<|message|># Instructions\n\nBe brief.<|end|>"
         "<|start|>user<|message|>Hi <|end|><|end|><|start|>assistant"
     )
-    # What a user writes is never a special token.
+    # Special tokens in a user's text are encoded as plain text.
     assert render(conversation, small).count(small.special("<|end|>")) == 3
 
 
 def test_functions_and_a_call(small: Tokenizer) -> None:
     turns = (USER, THOUGHT, CALL, RESULT)
     conversation = Conversation(turns, reasoning="high", functions=(ADD,), date="2025-06-28")
-    assert written(conversation, small) == (
+    assert rendered(conversation, small) == (
         f"{SYSTEM}\nCalls to these tools must go to the commentary channel: 'functions'.<|end|>"
         "<|start|>developer<|message|># Tools\n\n## functions\n\nnamespace functions {\n\n// Adds.\n"
         "type add = (_: {\na: number,\n}) => any;\n\n} // namespace functions<|end|>"
@@ -59,7 +59,7 @@ def test_functions_and_a_call(small: Tokenizer) -> None:
 
 def test_builtin_tools_and_a_call(small: Tokenizer) -> None:
     asked = Conversation((USER, Message("assistant", "1 + 1", "analysis", "python", "code")), reasoning="high")
-    text = written(
+    text = rendered(
         replace(asked, builtin_tools=("python", "browser"), date="2025-06-28").with_result("python", "2"), small
     )
     before, after = SYSTEM.split("# Valid")
@@ -72,7 +72,7 @@ def test_builtin_tools_and_a_call(small: Tokenizer) -> None:
         "<|start|>assistant to=python<|channel|>analysis code<|message|>1 + 1<|call|>"
         "<|start|>python to=assistant<|channel|>analysis<|message|>2<|end|><|start|>assistant"
     )
-    with pytest.raises(InvalidRequest, match="no built-in tool 'bash': use browser or python"):
+    with pytest.raises(InvalidRequest, match="unknown built-in tool 'bash': use browser or python"):
         render(Conversation((USER,), builtin_tools=("bash",)), small)  # type: ignore[arg-type]
 
 
@@ -88,7 +88,7 @@ def test_analysis_is_dropped_only_after_a_final_answer() -> None:
     assert shown(THOUGHT) == ["thinking"]
 
 
-def test_a_reply_goes_on_where_the_prompt_ends(small: Tokenizer) -> None:
+def test_a_rendered_reply_starts_where_the_prompt_ends(small: Tokenizer) -> None:
     def reply(*messages: Message) -> str:
         return small.decode(render_reply(messages, small), specials=True)
 
@@ -102,11 +102,11 @@ def test_a_reply_goes_on_where_the_prompt_ends(small: Tokenizer) -> None:
         reply()
 
 
-def test_the_form_of_the_answer_ends_the_developer_message() -> None:
-    """As OpenAI's guide to Harmony shows it."""
+def test_the_response_format_ends_the_developer_message() -> None:
+    """The layout is that of OpenAI's guide to Harmony."""
     schema = {"properties": {"naïve": {"type": "array", "items": {"type": "string"}}}, "type": "object"}
-    form = ResponseFormat(schema, "shopping_list", "What to buy.\nIn order.")
-    shown = developer_text(Conversation((USER,), instructions="Be kind.", response_format=form))
+    response_format = ResponseFormat(schema, "shopping_list", "What to buy.\nIn order.")
+    shown = developer_text(Conversation((USER,), instructions="Be kind.", response_format=response_format))
     assert shown == (
         "# Instructions\n\nBe kind.\n\n# Response Formats\n\n## shopping_list\n\n// What to buy.\n// In order.\n"
         '{"properties":{"naïve":{"type":"array","items":{"type":"string"}}},"type":"object"}'

@@ -1,4 +1,4 @@
-"""JSON schemas as TypeScript: golden texts. test_corpus.py holds generated ones against openai-harmony's."""
+"""Tool declarations as TypeScript: golden texts. test_corpus.py compares generated ones with openai-harmony's."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_golden() -> None:
     assert tools_section([Namespace("functions", functions=[WEATHER, Function("stop")])]) == GOLDEN
 
 
-def test_golden_is_openai_harmonys(reference: Any) -> None:
+def test_golden_matches_openai_harmony(reference: Any) -> None:
     import openai_harmony as oh
 
     tools = [
@@ -87,9 +87,9 @@ def test_golden_is_openai_harmonys(reference: Any) -> None:
     ("value", "text"),
     [(1e-5, "0.00001"), (1e-6, "1e-6"), (1e16, "1e16"), (1e15, "1000000000000000.0"), (2**64, "1.8446744073709552e19")],
 )
-def test_numbers_are_written_as_serde_json_does(value: float, text: str) -> None:
+def test_numbers_are_formatted_as_by_serde_json(value: float, text: str) -> None:
     assert compact_json(value) == text
 
 
-def test_what_is_no_schema_is_any() -> None:
+def test_invalid_and_empty_schemas_become_any() -> None:
     assert [typescript_type(thing) for thing in (True, None, 3, [], {}, {"type": "null"})] == ["any"] * 6

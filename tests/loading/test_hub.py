@@ -163,7 +163,7 @@ except GptOssError as error:
         "NO_PROXY": "127.0.0.1", "PYTHONPATH": str(ROOT),
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**clean, **settings, **env}, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], env={**clean, **settings, **env}, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     answer: dict[str, str] = json.loads(done.stdout)  # nothing but the answer may stand on stdout

@@ -58,7 +58,7 @@ class Ranks:
             process.kill()
             process.communicate()
 
-    def end(self, seconds: float = 120) -> list[tuple[int, str, str]]:
+    def end(self, seconds: float = 300) -> list[tuple[int, str, str]]:
         """Wait for all ranks to end. Returns exit code, stdout and stderr of each."""
         ended = [process.communicate(timeout=seconds) for process in self.processes]
         return [(p.returncode, out, err) for p, (out, err) in zip(self.processes, ended, strict=True)]

@@ -47,7 +47,7 @@ def main(backend: str, *folders: str) -> None:
     assert launch is not None
     for folder in folders:
         request = LoadRequest(
-            folder, backend=launch.backend, device="cpu", dtype="float32", max_context=LIMITS.max_context
+            model=folder, backend=launch.backend, device="cpu", dtype="float32", max_context=LIMITS.max_context
         )
         split = load(plan_load(request, open_source(request), launch.rank, launch.ranks), backend)
         logits, tokens = split.logits(PROMPT), greedy(split)

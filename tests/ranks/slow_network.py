@@ -84,7 +84,7 @@ class SlowNetwork:
 
     def close(self) -> None:
         self._process.stdin.close()
-        self._process.wait(10)
+        self._process.wait(60)
         self._process.stdout.close()
 
     def __enter__(self) -> SlowNetwork:

@@ -100,7 +100,7 @@ def test_strangers_are_disconnected(launches):
     silent = connect(port)
     with connect(port) as real:
         real.sendall(json.dumps({"token": "secret", "rank": 1}).encode() + b"\n")
-        thread.join(10)
+        thread.join(60)
         assert leaders and silent.recv(1) == b""
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port))
@@ -109,10 +109,10 @@ def test_strangers_are_disconnected(launches):
 
 
 def connect(port):
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while time.monotonic() < until:
         try:
-            return socket.create_connection(("127.0.0.1", port), timeout=10)
+            return socket.create_connection(("127.0.0.1", port), timeout=60)
         except ConnectionRefusedError:
             time.sleep(0.01)
     raise AssertionError("rank 0 does not listen")
@@ -149,7 +149,7 @@ def test_an_error_on_a_rank_is_raised_on_rank_0(launches):
     with pytest.raises(GptOssError, match="rank 1: this model cannot be loaded here"):
         first.exchange_options("this model")
     first.close()
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
 
 
@@ -158,8 +158,8 @@ def test_heartbeats(monkeypatch):
     monkeypatch.setattr(wire, "HEARTBEAT_S", 0.05)
     one, other = pair()
     other.start_heartbeats(lambda lost: None)
-    threading.Timer(0.6, lambda: other.send("message")).start()
-    one.heartbeat_timeout_s, other.heartbeat_timeout_s = 0.3, 0.05
+    threading.Timer(2.5, lambda: other.send("message")).start()
+    one.heartbeat_timeout_s, other.heartbeat_timeout_s = 2.0, 0.05
     assert one.receive() == "message"
     with pytest.raises(ConnectionLost, match="no heartbeat"):
         other.receive()
@@ -171,7 +171,7 @@ def test_neighbours_notice_when_they_lose_each_other(launches, monkeypatch):
     """Ranks 1 to 3 exchange heartbeats; when these stop, each reports its neighbours as lost."""
     launches = [replace(launches[0], rank=rank, ranks=4) for rank in range(4)]
     monkeypatch.setattr(wire, "HEARTBEAT_S", 0.05)
-    monkeypatch.setattr(neighbours, "HEARTBEAT_TIMEOUT_S", 0.4)
+    monkeypatch.setattr(neighbours, "HEARTBEAT_TIMEOUT_S", 2.0)
     ranks, lost = {rank: Neighbours(launches[rank], "127.0.0.1") for rank in (1, 2, 3)}, SimpleQueue()
     assert ranks[1].port == 0
     next_address = {rank: ("127.0.0.1", ranks[rank + 1].port) for rank in (1, 2)}
@@ -185,16 +185,16 @@ def test_neighbours_notice_when_they_lose_each_other(launches, monkeypatch):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert stranger.recv(1) == b""
     stranger.close()
     for rank in ranks.values():
         rank.all_loaded()
-    time.sleep(1)
+    time.sleep(2.5)
     assert lost.empty()
     monkeypatch.setattr(Channel, "_write", lambda self, data: None)  # nothing is sent any more
-    silence = "sent no heartbeat for 0 seconds"
-    assert sorted(lost.get(timeout=10) for _ in range(4)) == [
+    silence = "sent no heartbeat for 2 seconds"
+    assert sorted(lost.get(timeout=60) for _ in range(4)) == [
         (rank, other, silence) for rank, other in [(1, 2), (2, 1), (2, 3), (3, 2)]
     ]
     for rank in ranks.values():

@@ -21,12 +21,13 @@ def address(ranks) -> str:
     for line in ranks[0].stderr:
         if found := re.search(r"at (http://\S+:\d+),", line):
             ranks[0].stderr.readline()  # the example request
-            assert httpx.Client(transport=httpx.HTTPTransport(retries=5)).get(f"{found[1]}/health").status_code == 200
+            client = httpx.Client(transport=httpx.HTTPTransport(retries=5), timeout=60)
+            assert client.get(f"{found[1]}/health").status_code == 200
             return found[1]
     raise AssertionError("rank 0 ended before it served")
 
 
-def exit_code(process, seconds=10.0) -> int:
+def exit_code(process, seconds=60.0) -> int:
     return process.wait(timeout=seconds)
 
 
@@ -44,7 +45,8 @@ def ask(url, content, **options):
 
 
 def test_a_server_on_two_ranks_and_a_rank_that_is_killed(ring):
-    """It answers, uses the prefix cache, and ends within ten seconds after a rank is killed during a request."""
+    """It answers, uses the prefix cache, and ends when a rank is killed during a request: the closed connection tells,
+    not a missing heartbeat."""
     ranks = ring(2, *SERVE)
     url = address(ranks)
     content = " ".join(["What is 12 + 30?"] * 10)
@@ -53,7 +55,7 @@ def test_a_server_on_two_ranks_and_a_rank_that_is_killed(ring):
     assert second["usage"]["prompt_tokens_details"]["cached_tokens"] > 100
     sampled = [ask(url, "Hello", temperature=1.2, seed=seed)["choices"] for seed in (3, 3)]
     assert sampled[0] == sampled[1]
-    with httpx.stream("POST", f"{url}/v1/completions", json={**ENDLESS, "stream": True}, timeout=30) as stream:
+    with httpx.stream("POST", f"{url}/v1/completions", json={**ENDLESS, "stream": True}, timeout=60) as stream:
         next(stream.iter_lines())
         ranks[1].kill()
         assert exit_code(ranks[0]) == 1
@@ -70,7 +72,7 @@ def test_a_server_on_two_ranks_and_a_rank_that_is_killed(ring):
 )
 def test_a_command_that_loads_nothing_ends_the_other_ranks(ring, tmp_path, command, code):
     ranks = ring(2, *CLI, *[str(tmp_path / word) if len(word) == 1 else word for word in command])
-    (first, _, _), other = ranks.end(15)
+    (first, _, _), other = ranks.end()
     assert (first, other) == (code, (0, "", ""))
 
 
@@ -90,7 +92,7 @@ def test_a_rank_that_hangs(ring):
     ranks = ring(2, *SERVE)
     address(ranks)
     ranks[1].send_signal(signal.SIGSTOP)
-    assert exit_code(ranks[0], 15) == 1
+    assert exit_code(ranks[0]) == 1
     assert "rank 1 sent no heartbeat for 8 seconds" in ranks[0].stderr.read()
 
 
@@ -110,7 +112,7 @@ def test_another_checkpoint_under_the_same_name(ring, mini, tmp_path):
     command = "import os, sys; os.chdir(sys.argv.pop(1) + os.environ['MLX_RANK']); "
     command += "from mlx_gptoss_cli.main import main; main()"
     ranks = ring(2, "-c", command, f"{tmp_path}/", "generate", "abc", "--raw", "--model", "model", "--backend", "mlx")
-    (code, out, err), (_, others_out, others_err) = ranks.end(30)
+    (code, out, err), (_, others_out, others_err) = ranks.end()
     assert (code, out, others_out, others_err) == (1, "", "", "")
     assert err == "error: rank 1 has another checkpoint of that name than rank 0; copy the same to all machines\n"
 
@@ -131,11 +133,11 @@ def test_the_error_names_the_rank_without_enough_memory(ring, tmp_path):
     code = "import os, sys; import mlx_gptoss.backends.mlx as mlx; mlx.available_memory = lambda device: "
     code += "(10**8 if os.environ['MLX_RANK'] == '1' else 10**11); from mlx_gptoss_cli.main import main; main()"
     ranks = ring(2, "-c", code, "generate", "abc")
-    (code, out, err), _ = ranks.end(30)
+    (code, out, err), _ = ranks.end()
     assert (code, out) == (1, "")
     assert err.startswith("error: rank 1: its share of the bundled model needs ") and "50.0 MB are available" in err
 
 
 def test_a_backend_that_the_launcher_does_not_start(ring):
-    (code, _, err), _ = ring(2, *CLI, "generate", "abc", "--backend", "cuda").end(30)
+    (code, _, err), _ = ring(2, *CLI, "generate", "abc", "--backend", "cuda").end()
     assert (code, err) == (1, "error: start ranks of the cuda backend by torchrun, or leave --backend out\n")

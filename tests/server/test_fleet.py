@@ -46,14 +46,14 @@ def fleet(servers, tmp_path_factory):
     file.write_text(text)
     balancer = subprocess.Popen(["haproxy", "-db", "-f", str(file)], stderr=subprocess.DEVNULL)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            until = time.monotonic() + 10
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            until = time.monotonic() + 60
             while not answers(client) and time.monotonic() < until:
                 time.sleep(0.02)
             yield client
     finally:
         balancer.terminate()
-        balancer.wait(10)
+        balancer.wait(60)
 
 
 def answers(client):
@@ -109,11 +109,12 @@ def test_responses_are_found_again(fleet):
 
 def test_a_stream_comes_through_as_it_is_made(fleet, servers):
     bias = {str(id): -100 for id in servers[0].service.model.tokenizer.specials.values()}
-    started = time.monotonic()
-    body = {**BODY, "max_tokens": 600, "logit_bias": bias, "stream": True}
+    body = {**BODY, "max_tokens": 1900, "logit_bias": bias, "stream": True}
     with fleet.stream("POST", PATH, json=body) as answer:
-        times = [time.monotonic() - started for line in answer.iter_lines() if line]
-    assert len(times) > 100 and times[0] < times[-1] / 4
+        lines = filter(None, answer.iter_lines())
+        next(lines)
+        running = sum(server.service.model.status.running for server in servers)
+        assert len(list(lines)) > 100 and running == 1  # the first line has come before the last one was made
 
 
 def test_a_server_that_shuts_down_hands_its_sessions_over_and_keeps_its_responses(fleet, servers, homes):
@@ -125,7 +126,7 @@ def test_a_server_that_shuts_down_hands_its_sessions_over_and_keeps_its_response
             assert asked.status_code == (503 if home == "a" else 200)
     finally:
         servers[0].service.gate.draining = False
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while "a" not in {who(fleet, session) for session in SESSIONS} and time.monotonic() < until:
         time.sleep(0.1)
     assert {session: who(fleet, session) for session in SESSIONS} == homes
@@ -133,7 +134,7 @@ def test_a_server_that_shuts_down_hands_its_sessions_over_and_keeps_its_response
 
 def test_a_server_that_is_gone_hands_its_sessions_over(fleet, servers, homes):
     servers[0].drain()
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while listens(servers[0]) and time.monotonic() < until:
         time.sleep(0.01)
     assert [who(fleet, session) for session in homes] == ["b"] * len(homes)

@@ -47,7 +47,7 @@ def ask_everything(server, idle, examples):
             @settings(max_examples=examples, **SETTINGS)
             def ask(case):
                 nonlocal asked
-                case.call_and_validate(checks=CHECKS)
+                case.call_and_validate(checks=CHECKS, timeout=60)
                 assert idle(server)
                 asked += 1
 

@@ -36,7 +36,7 @@ def narrow(serve):
         yield server
 
 
-def until(condition, seconds=10.0):
+def until(condition, seconds=60.0):
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.005)
@@ -61,13 +61,14 @@ def leave_after(server, path, body, received):
 @pytest.mark.parametrize(
     ("stream", "received"), [(True, 3000), (True, 0), (False, 0)], ids=["streaming", "at once", "whole"]
 )
-def test_a_client_that_leaves_frees_its_slot(narrow, endless, stream, received):
-    model = narrow.service.model
+def test_a_client_that_leaves_frees_its_slot(narrow, endless, stream, received, monkeypatch):
+    model, streams = narrow.service.model, []
+    submit = model._engine.submit
+    monkeypatch.setattr(model._engine, "submit", lambda request: streams.append(submit(request)) or streams[-1])
     leave_after(narrow, "/v1/completions", {**endless, "stream": stream}, received)
-    left = time.monotonic()
     until(lambda: not narrow.service.open_queues and model.status.running == 0)
-    assert time.monotonic() - left < 1.0
-    assert httpx.post(narrow.url + PATH, json={"messages": SUM}).status_code == 200
+    assert [stream.drain().reason for stream in streams] == ["cancelled"]
+    assert httpx.post(narrow.url + PATH, json={"messages": SUM}, timeout=60).status_code == 200
 
 
 def test_a_client_that_leaves_while_its_prompt_is_computed(narrow):
@@ -84,7 +85,7 @@ def test_leaving_a_conversation(narrow, path):
 
 
 def test_beyond_the_queue_it_is_503_with_retry_after(narrow, endless):
-    with httpx.Client(base_url=narrow.url, timeout=30) as client:
+    with httpx.Client(base_url=narrow.url, timeout=60) as client:
         with client.stream("POST", "/v1/completions", json={**endless, "stream": True}) as first:
             arriving = first.iter_raw()  # to be kept: the client leaves when it is forgotten
             next(arriving)
@@ -97,7 +98,7 @@ def test_beyond_the_queue_it_is_503_with_retry_after(narrow, endless):
                 assert refused.json()["error"]["code"] == "busy"
             shown = client.get("/metrics").text
             assert "mlx_gptoss_running 1.0" in shown and "mlx_gptoss_waiting 1.0" in shown
-        waiting.join(10)
+        waiting.join(60)
         assert client.post(PATH, json={"messages": SUM, "n": 3}).status_code == 503  # more than there will ever be
         assert client.post(PATH, json={"messages": SUM}).status_code == 200
     assert not narrow.service.open_queues
@@ -105,12 +106,12 @@ def test_beyond_the_queue_it_is_503_with_retry_after(narrow, endless):
 
 def test_metrics_count_what_was_done(narrow):
     def read():
-        lines = [line for line in httpx.get(narrow.url + "/metrics").text.splitlines() if line[0] != "#"]
+        lines = [line for line in httpx.get(narrow.url + "/metrics", timeout=60).text.splitlines() if line[0] != "#"]
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
     before = read()
-    usage = httpx.post(narrow.url + PATH, json={"messages": SUM}).json()["usage"]
-    httpx.post(narrow.url + PATH, json={"messages": SUM, "nonsense": 1})
+    usage = httpx.post(narrow.url + PATH, json={"messages": SUM}, timeout=60).json()["usage"]
+    httpx.post(narrow.url + PATH, json={"messages": SUM, "nonsense": 1}, timeout=60)
     after = read()
 
     def more(name):
@@ -129,8 +130,8 @@ def test_a_stream_that_waits_is_kept_alive(narrow, endless, monkeypatch):
     monkeypatch.setattr("mlx_gptoss.server.sse.KEEP_ALIVE_S", 0.1)
     body = {**endless, "stream": True}
     with (
-        httpx.stream("POST", narrow.url + "/v1/completions", json=body, timeout=30) as first,
-        httpx.stream("POST", narrow.url + PATH, json={"messages": SUM, "stream": True}, timeout=30) as second,
+        httpx.stream("POST", narrow.url + "/v1/completions", json=body, timeout=60) as first,
+        httpx.stream("POST", narrow.url + PATH, json={"messages": SUM, "stream": True}, timeout=60) as second,
     ):
         lines = first.iter_lines()
         next(lines)
@@ -144,7 +145,7 @@ def test_what_fails_in_the_middle_of_a_stream_is_an_event(serve):
     model = mlx_gptoss.load(max_context=4096)
     with serve(model) as server:
         for path, body in ((PATH, {"messages": SUM}), ("/v1/responses", {"input": SUM[0]["content"]})):
-            with httpx.stream("POST", server.url + path, json={**body, "stream": True}) as answer:
+            with httpx.stream("POST", server.url + path, json={**body, "stream": True}, timeout=60) as answer:
                 lines = answer.iter_lines()
                 next(lines)
                 threading.Thread(target=model.close).start()
@@ -152,7 +153,7 @@ def test_what_fails_in_the_middle_of_a_stream_is_an_event(serve):
             error = last["error"] if path == PATH else last["response"]["error"]
             assert "closed" in error["message"] and error["code"] == "engine_error"
             model = server.service.model = mlx_gptoss.load(max_context=4096)
-        assert httpx.post(server.url + PATH, json={"messages": SUM}).status_code == 200
+        assert httpx.post(server.url + PATH, json={"messages": SUM}, timeout=60).status_code == 200
     model.close()
 
 
@@ -171,7 +172,7 @@ def process():
 
 def _answers(url):
     try:
-        return httpx.get(url + "/health").status_code == 200
+        return httpx.get(url + "/health", timeout=60).status_code == 200
     except httpx.HTTPError:
         return False
 
@@ -179,48 +180,46 @@ def _answers(url):
 def test_sigterm_lets_what_runs_come_to_its_end(process, endless):
     running, url = process
     body = {**endless, "max_tokens": 300, "stream": True}
-    with httpx.stream("POST", url + "/v1/completions", json=body, timeout=30, headers=KEYED) as answer:
+    with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60, headers=KEYED) as answer:
         lines = answer.iter_lines()
         next(lines)
         running.send_signal(signal.SIGTERM)
-        until(lambda: httpx.get(url + "/health").status_code == 503)
-        refused = httpx.post(url + PATH, json={"messages": SUM}, headers=KEYED)
+        until(lambda: httpx.get(url + "/health", timeout=60).status_code == 503)
+        refused = httpx.post(url + PATH, json={"messages": SUM}, headers=KEYED, timeout=60)
         assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
         *_, reason, last = [line for line in lines if line]
     assert last == "data: [DONE]" and json.loads(reason[6:])["choices"][0]["finish_reason"] == "length"
-    assert running.wait(10) == 0
+    assert running.wait(60) == 0
     assert "Traceback" not in running.stderr.read()
 
 
 def test_a_second_signal_does_not_wait(process, endless):
     running, url = process
     body = {**endless, "stream": True}
-    with httpx.stream("POST", url + "/v1/completions", json=body, timeout=30, headers=KEYED) as answer:
+    with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60, headers=KEYED) as answer:
         lines = answer.iter_lines()
         next(lines)
         running.send_signal(signal.SIGTERM)
-        until(lambda: httpx.get(url + "/health").status_code == 503)
+        until(lambda: httpx.get(url + "/health", timeout=60).status_code == 503)
         running.send_signal(signal.SIGTERM)
-        started = time.monotonic()
-        last = [line for line in lines if line][-1]
-        assert json.loads(last[6:])["error"]["code"] == "draining"
-    running.wait(10)
-    assert time.monotonic() - started < 3
+        *pieces, last = [line for line in lines if line]
+        assert json.loads(last[6:])["error"]["code"] == "draining" and len(pieces) < body["max_tokens"] / 2
+    running.wait(60)
     assert "Traceback" not in running.stderr.read()
 
 
 def test_the_key_may_come_from_the_environment_and_ctrl_c_exits_with_130(process):
     running, url = process
-    assert httpx.get(url + "/v1/models").status_code == 401
-    assert httpx.get(url + "/v1/models", headers=KEYED).status_code == 200
+    assert httpx.get(url + "/v1/models", timeout=60).status_code == 401
+    assert httpx.get(url + "/v1/models", headers=KEYED, timeout=60).status_code == 200
     running.send_signal(signal.SIGINT)
-    assert running.wait(10) == 130
+    assert running.wait(60) == 130
     assert "Traceback" not in running.stderr.read()
 
 
 def test_a_port_in_use_is_one_clear_error(server):
     words = [sys.executable, "-m", "mlx_gptoss_cli", "serve", "--port", str(server.port)]
-    out = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    out = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert out.returncode == 1
     assert out.stderr.startswith("error: cannot listen") and "--port" in out.stderr and out.stderr.count("\n") == 1
 
@@ -230,7 +229,7 @@ def test_without_the_extra_the_error_names_it():
         "import sys; sys.modules['fastapi'] = None; sys.argv = ['mlx-gptoss', 'serve']\n"
         "from mlx_gptoss_cli.main import main; main()"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert (out.returncode, out.stderr) == (
         1,
         "error: the server's packages are missing: pip install 'mlx-gptoss[serve]'\n",

@@ -11,7 +11,7 @@ import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested through playwright")
 expect = playwright.expect
-expect.set_options(timeout=20_000)  # CI's machine may be busy
+expect.set_options(timeout=120_000)  # the machine may be busy
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 ARGUMENTS = ["no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"]
@@ -49,6 +49,7 @@ def visit(browser: Any, server: Any) -> Iterator[Callable[..., Any]]:
     def opened(url: str = server.url, **options: Any) -> Any:
         nonlocal context
         context = browser.new_context(viewport={"width": 1000, "height": 800}, **options)
+        context.set_default_timeout(120_000)
         page = context.new_page()
         page.bodies = []
         page.on("console", note)

@@ -1,7 +1,7 @@
 """One decoding step: up to 64 sequences, one token each, from the ids fed back on the device to the ids chosen.
 
-Everything lies in buffers that stay where they are, and the host says only which slots take part, where they stand and
-how they draw; so on a GPU a step is one copy to the device and the replay of one CUDA graph. Six or seven kernels a
+All data is in buffers at fixed addresses; the host says only which slots take part, their positions and how they
+sample. So on a GPU a step is one copy to the device and the replay of one CUDA graph. Six or seven kernels a
 layer for one sequence, ten or eleven for more.
 
 Legend: B rows (a power of two; those without a request are idle, at position -1), S slots, D hidden, V vocabulary.
@@ -24,11 +24,16 @@ FEED_BACK = -1
 
 
 class Inputs:
-    """What the host says of each row, as one piece of memory, which one copy brings to the device.
+    """The host's inputs of each row in one piece of memory, which one copy brings to the device.
 
-    given int64: the token, or FEED_BACK for the one that the slot sampled last. keys int64: where the row's noise
-    starts. slots, positions int32. temperatures float32: 0 is greedy.
+    given int64: the token, or FEED_BACK for the one that the slot sampled last. keys int64: the start of the row's
+    noise. slots, positions int32. temperatures float32: 0 is greedy.
     """
+
+    given: Tensor
+    keys: Tensor
+    slots: Tensor
+    positions: Tensor
 
     def __init__(self, rows: int, memory: Tensor) -> None:
         """memory: uint8 [28 * rows]"""
@@ -36,7 +41,7 @@ class Inputs:
         self.given, self.keys = wide[:rows], wide[rows:]
         ints = narrow[: 8 * rows].view(torch.int32)
         self.slots, self.positions = ints[:rows], ints[rows:]
-        self.temperatures = narrow[8 * rows :].view(torch.float32)
+        self.temperatures: Tensor = narrow[8 * rows :].view(torch.float32)
         self.memory = memory
 
     @staticmethod
@@ -47,7 +52,7 @@ class Inputs:
         return inputs
 
     def fill(self, rows: Sequence[Row], keys: Sequence[int], temperatures: Sequence[float]) -> None:
-        """On the host. The rows after the last stay idle."""
+        """Fill the inputs on the host. Rows after the last one stay idle."""
         tokens = [FEED_BACK if row.tokens is None else row.tokens[0] for row in rows]
         for part, values in (
             (self.given, tokens),
@@ -60,10 +65,21 @@ class Inputs:
 
 
 class Buffers:
-    """Everything between a step's inputs and its outputs, for B rows.
+    """All buffers between a step's inputs and its outputs, for B rows.
 
-    logits float32 [B, V], tokens int64 [B] and logprobs float32 [B] are what a step leaves behind.
+    A step leaves its results in logits float32 [B, V], tokens int64 [B] and logprobs float32 [B].
     """
+
+    x: Tensor
+    normed: Tensor
+    q: Tensor
+    y: Tensor
+    hidden: Tensor
+    parts: Tensor
+    share: Tensor
+    own_logits: Tensor
+    tokens: Tensor
+    logprobs: Tensor
 
     def __init__(self, model: GptOss, rows: int, capacity: int, device: torch.device) -> None:
         c = model.config
@@ -72,13 +88,13 @@ class Buffers:
         def new(*shape: int, dtype: torch.dtype = model.dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        self.inputs = Inputs.empty(rows, device)
+        self.inputs: Inputs = Inputs.empty(rows, device)
         self.x, self.normed = new(rows, D), new(rows, D)
         self.q, self.y = new(rows, c.num_attention_heads, c.head_dim), new(rows, c.q_size)
         heads = c.num_attention_heads, c.num_key_value_heads
-        self.attention = attention.decode_scratch(rows, *heads, capacity, model.dtype, device)
-        self.scores = new(rows, c.num_local_experts, dtype=torch.float32)
-        self.groups = routing.Groups(
+        self.attention: Tensor = attention.decode_scratch(rows, *heads, capacity, model.dtype, device)
+        self.scores: Tensor = new(rows, c.num_local_experts, dtype=torch.float32)
+        self.groups: routing.Groups = routing.Groups(
             new(pairs, dtype=torch.int32),
             new(c.num_local_experts + 1, dtype=torch.int32),
             new(pairs, dtype=torch.float32),
@@ -87,8 +103,8 @@ class Buffers:
         if not model.ranks.alone:
             self.share = new(rows, D)  # this rank's part of a sum
             self.own_logits = new(rows, len(model.ranks.shard.vocabulary), dtype=torch.float32)
-        self.logits = new(rows, c.vocab_size, dtype=torch.float32)
-        self.draw = sample.scratch(rows, c.vocab_size, device)
+        self.logits: Tensor = new(rows, c.vocab_size, dtype=torch.float32)
+        self.draw: tuple[Tensor, ...] = sample.scratch(rows, c.vocab_size, device)
         self.tokens, self.logprobs = new(rows, dtype=torch.int64), new(rows, dtype=torch.float32)
 
 
@@ -108,7 +124,7 @@ class Decoder:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def prepare(self, rows: int) -> None:
-        """Compile and capture what steps of up to so many rows need; otherwise the first such step does."""
+        """Compile and capture steps of up to `rows` rows now, instead of at the first such step."""
         for power in range(_bucket(rows).bit_length()):
             self._ready(1 << power)
 
@@ -143,12 +159,12 @@ class Decoder:
             self._run(buffers)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on as they please
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device meanwhile
             self._run(buffers)
         return graph
 
     def _run(self, b: Buffers) -> None:
-        """The step itself: launches only, the same whatever the inputs hold."""
+        """The step itself: launches only, the same for all inputs."""
         model, i = self._model, b.inputs
         linear.embed(i.given, self._last, i.slots, i.positions, model.embed, b.x)
         for block, layer in zip(model.blocks, self._cache.layers, strict=True):
@@ -202,8 +218,8 @@ class Decoder:
                 b.x += self._model.ranks.sum(b.share)
 
     def _normed(self, b: Buffers, norm: Norm) -> tuple[Tensor, Tensor | None, float]:
-        """What the next products multiply, and the norm that they still have to apply: one row's is folded into them,
-        for several, and for one of several ranks, it is a kernel of its own."""
+        """The input of the next products, and the norm that they still have to apply. For one row the norm is folded
+        into them; for several rows, and with several ranks, it is a separate kernel."""
         if len(b.x) == 1 and self._model.ranks.alone:
             return b.x, norm.weight, norm.eps
         linear.rms_norm(b.x, norm.weight, norm.eps, b.normed)

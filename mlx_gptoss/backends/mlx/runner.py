@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from ...config import ModelConfig
 from ...sampling import Sampling
 from ..base import Limits, Row, Sampled, Snapshot, working_space
 from .cache import Cache, SlotSnapshot, Span
@@ -67,7 +68,7 @@ class MlxRunner:
     """`submit` builds the step's graph and starts it; nothing here waits for the device but `wait` and `logits`."""
 
     def __init__(self, model: GptOss, limits: Limits, device: mx.Device) -> None:
-        self.config = model.config
+        self.config: ModelConfig = model.config
         self.limits = limits
         self._model = model
         self._elementwise = model.elementwise

@@ -26,7 +26,7 @@ def load_tensors():
 
 @pytest.fixture(scope="session")
 def tensor_bytes():
-    """tensor_bytes(folder or tensors) -> dtype, shape and bytes of every tensor, to compare two checkpoints exactly."""
+    """tensor_bytes(tensors) -> dtype, shape and bytes of every tensor, to compare two checkpoints exactly."""
 
     def describe(tensor: torch.Tensor) -> tuple:
         data = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
@@ -59,8 +59,8 @@ def checkpoint_path(mini, shared):
 
     def find(name: str) -> Path:
         paths = [root / name for root in (mini, shared / "fixtures" / "mini")]
-        found = next((path for path in paths if path.exists()), None)
-        return found or pytest.skip(f"the fixture {name} is not in this checkout, and the shared files are absent")
+        existing = next((path for path in paths if path.exists()), None)
+        return existing or pytest.skip(f"the fixture {name} is not in this checkout, and the shared files are absent")
 
     return find
 
@@ -74,15 +74,15 @@ def edited(checkpoint_path, load_tensors, tmp_path):
 
     def edit(
         name: str,
-        tensors: Callable[[dict], object] = lambda found: None,
+        tensors: Callable[[dict], object] = lambda tensors: None,
         config: Callable[[dict], object] = lambda settings: None,
     ) -> Path:
         source, folder = checkpoint_path(name), tmp_path / "edited"
         folder.mkdir()
-        found, settings = load_tensors(source), json.loads((source / "config.json").read_text())
-        tensors(found)
+        changed, settings = load_tensors(source), json.loads((source / "config.json").read_text())
+        tensors(changed)
         config(settings)
-        save_file({key: value.contiguous() for key, value in found.items()}, folder / "model.safetensors")
+        save_file({key: value.contiguous() for key, value in changed.items()}, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(settings))
         return folder
 

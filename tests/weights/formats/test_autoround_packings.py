@@ -16,7 +16,7 @@ MODULE = "model.layers.0.mlp.experts.{}.gate_proj"
 NAME = "layers.0.experts.gate.weight"
 
 
-def unchanged(found):
+def unchanged(tensors_or_config):
     """No change to tensors or config.json."""
 
 
@@ -100,9 +100,8 @@ def with_value(part: str, value: float):
     ],
 )
 def test_equivalent_packings_read_alike(tensors, config, edited, decode, mini):
-    assert np.array_equal(
-        decode(edited("int4-autoround", tensors, config), NAME), decode(mini / "int4-autoround", NAME)
-    )
+    got = decode(edited("int4-autoround", tensors, config), NAME)
+    assert np.array_equal(got, decode(mini / "int4-autoround", NAME))
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_scales_of_another_dtype_are_kept(dtype, edited, decode, load_tensors, t
 
 
 def test_reading_releases_the_pages_of_copied_tensors(checkpoint_path, monkeypatch):
-    """A parameter assembled from many tensors must not keep the file's pages resident beside its copy."""
+    """A parameter assembled from many tensors must not keep the file's pages resident as well as its copy."""
     opened = checkpoint.open(checkpoint_path("fp8-dynamic"))
     released = []
     for file in opened._files:

@@ -19,7 +19,7 @@ def remove(name):
 
 
 def replace(name, change):
-    """change: from the tensor, or None if there is none of that name, to the new one."""
+    """change: returns the new tensor; its argument is the stored one, or None."""
     return lambda tensors: tensors.update({name: change(tensors.get(name))})
 
 

@@ -1,4 +1,4 @@
-"""GGUF files convert to the other formats without loss, from any folder and from any number of parts."""
+"""GGUF files convert to the other formats without loss, and are found in folders, through links and in split files."""
 
 from __future__ import annotations
 

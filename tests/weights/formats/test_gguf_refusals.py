@@ -84,7 +84,7 @@ ATTACKS = {
     "a dimension of 0": (container((), [tensor(shape=(0,))], DATA), r"shape \[0\]"),
     "dimensions that overflow": (container((), [tensor(shape=(2**40, 2**40))], DATA), "truncated: 'a' ends at"),
     "half a block": (container((), [tensor(shape=(40,), kind=39)], DATA), r"shape \[40\]"),
-    "a quantization that is not supported": (
+    "an unsupported quantization": (
         container((), [tensor(kind=12)], DATA),
         "a is Q4_K, which cannot be read; MXFP4",
     ),
