@@ -1,4 +1,4 @@
-"""A real server on the loopback, in a thread, with the bundled model; and the clients that talk to it."""
+"""A real server with the bundled model, in a thread on the loopback, and clients for it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SLOTS = 4
 
 @contextmanager
 def serving(model: mlx_gptoss.Model, timeouts: Timeouts | None = None, **gate: Any) -> Iterator[Server]:
-    """A running server; `server.url` is where."""
+    """A running server at `server.url`. gate: fields of its Gate."""
     listener = listen("127.0.0.1", 0)
     server = Server(Service(model, Gate(**gate), *model_names(None)), timeouts=timeouts, drain_s=5)
     server.port = listener.getsockname()[1]
@@ -67,13 +67,13 @@ def http(server: Server) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="session")
 def serve() -> Callable[..., Any]:
-    """serving(), for a server of a test's own."""
+    """serving(), for tests that need a server of their own."""
     return serving
 
 
 @pytest.fixture(scope="session")
 def idle() -> Callable[[Server], bool]:
-    """Whether a server comes to have nothing open and no slot in use."""
+    """Waits deadline a server has no request and no slot in use, and returns whether it got there."""
 
     def busy(server: Server) -> bool:
         service = server.service
@@ -85,8 +85,8 @@ def idle() -> Callable[[Server], bool]:
         )
 
     def wait(server: Server) -> bool:
-        until = time.monotonic() + 60
-        while busy(server) and time.monotonic() < until:
+        deadline = time.monotonic() + 60
+        while busy(server) and time.monotonic() < deadline:
             time.sleep(0.002)
         return not busy(server)
 
@@ -95,7 +95,7 @@ def idle() -> Callable[[Server], bool]:
 
 @pytest.fixture(scope="session")
 def weather_tool() -> dict[str, Any]:
-    """The function that the bundled model was taught to call, as chat completions write it."""
+    """The function that the bundled model was trained to call, in the format of chat completions."""
     parameters = {
         "type": "object",
         "properties": {"location": {"type": "string", "description": "City name"}},

@@ -1,10 +1,10 @@
-"""Speed of a server under load: `python tests/server/load.py [--mlx-lm] [--clients 64] [--slots 8]`.
+"""Throughput and latency of the server under load: `python tests/server/load.py [--mlx-lm] [--clients 64] [--slots 8]`.
 
-Starts `mlx-gptoss serve` with the bundled model, and with --mlx-lm, in turns with it, mlx-lm's own server on the same
-weights (mlx-mxfp4; what is bfloat16 there is float32 in mlx-lm's copy, so that it computes as we do on a CPU, where its
-bfloat16 is many times slower). Both get the same prompts through /v1/completions, as many tokens to generate, and no
-end before them; every stream is read to its end. Prints tokens a second with one stream and with eight, and the time
-to the first token with many clients at once, of those that were not turned away.
+Starts `mlx-gptoss serve` with the bundled model and, with --mlx-lm, mlx-lm's server in turns with it on the same
+weights (mlx-mxfp4; in mlx-lm's copy bfloat16 tensors are float32, so that both compute in float32 on a CPU, where its
+bfloat16 is many times slower). Both get the same prompts through /v1/completions and generate the same number of
+tokens, since the tokens that end a reply are forbidden; every stream is read to its end. Prints tokens per second with
+one stream and with eight, and the time to first token with many clients at once, for those that were served.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ OURS, THEIRS = "mlx-gptoss", "mlx-lm"
 
 @contextlib.contextmanager
 def serving(name: str, folder: Path, slots: int) -> Iterator[str]:
-    """A server in a process of its own; gives its address."""
+    """A server in a process of its own; yields its URL."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    where = ["--model", str(folder), "--port", str(port)]
-    words = {
-        OURS: ["-m", "mlx_gptoss_cli", "serve", *where, "--backend", "mlx", "--slots", str(slots)],
+    common = ["--model", str(folder), "--port", str(port)]
+    arguments = {
+        OURS: ["-m", "mlx_gptoss_cli", "serve", *common, "--backend", "mlx", "--slots", str(slots)],
         THEIRS: [
             "-m",
             "mlx_lm",
             "server",
-            *where,
+            *common,
             "--decode-concurrency",
             str(slots),
             "--prompt-concurrency",
             str(slots),
         ],
     }[name]
-    process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
         while process.poll() is None:
@@ -67,7 +67,7 @@ def serving(name: str, folder: Path, slots: int) -> Iterator[str]:
 async def stream(
     client: httpx.AsyncClient, model: str, prompt: str, tokens: int, bias: dict[str, int]
 ) -> tuple[int, float]:
-    """One reply read to its end: tokens, and seconds to the first piece."""
+    """Read one stream to its end. Returns its tokens and the seconds to its first chunk."""
     body = {
         "model": model,
         "prompt": prompt,
@@ -87,35 +87,35 @@ async def stream(
     return used, first
 
 
-async def together(
+async def run_all(
     url: str, model: str, prompts: list[str], tokens: int, bias: dict[str, int]
 ) -> tuple[float, list[float]]:
-    """All at once: tokens a second over all of them, and each one's seconds to the first piece."""
+    """Send all prompts at once. Returns tokens per second over all of them, and seconds to the first chunk of each."""
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         started = time.perf_counter()
-        asked = [stream(client, model, prompt, tokens, bias) for prompt in prompts]
-        got = await asyncio.gather(*asked, return_exceptions=True)
+        requests = [stream(client, model, prompt, tokens, bias) for prompt in prompts]
+        results = await asyncio.gather(*requests, return_exceptions=True)
         seconds = time.perf_counter() - started
-    served = [one for one in got if not isinstance(one, BaseException)]
-    assert all(used == tokens for used, _ in served), got
+    served = [one for one in results if not isinstance(one, BaseException)]
+    assert all(used == tokens for used, _ in served), results
     return sum(used for used, _ in served) / seconds, [first for _, first in served]
 
 
-def widen(folder: Path, wide: Path) -> Path:
-    """A copy of a checkpoint, its bfloat16 tensors in float32."""
+def upcast_copy(folder: Path, copy: Path) -> Path:
+    """Copy a checkpoint with its bfloat16 tensors in float32."""
     import mlx.core as mx
 
-    shutil.copytree(folder, wide)
-    for file in wide.glob("*.safetensors"):
+    shutil.copytree(folder, copy)
+    for file in copy.glob("*.safetensors"):
         tensors = mx.load(str(file))
-        wider = {name: t.astype(mx.float32) if t.dtype == mx.bfloat16 else t for name, t in tensors.items()}
-        mx.save_safetensors(str(file), wider, {"format": "mlx"})
-    return wide
+        upcast = {name: t.astype(mx.float32) if t.dtype == mx.bfloat16 else t for name, t in tensors.items()}
+        mx.save_safetensors(str(file), upcast, {"format": "mlx"})
+    return copy
 
 
 def prompts(count: int) -> list[str]:
-    return [f"{place + 10} + {3 * place + 7} = " for place in range(count)]
+    return [f"{index + 10} + {3 * index + 7} = " for index in range(count)]
 
 
 def main() -> None:
@@ -129,22 +129,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "nano"
         mlx_gptoss.convert(NANO, folder, to="mlx-mxfp4")
-        upcast = widen(folder, Path(scratch) / "float32") if given.mlx_lm else folder
+        upcast = upcast_copy(folder, Path(scratch) / "float32") if given.mlx_lm else folder
         with mlx_gptoss.load() as model:
-            bias = {str(id): -100 for id in model.tokenizer.specials.values()}  # no end before max_tokens
-        for turn in range(given.repeat):
+            bias = {str(id): -100 for id in model.tokenizer.specials.values()}  # no reply ends before max_tokens
+        for round in range(given.repeat):
             for name in (OURS, THEIRS) if given.mlx_lm else (OURS,):
                 weights = upcast if name == THEIRS else folder
                 with serving(name, weights, given.slots) as url:
-                    measure(f"{turn} {name}", url, str(weights), given.clients, given.tokens, bias)
+                    measure(f"{round} {name}", url, str(weights), given.clients, given.tokens, bias)
 
 
 def measure(name: str, url: str, model: str, clients: int, tokens: int, bias: dict[str, int]) -> None:
-    asyncio.run(together(url, model, prompts(8), 8, bias))  # warm
-    one, _ = asyncio.run(together(url, model, prompts(1), tokens, bias))
-    eight, _ = asyncio.run(together(url, model, prompts(8), tokens, bias))
-    _, first = asyncio.run(together(url, model, prompts(clients), 50, bias))
-    p50, p99 = (statistics.quantiles(first, n=100)[place - 1] for place in (50, 99))
+    asyncio.run(run_all(url, model, prompts(8), 8, bias))  # warm up
+    one, _ = asyncio.run(run_all(url, model, prompts(1), tokens, bias))
+    eight, _ = asyncio.run(run_all(url, model, prompts(8), tokens, bias))
+    _, first = asyncio.run(run_all(url, model, prompts(clients), 50, bias))
+    p50, p99 = (statistics.quantiles(first, n=100)[percent - 1] for percent in (50, 99))
     print(
         f"{name}: one stream {one:.0f} tok/s, eight {eight:.0f} tok/s ({eight / one:.2f}x); "
         f"{len(first)} of {clients} clients: first token p50 {p50:.2f} s, p99 {p99:.2f} s",

@@ -1,12 +1,11 @@
-"""Many random requests, valid and not: `python tests/server/soak.py [10000] [--seed 0]`.
+"""A soak test with random requests, valid and not: `python tests/server/soak.py [10000] [--seed 0]`.
 
-Starts `mlx-gptoss serve` with the bundled model and asks it from sixteen threads: chat completions, responses and
-completions, whole and streamed, with random fields; bodies with one value spoilt; clients that leave; bytes that are no
-HTTP. The context is 512 tokens, so that a reply without a limit ends, too. Prints how they ended, and fails on any
-answer of 500, any that takes a minute, a slot that is not free in the end, a server that has ended, or memory that is
-ever more than 5% from its median, taken after each tenth of the requests but the first, in which the prefix cache,
-which is given 8 MB, becomes full. glibc is told to give freed memory back at once, so that what is measured is what the
-server holds.
+Starts `mlx-gptoss serve` with the bundled model and sends requests from sixteen threads: chat completions, responses
+and completions, streamed or not, with random fields; bodies with one invalid value; clients that disconnect; bytes that
+are not HTTP. The context is 512 tokens, so that a reply without a limit ends. Prints how the requests ended, and fails if
+any got a 500 or took a minute, if a slot stays in use, if the server has ended, or if memory ever differs by more than
+5% from its median. Memory is taken after each tenth of the requests except for the first, in which the prefix cache of
+8 MB fills up. glibc is told to return freed memory at once, so that the figure is what the server holds.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ import httpx
 import psutil
 
 SLOTS = 8
-GIVE_BACK = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
+RETURN_MEMORY = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
 PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/completions")
 QUESTIONS = (
     "What is 12 + 30?",
@@ -38,7 +37,7 @@ QUESTIONS = (
     "Hi",
     "Ω\ud800 \U0001f999" * 20,
 )
-SPOILT = (None, -1, 10**30, 1e308, "", "x" * 5000, [], [[[]]], {}, {"a": {"b": 1}}, True, "\ud800", float("nan"))
+INVALID = (None, -1, 10**30, 1e308, "", "x" * 5000, [], [[[]]], {}, {"a": {"b": 1}}, True, "\ud800", float("nan"))
 FUNCTION = {"name": "get_weather", "parameters": {"type": "object", "properties": {"location": {"type": "string"}}}}
 GARBAGE = (
     b"",
@@ -49,11 +48,11 @@ GARBAGE = (
 )
 
 
-def body(r: random.Random, path: str, known: list[str]) -> dict[str, Any]:
-    """A request that is valid, mostly."""
+def body(r: random.Random, path: str, response_ids: list[str]) -> dict[str, Any]:
+    """A random request, usually valid."""
     text = r.choice(QUESTIONS)
-    most = {"/v1/responses": "max_output_tokens"}.get(path, "max_tokens")
-    fields: dict[str, Any] = {most: r.randint(1, 40), "stream": r.random() < 0.5}
+    limit = {"/v1/responses": "max_output_tokens"}.get(path, "max_tokens")
+    fields: dict[str, Any] = {limit: r.randint(1, 40), "stream": r.random() < 0.5}
     optional: dict[str, Any] = {
         "temperature": r.choice([0, 0.5, 1, 2]),
         "top_p": r.choice([0.1, 0.9, 1]),
@@ -71,7 +70,7 @@ def body(r: random.Random, path: str, known: list[str]) -> dict[str, Any]:
         optional["response_format"] = {"type": "json_object"}
     elif path == PATHS[1]:
         fields["input"] = text
-        optional |= {"store": r.random() < 0.5, "previous_response_id": r.choice([*known[-50:], "resp_unknown"])}
+        optional |= {"store": r.random() < 0.5, "previous_response_id": r.choice([*response_ids[-50:], "resp_unknown"])}
         optional["tools"] = [{"type": "function", **FUNCTION}]
     else:
         fields["prompt"] = r.choice([text, [1, 2, 3], [text, "abc"]])
@@ -80,15 +79,15 @@ def body(r: random.Random, path: str, known: list[str]) -> dict[str, Any]:
 
 
 class Soak:
-    """The threads' shared state: how requests ended, and what was wrong."""
+    """State shared by the threads: how requests ended, and failures."""
 
     def __init__(self, url: str, seed: int) -> None:
         self.url = url
         self.port = int(url.rpartition(":")[2])
         self.seed = seed
         self.ended: Counter[str] = Counter()
-        self.wrong: list[str] = []
-        self.known: list[str] = []
+        self.failures: list[str] = []
+        self.response_ids: list[str] = []
 
     def work(self, numbers: queue.SimpleQueue[int]) -> None:
         with httpx.Client(base_url=self.url, timeout=60) as client:
@@ -97,29 +96,29 @@ class Soak:
                 try:
                     self.ended[self.one(client, r)] += 1
                 except Exception as error:
-                    self.wrong.append(f"request {number}: {error!r}")
+                    self.failures.append(f"request {number}: {error!r}")
 
     def one(self, client: httpx.Client, r: random.Random) -> str:
-        """One request, and how it ended."""
+        """Send one request and return how it ended."""
         if r.random() < 0.1:
             return self.garbage(r)
         path = r.choice(PATHS)
-        asked = body(r, path, self.known)
+        fields = body(r, path, self.response_ids)
         if r.random() < 0.3:
-            asked[r.choice([*asked, "nonsense"])] = r.choice(SPOILT)
-        content = json.dumps(asked).encode()
+            fields[r.choice([*fields, "nonsense"])] = r.choice(INVALID)
+        content = json.dumps(fields).encode()
         if r.random() < 0.05:
             content = content[: r.randrange(len(content))]
-        leaves = r.random() < 0.15
+        disconnects = r.random() < 0.15
         with client.stream("POST", path, content=content, headers={"Content-Type": "application/json"}) as answer:
             if answer.status_code not in (200, 400, 404, 413, 503):
                 raise ValueError(f"{answer.status_code} for {content[:300]!r}: {answer.read()[:300]!r}")
-            if leaves:
+            if disconnects:
                 next(answer.iter_raw(), b"")
-                return "left"
+                return "disconnected"
             text = answer.read().decode()
         if answer.status_code == 200 and path == PATHS[1] and '"object":"response"' in text:
-            self.known.append(text.partition('"id":"')[2].partition('"')[0])
+            self.response_ids.append(text.partition('"id":"')[2].partition('"')[0])
         if "internal_error" in text or "engine_error" in text:
             raise ValueError(f"{content[:300]!r}: {text[-300:]}")
         return str(answer.status_code)
@@ -145,7 +144,7 @@ class Soak:
             thread.join()
 
     def idle(self) -> bool:
-        """Whether no slot is in use, at the latest after ten seconds."""
+        """Whether the server becomes idle within ten seconds."""
         for _ in range(100):
             lines = httpx.get(f"{self.url}/metrics", timeout=60).text.splitlines()
             if {"mlx_gptoss_running 0.0", "mlx_gptoss_waiting 0.0"} <= set(lines):
@@ -159,7 +158,7 @@ def main() -> None:
     options.add_argument("count", type=int, nargs="?", default=10_000)
     options.add_argument("--seed", type=int, default=0)
     given = options.parse_args()
-    words = [
+    command = [
         sys.executable,
         "-m",
         "mlx_gptoss_cli",
@@ -172,10 +171,10 @@ def main() -> None:
         "512",
     ]
     process = subprocess.Popen(
-        [*words, "--backend", "mlx", "--prefix-cache", "8"],
+        [*command, "--backend", "mlx", "--prefix-cache", "8"],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **GIVE_BACK},
+        env={**os.environ, **RETURN_MEMORY},
     )
     assert process.stderr is not None
     soak = Soak(process.stderr.readline().split(" at ")[1].split(",")[0], given.seed)
@@ -190,12 +189,12 @@ def main() -> None:
         )
     idle, alive = soak.idle(), process.poll() is None
     process.terminate()
-    left = process.stderr.read()
+    errors = process.stderr.read()
     code = process.wait(30)
     drift = max(abs(size / statistics.median(sizes[1:]) - 1) for size in sizes[1:])
-    print(f"alive {alive}, idle {idle}, exit {code}, memory within {drift:.1%}, wrong {len(soak.wrong)}")
-    print(*soak.wrong[:20], left[-3000:], sep="\n")
-    sys.exit(not (alive and idle and code == 0 and drift <= 0.05 and not soak.wrong))
+    print(f"alive {alive}, idle {idle}, exit {code}, memory within {drift:.1%}, failures {len(soak.failures)}")
+    print(*soak.failures[:20], errors[-3000:], sep="\n")
+    sys.exit(not (alive and idle and code == 0 and drift <= 0.05 and not soak.failures))
 
 
 if __name__ == "__main__":

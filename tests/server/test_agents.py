@@ -1,4 +1,4 @@
-"""openai-agents, unmodified: an agent that uses a tool, through either of OpenAI's interfaces."""
+"""openai-agents, unmodified: an agent with a tool, through chat completions and through responses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ANSWER = "It is 4 degrees and rainy in Oslo."
 
 
 @pytest.fixture(scope="module", autouse=True)
-def untraced():
+def no_tracing():
     agents.set_tracing_disabled(True)
 
 
@@ -33,26 +33,26 @@ def get_weather(location: str) -> str:
 @pytest.fixture(params=["chat completions", "responses"])
 def agent(request, server):
     client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-    kind = agents.OpenAIResponsesModel if request.param == "responses" else agents.OpenAIChatCompletionsModel
+    model_class = agents.OpenAIResponsesModel if request.param == "responses" else agents.OpenAIChatCompletionsModel
     settings = agents.ModelSettings(parallel_tool_calls=False, temperature=0)
     return agents.Agent(
-        "Weather", model=kind(model=MODEL, openai_client=client), model_settings=settings, tools=[get_weather]
+        "Weather", model=model_class(model=MODEL, openai_client=client), model_settings=settings, tools=[get_weather]
     )
 
 
-def kinds(items):
+def item_types(items):
     return [item.type for item in items if item.type != "reasoning_item"]
 
 
-def test_a_run_calls_the_tool_and_answers(agent):
+def test_run_calls_the_tool_and_answers(agent):
     result = asyncio.run(agents.Runner.run(agent, QUESTION))
     assert result.final_output == ANSWER
-    assert kinds(result.new_items) == ["tool_call_item", "tool_call_output_item", "message_output_item"]
+    assert item_types(result.new_items) == ["tool_call_item", "tool_call_output_item", "message_output_item"]
     usage = result.context_wrapper.usage
     assert usage.requests == 2 and usage.total_tokens == usage.input_tokens + usage.output_tokens > 0
 
 
-def test_a_streamed_run(agent):
+def test_streamed_run(agent):
     async def run():
         result = agents.Runner.run_streamed(agent, QUESTION)
         deltas = [
@@ -64,10 +64,10 @@ def test_a_streamed_run(agent):
 
     result, text = asyncio.run(run())
     assert result.final_output == text == ANSWER
-    assert kinds(result.new_items) == ["tool_call_item", "tool_call_output_item", "message_output_item"]
+    assert item_types(result.new_items) == ["tool_call_item", "tool_call_output_item", "message_output_item"]
 
 
-def test_a_second_turn_sends_the_first_back(agent):
+def test_second_turn_sends_the_first_one_back(agent):
     async def run():
         first = await agents.Runner.run(agent, QUESTION)
         asked = {"role": "user", "content": "What is 12 + 30?"}
@@ -76,7 +76,7 @@ def test_a_second_turn_sends_the_first_back(agent):
     assert asyncio.run(run()).final_output == "12 + 30 = 42"
 
 
-def test_an_agent_with_a_type_for_its_answer(agent):
+def test_typed_output(agent):
     class City(pydantic.BaseModel):
         name: Literal["Oslo", "Paris"]
 
@@ -87,7 +87,7 @@ def test_an_agent_with_a_type_for_its_answer(agent):
     assert isinstance(result.final_output, City)
 
 
-def test_responses_can_be_gone_on_from(server):
+def test_previous_response_is_continued(server):
     client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     agent = agents.Agent("Sums", model=agents.OpenAIResponsesModel(model=MODEL, openai_client=client))
 

@@ -17,20 +17,20 @@ def create(client, **fields):
     return client.chat.completions.create(**{"model": MODEL, "messages": SUM, **fields})
 
 
-def added_up(chunks):
-    """What a stream's deltas come to, for its first choice."""
-    whole = {"content": "", "reasoning": "", "arguments": "", "reason": None, "name": None}
+def sum_deltas(chunks):
+    """The sum of a stream's deltas, for its first choice."""
+    total = {"content": "", "reasoning": "", "arguments": "", "reason": None, "name": None}
     for choice in (choice for chunk in chunks for choice in chunk.choices if choice.index == 0):
-        whole["content"] += choice.delta.content or ""
-        whole["reasoning"] += getattr(choice.delta, "reasoning", None) or ""
+        total["content"] += choice.delta.content or ""
+        total["reasoning"] += getattr(choice.delta, "reasoning", None) or ""
         for call in choice.delta.tool_calls or ():
-            whole["name"] = whole["name"] or call.function.name
-            whole["arguments"] += call.function.arguments
-        whole["reason"] = choice.finish_reason or whole["reason"]
-    return whole
+            total["name"] = total["name"] or call.function.name
+            total["arguments"] += call.function.arguments
+        total["reason"] = choice.finish_reason or total["reason"]
+    return total
 
 
-def test_an_answer(client):
+def test_answer(client):
     reply = create(client)
     (choice,) = reply.choices
     assert (choice.message.content, choice.message.role, choice.finish_reason) == ("12 + 30 = 42", "assistant", "stop")
@@ -42,17 +42,17 @@ def test_an_answer(client):
     assert (reply.model, reply.object) == (MODEL, "chat.completion")
 
 
-def test_a_stream_adds_up_to_the_answer(client):
+def test_stream_adds_up_to_the_full_answer(client):
     message = create(client).choices[0].message
     chunks = list(create(client, stream=True, stream_options={"include_usage": True}))
-    whole = added_up(chunks)
-    assert (whole["content"], whole["reasoning"]) == (message.content, message.reasoning)
+    total = sum_deltas(chunks)
+    assert (total["content"], total["reasoning"]) == (message.content, message.reasoning)
     assert len(chunks) > 10 and len({chunk.id for chunk in chunks}) == 1
     assert [chunk.usage is None for chunk in chunks] == [True] * (len(chunks) - 1) + [False]
     assert chunks[0].choices[0].delta.role == "assistant" and not chunks[-1].choices
 
 
-def test_a_stream_ends_with_done(http):
+def test_stream_ends_with_done(http):
     body = {"messages": SUM, "stream": True}
     with http.stream("POST", "/v1/chat/completions", json=body) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
@@ -62,45 +62,45 @@ def test_a_stream_ends_with_done(http):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_tool_call_and_its_result(client, weather_tool, stream):
+def test_tool_call_and_its_result(client, weather_tool, stream):
     reply = create(client, messages=WEATHER, tools=[weather_tool], stream=stream)
     if stream:
         chunks = list(reply)
-        whole = added_up(chunks)
+        total = sum_deltas(chunks)
         calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
         assert len(calls) > 3 and calls[0].id and not any(call.id for call in calls[1:])
-        id, reason = calls[0].id, whole["reason"]
+        id, reason = calls[0].id, total["reason"]
     else:
         (call,) = reply.choices[0].message.tool_calls
-        whole = {"name": call.function.name, "arguments": call.function.arguments}
+        total = {"name": call.function.name, "arguments": call.function.arguments}
         id, reason = call.id, reply.choices[0].finish_reason
         assert reply.choices[0].message.content is None
-    assert (whole["name"], json.loads(whole["arguments"]), reason) == (
+    assert (total["name"], json.loads(total["arguments"]), reason) == (
         "get_weather",
         {"location": "Oslo"},
         "tool_calls",
     )
-    function = {"name": whole["name"], "arguments": whole["arguments"]}
+    function = {"name": total["name"], "arguments": total["arguments"]}
     called = {"role": "assistant", "tool_calls": [{"id": id, "type": "function", "function": function}]}
     result = {"role": "tool", "tool_call_id": id, "content": '{"temperature": 4, "condition": "rainy"}'}
     answer = create(client, messages=[*WEATHER, called, result], tools=[weather_tool])
     assert answer.choices[0].message.content == "It is 4 degrees and rainy in Oslo."
 
 
-def test_a_reply_can_be_sent_back_as_it_came(client):
+def test_message_can_be_sent_back_unchanged(client):
     first = create(client).choices[0].message
     follow_up = {"role": "user", "content": "Add 5 to that."}
     reply = create(client, messages=[*SUM, first.model_dump(), follow_up])
     assert reply.choices[0].message.content == "42 + 5 = 47"
 
 
-def test_content_in_parts_and_a_system_message(client):
+def test_content_parts_and_a_system_message(client):
     parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "12 + 30?"}]
     messages = [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": parts}]
     assert create(client, messages=messages).choices[0].message.content == "12 + 30 = 42"
 
 
-def test_effort_changes_how_long_it_thinks(client):
+def test_effort_changes_the_length_of_the_reasoning(client):
     low, high = (
         create(client, reasoning_effort=effort).usage.completion_tokens_details.reasoning_tokens
         for effort in ("low", "high")
@@ -109,7 +109,7 @@ def test_effort_changes_how_long_it_thinks(client):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_logprobs_are_those_of_the_content(client, stream):
+def test_logprobs_cover_the_content(client, stream):
     reply = create(client, logprobs=True, top_logprobs=3, stream=stream)
     if stream:
         entries = [e for chunk in reply if (shown := chunk.choices[0].logprobs) for e in shown.content]
@@ -134,10 +134,10 @@ def test_several_choices(client):
     assert create(client, seed=8, **asked).choices[0].message.content == texts[1]
     streamed = list(create(client, n=3, seed=7, stream=True, **asked))
     assert {chunk.choices[0].index for chunk in streamed} == {0, 1, 2}
-    assert added_up(streamed)["content"] == texts[0]
+    assert sum_deltas(streamed)["content"] == texts[0]
 
 
-def test_length_stop_and_bias(client, model):
+def test_max_tokens_stop_and_logit_bias(client, model):
     short = create(client, max_completion_tokens=5)
     assert (short.choices[0].finish_reason, short.usage.completion_tokens) == ("length", 5)
     stopped = create(client, stop=["= 4"])
@@ -175,7 +175,7 @@ def test_length_stop_and_bias(client, model):
         ({"tools": [{"type": "web_search"}]}, "tools[0]"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(client, fields, param):
+def test_unsupported_fields_are_rejected_by_name(client, fields, param):
     with pytest.raises(openai.BadRequestError) as refused:
         create(client, **fields)
     body = refused.value.body
@@ -183,18 +183,18 @@ def test_what_cannot_be_honoured_is_refused_by_name(client, fields, param):
     assert body["type"] == "invalid_request_error" and body["message"]
 
 
-def test_fields_without_effect_are_taken(client):
+def test_ignored_fields_are_accepted(client):
     fields = {"user": "me", "metadata": {"a": "b"}, "store": False, "modalities": ["text"], "service_tier": "auto"}
     assert create(client, **fields, max_tokens=1, prompt_cache_key="k", safety_identifier="s").usage.completion_tokens
 
 
-def test_a_prompt_longer_than_the_context(client):
+def test_prompt_longer_than_the_context(client):
     with pytest.raises(openai.BadRequestError) as refused:
         create(client, messages=[{"role": "user", "content": "word " * 3000}])
     assert refused.value.code == "context_length_exceeded" and "4096" in str(refused.value)
 
 
-def test_another_model_is_not_found(client):
+def test_unknown_model_is_not_found(client):
     with pytest.raises(openai.NotFoundError) as refused:
         create(client, model="gpt-5")
     assert refused.value.code == "model_not_found"

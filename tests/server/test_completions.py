@@ -17,11 +17,11 @@ def create(client, **fields):
 
 @pytest.fixture(scope="module")
 def expected(model):
-    """What the Python API says."""
+    """The result of the Python API."""
     return model.complete(model.tokenizer.encode(TEXT), max_tokens=12, sampling=Sampling(temperature=0, logprobs=2))
 
 
-def test_text_or_ids_whole_or_streamed(client, model, expected):
+def test_text_and_ids_streamed_or_not(client, model, expected):
     for prompt in (TEXT, model.tokenizer.encode(TEXT)):
         reply = create(client, prompt=prompt)
         assert (reply.choices[0].text, reply.choices[0].finish_reason) == (expected.text, expected.finish_reason)
@@ -31,7 +31,7 @@ def test_text_or_ids_whole_or_streamed(client, model, expected):
     assert chunks[-1].usage == reply.usage
 
 
-def test_a_rendered_prompt_is_read_with_its_special_tokens(client):
+def test_special_tokens_in_a_prompt_are_recognized(client):
     prompt = "<|start|>user<|message|>What is 12 + 30?<|end|><|start|>assistant<|channel|>final<|message|>"
     reply = create(client, prompt=prompt)
     assert reply.choices[0].text.startswith("12 + 30 =") and reply.usage.prompt_tokens < 30
@@ -59,7 +59,7 @@ def test_logprobs(client, expected, model):
     assert [expected.text[start:].startswith(t) for start, t in zip(shown.text_offset, shown.tokens, strict=True)]
 
 
-def test_the_default_is_sixteen_tokens(client):
+def test_default_is_sixteen_tokens(client):
     assert create(client, max_tokens=None).usage.completion_tokens <= 16
 
 
@@ -76,7 +76,7 @@ def test_the_default_is_sixteen_tokens(client):
         ({"max_tokens": 0}, "max_tokens"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused(client, fields, param):
+def test_unsupported_fields_are_rejected(client, fields, param):
     with pytest.raises(openai.BadRequestError) as refused:
         create(client, **fields)
     assert refused.value.param == param

@@ -1,4 +1,4 @@
-"""The server against requests that schemathesis makes up from its own OpenAPI page."""
+"""The server against requests that schemathesis generates from its OpenAPI schema."""
 
 from __future__ import annotations
 
@@ -31,35 +31,38 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def fuzzed(serve):
-    """A server whose replies are short, for want of context."""
+    """A server whose replies are short because its context is."""
     with mlx_gptoss.load(slots=4, max_context=160) as model, serve(model) as server:
         yield server
 
 
-def ask_everything(server, idle, examples):
-    """So many valid and invalid requests to every operation; how many there were. After each the server is idle."""
-    asked = 0
-    page = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
-    for operation in (found.ok() for found in page.get_all_operations()):
+def send_to_all_operations(server, idle, examples):
+    """Send up to `examples` valid and as many invalid requests to every operation; return how many were sent.
+
+    After each of them the server must become idle.
+    """
+    sent = 0
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    for operation in (found.ok() for found in schema.get_all_operations()):
         for mode in GenerationMode:
 
             @given(case=operation.as_strategy(generation_mode=mode))
             @settings(max_examples=examples, **SETTINGS)
             def ask(case):
-                nonlocal asked
+                nonlocal sent
                 case.call_and_validate(checks=CHECKS, timeout=60)
                 assert idle(server)
-                asked += 1
+                sent += 1
 
-            with contextlib.suppress(Unsatisfiable):  # nothing about an operation without fields is invalid
+            with contextlib.suppress(Unsatisfiable):  # an operation without fields has no invalid request
                 ask()
-    return asked
+    return sent
 
 
-def test_no_request_breaks_it(fuzzed, idle):
-    assert ask_everything(fuzzed, idle, 4) > 50
+def test_no_request_breaks_the_server(fuzzed, idle):
+    assert send_to_all_operations(fuzzed, idle, 4) > 50
 
 
 @pytest.mark.slow
-def test_no_request_breaks_it_long(fuzzed, idle):
-    print(ask_everything(fuzzed, idle, 200), "requests")
+def test_no_request_breaks_the_server_long(fuzzed, idle):
+    print(send_to_all_operations(fuzzed, idle, 200), "requests")

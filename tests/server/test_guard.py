@@ -1,4 +1,4 @@
-"""Who is let in, and how much: heads, keys, sizes, and clients that are slow or make no sense."""
+"""Access checks, size limits, timeouts, and requests that are not HTTP."""
 
 from __future__ import annotations
 
@@ -31,20 +31,21 @@ def short_timeouts(serve, model):
 
 
 def raw(server, data, *, wait=60.0):
-    """The server's answer to these bytes; less, or none, if the server closes or is silent for so long."""
+    """Send bytes and return the response: less than all of it, or nothing, if the server closes or is silent for `wait`
+    seconds."""
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.settimeout(wait)
         received = b""
         try:
             connection.sendall(data)
-            while not is_whole(received) and (piece := connection.recv(65536)):
+            while not is_complete(received) and (piece := connection.recv(65536)):
                 received += piece
         except (TimeoutError, ConnectionError):
             pass
     return received
 
 
-def is_whole(answer):
+def is_complete(answer):
     head, end, body = answer.partition(b"\r\n\r\n")
     length = re.search(rb"content-length: (\d+)", head)
     return bool(end and length and len(body) >= int(length[1]))
@@ -55,7 +56,7 @@ def head(length, *extra):
     return "\r\n".join([f"POST {PATH} HTTP/1.1", *lines, "", ""]).encode()
 
 
-def test_the_key(keyed):
+def test_api_key(keyed):
     def ask(**headers):
         return httpx.post(keyed.url + PATH, json=BODY, headers=headers, timeout=60).status_code
 
@@ -69,7 +70,7 @@ def test_the_key(keyed):
     assert httpx.get(keyed.url + "/health", timeout=60).status_code == 200
 
 
-def test_without_a_key_nothing_of_the_body_is_read(keyed):
+def test_body_is_not_read_without_a_key(keyed):
     answer = raw(keyed, head(99_999) + b"{")
     assert answer.startswith(b"HTTP/1.1 401")
 
@@ -87,11 +88,11 @@ def test_without_a_key_nothing_of_the_body_is_read(keyed):
         ({"Host": "localhost:80", "Origin": "http://localhost:80"}, 200),
     ],
 )
-def test_pages_of_other_sites_are_kept_out(http, headers, status):
+def test_other_hosts_and_origins_are_refused(http, headers, status):
     assert http.post(PATH, json=BODY, headers=headers).status_code == status
 
 
-def test_no_cors_unless_asked_for(http, keyed):
+def test_cors_only_for_allowed_origins(http, keyed):
     ask = {"Origin": "https://friend.example", "Access-Control-Request-Method": "POST"}
     assert "access-control-allow-origin" not in http.options(PATH, headers=ask).headers
     allowed = httpx.options(keyed.url + PATH, headers=ask, timeout=60)
@@ -100,12 +101,12 @@ def test_no_cors_unless_asked_for(http, keyed):
     assert "access-control-allow-origin" not in other.headers
 
 
-def test_a_form_of_another_site_is_no_request(http):
-    """A browser sends text/plain anywhere without asking first."""
+def test_form_of_another_site_is_rejected(http):
+    """A browser sends text/plain to any site without a CORS preflight."""
     assert http.post(PATH, content=json.dumps(BODY), headers={"Content-Type": "text/plain"}).status_code == 400
 
 
-def test_large_bodies_are_refused_while_they_are_read(keyed):
+def test_large_bodies_are_rejected_while_they_are_read(keyed):
     key = "Authorization: Bearer sésame"
     large = raw(keyed, head(100_001, key))
     assert large.startswith(b"HTTP/1.1 413")
@@ -132,7 +133,7 @@ def test_large_bodies_are_refused_while_they_are_read(keyed):
         ('{"messages": [{"role": "user", "content": "x"}], "messages": 1}', 400),
     ],
 )
-def test_bodies_that_make_no_sense(http, body, code):
+def test_malformed_bodies(http, body, code):
     answer = http.post(PATH, content=body.encode(), headers={"Content-Type": "application/json"})
     assert answer.status_code == code, answer.text
     if code != 200:
@@ -140,7 +141,7 @@ def test_bodies_that_make_no_sense(http, body, code):
 
 
 @pytest.mark.parametrize("deep", [True, False])
-def test_schemas_that_are_too_large(http, deep):
+def test_schemas_over_the_limits(http, deep):
     schema = {"type": "object"}
     if deep:
         for _ in range(100):
@@ -169,13 +170,13 @@ def test_schemas_that_are_too_large(http, deep):
         bytes(range(256)) * 40,
     ],
 )
-def test_bytes_that_are_no_http(server, http, data):
+def test_bytes_that_are_not_http(server, http, data):
     answer = raw(server, data, wait=0.3)
     assert not answer or answer.startswith(b"HTTP/1.1 ")
     assert http.get("/health").json() == {"status": "ok"}
 
 
-def test_paths_lead_nowhere(http, model):
+def test_paths_do_not_reach_files(http, model):
     for path in ("/page/../app.py", "/page/%2e%2e/app.py", "/page//etc/passwd", "/v1/models/%2e%2e%2f%2e%2e", "/%00"):
         assert http.get(path).status_code == 404
     assert http.post(PATH, json={**BODY, "model": "/etc/passwd"}).status_code == 404
@@ -185,7 +186,7 @@ def test_paths_lead_nowhere(http, model):
     "data",
     [b"", b"POST /v1/chat", head(50), head(50) + b'{"messages"', b"GET /health HTTP/1.1\r\nHost: "],
 )
-def test_a_request_that_does_not_come_is_not_waited_for(short_timeouts, data):
+def test_incomplete_request_is_cut_off(short_timeouts, data):
     started = time.monotonic()
     with socket.create_connection(("127.0.0.1", short_timeouts.port)) as connection:
         connection.sendall(data)
@@ -196,14 +197,14 @@ def test_a_request_that_does_not_come_is_not_waited_for(short_timeouts, data):
     assert 0.2 < time.monotonic() - started < Timeouts().header_s
 
 
-def test_a_request_that_drips_is_not_waited_for(short_timeouts):
+def test_slow_headers_are_cut_off(short_timeouts):
     with socket.create_connection(("127.0.0.1", short_timeouts.port)) as connection, pytest.raises(ConnectionError):
         for byte in head(50):
             connection.sendall(bytes([byte]))
             time.sleep(0.05)
 
 
-def test_a_connection_that_is_kept_alive_may_rest(serve, model):
+def test_idle_keep_alive_connection_stays_open(serve, model):
     timeouts = Timeouts(header_s=2.0)
     with serve(model, timeouts=timeouts) as server, httpx.Client(base_url=server.url, timeout=60) as client:
         assert client.get("/health").status_code == 200
@@ -214,8 +215,8 @@ def test_a_connection_that_is_kept_alive_may_rest(serve, model):
         assert last.extensions["network_stream"].get_extra_info("client_addr") == connection
 
 
-def test_a_client_that_does_not_read_is_cut_off(short_timeouts):
-    """It asks for more than all buffers hold."""
+def test_client_that_does_not_read_is_cut_off(short_timeouts):
+    """It requests more than all buffers can hold."""
     ask = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with socket.create_connection(("127.0.0.1", short_timeouts.port)) as connection:
         connection.sendall(ask * 600)
@@ -230,5 +231,5 @@ def test_a_client_that_does_not_read_is_cut_off(short_timeouts):
         with pytest.raises(ConnectionError):
             while piece := connection.recv(1 << 20):
                 received += len(piece)
-            raise ConnectionResetError  # an end without a reset, but an early one
+            raise ConnectionResetError  # closed early, without a reset
         assert received < 600 * len(httpx.get(short_timeouts.url + "/openapi.json", timeout=60).content)

@@ -32,14 +32,17 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def visit(browser: Any, server: Any) -> Iterator[Callable[..., Any]]:
-    """Opens the page. In the end nothing may have gone to another host, and the browser have no complaint: no script
-    error, nothing that the content security policy forbids. `page.bodies` is what was asked."""
+    """Opens the page; `page.bodies` are the bodies of its requests.
+
+    Afterwards the browser must not have contacted another host or logged an error: no script error, no violation of
+    the content security policy.
+    """
     context: Any = None
-    hosts, complaints = set(), []
+    hosts, errors = set(), []
 
     def note(message: Any) -> None:
         if message.type in ("error", "warning") and "Failed to load resource" not in message.text:
-            complaints.append(message.text)
+            errors.append(message.text)
 
     def note_request(request: Any) -> None:
         hosts.add(request.url.split("/")[2].split(":")[0])
@@ -53,14 +56,14 @@ def visit(browser: Any, server: Any) -> Iterator[Callable[..., Any]]:
         page = context.new_page()
         page.bodies = []
         page.on("console", note)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", note_request)
         page.goto(url)
         return page
 
     yield opened
     context.close()
-    assert complaints == []
+    assert errors == []
     assert hosts == {"127.0.0.1"}
 
 
@@ -69,8 +72,8 @@ def ask(page: Any, question: str) -> None:
     page.keyboard.press("Enter")
 
 
-def answering(page: Any, status: int = 200, headers: dict[str, str] | None = None, **answer: Any) -> None:
-    """Has the next questions answered by the test: with `deltas`, with an `error`, or not at all."""
+def mock_replies(page: Any, status: int = 200, headers: dict[str, str] | None = None, **answer: Any) -> None:
+    """Answer the next requests from the test: with `deltas`, with an `error`, or with an empty stream."""
     body = json.dumps({"error": {"message": answer["error"]}}) if "error" in answer else ""
     for delta in answer.get("deltas", ()):
         body += f"data: {json.dumps({'choices': [{'index': 0, 'delta': delta, 'finish_reason': None}]})}\n\n"
@@ -78,14 +81,14 @@ def answering(page: Any, status: int = 200, headers: dict[str, str] | None = Non
     page.route(COMPLETIONS, lambda route: route.fulfill(status=status, headers=headers or {}, body=body))
 
 
-def never_ending(page: Any, server: Any) -> None:
-    """The model may not end what it says."""
+def forbid_end(page: Any, server: Any) -> None:
+    """Forbid the tokens that end a message in the next requests."""
     ends = [server.service.model.tokenizer.special(f"<|{name}|>") for name in ("end", "return", "call", "endoftext")]
     bias = {"logit_bias": {str(id): -100 for id in ends}}
     page.route(COMPLETIONS, lambda route: route.continue_(post_data=json.dumps(route.request.post_data_json | bias)))
 
 
-def test_a_question_and_another(visit: Any) -> None:
+def test_two_questions_and_a_new_chat(visit: Any) -> None:
     page = visit()
     expect(page).to_have_title("mlx-gptoss-nano")
     ask(page, SUM)
@@ -116,9 +119,9 @@ def test_a_question_and_another(visit: Any) -> None:
 
 
 @pytest.mark.parametrize("how", ["button", "escape"])
-def test_a_reply_arrives_piece_by_piece_until_it_is_stopped(visit: Any, server: Any, idle: Any, how: str) -> None:
+def test_reply_streams_until_it_is_stopped(visit: Any, server: Any, idle: Any, how: str) -> None:
     page = visit()
-    never_ending(page, server)
+    forbid_end(page, server)
     ask(page, SUM)
     summary = page.locator(".reply summary")
     expect(summary).to_have_text("Thinking")
@@ -138,10 +141,10 @@ def test_a_reply_arrives_piece_by_piece_until_it_is_stopped(visit: Any, server: 
     page.unroute(COMPLETIONS)
     ask(page, SUM)
     expect(page.locator(".reply .text")).to_have_text(SUM_ANSWER)
-    assert len(page.bodies[-1]["messages"]) == 1  # nothing had been answered
+    assert len(page.bodies[-1]["messages"]) == 1  # the stopped reply had no text
 
 
-def test_effort_is_chosen_by_keyboard_and_remembered(visit: Any) -> None:
+def test_effort_is_set_by_keyboard_and_remembered(visit: Any) -> None:
     page = visit()
     page.get_by_role("radio", name="Medium").focus()
     page.keyboard.press("ArrowRight")
@@ -156,7 +159,7 @@ def test_effort_is_chosen_by_keyboard_and_remembered(visit: Any) -> None:
     assert [body["reasoning_effort"] for body in page.bodies] == ["high", "low"]
 
 
-def test_a_call_is_shown_and_its_result_answered(visit: Any, weather_tool: dict[str, Any]) -> None:
+def test_call_is_shown_and_its_result_sent(visit: Any, weather_tool: dict[str, Any]) -> None:
     page = visit()
     page.get_by_role("button", name="Settings").click()
     functions = page.get_by_label("Functions the model may call")
@@ -190,9 +193,9 @@ def test_a_call_is_shown_and_its_result_answered(visit: Any, weather_tool: dict[
         ({"end": 'data: {"error": {"message": "The engine was closed."}}\n\n'}, "The engine was closed."),
     ],
 )
-def test_what_goes_wrong_is_said_and_the_question_comes_back(visit: Any, answer: dict[str, Any], words: str) -> None:
+def test_errors_are_shown_and_the_question_is_restored(visit: Any, answer: dict[str, Any], words: str) -> None:
     page = visit()
-    answering(page, **answer)
+    mock_replies(page, **answer)
     ask(page, SUM)
     expect(page.get_by_role("alert").first).to_contain_text(words)
     expect(page.get_by_label("Your message")).to_have_value(SUM)
@@ -203,7 +206,7 @@ def test_what_goes_wrong_is_said_and_the_question_comes_back(visit: Any, answer:
     expect(page.get_by_role("alert").first).to_be_hidden()
 
 
-def test_errors_of_the_server_itself_and_of_the_way_to_it(visit: Any) -> None:
+def test_rejected_requests_and_lost_connections(visit: Any) -> None:
     page = visit()
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Functions the model may call").fill('[{"type": "web_search"}]')
@@ -215,16 +218,16 @@ def test_errors_of_the_server_itself_and_of_the_way_to_it(visit: Any) -> None:
     expect(page.get_by_role("alert").first).to_contain_text("Is it still running?")
 
 
-def test_a_reply_that_breaks_off_keeps_what_was_said(visit: Any) -> None:
+def test_interrupted_reply_keeps_its_text(visit: Any) -> None:
     page = visit()
-    answering(page, deltas=[{"content": "The sum"}], end="")
+    mock_replies(page, deltas=[{"content": "The sum"}], end="")
     ask(page, SUM)
     expect(page.get_by_role("alert").first).to_contain_text("The reply was interrupted")
     expect(page.locator(".reply .text")).to_have_text("The sum")
     expect(page.locator(".stats")).to_have_text("interrupted")
 
 
-def test_a_key_is_asked_for_where_the_server_wants_one(visit: Any, serve: Any, model: Any) -> None:
+def test_api_key_is_requested_when_the_server_needs_one(visit: Any, serve: Any, model: Any) -> None:
     with serve(model, api_key="open sesame") as locked:
         page = visit(locked.url)
         key = page.get_by_label("API key")
@@ -262,9 +265,9 @@ Some `code`, **bold**, [a link](https://example.org/), [none](javascript:alert(1
 """
 
 
-def test_markdown_is_shown_and_markup_stays_text(visit: Any) -> None:
+def test_markdown_is_rendered_and_html_stays_text(visit: Any) -> None:
     page = visit()
-    answering(page, deltas=[{"content": MARKDOWN[start : start + 7]} for start in range(0, len(MARKDOWN), 7)])
+    mock_replies(page, deltas=[{"content": MARKDOWN[start : start + 7]} for start in range(0, len(MARKDOWN), 7)])
     ask(page, "Show me")
     expect(page.locator("blockquote")).to_have_text("quoted")
     text = page.locator(".reply .text")
@@ -278,8 +281,8 @@ def test_markdown_is_shown_and_markup_stays_text(visit: Any) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_is_as_light_or_dark_as_the_system(visit: Any, scheme: Any) -> None:
+def test_colors_follow_the_system(visit: Any, scheme: Any) -> None:
     page = visit(color_scheme=scheme)
-    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    lightness = sum(map(int, paper.removeprefix("rgb(").removesuffix(")").split(", "))) / 3
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    lightness = sum(map(int, background.removeprefix("rgb(").removesuffix(")").split(", "))) / 3
     assert (lightness > 200) if scheme == "light" else (lightness < 50)

@@ -22,7 +22,7 @@ def weather(weather_tool):
     return {"type": "function", **weather_tool["function"]}
 
 
-def test_an_answer(client):
+def test_answer(client):
     reply = create(client, instructions="You are a helpful assistant.", metadata={"a": "b"})
     assert (reply.output_text, reply.status, reply.error) == ("12 + 30 = 42", "completed", None)
     reasoning, message = reply.output
@@ -33,21 +33,21 @@ def test_an_answer(client):
     assert (reply.metadata, reply.model, reply.store) == ({"a": "b"}, MODEL, True)
 
 
-def test_events_in_order_add_up(client):
+def test_events_are_in_order_and_add_up(client):
     events = list(create(client, stream=True))
     assert [event.sequence_number for event in events] == list(range(len(events)))
-    kinds = [event.type.removeprefix("response.") for event in events]
-    order = list(dict.fromkeys(kinds))
+    types = [event.type.removeprefix("response.") for event in events]
+    order = list(dict.fromkeys(types))
     assert order == [
         "created", "in_progress", "output_item.added", "content_part.added", "reasoning_text.delta",
         "reasoning_text.done", "content_part.done", "output_item.done", "output_text.delta", "output_text.done",
         "completed",
     ]  # fmt: skip
     text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
-    thought = "".join(event.delta for event in events if event.type == "response.reasoning_text.delta")
+    reasoning = "".join(event.delta for event in events if event.type == "response.reasoning_text.delta")
     final = events[-1].response
     assert text == final.output_text == "12 + 30 = 42"
-    assert thought == final.output[0].content[0].text
+    assert reasoning == final.output[0].content[0].text
     added = [event.item for event in events if event.type == "response.output_item.added"]
     done = [event.item for event in events if event.type == "response.output_item.done"]
     assert [item.id for item in added] == [item.id for item in done] == [item.id for item in final.output]
@@ -55,17 +55,17 @@ def test_events_in_order_add_up(client):
     assert {event.item_id for event in events if hasattr(event, "item_id")} == {item.id for item in final.output}
 
 
-def test_the_client_follows_the_stream(client):
+def test_client_accumulates_the_stream(client):
     with client.responses.stream(model=MODEL, input=SUM) as stream:
         for _ in stream:
             pass
         assert stream.get_final_response().output_text == "12 + 30 = 42"
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_a_call_and_its_result(client, weather, kept):
-    """Whether the server remembers the call or its items are sent back."""
-    first = create(client, input=WEATHER, tools=[weather], store=kept)
+@pytest.mark.parametrize("stored", [True, False])
+def test_function_call_and_its_result(client, weather, stored):
+    """stored: the server keeps the call; otherwise the client sends its items back."""
+    first = create(client, input=WEATHER, tools=[weather], store=stored)
     call = first.output[-1]
     assert [item.type for item in first.output] == ["reasoning", "function_call"]
     assert (call.name, json.loads(call.arguments), call.status) == ("get_weather", {"location": "Oslo"}, "completed")
@@ -74,7 +74,7 @@ def test_a_call_and_its_result(client, weather, kept):
         "call_id": call.call_id,
         "output": '{"temperature": 4, "condition": "rainy"}',
     }
-    if kept:
+    if stored:
         second = create(client, input=[result], tools=[weather], previous_response_id=first.id)
     else:
         items = [{"role": "user", "content": WEATHER}, *(item.model_dump() for item in first.output), result]
@@ -82,24 +82,24 @@ def test_a_call_and_its_result(client, weather, kept):
     assert second.output_text == "It is 4 degrees and rainy in Oslo."
 
 
-def test_kept_or_sent_back_a_call_is_the_same_prompt(client, weather):
+def test_stored_call_and_returned_items_give_the_same_prompt(client, weather):
     first = create(client, input=WEATHER, tools=[weather])
     result = {"type": "function_call_output", "call_id": first.output[-1].call_id, "output": "{}"}
     items = [{"role": "user", "content": WEATHER}, *(item.model_dump() for item in first.output), result]
-    kept = create(client, input=[result], tools=[weather], previous_response_id=first.id)
-    sent = create(client, input=items, tools=[weather])
-    assert kept.usage.input_tokens == sent.usage.input_tokens
-    assert kept.output_text == sent.output_text
+    stored = create(client, input=[result], tools=[weather], previous_response_id=first.id)
+    returned = create(client, input=items, tools=[weather])
+    assert stored.usage.input_tokens == returned.usage.input_tokens
+    assert stored.output_text == returned.output_text
 
 
-def test_a_streamed_call(client, weather):
+def test_streamed_function_call(client, weather):
     events = list(create(client, input=WEATHER, tools=[weather], stream=True))
     deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
     (done,) = [event for event in events if event.type == "response.function_call_arguments.done"]
     assert len(deltas) > 3 and "".join(deltas) == done.arguments == events[-1].response.output[-1].arguments
 
 
-def test_a_conversation_goes_on_without_old_reasoning_and_old_instructions(client):
+def test_next_turn_omits_old_reasoning_and_instructions(client):
     first = create(client, instructions="You are a helpful assistant.")
     second = create(client, input="Add 5 to that.", previous_response_id=first.id)
     assert second.output_text == "42 + 5 = 47"
@@ -116,11 +116,11 @@ def test_retrieve_list_and_delete(client):
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
     reply = create(client, input=[*turns, {"role": "user", "content": SUM}])
     assert client.responses.retrieve(reply.id) == reply
-    items = list(client.responses.input_items.list(reply.id, limit=2, order="asc"))  # the client turns the pages
+    items = list(client.responses.input_items.list(reply.id, limit=2, order="asc"))  # the client requests the pages
     assert [item.content[0].text for item in items] == ["Hi", "Hello!", SUM]
     newest = client.responses.input_items.list(reply.id, limit=1)
     assert newest.data[0].id == items[-1].id and newest.has_more
-    assert client.responses.cancel(reply.id).status == "completed"  # it has ended: nothing to cancel
+    assert client.responses.cancel(reply.id).status == "completed"  # it has ended, so nothing is cancelled
     client.responses.delete(reply.id)
     for gone in (client.responses.retrieve, client.responses.cancel, client.responses.delete):
         with pytest.raises(openai.NotFoundError):
@@ -130,14 +130,14 @@ def test_retrieve_list_and_delete(client):
     assert refused.value.code == "previous_response_not_found"
 
 
-def test_what_is_not_to_be_stored_is_not(client):
+def test_store_false_is_not_stored(client):
     reply = create(client, store=False)
     assert reply.store is False
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(reply.id)
 
 
-def test_a_running_response_can_be_seen_and_cancelled(client, server, idle):
+def test_running_response_is_retrieved_and_cancelled(client, server, idle):
     stream = create(client, reasoning={"effort": "high"}, stream=True)
     first = next(iter(stream))
     assert client.responses.retrieve(first.response.id).status == "in_progress"
@@ -148,7 +148,7 @@ def test_a_running_response_can_be_seen_and_cancelled(client, server, idle):
     assert idle(server)
 
 
-def test_length_is_incomplete(client):
+def test_token_limit_gives_an_incomplete_response(client):
     reply = create(client, max_output_tokens=6)
     assert (reply.status, reply.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     assert reply.output[-1].status == "incomplete"
@@ -186,22 +186,22 @@ def test_logprobs(client):
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
     ],
 )
-def test_what_cannot_be_honoured_is_refused_by_name(client, fields, param):
+def test_unsupported_fields_are_rejected_by_name(client, fields, param):
     with pytest.raises(openai.BadRequestError) as refused:
         create(client, **fields)
     body = refused.value.body
     assert body["param"] is not None and body["param"].startswith(param), body
 
 
-def test_many_at_once(client):
+def test_concurrent_requests(client):
     texts = [None] * 6
 
-    def ask(place):
-        texts[place] = create(client, input=f"What is {place + 10} + 30?").output_text
+    def ask(index):
+        texts[index] = create(client, input=f"What is {index + 10} + 30?").output_text
 
-    threads = [threading.Thread(target=ask, args=(place,)) for place in range(len(texts))]
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(texts))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert texts == [f"{place + 10} + 30 = {place + 40}" for place in range(len(texts))]
+    assert texts == [f"{index + 10} + 30 = {index + 40}" for index in range(len(texts))]

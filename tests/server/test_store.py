@@ -1,4 +1,4 @@
-"""The store of responses: what is kept, what is given up, and that it stays within its bounds."""
+"""The store of responses: eviction order and limits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def stored(text):
     return StoredResponse(b"{}", b"[]", ConversationItems((Message("user", text),)))
 
 
-def test_the_least_recently_used_is_given_up():
+def test_least_recently_used_response_is_evicted():
     store = ResponseStore(max_responses=2)
     for id in "ab":
         store.put(id, stored(id))
@@ -24,7 +24,7 @@ def test_the_least_recently_used_is_given_up():
     assert store.get("a") is not None and store.get("c") is not None
 
 
-def test_one_that_is_larger_than_the_store_is_not_kept_and_costs_no_other():
+def test_response_larger_than_the_store_is_not_stored_and_evicts_nothing():
     store = ResponseStore(max_bytes=2000)
     assert store.put("a", stored("a"))
     assert not store.put("b", stored("b" * 2000))
@@ -32,13 +32,13 @@ def test_one_that_is_larger_than_the_store_is_not_kept_and_costs_no_other():
 
 
 @given(st.lists(st.tuples(st.sampled_from(["put", "get", "delete"]), st.sampled_from("abcdef"), st.integers(0, 600))))
-def test_it_stays_within_its_bounds(steps):
+def test_limits_hold_for_any_sequence_of_operations(steps):
     store, sizes = ResponseStore(max_responses=4, max_bytes=2000), {}
-    for what, id, length in steps:
-        if what == "put":
+    for operation, id, length in steps:
+        if operation == "put":
             store.put(id, stored("x" * length))
             sizes[id] = stored("x" * length).size()
-        elif what == "get":
+        elif operation == "get":
             store.get(id)
         else:
             store.delete(id)

@@ -1,4 +1,4 @@
-"""Structured output and tool choice over HTTP, through OpenAI's own client. What is enforced and how: tests/harmony."""
+"""Structured output and tool choice over HTTP, through OpenAI's own client. tests/harmony tests the enforcement."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Sum(pydantic.BaseModel):
 
 @pytest.fixture(scope="module")
 def strict_tool():
-    """One of two cities, so that the small model comes to an end, whatever it was asked."""
+    """Its argument is one of two cities, so that the small model ends its call whatever it was asked."""
     location = {"type": "string", "enum": ["Oslo", "Paris"]}
     parameters = {"type": "object", "properties": {"location": location}, "required": ["location"]}
     parameters["additionalProperties"] = False
@@ -35,7 +35,7 @@ def chat(client):
     return ask
 
 
-def test_an_answer_is_parsed_into_a_class(client):
+def test_answer_is_parsed_into_a_class(client):
     messages = [{"role": "user", "content": SUM}]
     reply = client.chat.completions.parse(
         model=MODEL, messages=messages, response_format=Sum, reasoning_effort="low", temperature=1, seed=3
@@ -45,8 +45,8 @@ def test_an_answer_is_parsed_into_a_class(client):
     assert isinstance(parsed.output_parsed, Sum) and parsed.text.format.name == "Sum"
 
 
-def test_a_json_object_streams(chat):
-    """Only its beginning: a model this small, made to write what it never learnt, does not come to an end."""
+def test_json_object_streams(chat):
+    """Checks the beginning only: the small model was not trained on free JSON and does not end it."""
     chunks = chat(response_format={"type": "json_object"}, stream=True, max_tokens=70)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert text.startswith('{"')
@@ -68,7 +68,7 @@ def test_a_call_that_must_be_made_in_a_response(client, strict_tool):
     assert reply.tool_choice.name == "get_weather" and reply.tools[0].strict and not reply.parallel_tool_calls
 
 
-def test_a_call_that_must_not_be_made(chat, weather_tool):
+def test_tool_choice_none_gives_no_call(chat, weather_tool):
     reply = chat("What is the weather in Oslo?", tools=[weather_tool], tool_choice="none")
     assert reply.choices[0].message.tool_calls is None and reply.choices[0].message.content
 
@@ -84,7 +84,7 @@ def test_a_call_that_must_not_be_made(chat, weather_tool):
         ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
     ],
 )
-def test_what_cannot_be_enforced_is_refused(chat, fields, param):
+def test_unenforceable_requests_are_rejected(chat, fields, param):
     with pytest.raises(openai.BadRequestError) as refused:
         chat(**fields)
     assert (refused.value.param or "").startswith(param)
