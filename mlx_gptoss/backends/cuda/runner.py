@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LOGITS_CHUNK = 256  # positions of the vocabulary-wide output held at once by logits()
 MAX_ROWS = 64  # of one step of decode.py
-WARM_UP_LENGTHS = (256, 64, 32, 16)  # lengths of prompts for which kernels/moe.py takes different tiles
+WARM_UP_LENGTHS = (256, 64, 32, 16)  # lengths of prompts for which kernels/tiles.py has different tiles
 GREEDY = Sampling(temperature=0)
 
 
