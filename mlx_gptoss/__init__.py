@@ -9,8 +9,8 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# Read when numpy is loaded: its BLAS threads sleep at once when they have nothing to do. Otherwise they spin for some
-# hundredths of a second after each product, while MLX wants the cores (decoding took 1.5 times as long).
+# Read when numpy is loaded: makes its BLAS threads sleep as soon as they are idle. Otherwise they spin for some
+# hundredths of a second after each product, while MLX needs the cores (decoding took 1.5 times as long).
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "4")
 
 if TYPE_CHECKING:

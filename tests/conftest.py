@@ -5,7 +5,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import cast
@@ -30,6 +30,7 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("any-speed")
 
 DATA = Path(__file__).parent / "data"
+DEVICE = os.environ.get("MLX_GPTOSS_TEST_DEVICE", "cpu")  # "gpu" runs tests/backends and tests/golden on a Mac's GPU
 SHARED = Path(__file__).parents[1] / ".." / "shared"
 STDERR = pytest.StashKey[int]()  # descriptor of the real stderr, duplicated while pytest does not capture it
 
@@ -83,6 +84,12 @@ def mini() -> Path:
 def shared() -> Path:
     """Files that are too big for the repository; tests that need one skip where it is absent."""
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def device_of() -> Callable[[str], str]:
+    """The device that a backend is tested on, by its name."""
+    return lambda backend: DEVICE if backend == "mlx" else "cpu"
 
 
 @pytest.fixture(scope="session")

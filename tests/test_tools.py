@@ -92,10 +92,10 @@ async def later(a: str): ...
     ("function", "complaint"),
     [
         (no_hint, "'a' of the tool no_hint has no type hint"),
-        (odd_hint, r"hinted set\[str\]; use str"),
-        (odd_keys, "hinted dict"),
+        (odd_hint, r"type hint set\[str\]; use str"),
+        (odd_keys, "type hint dict"),
         (unknown_hint, "cannot be read: NameError"),
-        (many, "no name to be given by"),
+        (many, "cannot be passed by name"),
         (later, "is async"),
     ],
 )
@@ -120,7 +120,7 @@ def test_files_that_hold_no_tools(tmp_path: Path, code: str, complaint: str) -> 
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match="no Python file"):
+    with pytest.raises(InvalidRequest, match="not a Python file"):
         load_tools(tmp_path)
     with pytest.raises(InvalidRequest, match="FileNotFoundError"):
         load_tools(tmp_path / "nothing.py")

@@ -1,8 +1,8 @@
 """The seam between the engine and a device: ints and dataclasses go in, ints and floats come out.
 
 A runner is one loaded model on one device, owned by one thread. It keeps the KV cache in numbered slots, one
-sequence each, and what sampling needs to remember of each slot. Arrays never cross this seam, apart from
-`logits()`, which hands numpy to evaluation code.
+sequence each, and what sampling needs to remember of each slot. Arrays never cross this seam, except in `logits()`,
+which returns numpy for evaluation.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 class Row:
     """What one slot does in one step.
 
-    slot: 0 <= slot < Limits.slots. A slot stands once in a step.
-    start: position of the first token, which must be the slot's length so far; 0 begins a new sequence.
-    tokens: the ids to feed; None feeds back what this slot sampled in the step before, still on the device.
-    sampling: how to choose the next token after the last one; None chooses none (a prefill chunk but the last).
+    slot: 0 <= slot < Limits.slots; at most one row per slot and step.
+    start: position of the first token, equal to the slot's length so far; 0 begins a new sequence.
+    tokens: the ids to feed; None feeds back the token that this slot sampled in the previous step, still on the device.
+    sampling: how to sample the token after the last one; None samples nothing (every prefill chunk except the last).
     prompt: on a request's first sampled row, its whole prompt: penalties start from it and the random stream is
         reseeded. None afterwards.
-    drafts: guesses of what follows `tokens`, at most Limits.drafts, for a row of one given token that samples. They are
-        fed, too, and the row samples a token after each that was guessed right, and one more. The slot's length is then
-        that of the tokens fed before the last one sampled. What comes next hangs on the result, so such a row is not
-        followed by another before it was read.
-    mask: which tokens may come next, for a row that samples and has no drafts: token i if bit i % 8 of byte i // 8 is
-        set, and none beyond its end. None allows all, and costs nothing. At least one token must be allowed.
+    drafts: proposed continuations of `tokens`, at most Limits.drafts, for a row with one given token that samples.
+        They are fed as well; the row samples one token after each correct draft, and one more. The slot's length then
+        counts the tokens before the last one sampled. The next row depends on the result, so it must not be submitted
+        before this one is read.
+    mask: the tokens allowed next, for a row that samples and has no drafts: token i if bit i % 8 of byte i // 8 is set,
+        and none beyond its end. None allows all tokens at no cost. At least one token must be allowed.
     """
 
     slot: int
@@ -50,7 +50,7 @@ class Row:
 
 
 def allowed_tokens(masks: Sequence[bytes | None], vocabulary: int) -> NDArray[np.bool_]:
-    """Rows' masks, one bool a token: [B, V]."""
+    """The masks of B rows as booleans, one per token: [B, V]."""
     allowed = np.ones((len(masks), vocabulary), dtype=np.bool_)
     for row, mask in zip(allowed, masks, strict=True):
         if mask is not None:
@@ -72,13 +72,15 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Limits:
-    """slots: sequences at once. max_context: tokens in one slot. chunk: most tokens of one row in one step.
+    """What a runner has memory for.
 
-    The mlx backend alone knows the others. drafts: most that a row may have. kv_bits: 8 keeps the full layers' keys and
-    values in 8 bits; None as they are computed. resident_vocab: None has all weights on the device. A number, where
-    memory is short, leaves the embeddings in the mapped file, to be looked up there, and of lm_head all rows but so
-    many first ones, those of ids that the tokenizer has: the others are never sampled, and only logits() computes them.
-    upcast: hold the dense matrices that every token reads in the activations' dtype, where a CPU has the memory for it.
+    slots: sequences at once. max_context: tokens per slot. chunk: maximum tokens of one row in one step.
+
+    Only the mlx backend uses the others. drafts: maximum per row. kv_bits: 8 keeps keys and values of the
+    full-attention layers in 8 bits; None as they are computed. resident_vocab: None puts all weights on the device. A
+    number, for short memory, leaves the embeddings in the mapped file, and keeps only the first rows of lm_head on the
+    device, those of ids that the tokenizer has: the others are never sampled, and only logits() computes them.
+    upcast: hold the dense matrices that every token reads in the activations' dtype, on a CPU with enough memory.
     """
 
     slots: int
@@ -91,10 +93,10 @@ class Limits:
 
 
 class Snapshot(Protocol):
-    """A sequence's cache as of `end`: the full layers' keys and values of positions start to end, and the sliding
-    layers' rings as they were at the end, for a ring cannot be rewound. Of 20b in bfloat16, 24.6 kB a token and 3.1 MB.
+    """A sequence's cache as of `end`: keys and values of positions start to end in the full-attention layers, and the
+    sliding layers' rings at the end, because a ring cannot be rewound. 20b in bfloat16: 24.6 kB per token and 3.1 MB.
 
-    It lies on the device and never changes.
+    It stays on the device and never changes.
     """
 
     @property
@@ -111,14 +113,14 @@ class Pending(Protocol):
     """A step under way on the device."""
 
     def wait(self) -> list[Sampled | None]:
-        """Block until the step is done; one entry a row, None where the row sampled nothing."""
+        """Block until the step is done. One entry per row, None for a row that sampled nothing."""
         ...
 
 
 class Runner(Protocol):
     """One loaded model on one device. All calls come from the thread that made it.
 
-    The rows of one step may run in any order; `release` is called when no step under way touches the slot.
+    The rows of one step may run in any order. `release` is called when no step in flight uses the slot.
     """
 
     config: ModelConfig
@@ -133,20 +135,20 @@ class Runner(Protocol):
         ...
 
     def save(self, slot: int, start: int, end: int) -> Snapshot:
-        """What the slot's sequence holds from `start` to `end`, its length after all steps submitted so far."""
+        """A snapshot of the slot's positions `start` to `end`; `end` is its length after all steps submitted so far."""
         ...
 
     def restore(self, slot: int, chain: Sequence[Snapshot]) -> None:
-        """Begin the slot's sequence with snapshots that follow each other from 0; its length is then the last one's
-        end. The numbers are those that were saved, bit for bit."""
+        """Start the slot's sequence from consecutive snapshots that begin at 0; its length is then the last one's end.
+        The values are restored bit for bit."""
         ...
 
     def pack(self, snapshot: Snapshot) -> bytes:
-        """For a file. The bytes mean something to a runner of the same model, dtype and limits alone."""
+        """The bytes of a snapshot, for a file. Only a runner with the same model, dtype and limits can read them."""
         ...
 
     def unpack(self, start: int, end: int, data: bytes) -> Snapshot:
-        """The snapshot again. Raises ValueError if the bytes are not those of one."""
+        """The snapshot from its bytes. Raises ValueError if they are not a snapshot of these positions."""
         ...
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
@@ -154,14 +156,14 @@ class Runner(Protocol):
         ...
 
     def peak_memory(self) -> int:
-        """Most bytes the device held at once since loading."""
+        """Peak bytes allocated on the device since loading."""
         ...
 
     def close(self) -> None: ...
 
 
 class Backend(Protocol):
-    """What the module of a backend offers. `device` and `dtype` None are the backend's best and its own default."""
+    """The functions of a backend's module. `device` None is the best device, `dtype` None the backend's default."""
 
     def load(
         self,
@@ -177,29 +179,30 @@ class Backend(Protocol):
         ...
 
     def dtype_name(self, device: str | None, dtype: str | None) -> str:
-        """The name of the activations' dtype. Raises InvalidRequest for one that there is not."""
+        """The name of the activations' dtype. Raises InvalidRequest for an unknown one."""
         ...
 
     def prefill_chunk(self, device: str | None) -> int:
-        """Most tokens that one prefill step should have; the memory plan may take fewer."""
+        """Maximum tokens of one prefill step; the memory plan may reduce it."""
         ...
 
     def available_memory(self, device: str | None) -> int:
-        """Bytes that a model may take there."""
+        """Bytes that a model may use on the device."""
         ...
 
     def device_name(self, device: str | None) -> str:
-        """What a GPU calls itself, or "cpu" for all of those."""
+        """The name of a GPU, or "cpu" for any CPU."""
         ...
 
     def copy_bandwidth(self, device: str | None) -> float:
-        """Bytes a second that a copy in the device's memory reaches, read and written counted: the ceiling of decoding.
-        Measured now, in well under a second, before a model is loaded; its buffers are given back."""
+        """Bytes per second of a copy in the device's memory, reads and writes counted: the bound of decoding.
+
+        Measured by this call, in well under a second, before a model is loaded; its buffers are freed."""
         ...
 
 
 def working_space(config: ModelConfig, chunk: int, slots: int, activation_bytes: int) -> int:
-    """The largest set of arrays alive at once in a forward pass: one layer's MoE, or its attention, or the logits."""
+    """Bytes of the largest set of arrays alive at once in a pass: one layer's MoE or attention, and the logits."""
     active = config.num_experts_per_tok
     experts = chunk * active * (2 * config.hidden_size + 4 * config.intermediate_size)
     attention = chunk * 3 * (config.q_size + 2 * config.kv_size)

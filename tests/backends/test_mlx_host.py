@@ -52,7 +52,7 @@ def test_a_dense_matrix(monkeypatch, dtype, lead, biased):
 
 
 def test_small_products_are_left_to_mlx(monkeypatch):
-    monkeypatch.setattr(host, "on_host", None)
+    monkeypatch.setattr(host, "to_numpy", None)
     matrix = host.HostMatrix(normal(320, 192))
     assert matrix.matmul(normal(4, 192)).shape == (4, 320)
     with pytest.raises(TypeError):
@@ -82,7 +82,7 @@ def test_experts(monkeypatch, name, parts):
     assert error(host.HostExperts(matrices)(x, chosen, None), wanted) < 1e-6
     assert error(ExpertLinear(matrices)(x, chosen, None), wanted) < 2e-6
     if name != "bf16":
-        monkeypatch.setattr(host, "stored", None)
+        monkeypatch.setattr(host, "as_quantized", None)
         few = host.HostExperts(matrices)(x[:19], chosen[:19], None)  # of two experts
         assert error(few, wanted[:19]) < 2e-6
 

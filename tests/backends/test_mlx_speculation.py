@@ -21,9 +21,9 @@ REPEATING = [*range(40, 60)] * 4
 
 
 @pytest.fixture(scope="module", params=[None, 8], ids=["whole cache", "cache in 8 bits"])
-def runner(request, mini):
+def runner(request, mini, device_of):
     limits = Limits(2, 300, 64, drafts=3, kv_bits=request.param)
-    return backend.load(checkpoints.open(mini / "mxfp4"), device="cpu", dtype=None, limits=limits)
+    return backend.load(checkpoints.open(mini / "mxfp4"), device=device_of("mlx"), dtype=None, limits=limits)
 
 
 def begin(runner, prompt, sampling, slot=0) -> int:

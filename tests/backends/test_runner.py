@@ -22,8 +22,9 @@ def backend(request, backend_module):
 
 
 @pytest.fixture(scope="module")
-def runner(backend, mini):
-    return backend.load(checkpoints.open(mini / "mxfp4"), device="cpu", dtype="float32", limits=Limits(4, 700, 2048))
+def runner(backend, mini, device_of):
+    device = device_of(backend.__name__.rpartition(".")[2])
+    return backend.load(checkpoints.open(mini / "mxfp4"), device=device, dtype="float32", limits=Limits(4, 700, 2048))
 
 
 def prompt_of(length: int, seed: int) -> tuple[int, ...]:

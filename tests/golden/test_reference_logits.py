@@ -49,17 +49,17 @@ def count_certain(reference) -> int:
     return int(close[0]) if close.size else len(reference["greedy"])
 
 
-def test_logits_match_the_reference(case, backend, relative_error):
+def test_logits_match_the_reference(case, backend, device_of, relative_error):
     folder, reference = case
-    with mlx_gptoss.load(folder, backend=backend, device="cpu", dtype="float32") as model:
+    with mlx_gptoss.load(folder, backend=backend, device=device_of(backend), dtype="float32") as model:
         logits = model.logits(reference["prompt"].tolist())
     assert logits.dtype == np.float32
     assert relative_error(logits, reference["logits"]) < 1e-4
 
 
-def test_greedy_generation_matches_the_reference(case, backend):
+def test_greedy_generation_matches_the_reference(case, backend, device_of):
     folder, reference = case
-    with mlx_gptoss.load(folder, backend=backend, device="cpu", dtype="float32") as model:
+    with mlx_gptoss.load(folder, backend=backend, device=device_of(backend), dtype="float32") as model:
         done = model.complete(reference["prompt"].tolist(), max_tokens=48, sampling=GREEDY)
     certain = min(count_certain(reference), len(done.ids))
     assert certain > 8
@@ -67,11 +67,13 @@ def test_greedy_generation_matches_the_reference(case, backend):
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 7, 8, 9, 16, 17, 95, 96])
-def test_chunked_prefill_matches_the_reference(mini, backend, backend_module, relative_error, chunk):
+def test_chunked_prefill_matches_the_reference(mini, backend, backend_module, device_of, relative_error, chunk):
     reference = load_file(mini / "reference.safetensors")
     prompt = tuple(reference["prompt"].tolist())
     checkpoint = checkpoints.open(mini / "mxfp4")
-    runner = backend_module(backend).load(checkpoint, device="cpu", dtype="float32", limits=Limits(3, 200, chunk))
+    runner = backend_module(backend).load(
+        checkpoint, device=device_of(backend), dtype="float32", limits=Limits(3, 200, chunk)
+    )
     assert relative_error(runner.logits(prompt), reference["logits"]) < 1e-4
     for start in range(0, len(prompt), chunk):
         piece = prompt[start : start + chunk]

@@ -102,7 +102,7 @@ def test_prompts_differ_by_sequence_and_are_the_same_every_time():
      ("20b", "mlx-mxfp4-q8", (2.57, 7.96, 11.31, 11.45)), ("120b", "mxfp4", (5.0,))],
 )  # fmt: skip
 def test_bytes_of_a_step_of_the_published_models(name, form, wanted):
-    """By hand: parameters times bits, and experts touched in expectation, without keys and values; in GB."""
+    """Computed by hand: parameters times bits, and experts used in expectation, without keys and values; in GB."""
     source = Synthetic(preset(name), form)
     bits = {"mxfp4": (16, 4.25), "mlx-4bit": (4.5, 4.5), "mlx-mxfp4-q8": (8.5, 4.25)}[form]
     sizes = {
@@ -152,7 +152,7 @@ def test_what_cannot_be_run_is_refused(backend_module):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_narrow_activations_are_held_against_float32(backend, backend_module):
+def test_narrow_activations_agree_with_float32(backend, backend_module):
     module = backend_module(backend)
     source = Synthetic(preset("tiny", layers=6), "mxfp4")
     found = agreement.with_cpu_float32(module, source, backend, "cpu", "bfloat16", [1, 4])
@@ -174,7 +174,7 @@ class Wrong:
         runner = self.module.load(source, **options)
         if self.loaded == 2:
             return runner
-        if self.where == "prefill":
+        if self.target == "prefill":
             right = runner.logits
             runner.logits = lambda ids: np.roll(right(ids), 1, axis=-1)
         else:
@@ -183,7 +183,7 @@ class Wrong:
         return runner
 
 
-@pytest.mark.parametrize("where", ["prefill", "decode"])
+@pytest.mark.parametrize("target", ["prefill", "decode"])
 def test_a_model_that_computes_something_else_is_not_timed(backend_module, target):
     source = Synthetic(TINY, "mxfp4")
     with pytest.raises(GptOssError, match="nothing was timed"):

@@ -2,10 +2,10 @@
 
 Starts `mlx-gptoss serve` with the bundled model and sends requests from sixteen threads: chat completions, responses
 and completions, streamed or not, with random fields; bodies with one invalid value; clients that disconnect; bytes that
-are not HTTP. The context is 512 tokens, so that a reply without a limit ends. Prints how the requests ended, and fails
-if any got a 500 or took a minute, if a slot stays in use, if the server has ended, or if memory ever differs by more
-than 5% from its median. Memory is taken after each tenth of the requests except for the first, in which the prefix
-cache of 8 MB fills up. glibc is told to return freed memory at once, so that the figure is what the server holds.
+are not HTTP. The context is 512 tokens, so that a reply without a limit ends. Prints how the requests ended; fails if
+any got a 500 or took a minute, if a slot stays in use, if the server has ended, or if memory ever differs by more than
+5% from its median. Memory is taken after each tenth of the requests except for the first, in which the prefix cache of
+8 MB fills up. glibc is told to return freed memory at once, so that the figure is what the server holds.
 """
 
 from __future__ import annotations

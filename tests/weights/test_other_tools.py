@@ -55,7 +55,7 @@ np.savez(sys.argv[2], **weights)
 
 def run(code: str, *arguments) -> None:
     words = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

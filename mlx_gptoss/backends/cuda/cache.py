@@ -1,6 +1,6 @@
 """The KV cache: growing tensors for full layers, rings for sliding ones. Every layer holds all slots.
 
-Under CUDA graphs the addresses must stay, so there the full layers are allocated whole.
+CUDA graphs need fixed addresses, so the full-attention layers are allocated whole there.
 
 Legend: S slots, B rows in this step, K kv heads, L tokens, C capacity, W window.
 A row's keys are stored rotated; positions are absolute from 0.
@@ -24,7 +24,7 @@ GROWTH = 256  # full layers grow by multiples of this many tokens
 class Span:
     """Where this forward pass writes: either one slot and any number of tokens, or B slots and one token each.
 
-    slots, starts: [B] host integers, ascending slots. length: tokens a row. offsets: starts on the device, int64 [B].
+    slots, starts: [B] host integers, ascending slots. length: tokens per row. offsets: starts on the device, int64 [B].
     """
 
     slots: tuple[int, ...]
@@ -75,7 +75,7 @@ class FullCache:
         self.values: Tensor = torch.zeros((slots, heads, capacity, head_dim), dtype=dtype, device=device)
 
     def append(self, k: Tensor, v: Tensor, span: Span) -> Visible:
-        """Store one token a row, k, v [B, K, 1, 64], and return all keys up to them."""
+        """Store one token per row, k, v [B, K, 1, 64], and return all keys and values so far."""
         self._grow(span.end)
         slots = _indices(span)
         self.keys[slots, :, span.offsets] = k[:, :, 0]
@@ -93,11 +93,11 @@ class FullCache:
         return self.keys[slot : slot + 1, :, : span.end], self.values[slot : slot + 1, :, : span.end]
 
     def snapshot_places(self, start: int, end: int) -> slice:
-        """Of a snapshot."""
+        """The positions that a snapshot holds."""
         return slice(start, end)
 
     def restore(self, slot: int, chain: Sequence[Part]) -> None:
-        """Put parts that follow each other from 0 into a slot."""
+        """Put consecutive parts, the first from position 0, into a slot."""
         self._grow(sum(keys.shape[1] for keys, _ in chain))
         start = 0
         for keys, values in chain:
@@ -122,8 +122,8 @@ Part = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class SlotSnapshot:
-    """A Snapshot. parts: keys and values of each layer in order, cut to one slot: of a full layer the positions from
-    start to end, [K, end - start, 64]; of a ring the places filled at the end, [K, min(end, W), 64]."""
+    """A Snapshot of one slot. parts: keys and values of each layer, in order. A full-attention layer has the positions
+    from start to end, [K, end - start, 64]; a ring its filled part at the end, [K, min(end, W), 64]."""
 
     start: int
     end: int
@@ -135,7 +135,7 @@ class SlotSnapshot:
 
 
 class RingCache:
-    """The last W positions of each slot, [S, K, W, 64]; position p stands at p % W."""
+    """The last W positions of each slot, [S, K, W, 64]; position p is at index p % W."""
 
     def __init__(
         self, slots: int, heads: int, head_dim: int, window: int, dtype: torch.dtype, device: torch.device
@@ -145,7 +145,7 @@ class RingCache:
         self.values: Tensor = torch.zeros((slots, heads, window, head_dim), dtype=dtype, device=device)
 
     def append(self, k: Tensor, v: Tensor, span: Span) -> Visible:
-        """Store one token a row, k, v [B, K, 1, 64]; order within a ring does not matter to softmax."""
+        """Store one token per row, k, v [B, K, 1, 64]. The order within a ring does not matter to softmax."""
         slots, places = _indices(span), span.offsets % self.window
         self.keys[slots, :, places] = k[:, :, 0]
         self.values[slots, :, places] = v[:, :, 0]
@@ -157,7 +157,7 @@ class RingCache:
 
     def extend(self, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Store one slot's next L tokens, k, v [1, K, L, 64], and return them after the W positions before them:
-        [1, K, W + L, 64]. What stands for positions before 0 is to be masked."""
+        [1, K, W + L, 64]. Entries for positions before 0 must be masked."""
         slot, start, w = span.slots[0], span.starts[0], self.window
         both = []
         for ring, new in ((self.keys, k), (self.values, v)):
@@ -169,11 +169,11 @@ class RingCache:
         return both[0], both[1]
 
     def snapshot_places(self, start: int, end: int) -> slice:
-        """Of a snapshot: those that are filled at its end, so that nothing of what the slot held before is in it."""
+        """The indices that are filled at the end of a snapshot, without remains of an earlier sequence."""
         return slice(min(end, self.window))
 
     def restore(self, slot: int, chain: Sequence[Part]) -> None:
-        """Put the last of the parts into a slot."""
+        """Put the last part into a slot."""
         keys, values = chain[-1]
         self.keys[slot, :, : keys.shape[1]], self.values[slot, :, : keys.shape[1]] = keys, values
 
@@ -182,8 +182,8 @@ LayerCache = FullCache | RingCache
 
 
 class Cache:
-    """One FullCache or RingCache a layer, for `slots` sequences of at most max_context tokens. whole: allocate all of
-    that at once, where it stays."""
+    """One FullCache or RingCache per layer, for `slots` sequences of at most max_context tokens. whole: allocate all
+    memory at once, at fixed addresses."""
 
     def __init__(
         self,
@@ -217,7 +217,7 @@ class Cache:
             layer.restore(slot, [saved.parts[i] for saved in chain])
 
     def unpack(self, start: int, end: int, data: bytes) -> SlotSnapshot:
-        """As Runner.unpack: the bytes of all parts, one behind the other."""
+        """As Runner.unpack: the concatenated bytes of all parts."""
         places = [range(end)[layer.snapshot_places(start, end)] for layer in self.layers]
         keys = [layer.keys for layer in self.layers]
         shapes = [(2, k.shape[1], len(at), k.shape[3] * k.itemsize) for k, at in zip(keys, places, strict=True)]
@@ -236,11 +236,11 @@ def _indices(span: Span) -> Tensor:
 
 
 def _slot_index(span: Span) -> slice | Tensor:
-    """Adjacent slots as a view; others have to be gathered."""
+    """An index of the slots: a slice (a view) if they are adjacent, otherwise a tensor (a copy)."""
     first, last = span.slots[0], span.slots[-1]
     return slice(first, last + 1) if last - first + 1 == len(span.slots) else _indices(span)
 
 
 def _causal_mask(offsets: Tensor, end: int) -> Tensor:
-    """Boolean [B, 1, 1, end]: row b sees places up to and including offsets[b]."""
+    """Boolean [B, 1, 1, end]: row b sees positions up to and including offsets[b]."""
     return torch.arange(end, device=offsets.device) <= offsets[:, None, None, None]

@@ -1,7 +1,7 @@
 """One decoding step: up to 64 sequences, one token each, from the ids fed back on the device to the ids chosen.
 
-Everything lies in buffers that stay where they are, and the host says only which slots take part, where they stand and
-how they draw; so on a GPU a step is one copy to the device and the replay of one CUDA graph. Six or seven kernels a
+All data is in buffers at fixed addresses; the host says only which slots take part, their positions and how they
+sample. So on a GPU a step is one copy to the device and the replay of one CUDA graph. Six or seven kernels a
 layer for one sequence, ten or eleven for more.
 
 Legend: B rows (a power of two; those without a request are idle, at position -1), S slots, D hidden, V vocabulary.
@@ -24,10 +24,10 @@ FEED_BACK = -1
 
 
 class Inputs:
-    """What the host says of each row, as one piece of memory, which one copy brings to the device.
+    """The host's inputs of each row in one piece of memory, which one copy brings to the device.
 
-    given int64: the token, or FEED_BACK for the one that the slot sampled last. keys int64: where the row's noise
-    starts. slots, positions int32. temperatures float32: 0 is greedy.
+    given int64: the token, or FEED_BACK for the one that the slot sampled last. keys int64: the start of the row's
+    noise. slots, positions int32. temperatures float32: 0 is greedy.
     """
 
     given: Tensor
@@ -52,7 +52,7 @@ class Inputs:
         return inputs
 
     def fill(self, rows: Sequence[Row], keys: Sequence[int], temperatures: Sequence[float]) -> None:
-        """On the host. The rows after the last stay idle."""
+        """Fill the inputs on the host. Rows after the last one stay idle."""
         tokens = [FEED_BACK if row.tokens is None else row.tokens[0] for row in rows]
         for part, values in (
             (self.given, tokens),
@@ -65,9 +65,9 @@ class Inputs:
 
 
 class Buffers:
-    """Everything between a step's inputs and its outputs, for B rows.
+    """All buffers between a step's inputs and its outputs, for B rows.
 
-    logits float32 [B, V], tokens int64 [B] and logprobs float32 [B] are what a step leaves behind.
+    A step leaves its results in logits float32 [B, V], tokens int64 [B] and logprobs float32 [B].
     """
 
     x: Tensor
@@ -124,7 +124,7 @@ class Decoder:
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def prepare(self, rows: int) -> None:
-        """Compile and capture what steps of up to so many rows need; otherwise the first such step does."""
+        """Compile and capture steps of up to `rows` rows now, instead of at the first such step."""
         for power in range(_bucket(rows).bit_length()):
             self._ready(1 << power)
 
@@ -159,12 +159,12 @@ class Decoder:
             self._run(buffers)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on as they please
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device meanwhile
             self._run(buffers)
         return graph
 
     def _run(self, b: Buffers) -> None:
-        """The step itself: launches only, the same whatever the inputs hold."""
+        """The step itself: launches only, the same for all inputs."""
         model, i = self._model, b.inputs
         linear.embed(i.given, self._last, i.slots, i.positions, model.embed, b.x)
         for block, layer in zip(model.blocks, self._cache.layers, strict=True):
@@ -218,8 +218,8 @@ class Decoder:
                 b.x += self._model.ranks.sum(b.share)
 
     def _normed(self, b: Buffers, norm: Norm) -> tuple[Tensor, Tensor | None, float]:
-        """What the next products multiply, and the norm that they still have to apply: one row's is folded into them,
-        for several, and for one of several ranks, it is a kernel of its own."""
+        """The input of the next products, and the norm that they still have to apply. For one row the norm is folded
+        into them; for several rows, and with several ranks, it is a separate kernel."""
         if len(b.x) == 1 and self._model.ranks.alone:
             return b.x, norm.weight, norm.eps
         linear.rms_norm(b.x, norm.weight, norm.eps, b.normed)

@@ -1,7 +1,7 @@
-"""The pieces model.py is made of: matrices as they are stored, linear layers and experts over them.
+"""The layers of model.py: matrices as they are stored, linear layers and experts over them.
 
-A matrix stays in device memory as the checkpoint stores it. What computes with them is an Operations: plain.py in
-torch alone, kernels/ in Triton.
+A matrix stays in device memory as the checkpoint stores it. An Operations computes with it: plain.py in PyTorch,
+kernels/ in Triton.
 
 Legend: D in, N out, E experts, A active experts, T tokens, B rows, L tokens a row, H query heads, K kv heads.
 """
@@ -32,11 +32,11 @@ class DenseMatrix:
         return self.weight.shape
 
     def at(self, index: Index) -> DenseMatrix:
-        """Its part along the first axis: one expert, a block of rows, or rows by their ids."""
+        """A part along the first axis: one expert, a block of rows, or rows by their ids."""
         return DenseMatrix(self.weight[index])
 
     def decode(self, dtype: torch.dtype) -> Tensor:
-        """All its values, [..., N, D]"""
+        """All values, [..., N, D]"""
         return self.weight.to(dtype)
 
 
@@ -90,7 +90,7 @@ class Rotation:
 
 
 class Operations(Protocol):
-    """What a forward pass is computed with; the choice is made when a model is loaded."""
+    """The operations of a forward pass, chosen when a model is loaded."""
 
     def product(self, x: Tensor, matrix: Matrix) -> Tensor:
         """x [T, D] times a matrix [N, D], transposed -> [T, N]"""
@@ -104,7 +104,7 @@ class Operations(Protocol):
         self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sinks: Tensor, scale: float
     ) -> Tensor:
         """One query a row, [B, H, 1, 64], over keys [B, K, C, 64] where mask, bool [B, 1, 1, C], is true or None ->
-        [B, 1, H * 64]. Softmax with one more column a head, its sink, float32 [H], which is dropped afterwards."""
+        [B, 1, H * 64]. Softmax with one more column per head, the sink, float32 [H], which is dropped afterwards."""
         ...
 
     def attend_causal(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float) -> Tensor:
@@ -113,22 +113,22 @@ class Operations(Protocol):
         ...
 
     def attend_sliding(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float, past: int) -> Tensor:
-        """The same for sliding layers: keys are W places before the L new ones, [1, K, W + L, 64], and each query sees
-        W of them up to its own. The first W - past places do not exist."""
+        """attend_causal for sliding layers: the keys are W past ones and the L new ones, [1, K, W + L, 64], and each
+        query sees W of them up to its own. The first W - past keys do not exist."""
         ...
 
     def mixture(self, x: Tensor, scores: Tensor, experts: Experts) -> Tensor:
         """x [T, D] through each token's A likeliest experts by scores, float32 [T, E], weighted by the softmax over
-        those -> [T, D], as far as they are held here"""
+        those -> [T, D]. Experts of other ranks are left out."""
         ...
 
 
 @dataclass(frozen=True)
 class Linear:
-    """Matrices side by side that share their input, fused into one where their storage allows it.
+    """Matrices that share their input, fused into one where their storage allows it.
 
-    matrices: one after load's fusion, more when the parts are stored differently (a 6-bit v beside a 4-bit q).
-    bias: [N] over all of them together.
+    matrices: one after load's fusion; more if the parts are stored differently (a 6-bit v with a 4-bit q).
+    bias: [N] of all together.
     """
 
     matrices: tuple[Matrix, ...]
@@ -147,7 +147,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class ExpertLinear:
-    """The same for a bank of experts: matrices [E, N, D], bias [E, N]."""
+    """Linear layers of all experts: matrices [E, N, D], bias [E, N]."""
 
     matrices: tuple[Matrix, ...]
     bias: Tensor
@@ -160,7 +160,7 @@ class ExpertLinear:
 @dataclass(frozen=True)
 class Experts:
     """gate_up: D -> 2 I per expert, gate rows first; down: I -> D. active: A. limit and alpha: of the SwiGLU. held:
-    those of the router's experts that these are; what other ranks hold is left out of every sum."""
+    which of the router's experts these are; those of other ranks are left out of every sum."""
 
     gate_up: ExpertLinear
     down: ExpertLinear
@@ -176,7 +176,7 @@ def _values(codes: Tensor, spec: Spec) -> Tensor:
         return codes.float()
     if spec.bits == 8:
         return _decode_bytes("e4m3", codes)
-    # Four codes a look-up: look-ups are what decoding on a CPU spends its time on.
+    # Four codes per look-up, because decoding on a CPU spends its time on look-ups.
     words = codes.view(torch.uint16).flatten().int()
     found = _four_code_table(spec.element, codes.device).index_select(0, words)
     return found.view(torch.float16).view(*codes.shape[:-1], -1).float()

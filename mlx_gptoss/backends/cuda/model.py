@@ -23,21 +23,21 @@ from .ranks import Ranks
 @dataclass(frozen=True)
 class Rotary:
     """frequencies: float64 [32], radians per position.
-    score_scale: 1/sqrt(64) times the squared YaRN concentration, which belongs on both q and k."""
+    score_scale: 1/sqrt(64) times the squared YaRN concentration, which applies to both q and k."""
 
     frequencies: Tensor
     score_scale: float
 
     def rotation(self, positions: Tensor) -> Rotation:
-        """positions [B, L]; once a pass, for all layers."""
+        """The rotation at positions [B, L], computed once per pass for all layers."""
         angles = positions[:, None, :, None] * self.frequencies
         return Rotation(angles.cos().float(), angles.sin().float())
 
 
 @dataclass(frozen=True)
 class Attention:
-    """qkv: D -> (H + 2 K) * 64; out: H * 64 -> D; sinks float32 [H]. H and K are this rank's; out's bias is the first
-    rank's alone."""
+    """qkv: D -> (H + 2 K) * 64; out: H * 64 -> D; sinks float32 [H]. H and K are this rank's; only the first
+    rank has out's bias."""
 
     config: ModelConfig
     ops: Operations

@@ -1,4 +1,4 @@
-"""Operations in torch alone: what a CPU computes with, and the oracle of the kernels.
+"""Operations in PyTorch: the path of a CPU, and the reference of the kernels.
 
 A product decodes its matrix block by block, in float32 and by the one formula of weights/tensor.py, into operands of
 the activations' dtype. On a CPU, threads share the blocks.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .layers import DenseMatrix, Experts, Matrix, Rotation
 
-# Elements decoded at once. On a CPU the block stays in the cache until the product has read it.
+# Elements decoded at once. On a CPU the block stays in the cache until the product reads it.
 CPU_BLOCK = 1 << 20
 GPU_BLOCK = 1 << 24
 
@@ -27,10 +27,10 @@ GPU_SCORES = 1 << 26
 
 
 class TorchOperations:
-    """threads: that share a product's blocks.
+    """threads: the number of threads that share a product's blocks.
 
-    A block's decoding is a chain of small operations, some of which torch runs on one core; so whole blocks are what
-    is shared, and each thread's own operations stay on its core.
+    Decoding a block is a chain of small operations, some of which torch runs on one core. So threads share whole
+    blocks, and each thread's operations stay on one core.
     """
 
     def __init__(self, threads: int) -> None:
@@ -44,7 +44,7 @@ class TorchOperations:
         count, width = matrix.shape
         step = max(1, (CPU_BLOCK if x.device.type == "cpu" else GPU_BLOCK) // width)
         blocks = range(0, count, step)
-        left = iter(blocks)  # whoever is free takes the next
+        left = iter(blocks)  # the next free thread takes the next block
         y = x.new_empty((x.shape[0], count))
 
         def work() -> None:
@@ -97,10 +97,10 @@ class TorchOperations:
             q = _blocks(F.pad(q, pad), S)  # [n, H, S, 64]
             k, v = (_blocks(F.pad(a, pad), S) for a in (keys, values))  # [n + 1, K, S, 64], as S = W
             keys, values = (torch.cat([a[:-1], a[1:]], dim=2) for a in (k, v))  # [n, K, W + S, 64]
-        # Query i stands at place W + i of its block's keys and sees the W places up to itself.
+        # Query i is at index W + i of its block's keys and sees the W keys up to itself.
         i, j = torch.arange(S, device=q.device)[:, None], torch.arange(W + S, device=q.device)[None, :]
         mask = ((j > i) & (j <= i + W)).expand(n, 1, S, W + S)
-        if past < W:  # the first block's oldest places lie before position 0
+        if past < W:  # the first block's oldest keys are before position 0
             exists = (torch.arange(n, device=q.device)[:, None] > 0) | (j >= W - past)
             mask = mask & exists[:, None, None, :]
         y = _attend(q, keys, values, mask, sinks, scale)  # [n, H, S, 64]
@@ -114,7 +114,7 @@ class TorchOperations:
         counts = chosen.flatten().bincount(minlength=scores.shape[-1])
         y = torch.zeros_like(x, dtype=torch.float32)
         start = 0
-        for expert, count in enumerate(counts.tolist()):  # a GPU is waited for here
+        for expert, count in enumerate(counts.tolist()):  # waits for a GPU
             if count and expert in experts.held:
                 place = expert - experts.held.start
                 pairs = order[start : start + count]
@@ -139,7 +139,7 @@ def heads_of(x: Tensor, dim: int) -> Tensor:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor, scale: float) -> Tensor:
-    """Softmax attention with one more column a head, its sink, which is dropped afterwards. Float32 throughout.
+    """Softmax attention with one more column per head, the sink, which is dropped afterwards. Float32 throughout.
 
     q [B, H, L, 64], k and v [B, K, C, 64], mask bool [..., L, C], sinks [H] -> float32 [B, H, L, 64]
     """
@@ -169,8 +169,8 @@ def _blocks(x: Tensor, size: int) -> Tensor:
 
 
 def _single_core_pool(threads: int) -> ThreadPoolExecutor:
-    """A pool whose threads keep their own operations on one core. torch takes that setting for the thread that makes
-    it and for all that start later; for the latter it is undone."""
+    """A pool whose threads run their operations on one core. torch applies that setting to the calling thread and to
+    all threads started later; for the latter it is undone."""
     pool, everyone = ThreadPoolExecutor(threads, "gptoss-product"), Barrier(threads)
 
     def settle() -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LOGITS_CHUNK = 256  # positions of the vocabulary-wide output held at once by logits()
 MAX_ROWS = 64  # of one step of decode.py
-WARM_UP_LENGTHS = (256, 64, 32, 16)  # lengths of prompts for which kernels/moe.py takes different tiles
+WARM_UP_LENGTHS = (256, 64, 32, 16)  # lengths of prompts for which kernels/tiles.py has different tiles
 GREEDY = Sampling(temperature=0)
 
 
@@ -113,7 +113,7 @@ class CudaRunner:
         return out
 
     def peak_memory(self) -> int:
-        """On a CPU, of the whole process since it began: torch does not count there."""
+        """On a CPU, the peak of the whole process, because torch does not count there."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         unit = 1 if sys.platform == "darwin" else 1024
@@ -127,10 +127,10 @@ class CudaRunner:
             torch.cuda.empty_cache()
 
     def _make_decoder(self) -> Decoder:
-        from .decode import Decoder  # triton is imported with it
+        from .decode import Decoder  # imports triton
 
         decoder = Decoder(self._model, self._cache, self._last, self.limits.max_context)
-        if self._device.type == "cuda":  # so that no request waits for a compiler
+        if self._device.type == "cuda":  # so that no request waits for compilation
             decoder.prepare(min(self.limits.slots, MAX_ROWS))
             for length in WARM_UP_LENGTHS:
                 cache = Cache(self.config, 1, length, self._model.dtype, self._device)
@@ -157,7 +157,7 @@ class CudaRunner:
         places: Sequence[int],
         results: list[tuple[Choice, int, Sampling] | None],
     ) -> None:
-        """Rows of one token through decode.py, which draws for most requests itself."""
+        """Rows of one token through decode.py, which samples for most requests itself."""
         samplings = [row.sampling if row.sampling and sampled_in_graph(row) else GREEDY for row in rows]
         seeds = [
             0 if sampling.greedy else self._history(row).seed for row, sampling in zip(rows, samplings, strict=True)
@@ -204,7 +204,7 @@ class CudaRunner:
         return torch.tensor(ids, dtype=torch.int64, device=self._device)
 
     def _history(self, row: Row) -> History:
-        """What the sampler remembers of the row's slot, begun anew with a request's first sampled row."""
+        """The sampler's state of the row's slot, reset by a request's first sampled row."""
         if row.prompt is not None and row.sampling is not None:
             sampling = row.sampling
             seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
@@ -212,8 +212,8 @@ class CudaRunner:
         return self._histories[row.slot]
 
     def _fetch(self, choice: Choice) -> Choice:
-        """The choice on the host, once the step's event is done. Reading it from the device later would also wait for
-        the next step, which is submitted by then."""
+        """A copy of the choice on the host, complete when the step's event is. Reading it from the device later would
+        also wait for the next step, which is submitted by then."""
 
         def fetch(values: Tensor) -> Tensor:
             if self._device.type == "cpu":
@@ -233,7 +233,7 @@ class CudaRunner:
 
 
 def sampled_in_graph(row: Row) -> bool:
-    """Whether decode.py's step draws as the row says: greedy or at a temperature, with nothing else to heed."""
+    """Whether decode.py's step can sample the row: greedy or at a temperature, without other options."""
     sampling = row.sampling
     if sampling is None or row.mask is not None:
         return False

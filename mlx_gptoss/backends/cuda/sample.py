@@ -90,7 +90,7 @@ def choose(
 def gumbel(seeds: Sequence[int], positions: Sequence[int], vocabulary: int, device: torch.device) -> Tensor:
     """Standard Gumbel noise, float32 [B, V]: added to logits, it makes their argmax a draw from their softmax.
 
-    Each number hangs on its row's seed and position and on its token alone, on any device, so that a seed gives the
+    Each number depends only on its row's seed and position and on its token, on any device, so that a seed gives the
     same draw in any batch.
     """
     keys = noise_keys(seeds, positions)

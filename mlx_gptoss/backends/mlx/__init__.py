@@ -24,8 +24,8 @@ MAX_SCORES_GPU, MAX_SCORES_CPU = 1 << 28, 1 << 19
 def load(
     checkpoint: Weights, *, device: str | None, dtype: str | None, limits: Limits, shard: RankShard | None = None
 ) -> MlxRunner:
-    """Load onto `device` ("cpu", "gpu" or None for MLX's default) with activations of `dtype`; both as below. shard:
-    of the model that `checkpoint` is a part of, whose other parts other ranks load at the same time; None is all."""
+    """Load onto `device` ("cpu", "gpu" or None for MLX's default) with activations of `dtype`. shard: the part of the
+    model that `checkpoint` holds, while other ranks load the others; None is the whole model."""
     where = pick_device(device)
     with mx.stream(where):
         gpu = _on_gpu(device)
@@ -54,7 +54,7 @@ def dtype_name(device: str | None, dtype: str | None) -> str:
 
 
 def prefill_chunk(device: str | None) -> int:
-    """Most tokens of one prefill step: enough rows for a GPU's matrix units; a CPU gains nothing from more."""
+    """Maximum tokens of one prefill step: enough rows for a GPU's matrix units; a CPU gains nothing from more."""
     return 2048 if _on_gpu(device) else 512
 
 
@@ -67,14 +67,14 @@ def available_memory(device: str | None) -> int:
 
 
 def device_name(device: str | None) -> str:
-    """What the GPU calls itself, or "cpu" of any CPU."""
+    """The GPU's name, or "cpu" for any CPU."""
     if not _on_gpu(device):
         return "cpu"
     return str(mx.device_info(pick_device(device)).get("device_name", "gpu"))
 
 
 def copy_bandwidth(device: str | None) -> float:
-    """Bytes a second, read and written counted: the best of ten passes over 256 MB on a GPU; of the RAM on a CPU."""
+    """Bytes per second, reads and writes counted: the best of ten passes over 256 MB on a GPU; on a CPU, of the RAM."""
     if not _on_gpu(device):
         return ram_copy_bandwidth()
     best = float("inf")

@@ -23,18 +23,18 @@ GROWTH = 256  # full layers hold multiples of this many tokens
 
 @dataclass(frozen=True)
 class Span:
-    """Where this forward pass writes, either one slot and any number of tokens, or B slots and one token each; and
-    what every layer needs to know of that, made once on the host.
+    """Where this forward pass writes, either one slot and any number of tokens, or B slots and one token each, with
+    the index arrays that every layer needs, made once on the host.
 
-    slots, starts: [B] host integers, ascending slots. length: tokens a row. ring: W and the slack behind it.
+    slots, starts: [B] host integers, ascending slots. length: tokens per row. ring: W plus the slack.
     rows, offsets: slots and starts on the device, int32 [B]. places: in the ring, of each row's token or of one row's
         L tokens, int32 [B or L].
     rotations: by how many positions each head of a one-token row's queries, keys and values is rotated, int32
         [B * (H + 2 K)]; a value by 0, which leaves it unchanged.
-    tokens, pairs: the rows of activations that each token's experts take, uint32 [T, 1], and of the results that they
-        give, uint32 [T, A]: both count up.
-    seen: bool [B, 1, 1, end], the places that each of several unequal rows attends to; None is all. seen_in_ring: the
-        same of a ring's filled places, bool [B, 1, L, min(end, R)].
+    tokens, pairs: indices of the activation rows that each token's experts read, uint32 [T, 1], and of the rows that
+        they produce, uint32 [T, A]; both count up from 0.
+    seen: bool [B, 1, 1, end], the positions visible to each of several rows of unequal length; None is all.
+        seen_in_ring: the same for the filled part of a ring, bool [B, 1, L, min(end, R)].
     """
 
     slots: tuple[int, ...]
@@ -78,8 +78,7 @@ class Span:
 
 
 class FullCache:
-    """Keys and values of every position so far, [2, S, K, C, 64], or in 8 bits as QuantizedKV has them; C grows up to
-    max_context.
+    """Keys and values of all positions so far, [2, S, K, C, 64], or 8-bit as in QuantizedKV. C grows up to max_context.
 
     phase: from 0 to 1. Layers of different phases grow at different times, so that one is copied at a time; growing by
     a quarter keeps the copies few.
@@ -94,14 +93,14 @@ class FullCache:
         self.arrays: list[mx.array] = list(_pack(empty)) if packed else [empty]
 
     def update(self, kv: mx.array, span: Span) -> tuple[mx.array, mx.array] | QuantizedKV:
-        """Store kv [2, B, K, L, 64] and return all keys and values up to them, [B, K, end, 64] each."""
+        """Store kv [2, B, K, L, 64] and return all keys and values so far, [B, K, end, 64] each."""
         self._grow(span.end)
         parts = _pack(kv) if self._packed else (kv,)
         self.arrays = [
             _write(a, p, span, span.starts[0], span.offsets) for a, p in zip(self.arrays, parts, strict=True)
         ]
         rows = _slot_index(span)
-        # Indexed at once, for a plain [0] would be a copy.
+        # One indexing operation, because a separate [0] would copy.
         keys, values = ([array[i, rows, :, : span.end] for array in self.arrays] for i in (0, 1))
         if self._packed:
             return QuantizedKV((keys[0], keys[1], keys[2]), (values[0], values[1], values[2]))
@@ -109,15 +108,15 @@ class FullCache:
 
     @staticmethod
     def snapshot_places(start: int, end: int) -> int:
-        """Of a snapshot."""
+        """The number of positions that a snapshot holds."""
         return end - start
 
     def part(self, slot: int, start: int, end: int) -> list[mx.array]:
-        """Of one slot, the positions from start to end, [2, 1, K, end - start, ...] each."""
+        """Positions start to end of one slot, [2, 1, K, end - start, ...] each."""
         return [array[:, slot : slot + 1, :, start:end] for array in self.arrays]
 
     def restore(self, slot: int, chain: Sequence[Sequence[mx.array]]) -> None:
-        """Put parts that follow each other from 0 into a slot."""
+        """Put consecutive parts, the first from position 0, into a slot."""
         whole = [
             parts[0] if len(parts) == 1 else mx.concatenate(list(parts), axis=3) for parts in zip(*chain, strict=True)
         ]
@@ -141,8 +140,8 @@ class FullCache:
 
 @dataclass(frozen=True)
 class QuantizedKV:
-    """Keys and values in 8 bits, with a scale and an offset to each vector of 64: three arrays each, codes uint32
-    [B, K, C, 16], scales and biases float32 [B, K, C, 1]. 72 bytes where bfloat16 takes 128."""
+    """Keys and values in 8 bits, with a scale and a bias per vector of 64: three arrays each, codes uint32
+    [B, K, C, 16], scales and biases float32 [B, K, C, 1]. 72 bytes instead of 128 in bfloat16."""
 
     keys: tuple[mx.array, mx.array, mx.array]
     values: tuple[mx.array, mx.array, mx.array]
@@ -163,8 +162,8 @@ class QuantizedKV:
 
 @dataclass(frozen=True)
 class SlotSnapshot:
-    """A Snapshot. arrays: of each layer in order, those of its cache, cut to one slot: of a full layer the positions
-    from start to end, [2, 1, K, end - start, ...]; of a ring the places filled at the end, [2, 1, K, min(end, R), 64].
+    """A Snapshot of one slot. arrays: those of each layer's cache, in order. A full-attention layer has the positions
+    from start to end, [2, 1, K, end - start, ...]; a ring its filled part at the end, [2, 1, K, min(end, R), 64].
     """
 
     start: int
@@ -177,10 +176,10 @@ class SlotSnapshot:
 
 
 class RingCache:
-    """The last R positions of each slot, [2, S, K, R, 64]; position p stands at p % R.
+    """The last R positions of each slot, [2, S, K, R, 64]; position p is at index p % R.
 
-    R is the window and the slack: as many tokens may be written and then taken back, for what they overwrote is out of
-    every window that is left. Nothing has to be undone: who attends next looks at positions, not at what was written.
+    R is the window plus the slack: up to slack tokens may be written and taken back, because what they overwrote is
+    outside every remaining window. Nothing has to be undone: attention masks by position.
     """
 
     window: int
@@ -196,21 +195,21 @@ class RingCache:
         return [self._kv]
 
     def snapshot_places(self, start: int, end: int) -> int:
-        """Of a snapshot: those that are filled at its end."""
+        """The number of indices that are filled at the end of a snapshot."""
         return min(end, self._kv.shape[3])
 
     def part(self, slot: int, start: int, end: int) -> list[mx.array]:
-        """Of one slot, the filled places, [2, 1, K, min(end, R), 64]: nothing of what the slot held before."""
+        """The filled part of one slot, [2, 1, K, min(end, R), 64], without remains of an earlier sequence."""
         return [self._kv[:, slot : slot + 1, :, : self.snapshot_places(start, end)]]
 
     def restore(self, slot: int, chain: Sequence[Sequence[mx.array]]) -> None:
-        """Put the last of the parts into a slot."""
+        """Put the last part into a slot."""
         (part,) = chain[-1]
         self._kv[:, slot : slot + 1, :, : part.shape[3]] = part
 
     def update(self, kv: mx.array, span: Span) -> tuple[mx.array, mx.array]:
-        """Store kv [2, B, K, L, 64], one token a row, or up to 1 + slack of one slot, and return what the ring holds,
-        [B, K, min(end, R), 64] each; order within it does not matter to softmax."""
+        """Store kv [2, B, K, L, 64], one token per row, or up to 1 + slack of one slot, and return the ring's contents,
+        [B, K, min(end, R), 64] each. Their order does not matter to softmax."""
         place = span.starts[0] % span.ring
         if place + span.length > span.ring:  # one slot's tokens around the ring's end
             slot = span.slots[0]
@@ -235,8 +234,8 @@ LayerCache = FullCache | RingCache
 
 
 class Cache:
-    """One FullCache or RingCache a layer, for `slots` sequences of at most max_context tokens. kv_bits: 8 packs the
-    full layers; rings, which are small, stay as they are. slack: tokens that can be taken back."""
+    """One FullCache or RingCache per layer, for `slots` sequences of at most max_context tokens. kv_bits: 8 quantizes
+    the full-attention layers; rings are small and stay as they are. slack: tokens that can be taken back."""
 
     def __init__(
         self,
@@ -261,7 +260,7 @@ class Cache:
         return [array for layer in self.layers for array in layer.arrays]
 
     def save(self, slot: int, start: int, end: int) -> SlotSnapshot:
-        """As Runner.save. Waits for the steps under way: while a copy is pending, a step could not write in place."""
+        """As Runner.save. Waits for the steps in flight: while a copy is pending, a step could not write in place."""
         parts = [array for layer in self.layers for array in layer.part(slot, start, end)]
         copies = tuple(mx.contiguous(part) for part in parts)
         mx.eval(copies)
@@ -276,7 +275,7 @@ class Cache:
             at += count
 
     def unpack(self, start: int, end: int, data: bytes) -> SlotSnapshot:
-        """As Runner.unpack: the bytes of SlotSnapshot's arrays, one behind the other."""
+        """As Runner.unpack: the concatenated bytes of SlotSnapshot's arrays."""
         kinds = [
             (array.dtype, (2, 1, array.shape[2], layer.snapshot_places(start, end), array.shape[4] * array.dtype.size))
             for layer in self.layers
@@ -292,7 +291,7 @@ class Cache:
 
 
 def _pack(kv: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """kv [..., 64] as QuantizedKV keeps it."""
+    """kv [..., 64] quantized as in QuantizedKV."""
     codes, scales, biases = mx.quantize(kv.astype(mx.float32), group_size=64, bits=8)
     return codes, scales, biases
 
@@ -310,13 +309,13 @@ def _write(cache: mx.array, kv: mx.array, span: Span, place: int, places: mx.arr
 
 
 def _slot_index(span: Span) -> slice | mx.array:
-    """Adjacent slots as a view; others have to be gathered."""
+    """An index of the slots: a slice (a view) if they are adjacent, otherwise an array (a copy)."""
     first, last = span.slots[0], span.slots[-1]
     return slice(first, last + 1) if last - first + 1 == len(span.slots) else span.rows
 
 
 def _count_up(rows: int, columns: int) -> mx.array:
-    """0, 1, 2, ... row by row, made on the host."""
+    """0, 1, 2, ... in row-major order, made on the host."""
     return mx.array(np.arange(rows * columns, dtype=np.uint32).reshape(rows, columns))
 
 
@@ -329,5 +328,5 @@ def _in_window(positions: NDArray[np.int64], window: int, ring: int) -> mx.array
 
 
 def _causal_mask(offsets: mx.array, end: int) -> mx.array:
-    """Boolean [B, 1, 1, end]: row b sees places up to and including offsets[b]."""
+    """Boolean [B, 1, 1, end]: row b sees positions up to and including offsets[b]."""
     return mx.arange(end)[None, None, None, :] <= offsets[:, None, None, None]

@@ -1,7 +1,7 @@
-"""The arithmetic between the products: chains of elementwise operations, each one launch where MLX compiles them.
+"""Chains of elementwise operations between the products, each one launch where MLX compiles them.
 
-MLX compiles for a GPU while the program runs. On a CPU it would need a C++ compiler on the user's machine and a
-second for each chain, where a launch costs next to nothing: there the same functions run as they stand.
+MLX compiles for a GPU at run time. On a CPU it would need a C++ compiler on the user's machine and a second per chain,
+and a launch costs next to nothing, so the same functions run uncompiled there.
 
 Legend: T tokens, A experts active per token, D hidden, I intermediate, B rows, V vocabulary.
 """
@@ -33,7 +33,7 @@ def combine(
 ) -> mx.array:
     """residual + sum of weight * (output + bias) over the A experts: A arrays each, [T, D], [T, D] and [T, 1].
 
-    Summed in float32, pair by pair (a chain that is too deep would be cut in two), and rounded once.
+    Summed in float32, pair by pair (MLX would split a deeper chain in two), and rounded once.
     """
     terms = [(o + b).astype(mx.float32) * w for o, b, w in zip(outputs, biases, weights, strict=True)]
     while len(terms) > 1:
@@ -43,7 +43,7 @@ def combine(
 
 def add_gumbel_noise(logits: mx.array, temperature: mx.array, keys: mx.array) -> mx.array:
     """Logits [B, V] over temperature [B, 1], plus Gumbel noise of keys [B, 2]: their argmax is a draw from the
-    softmax. Rows of temperature 0 stay as they are. Each row's noise hangs on its own key alone."""
+    softmax. Rows of temperature 0 are unchanged. Each row's noise depends only on its own key."""
     noise = mx.vmap(lambda key: mx.random.gumbel(logits.shape[-1:], key=key))(keys)
     drawn = logits / mx.where(temperature > 0, temperature, 1.0) + noise
     return mx.where(temperature > 0, drawn, logits)
@@ -63,8 +63,8 @@ UNCOMPILED = Elementwise()
 
 
 def compiled() -> Elementwise:
-    """Every chain as one launch. The three of each layer do not look at shapes, so that a new prompt length costs
-    no new compilation."""
+    """Every chain as one launch. The three chains of a layer are compiled without shapes, so that a new prompt length
+    needs no new compilation."""
     return Elementwise(
         **{
             name: mx.compile(function, shapeless=name != "add_gumbel_noise")

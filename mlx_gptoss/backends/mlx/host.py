@@ -1,8 +1,8 @@
 """Products on a CPU through numpy's BLAS.
 
-MLX's wheel for Linux brings the reference BLAS, which does about half a billion multiply-adds a second; numpy brings
-OpenBLAS, which does tens of them. A product here waits for its input, which costs a CPU nothing, and is made at once,
-on all cores. A Mac's CPU needs none of this: there MLX has Accelerate.
+MLX's wheel for Linux has the reference BLAS, about half a billion multiply-adds per second; numpy has OpenBLAS, tens of
+billions. A product here waits for its input, which costs nothing on a CPU, and runs at once on all cores. A Mac's CPU
+needs none of this, because MLX has Accelerate there.
 
 Legend: P rows, N outputs, D inputs, E experts; in attention B slots, H heads, K KV heads, L queries, S keys, D a head's
 64.
@@ -25,26 +25,26 @@ from ...weights.tensor import Quantized
 from .layers import UPCAST_ELEMENTS, DenseMatrix, ExpertLinear, Mask, QuantizedMatrix, fused
 
 Floats = NDArray[np.float32]
-MIN_FLOPS_FOR_BLAS = 1 << 20  # multiply-adds from which a product pays for waiting
-MIN_ROWS_PER_EXPERT = 10  # rows an expert from which it pays to decode it, where MLX's kernel decodes for each row anew
+MIN_FLOPS_FOR_BLAS = 1 << 20  # multiply-adds from which a product is worth waiting for its input
+MIN_ROWS_PER_EXPERT = 10  # rows per expert from which decoding it once is faster; MLX's kernel decodes for every row
 MAX_SCORES = 1 << 20  # attention scores at once, 4 MB
-MAX_DECODED = 1 << 21  # weights decoded at once, 8 MB: smaller ones have BLAS start its threads too often
+MAX_DECODED = 1 << 21  # weights decoded at once, 8 MB; with fewer, BLAS starts its threads too often
 
 
 def enabled(*, on_cpu: bool, dtype: mx.Dtype) -> bool:
-    """Whether products with activations of `dtype` are made here."""
+    """Whether products with activations of `dtype` use this module."""
     return on_cpu and dtype == mx.float32 and sys.platform != "darwin"
 
 
 def to_numpy(x: mx.array) -> NDArray[Any]:
-    """x, as a view, when it has been computed."""
-    mx.eval(x)  # which lets other threads run, as numpy's own waiting does not
+    """x as a view, once it is computed."""
+    mx.eval(x)  # releases the GIL while waiting, which numpy does not
     return np.asarray(x)
 
 
 @dataclass(frozen=True)
 class HostMatrix(DenseMatrix):
-    """A DenseMatrix whose larger products with float32 are numpy's."""
+    """A DenseMatrix whose larger products with float32 activations are computed by numpy."""
 
     def matmul(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
         """x float32 [..., D] -> [..., N]"""
@@ -60,7 +60,7 @@ class HostMatrix(DenseMatrix):
         return self.matmul_each_expert(x, experts)
 
     def _blocks(self) -> Iterator[Floats]:
-        """The rows in float32: all, or so many at a time where they are as_quantized otherwise."""
+        """The rows in float32: all at once, or in blocks if they are stored in another dtype."""
         if self.weight.dtype == mx.float32:
             yield to_numpy(self.weight)
             return
@@ -71,7 +71,7 @@ class HostMatrix(DenseMatrix):
 
 @dataclass(frozen=True)
 class HostExperts(ExpertLinear):
-    """Experts of which those with many rows are decoded once for all of these."""
+    """Experts; one with many rows is decoded once for all of them."""
 
     def __call__(self, x: mx.array, experts: mx.array, tokens: mx.array | None) -> mx.array:
         quantized = [matrix for matrix in self.matrices if isinstance(matrix, QuantizedMatrix)]
@@ -95,8 +95,8 @@ class HostExperts(ExpertLinear):
 
 
 def attend(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, sinks: mx.array) -> mx.array:
-    """As layers.fused. Of one KV head at a time, and of so many queries that their scores are few enough to stay in the
-    cache; what no query of those sees is left out."""
+    """As layers.fused: one KV head at a time, with so few queries at once that their scores stay in the cache. Keys
+    that none of these queries sees are skipped."""
     (B, H, L, D), (_, K, S, _) = q.shape, k.shape
     if q.size * S < MIN_FLOPS_FOR_BLAS:
         return fused(q, k, v, scale, mask, sinks)
@@ -123,7 +123,7 @@ def attend(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, sink
 
 
 def as_quantized(matrix: QuantizedMatrix) -> Quantized:
-    """As the checkpoint's reader gave it: views of the same memory, but for FP8_ROW, which stays MXFP8."""
+    """The matrix as numpy views of the same memory; FP8_ROW stays MXFP8."""
     scale, bias = _scale_to_numpy(matrix.scales), None if matrix.biases is None else _scale_to_numpy(matrix.biases)
     outer = None if matrix.outer is None else to_numpy(matrix.outer)[..., None]
     return Quantized(matrix.spec, to_numpy(matrix.codes).view(np.uint8), scale, bias, outer)

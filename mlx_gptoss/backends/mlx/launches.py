@@ -56,7 +56,7 @@ print(counts[2] - counts[1])
 def launches_per_token(checkpoint: Weights, temperature: float = 0.0) -> int:
     """Launches of one decode step at batch 1, as on a GPU: bfloat16 activations, compiled. Nothing is run.
 
-    Loads the whole checkpoint. The number hangs on its layers and on how they are stored, not on their sizes.
+    Loads the whole checkpoint. The number depends on its layers and on how they are stored, not on their sizes.
     """
     sampling = Sampling(temperature=temperature, seed=0)
     cpu = mx.Device(mx.cpu)
@@ -104,7 +104,7 @@ def traced() -> Iterator[None]:
 
 
 def _like(x: mx.array, *others: Any, **options: Any) -> mx.array:
-    """One primitive that hangs on all arrays it is given and has the first one's shape."""
+    """One primitive that depends on all arrays given and has the shape of the first."""
     depends = [a for a in (*others, *options.values()) if isinstance(a, mx.array)]
     like: mx.array = mx.depends([x], depends or [mx.array(0)])[0]
     return like

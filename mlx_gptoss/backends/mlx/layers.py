@@ -1,8 +1,8 @@
-"""The pieces model.py is made of: matrices as they are stored, linear layers and experts over them.
+"""The layers of model.py: matrices as they are stored, linear layers and experts over them.
 
 A matrix is never re-quantized or upcast as a whole: MLX multiplies by the codes, and a dense matrix that is
 narrower than the activations (bfloat16 weights, float32 activations on a CPU) is upcast block by block. On a CPU an
-MLX operation keeps one core busy; so there large matrices are cut into parts of rows, one for the stream of each core.
+MLX operation uses one core, so large matrices are split by rows there, one part for the stream of each core.
 
 Legend: D in, N out, E experts, T tokens, A experts active per token.
 """
@@ -38,8 +38,9 @@ Attend = Callable[[mx.array, mx.array, mx.array, float, Mask, mx.array], mx.arra
 
 
 def fused(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, sinks: mx.array) -> mx.array:
-    """Attention with sinks by MLX: q [B, H, L, 64], keys and values [B, K, S, 64], mask bool [B, 1, L, S] of what is
-    seen, or "causal", for queries that are the last L of S positions; sinks [H] -> [B, H, L, 64]"""
+    """MLX's attention with sinks: q [B, H, L, 64], keys and values [B, K, S, 64], sinks [H] -> [B, H, L, 64].
+
+    mask: bool [B, 1, L, S], true for visible keys, or "causal" for queries at the last L of S positions."""
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
 
 
@@ -65,8 +66,8 @@ class DenseMatrix:
         return self.matmul_each_expert(x, experts)
 
     def matmul_each_expert(self, x: mx.array, experts: mx.array) -> mx.array:
-        """One product per expert in use, each expert upcast alone: a CPU with float32 activations and bfloat16
-        experts. It waits for the router's choice, which costs a CPU nothing."""
+        """One product per expert in use, each expert upcast separately, for a CPU with float32 activations and bfloat16
+        experts. It waits for the router's choice, which costs nothing on a CPU."""
         chosen: list[int] = np.array(experts).ravel().tolist()
         order = sorted(range(len(chosen)), key=chosen.__getitem__)
         pairs = mx.broadcast_to(x, (*experts.shape, *x.shape[-2:])).reshape(len(chosen), x.shape[-1])
@@ -139,9 +140,9 @@ Matrix = DenseMatrix | QuantizedMatrix
 
 @dataclass(frozen=True)
 class MappedRows:
-    """An embedding matrix that stays in the mapped file. A look-up waits for the ids and copies their rows alone.
+    """An embedding matrix that stays in the mapped file. A look-up waits for the ids and copies only their rows.
 
-    place: what puts a weight on the device (load.py's fuse), so that a row is decoded as if it had always been there.
+    place: puts a weight on the device (load.py's fuse), so that a row is decoded as if it were resident.
     """
 
     weight: Weight
@@ -156,10 +157,10 @@ class MappedRows:
 
 @dataclass(frozen=True)
 class Linear:
-    """Matrices side by side that share their input, fused into one where their storage allows it.
+    """Matrices that share their input, fused into one where their storage allows it.
 
-    matrices: one after load's fusion; more when the parts are stored differently (a 6-bit v beside a 4-bit q), or each
-    has a stream of its own. bias: [N] over all of them together. streams: one a matrix, or none.
+    matrices: one after load's fusion; more if the parts are stored differently (a 6-bit v with a 4-bit q), or if each
+    has its own stream. bias: [N] of all together. streams: one per matrix, or none.
     """
 
     matrices: tuple[Matrix, ...]
@@ -176,7 +177,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class ExpertLinear:
-    """The same for a bank of experts, without its biases: each row goes through the matrices of its own experts."""
+    """Linear layers of all experts, without biases: each row is multiplied by the matrices of its own experts."""
 
     matrices: tuple[Matrix, ...]
     streams: tuple[mx.Stream, ...] = ()
@@ -191,7 +192,7 @@ class ExpertLinear:
 def _side_by_side(
     matrices: tuple[Matrix, ...], streams: tuple[mx.Stream, ...], product: Callable[[Matrix], mx.array]
 ) -> mx.array:
-    """Each matrix's product, on its own stream if there are any, joined along the last axis."""
+    """The product with each matrix, on its own stream if there are any, concatenated along the last axis."""
     parts = []
     for i, matrix in enumerate(matrices):
         with mx.stream(streams[i]) if streams else nullcontext():

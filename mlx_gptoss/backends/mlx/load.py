@@ -1,7 +1,7 @@
-"""From a checkpoint to a model on the device: each weight is placed as it is stored, one at a time.
+"""From a checkpoint to a model on the device: weights are placed as they are stored, one at a time.
 
-Nothing is held twice: a weight's bytes go from the mapped file into one MLX array, and the file's pages are
-dropped before the next weight is read.
+Nothing is in memory twice: a weight's bytes go from the mapped file into one MLX array, and the file's pages are
+released before the next weight is read.
 """
 
 from __future__ import annotations
@@ -36,10 +36,8 @@ from .model import Attention, Block, GptOss, MixtureOfExperts, Rotary
 from .ranks import Ranks
 
 UNIT_E8M0 = 127  # the e8m0 byte for 2^0
-MIN_PAIRS_TO_SORT = 64  # token-expert pairs from which sorting them by expert pays: each expert is then read once
-MIN_BYTES_TO_SPLIT = (
-    4 << 20
-)  # bytes of a matrix from which streams share it: less is computed before the second has begun
+MIN_PAIRS_TO_SORT = 64  # token-expert pairs from which sorting by expert is faster: each expert is then read once
+MIN_BYTES_TO_SPLIT = 4 << 20  # bytes of a matrix from which several streams are faster than one
 
 
 def load_model(
@@ -53,13 +51,14 @@ def load_model(
     on_cpu: bool = False,
     ranks: Ranks | None = None,
 ) -> GptOss:
-    """The whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight once.
-    elementwise, max_scores: as model.py has them. resident_vocab, upcast: as in Limits. on_cpu: large matrices are
-    shared between streams, one for each core. ranks: those that share the model, if the checkpoint is a part of it."""
+    """Load the whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight.
+
+    elementwise, max_scores: as in model.py. resident_vocab, upcast: as in Limits. on_cpu: split large matrices over
+    one stream per core. ranks: the ranks that share the model, if the checkpoint is one rank's part of it."""
     config = checkpoint.config
     ranks = ranks or Ranks(RankShard.of(config, 0, 1), None)
     place = _Placer(checkpoint, dtype, elementwise, max_scores, ranks, upcast, on_cpu)
-    # The two largest come first, while there is room to read one beside its copy.
+    # The two largest weights come first, while there is memory for a weight and its copy.
     if resident_vocab is None:
         embed: Matrix | MappedRows = place.matrix("embed.weight")
         lm_head, rest = place.linear(["lm_head"], biased=False), None
@@ -74,7 +73,7 @@ def load_model(
 
 
 def _split_lm_head(weight: Weight, resident: int) -> tuple[Linear, Callable[[], Linear] | None]:
-    """lm_head's first rows, placed, and what places the others when they are wanted."""
+    """The first rows of lm_head on the device, and a function that loads the others."""
     first = fuse([weight[0:resident]])
     mx.eval([array for array in vars(first).values() if isinstance(array, mx.array)])
     size = weight.shape[0]
@@ -112,7 +111,7 @@ def _block(place: _Placer, config: ModelConfig, layer: int, rotary: Rotary) -> B
 
 
 class _Placer:
-    """Reads weights by canonical name and puts them on the device."""
+    """Reads weights by their canonical names and puts them on the device."""
 
     def __init__(
         self,
@@ -126,7 +125,7 @@ class _Placer:
     ) -> None:
         self.elementwise = elementwise
         self.ranks = ranks
-        # On a CPU a rank sorts always: waiting for the router costs nothing there, computing what others hold does.
+        # On a CPU a rank always sorts: waiting for the router costs nothing there, computing other ranks' pairs does.
         self.min_pairs_to_sort = MIN_PAIRS_TO_SORT if ranks.alone or not on_cpu else 1
         self._upcast = upcast
         self._on_cpu = on_cpu
@@ -141,7 +140,7 @@ class _Placer:
         return self.vectors([name])
 
     def vectors(self, names: Sequence[str]) -> mx.array:
-        """Biases side by side, in the activation dtype."""
+        """Several biases concatenated, in the activation dtype."""
         array = _concatenate([self._dense(name) for name in names], axis=-1).astype(self._dtype)
         mx.eval(array)
         return array
@@ -160,7 +159,7 @@ class _Placer:
         return kind(*self._split_matrices([f"{n}.weight" for n in names]))
 
     def _split_matrices(self, names: Sequence[str]) -> tuple[tuple[Matrix, ...], tuple[mx.Stream, ...]]:
-        """The matrices; a large one in as many parts of its rows as there are streams, and those."""
+        """The matrices and their streams. A large matrix is split by rows into one part per stream."""
         weights = [self._checkpoint.read(name) for name in names]
         size = sum(weight.nbytes for weight in weights)
         by_blas = self._by_host and isinstance(weights[0], Dense)
@@ -171,14 +170,14 @@ class _Placer:
         return matrices, self._streams
 
     def _upcast_streams(self, matrices: Sequence[Matrix]) -> tuple[mx.Stream, ...]:
-        """A stream for each matrix to be upcast on, if one is large and numpy is to multiply it whole: on the stream
-        that reads, the next weights would wait for it."""
+        """A stream to upcast each matrix on, if one is large and numpy multiplies it whole: on the default stream the
+        next weights would wait for it."""
         large = any(isinstance(m, DenseMatrix) and m.weight.nbytes >= MIN_BYTES_TO_SPLIT for m in matrices)
         return self._streams[:1] * len(matrices) if self._by_host and large else ()
 
     @cached_property
     def _streams(self) -> tuple[mx.Stream, ...]:
-        """Made when they are needed: MLX gives each a thread, which stays."""
+        """Created when first needed, because MLX starts a thread for each stream and never ends it."""
         return tuple(mx.new_stream(mx.cpu) for _ in range(cores()))
 
     def _dense(self, name: str) -> Array:
@@ -202,7 +201,7 @@ class _Placer:
 
 
 def split_rows(weights: Sequence[Weight], count: int) -> list[list[Weight]]:
-    """All rows, in order, cut into `count` parts of as many rows, as views."""
+    """All rows in order, split into `count` parts with equal numbers of rows, as views."""
     rows = [weight.shape[-2] for weight in weights]
     ends = list(accumulate(rows))
     edges = [ends[-1] * i // count for i in range(count + 1)]
@@ -217,7 +216,7 @@ def split_rows(weights: Sequence[Weight], count: int) -> list[list[Weight]]:
 
 
 def fuse(weights: Sequence[Weight]) -> Matrix:
-    """One matrix of all rows, in order. The weights are stored alike, so joining their codes is exact."""
+    """One matrix with the rows of all weights, in order. They are stored alike, so concatenating codes is exact."""
     first = weights[0]
     if isinstance(first, Dense):
         return DenseMatrix(_concatenate([w.values for w in weights if isinstance(w, Dense)], axis=-2))
@@ -234,8 +233,8 @@ def fuse(weights: Sequence[Weight]) -> Matrix:
 
 
 def upcast_matrices(matrices: Sequence[Matrix], streams: Sequence[mx.Stream], dtype: mx.Dtype) -> tuple[Matrix, ...]:
-    """Dense matrices in `dtype`, each made on its own stream if there are any, while the next weights are read;
-    quantized ones as they are."""
+    """Dense matrices in `dtype`, each upcast on its own stream if there are any, while the next weights are read.
+    Quantized matrices are unchanged."""
     found: list[Matrix] = []
     for i, matrix in enumerate(matrices):
         with mx.stream(streams[i]) if streams else nullcontext():
@@ -248,7 +247,7 @@ def upcast_matrices(matrices: Sequence[Matrix], streams: Sequence[mx.Stream], dt
 
 
 def _same_storage(weights: Sequence[Weight]) -> bool:
-    """Whether one kernel can run over all of them side by side."""
+    """Whether the weights are stored alike, so that one kernel can compute all of them."""
 
     def storage(weight: Weight) -> object:
         if isinstance(weight, Dense):
@@ -259,7 +258,7 @@ def _same_storage(weights: Sequence[Weight]) -> bool:
 
 
 def _outer(parts: Sequence[Quantized]) -> mx.array | None:
-    """The factors on the output rows, float32: [] when one serves all rows, else [N], [E, 1] or [E, N]."""
+    """The factors on the output rows, float32: [] for one factor, else [N], [E, 1] or [E, N]."""
     if all(part.outer is None for part in parts):
         return None
     factors = [np.float32(1.0) if part.outer is None else np.asarray(part.outer, dtype=np.float32) for part in parts]
@@ -270,12 +269,12 @@ def _outer(parts: Sequence[Quantized]) -> mx.array | None:
 
 
 def _concatenate(arrays: Sequence[Array], axis: int) -> mx.array:
-    """Mapped numpy arrays, one behind the other, as one MLX array."""
+    """Mapped numpy arrays, concatenated, as one MLX array."""
     return _to_mlx(arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=axis))
 
 
 def _to_mlx(values: Array) -> mx.array:
-    """numpy (bfloat16 by its bits, which numpy itself does not know) to MLX."""
+    """A numpy array as an MLX array; bfloat16, which numpy lacks, by its bits."""
     values = np.ascontiguousarray(values)
     if values.dtype.name == "bfloat16":
         return mx.array(values.view(np.uint16)).view(mx.bfloat16)

@@ -18,13 +18,16 @@ from .elementwise import Elementwise
 from .layers import Attend, ExpertLinear, Linear, MappedRows, Matrix
 from .ranks import Ranks
 
-MAX_PACKED_QUERIES = 8  # tokens whose attention to a cache in 8 bits costs less by its codes than decoded
+MAX_PACKED_QUERIES = 8  # queries; with more, decoding an 8-bit cache first costs less than products with its codes
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """frequencies: float32 [32], positions per radian (what mx.fast.rope calls freqs).
-    score_scale: 1/sqrt(64) times the squared YaRN concentration, which belongs on both q and k."""
+    """Rotary embeddings.
+
+    frequencies: float32 [32], positions per radian (the freqs of mx.fast.rope).
+    score_scale: 1/sqrt(64) times the squared YaRN concentration, which applies to both q and k.
+    """
 
     frequencies: mx.array
     score_scale: float
@@ -39,8 +42,8 @@ class Rotary:
 class Attention:
     """qkv: D -> (H + 2 K) * 64; out: H * 64 -> D; sinks [H] in the activation dtype. H and K are this rank's.
 
-    attend: fused(), or what stands in for it. max_scores: most attention scores, H * queries * keys, that a full layer
-    has it hold at once; None where that does not hang on how much is asked for at once.
+    attend: layers.fused, or a function that replaces it. max_scores: maximum attention scores, H * queries * keys,
+    that a full-attention layer computes at once; None if the memory of `attend` does not depend on their number.
     """
 
     config: ModelConfig
@@ -75,7 +78,7 @@ class Attention:
         """x [B, L, (H + 2 K) * 64] -> queries [B, H, L, 64]; keys and values [2, B, K, L, 64]"""
         B, L, _ = x.shape
         H, K, dim = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
-        if L == 1:  # all heads in one launch; values turn by 0
+        if L == 1:  # all heads in one launch; values are rotated by 0
             x = self.rotary(x.reshape(-1, 1, 1, dim), span.rotations).reshape(B, H + 2 * K, dim)
             return x[:, :H, None], x[:, H:].reshape(B, 2, K, 1, dim).swapaxes(0, 1)
         x = x.reshape(B, L, H + 2 * K, dim).swapaxes(1, 2)  # [B, H + 2 K, L, 64]
@@ -86,7 +89,7 @@ class Attention:
         """Sliding attention of one slot's L new queries over W past and L new keys, S = min(L, W) queries at a time.
 
         Work per token does not grow with L: block n of S queries sees only the keys [n S, n S + W + S). past: how many
-        of the W there are; a single block leaves out the others.
+        of the W past keys exist; a single block omits the others.
         """
         L = q.shape[2]
         W = keys.shape[2] - L
@@ -100,18 +103,17 @@ class Attention:
             q = _blocks(mx.pad(q, pad), S)  # [n, H, S, 64]
             k, v = (_blocks(mx.pad(a, pad), S) for a in (keys, values))  # [n + 1, K, S, 64], as S = W
             keys, values = (mx.concatenate([a[:-1], a[1:]], axis=2) for a in (k, v))  # [n, K, W + S, 64]
-        # Query i stands at place P + i of its block's keys and sees the W places up to itself.
+        # Query i is at index P + i of its block's keys and sees the W keys up to itself.
         i, j = mx.arange(S)[:, None], mx.arange(P + S)[None, :]
         mask = mx.broadcast_to((j > i + P - W) & (j <= i + P), (n, 1, S, P + S))
-        if past < P:  # the first block's oldest places lie before position 0
+        if past < P:  # the first block's oldest keys are before position 0
             exists = (mx.arange(n)[:, None] > 0) | (j >= W - past)
             mask = mask & exists[:, None, None, :]
         y = self._attend(q, keys, values, mask)  # [n, H, S, 64]
         return y.swapaxes(0, 1).reshape(1, y.shape[1], n * S, y.shape[3])[:, :, :L]
 
     def _causal(self, q: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        """Attention of one slot's L last positions to all up to themselves, as many queries at a time as max_scores
-        allows."""
+        """Causal attention of one slot's last L positions, with as many queries at a time as max_scores allows."""
         _, H, L, _ = q.shape
         start = keys.shape[2] - L
         rows = L if self.max_scores is None else max(1, self.max_scores // (H * keys.shape[2]))
@@ -124,8 +126,8 @@ class Attention:
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
     def _attend_quantized(self, q: mx.array, held: QuantizedKV, mask: mx.array | None) -> mx.array:
-        """The same over keys and values in 8 bits. The scores of few tokens are products with the codes; a prompt is
-        long enough for decoding them first to cost less."""
+        """Attention over keys and values in 8 bits. For few queries, scores are products with the codes; for a prompt,
+        decoding first costs less."""
         B, H, L, dim = q.shape
         if L > MAX_PACKED_QUERIES:
             return self._causal(q, *held.dequantized(q.dtype))
@@ -150,8 +152,8 @@ class Attention:
 @dataclass(frozen=True)
 class MixtureOfExperts:
     """router: D -> E; gate_up: D -> 2 I per expert, gate rows first; down: I -> D per expert.
-    bias [E, 2 I + D]: of both, so that a token's four are fetched at once. The experts are those that this rank holds,
-    the router's all. min_pairs_to_sort: token-expert pairs from which sorting them by expert pays."""
+    bias [E, 2 I + D]: of both, so that those of a token's experts are fetched at once. The experts are those of this
+    rank; the router covers all. min_pairs_to_sort: token-expert pairs from which sorting them by expert is faster."""
 
     config: ModelConfig
     router: Linear
@@ -163,7 +165,7 @@ class MixtureOfExperts:
     min_pairs_to_sort: int
 
     def __call__(self, x: mx.array, residual: mx.array, span: Span) -> mx.array:
-        """x, residual [B, L, D] -> residual + the experts' answers to x, [B, L, D]"""
+        """x, residual [B, L, D] -> residual + the experts' outputs for x, [B, L, D]"""
         shape, D = x.shape, x.shape[-1]
         x = x.reshape(-1, D)
         chosen, weights = self._route(x)  # [T, A] each
@@ -191,8 +193,8 @@ class MixtureOfExperts:
         return experts, weights
 
     def _sorted(self, x: mx.array, chosen: mx.array) -> mx.array:
-        """The experts' answers without their biases, [T, A, D], computed with the T * A pairs ordered by expert, so
-        that each expert's rows are adjacent. Zeros where another rank has the expert."""
+        """The experts' outputs without biases, [T, A, D], computed with the T * A pairs sorted by expert, so that each
+        expert's rows are adjacent. Zeros where another rank has the expert."""
         (T, A), pairs = chosen.shape, chosen.flatten()
         order = self.ranks.local_pairs(mx.argsort(pairs), pairs)
         if not order.size:
@@ -229,8 +231,8 @@ class Block:
 
 @dataclass(frozen=True)
 class GptOss:
-    """One loaded model. dtype is that of activations and of the KV cache. rest: loads the rows of lm_head that are not
-    resident (Limits.resident_vocab), None where all are."""
+    """One loaded model. dtype: of activations and KV cache. load_rest: loads the rows of lm_head that are not resident
+    (Limits.resident_vocab); None if all are."""
 
     config: ModelConfig
     dtype: mx.Dtype
@@ -243,8 +245,8 @@ class GptOss:
     ranks: Ranks
 
     def __call__(self, ids: mx.array, cache: Cache, span: Span, last: int) -> mx.array:
-        """ids [B, L] -> hidden states before the final norm, [B, last, D], of the last positions alone: what the
-        others need not have is not computed."""
+        """ids [B, L] -> hidden states before the final norm, [B, last, D]. The last layer computes only the last
+        positions."""
         x = self.embed.rows(ids, self.dtype)
         for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
             x = block(x, layer_cache, span, last if block is self.blocks[-1] else span.length)
@@ -256,7 +258,7 @@ class GptOss:
         return self.ranks.gather(y, self.config.vocab_size).astype(mx.float32)
 
     def all_logits(self, x: mx.array) -> mx.array:
-        """The same of the whole vocabulary: for evaluation."""
+        """Logits of the whole vocabulary, for evaluation."""
         if self.load_rest is None:
             return self.logits(x)
         return mx.concatenate([self.logits(x), replace(self, lm_head=self.load_rest()).logits(x)], axis=-1)

@@ -16,14 +16,14 @@ from ...weights.split import RankShard
 
 @dataclass(frozen=True)
 class Ranks:
-    """shard: what this rank holds. group: None for a rank that is alone, which has nothing to sum or to gather."""
+    """shard: what this rank holds. group: MLX's group of ranks; None for a single process."""
 
     shard: RankShard
     group: mx.distributed.Group | None
 
     @staticmethod
     def join(shard: RankShard) -> Ranks:
-        """Meet the others, as `mlx.launch` has told each rank where they are. Raises BackendUnavailable."""
+        """Connect to the other ranks, whose addresses `mlx.launch` set. Raises BackendUnavailable."""
         if shard.ranks == 1:
             return Ranks(shard, None)
         try:
@@ -42,11 +42,11 @@ class Ranks:
         return self.group is None
 
     def sum(self, x: mx.array) -> mx.array:
-        """Every rank's x, added up: the same bits on all."""
+        """The sum of every rank's x, bit for bit the same on all ranks."""
         return x if self.group is None else mx.distributed.all_sum(x, group=self.group)
 
     def gather(self, logits: mx.array, size: int) -> mx.array:
-        """The ranks' parts of the vocabulary side by side, [..., V / ranks] -> [..., V], V being `size`."""
+        """The ranks' parts of the vocabulary concatenated, [..., V / ranks] -> [..., V], where V is `size`."""
         if self.group is None:
             return logits
         block = -(-size // self.shard.ranks)
@@ -56,8 +56,8 @@ class Ranks:
         return mx.moveaxis(parts, 0, -2).reshape(*rows, -1)[..., :size]
 
     def local_experts(self, experts: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
-        """A token's experts and their weights, [T, A] each, as this rank computes them: by their places here, and an
-        expert of another rank with weight 0, in its place one that the token needs here anyhow: it has been read."""
+        """A token's experts and weights, [T, A] each, as this rank computes them: experts by their local index. An
+        expert of another rank gets weight 0 and the index of one that the token reads on this rank anyway."""
         if self.group is None:
             return experts, weights
         mine = self.shard.experts
@@ -66,8 +66,8 @@ class Ranks:
         return mx.where(here, places, places.max(axis=-1, keepdims=True)), mx.where(here, weights, 0)
 
     def local_pairs(self, order: mx.array, experts: mx.array) -> mx.array:
-        """Of `order`, which sorts pairs of token and expert by `experts`, the pairs whose expert is held here. It waits
-        for the router's choice, without which all pairs would have to be computed."""
+        """The part of `order`, which sorts token-expert pairs by `experts`, whose experts this rank holds. It waits for
+        the router's choice; otherwise all pairs would have to be computed."""
         if self.group is None:
             return order
         mine = self.shard.experts
