@@ -32,11 +32,43 @@ hypothesis.settings.load_profile("any-speed")
 DATA = Path(__file__).parent / "data"
 DEVICE = os.environ.get("MLX_GPTOSS_TEST_DEVICE", "cpu")  # "gpu" runs tests/backends and tests/golden on a Mac's GPU
 SHARED = Path(__file__).parents[1] / ".." / "shared"
+QUICK = (  # the tests of `-m quick`, by the beginning of their ids: every package, under a minute in all
+    "tests/test_tokenizer.py",
+    "tests/test_config.py",
+    "tests/test_sampling.py",
+    "tests/options/",
+    "tests/backends/test_mlx_devices.py",
+    "tests/backends/test_rope.py",
+    "tests/backends/test_torch_layers.py",
+    "tests/chat/test_reply.py",
+    "tests/cli/test_commands.py::test_errors_are_one_line",
+    "tests/engine/test_lookup.py",
+    "tests/engine/test_scheduler.py",
+    "tests/golden/test_reference_logits.py::test_logits_match_the_reference[",
+    "tests/harmony/test_messages.py",
+    "tests/harmony/test_render.py",
+    "tests/harmony/test_typescript.py",
+    "tests/kernels/test_sample.py",
+    "tests/loading/test_memory.py",
+    "tests/measure/test_benchmark.py::test_bytes_of_a_step",
+    "tests/ranks/test_launch.py::test_ranks_that_would_not_compute_the_same",
+    "tests/ranks/test_launch.py::test_mlx_launch",
+    "tests/server/test_completions.py",
+    "tests/server/test_store.py",
+    "tests/weights/test_codecs.py",
+    "tests/weights/formats/test_gguf_reading.py",
+)
 STDERR = pytest.StashKey[int]()  # descriptor of the real stderr, duplicated while pytest does not capture it
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini("hang_s", "seconds after which a test fails with the stacks of all threads", default="1800")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.startswith(QUICK):
+            item.add_marker(pytest.mark.quick)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -53,7 +53,7 @@ def test_truncate_defaults_to_false_and_layers_alternate():
         ({"num_local_experts": 0}, "positive integer"),
         ({"vocab_size": 2**40}, "positive integer"),
         ({"num_hidden_layers": True}, "positive integer"),
-        ({"num_experts_per_tok": 64}, "of only 32"),
+        ({"num_experts_per_tok": 64}, "but only 32"),
         ({"num_key_value_heads": 7}, "cannot share"),
         ({"layer_types": ["full_attention"]}, "layer_types"),
         ({"rms_norm_eps": float("nan")}, "positive number"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -156,3 +157,18 @@ def test_only_known_things_at_the_top():
 def test_linters_are_content(tool):
     out = subprocess.run([sys.executable, "-m", *tool], cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 0, out.stdout + out.stderr
+
+
+def test_quick_tests_cover_every_folder():
+    """Every entry of QUICK selects something, and every folder of tests has one."""
+    words = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "quick", "-p", "no:xdist"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    out = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-2000:]
+    files = {line.split(":")[0] for line in out.stdout.splitlines() if line.startswith("tests/")}
+    folders = {
+        path.parent.relative_to(ROOT).parts[1]
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if path.parent != ROOT / "tests"
+    }
+    assert folders == {Path(file).parts[1] for file in files if len(Path(file).parts) > 2}

@@ -23,7 +23,7 @@ def work(monkeypatch):
     """What was asked for since the last reset(): scores, a list a layer of queries times keys (padding included);
     pairs, of tokens and experts, a list a layer; rows of logits."""
     seen = SimpleNamespace(scores=[], pairs=[], logits=0)
-    monkeypatch.setattr(host, "used", lambda **_: False)  # numpy's products are asked for in the same places
+    monkeypatch.setattr(host, "enabled", lambda **_: False)  # numpy's products are asked for in the same places
     attend, gather, logits = mx.fast.scaled_dot_product_attention, ExpertLinear.__call__, GptOss.logits
 
     def counted_attend(q, k, v, **options):

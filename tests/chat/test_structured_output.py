@@ -183,8 +183,8 @@ def test_the_torch_backend(backend_module, validate):
     [
         ({"response_format": form({"type": "array", "uniqueItems": True})}, "uniqueItems"),
         ({"response_format": {"type": "xml"}}, "json_object"),
-        ({"tool_choice": "required"}, "none"),
-        ({"tool_choice": "get_weather"}, "not among the tools"),
+        ({"tool_choice": "required"}, "no function is declared"),
+        ({"tool_choice": "get_weather"}, "not one of the tools"),
         ({"tools": [tool("f", {"not": {}})]}, "the parameters of 'f'"),
     ],
 )
