@@ -22,6 +22,7 @@ def test_versions_agree():
     assert out.stdout == f"mlx-gptoss {mlx_gptoss.__version__}\n"
 
 
+@pytest.mark.slow
 def test_every_public_name_has_a_complete_type(tmp_path):
     """pyright downloads its program from npm at first use; where it cannot, the test skips."""
     words = [sys.executable, "-m", "pyright", "--verifytypes", "mlx_gptoss", "--ignoreexternal", "--outputjson"]
