@@ -11,9 +11,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import chat_completions, completions, errors, responses
+from . import errors
 from .errors import ErrorBody, JsonResponse
 from .guard import Guard
+from .openai import chat_completions, completions, responses
 from .service import Service, ServiceDep
 
 PAGE_POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"

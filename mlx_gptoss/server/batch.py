@@ -18,11 +18,11 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
 from ..errors import InvalidRequest
-from . import chat_completions, completions, responses
 from .batch_files import AnswerFile, LineError, RequestFile, answer_entry, check_line, is_failed, parse_line
 from .disconnect import cancel_and_wait
 from .errors import from_exception, from_validation, invalid_field
 from .fields import StrictModel
+from .openai import chat_completions, completions, responses
 from .service import Service
 
 FullResponse = Callable[[Any, Service], Awaitable[dict[str, Any]]]

@@ -17,7 +17,7 @@ from .errors import ApiError
 from .event_queue import EventQueue
 from .guard import Gate
 from .metrics import Metrics
-from .store import ResponseStore
+from .openai.store import ResponseStore
 
 NANO_NAME = "mlx-gptoss-nano"
 

@@ -25,8 +25,8 @@ from mlx_gptoss.server.app import build_app
 from mlx_gptoss.server.batch import Batch
 from mlx_gptoss.server.batch_files import MAX_LINE_BYTES, RequestFile
 from mlx_gptoss.server.guard import Gate
+from mlx_gptoss.server.openai.store import ResponseStore
 from mlx_gptoss.server.service import Service, model_names
-from mlx_gptoss.server.store import ResponseStore
 
 CLI = [sys.executable, "-m", "mlx_gptoss_cli", "batch"]
 HERE = ["--backend", "mlx", "--device", "cpu"]

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_gptoss.harmony.messages import Message
-from mlx_gptoss.server.items import ConversationItems
-from mlx_gptoss.server.store import ResponseStore, StoredResponse
+from mlx_gptoss.server.openai.items import ConversationItems
+from mlx_gptoss.server.openai.store import ResponseStore, StoredResponse
 
 
 def stored(text):

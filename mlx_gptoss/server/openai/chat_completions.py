@@ -12,17 +12,17 @@ from fastapi import APIRouter, Request
 from pydantic import Field, WithJsonSchema
 from starlette.responses import Response
 
-from ..chat.reply import Event, Finished, ReasoningDelta, TextDelta, ToolCallDelta
-from ..chat.stream import Events
-from ..engine import Token
-from ..sampling import MAX_LOGPROBS
-from ..tokenizer import Tokenizer
-from .disconnect import cancel_on_disconnect
-from .errors import JsonResponse, from_exception, invalid_field
-from .event_queue import EventQueue
-from .fields import MAX_INT64, IgnoredFields, SamplingFields, StreamOptions, check_schema, with_choice_seed
-from .service import Service, ServiceDep
-from .sse import DONE, STREAMING_RESPONSES, EventStream, encode_event, encode_events
+from ...chat.reply import Event, Finished, ReasoningDelta, TextDelta, ToolCallDelta
+from ...chat.stream import Events
+from ...engine import Token
+from ...sampling import MAX_LOGPROBS
+from ...tokenizer import Tokenizer
+from ..disconnect import cancel_on_disconnect
+from ..errors import JsonResponse, from_exception, invalid_field
+from ..event_queue import EventQueue
+from ..fields import MAX_INT64, IgnoredFields, SamplingFields, StreamOptions, check_schema, with_choice_seed
+from ..service import Service, ServiceDep
+from ..sse import DONE, STREAMING_RESPONSES, EventStream, encode_event, encode_events
 
 MAX_MESSAGES = 10_000
 MAX_TOOLS = 128

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from ..harmony.header import NAMESPACE, Header
-from ..harmony.messages import Message
-from ..harmony.render import instructions_text
-from ..tokenizer import CONSTRAIN
-from .errors import invalid_field
-from .fields import StrictModel
+from ...harmony.header import NAMESPACE, Header
+from ...harmony.messages import Message
+from ...harmony.render import instructions_text
+from ...tokenizer import CONSTRAIN
+from ..errors import invalid_field
+from ..fields import StrictModel
 
 Status = Literal["in_progress", "completed", "incomplete"]
 

@@ -13,18 +13,18 @@ from fastapi import APIRouter, Query, Request
 from pydantic import Field
 from starlette.responses import Response
 
-from ..harmony.messages import Conversation, without_old_reasoning
-from ..harmony.openai import functions_from_tools
-from ..sampling import MAX_LOGPROBS
+from ...harmony.messages import Conversation, without_old_reasoning
+from ...harmony.openai import functions_from_tools
+from ...sampling import MAX_LOGPROBS
+from ..disconnect import cancel_on_disconnect
+from ..errors import ApiError, JsonResponse, dump_json, from_exception, invalid_field
+from ..event_queue import EventQueue
+from ..fields import MAX_INT64, IgnoredFields, SamplingFields, StreamOptions, StrictModel, check_schema
+from ..service import Service, ServiceDep
+from ..sse import STREAMING_RESPONSES, EventStream, encode_event
 from .chat_completions import MAX_MESSAGES, MAX_TOOLS
-from .disconnect import cancel_on_disconnect
-from .errors import ApiError, JsonResponse, dump_json, from_exception, invalid_field
-from .event_queue import EventQueue
-from .fields import MAX_INT64, IgnoredFields, SamplingFields, StreamOptions, StrictModel, check_schema
 from .items import ConversationItems, Item, MessageItem, item_objects, new_id
 from .response_events import ResponseWriter
-from .service import Service, ServiceDep
-from .sse import STREAMING_RESPONSES, EventStream, encode_event
 from .store import StoredResponse
 
 INCLUDE_LOGPROBS = "message.output_text.logprobs"

@@ -12,18 +12,18 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
-from ..chat.reply import Event, Finished, TextDelta
-from ..chat.stream import Events
-from ..engine import Token
-from ..sampling import Sampling
-from ..tokenizer import Tokenizer
+from ...chat.reply import Event, Finished, TextDelta
+from ...chat.stream import Events
+from ...engine import Token
+from ...sampling import Sampling
+from ...tokenizer import Tokenizer
+from ..disconnect import cancel_on_disconnect
+from ..errors import JsonResponse, from_exception, invalid_field
+from ..event_queue import EventQueue
+from ..fields import MAX_INT64, IgnoredFields, SamplingFields, StreamOptions, with_choice_seed
+from ..service import Service, ServiceDep
+from ..sse import DONE, STREAMING_RESPONSES, EventStream, encode_event, encode_events
 from .chat_completions import MAX_CHOICES
-from .disconnect import cancel_on_disconnect
-from .errors import JsonResponse, from_exception, invalid_field
-from .event_queue import EventQueue
-from .fields import MAX_INT64, IgnoredFields, SamplingFields, StreamOptions, with_choice_seed
-from .service import Service, ServiceDep
-from .sse import DONE, STREAMING_RESPONSES, EventStream, encode_event, encode_events
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 

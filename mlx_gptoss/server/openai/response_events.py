@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..chat.reply import Event, Finished, ReasoningDelta, TextDelta, ToolCallDelta
-from ..tokenizer import Tokenizer
+from ...chat.reply import Event, Finished, ReasoningDelta, TextDelta, ToolCallDelta
+from ...tokenizer import Tokenizer
+from ..errors import ApiError
 from .chat_completions import logprob_entry
-from .errors import ApiError
 from .items import new_id
 
 ID_PREFIXES = {"reasoning": "rs", "message": "msg", "function_call": "fc"}
