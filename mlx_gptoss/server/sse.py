@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any
 
 from starlette.responses import Response
@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 from .disconnect import cancel_and_wait, wait_for_disconnect
 from .errors import dump_json
 
+KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients skip
 KEEP_ALIVE_S = 15.0  # many proxies close a connection after a minute of silence
 DONE = b"data: [DONE]\n\n"
 EVENT_SCHEMA: dict[str, Any] = {
@@ -39,14 +40,23 @@ def encode_events(data: Iterable[Any]) -> bytes:
 class EventStream(Response):
     """A response that sends chunks as they arrive, each one or more complete events.
 
+    keep_alive: what is sent while there is no chunk.
     close: called once in the end, also after a disconnect or an error; it cancels the generation.
     """
 
-    def __init__(self, chunks: AsyncIterator[bytes], close: Callable[[], None]) -> None:
-        super().__init__(headers=HEADERS, media_type="text/event-stream")
+    def __init__(
+        self,
+        chunks: AsyncIterator[bytes],
+        close: Callable[[], None],
+        *,
+        headers: Mapping[str, str] | None = None,
+        keep_alive: bytes = KEEP_ALIVE,
+    ) -> None:
+        super().__init__(headers={**HEADERS, **(headers or {})}, media_type="text/event-stream")
         del self.headers["content-length"]
         self._chunks = chunks
         self._close = close
+        self._keep_alive_chunk = keep_alive
         self._idle = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -73,4 +83,4 @@ class EventStream(Response):
             self._idle = True
             await asyncio.sleep(KEEP_ALIVE_S)
             if self._idle:
-                await send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
+                await send({"type": "http.response.body", "body": self._keep_alive_chunk, "more_body": True})
