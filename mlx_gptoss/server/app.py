@@ -11,10 +11,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import error_forms, ignored
+from . import error_forms, ignored, llama_cpp, lm_studio
 from .errors import ErrorBody, JsonResponse
 from .guard import LOCAL_ORIGIN, Guard
 from .ignored import ReportIgnored
+from .ollama import chat, generate, models
 from .openai import chat_completions, completions, responses
 from .rewrite import Rewrite
 from .service import Service, ServiceDep
@@ -23,7 +24,16 @@ PAGE_POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-an
 PAGE_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 router: APIRouter = APIRouter()
-ROUTERS = (router, chat_completions.router, responses.router, completions.router)
+OLLAMA = (models.router, chat.router, generate.router)
+ROUTERS = (
+    router,
+    chat_completions.router,
+    responses.router,
+    completions.router,
+    *OLLAMA,
+    lm_studio.router,
+    llama_cpp.router,
+)
 
 
 @router.get("/v1/models")
