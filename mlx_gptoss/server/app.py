@@ -24,13 +24,14 @@ PAGE_POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-an
 PAGE_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 router: APIRouter = APIRouter()
-OLLAMA = (models.router, chat.router, generate.router)
 ROUTERS = (
     router,
     chat_completions.router,
     responses.router,
     completions.router,
-    *OLLAMA,
+    models.router,
+    chat.router,
+    generate.router,
     lm_studio.router,
     llama_cpp.router,
 )

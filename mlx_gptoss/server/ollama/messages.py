@@ -1,4 +1,4 @@
-"""Ollama's messages in the form of OpenAI's: roles in any case, images beside the content, results without an id."""
+"""Ollama's messages in the form of OpenAI's: roles in any case, images beside the content, content that may be missing."""
 
 from __future__ import annotations
 
@@ -9,22 +9,10 @@ from ..errors import invalid_field
 
 
 def to_openai(messages: Sequence[Any]) -> list[Any]:
-    """Convert the messages for harmony.openai.from_chat, which checks them. Raises ApiError for images.
-
-    A result names its call by tool_call_id or tool_name. Without either it answers the calls of the last assistant
-    message in their order.
-    """
-    converted = []
-    calls: list[Any] = []  # names of the calls that have no result yet
-    for index, message in enumerate(messages):
-        if isinstance(message, Mapping):
-            message = _convert(message, index)
-            if message.get("role") == "assistant":
-                calls = _called_functions(message)
-            elif message.get("role") == "tool":
-                _name_result(message, calls)
-        converted.append(message)
-    return converted
+    """Convert the messages for harmony.openai.from_chat, which checks them. Raises ApiError for images."""
+    return [
+        _convert(message, index) if isinstance(message, Mapping) else message for index, message in enumerate(messages)
+    ]
 
 
 def _convert(message: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -37,22 +25,3 @@ def _convert(message: Mapping[str, Any], index: int) -> dict[str, Any]:
     if fields.get("role") != "assistant":
         fields.setdefault("content", "")
     return fields
-
-
-def _called_functions(message: Mapping[str, Any]) -> list[Any]:
-    calls = message.get("tool_calls")
-    functions = [call.get("function") for call in calls if isinstance(call, Mapping)] if isinstance(calls, list) else []
-    return [function.get("name") for function in functions if isinstance(function, Mapping)]
-
-
-def _name_result(message: dict[str, Any], calls: list[Any]) -> None:
-    """Give a result the name of its function, and take that call off the list."""
-    name = message.pop("tool_name", None) or message.get("name")
-    if not name and not message.get("tool_call_id") and calls:
-        name = calls[0]
-    if name:
-        message["name"] = name
-    if name in calls:
-        calls.remove(name)
-    elif calls:
-        calls.pop(0)  # named by its id
