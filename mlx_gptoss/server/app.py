@@ -12,11 +12,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import error_forms, ignored
+from . import error_forms, ignored, llama_cpp, lm_studio
 from .anthropic import messages
 from .errors import ErrorBody, JsonResponse
 from .guard import LOCAL_ORIGIN, Guard
 from .ignored import ReportIgnored
+from .ollama import chat as ollama_chat
+from .ollama import generate as ollama_generate
+from .ollama import models as ollama_models
 from .openai import chat_completions, completions, responses
 from .rewrite import Rewrite
 from .service import Service, ServiceDep
@@ -31,6 +34,11 @@ ROUTERS = (
     responses.router,
     completions.router,
     messages.router,
+    ollama_models.router,
+    ollama_chat.router,
+    ollama_generate.router,
+    lm_studio.router,
+    llama_cpp.router,
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -40,23 +40,20 @@ def encode_events(data: Iterable[Any]) -> bytes:
 class EventStream(Response):
     """A response that sends chunks as they arrive, each one or more complete events.
 
-    keep_alive: what is sent while there is no chunk.
     close: called once in the end, also after a disconnect or an error; it cancels the generation.
+    keep_alive: what a silent stream sends every KEEP_ALIVE_S seconds; None for nothing.
     """
 
+    media_type = "text/event-stream"
+    keep_alive: ClassVar[bytes | None] = KEEP_ALIVE
+
     def __init__(
-        self,
-        chunks: AsyncIterator[bytes],
-        close: Callable[[], None],
-        *,
-        headers: Mapping[str, str] | None = None,
-        keep_alive: bytes = KEEP_ALIVE,
+        self, chunks: AsyncIterator[bytes], close: Callable[[], None], headers: Mapping[str, str] | None = None
     ) -> None:
-        super().__init__(headers={**HEADERS, **(headers or {})}, media_type="text/event-stream")
+        super().__init__(headers={**HEADERS, **(headers or {})})
         del self.headers["content-length"]
         self._chunks = chunks
         self._close = close
-        self._keep_alive_chunk = keep_alive
         self._idle = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,8 +76,8 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _keep_alive(self, send: Send) -> None:
-        while True:
+        while self.keep_alive is not None:
             self._idle = True
             await asyncio.sleep(KEEP_ALIVE_S)
             if self._idle:
-                await send({"type": "http.response.body", "body": self._keep_alive_chunk, "more_body": True})
+                await send({"type": "http.response.body", "body": self.keep_alive, "more_body": True})

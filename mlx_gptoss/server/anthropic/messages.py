@@ -39,7 +39,6 @@ from .events import MessageWriter, Thinking, fold_event
 from .tools import ToolChoice, functions_of, ignored_tools
 
 FORMAT_NAME = "response"  # the heading under which the model sees the schema of its answer
-PING = encode_event({"type": "ping"}, "ping")
 CONTENT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
 MESSAGES_SCHEMA: dict[str, Any] = {  # for OpenAPI; blocks.py checks the messages
     "type": "array",
@@ -50,6 +49,13 @@ MESSAGES_SCHEMA: dict[str, Any] = {  # for OpenAPI; blocks.py checks the message
         "properties": {"role": {"enum": ["user", "assistant", "system"]}, "content": CONTENT_SCHEMA},
     },
 }
+
+
+class MessageStream(EventStream):
+    """A stream of events that sends a ping while the model is silent, as Anthropic's does."""
+
+    keep_alive = encode_event({"type": "ping"}, "ping")
+
 
 router: APIRouter = APIRouter(responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
 
@@ -132,7 +138,7 @@ async def create(body: MessagesRequest, request: Request, service: ServiceDep) -
     headers = {REQUEST_ID: message.request_id}
     if body.stream:
         close = partial(service.finish, queue)
-        return EventStream(message.stream(queue), close, headers=headers, keep_alive=PING)
+        return MessageStream(message.stream(queue), close, headers)
     return JsonResponse(await cancel_on_disconnect(request, message.full_response(queue)), headers=headers)
 
 
