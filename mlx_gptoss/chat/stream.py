@@ -82,7 +82,7 @@ def stream_chat(
     sampling = options.sampling or Sampling()
     stop_ids = stop_ids | {tokenizer.special(RETURN), tokenizer.special(CALL)}
     ends = frozenset(tokenizer.special(name) for name in (END, RETURN, CALL))
-    prompt = tuple(render(conversation, tokenizer))
+    prompt = tuple(render(conversation, tokenizer, engine.limits.max_context))
     request = Request(prompt, _max_tokens(engine, options.max_tokens), sampling, stop_ids, guide, message_ends=ends)
     parser = Parser(tokenizer)
     for id in prefill_ids(conversation, tokenizer):
