@@ -15,7 +15,7 @@ from . import errors, ignored
 from .errors import ErrorBody, JsonResponse
 from .guard import LOCAL_ORIGIN, Guard
 from .ignored import ReportIgnored
-from .openai import chat_completions, completions, responses
+from .openai import chat_completions, compaction, completions, conversations, responses, stored_responses
 from .rewrite import Rewrite
 from .service import Service, ServiceDep
 
@@ -23,7 +23,15 @@ PAGE_POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-an
 PAGE_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 router: APIRouter = APIRouter()
-ROUTERS = (router, chat_completions.router, responses.router, completions.router)
+ROUTERS = (
+    router,
+    chat_completions.router,
+    responses.router,
+    compaction.router,
+    stored_responses.router,
+    conversations.router,
+    completions.router,
+)
 
 
 @router.get("/v1/models")
