@@ -20,7 +20,7 @@ from .ignored import ReportIgnored
 from .ollama import chat as ollama_chat
 from .ollama import generate as ollama_generate
 from .ollama import models as ollama_models
-from .openai import chat_completions, completions, responses
+from .openai import chat_completions, compaction, completions, conversations, responses, stored_responses
 from .rewrite import Rewrite
 from .service import Service, ServiceDep
 
@@ -32,6 +32,9 @@ ROUTERS = (
     router,
     chat_completions.router,
     responses.router,
+    compaction.router,
+    stored_responses.router,
+    conversations.router,
     completions.router,
     messages.router,
     ollama_models.router,
