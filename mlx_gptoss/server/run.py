@@ -87,7 +87,7 @@ class Server(uvicorn.Server):
             for queue in list(self.service.open_queues):
                 queue.stop(ApiError(503, "the server was stopped", code="draining"))
             self.force_exit = True
-        return timed_out or not self.server_state.tasks
+        return timed_out or not (self.server_state.tasks or self.service.background_tasks)
 
     def serve_on(self, listener: socket.socket) -> None:
         """Serve requests until drained. Raises KeyboardInterrupt if Ctrl-C ended it."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Depends, Request
 
@@ -17,7 +17,8 @@ from .errors import ApiError
 from .event_queue import EventQueue
 from .guard import Gate
 from .metrics import Metrics
-from .openai.store import ResponseStore
+from .openai.running import RunningResponse
+from .openai.store import ConversationStore, ResponseStore
 
 NANO_NAME = "mlx-gptoss-nano"
 
@@ -29,7 +30,8 @@ class Service:
     model_id: the model's name in responses. aliases: other names of it, which /v1/models lists, too.
     strict_model: requests may use only these names and other_names. Otherwise any name means this model.
     open_queues: the event queues of all requests in progress.
-    running_responses: /v1/responses in progress: id -> (the response as written so far, its event queue).
+    store, conversations: what /v1/responses and /v1/conversations keep in memory.
+    running_responses: /v1/responses in progress, by their ids. background_tasks: those that run without a client.
     """
 
     model: Model
@@ -42,7 +44,9 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     open_queues: set[EventQueue] = field(default_factory=set)
     store: ResponseStore = field(default_factory=ResponseStore)
-    running_responses: dict[str, tuple[dict[str, Any], EventQueue]] = field(default_factory=dict)
+    conversations: ConversationStore = field(default_factory=ConversationStore)
+    running_responses: dict[str, RunningResponse] = field(default_factory=dict)
+    background_tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 from starlette.responses import Response
@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 from .disconnect import cancel_and_wait, wait_for_disconnect
 from .errors import dump_json
 
+KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients skip
 KEEP_ALIVE_S = 15.0  # many proxies close a connection after a minute of silence
 DONE = b"data: [DONE]\n\n"
 EVENT_SCHEMA: dict[str, Any] = {
@@ -44,10 +45,12 @@ class EventStream(Response):
     """
 
     media_type = "text/event-stream"
-    keep_alive: ClassVar[bytes | None] = b": keep-alive\n\n"
+    keep_alive: ClassVar[bytes | None] = KEEP_ALIVE
 
-    def __init__(self, chunks: AsyncIterator[bytes], close: Callable[[], None]) -> None:
-        super().__init__(headers=HEADERS)
+    def __init__(
+        self, chunks: AsyncIterator[bytes], close: Callable[[], None], headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(headers={**HEADERS, **(headers or {})})
         del self.headers["content-length"]
         self._chunks = chunks
         self._close = close

@@ -1,4 +1,4 @@
-"""Ollama's messages in the form of OpenAI's: roles in any case, images beside the content, content left out."""
+"""Ollama's messages in the form of OpenAI's: roles in any case, images aside, content that may be missing."""
 
 from __future__ import annotations
 
