@@ -231,9 +231,9 @@ def test_options(client, http):
 
 
 def test_what_has_no_effect_is_named(http):
-    answer = chat(http, options={"num_ctx": 8192, "mirostat": 0}, keep_alive="5m", truncate=True, mood="happy")
+    answer = chat(http, options={"num_ctx": 8192, "mirostat": 0}, keep_alive="5m", shift=True, mood="happy")
     assert answer.status_code == 200
-    names = ["keep_alive", "mood", "options.mirostat", "options.num_ctx", "truncate"]
+    names = ["keep_alive", "mood", "options.mirostat", "options.num_ctx", "shift"]
     assert answer.headers["X-Ignored-Fields"].split(", ") == names
     assert "X-Ignored-Fields" not in chat(http, think="low", options={"seed": 1}).headers
 
@@ -376,6 +376,13 @@ def test_a_prompt_that_is_too_long(client):
     with pytest.raises(ollama.ResponseError, match="context holds") as refused:
         client.chat(MODEL, [{"role": "user", "content": "12 " * 4096}])
     assert refused.value.status_code == 400
+
+
+def test_truncate_drops_the_oldest_turns(http):
+    old = [{"role": "user", "content": "12 " * 4096}, {"role": "assistant", "content": "So?"}]
+    cut = chat(http, messages=[*old, *SUM], truncate=True, stream=False).json()
+    short = chat(http, stream=False).json()
+    assert (cut["message"], cut["prompt_eval_count"]) == (short["message"], short["prompt_eval_count"])
 
 
 def test_errors_of_the_guard_and_of_routing_have_the_same_form(http, serve, model):
