@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from dataclasses import dataclass
 from importlib import metadata
@@ -10,18 +9,17 @@ from pathlib import Path
 
 from ..backends import find_backend
 from ..backends.base import Backend, Limits, Runner
-from ..errors import CheckpointError, InvalidRequest
+from ..errors import InvalidRequest
 from ..options import LoadOptions
 from ..weights import checkpoint as checkpoints
 from ..weights.checkpoint import Checkpoint, CheckpointLike
-from ..weights.formats import WRITERS
 from ..weights.requantize import Requantized
 from ..weights.split import RankShard, RankWeights
 from ..weights.synthetic import Synthetic, preset
 from ..weights.tensor import Dense, Weights
 from . import hub
 from .memory import MemoryPlan, plan_memory
-from .recommend import derived_bytes, mappable_bytes, upcastable_bytes, used_vocabulary
+from .recommend import derived_bytes, mappable_bytes, units_by_format, upcastable_bytes, used_vocabulary
 
 NANO = Path(__file__).parents[1] / "nano"  # the bundled model
 MAX_DRAFTS = 3  # plus the token before them: 4 queries, the maximum of Metal's attention kernel for decoding
@@ -193,13 +191,9 @@ def mappable(checkpoint: CheckpointLike) -> int:
 
 def sizes_in_other_formats(checkpoint: CheckpointLike) -> dict[str, int]:
     """Bytes of the same model in each format that can hold it, computed from its layout."""
-    dtypes = {param.name: "BF16" for param in checkpoint.params}
-    sizes = {}
-    for name, writer in WRITERS.items():
-        with contextlib.suppress(CheckpointError):  # groups that do not divide this model's rows
-            units = writer.units(name, checkpoint.params, dtypes)
-            sizes[name] = sum(info.nbytes for unit in units for info in unit.tensors)
-    return sizes
+    return {
+        name: sum(info.nbytes for unit in units for info in unit.tensors) for name, units in units_by_format(checkpoint)
+    }
 
 
 def identity(source: CheckpointLike) -> str:

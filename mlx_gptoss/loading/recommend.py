@@ -14,8 +14,7 @@ The rule recommends the first candidate that fits with PREFERRED_CONTEXT tokens,
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,6 +23,7 @@ from ..errors import CheckpointError
 from ..weights import codecs, quantization
 from ..weights.checkpoint import Checkpoint, CheckpointLike
 from ..weights.formats import WRITERS
+from ..weights.formats.base import Unit
 from ..weights.params import MATRIX_ROLES, Role
 from ..weights.tensor import MXFP4, Dense
 from .memory import MIN_CONTEXT, PREFERRED_CONTEXT, MemoryPlan
@@ -114,17 +114,25 @@ def mappable_bytes(checkpoint: Checkpoint) -> int:
     return int(config.vocab_size * row_bytes["embed"] + unused * row_bytes["lm_head"])
 
 
+def units_by_format(checkpoint: CheckpointLike) -> Iterator[tuple[str, list[Unit]]]:
+    """Each format that can hold the model, with the units of its checkpoint."""
+    dtypes = {param.name: "BF16" for param in checkpoint.params}
+    for name, writer in WRITERS.items():
+        try:
+            units = writer.units(name, checkpoint.params, dtypes)
+        except CheckpointError:  # the format's groups do not divide this model's rows
+            continue
+        yield name, units
+
+
 def mappable_by_format(checkpoint: Checkpoint) -> dict[str, int]:
     """mappable_bytes() for each format that can hold the model, and for the checkpoint's own format."""
     unused = 1 - used_vocabulary(checkpoint) / checkpoint.config.vocab_size
     share = {"embed.weight": 1.0, "lm_head.weight": unused}
-    dtypes = {param.name: "BF16" for param in checkpoint.params}
     found = {}
-    for name, form in WRITERS.items():
-        with contextlib.suppress(CheckpointError):
-            units = form.units(name, checkpoint.params, dtypes)
-            parts = [share.get(u.params[0].name, 0.0) * sum(info.nbytes for info in u.tensors) for u in units]
-            found[name] = int(sum(parts))
+    for name, units in units_by_format(checkpoint):
+        parts = [share.get(u.params[0].name, 0.0) * sum(info.nbytes for info in u.tensors) for u in units]
+        found[name] = int(sum(parts))
     return found | {checkpoint.format: mappable_bytes(checkpoint)}
 
 

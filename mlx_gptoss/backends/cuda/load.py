@@ -16,7 +16,7 @@ from ...config import ModelConfig
 from ...errors import CheckpointError
 from ...weights.codecs import contiguous_rows
 from ...weights.split import RankShard
-from ...weights.tensor import Array, Dense, Quantized, Weight, Weights
+from ...weights.tensor import Array, Dense, Quantized, Weight, Weights, same_storage
 from ..rope import yarn_concentration, yarn_frequencies
 from .layers import DenseMatrix, ExpertLinear, Experts, Linear, Matrix, Operations, QuantizedMatrix
 from .model import Attention, Block, GptOss, MixtureOfExperts, Norm, Rotary
@@ -105,7 +105,7 @@ class _WeightLoader:
 
     def _matrices(self, names: Sequence[str]) -> tuple[Matrix, ...]:
         weights = [self._checkpoint.read(name) for name in names]
-        groups = [weights] if _same_storage(weights) else [[weight] for weight in weights]
+        groups = [weights] if same_storage(weights) else [[weight] for weight in weights]
         matrices = tuple(fuse(group, self._device) for group in groups)
         self._checkpoint.release()
         return matrices
@@ -125,17 +125,6 @@ def fuse(weights: Sequence[Weight], device: torch.device) -> Matrix:
         bias=None if first.bias is None else _tensor([w.bias for w in parts if w.bias is not None], -2, device),
         outer=_outer(parts, device),
     )
-
-
-def _same_storage(weights: Sequence[Weight]) -> bool:
-    """Whether the weights are stored the same way, so that they can be fused into one matrix."""
-
-    def storage(weight: Weight) -> object:
-        if isinstance(weight, Dense):
-            return weight.values.dtype
-        return weight.spec, None if weight.scale is None else weight.scale.dtype, weight.bias is None
-
-    return len({storage(weight) for weight in weights}) == 1
 
 
 def _outer(parts: Sequence[Quantized], device: torch.device) -> Tensor | None:

@@ -27,6 +27,7 @@ from ...weights.tensor import (
     Quantized,
     Weight,
     Weights,
+    same_storage,
 )
 from ..rope import yarn_concentration, yarn_frequencies
 from . import host
@@ -167,7 +168,7 @@ class _WeightLoader:
         weights = [self._checkpoint.read(name) for name in names]
         size = sum(weight.nbytes for weight in weights)
         by_blas = self._by_host and isinstance(weights[0], Dense)
-        if not self._on_cpu or by_blas or size < MIN_BYTES_TO_SPLIT or not _same_storage(weights):
+        if not self._on_cpu or by_blas or size < MIN_BYTES_TO_SPLIT or not same_storage(weights):
             return self._matrices(names), ()
         matrices = tuple(fuse(part) for part in split_rows(weights, len(self._streams)))
         self._materialize(matrices)
@@ -192,7 +193,7 @@ class _WeightLoader:
 
     def _matrices(self, names: Sequence[str]) -> tuple[Matrix, ...]:
         weights = [self._checkpoint.read(name) for name in names]
-        matrices = (fuse(weights),) if _same_storage(weights) else tuple(fuse([weight]) for weight in weights)
+        matrices = (fuse(weights),) if same_storage(weights) else tuple(fuse([weight]) for weight in weights)
         self._materialize(matrices)
         if not self._by_host:
             return matrices
@@ -248,17 +249,6 @@ def upcast_matrices(matrices: Sequence[Matrix], streams: Sequence[mx.Stream], dt
     dense = [matrix.weight for matrix in found if isinstance(matrix, DenseMatrix)]
     mx.async_eval(dense)  # type: ignore[no-untyped-call]
     return tuple(found)
-
-
-def _same_storage(weights: Sequence[Weight]) -> bool:
-    """Whether the weights are stored alike, so that one kernel can compute all of them."""
-
-    def storage(weight: Weight) -> object:
-        if isinstance(weight, Dense):
-            return weight.values.dtype
-        return weight.spec, None if weight.scale is None else weight.scale.dtype, weight.bias is None
-
-    return len({storage(weight) for weight in weights}) == 1
 
 
 def _outer(parts: Sequence[Quantized]) -> mx.array | None:
