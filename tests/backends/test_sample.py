@@ -1,4 +1,4 @@
-"""The sampler of every backend, on the CPU, against a plain numpy reading of the chain."""
+"""The sampler of every backend, on the CPU, compared with a plain numpy implementation of the chain."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_penalties(sampler):
     assert [sampler.draw(logits, sampling, state) for _ in range(4)] == [0, 1, 0, 2]
     sampling = Sampling(temperature=0, presence_penalty=0.15)
     state = sampler.begin(sampling)
-    # after 0 and 1 were said: 2.85, 2.75, 2.8, so 0 leads again and for good
+    # after 0 and 1 were sampled: 2.85, 2.75, 2.8, so 0 leads again and stays first
     assert [sampler.draw(logits, sampling, state) for _ in range(4)] == [0, 1, 0, 0]
     sampling = Sampling(temperature=0, repetition_penalty=2.0)
     assert sampler.draw(logits, sampling, sampler.begin(sampling, prompt=(0, 1))) == 2  # the prompt counts

@@ -1,4 +1,4 @@
-"""Evaluation: each token predicted once, numbers that a slow and independent computation gives too, and the plot."""
+"""Evaluation: each token is predicted once, the numbers match a slow independent computation, and plots are drawn."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def slow_evaluation(model_folder, reference_folder, documents, context):
     return nll, kl, agrees
 
 
-def test_perplexity_and_divergence_are_what_the_definitions_give(mini, bf16, four_bit, tokenizer):
+def test_perplexity_and_divergence_match_their_definitions(mini, bf16, four_bit, tokenizer):
     text = "Reverse the word planet, then add 7 and 8.<|endoftext|>\nHello there"
     documents = [d.ids for d in read_documents(text, tokenizer)]
     context = 12
