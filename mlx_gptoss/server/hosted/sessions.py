@@ -1,0 +1,1 @@
+"""The state of the tools: one HostedTools for the server, one Session for a conversation."""
