@@ -118,7 +118,7 @@ def _try_out(sandbox: Sandbox, settings: PythonSettings, interpreter: Interprete
             if b"ready" in os.read(read, 100):
                 return None
             text = ran.stderr.decode(errors="replace").strip() or ran.stdout.decode(errors="replace").strip()
-            return text.rpartition("\n")[2][:300] or f"exit code {ran.returncode}"
+            return " ".join(text[-300:].split()) or f"exit code {ran.returncode}"
         except (OSError, subprocess.SubprocessError) as error:
             return str(error)[:300]
         finally:
@@ -171,7 +171,7 @@ def namespaces(
         else:
             steps += [f"mkdir -p {shlex.quote(str(Path(path).parent).lstrip('/'))}", f"touch {inside}"]
             steps.append(f"mount --bind {shlex.quote(path)} {inside}")
-    steps += ["pivot_root . old", "umount -l old", "rmdir old", "mount -o remount,ro /", f"cd {DATA}", 'exec "$@"']
+    steps += ["pivot_root . old", "umount -l old", "rmdir old", "mount -o remount,bind,ro,nosuid,nodev /", f"cd {DATA}", 'exec "$@"']
     words = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--net", "--pid", "--ipc", "--uts", "--fork"]
     words += ["--kill-child=KILL", *([] if _is_root() else ["--user", "--map-root-user"])]
     script = "\n".join(steps)
