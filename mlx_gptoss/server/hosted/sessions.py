@@ -20,7 +20,7 @@ from .events import HostedCall, HostedResult, HostedTool, ToolList
 from .fetch import Fetcher
 from .mcp_servers import McpServers, McpTools
 from .python_session import PythonSessions
-from .search import search_engine
+from .search import SearchEngine
 from .selection import McpChoice, Selection
 from .settings import HostedSettings
 
@@ -59,7 +59,7 @@ class HostedTools:
         self._count_tokens = count_tokens
         self._states: OrderedDict[str, State] = OrderedDict()
         self._fetcher = None if settings.browser is None else Fetcher(settings.browser)
-        self._engine = None if settings.browser is None else search_engine(settings.browser)
+        self._engine = None if settings.browser is None else SearchEngine(settings.browser)
         self.python: PythonSessions | None = None if settings.python is None else PythonSessions(settings.python)
         self._mcp = None if settings.mcp is None else McpServers(settings.mcp)
         self._closing: set[asyncio.Task[None]] = set()
