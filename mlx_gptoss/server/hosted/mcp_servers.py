@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ApiError
@@ -126,7 +127,10 @@ class McpTools:
         """Open the connection, keep it until `stop`, and close it."""
         client_class: type[mcp.Client] = load_package("mcp", "mcp").Client
         try:
-            async with client_class(_transport(self._server), read_timeout_seconds=self._server.timeout_s) as client:
+            async with AsyncExitStack() as stack:
+                transport = await _transport(self._server, stack)
+                timeout_s = self._server.timeout_s
+                client = await stack.enter_async_context(client_class(transport, read_timeout_seconds=timeout_s))
                 self.tools = await _list_tools(client)
                 self._client = client
                 ready.set_result(None)
@@ -152,8 +156,8 @@ class McpTools:
             await asyncio.wait({holder}, timeout=STOP_S)
 
 
-def _transport(server: McpServer) -> Any:
-    """What mcp.Client connects through."""
+async def _transport(server: McpServer, stack: AsyncExitStack) -> Any:
+    """What mcp.Client connects through. stack: closes it."""
     package = load_package("mcp", "mcp")
     if server.command is not None:
         return package.StdioServerParameters(
@@ -161,7 +165,7 @@ def _transport(server: McpServer) -> Any:
         )
     assert server.url is not None
     http = load_package("mcp.client.streamable_http", "mcp")
-    client = http.create_mcp_http_client(headers=dict(server.headers))
+    client = await stack.enter_async_context(http.create_mcp_http_client(headers=dict(server.headers)))
     return http.streamable_http_client(server.url, http_client=client)
 
 
