@@ -7,7 +7,7 @@ in a message as plain text: a user cannot inject them.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..errors import InvalidRequest

@@ -16,6 +16,7 @@ from ..model import Model
 from .errors import ApiError
 from .event_queue import EventQueue
 from .guard import Gate
+from .hosted.sessions import HostedTools
 from .metrics import Metrics
 from .openai.store import ResponseStore
 
@@ -30,6 +31,7 @@ class Service:
     strict_model: requests may use only these names and other_names. Otherwise any name means this model.
     open_queues: the event queues of all requests in progress.
     running_responses: /v1/responses in progress: id -> (the response as written so far, its event queue).
+    hosted: the tools that the server runs itself; None if none is switched on.
     """
 
     model: Model
@@ -43,6 +45,7 @@ class Service:
     open_queues: set[EventQueue] = field(default_factory=set)
     store: ResponseStore = field(default_factory=ResponseStore)
     running_responses: dict[str, tuple[dict[str, Any], EventQueue]] = field(default_factory=dict)
+    hosted: HostedTools | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ class HostedCallDelta:
     """More of the arguments of a call, as the model writes them. The first one, perhaps empty, opens the call.
 
     tool: what runs it. name: "browser.search", "browser.open", "browser.find", "python", or the MCP tool's own name.
-    server_label: the MCP server, or None.
+    server_label: the MCP server, or None. container_id: as in HostedCall.
     """
 
     id: str
@@ -24,6 +24,7 @@ class HostedCallDelta:
     name: str
     text: str
     server_label: str | None = None
+    container_id: str | None = None
 
 
 @dataclass(frozen=True)

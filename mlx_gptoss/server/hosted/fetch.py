@@ -99,7 +99,8 @@ class Fetcher:
                 extensions={"sni_hostname": parts.hostname},
             )
             try:
-                return await self._http.send(request, stream=True)
+                response: httpx.Response = await self._http.send(request, stream=True)
+                return response
             except self._httpx.ConnectError:
                 if address == addresses[-1]:
                     raise
@@ -112,7 +113,7 @@ class Fetcher:
             infos = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
             raise ToolError(f"there is no host {host!r}: {error}") from error
-        found = dict.fromkeys(ipaddress.ip_address(info[4][0].partition("%")[0]) for info in infos)
+        found = dict.fromkeys(ipaddress.ip_address(str(info[4][0]).partition("%")[0]) for info in infos)
         allowed = [address for address in found if is_allowed(address, self._networks)]
         if not allowed:
             raise ToolError(f"{host} is not on the public internet; only the server's operator can allow it")

@@ -25,9 +25,39 @@ MAX_MATCHES, MATCH_LINES = 50, 4  # of find
 NONE: Mapping[Any, Any] = MappingProxyType({})
 
 _SKIPPED = {"script", "style", "noscript", "template", "head", "svg", "math", "iframe", "object", "select", "button"}
-_BLOCKS = {"address", "article", "aside", "blockquote", "body", "center", "details", "dd", "div", "dl", "dt", "fieldset"}
+_BLOCKS = {
+    "address",
+    "article",
+    "aside",
+    "blockquote",
+    "body",
+    "center",
+    "details",
+    "dd",
+    "div",
+    "dl",
+    "dt",
+    "fieldset",
+}
 _BLOCKS |= {"figcaption", "figure", "footer", "form", "header", "hr", "html", "legend", "main", "nav", "p", "section"}
-_BLOCKS |= {"summary", "table", "tbody", "tfoot", "thead", "tr", "ul", "ol", "li", "pre", "h1", "h2", "h3", "h4", "h5", "h6"}
+_BLOCKS |= {
+    "summary",
+    "table",
+    "tbody",
+    "tfoot",
+    "thead",
+    "tr",
+    "ul",
+    "ol",
+    "li",
+    "pre",
+    "h1",
+    "h2",
+    "h3",
+    "h4",
+    "h5",
+    "h6",
+}
 _PARAGRAPHS = {"p", "h1", "h2", "h3", "h4", "h5", "h6", "ul", "ol", "dl", "table", "pre", "blockquote", "figure"}
 _LIKE_LINKS = str.maketrans({"【": "〖", "】": "〗", "◼": "◾", "\u200b": None})  # text that would look like a link
 _ANY_LINK = re.compile(r"【\d+†([^†】]+)(?:†[^†】]+)?】")
@@ -76,7 +106,9 @@ def html_page(url: str, content: bytes, encoding: str | None) -> Page:
     writer = _Writer(url, url if base is None else _join(url, base.get("href", "")))
     writer.write(root)
     title = root.findtext(".//title")
-    return Page(url, clean_line(title or urlsplit(url).netloc), f"\nURL: {url}\n{writer.text[:MAX_PAGE_CHARS]}", writer.links)
+    return Page(
+        url, clean_line(title or urlsplit(url).netloc), f"\nURL: {url}\n{writer.text[:MAX_PAGE_CHARS]}", writer.links
+    )
 
 
 def clean(text: str) -> str:

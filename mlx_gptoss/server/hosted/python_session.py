@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from .errors import ToolError
 from .processes import memory_of_tree
-from .sandbox import DATA, Interpreter, Sandbox, at_descriptor, find_interpreter, find_sandbox
+from .sandbox import Interpreter, Sandbox, at_descriptor, find_interpreter, find_sandbox
 from .settings import PythonSettings
 
 START_S = 30.0

@@ -40,7 +40,8 @@ class Round:
             if isinstance(event, ToolCall):
                 self.calls.append(event)
             elif owner.tool is not None:
-                yield HostedCallDelta(event.id, owner.tool, owner.name, event.text, owner.server_label)
+                container = self.session.container_id() if owner.tool == "python" else None
+                yield HostedCallDelta(event.id, owner.tool, owner.name, event.text, owner.server_label, container)
         else:
             self.client_called = self.client_called or isinstance(event, ToolCall)
             yield event
@@ -77,7 +78,7 @@ class Turn:
         self.replies.append(end)
 
     def finished(self, reason: FinishReason) -> Finished:
-        """One Finished for all replies. The time to the first token is the first one's, the rates are the last one's."""
+        """One Finished for all replies. The time to the first token is the first reply's, rates are the last one's."""
         first, last, all = self.replies[0], self.replies[-1], self.replies
         return Finished(
             finish_reason=reason,

@@ -171,7 +171,14 @@ def namespaces(
         else:
             steps += [f"mkdir -p {shlex.quote(str(Path(path).parent).lstrip('/'))}", f"touch {inside}"]
             steps.append(f"mount --bind {shlex.quote(path)} {inside}")
-    steps += ["pivot_root . old", "umount -l old", "rmdir old", "mount -o remount,bind,ro,nosuid,nodev /", f"cd {DATA}", 'exec "$@"']
+    steps += [
+        "pivot_root . old",
+        "umount -l old",
+        "rmdir old",
+        "mount -o remount,bind,ro,nosuid,nodev /",
+        f"cd {DATA}",
+        'exec "$@"',
+    ]
     words = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--net", "--pid", "--ipc", "--uts", "--fork"]
     words += ["--kill-child=KILL", *([] if _is_root() else ["--user", "--map-root-user"])]
     script = "\n".join(steps)

@@ -51,7 +51,7 @@ class Selection:
 
     builtin: gpt-oss's own tools that the server runs. mcp: MCP servers. container: the id of a python session to go on
     with. client_tools: tools that the client runs, unchanged. left_out: names of the kinds that are not served, for
-    the log and the header X-Ignored-Fields, such as "tools[2] (image_generation)".
+    ignored.ignore(), such as "tools[].image_generation".
     """
 
     builtin: tuple[BuiltinTool, ...] = ()
@@ -91,7 +91,7 @@ class _Sorter:
             if len(self.mcp) > MAX_MCP_SERVERS:
                 raise invalid_field("tools", f"names more than {MAX_MCP_SERVERS} MCP servers")
         else:
-            self.left_out.append(f"tools[{index}] ({kind[:40]})")
+            self.left_out.append(f"tools[].{kind[:40]}")
 
 
 def hosted_tools_of(tools: Sequence[Mapping[str, Any]] | None, settings: HostedSettings | None) -> Selection:
@@ -110,7 +110,7 @@ def hosted_tools_of(tools: Sequence[Mapping[str, Any]] | None, settings: HostedS
         tuple(sorter.mcp.values()),
         sorter.container,
         tuple(sorter.client_tools),
-        (*sorter.left_out, *(f"{name} (the request has a function of that name)" for name in sorted(shadowed))),
+        (*dict.fromkeys(sorter.left_out), *(f"tools[].{name}" for name in sorted(shadowed))),
     )
 
 
@@ -168,7 +168,9 @@ def _headers(tool: Mapping[str, Any], param: str) -> dict[str, str]:
     if tool.get("authorization") is not None:
         headers = {**headers, "Authorization": f"Bearer {tool['authorization']}"} if type(headers) is dict else headers
     texts = [*headers, *headers.values()] if type(headers) is dict else [None]
-    good = all(isinstance(text, str) and text.isascii() and text.isprintable() and len(text) <= MAX_TEXT for text in texts)
+    good = all(
+        isinstance(text, str) and text.isascii() and text.isprintable() and len(text) <= MAX_TEXT for text in texts
+    )
     if not good or len(headers) > MAX_HEADERS:
         raise invalid_field(f"{param}.headers", f"must be an object of at most {MAX_HEADERS} printable ASCII strings")
     return dict(headers)

@@ -179,7 +179,7 @@ class Session:
         return replace(conversation, builtin_tools=builtin, functions=functions, tool_texts=tuple(texts.items()))
 
     def tool_choice(self, choice: str | Mapping[str, Any]) -> Any:
-        """A request's tool_choice as the model's: the tools of the server have other names there, or cannot be forced."""
+        """A request's tool_choice for the model. An MCP tool has another name there; others cannot be forced."""
         if isinstance(choice, str):
             return choice
         kind = choice.get("type")
@@ -210,7 +210,7 @@ class Session:
         if owner.tool == "browser" and self.browser is not None:
             action = self.browser.action(owner.name, call.arguments)
         if owner.tool == "python":
-            container = self._container_id()
+            container = self.container_id()
         return HostedCall(call.id, owner.tool, owner.name, call.arguments, owner.server_label, action, container)
 
     def approved_call(self, id: str, server_label: str, name: str, arguments: str) -> ToolCall | None:
@@ -262,7 +262,7 @@ class Session:
     def _choice(self, label: str) -> McpChoice:
         return next(choice for choice in self._selection.mcp if choice.server.label == label)
 
-    def _container_id(self) -> str:
+    def container_id(self) -> str:
         """The conversation's python session, a new one if it has ended."""
         assert self._hosted.python is not None
         if self.state.container_id is None or not self._hosted.python.exists(self.state.container_id):

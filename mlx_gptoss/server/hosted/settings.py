@@ -130,7 +130,7 @@ def load_settings(names: Sequence[str], path: Path | None = None) -> HostedSetti
     extra = [name for name in table if name not in (*TOOLS, "max_tool_calls", "max_conversations")]
     if extra:
         raise GptOssError(f"{path}: unknown entry {extra[0]!r}; the tables are {', '.join(TOOLS)}")
-    general = {name: table[name] for name in ("max_tool_calls", "max_conversations") if name in table}
+    general = {name: value for name, value in table.items() if name not in TOOLS}
     parts = {
         "browser": _browser(_table(table, "browser", path), path) if "browser" in names else None,
         "python": _fill(PythonSettings, _table(table, "python", path), "python", path) if "python" in names else None,
@@ -141,12 +141,13 @@ def load_settings(names: Sequence[str], path: Path | None = None) -> HostedSetti
 
 def _read_toml(path: Path) -> dict[str, Any]:
     if sys.version_info >= (3, 11):
-        import tomllib
+        from tomllib import loads
     else:
-        import tomli as tomllib
+        from tomli import loads
     try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        table: dict[str, Any] = loads(path.read_text("utf-8"))
+        return table
+    except (OSError, ValueError) as error:
         raise GptOssError(f"--tools-config: cannot read {path}: {error}") from error
 
 
@@ -209,7 +210,7 @@ def _is_http_url(text: str) -> bool:
 
 
 def _fill(kind: type[Settings], table: Mapping[str, Any], where: str, path: Path | None, **given: Any) -> Settings:
-    """Make a settings object of a table. Raises GptOssError for an entry that is unknown, missing or of a wrong type."""
+    """Make a settings object of a table. Raises GptOssError for an entry that is unknown, missing or wrong."""
     known = {one.name: one for one in fields(kind) if one.name not in given}  # type: ignore[arg-type]
     prefix = f"{path}: {where}: " if where else f"{path}: "
     for name, value in table.items():
