@@ -10,7 +10,6 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -22,7 +21,6 @@ MAX_URL_CHARS = 4096
 MAX_LINKS = 20_000
 MAX_DEPTH = 300
 MAX_MATCHES, MATCH_LINES = 50, 4  # of find
-NONE: Mapping[Any, Any] = MappingProxyType({})
 
 _SKIPPED = {"script", "style", "noscript", "template", "head", "svg", "math", "iframe", "object", "select", "button"}
 _BLOCKS = {
@@ -64,7 +62,7 @@ _ANY_LINK = re.compile(r"【\d+†([^†】]+)(?:†[^†】]+)?】")
 _CUT_START, _CUT_END = re.compile(r"^[^【】]*】"), re.compile(r"【\d*(?:†([^†】]*)(?:†[^†】]*)?)?$")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Page:
     """What a cursor points at: a web page, or the results of a search or of find.
 
@@ -75,8 +73,8 @@ class Page:
     url: str
     title: str
     text: str
-    links: Mapping[int, str] = field(default=NONE)
-    lines_of_links: Mapping[int, int] = field(default=NONE)
+    links: Mapping[int, str] = field(default_factory=dict)
+    lines_of_links: Mapping[int, int] = field(default_factory=dict)
     is_results: bool = False
 
     @cached_property

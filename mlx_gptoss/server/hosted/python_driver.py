@@ -1,10 +1,10 @@
 """The Python session of the tool python. This file runs inside the sandbox, as `python -I -c SOURCE`, and stands alone.
 
-Requests are JSON lines on the standard input, {"code", "timeout_s"}; their replies are JSON lines on the descriptor
-CONTROL, {"error": a text or null}. What the code prints goes to the standard output, which the server reads.
+Requests are JSON lines on the standard input, {"code", "timeout_s"}; their replies are JSON lines on another
+descriptor, {"error": a text or null}. What the code prints goes to the standard output, which the server reads.
 
 Arguments: the limits as JSON, {"memory": bytes, "processes": n, "file": bytes, "folder": the working directory,
-"confined": whether there is a sandbox around it}.
+"confined": whether there is a sandbox around it, "control": the descriptor of the replies}.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import traceback
 from types import FrameType
 from typing import Any, TextIO
 
-CONTROL = 3  # the descriptor of the replies
 # Linux system calls that a confined session does without: new namespaces and mounts, memory that no limit counts, and
 # interfaces of the kernel that have had many holes. The columns are the numbers on x86_64 and aarch64.
 DENIED_CALLS = {
@@ -230,7 +229,8 @@ def main() -> None:
     requests = os.fdopen(os.dup(0), "r", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(1, 2)
-    os.set_inheritable(CONTROL, False)
+    control = limits["control"]
+    os.set_inheritable(control, False)
     os.chdir(limits["folder"])
     sys.path.insert(0, limits["folder"])
     output = open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
@@ -238,7 +238,7 @@ def main() -> None:
     if limits["confined"]:
         filter_system_calls()
     session, process = Session(output), os.getpid()
-    os.write(CONTROL, b'{"ready": true}\n')
+    os.write(control, b'{"ready": true}\n')
     for line in requests:
         request = json.loads(line)
         error = session.run(request["code"], request["timeout_s"])
@@ -246,7 +246,7 @@ def main() -> None:
             output.flush()
         if os.getpid() != process:  # a fork of the user's code came back here
             os._exit(0)
-        os.write(CONTROL, json.dumps({"error": error}).encode() + b"\n")
+        os.write(control, json.dumps({"error": error}).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from .errors import ToolError
 from .processes import memory_of_tree
-from .sandbox import Interpreter, Sandbox, at_descriptor, find_interpreter, find_sandbox
+from .sandbox import Interpreter, Sandbox, find_interpreter, find_sandbox
 from .settings import PythonSettings
 
 START_S = 30.0
@@ -175,12 +175,11 @@ class _Process:
 
     async def start(self, sandbox: Sandbox, interpreter: Interpreter, number: int) -> None:
         """Start the driver. Raises ToolError if it does not start."""
-        command = sandbox.command(self._settings, interpreter, number, self._folder)
         self._control, control = os.pipe()
         self._output, output = os.pipe()
         try:
             self._process = await asyncio.create_subprocess_exec(
-                *at_descriptor(control, command),
+                *sandbox.command(self._settings, interpreter, number, self._folder, control),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=output,
                 stderr=asyncio.subprocess.STDOUT,

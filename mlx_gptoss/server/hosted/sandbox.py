@@ -27,7 +27,6 @@ SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 FIRST_UID, UIDS = 61184, 4096  # where the server is root, each session is another user; no account has these ids
 PROBE_S = 30.0
-CONTROL = 3  # the descriptor on which the driver replies
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,17 @@ class Sandbox:
     wrap: Callable[[int, str, Sequence[str]], list[str]]
     has_data: bool
 
-    def command(self, settings: PythonSettings, interpreter: Interpreter, number: int, folder: str) -> list[str]:
-        """The command that runs the driver of session `number`."""
+    def command(
+        self, settings: PythonSettings, interpreter: Interpreter, number: int, folder: str, control: int
+    ) -> list[str]:
+        """The command that runs the driver of session `number`. control: the descriptor on which it replies."""
         limits = {
             "memory": settings.memory_mb << 20,
             "file": settings.disk_mb << 20,
             "processes": settings.max_processes,
             "folder": DATA if self.has_data else folder,
             "confined": self.name != "none",
+            "control": control,
         }
         driver = (files(__package__) / "python_driver.py").read_text("utf-8")
         return self.wrap(number, folder, [interpreter.path, "-I", "-u", "-c", driver, json.dumps(limits)])
@@ -109,7 +111,7 @@ def _try_out(sandbox: Sandbox, settings: PythonSettings, interpreter: Interprete
     with tempfile.TemporaryDirectory() as folder:
         read, write = os.pipe()
         try:
-            command = at_descriptor(write, sandbox.command(settings, interpreter, 0, folder))
+            command = sandbox.command(settings, interpreter, 0, folder, write)
             ran = subprocess.run(
                 command, stdin=subprocess.DEVNULL, capture_output=True, pass_fds=(write,), timeout=PROBE_S
             )
@@ -125,12 +127,6 @@ def _try_out(sandbox: Sandbox, settings: PythonSettings, interpreter: Interprete
             os.close(read)
             if write >= 0:
                 os.close(write)
-
-
-def at_descriptor(descriptor: int, command: Sequence[str]) -> list[str]:
-    """The command, run with `descriptor` as CONTROL: pass it on with pass_fds."""
-    script = f'exec {CONTROL}>&{descriptor} {descriptor}>&-; exec "$@"' if descriptor != CONTROL else 'exec "$@"'
-    return ["/bin/sh", "-c", script, "sh", *command]
 
 
 def bubblewrap(
