@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MAX_TOOLS = 256  # of one server
 MAX_DESCRIPTION_CHARS = 4096
 STOP_S = 10.0
+CONNECTION_CLOSED = -32000  # the code of mcp's error
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -82,9 +83,9 @@ class McpTools:
             ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._holder = asyncio.ensure_future(self._hold(ready, self._stop))
             try:
-                await asyncio.wait_for(asyncio.shield(ready), self._server.timeout_s)
+                await asyncio.wait_for(asyncio.shield(ready), self._server.start_timeout_s)
             except asyncio.TimeoutError:
-                self.error = f"no answer within {self._server.timeout_s:g} seconds"
+                self.error = f"no answer within {self._server.start_timeout_s:g} seconds"
             except Exception as error:
                 self.error = _reason(error)
             except BaseException:
@@ -105,8 +106,9 @@ class McpTools:
         except asyncio.TimeoutError:
             raise ToolError(f"no result within {self._server.timeout_s:g} seconds") from None
         except Exception as error:
-            if not isinstance(error, load_package("mcp", "mcp").MCPError):
-                await self._end()  # the connection is broken; the next call makes a new one
+            code = error.code if isinstance(error, load_package("mcp", "mcp").MCPError) else CONNECTION_CLOSED
+            if code == CONNECTION_CLOSED:
+                await self.close()  # the next call makes a new connection
             raise ToolError(_reason(error)) from error
         text = _result_text(result)
         if len(text) > self._max_chars:
@@ -129,7 +131,7 @@ class McpTools:
         try:
             async with AsyncExitStack() as stack:
                 transport = await _transport(self._server, stack)
-                timeout_s = self._server.timeout_s
+                timeout_s = max(self._server.start_timeout_s, self._server.timeout_s)
                 client = await stack.enter_async_context(client_class(transport, read_timeout_seconds=timeout_s))
                 self.tools = await _list_tools(client)
                 self._client = client
@@ -194,6 +196,18 @@ async def _list_tools(client: mcp.Client) -> list[Mapping[str, Any]]:
         if cursor is None:
             break
     return found[:MAX_TOOLS]
+
+
+def without_titles(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A schema whose properties have no titles that only repeat their names, as pydantic makes them."""
+    properties = schema.get("properties")
+    if not isinstance(properties, Mapping):
+        return schema
+    plain = {}
+    for name, value in properties.items():
+        repeats = isinstance(value, Mapping) and value.get("title") == name.replace("_", " ").title()
+        plain[name] = {key: one for key, one in value.items() if key != "title"} if repeats else value
+    return {**schema, "properties": plain}
 
 
 def _result_text(result: Any) -> str:

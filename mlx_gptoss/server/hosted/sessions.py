@@ -18,7 +18,7 @@ from .browser import BrowserSession
 from .errors import ToolError
 from .events import HostedCall, HostedResult, HostedTool, ToolList
 from .fetch import Fetcher
-from .mcp_servers import McpServers, McpTools
+from .mcp_servers import McpServers, McpTools, without_titles
 from .python_session import PythonSessions
 from .search import SearchEngine
 from .selection import McpChoice, Selection
@@ -166,7 +166,7 @@ class Session:
                 while name in self._owners or name in self._client_names:
                     name += "_"
                 self._owners[name] = Owner("mcp", tool["name"], tools.label, tools)
-                self._functions.append(Function(name, tool["description"] or "", tool["input_schema"]))
+                self._functions.append(Function(name, tool["description"], without_titles(tool["input_schema"])))
 
     def declare(self, conversation: Conversation) -> Conversation:
         """The conversation with the declarations of these tools."""

@@ -75,7 +75,8 @@ class PythonSettings:
 class McpServer:
     """One [mcp.servers.LABEL] of the file: a command to start, or a URL (streamable HTTP).
 
-    env: variables for the command besides PATH, HOME and their like. timeout_s: limit on starting and on one call.
+    env: variables for the command besides PATH, HOME and their like. start_timeout_s: limit on starting or connecting,
+    and listing the tools. timeout_s: limit on one call.
     """
 
     label: str
@@ -85,6 +86,7 @@ class McpServer:
     cwd: str | None = None
     url: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    start_timeout_s: float = 60.0
     timeout_s: float = 60.0
 
 

@@ -256,6 +256,7 @@ def answer(scripted_model: Callable[..., Any]) -> Callable[..., Any]:
 MCP_SERVER = '''
 import sys, time, os
 from mcp.server.mcpserver import MCPServer
+from mcp.server.mcpserver.exceptions import ToolError
 
 server = MCPServer("stand-in")
 
@@ -267,7 +268,7 @@ def add(a: int, b: int) -> int:
 @server.tool()
 def fail(why: str) -> str:
     """Fail."""
-    raise ValueError(why)
+    raise ToolError(why)
 
 @server.tool()
 def secret() -> str:
