@@ -91,13 +91,14 @@ class PythonSessions:
 
     async def _make_room(self) -> None:
         """End the least recently used session if as many run as may."""
-        running = [(id, one) for id, one in self._sessions.items() if one.process is not None]
-        if len(running) < self._settings.max_sessions:
-            return
-        idle = [(id, one) for id, one in running if not one.lock.locked()]
-        if not idle:
-            raise ToolError(f"all {len(running)} python sessions are busy; try again later")
-        await self._end(*idle[0])
+        while True:
+            running = [(id, one) for id, one in self._sessions.items() if one.process is not None]
+            if len(running) < self._settings.max_sessions:
+                return
+            idle = [(id, one) for id, one in running if not one.lock.locked()]
+            if not idle:
+                raise ToolError(f"all {len(running)} python sessions are busy; try again later")
+            await self._end(*idle[0])
 
     def _end_when_idle(self, id: str, session: _Session) -> None:
         def end() -> None:
