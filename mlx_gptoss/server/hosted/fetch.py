@@ -60,7 +60,8 @@ class Fetcher:
         if kind in HTML_TYPES and not source:
             return await asyncio.to_thread(html_page, final, content, encoding)
         if kind in HTML_TYPES or TEXT_TYPES.fullmatch(kind):
-            return text_page(f"view-source:{final}" if source else final, _decode(content, encoding))
+            name = f"view-source:{final}" if source else final
+            return text_page(name, _decode(content, encoding), urlsplit(final).netloc)
         raise ToolError(f"{final} is of the type {kind or 'unknown'}, which has no text to show")
 
     async def close(self) -> None:

@@ -39,9 +39,8 @@ def hosted_item(event: HostedCallDelta | HostedCall | HostedResult | ApprovalReq
     mcp_list_tools and mcp_approval_request.
     """
     if isinstance(event, ToolList):
-        error = None if event.error is None else {"type": "mcp_error", "message": event.error}
         tools = [dict(tool) for tool in event.tools]
-        return {"type": "mcp_list_tools", "server_label": event.server_label, "tools": tools, "error": error}
+        return {"type": "mcp_list_tools", "server_label": event.server_label, "tools": tools, "error": event.error}
     if isinstance(event, ApprovalRequest):
         call = event.call
         fields = {"server_label": call.server_label, "name": call.name, "arguments": call.arguments}
@@ -66,13 +65,14 @@ def _item(call: HostedCall, result: HostedResult | None) -> dict[str, Any]:
         # A traceback is an output like any other: the interpreter did its work.
         status = "in_progress" if result is None else "completed"
         return {**item, "status": status, "code": call.arguments, "container_id": call.container_id, "outputs": outputs}
+    content = [{"type": "text", "text": result.error}] if result is not None else []
     return {
         **item,
         "server_label": call.server_label,
         "name": call.name,
         "arguments": call.arguments,
         "output": None if result is None or failed else result.text,
-        "error": result.error if result is not None else None,
+        "error": {"type": "mcp_tool_execution_error", "content": content} if failed else None,
         "approval_request_id": None,
     }
 
