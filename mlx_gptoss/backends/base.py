@@ -110,7 +110,7 @@ class Snapshot(Protocol):
 
 
 class Pending(Protocol):
-    """A step under way on the device."""
+    """A step in progress on the device."""
 
     def wait(self) -> list[Sampled | None]:
         """Block until the step is done. One entry per row, None for a row that sampled nothing."""

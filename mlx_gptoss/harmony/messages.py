@@ -93,6 +93,7 @@ class Conversation:
         addressed to browser.search, browser.open or browser.find and hold JSON; calls of "python" hold code.
     tool_texts: (tool, description) pairs in place of the descriptions of built-in tools that the model was trained on.
     response_format: enforced on the next final answer; None for free text.
+    prefill: how the next final answer begins, without further reasoning; the model continues it.
     date: the "Current date" line, YYYY-MM-DD; None leaves the line out.
     identity: the first line of the system message.
     knowledge_cutoff: the "Knowledge cutoff" line; None leaves the line out.
@@ -105,6 +106,7 @@ class Conversation:
     builtin_tools: tuple[BuiltinTool, ...] = ()
     tool_texts: tuple[tuple[str, str], ...] = ()
     response_format: ResponseFormat | None = None
+    prefill: str = ""
     date: str | None = None
     identity: str = IDENTITY
     knowledge_cutoff: str | None = KNOWLEDGE_CUTOFF

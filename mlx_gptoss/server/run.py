@@ -87,7 +87,7 @@ class Server(uvicorn.Server):
             for queue in list(self.service.open_queues):
                 queue.stop(ApiError(503, "the server was stopped", code="draining"))
             self.force_exit = True
-        return timed_out or not self.server_state.tasks
+        return timed_out or not (self.server_state.tasks or self.service.background_tasks)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Called when the server ends. Ends the processes of its tools, too."""

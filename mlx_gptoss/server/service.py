@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Depends, Request
 
@@ -18,7 +18,8 @@ from .event_queue import EventQueue
 from .guard import Gate
 from .hosted.sessions import HostedTools
 from .metrics import Metrics
-from .openai.store import ResponseStore
+from .openai.running import RunningResponse
+from .openai.store import ConversationStore, ResponseStore
 
 NANO_NAME = "mlx-gptoss-nano"
 
@@ -30,7 +31,8 @@ class Service:
     model_id: the model's name in responses. aliases: other names of it, which /v1/models lists, too.
     strict_model: requests may use only these names and other_names. Otherwise any name means this model.
     open_queues: the event queues of all requests in progress.
-    running_responses: /v1/responses in progress: id -> (the response as written so far, its event queue).
+    store, conversations: what /v1/responses and /v1/conversations keep in memory.
+    running_responses: /v1/responses in progress, by their ids. background_tasks: those that run without a client.
     hosted: the tools that the server runs itself; None if none is switched on.
     """
 
@@ -44,7 +46,9 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     open_queues: set[EventQueue] = field(default_factory=set)
     store: ResponseStore = field(default_factory=ResponseStore)
-    running_responses: dict[str, tuple[dict[str, Any], EventQueue]] = field(default_factory=dict)
+    conversations: ConversationStore = field(default_factory=ConversationStore)
+    running_responses: dict[str, RunningResponse] = field(default_factory=dict)
+    background_tasks: set[asyncio.Task[None]] = field(default_factory=set)
     hosted: HostedTools | None = None
 
     @property
@@ -53,9 +57,12 @@ class Service:
         return (self.model_id, *self.aliases)
 
     def check_model(self, name: str | None) -> None:
-        """Raise ApiError 404 if the server is strict about names and does not know `name`. None is always known."""
-        known = name is None or name in self.names or name in self.other_names
-        if self.strict_model and not known:
+        """Raise ApiError 404 if the server is strict about names and does not know `name`. None is always known.
+
+        Ollama's clients put ":latest" behind a name without a tag.
+        """
+        known = {*self.names, *self.other_names}
+        if self.strict_model and name is not None and known.isdisjoint((name, name.removesuffix(":latest"))):
             message = f"the model {name!r} is not loaded: use {self.model_id!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 

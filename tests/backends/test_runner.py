@@ -1,5 +1,5 @@
-"""The runner behind the seam, of every backend on the CPU: slots do not touch each other, windows bite, a batch gives
-what each gives alone."""
+"""The Runner of every backend on the CPU: slots are independent, sliding windows limit attention, and a batch gives the
+same tokens as each sequence alone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def alone(runner, prompt, n, sampling=GREEDY, slot=0):
 
 
 def test_continuing_is_the_same_as_recomputing(runner):
-    """Past the window and past a growth of the full layers' arrays."""
+    """Beyond the window, and beyond a growth of the full layers' arrays."""
     prompt = prompt_of(250, 1)
     tokens = alone(runner, prompt, 20)
     logits = runner.logits([*prompt, *tokens])
@@ -92,7 +92,7 @@ def test_seeds_reproduce_in_any_batch(runner):
 
 
 def test_the_same_seed_in_another_slot_later_gives_the_same(runner):
-    """Also 64-bit seeds, and a slot's next request does not go on with the last one's stream."""
+    """Also with 64-bit seeds. A slot's next request does not continue the previous request's stream."""
     prompt = prompt_of(5, 10)
     sampling = Sampling(seed=2**64 - 1)
     first = alone(runner, prompt, 8, sampling, slot=2)
@@ -100,24 +100,25 @@ def test_the_same_seed_in_another_slot_later_gives_the_same(runner):
     assert alone(runner, prompt, 8, sampling, slot=0) == first
 
 
-def test_masked_rows_say_what_they_may_and_leave_their_neighbours_alone(runner):
-    """A prompt's row and decoding ones, fed back and fed by the host; the vocabulary's end is beyond the mask."""
+def test_masked_rows_sample_allowed_tokens_and_do_not_affect_other_rows(runner):
+    """Prompt rows and decode rows, with tokens fed back on the device and from the host. The mask ends before the
+    vocabulary."""
     prompt, other, mask = prompt_of(10, 6), prompt_of(4, 7), b"\x00\x55" * 9
-    free, beside = Sampling(seed=4), Sampling(seed=5, top_k=9)
-    expected = alone(runner, other, 6, beside)
-    said = [runner.submit([Row(1, 0, prompt, free, prompt, mask=mask), Row(2, 0, other, beside, other)]).wait()]
+    free, unmasked = Sampling(seed=4), Sampling(seed=5, top_k=9)
+    expected = alone(runner, other, 6, unmasked)
+    results = [runner.submit([Row(1, 0, prompt, free, prompt, mask=mask), Row(2, 0, other, unmasked, other)]).wait()]
     for i in range(5):
-        token = (said[-1][0].token,) if i % 2 else None
-        rows = [Row(1, 10 + i, token, free, mask=mask), Row(2, 4 + i, None, beside)]
-        said.append(runner.submit(rows).wait())
+        token = (results[-1][0].token,) if i % 2 else None
+        rows = [Row(1, 10 + i, token, free, mask=mask), Row(2, 4 + i, None, unmasked)]
+        results.append(runner.submit(rows).wait())
     for slot in (1, 2):
         runner.release(slot)
-    tokens = [masked.token for masked, _ in said]
+    tokens = [masked.token for masked, _ in results]
     assert all(mask[t // 8] >> t % 8 & 1 for t in tokens) and len(set(tokens)) > 1
-    assert [row.token for _, row in said] == expected
+    assert [row.token for _, row in results] == expected
     raw = runner.logits((*prompt, *tokens))[9:-1].astype(np.float64)
     logprobs = raw - np.log(np.exp(raw).sum(axis=-1, keepdims=True))
-    assert np.allclose([masked.logprob for masked, _ in said], logprobs[range(6), tokens], atol=1e-4)
+    assert np.allclose([masked.logprob for masked, _ in results], logprobs[range(6), tokens], atol=1e-4)
 
 
 def test_a_prefill_chunk_samples_nothing(runner):
@@ -145,8 +146,8 @@ def test_narrow_activations_stay_close(backend, mini, dtype):
 
 
 def test_a_restored_sequence_goes_on_bit_for_bit(runner):
-    """From snapshots on both sides of the window, taken in one slot and put into another that held something else,
-    as they are and through bytes; further steps leave them as they were."""
+    """From snapshots before and beyond the window, restored into a slot that another sequence used, directly and
+    through bytes. Further steps do not change the snapshots."""
     prompt = prompt_of(300, 11)
     for cuts in ((40, 90), (100, 260), (256,)):
         chain, start = [], 0

@@ -70,10 +70,10 @@ def applying_seconds(backend: str, module: Any, mask: bytes, vocabulary: int) ->
     sample = import_module(".sample", module.__name__)
     array = import_module("mlx.core").array if backend == "mlx" else import_module("torch").tensor
     logits, sampling = array(np.random.default_rng(0).normal(size=(1, vocabulary)).astype(np.float32)), Sampling(seed=1)
-    history = sample.History.begin(sampling, (1,), 1, vocabulary)
+    state = sample.SamplerState.begin(sampling, (1,), 1, vocabulary)
 
     def draw(*masks: bytes) -> None:
-        sample.choose(logits, [sampling], [history], [0], masks).tokens.item()
+        sample.sample_tokens(logits, [sampling], [state], [0], masks).tokens.item()
 
     times = {masks: [] for masks in ((), (mask,))}
     for _ in range(200):
