@@ -91,6 +91,7 @@ class Conversation:
     functions: the functions that the model may call, declared in the developer message.
     builtin_tools: tools that the model knows from its training; the caller has to run them. Calls of "browser" are
         addressed to browser.search, browser.open or browser.find and hold JSON; calls of "python" hold code.
+    tool_texts: (tool, description) pairs in place of the descriptions of built-in tools that the model was trained on.
     response_format: enforced on the next final answer; None for free text.
     prefill: how the next final answer begins, without further reasoning; the model continues it.
     date: the "Current date" line, YYYY-MM-DD; None leaves the line out.
@@ -103,6 +104,7 @@ class Conversation:
     instructions: str | None = None
     functions: tuple[Function, ...] = ()
     builtin_tools: tuple[BuiltinTool, ...] = ()
+    tool_texts: tuple[tuple[str, str], ...] = ()
     response_format: ResponseFormat | None = None
     prefill: str = ""
     date: str | None = None
