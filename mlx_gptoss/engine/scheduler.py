@@ -348,7 +348,9 @@ class Scheduler:
         if sequence.lookup is not None:
             most = min(self._limits.drafts, sequence.max_new_tokens - sequence.delivered - 1)
             drafts = () if sequence.mask is not None else sequence.lookup.propose(most)
-            return Row(sequence.slot, start, (sequence.last_token,), request.sampling, drafts=drafts, mask=sequence.mask)
+            return Row(
+                sequence.slot, start, (sequence.last_token,), request.sampling, drafts=drafts, mask=sequence.mask
+            )
         sequence.planned += 1
         # A guide's token that was read is given: the device may hold one that was dropped.
         given = None if request.guide is None or sequence.in_flight else (sequence.last_token,)
