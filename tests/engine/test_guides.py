@@ -54,7 +54,10 @@ def request(guide: Bursts | None, max_tokens: int = 30, seed: int = 0, sampling:
     return Request((3, 1, 4, 1, 5), max_tokens, sampling or Sampling(seed=seed), guide=guide)
 
 
-def rows(request: Request, limits: Limits = Limits(slots=1, max_context=200, chunk=8)) -> tuple[list[Row], list[int]]:
+ALONE = Limits(slots=1, max_context=200, chunk=8)
+
+
+def rows(request: Request, limits: Limits = ALONE) -> tuple[list[Row], list[int]]:
     """The rows that the engine submits for a request alone, and the tokens it delivers."""
     with mock_engine(limits) as (engine, runner):
         got = ids(engine.submit(request))

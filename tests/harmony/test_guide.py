@@ -243,7 +243,7 @@ def test_headers_of_1024_functions_are_built_once_and_fast(nano: Tokenizer) -> N
     first = guided(nano, functions=functions)
     started = time.process_time()
     guide = guided(nano, functions=functions)
-    assert guide._tries is first._tries  # type: ignore[attr-defined]
+    assert guide._tries is first._tries
     assert time.process_time() - started < 0.5  # CPU seconds; usually a twentieth of it
     advanced(guide, nano, "<|channel|>commentary to=functions.mcp__server_3__do_1023<|message|>{")
 
