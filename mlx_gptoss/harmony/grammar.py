@@ -2,10 +2,10 @@
 
 Only this module imports llguidance.
 
-Schemas and grammars come from untrusted clients. Their size, the time to compile them and the memory of a running match are
-bounded, and what cannot be enforced is refused before generation starts (json_schema.py). The arguments of functions
-are the exception: agents declare functions with whatever their libraries make of a type, and expect calls of them, so
-what cannot be enforced is left out there, with a warning.
+Schemas and grammars come from untrusted clients. Their size, the time to compile them and the memory of a running match
+are bounded, and what cannot be enforced is refused before generation starts (json_schema.py). The arguments of
+functions are the exception: agents declare functions with whatever their libraries make of a type, and expect calls of
+them, so what cannot be enforced is left out there, with a warning.
 
 Whitespace: between any two JSON tokens the grammar allows nothing, one space, or a line break with up to 24 columns of
 indentation. That covers json.dumps with and without `indent`, which is how gpt-oss writes JSON, and rules out endless

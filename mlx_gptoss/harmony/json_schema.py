@@ -152,7 +152,8 @@ class _Checker:
             if not self._relaxed:
                 raise
             schema.pop(keyword, None)
-            if check is not None or keyword in _UNENFORCED:  # by the standard, an unknown keyword is an annotation
+            # By the standard, an unknown keyword is an annotation, and so is an unknown format.
+            if (check is not None and keyword != "format") or keyword in _UNENFORCED:
                 self.dropped.append(str(refusal))
 
     def close_objects(self) -> None:
