@@ -31,18 +31,22 @@ from mlx_gptoss.tokenizer import Tokenizer
 pytest.importorskip("httpx", reason="the browser needs the extra hosted")
 pytest.importorskip("lxml", reason="the browser needs the extra hosted")
 pytest.importorskip("mcp", reason="MCP servers need the extra hosted")
-from mlx_gptoss.server.guard import Gate  # noqa: E402
-from mlx_gptoss.server.hosted.loop import HostedReply  # noqa: E402
-from mlx_gptoss.server.hosted.selection import hosted_tools_of  # noqa: E402
-from mlx_gptoss.server.hosted.sessions import HostedTools  # noqa: E402
-from mlx_gptoss.server.hosted.settings import BrowserSettings, HostedSettings  # noqa: E402
-from mlx_gptoss.server.service import Service  # noqa: E402
+from mlx_gptoss.server.guard import Gate
+from mlx_gptoss.server.hosted.loop import HostedReply
+from mlx_gptoss.server.hosted.selection import hosted_tools_of
+from mlx_gptoss.server.hosted.sessions import HostedTools
+from mlx_gptoss.server.hosted.settings import BrowserSettings, HostedSettings
+from mlx_gptoss.server.service import Service
 
-PLANETS = """<html><head><title>The planets</title><style>p {color: red}</style></head><body>
+PLANETS = (
+    """<html><head><title>The planets</title><style>p {color: red}</style></head><body>
 <h1>Planets</h1><p>There are <b>eight</b> planets. See <a href="/moons">the moons</a> or
 <a href="https://example.org/sun">the sun</a>.</p>
 <ul><li>Mercury</li><li>Venus</li></ul><script>alert(1)</script>
-""" + "".join(f"<p>Line {n} about planet {n % 8}.</p>\n" for n in range(60)) + "</body></html>"
+"""
+    + "".join(f"<p>Line {n} about planet {n % 8}.</p>\n" for n in range(60))
+    + "</body></html>"
+)
 RESULTS = [
     {"title": "The <b>planets</b>", "url": "URL/planets", "content": "Eight of them &amp; no more."},
     {"title": "Moons", "url": "URL/moons", "content": "Many."},

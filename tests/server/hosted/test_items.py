@@ -9,7 +9,14 @@ import pytest
 from mlx_gptoss.chat.reply import TextDelta
 from mlx_gptoss.harmony.messages import Message
 from mlx_gptoss.server.hosted.citations import CitationReader
-from mlx_gptoss.server.hosted.events import ApprovalRequest, Citation, HostedCall, HostedCallDelta, HostedResult, ToolList
+from mlx_gptoss.server.hosted.events import (
+    ApprovalRequest,
+    Citation,
+    HostedCall,
+    HostedCallDelta,
+    HostedResult,
+    ToolList,
+)
 from mlx_gptoss.server.hosted.items import annotation, history_messages, hosted_item
 
 PAGES = {6: ("https://a.example/x(1)", "A page"), 7: ("https://b.example/", "B")}

@@ -86,7 +86,9 @@ def test_python_and_the_sum_of_the_counts(answer):
         "It is 42.",
     ]
     assert "Internet access for this session is UNKNOWN" in model.prompt(0)
-    assert model.prompt(2).endswith("<|start|>python to=assistant<|channel|>analysis<|message|>42<|end|><|start|>assistant")
+    assert model.prompt(2).endswith(
+        "<|start|>python to=assistant<|channel|>analysis<|message|>42<|end|><|start|>assistant"
+    )
 
 
 def test_a_function_of_the_client_ends_the_turn(answer):

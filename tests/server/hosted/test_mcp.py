@@ -54,7 +54,12 @@ def test_a_call_over_stdio(answer, settings):
     assert isinstance(events[0], ToolList) and events[0].error is None
     assert {tool["name"] for tool in events[0].tools} == {"add", "fail", "secret", "sleep", "die"}
     one, other = of(HostedCall, events)
-    assert (one.tool, one.server_label, one.name, json.loads(one.arguments)) == ("mcp", "calc", "add", {"a": 40, "b": 2})
+    assert (one.tool, one.server_label, one.name, json.loads(one.arguments)) == (
+        "mcp",
+        "calc",
+        "add",
+        {"a": 40, "b": 2},
+    )
     assert [result.text for result in of(HostedResult, events)] == ["42", "hunter2"]
     assert not of(ToolCall, events) and {delta.name for delta in of(HostedCallDelta, events)} == {"add", "secret"}
     assert "// Add two numbers.\ntype calc__add = (_: {\na: number,\nb: number,\n}) => any;" in model.prompt(0)

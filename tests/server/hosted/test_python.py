@@ -134,7 +134,10 @@ def test_no_privileges_and_no_environment(confined, monkeypatch):
         "[one for one in os.listdir('/proc') if one.isdigit()]",
     )
     fields = dict(line.split(":\t") for line in status.text.splitlines() if ":\t" in line)
-    assert {int(fields[name], 16) for name in ("CapEff", "CapPrm", "CapInh", "CapBnd")} <= {0, int(fields["CapBnd"], 16)}
+    assert {int(fields[name], 16) for name in ("CapEff", "CapPrm", "CapInh", "CapBnd")} <= {
+        0,
+        int(fields["CapBnd"], 16),
+    }
     assert int(fields["CapEff"], 16) == int(fields["CapPrm"], 16) == 0
     assert fields["NoNewPrivs"] == "1" and fields["Seccomp"] == "2"
     assert calls.text.splitlines() == ["-1 Operation not permitted"] * 4
