@@ -91,6 +91,12 @@ class Server(uvicorn.Server):
             self.force_exit = True
         return timed_out or not (self.server_state.tasks or self.service.background_tasks)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called when the server ends. Ends the processes of its tools, too."""
+        await super().shutdown(sockets)
+        if self.service.hosted is not None:
+            await self.service.hosted.close()
+
     def serve_on(self, listener: socket.socket) -> None:
         """Serve requests until drained.
 

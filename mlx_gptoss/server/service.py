@@ -18,6 +18,7 @@ from ..model import Model
 from .errors import ApiError
 from .event_queue import EventQueue
 from .guard import Gate
+from .hosted.sessions import HostedTools
 from .metrics import Metrics
 from .openai.running import RunningResponse
 from .openai.store import ConversationStore, ResponseStore
@@ -34,6 +35,7 @@ class Service:
     open_queues: the event queues of all requests in progress.
     store, conversations: what /v1/responses and /v1/conversations keep in memory.
     running_responses: /v1/responses in progress, by their ids. background_tasks: those that run without a client.
+    hosted: the tools that the server runs itself; None if none is switched on.
     """
 
     model: Model
@@ -49,6 +51,7 @@ class Service:
     conversations: ConversationStore = field(default_factory=ConversationStore)
     running_responses: dict[str, RunningResponse] = field(default_factory=dict)
     background_tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    hosted: HostedTools | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
