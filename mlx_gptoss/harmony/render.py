@@ -7,7 +7,7 @@ in a message as plain text: a user cannot inject them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ..errors import InvalidRequest
@@ -124,7 +124,8 @@ def system_text(conversation: Conversation) -> str:
         about.append(f"Current date: {conversation.date}")
     sections = ["\n".join(about), f"Reasoning: {conversation.reasoning}"]
     if conversation.builtin_tools:
-        sections.append(tools_section([_builtin(name) for name in sorted(set(conversation.builtin_tools))]))
+        texts = dict(conversation.tool_texts)
+        sections.append(tools_section([_builtin(name, texts) for name in sorted(set(conversation.builtin_tools))]))
     sections.append(f"{VALID_CHANNELS}\n{CALL_CHANNEL}" if conversation.functions else VALID_CHANNELS)
     return "\n\n".join(sections)
 
@@ -157,11 +158,12 @@ def instructions_text(instructions: str) -> str:
     return f"# Instructions\n\n{instructions}"
 
 
-def _builtin(name: str) -> Namespace:
+def _builtin(name: str, texts: Mapping[str, str]) -> Namespace:
     if name not in BUILTIN_TOOLS:
         known = " or ".join(BUILTIN_TOOLS)
         raise InvalidRequest(f"unknown built-in tool {name!r}: use {known}, or declare a function")
-    return BUILTIN_TOOLS[name]
+    tool = BUILTIN_TOOLS[name]
+    return replace(tool, description=texts.get(name, tool.description))
 
 
 def _author(message: Message, tokenizer: Tokenizer) -> list[int]:

@@ -173,7 +173,7 @@ class _ItemReader:
             arguments = {name: value for name, value in fields.items() if name not in _NO_ARGUMENTS}
             recipient = self._tools.recipient(item.type.removesuffix("_call"), None)
             self._call(id, recipient, json.dumps(arguments, ensure_ascii=False), f"{CONSTRAIN}json")
-        elif _MESSAGE_FIELDS & fields.keys():
+        elif _MESSAGE_FIELDS & fields.keys() and item.type != "additional_tools":
             raise invalid_field(f"{where}.type", f"is {item.type!r:.100}, which is unknown: send a message")
         else:
             self.skipped.add(item.type)
