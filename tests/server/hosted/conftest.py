@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -31,18 +31,23 @@ from mlx_gptoss.tokenizer import Tokenizer
 pytest.importorskip("httpx", reason="the browser needs the extra hosted")
 pytest.importorskip("lxml", reason="the browser needs the extra hosted")
 pytest.importorskip("mcp", reason="MCP servers need the extra hosted")
-from mlx_gptoss.server.guard import Gate  # noqa: E402
-from mlx_gptoss.server.hosted.loop import HostedReply  # noqa: E402
-from mlx_gptoss.server.hosted.selection import hosted_tools_of  # noqa: E402
-from mlx_gptoss.server.hosted.sessions import HostedTools  # noqa: E402
-from mlx_gptoss.server.hosted.settings import BrowserSettings, HostedSettings  # noqa: E402
-from mlx_gptoss.server.service import Service  # noqa: E402
+from mlx_gptoss.server.guard import Gate
+from mlx_gptoss.server.hosted.loop import HostedReply
+from mlx_gptoss.server.hosted.selection import hosted_tools_of
+from mlx_gptoss.server.hosted.sessions import HostedTools
+from mlx_gptoss.server.hosted.settings import BrowserSettings, HostedSettings
+from mlx_gptoss.server.run import Server, listen
+from mlx_gptoss.server.service import Service
 
-PLANETS = """<html><head><title>The planets</title><style>p {color: red}</style></head><body>
+PLANETS = (
+    """<html><head><title>The planets</title><style>p {color: red}</style></head><body>
 <h1>Planets</h1><p>There are <b>eight</b> planets. See <a href="/moons">the moons</a> or
 <a href="https://example.org/sun">the sun</a>.</p>
 <ul><li>Mercury</li><li>Venus</li></ul><script>alert(1)</script>
-""" + "".join(f"<p>Line {n} about planet {n % 8}.</p>\n" for n in range(60)) + "</body></html>"
+"""
+    + "".join(f"<p>Line {n} about planet {n % 8}.</p>\n" for n in range(60))
+    + "</body></html>"
+)
 RESULTS = [
     {"title": "The <b>planets</b>", "url": "URL/planets", "content": "Eight of them &amp; no more."},
     {"title": "Moons", "url": "URL/moons", "content": "Many."},
@@ -221,7 +226,8 @@ def answer(scripted_model: Callable[..., Any]) -> Callable[..., Any]:
         model = scripted.model
 
         async def work() -> list[Any]:
-            hosted = HostedTools(settings, lambda text: len(model.tokenizer.encode(text)))
+            hosted = HostedTools(settings)
+            hosted.count_tokens = lambda text: len(model.tokenizer.encode(text))
             try:
                 names = [function.name for function in functions]
                 session = await hosted.session(hosted_tools_of(tools, settings), client_names=names)
@@ -251,6 +257,31 @@ def answer(scripted_model: Callable[..., Any]) -> Callable[..., Any]:
         return events, scripted
 
     return run
+
+
+@pytest.fixture
+def scripted_server(scripted_model: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Starts servers with hosted tools and a scripted model: scripted_server(settings, replies).
+
+    Returns OpenAI's client, and the scripted model, whose `service` is the server's.
+    """
+    openai = pytest.importorskip("openai")
+    with ExitStack() as stack:
+
+        def start(settings: HostedSettings, replies: Sequence[Sequence[Message]]) -> Any:
+            scripted = scripted_model()
+            scripted.will_say(*replies)
+            scripted.service = Service(scripted.model, Gate(), "scripted", hosted=HostedTools(settings))
+            listener = listen("127.0.0.1", 0)
+            server = Server(scripted.service, drain_s=5)
+            thread = threading.Thread(target=server.serve_on, args=(listener,))
+            thread.start()
+            stack.callback(thread.join, 60)
+            stack.callback(server.drain)
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+            return stack.enter_context(openai.OpenAI(base_url=url, api_key="none", max_retries=0)), scripted
+
+        yield start
 
 
 MCP_SERVER = '''

@@ -143,7 +143,9 @@ def test_find_and_open_a_match(browse, web):
         ("find", {"pattern": "no such text", "cursor": 0}),
     )
     lines = shown[1].split("\n")
-    assert lines[0] == f"[1] Find results for text: `PLANET 7` in `The planets` ({web.url}/planets/find?pattern=PLANET 7)"
+    assert (
+        lines[0] == f"[1] Find results for text: `PLANET 7` in `The planets` ({web.url}/planets/find?pattern=PLANET 7)"
+    )
     assert lines[3] == "L0: # 【0†match at L23】" and lines[4] == "L1: Line 7 about planet 7."
     assert shown[2].startswith("[2] The planets") and "L71: Line 31 about planet 7." in shown[2]
     assert shown[2].split("\n")[3].startswith("L67: ")

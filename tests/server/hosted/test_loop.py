@@ -86,7 +86,9 @@ def test_python_and_the_sum_of_the_counts(answer):
         "It is 42.",
     ]
     assert "Internet access for this session is UNKNOWN" in model.prompt(0)
-    assert model.prompt(2).endswith("<|start|>python to=assistant<|channel|>analysis<|message|>42<|end|><|start|>assistant")
+    assert model.prompt(2).endswith(
+        "<|start|>python to=assistant<|channel|>analysis<|message|>42<|end|><|start|>assistant"
+    )
 
 
 def test_a_function_of_the_client_ends_the_turn(answer):
@@ -117,7 +119,7 @@ def test_the_limit_on_calls_leaves_the_client_its_functions(answer):
 
 
 def test_the_limit_on_tokens_counts_all_replies(answer):
-    events, model = answer(NO_SANDBOX, PYTHON, [[call("python", "1")], [say("a b c d e f g h")]], max_tokens=15)
+    events, _model = answer(NO_SANDBOX, PYTHON, [[call("python", "1")], [say("a b c d e f g h")]], max_tokens=15)
     end = events[-1]
     assert end.finish_reason == "length" and end.usage.completion_tokens == 15
 

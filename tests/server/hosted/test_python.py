@@ -134,7 +134,10 @@ def test_no_privileges_and_no_environment(confined, monkeypatch):
         "[one for one in os.listdir('/proc') if one.isdigit()]",
     )
     fields = dict(line.split(":\t") for line in status.text.splitlines() if ":\t" in line)
-    assert {int(fields[name], 16) for name in ("CapEff", "CapPrm", "CapInh", "CapBnd")} <= {0, int(fields["CapBnd"], 16)}
+    assert {int(fields[name], 16) for name in ("CapEff", "CapPrm", "CapInh", "CapBnd")} <= {
+        0,
+        int(fields["CapBnd"], 16),
+    }
     assert int(fields["CapEff"], 16) == int(fields["CapPrm"], 16) == 0
     assert fields["NoNewPrivs"] == "1" and fields["Seccomp"] == "2"
     assert calls.text.splitlines() == ["-1 Operation not permitted"] * 4
@@ -143,7 +146,7 @@ def test_no_privileges_and_no_environment(confined, monkeypatch):
 
 
 def test_an_endless_loop_keeps_the_variables(confined):
-    first, second, third = outputs(replace(confined, timeout_s=0.5), "x = 5", "while True: pass", "x")
+    _first, second, third = outputs(replace(confined, timeout_s=0.5), "x = 5", "while True: pass", "x")
     assert second.error == "timed out after 0.5 seconds" and "TimeoutError" in second.text
     assert third.text == "5"
 
@@ -292,7 +295,7 @@ def test_no_sandbox_is_an_error(monkeypatch):
     monkeypatch.setattr(sandbox, "bubblewrap", lambda *a: ["/nonexistent/bwrap"])
     monkeypatch.setattr(sandbox, "namespaces", lambda *a: ["sh", "-c", "echo unshare: not permitted >&2; exit 1"])
     monkeypatch.setattr(sandbox, "sandbox_exec", lambda *a: ["/nonexistent/sandbox-exec"])
-    with pytest.raises(GptOssError, match='no sandbox here .*nonexistent.* sandbox = "none"'):
+    with pytest.raises(GptOssError, match=r'no sandbox here .*nonexistent.* sandbox = "none"'):
         PythonSessions(SETTINGS)
 
 
