@@ -12,6 +12,8 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from ..chat.stream import Events
+from ..engine import Status
+from ..errors import GptOssError
 from ..model import Model
 from .errors import ApiError
 from .event_queue import EventQueue
@@ -77,7 +79,11 @@ class Service:
 
     def render_metrics(self) -> bytes:
         """The current metrics in the text format of Prometheus."""
-        status = self.model.status
+        try:
+            status = self.model.status
+        except GptOssError:  # the engine has failed or was closed
+            status = Status(slots=0, running=0, waiting=0, prefix_bytes=0)
+        self.metrics.up.set(status.slots > 0)
         self.metrics.running.set(status.running)
         self.metrics.waiting.set(status.waiting)
         self.metrics.prefix_cache_bytes.set(status.prefix_bytes)

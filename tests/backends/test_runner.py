@@ -121,6 +121,31 @@ def test_masked_rows_sample_allowed_tokens_and_do_not_affect_other_rows(runner):
     assert np.allclose([masked.logprob for masked, _ in results], logprobs[range(6), tokens], atol=1e-4)
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=3)], ids=["greedy", "seeded"])
+def test_feeding_the_last_token_again_samples_as_if_nothing_had_been_sampled_after_it(runner, sampling):
+    """Through three turns of the ring, beside a neighbour: what was sampled ahead and dropped leaves no trace."""
+    prompt, other = prompt_of(5, 8), prompt_of(30, 9)
+    vocabulary = runner.config.vocab_size
+    odd = bytes([0b10101010]) * (-(-vocabulary // 8))  # the tokens with odd ids
+    tokens = [runner.submit([Row(slot, 0, prompt, sampling, prompt)]).wait()[0].token for slot in (0, 1)]
+    assert tokens[0] == tokens[1]
+    runner.submit([Row(2, 0, other, GREEDY, other)]).wait()
+    token = tokens[0]
+    for step in range(27):
+        start = len(prompt) + step
+        (plain,) = runner.submit([Row(1, start, (token,), sampling, mask=odd)]).wait()
+        rows = [Row(0, start, (token,), sampling), Row(2, len(other) + step, None, GREEDY)]
+        ahead = runner.submit(rows)
+        again = runner.submit([Row(0, start, (token,), sampling, mask=odd)])
+        free, (sampled,) = ahead.wait()[0].token, again.wait()
+        assert sampled.token == plain.token and sampled.token % 2 == 1
+        assert sampled.logprob == pytest.approx(plain.logprob, abs=1e-4)
+        assert free % 2 == 0 or free == sampled.token  # a mask changes nothing if it allows what is sampled without it
+        token = plain.token
+    for slot in (0, 1, 2):
+        runner.release(slot)
+
+
 def test_a_prefill_chunk_samples_nothing(runner):
     assert runner.submit([Row(0, 0, (1, 2, 3))]).wait() == [None]
     runner.release(0)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from mlx_gptoss_cli.main import main
 
 CLI = [sys.executable, "-m", "mlx_gptoss_cli"]
 
@@ -143,6 +144,17 @@ def test_ctrl_c_keeps_the_text_so_far(mini):
     _rest, errors = process.communicate(timeout=300)
     assert process.returncode == 130
     assert first and b"Traceback" not in errors
+
+
+def test_ctrl_c_while_an_error_is_printed(monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["mlx-gptoss", "show", "./nowhere"])
+    monkeypatch.setattr("click.echo", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
 
 
 def test_a_closed_stdout_gives_no_traceback(mini):

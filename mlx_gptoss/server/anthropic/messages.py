@@ -203,8 +203,12 @@ class _Message:
         return events
 
     def count_tokens(self) -> int:
-        """The number of tokens in the prompt. It runs on a worker thread."""
-        return len(render(self.conversation, self._service.model.tokenizer))
+        """The number of tokens in the prompt. It runs on a worker thread.
+
+        Raises InvalidRequest, as /v1/messages does, if they are more than the context holds.
+        """
+        model = self._service.model
+        return len(render(self.conversation, model.tokenizer, model.max_context))
 
     async def events(self, queue: EventQueue) -> AsyncIterator[list[dict[str, Any]]]:
         """Yield batches of the API's events."""

@@ -26,7 +26,7 @@ class ConversationRequest(RequestModel):
     """metadata: kept with the conversation. items: its first items."""
 
     metadata: dict[str, str] | None = None
-    items: list[Item] | None = Field(None, max_length=MAX_MESSAGES)
+    items: list[Item] | None = Field(default=None, max_length=MAX_MESSAGES)
 
 
 class MetadataRequest(RequestModel):

@@ -50,7 +50,7 @@ class Part(RequestModel):
 class BaseItem(RequestModel):
     """What all items may have. Neither has an effect on the reply."""
 
-    id: str | None = Field(None, max_length=1024)
+    id: str | None = Field(default=None, max_length=1024)
     status: str | None = None
 
 

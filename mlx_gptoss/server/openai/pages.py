@@ -14,7 +14,7 @@ def page_of(items: Mapping[str, bytes], limit: int, order: Literal["asc", "desc"
 
     after: the id of the item before the page. Raises ApiError if there is no such item.
     """
-    ids = list(items) if order == "asc" else list(reversed(items))
+    ids = list(items) if order == "asc" else list(items)[::-1]
     if after is not None and after not in items:
         raise invalid_field("after", f"is {after!r:.100}, which is not an item of this list")
     start = 0 if after is None else ids.index(after) + 1

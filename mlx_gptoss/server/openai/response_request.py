@@ -82,7 +82,8 @@ class ContextRequest(RequestModel):
     @property
     def all_tools(self) -> list[dict[str, Any]]:
         """The tools, and those in items of the type additional_tools, which some clients use instead."""
-        lists = [item.fields.get("tools") for item in self.items if _is_tool_list(item)]
+        items = (item for item in self.items if isinstance(item, OtherItem) and item.type == "additional_tools")
+        lists = [item.fields.get("tools") for item in items]
         added = [tool for tools in lists if isinstance(tools, list) for tool in tools if isinstance(tool, dict)]
         return [*(self.tools or ()), *added]
 
@@ -167,10 +168,6 @@ class ResponsesRequest(ContextRequest, SamplingFields):
         ignored |= {f"include[].{value}" for value in self.include or () if value not in known}
         ignored |= {"stream_options"} if self.stream_options is not None and not self.stream else set()
         return ignored | ({"top_logprobs"} if self.top_logprobs and not self.logprobs else set())
-
-
-def _is_tool_list(item: Item) -> bool:
-    return isinstance(item, OtherItem) and item.type == "additional_tools"
 
 
 def request_error(error: InvalidRequest) -> ApiError:
