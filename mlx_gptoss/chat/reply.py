@@ -13,6 +13,7 @@ from ..engine import Token
 from ..engine.stop import StopStrings
 from ..errors import GptOssError
 from ..harmony.messages import Message
+from ..harmony.names import ToolNames
 from ..harmony.parse import Delta, Parser
 from ..tokenizer import IncrementalDecoder, Tokenizer
 
@@ -153,6 +154,7 @@ class ReplyReader:
     tokenizer: Tokenizer
     parser: Parser
     stops: StopStrings
+    names: ToolNames
     tokens: list[Token] = field(default_factory=list)
     text_tokens: TextTokens = field(default_factory=TextTokens)
     reasoning_tokens: int = 0
@@ -196,7 +198,7 @@ class ReplyReader:
                     yield self.text_tokens.delta(text, delta.channel == "commentary")
 
     def _call_delta(self, delta: Delta) -> ToolCallDelta:
-        id, name = self.call = self.call or (f"call_{secrets.token_hex(8)}", delta.function or "")
+        id, name = self.call = self.call or (f"call_{secrets.token_hex(8)}", self.names.original(delta.function or ""))
         self.arguments.append(delta.text)
         return ToolCallDelta(id, name, delta.text)
 

@@ -16,7 +16,8 @@ from ..engine.stop import StopStrings
 from ..errors import InvalidRequest
 from ..harmony.guide import guide_for
 from ..harmony.messages import Conversation, Effort, Message, without_old_reasoning
-from ..harmony.openai import from_chat, response_format_of, tool_choice_of
+from ..harmony.openai import from_chat
+from ..harmony.openai_tools import response_format_of, tool_choice_of
 from ..harmony.parse import Parser
 from ..harmony.render import render
 from ..options import GenerationOptions
@@ -84,7 +85,8 @@ def stream_chat(
     prompt = tuple(render(conversation, tokenizer))
     request = Request(prompt, _max_tokens(engine, options.max_tokens), sampling, stop_ids, guide, message_ends=ends)
     stream = engine.submit(request)
-    return Events(stream, ReplyReader(tokenizer, Parser(tokenizer), StopStrings(sampling.stop)))
+    reader = ReplyReader(tokenizer, Parser(tokenizer), StopStrings(sampling.stop), conversation.names)
+    return Events(stream, reader)
 
 
 def stream_raw(

@@ -19,7 +19,6 @@ from ..errors import GptOssError, InvalidRequest
 from ..tokenizer import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START, Tokenizer
 from .builtin import BUILTIN_TOOLS
 from .grammar import Grammar, Matcher, Vocabulary, vocabulary
-from .header import MAX_RECIPIENT_CHARACTERS, NAMESPACE
 from .messages import BuiltinTool, Conversation, Function, ToolChoice
 
 _NO_ARGUMENTS = {"type": "object", "additionalProperties": False}
@@ -44,21 +43,21 @@ def guide_for(
 
     parallel_tool_calls: False limits the turn to one call, which takes a guide if there are tools.
 
-    Raises InvalidRequest for a schema that cannot be enforced, for a required call if no function is declared, and
-    for a function name that is too long.
+    Raises InvalidRequest for a schema that cannot be enforced, and for a required call if no function is
+    declared.
     """
     response_format, functions = conversation.response_format, conversation.functions
     if choice.kind == "required" and not functions:
         raise InvalidRequest("tool_choice requires a call, but no function is declared: give tools, or leave it out")
-    allowed = [] if choice.kind == "none" else [f for f in functions if choice.name in (None, f.name)]
-    restricted = choice.kind != "auto" or not parallel_tool_calls
+    allowed = [] if choice.kind == "none" else [f for f in functions if not choice.names or f.name in choice.names]
+    restricted = choice.kind != "auto" or bool(choice.names) or not parallel_tool_calls
     if (
         response_format is None
         and not any(f.strict for f in allowed)
         and not (restricted and (functions or conversation.builtin_tools))
     ):
         return None
-    calls = {NAMESPACE + function.name: _arguments_grammar(function, tokenizer) for function in allowed}
+    calls = {conversation.names.recipient(f.name): _arguments_grammar(f, tokenizer) for f in allowed}
     if choice.kind == "auto":
         calls |= dict.fromkeys(_builtin_recipients(conversation.builtin_tools))
     final = None if response_format is None else Grammar(response_format.schema, tokenizer, "response_format")
@@ -67,11 +66,6 @@ def guide_for(
 
 def _arguments_grammar(function: Function, tokenizer: Tokenizer) -> Grammar | None:
     """Return the grammar of a strict function's arguments; None for a function whose arguments are free text."""
-    if len(NAMESPACE + function.name) > MAX_RECIPIENT_CHARACTERS:
-        raise InvalidRequest(
-            f"the function name {function.name[:40]!r}... has {len(function.name)} characters, more than "
-            f"{MAX_RECIPIENT_CHARACTERS - len(NAMESPACE)}; use a shorter one"
-        )
     if not function.strict:
         return None
     schema = _NO_ARGUMENTS if function.parameters is None else function.parameters

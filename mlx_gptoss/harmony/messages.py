@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
+
+from .names import ToolNames
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 Effort = Literal["low", "medium", "high"]
@@ -42,7 +45,7 @@ class Message:
 class Function:
     """A function that the model may call.
 
-    name: letters, digits, "_", "-" and ".".
+    name: any text. The model sees it as Conversation.names spells it.
     description: what it does, for the model.
     parameters: a JSON schema of type object; None for a function without arguments.
     strict: whether generation enforces the schema on the arguments. Otherwise the model only sees it.
@@ -71,11 +74,11 @@ class ResponseFormat:
 class ToolChoice:
     """Whether the turn may ("auto"), must ("required") or must not ("none") end in a call.
 
-    name: the only function that may be called; None for all functions of the conversation.
+    names: the only functions that may be called; empty for all functions of the conversation.
     """
 
     kind: Literal["auto", "none", "required"] = "auto"
-    name: str | None = None
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,11 @@ class Conversation:
     identity: str = IDENTITY
     knowledge_cutoff: str | None = KNOWLEDGE_CUTOFF
 
+    @cached_property
+    def names(self) -> ToolNames:
+        """How the functions' names are spelled in Harmony's headers."""
+        return ToolNames(function.name for function in self.functions)
+
     def with_user(self, text: str) -> Conversation:
         """Return the conversation with one more user message."""
         return replace(self, messages=(*self.messages, Message("user", text)))
@@ -118,7 +126,7 @@ class Conversation:
         that of the call, so that call and result are kept or dropped together. Without such a call the result is a
         function's, on commentary.
         """
-        full_name = function if function.startswith("functions.") else f"functions.{function}"
+        full_name = self.names.recipient(function)
         calls = [message for message in self.messages if message.recipient in (function, full_name)]
         call = calls[-1] if calls else Message("assistant", "", recipient=full_name)
         channel = "analysis" if call.channel == "analysis" else "commentary"

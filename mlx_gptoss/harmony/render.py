@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..errors import InvalidRequest
 from ..tokenizer import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START, Tokenizer
@@ -112,7 +113,8 @@ def developer_text(conversation: Conversation) -> str:
     if conversation.instructions is not None:
         sections.append(instructions_text(conversation.instructions))
     if conversation.functions:
-        sections.append(tools_section([Namespace("functions", functions=conversation.functions)]))
+        spelled = [replace(f, name=conversation.names.spelling(f.name)) for f in conversation.functions]
+        sections.append(tools_section([Namespace("functions", functions=spelled)]))
     if conversation.response_format is not None and conversation.response_format.name is not None:
         sections.append(response_format_section(conversation.response_format))
     return "\n\n".join(sections)

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from ...harmony.header import NAMESPACE, Header
+from ...harmony.header import Header
 from ...harmony.messages import Message
+from ...harmony.names import NAMESPACE
 from ...harmony.render import instructions_text
 from ...tokenizer import CONSTRAIN
 from ..errors import invalid_field

@@ -14,7 +14,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from ...harmony.messages import Conversation, without_old_reasoning
-from ...harmony.openai import functions_from_tools
+from ...harmony.openai_tools import functions_from_tools
 from ...sampling import MAX_LOGPROBS
 from ..disconnect import cancel_on_disconnect
 from ..errors import ApiError, JsonResponse, dump_json, from_exception, invalid_field
