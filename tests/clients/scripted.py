@@ -39,6 +39,27 @@ def calls(function: str, arguments: str) -> Message:
     return Message("assistant", arguments, "commentary", f"functions.{function}", "<|constrain|>json")
 
 
+WEATHER_THOUGHT = "The tool knows the weather."
+WEATHER_ANSWER = "It is 4 degrees in Oslo."
+WEATHER: Sequence[Reply] = (  # a question, the tool's call, its result, the answer
+    [thinks(WEATHER_THOUGHT), calls("get_weather", '{"location": "Oslo"}')],
+    [thinks("Four degrees."), says(WEATHER_ANSWER)],
+)
+
+
+def check_weather(prompts: Sequence[str], result: str = "4 degrees") -> None:
+    """Assert that the second prompt of WEATHER has the reasoning, the call and its result, as gpt-oss was trained."""
+    assert len(prompts) == 2
+    turn = prompts[1].partition("<|start|>user")[2]
+    thought, call, answer = (
+        turn.find(f"<|channel|>analysis<|message|>{WEATHER_THOUGHT}<|end|>"),
+        turn.find("to=functions.get_weather"),
+        turn.find("<|start|>functions.get_weather to=assistant<|channel|>commentary<|message|>"),
+    )
+    assert -1 < thought < call < answer, turn
+    assert result in turn[answer:]
+
+
 class Script:
     """Chooses the reply of each request, and keeps the prompts.
 
