@@ -182,6 +182,11 @@ class Model:
         options = replace(options, sampling=options.sampling or self.default_sampling)
         return stream_chat(self._engine, self.tokenizer, conversation, options, stop_ids=self._stop_ids)
 
+    @property
+    def max_context(self) -> int:
+        """Tokens that the context holds: prompt and reply together."""
+        return self._engine.limits.max_context
+
     def peak_memory(self) -> int:
         """Peak bytes allocated on the device since loading."""
         return self._engine.call(lambda runner: runner.peak_memory())

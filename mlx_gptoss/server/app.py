@@ -11,10 +11,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import errors
+from . import errors, ignored
 from .errors import ErrorBody, JsonResponse
-from .guard import Guard
+from .guard import LOCAL_ORIGIN, Guard
+from .ignored import ReportIgnored
 from .openai import chat_completions, completions, responses
+from .rewrite import Rewrite
 from .service import Service, ServiceDep
 
 PAGE_POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
@@ -26,15 +28,15 @@ ROUTERS = (router, chat_completions.router, responses.router, completions.router
 
 @router.get("/v1/models")
 async def list_models(service: ServiceDep) -> Response:
-    """List the loaded model, the only one that this server has."""
-    return JsonResponse({"object": "list", "data": [_model_object(service)]})
+    """List the loaded model, by its name and its aliases."""
+    return JsonResponse({"object": "list", "data": [_model_object(service, name) for name in service.names]})
 
 
 @router.get("/v1/models/{name:path}")
 async def retrieve_model(name: str, service: ServiceDep) -> Response:
-    """Describe the loaded model, by its name or an alias. 404 for any other name."""
+    """Describe the loaded model. Any name means it, unless the server is strict about names: then 404."""
     service.check_model(name)
-    return JsonResponse(_model_object(service))
+    return JsonResponse(_model_object(service, name if name in service.names else service.model_id))
 
 
 @router.get("/health")
@@ -59,19 +61,24 @@ def build_app(service: Service) -> ASGIApp:
     for endpoint_router in ROUTERS:
         app.include_router(endpoint_router)
     _add_page(app)
-    guarded: ASGIApp = Guard(app, service.gate)
-    if service.gate.allowed_origins:
+    guarded: ASGIApp = Guard(ReportIgnored(app), service.gate)
+    if service.gate.allowed_origins or service.gate.is_local:
         guarded = CORSMiddleware(
             guarded,
             allow_origins=service.gate.allowed_origins,
+            allow_origin_regex=LOCAL_ORIGIN.pattern if service.gate.is_local else None,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
+            expose_headers=[ignored.HEADER],
         )
-    return _count_requests(guarded, service)
+    return Rewrite(_count_requests(guarded, service))
 
 
-def _model_object(service: Service) -> dict[str, Any]:
-    return {"id": service.model_id, "object": "model", "created": service.created, "owned_by": "mlx-gptoss"}
+def _model_object(service: Service, name: str) -> dict[str, Any]:
+    """OpenAI's fields, and the context length in tokens under the names that OpenRouter and vLLM have for it."""
+    context = service.model.max_context
+    about = {"id": name, "object": "model", "created": service.created, "owned_by": "mlx-gptoss"}
+    return {**about, "context_length": context, "max_model_len": context}
 
 
 def _add_page(app: FastAPI) -> None:

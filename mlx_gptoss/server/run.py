@@ -16,7 +16,7 @@ from ..errors import GptOssError
 from .app import build_app
 from .connection import Timeouts, timeout_protocol
 from .errors import ApiError
-from .guard import LOOPBACK
+from .guard import LOCAL_HOSTS, LOOPBACK
 from .service import Service
 
 DRAIN_TIMEOUT_S = 30.0
@@ -33,8 +33,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def allowed_hosts(host: str) -> Sequence[str] | None:
-    """The Host headers to accept for a server that listens on `host`: loopback names, or None for any on a network."""
-    return LOOPBACK if host in LOOPBACK else None
+    """The Host headers to accept on `host`: names of this machine for a loopback address, otherwise None for any."""
+    return LOCAL_HOSTS if host in LOOPBACK else None
 
 
 class Server(uvicorn.Server):

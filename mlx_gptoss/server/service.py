@@ -26,7 +26,8 @@ NANO_NAME = "mlx-gptoss-nano"
 class Service:
     """One server for one model.
 
-    model_id: the model's name in responses. aliases: other names that requests may use.
+    model_id: the model's name in responses. aliases: other names of it, which /v1/models lists, too.
+    strict_model: requests may use only these names and other_names. Otherwise any name means this model.
     open_queues: the event queues of all requests in progress.
     running_responses: /v1/responses in progress: id -> (the response as written so far, its event queue).
     """
@@ -34,16 +35,24 @@ class Service:
     model: Model
     gate: Gate
     model_id: str
+    other_names: Sequence[str] = ()
     aliases: Sequence[str] = ()
+    strict_model: bool = False
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
     open_queues: set[EventQueue] = field(default_factory=set)
     store: ResponseStore = field(default_factory=ResponseStore)
     running_responses: dict[str, tuple[dict[str, Any], EventQueue]] = field(default_factory=dict)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that /v1/models lists: the model's own, then the aliases."""
+        return (self.model_id, *self.aliases)
+
     def check_model(self, name: str | None) -> None:
-        """Raise ApiError 404 unless `name` is the loaded model, an alias or None."""
-        if name is not None and name != self.model_id and name not in self.aliases:
+        """Raise ApiError 404 if the server is strict about names and does not know `name`. None is always known."""
+        known = name is None or name in self.names or name in self.other_names
+        if self.strict_model and not known:
             message = f"the model {name!r} is not loaded: use {self.model_id!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
@@ -71,7 +80,7 @@ class Service:
 
 
 def model_names(model: str | None) -> tuple[str, tuple[str, ...]]:
-    """The API's name for a --model option, and its aliases. For a local checkpoint the name does not show its path."""
+    """The API's name for a --model option, and other names for it. A local checkpoint's name does not show its path."""
     if model is None:
         return NANO_NAME, ()
     folder = Path(model)

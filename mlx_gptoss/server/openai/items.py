@@ -15,12 +15,12 @@ from ...harmony.names import NAMESPACE
 from ...harmony.render import instructions_text
 from ...tokenizer import CONSTRAIN
 from ..errors import invalid_field
-from ..fields import StrictModel
+from ..fields import RequestModel
 
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
-class Part(StrictModel):
+class Part(RequestModel):
     """A text part. Annotations and logprobs are accepted, so that output can be sent back, and have no effect."""
 
     type: Literal["input_text", "output_text", "text"]
@@ -29,7 +29,7 @@ class Part(StrictModel):
     logprobs: list[Any] | None = None
 
 
-class MessageItem(StrictModel):
+class MessageItem(RequestModel):
     """A message. phase: only for the assistant; "commentary" is text before a function call."""
 
     type: Literal["message"] | None = None
@@ -40,12 +40,12 @@ class MessageItem(StrictModel):
     status: Status | None = None
 
 
-class ReasoningPart(StrictModel):
+class ReasoningPart(RequestModel):
     type: Literal["reasoning_text"]
     text: str
 
 
-class ReasoningItem(StrictModel):
+class ReasoningItem(RequestModel):
     """Reasoning, as this server returned it: plain text, never encrypted."""
 
     type: Literal["reasoning"]
@@ -56,7 +56,7 @@ class ReasoningItem(StrictModel):
     status: Status | None = None
 
 
-class FunctionCallItem(StrictModel):
+class FunctionCallItem(RequestModel):
     """A function call by the model."""
 
     type: Literal["function_call"]
@@ -67,7 +67,7 @@ class FunctionCallItem(StrictModel):
     status: Status | None = None
 
 
-class FunctionOutputItem(StrictModel):
+class FunctionOutputItem(RequestModel):
     """The result of a function call."""
 
     type: Literal["function_call_output"]

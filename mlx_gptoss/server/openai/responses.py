@@ -19,10 +19,10 @@ from ...sampling import MAX_LOGPROBS
 from ..disconnect import cancel_on_disconnect
 from ..errors import ApiError, JsonResponse, dump_json, from_exception, invalid_field
 from ..event_queue import EventQueue
-from ..fields import MAX_INT64, IgnoredFields, SamplingFields, StreamOptions, StrictModel, check_schema
+from ..fields import MAX_MESSAGES, MAX_TOOLS, MaxTokens, RequestModel, SamplingFields, StreamOptions, check_schema
+from ..ignored import ignore
 from ..service import Service, ServiceDep
 from ..sse import STREAMING_RESPONSES, EventStream, encode_event
-from .chat_completions import MAX_MESSAGES, MAX_TOOLS
 from .items import ConversationItems, Item, MessageItem, item_objects, new_id
 from .response_events import ResponseWriter
 from .store import StoredResponse
@@ -32,21 +32,21 @@ INCLUDE_LOGPROBS = "message.output_text.logprobs"
 router: APIRouter = APIRouter()
 
 
-class Reasoning(StrictModel):
+class Reasoning(RequestModel):
     """summary: "auto" gives no summary, since the reasoning item contains the complete reasoning text."""
 
     effort: Literal["low", "medium", "high"] | None = None
     summary: Literal["auto"] | None = None
 
 
-class TextOptions(StrictModel):
+class TextOptions(RequestModel):
     """format: text, json_object, or json_schema with a name and a schema."""
 
     format: dict[str, Any] | None = None
     verbosity: Literal["medium"] | None = None
 
 
-class ResponsesRequest(SamplingFields, IgnoredFields):
+class ResponsesRequest(SamplingFields):
     """The fields of OpenAI that this model supports.
 
     include: reasoning.encrypted_content has no effect, since reasoning items hold their text and can be sent back.
@@ -55,11 +55,13 @@ class ResponsesRequest(SamplingFields, IgnoredFields):
     model: str | None = None
     input: str | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES)]
     instructions: str | None = None
+    metadata: dict[str, str] | None = None
+    user: str | None = None
     previous_response_id: str | None = None
     store: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_output_tokens: int | None = Field(None, ge=1, le=MAX_INT64)
+    max_output_tokens: MaxTokens = None
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
     tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -100,6 +102,7 @@ class ResponsesRequest(SamplingFields, IgnoredFields):
 async def create(body: ResponsesRequest, request: Request, service: ServiceDep) -> Response:
     """Generate the next response, from input items and optionally a previous response."""
     response = _ModelResponse(body, service)
+    ignore(request, body.ignored_fields())
     queue = await cancel_on_disconnect(request, service.start(response.reply()))
     if body.stream:
         return EventStream(response.stream(queue), partial(service.finish, queue))
