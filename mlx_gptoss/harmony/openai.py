@@ -27,7 +27,7 @@ _FIELDS = {
     "developer": {"content"},
     "user": {"content", "name"},
     "assistant": {"content", "name", "refusal", "tool_calls", "function_call", *_REASONING_FIELDS, *_REASONING_LISTS},
-    "tool": {"content", "name", "tool_call_id"},
+    "tool": {"content", "name", "tool_name", "tool_call_id"},  # tool_name is Ollama's
     "function": {"content", "name"},  # OpenAI's earlier form of a tool message; function_call is that of a call
 }
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
@@ -153,12 +153,15 @@ class _MessageReader:
         return Message("assistant", arguments or "{}", "commentary", recipient, f"{CONSTRAIN}json")
 
     def _answered_function(self, message: Mapping[str, Any], where: str) -> str:
-        """The recipient of the call that a tool message answers: found by the id of the call, or by its name."""
-        call, name = message.get("tool_call_id"), message.get("name")
+        """The recipient of the call that a tool message answers: found by its id, by its name, or else the last call."""
+        call, name = message.get("tool_call_id"), message.get("name") or message.get("tool_name")
         if isinstance(call, str) and call in self._recipients:
             return self._recipients[call]
         if name:
             return self._names.recipient(tool_name(name, f"{where}.name"))
+        calls = [earlier.recipient for earlier in self.messages if earlier.recipient and earlier.role == "assistant"]
+        if call is None and calls:
+            return calls[-1]
         if call is None:
             raise InvalidRequest(f"{where} needs the tool_call_id of the call that it answers, or the function's name")
         raise InvalidRequest(f"{where} answers the call {call!r}, which is in no assistant message before it")

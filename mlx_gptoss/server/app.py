@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import errors, ignored
+from . import error_forms, ignored
 from .errors import ErrorBody, JsonResponse
 from .guard import LOCAL_ORIGIN, Guard
 from .ignored import ReportIgnored
@@ -57,7 +57,7 @@ def build_app(service: Service) -> ASGIApp:
     error_responses: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
     app = FastAPI(title="mlx-gptoss", docs_url=None, redoc_url=None, responses=error_responses)
     app.state.service = service
-    errors.install_handlers(app)
+    error_forms.install_handlers(app)
     for endpoint_router in ROUTERS:
         app.include_router(endpoint_router)
     _add_page(app)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .error_forms import error_response
 from .errors import ApiError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -114,7 +115,7 @@ class Guard:
             self.gate.check(scope)
             complete = await self._read(receive, body)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error_response(error, scope)(scope, receive, send)
             return
         finally:
             self.gate.buffered_bytes -= len(body)

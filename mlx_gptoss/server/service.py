@@ -82,7 +82,7 @@ class Service:
 def model_names(model: str | None) -> tuple[str, tuple[str, ...]]:
     """The API's name for a --model option, and other names for it. A local checkpoint's name does not show its path."""
     if model is None:
-        return NANO_NAME, ()
+        return NANO_NAME, ("nano",)
     folder = Path(model)
     if folder.exists():
         return folder.resolve().name, (model,)

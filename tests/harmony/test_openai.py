@@ -131,6 +131,12 @@ def test_the_earlier_form_of_calls() -> None:
     )
 
 
+def test_a_result_without_an_id_answers_the_last_call() -> None:
+    calls = {"role": "assistant", "tool_calls": [CALL, {**CALL, "function": {"name": "sub", "arguments": "{}"}}]}
+    for fields, name in (({}, "functions.sub"), ({"tool_name": "add"}, "functions.add")):
+        assert from_chat([USER, calls, {"role": "tool", "content": "2", **fields}]).messages[-1].name == name
+
+
 def test_any_name_of_a_function() -> None:
     call = {"id": "c1", "function": {"name": "get weather", "arguments": "{}"}}
     conversation = from_chat(
