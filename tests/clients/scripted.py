@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,17 @@ def check_weather(prompts: Sequence[str], result: str = "4 degrees") -> None:
     assert result in turn[answer:]
 
 
+def answers_with_tool(tool: str, arguments: str, answer: str, thought: str = "I look first.") -> Chooser:
+    """Replies that call `tool` unless the prompt has its result, and then give the answer."""
+
+    def choose(prompt: str) -> Reply:
+        if f"<|start|>functions.{tool} to=assistant" in prompt:
+            return [thinks("That is all."), says(answer)]
+        return [thinks(thought), calls(tool, arguments)]
+
+    return choose
+
+
 class Script:
     """Chooses the reply of each request, and keeps the prompts.
 
@@ -75,7 +87,7 @@ class Script:
 
     def next_ids(self, prompt: Sequence[int]) -> tuple[int, ...]:
         """The ids that the model writes after `prompt`."""
-        text = self.tokenizer.decode(prompt)
+        text = self.tokenizer.decode(prompt, specials=True)
         self.prompts.append(text)
         if callable(self._replies):
             return tuple(render_reply(self._replies(text), self.tokenizer))
@@ -142,7 +154,7 @@ class ScriptedRunner:
     def _check_mask(self, mask: bytes | None, ids: Sequence[int], index: int) -> None:
         allowed = allowed_tokens([mask], self.config.vocab_size)[0]
         if not allowed[ids[index]]:
-            decode = self.script.tokenizer.decode
+            decode = partial(self.script.tokenizer.decode, specials=True)
             possible = [decode([int(id)]) for id in np.flatnonzero(allowed)[:20]]
             self.script.fail(
                 f"the mask does not allow {decode([ids[index]])!r} after {decode(ids[:index])!r}; "

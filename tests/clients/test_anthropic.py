@@ -25,7 +25,7 @@ def client(server):
 
 def test_question(server):
     asked = [{"role": "user", "content": "What is 12 + 30?"}]
-    message = client(server).messages.create(model=MODEL, max_tokens=200, messages=asked, temperature=0)
+    message = client(server).messages.create(model=MODEL, max_tokens=200, messages=asked, extra_body={"temperature": 0})
     assert message.content[-1].text == "12 + 30 = 42"
     assert message.stop_reason == "end_turn" and message.role == "assistant"
     assert message.usage.input_tokens > 0 and message.usage.output_tokens > 0

@@ -30,4 +30,4 @@ def test_typed_answer(scripted_server, mode):
     patched = instructor.from_openai(client, mode=instructor.Mode[mode])
     asked = [{"role": "user", "content": "What is the capital of Norway?"}]
     city = patched.chat.completions.create(model="gpt-oss-20b", response_model=City, max_retries=0, messages=asked)
-    assert city == City(name="Oslo")
+    assert city.name == "Oslo"

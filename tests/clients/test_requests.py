@@ -1,0 +1,80 @@
+"""The requests of real clients, in their shape and with our words: each is answered, and says what was ignored.
+
+Each file in requests/ is one request. recorded_with: the client that sends this shape, with its version, as record.py
+showed it; null for a shape that the client's documentation describes. reply: what the model writes, a final answer or
+the arguments of a function. after: a request to send before it, whose reasoning item it refers to. ignored: what the
+header X-Ignored-Fields has to name.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+from scripted import calls, says, serving_script, thinks
+
+REQUESTS = {path.stem: json.loads(path.read_text()) for path in sorted(Path(__file__).with_name("requests").iterdir())}
+
+TEXTS = {"content", "delta", "text", "response", "arguments", "partial_json", "answer", "name"}
+
+
+class Replies:
+    """The reply of the next request: a final answer unless its file says otherwise."""
+
+    def __init__(self) -> None:
+        self.kind, self.text = "final", "Hello."
+
+    def __call__(self, prompt):
+        message = says(self.text) if self.kind == "final" else calls(self.kind, self.text)
+        return [thinks("A thought."), message]
+
+
+@pytest.fixture(scope="module")
+def replies():
+    return Replies()
+
+
+@pytest.fixture(scope="module")
+def http(replies):
+    with serving_script(replies) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+def send(http, request):
+    body = request.get("body")
+    return http.request(request["method"], request["path"], headers=request.get("headers"), json=body)
+
+
+def written(answer: httpx.Response) -> str:
+    """What the model wrote: the texts of all events, lines or objects of the answer, in order."""
+
+    def texts(value, key=""):
+        if isinstance(value, dict):
+            for name, item in value.items():
+                yield from texts(item, name)
+        elif isinstance(value, list):
+            for item in value:
+                yield from texts(item, key)
+        elif isinstance(value, str) and key in TEXTS:
+            yield value
+
+    lines = (line.removeprefix("data: ") for line in answer.text.splitlines())
+    return "".join(text for line in lines if line.startswith("{") for text in texts(json.loads(line)))
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_request_is_answered(http, replies, name):
+    request = REQUESTS[name]
+    if "after" in request:
+        first = send(http, REQUESTS[request["after"]]).json()
+        text = json.dumps(request["body"]).replace("REASONING_ID", first["output"][0]["id"])
+        request = {**request, "body": json.loads(text)}
+    replies.kind, replies.text = request.get("reply", ("final", "Hello."))
+    answer = send(http, request)
+    assert answer.status_code == 200, answer.text
+    if request["method"] == "POST" and "count" not in name and "show" not in name:
+        assert replies.text.strip("{}").split()[-1] in written(answer).replace('":"', '": "')
+    ignored = answer.headers.get("X-Ignored-Fields", "")
+    assert sorted(filter(None, ignored.split(", "))) == sorted(request["ignored"])
