@@ -153,7 +153,7 @@ class _MessageReader:
         return Message("assistant", arguments or "{}", "commentary", recipient, f"{CONSTRAIN}json")
 
     def _answered_function(self, message: Mapping[str, Any], where: str) -> str:
-        """The recipient of the call that a tool message answers: found by its id, by its name, or else the last call."""
+        """The recipient of the call that a tool message answers: found by its id or name, else the last call."""
         call, name = message.get("tool_call_id"), message.get("name") or message.get("tool_name")
         if isinstance(call, str) and call in self._recipients:
             return self._recipients[call]

@@ -23,7 +23,12 @@ PAGE_POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-an
 PAGE_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 router: APIRouter = APIRouter()
-ROUTERS = (router, chat_completions.router, responses.router, completions.router)
+ROUTERS = (
+    router,
+    chat_completions.router,
+    responses.router,
+    completions.router,
+)
 
 
 @router.get("/v1/models")

@@ -58,9 +58,11 @@ def test_the_example_endpoint_works_as_it_stands(tmp_path):
     (tmp_path / "mlx_gptoss/server/tokenize.py").write_text(code, "utf-8")
     app = tmp_path / "mlx_gptoss/server/app.py"
     text = app.read_text("utf-8")
-    removed, added = ([line[1:] for line in diff.splitlines() if line.startswith(sign)] for sign in "-+")
-    for before, after in zip(removed, added, strict=True):
-        assert text.count(before) == 1
+    for hunk in diff.split("@@\n"):
+        before, after = (
+            "".join(f"{line[1:]}\n" for line in hunk.splitlines() if line[0] in signs) for signs in (" -", " +")
+        )
+        assert text.count(before) == 1, before
         text = text.replace(before, after)
     app.write_text(text, "utf-8")
     script = (
