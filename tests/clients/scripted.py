@@ -72,15 +72,27 @@ def answers_with_tool(tool: str, arguments: str, answer: str, thought: str = "I 
     return choose
 
 
+class NextReply:
+    """The reply to every prompt, which tests that share a server set before they ask."""
+
+    def __init__(self) -> None:
+        self.reply: Reply = [says("Hello.")]
+
+    def __call__(self, prompt: str) -> Reply:
+        return self.reply
+
+
 class Script:
     """Chooses the reply of each request, and keeps the prompts.
 
     replies: one reply for each request, in the order of their arrival, or a function of the prompt for clients that
     send requests of their own (titles, summaries) between those of the conversation.
+    masked: of each request, whether some step allowed only some of the tokens.
     """
 
     def __init__(self, replies: Sequence[Reply] | Chooser, tokenizer: Tokenizer) -> None:
         self.prompts: list[str] = []
+        self.masked: list[bool] = []
         self.failures: list[str] = []
         self.tokenizer = tokenizer
         self._replies = replies
@@ -89,6 +101,7 @@ class Script:
         """The ids that the model writes after `prompt`."""
         text = self.tokenizer.decode(prompt, specials=True)
         self.prompts.append(text)
+        self.masked.append(False)
         if callable(self._replies):
             return tuple(render_reply(self._replies(text), self.tokenizer))
         if len(self.prompts) > len(self._replies):
@@ -106,6 +119,7 @@ class Slot:
     length: int = 0
     prompt_length: int = 0
     ids: tuple[int, ...] = ()
+    number: int = 0  # of its request
 
 
 @dataclass(frozen=True)
@@ -145,9 +159,11 @@ class ScriptedRunner:
             return None
         if row.prompt is not None:
             slot.prompt_length, slot.ids = len(row.prompt), self.script.next_ids(row.prompt)
+            slot.number = len(self.script.prompts) - 1
         index = slot.length - slot.prompt_length
         if index >= len(slot.ids):  # the step after the last token, planned before that was read
             return Sampled(self.script.tokenizer.special(RETURN), 0.0)
+        self.script.masked[slot.number] |= row.mask is not None
         self._check_mask(row.mask, slot.ids, index)
         return Sampled(slot.ids[index], 0.0, ((slot.ids[index], 0.0),))
 

@@ -13,32 +13,21 @@ from pathlib import Path
 
 import httpx
 import pytest
-from scripted import calls, says, serving_script, thinks
+from scripted import NextReply, calls, says, serving_script, thinks
 
 REQUESTS = {path.stem: json.loads(path.read_text()) for path in sorted(Path(__file__).with_name("requests").iterdir())}
 
 TEXTS = {"content", "delta", "text", "response", "arguments", "partial_json", "answer", "name"}
 
 
-class Replies:
-    """The reply of the next request: a final answer unless its file says otherwise."""
-
-    def __init__(self) -> None:
-        self.kind, self.text = "final", "Hello."
-
-    def __call__(self, prompt):
-        message = says(self.text) if self.kind == "final" else calls(self.kind, self.text)
-        return [thinks("A thought."), message]
+@pytest.fixture(scope="module")
+def next_reply():
+    return NextReply()
 
 
 @pytest.fixture(scope="module")
-def replies():
-    return Replies()
-
-
-@pytest.fixture(scope="module")
-def http(replies):
-    with serving_script(replies) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+def http(next_reply):
+    with serving_script(next_reply) as server, httpx.Client(base_url=server.url, timeout=60) as client:
         yield client
 
 
@@ -65,16 +54,17 @@ def written(answer: httpx.Response) -> str:
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_request_is_answered(http, replies, name):
+def test_request_is_answered(http, next_reply, name):
     request = REQUESTS[name]
     if "after" in request:
         first = send(http, REQUESTS[request["after"]]).json()
-        text = json.dumps(request["body"]).replace("REASONING_ID", first["output"][0]["id"])
-        request = {**request, "body": json.loads(text)}
-    replies.kind, replies.text = request.get("reply", ("final", "Hello."))
+        body = json.dumps(request["body"]).replace("REASONING_ID", first["output"][0]["id"])
+        request = {**request, "body": json.loads(body)}
+    kind, text = request.get("reply", ("final", "Hello."))
+    next_reply.reply = [thinks("A thought."), says(text) if kind == "final" else calls(kind, text)]
     answer = send(http, request)
     assert answer.status_code == 200, answer.text
     if request["method"] == "POST" and "count" not in name and "show" not in name:
-        assert replies.text.strip("{}").split()[-1] in written(answer).replace('":"', '": "')
+        assert text.strip("{}").split()[-1] in written(answer).replace('":"', '": "')
     ignored = answer.headers.get("X-Ignored-Fields", "")
     assert sorted(filter(None, ignored.split(", "))) == sorted(request["ignored"])
