@@ -36,7 +36,9 @@ def recorder(to: str, out: Path) -> Starlette:
         body = await request.body()
         path = request.url.path + (f"?{request.url.query}" if request.url.query else "")
         headers = {name: value for name, value in request.headers.items() if name not in HOP_BY_HOP}
-        answer = await client.send(client.build_request(request.method, path, headers=headers, content=body), stream=True)
+        answer = await client.send(
+            client.build_request(request.method, path, headers=headers, content=body), stream=True
+        )
         name = f"{next(numbers):03}-{request.method}{request.url.path.replace('/', '-')}.json"
 
         async def relay() -> AsyncIterator[bytes]:

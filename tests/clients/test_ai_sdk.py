@@ -24,7 +24,9 @@ def ask(tmp_path):
         pytest.skip(f"no AI SDK: npm install {packages}, and name the folder in CLIENT_PROGRAMS")
     shutil.copy(Path(__file__).with_name("ai_sdk.mjs"), tmp_path)
     (tmp_path / "node_modules").symlink_to(Path(FOLDER, "node_modules").resolve())
-    return lambda server, kind, scenario: json.loads(run([node, "ai_sdk.mjs", kind, server.url, scenario], tmp_path, {}))
+    return lambda server, kind, scenario: json.loads(
+        run([node, "ai_sdk.mjs", kind, server.url, scenario], tmp_path, {})
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -47,7 +47,12 @@ def test_thinking_and_text_streamed(scripted_server):
 @pytest.mark.parametrize("streamed", [False, True])
 def test_tool_and_result(scripted_server, streamed):
     server = scripted_server(WEATHER)
-    asked = dict(model=MODEL, max_tokens=1024, tools=[TOOL], thinking={"type": "enabled", "budget_tokens": 1024})
+    asked = {
+        "model": MODEL,
+        "max_tokens": 1024,
+        "tools": [TOOL],
+        "thinking": {"type": "enabled", "budget_tokens": 1024},
+    }
     if streamed:
         with client(server).messages.stream(messages=[QUESTION], **asked) as stream:
             message = stream.get_final_message()

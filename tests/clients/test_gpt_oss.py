@@ -34,9 +34,9 @@ ANSWERED = {  # requests that get a 200
 
 @pytest.fixture(scope="module")
 def post():
-    with serving_script(lambda prompt: [says("Test response")]) as server:
-        with httpx.Client(base_url=server.url, timeout=60) as client:
-            yield lambda **fields: client.post("/v1/responses", json={**BASE, **fields})
+    reply = [says("Test response")]
+    with serving_script(lambda prompt: reply) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        yield lambda **fields: client.post("/v1/responses", json={**BASE, **fields})
 
 
 def test_basic_response_creation(post):

@@ -7,7 +7,9 @@ import pydantic
 import pytest
 from scripted import calls, says
 
-instructor = pytest.importorskip("instructor", reason="instructor is not installed (it needs an older jiter than openai)")
+instructor = pytest.importorskip(
+    "instructor", reason="instructor is not installed (it needs an older jiter than openai)"
+)
 MODES = {
     "TOOLS": calls("City", '{"name": "Oslo"}'),
     "TOOLS_STRICT": calls("City", '{"name": "Oslo"}'),

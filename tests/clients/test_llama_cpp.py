@@ -143,7 +143,7 @@ def case_chat_completion_stream(server):
 
 @case()
 def case_chat_completion_with_openai_library(server):
-    asked = dict(model="gpt-3.5-turbo-instruct", messages=ASKED, max_tokens=8, seed=42, temperature=0.8)
+    asked = {"model": "gpt-3.5-turbo-instruct", "messages": ASKED, "max_tokens": 8, "seed": 42, "temperature": 0.8}
     answer = server.client.chat.completions.create(**asked)
     assert answer.choices[0].finish_reason == "length"
 
@@ -235,7 +235,7 @@ def case_chat_completion_with_timings_per_token(server):
 @case()
 def case_logprobs(server):
     server.reply(says("A very long book."))
-    asked = dict(model="gpt-3.5-turbo-instruct", messages=ASKED, logprobs=True, top_logprobs=10)
+    asked = {"model": "gpt-3.5-turbo-instruct", "messages": ASKED, "logprobs": True, "top_logprobs": 10}
     choice = server.client.chat.completions.create(**asked).choices[0]
     assert "".join(token.token for token in choice.logprobs.content) == choice.message.content
     assert all(token.logprob <= 0 and token.bytes is not None for token in choice.logprobs.content)
@@ -245,7 +245,7 @@ def case_logprobs(server):
 @case()
 def case_logprobs_stream(server):
     server.reply(says("A very long book."))
-    asked = dict(model="gpt-3.5-turbo-instruct", messages=ASKED, logprobs=True, top_logprobs=10, stream=True)
+    asked = {"model": "gpt-3.5-turbo-instruct", "messages": ASKED, "logprobs": True, "top_logprobs": 10, "stream": True}
     text = tokens = ""
     for chunk in server.client.chat.completions.create(**asked):
         text += chunk.choices[0].delta.content or ""
@@ -302,7 +302,11 @@ def case_completion_with_required_tool(server, tool, stream):
 @case(
     *(
         (f"{label} {kind}", {"tools": tools, "choice": choice, **stream})
-        for label, tools, choice in (("no tools", None, None), ("auto", [TEST_TOOL], None), ("none", [PYTHON_TOOL], "none"))
+        for label, tools, choice in (
+            ("no tools", None, None),
+            ("auto", [TEST_TOOL], None),
+            ("none", [PYTHON_TOOL], "none"),
+        )
         for kind, stream in STREAMS
     )
 )
@@ -327,7 +331,11 @@ def case_calc_result(server, stream):
     history = [
         {"role": "system", "content": "Round to two digits."},
         {"role": "user", "content": "What is the sine of 0.59?"},
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "call_1", "type": "function", "function": called}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "call_1", "type": "function", "function": called}],
+        },
         {"role": "tool", "name": "calculate", "content": "0.55636", "tool_call_id": "call_1"},
     ]
     message = server.message({"messages": history, "tools": [tool], "stream": stream})

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import openai
 import pytest
 import scripted
 from scripted import calls, says, thinks
 
-TOOL = {"type": "function", "function": {"name": "shell", "parameters": {
-    "type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "shell",
+        "parameters": {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]},
+    },
+}
 
 
 def ask(server, messages, **fields):
@@ -29,7 +36,9 @@ def test_replies_come_in_order(scripted_server):
 def test_a_token_outside_the_mask_fails():
     strict = {"type": "function", "function": {**TOOL["function"], "strict": True}}
     strict["function"]["parameters"] = {**TOOL["function"]["parameters"], "additionalProperties": False}
-    with pytest.raises(AssertionError, match="the mask does not allow"):
-        with scripted.serving_script([[calls("shell", '{"path": 1}')]]) as server:
-            with pytest.raises(openai.InternalServerError):
-                ask(server, [{"role": "user", "content": "What is here?"}], tools=[strict])
+    server = None
+    with pytest.raises(AssertionError, match="the mask does not allow"), ExitStack() as stack:
+        server = stack.enter_context(scripted.serving_script([[calls("shell", '{"path": 1}')]]))
+        with pytest.raises(openai.InternalServerError):
+            ask(server, [{"role": "user", "content": "What is here?"}], tools=[strict])
+    assert server is not None and "path" in server.script.failures[0]
