@@ -46,7 +46,7 @@ MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it ma
     # 6, 7
     "__main__": set(),
     "measure": LEVEL_0 | {"api", "backends", "backends.base", "loading", "ranks", "weights"},
-    "server": LEVEL_0 | {"chat", "engine", "harmony", "model"},
+    "server": LEVEL_0 | {"chat", "engine", "harmony", "model", "weights.params"},
 }
 ONLY_IN = {  # outside packages -> the only modules that may import them
     "mlx": ("backends.mlx",),

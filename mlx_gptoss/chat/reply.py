@@ -81,7 +81,7 @@ class Finished:
 
     tokens: all tokens produced, Harmony's special tokens included. messages: the same, parsed, to be appended to the
     conversation. reasoning_tokens: tokens of the analysis channel without headers. drafted, accepted: tokens that
-    speculation proposed, and those that were right.
+    speculation proposed, and those that were right. stop_string: the stop string that ended the text.
     """
 
     finish_reason: FinishReason
@@ -92,6 +92,7 @@ class Finished:
     reasoning_tokens: int = 0
     drafted: int = 0
     accepted: int = 0
+    stop_string: str | None = None
 
 
 Event = ReasoningDelta | TextDelta | ToolCallDelta | ToolCall | Finished
@@ -181,7 +182,8 @@ class ReplyReader:
             yield from self._end_call()
         if self.called and reason == "stop":
             reason = "tool_calls"
-        yield _finished(end, self.tokens, reason, tuple(self.parser.messages), self.reasoning_tokens)
+        messages = tuple(self.parser.messages)
+        yield _finished(end, self.tokens, reason, self.stops.matched, messages, self.reasoning_tokens)
 
     def _route(self, deltas: list[Delta]) -> Iterator[Event]:
         for delta in deltas:
@@ -228,7 +230,8 @@ class RawReader:
         yield from self._show("" if self.decoder is None else self.decoder.flush())
         if held := self.stops.flush():
             yield self.text_tokens.delta(held)
-        yield _finished(end, self.tokens, "stop" if self.stops.matched is not None else _finish_reason(end))
+        reason: FinishReason = "stop" if self.stops.matched is not None else _finish_reason(end)
+        yield _finished(end, self.tokens, reason, self.stops.matched)
 
     def _show(self, text: str) -> Iterator[Event]:
         self.text_tokens.advance(text)
@@ -246,6 +249,7 @@ def _finished(
     end: engines.Finished,
     tokens: list[Token],
     reason: FinishReason,
+    stop_string: str | None,
     messages: tuple[Message, ...] = (),
     reasoning_tokens: int = 0,
 ) -> Finished:
@@ -263,4 +267,5 @@ def _finished(
         reasoning_tokens=reasoning_tokens,
         drafted=end.drafted,
         accepted=end.accepted,
+        stop_string=stop_string,
     )

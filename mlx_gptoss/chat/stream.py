@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..engine import Engine, Request, Stream, Token
+from ..engine import Engine, Guide, Request, Stream, Token
 from ..engine.stop import StopStrings
-from ..errors import InvalidRequest
+from ..errors import GptOssError, InvalidRequest
 from ..harmony.guide import guide_for
 from ..harmony.messages import Conversation, Effort, Message, without_old_reasoning
 from ..harmony.openai import from_chat
 from ..harmony.openai_tools import response_format_of, tool_choice_of
 from ..harmony.parse import Parser
-from ..harmony.render import render
+from ..harmony.render import prefill_ids, render
 from ..options import GenerationOptions
 from ..sampling import Sampling
 from ..tokenizer import CALL, END, RETURN, Tokenizer
@@ -84,9 +84,13 @@ def stream_chat(
     ends = frozenset(tokenizer.special(name) for name in (END, RETURN, CALL))
     prompt = tuple(render(conversation, tokenizer))
     request = Request(prompt, _max_tokens(engine, options.max_tokens), sampling, stop_ids, guide, message_ends=ends)
+    parser = Parser(tokenizer)
+    for id in prefill_ids(conversation, tokenizer):
+        parser.push(id)
+        if guide is not None:
+            _accept_prefill(guide, id)
     stream = engine.submit(request)
-    reader = ReplyReader(tokenizer, Parser(tokenizer), StopStrings(sampling.stop), conversation.names)
-    return Events(stream, reader)
+    return Events(stream, ReplyReader(tokenizer, parser, StopStrings(sampling.stop), conversation.names))
 
 
 def stream_raw(
@@ -108,6 +112,15 @@ def stream_raw(
     stream = engine.submit(Request(prompt, _max_tokens(engine, max_tokens), sampling, stop_ids))
     decoder = None if tokenizer is None else tokenizer.decoder()
     return Events(stream, RawReader(decoder, StopStrings(sampling.stop)))
+
+
+def _accept_prefill(guide: Guide, id: int) -> None:
+    """Advance a guide by a token of the prefill. Raises InvalidRequest for one that it does not allow."""
+    try:
+        guide.accept(id)
+    except GptOssError as error:
+        message = "the last message, of the assistant, cannot be continued under this tool choice and response format"
+        raise InvalidRequest(f"{message}; leave it out") from error
 
 
 def _max_tokens(engine: Engine, max_tokens: int | None) -> int:
@@ -137,6 +150,11 @@ class Events(Iterator[Event]):
             else:
                 self._end()
         return self._pending.popleft()
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Number of tokens in the prompt. It is known before the first event."""
+        return self._stream.prompt_tokens
 
     def ready(self) -> list[Event]:
         """The events available now, without waiting. Call it again until it returns none."""

@@ -140,6 +140,11 @@ class Stream(Iterator[Token]):
         self.finished = item
         raise StopIteration
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Number of tokens in the prompt."""
+        return len(self._handle.request.prompt)
+
     def ready(self) -> list[Token]:
         """The tokens that have arrived and are not read yet; does not block.
 

@@ -92,6 +92,7 @@ class Conversation:
     builtin_tools: tools that the model knows from its training; the caller has to run them. Calls of "browser" are
         addressed to browser.search, browser.open or browser.find and hold JSON; calls of "python" hold code.
     response_format: enforced on the next final answer; None for free text.
+    prefill: how the next final answer begins, without further reasoning; the model continues it.
     date: the "Current date" line, YYYY-MM-DD; None leaves the line out.
     identity: the first line of the system message.
     knowledge_cutoff: the "Knowledge cutoff" line; None leaves the line out.
@@ -103,6 +104,7 @@ class Conversation:
     functions: tuple[Function, ...] = ()
     builtin_tools: tuple[BuiltinTool, ...] = ()
     response_format: ResponseFormat | None = None
+    prefill: str = ""
     date: str | None = None
     identity: str = IDENTITY
     knowledge_cutoff: str | None = KNOWLEDGE_CUTOFF

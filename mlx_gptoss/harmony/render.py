@@ -23,10 +23,19 @@ CALL_CHANNEL = "Calls to these tools must go to the commentary channel: 'functio
 def render(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
     """Return the ids of the prompt: all messages, then `<|start|>assistant`. The model continues with its header.
 
+    After a prefill (prefill_ids), it continues with the text of its answer.
     Raises InvalidRequest for a tool message without a name and for an unknown built-in tool.
     """
     ids = render_messages(prompt_messages(conversation), tokenizer)
-    return [*ids, tokenizer.special(START), *tokenizer.encode("assistant")]
+    return [*ids, tokenizer.special(START), *tokenizer.encode("assistant"), *prefill_ids(conversation, tokenizer)]
+
+
+def prefill_ids(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids with which the reply begins, as if the model had written them; none without a prefill."""
+    if not conversation.prefill:
+        return []
+    special, encode = tokenizer.special, tokenizer.encode
+    return [special(CHANNEL), *encode("final"), special(MESSAGE), *encode(conversation.prefill)]
 
 
 def render_reply(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:

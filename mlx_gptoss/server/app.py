@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from datetime import datetime, timezone
 from importlib.resources import files
 from typing import Any
 
@@ -11,10 +12,14 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import error_forms, ignored
+from . import error_forms, ignored, llama_cpp, lm_studio
+from .anthropic import messages
 from .errors import ErrorBody, JsonResponse
 from .guard import LOCAL_ORIGIN, Guard
 from .ignored import ReportIgnored
+from .ollama import chat as ollama_chat
+from .ollama import generate as ollama_generate
+from .ollama import models as ollama_models
 from .openai import chat_completions, completions, responses
 from .rewrite import Rewrite
 from .service import Service, ServiceDep
@@ -28,13 +33,21 @@ ROUTERS = (
     chat_completions.router,
     responses.router,
     completions.router,
+    messages.router,
+    ollama_models.router,
+    ollama_chat.router,
+    ollama_generate.router,
+    lm_studio.router,
+    llama_cpp.router,
 )
 
 
 @router.get("/v1/models")
 async def list_models(service: ServiceDep) -> Response:
     """List the loaded model, by its name and its aliases."""
-    return JsonResponse({"object": "list", "data": [_model_object(service, name) for name in service.names]})
+    models = [_model_object(service, name) for name in service.names]
+    page = {"has_more": False, "first_id": models[0]["id"], "last_id": models[-1]["id"]}  # Anthropic's
+    return JsonResponse({"object": "list", "data": models, **page})
 
 
 @router.get("/v1/models/{name:path}")
@@ -80,10 +93,22 @@ def build_app(service: Service) -> ASGIApp:
 
 
 def _model_object(service: Service, name: str) -> dict[str, Any]:
-    """OpenAI's fields, and the context length in tokens under the names that OpenRouter and vLLM have for it."""
-    context = service.model.max_context
-    about = {"id": name, "object": "model", "created": service.created, "owned_by": "mlx-gptoss"}
-    return {**about, "context_length": context, "max_model_len": context}
+    """The fields of OpenAI and of Anthropic, and the context length under the names of OpenRouter and vLLM."""
+    context, created = service.model.max_context, datetime.fromtimestamp(service.created, timezone.utc)
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "mlx-gptoss",
+        "type": "model",
+        "display_name": name,
+        "created_at": created.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "lifecycle": "active",
+        "max_input_tokens": context,
+        "max_tokens": context,
+        "context_length": context,
+        "max_model_len": context,
+    }
 
 
 def _add_page(app: FastAPI) -> None:

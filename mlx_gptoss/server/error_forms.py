@@ -13,10 +13,15 @@ from starlette.types import Scope
 from ..errors import GptOssError
 from .anthropic import errors as anthropic_errors
 from .errors import ApiError, from_exception, from_validation
+from .ollama import errors as ollama_errors
 
-# Path -> the function that makes the response, for this path and those below it. Other paths have OpenAI's form.
+# Path -> the function that makes the response, for this path and those below it. The first match counts; other paths
+# have OpenAI's form.
 FORMS: Mapping[str, Callable[[ApiError], Response]] = {
     "/v1/messages": anthropic_errors.error_response,
+    "/api/v0": ApiError.response,  # LM Studio's
+    "/api/v1": ApiError.response,
+    "/api": ollama_errors.error_response,
 }
 
 

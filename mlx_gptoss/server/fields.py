@@ -104,6 +104,9 @@ def _without_empty(value: Any) -> Any:
 
 MaxTokens = Annotated[Annotated[int, Field(ge=1, le=MAX_INT64)] | None, BeforeValidator(_none_if_negative)]
 StopString = Annotated[str, Field(max_length=1024)]
+StopStrings = Annotated[
+    StopString | Annotated[list[StopString], Field(max_length=16)] | None, BeforeValidator(_without_empty)
+]
 
 
 class StreamOptions(RequestModel):
@@ -130,9 +133,7 @@ class SamplingFields(RequestModel):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = Field(None, max_length=1024)
     seed: Annotated[Annotated[int, Field(ge=0, le=MAX_INT64)] | None, BeforeValidator(_seed)] = None
-    stop: Annotated[
-        StopString | Annotated[list[StopString], Field(max_length=16)] | None, BeforeValidator(_without_empty)
-    ] = None
+    stop: StopStrings = None
 
     def sampling(self, default: Sampling, logprobs: int = 0) -> Sampling:
         """The model's default sampling, with the fields of the request in place of its own.

@@ -39,6 +39,8 @@ def _route_path(path: str) -> str:
     path = path.rstrip("/") or "/"
     while path.startswith("/v1/v1/"):
         path = path[3:]
+    if path.startswith("/api/v0/") and not path.startswith("/api/v0/models"):  # LM Studio's spelling of OpenAI's paths
+        return f"/v1{path[7:]}"
     return f"/v1{path}" if _MISSING_VERSION.match(path) else path
 
 

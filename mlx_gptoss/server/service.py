@@ -50,9 +50,12 @@ class Service:
         return (self.model_id, *self.aliases)
 
     def check_model(self, name: str | None) -> None:
-        """Raise ApiError 404 if the server is strict about names and does not know `name`. None is always known."""
-        known = name is None or name in self.names or name in self.other_names
-        if self.strict_model and not known:
+        """Raise ApiError 404 if the server is strict about names and does not know `name`. None is always known.
+
+        Ollama's clients put ":latest" behind a name without a tag.
+        """
+        known = {*self.names, *self.other_names}
+        if self.strict_model and name is not None and known.isdisjoint((name, name.removesuffix(":latest"))):
             message = f"the model {name!r} is not loaded: use {self.model_id!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
