@@ -28,6 +28,7 @@ def test_question(server):
     message = client(server).messages.create(model=MODEL, max_tokens=200, messages=asked, extra_body={"temperature": 0})
     assert message.content[-1].text == "12 + 30 = 42"
     assert message.stop_reason == "end_turn" and message.role == "assistant"
+    assert message.model == MODEL  # Claude Code sends thinking back only with messages of the model that it asked for
     assert message.usage.input_tokens > 0 and message.usage.output_tokens > 0
 
 

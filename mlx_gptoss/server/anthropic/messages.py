@@ -161,7 +161,8 @@ class _Message:
         self._service = service
         self._functions = functions_of(body.tools or ())
         self._reader = BlockReader(ToolNames(function.name for function in self._functions))
-        self._writer = MessageWriter(service.model_id, body.shown_thinking)
+        # Claude Code sends thinking back only with messages of the model that it asked for.
+        self._writer = MessageWriter(body.model or service.model_id, body.shown_thinking)
         self._prompt_tokens = 0
         self.request_id: str = new_request_id()
 
