@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Container, Iterable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -37,6 +39,13 @@ from .options import CACHE_OPTIONS, LOAD_OPTIONS, declared, load, options, serve
     metavar="ORIGIN",
     help="Let web pages of this origin in; * for all, null for sandboxed frames. Repeatable.",
 )
+@click.option("--tools", default="", metavar="LIST", help="Run these tools for requests: browser, python, mcp.")
+@click.option(
+    "--tools-config",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Settings of the tools, in TOML; mlx_gptoss/server/hosted/README.md describes them.",
+)
 def serve(
     model: str | None,
     host: str,
@@ -45,6 +54,8 @@ def serve(
     aliases: tuple[str, ...],
     strict_model: bool,
     cors: tuple[str, ...],
+    tools: str,
+    tools_config: Path | None,
     **given: Any,
 ) -> None:
     """Serve chat completions, responses and completions, and a chat page at /.
@@ -57,18 +68,24 @@ def serve(
     with serve_extra():
         from mlx_gptoss.server import run, service
         from mlx_gptoss.server.guard import Gate
+        from mlx_gptoss.server.hosted.sessions import HostedTools
+        from mlx_gptoss.server.hosted.settings import load_settings
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     names = service.model_names(model)
     named = _alias_names(aliases, {model, *names[1], names[0]})
+    settings = load_settings([name for name in re.split(r"[\s,]+", tools) if name], tools_config)
     with run.listen(host, port) as listener:
         gate = Gate(api_key=api_key, allowed_hosts=run.allowed_hosts(host), allowed_origins=cors)
         with load(model, **given) as loaded:
             grammar.warm_up(loaded.tokenizer)
+            tokenizer = loaded.tokenizer
+            hosted = None if settings is None else HostedTools(settings, lambda text: len(tokenizer.encode(text)))
             if gate.allowed_hosts is None and api_key is None:
                 click.echo(f"warning: anyone who can reach {host}:{port} can use the model; set an --api-key", err=True)
             click.echo(_greeting(loaded.name, host, listener.getsockname()[1], api_key is not None), err=True)
-            run.Server(service.Service(loaded, gate, *names, named, strict_model)).serve_on(listener)
+            served = service.Service(loaded, gate, *names, named, strict_model, hosted=hosted)
+            run.Server(served).serve_on(listener)
 
 
 def _alias_names(aliases: Iterable[str], known: Container[str | None]) -> tuple[str, ...]:

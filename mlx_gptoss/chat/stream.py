@@ -67,7 +67,7 @@ def stream_chat(
     """Generate the assistant's next turn.
 
     options: without reasoning, system and tools, which the conversation has. A response_format replaces the
-        conversation's own. It is enforced (harmony/guide.py), as are tool_choice and the schemas of strict functions.
+        conversation's own. It is enforced (harmony/guide.py), as are tool_choice and what functions take.
     stop_ids: token ids that end the turn, beside <|return|> and <|call|>.
 
     Raises InvalidRequest at once, not on the first next(), for an empty conversation, one longer than the context, and
@@ -78,11 +78,11 @@ def stream_chat(
     if options.response_format is not None:
         conversation = replace(conversation, response_format=response_format_of(options.response_format))
     choice = tool_choice_of(options.tool_choice, conversation.functions)
-    guide = guide_for(conversation, tokenizer, choice, parallel_tool_calls=options.parallel_tool_calls)
+    guide = guide_for(conversation, tokenizer, choice)
     sampling = options.sampling or Sampling()
     stop_ids = stop_ids | {tokenizer.special(RETURN), tokenizer.special(CALL)}
     ends = frozenset(tokenizer.special(name) for name in (END, RETURN, CALL))
-    prompt = tuple(render(conversation, tokenizer))
+    prompt = tuple(render(conversation, tokenizer, engine.limits.max_context))
     request = Request(prompt, _max_tokens(engine, options.max_tokens), sampling, stop_ids, guide, message_ends=ends)
     parser = Parser(tokenizer)
     for id in prefill_ids(conversation, tokenizer):

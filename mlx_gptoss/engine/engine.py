@@ -81,6 +81,11 @@ class Engine:
         """Current load. Any thread may read it. Raises GptOssError if the engine is closed."""
         return self._loop.status
 
+    @property
+    def failure(self) -> BaseException | None:
+        """The error that stopped the engine; None while it runs, and after close()."""
+        return self._loop.failure
+
     def call(self, function: Callable[[Runner], T]) -> T:
         """Run function(runner) on the engine thread between two steps, e.g. for runner.logits or runner.peak_memory.
 

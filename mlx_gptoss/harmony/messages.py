@@ -15,6 +15,7 @@ from .names import ToolNames
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 Effort = Literal["low", "medium", "high"]
 BuiltinTool = Literal["browser", "python"]
+Syntax = Literal["lark", "regex"]
 
 IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
 KNOWLEDGE_CUTOFF = "2024-06"
@@ -42,19 +43,34 @@ class Message:
 
 
 @dataclass(frozen=True)
+class TextFormat:
+    """The input of a function that takes text instead of JSON arguments.
+
+    syntax: of `definition`: "lark" (a grammar) or "regex" (Rust's), in llguidance's dialects. None for any text.
+    definition: describes the texts that are allowed; it is enforced on the calls.
+    """
+
+    syntax: Syntax | None = None
+    definition: str = ""
+
+
+@dataclass(frozen=True)
 class Function:
-    """A function that the model may call.
+    """A function that the model may call. Its arguments are enforced on every call.
 
     name: any text. The model sees it as Conversation.names spells it.
     description: what it does, for the model.
-    parameters: a JSON schema of type object; None for a function without arguments.
-    strict: whether generation enforces the schema on the arguments. Otherwise the model only sees it.
+    parameters: a JSON schema of type object, whose objects have no other properties than they list, unless it says so.
+        None for a function without arguments.
+    strict: whether a schema that cannot be enforced is refused. Otherwise only what can be enforced of it is.
+    text_format: for a function that takes text; `parameters` is then None.
     """
 
     name: str
     description: str = ""
     parameters: Mapping[str, Any] | None = None
     strict: bool = False
+    text_format: TextFormat | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +107,7 @@ class Conversation:
     functions: the functions that the model may call, declared in the developer message.
     builtin_tools: tools that the model knows from its training; the caller has to run them. Calls of "browser" are
         addressed to browser.search, browser.open or browser.find and hold JSON; calls of "python" hold code.
+    tool_texts: (tool, description) pairs in place of the descriptions of built-in tools that the model was trained on.
     response_format: enforced on the next final answer; None for free text.
     prefill: how the next final answer begins, without further reasoning; the model continues it.
     date: the "Current date" line, YYYY-MM-DD; None leaves the line out.
@@ -103,6 +120,7 @@ class Conversation:
     instructions: str | None = None
     functions: tuple[Function, ...] = ()
     builtin_tools: tuple[BuiltinTool, ...] = ()
+    tool_texts: tuple[tuple[str, str], ...] = ()
     response_format: ResponseFormat | None = None
     prefill: str = ""
     date: str | None = None

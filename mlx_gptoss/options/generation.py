@@ -34,7 +34,8 @@ class GenerationOptions:
     tools: Sequence[Mapping[str, Any]] = option(
         (),
         'Functions in OpenAI\'s form: {"type": "function", "function": {"name", "description", "parameters", '
-        '"strict"}}. With "strict" the arguments obey the schema; otherwise the model is only shown it.',
+        '"strict"}}. The arguments of every call obey the schema. What cannot be enforced of it is refused with '
+        '"strict"; otherwise it is left out, and a warning is logged.',
     )
     response_format: Mapping[str, Any] | None = option(
         None,

@@ -20,7 +20,7 @@ from .ignored import ReportIgnored
 from .ollama import chat as ollama_chat
 from .ollama import generate as ollama_generate
 from .ollama import models as ollama_models
-from .openai import chat_completions, completions, responses
+from .openai import chat_completions, compaction, completions, conversations, responses, stored_responses
 from .rewrite import Rewrite
 from .service import Service, ServiceDep
 
@@ -32,6 +32,9 @@ ROUTERS = (
     router,
     chat_completions.router,
     responses.router,
+    compaction.router,
+    stored_responses.router,
+    conversations.router,
     completions.router,
     messages.router,
     ollama_models.router,
@@ -58,10 +61,11 @@ async def retrieve_model(name: str, service: ServiceDep) -> Response:
 
 
 @router.get("/health")
+@router.get("/ready")
 async def health(service: ServiceDep) -> Response:
-    """200 while the server accepts requests, 503 while it drains before a shutdown."""
-    draining = service.gate.draining
-    return JsonResponse({"status": "draining" if draining else "ok"}, 503 if draining else 200)
+    """200 while the server accepts requests, 503 when it drains before a shutdown or its engine has failed."""
+    status = "failed" if service.model.failure else "draining" if service.gate.draining else "ok"
+    return JsonResponse({"status": status}, 200 if status == "ok" else 503)
 
 
 @router.get("/metrics", response_class=PlainTextResponse)

@@ -22,7 +22,7 @@ LOCAL_HOSTS = (*LOOPBACK, "host.docker.internal")  # the last is this machine's 
 LOCAL_ORIGIN = re.compile(
     r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?|(app|tauri|vscode-webview|vscode-file)://[\w.-]+", re.ASCII
 )
-PUBLIC_PATHS = ("/", "/health")  # need no API key; neither do the files under /page/
+PUBLIC_PATHS = ("/", "/health", "/ready")  # need no API key; neither do the files under /page/
 MAX_JSON_VALUES = 2_000_000  # in one body; Python needs about 60 bytes for each
 MAX_BUFFERED_BODIES = 8  # limit on the total size of bodies being received, in units of max_body_bytes
 

@@ -8,7 +8,9 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-_MISSING_VERSION = re.compile(r"/(chat/completions|completions|responses|messages|models|embeddings)(/|$)")
+_MISSING_VERSION = re.compile(
+    r"/(chat/completions|completions|responses|conversations|messages|models|embeddings)(/|$)"
+)
 
 
 class Rewrite:

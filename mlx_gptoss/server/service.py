@@ -7,17 +7,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Depends, Request
 
 from ..chat.stream import Events
+from ..engine import Status
+from ..errors import GptOssError
 from ..model import Model
 from .errors import ApiError
 from .event_queue import EventQueue
 from .guard import Gate
+from .hosted.sessions import HostedTools
 from .metrics import Metrics
-from .openai.store import ResponseStore
+from .openai.running import RunningResponse
+from .openai.store import ConversationStore, ResponseStore
 
 NANO_NAME = "mlx-gptoss-nano"
 
@@ -29,7 +33,9 @@ class Service:
     model_id: the model's name in responses. aliases: other names of it, which /v1/models lists, too.
     strict_model: requests may use only these names and other_names. Otherwise any name means this model.
     open_queues: the event queues of all requests in progress.
-    running_responses: /v1/responses in progress: id -> (the response as written so far, its event queue).
+    store, conversations: what /v1/responses and /v1/conversations keep in memory.
+    running_responses: /v1/responses in progress, by their ids. background_tasks: those that run without a client.
+    hosted: the tools that the server runs itself; None if none is switched on.
     """
 
     model: Model
@@ -42,7 +48,10 @@ class Service:
     created: int = field(default_factory=lambda: int(time.time()))
     open_queues: set[EventQueue] = field(default_factory=set)
     store: ResponseStore = field(default_factory=ResponseStore)
-    running_responses: dict[str, tuple[dict[str, Any], EventQueue]] = field(default_factory=dict)
+    conversations: ConversationStore = field(default_factory=ConversationStore)
+    running_responses: dict[str, RunningResponse] = field(default_factory=dict)
+    background_tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    hosted: HostedTools | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -70,7 +79,11 @@ class Service:
 
     def render_metrics(self) -> bytes:
         """The current metrics in the text format of Prometheus."""
-        status = self.model.status
+        try:
+            status = self.model.status
+        except GptOssError:  # the engine has failed or was closed
+            status = Status(slots=0, running=0, waiting=0, prefix_bytes=0)
+        self.metrics.up.set(status.slots > 0)
         self.metrics.running.set(status.running)
         self.metrics.waiting.set(status.waiting)
         self.metrics.prefix_cache_bytes.set(status.prefix_bytes)

@@ -21,6 +21,10 @@ EXPECTED = (  # in each example's output
     ['"text":"42 + 5 = 47"', '"object":"list"', '"deleted":true'],
     ['"object":"text_completion"'],
     ['"id":"mlx-gptoss-nano"', '{"status":"ok"}', "mlx_gptoss_completion_tokens_total"],
+    ['"content":"12 + 30 = 42"', '"response":"12 + 30 = 42"'],
+    ['{"version":"', '"name":"mlx-gptoss-nano:latest"', '"context_length":', '"thinking"', '{"status":"success"}'],
+    ['"state":"loaded"', '"trained_for_tool_use":true'],
+    ['"total_slots":', '"is_processing":false', '"piece":"H"', '{"content":"Hi"}', '"prompt":"<|start|>system'],
 )
 CURL = 'set -euo pipefail; curl() { command curl -sS --fail-with-body "$@"; echo; }\n'
 

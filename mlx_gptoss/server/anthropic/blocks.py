@@ -115,7 +115,9 @@ class BlockReader:
         The blocks of a user are paragraphs. Those of an assistant follow on from each other, as cited text does.
         """
         if any(texts):
-            self.messages.append(Message(role, ("" if role == "assistant" else "\n\n").join(texts), channel))
+            self.messages.append(
+                Message(role, ("" if role == "assistant" else "\n\n").join(filter(None, texts)), channel)
+            )
         texts.clear()
 
     def _add_result(self, block: Block, where: str) -> None:

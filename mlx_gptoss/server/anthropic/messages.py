@@ -161,7 +161,7 @@ class _Message:
         self._service = service
         self._functions = functions_of(body.tools or ())
         self._reader = BlockReader(ToolNames(function.name for function in self._functions))
-        # Claude Code sends thinking back only with messages of the model that it asked for.
+        # The name that was asked for: Claude Code drops the thinking of messages that another model wrote.
         self._writer = MessageWriter(body.model or service.model_id, body.shown_thinking)
         self._prompt_tokens = 0
         self.request_id: str = new_request_id()
@@ -203,8 +203,12 @@ class _Message:
         return events
 
     def count_tokens(self) -> int:
-        """The number of tokens in the prompt. It runs on a worker thread."""
-        return len(render(self.conversation, self._service.model.tokenizer))
+        """The number of tokens in the prompt. It runs on a worker thread.
+
+        Raises InvalidRequest, as /v1/messages does, if they are more than the context holds.
+        """
+        model = self._service.model
+        return len(render(self.conversation, model.tokenizer, model.max_context))
 
     async def events(self, queue: EventQueue) -> AsyncIterator[list[dict[str, Any]]]:
         """Yield batches of the API's events."""

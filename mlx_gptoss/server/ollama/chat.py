@@ -9,9 +9,10 @@ from fastapi import APIRouter, Request
 from pydantic import Field, WithJsonSchema
 from starlette.responses import Response
 
-from ...chat.stream import Events
+from ...chat.stream import Events, as_conversation
 from ...harmony.openai import unknown_fields
 from ..fields import MAX_MESSAGES, MAX_TOOLS, check_schema
+from ..openai.truncation import truncated
 from ..service import Service, ServiceDep
 from ..tool_kinds import check_tools, split_tools
 from .errors import ERROR_RESPONSES
@@ -40,10 +41,14 @@ router: APIRouter = APIRouter(responses=ERROR_RESPONSES)
 
 
 class ChatRequest(GenerationFields):
-    """messages: without any, the reply is empty: so clients load a model. tools: functions; others are left out."""
+    """messages: without any, the reply is empty: so clients load a model. tools: functions; others are left out.
+
+    truncate: true drops the oldest turns of a conversation that the context cannot hold; otherwise it is an error.
+    """
 
     messages: Annotated[list[Any] | None, WithJsonSchema(MESSAGES_SCHEMA)] = Field(None, max_length=MAX_MESSAGES)
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
+    truncate: bool | None = None
 
     def check(self) -> None:
         super().check()
@@ -63,18 +68,18 @@ async def chat(body: ChatRequest, request: Request, service: ServiceDep) -> Resp
     reply = Reply(body, service, _message)
     if not body.messages:
         return reply.idle_response(request)
-    return await reply.respond(request, _start(body, service))
+    return await reply.respond(request, partial(_submit, to_openai(body.messages), body, service))
 
 
-def _start(body: ChatRequest, service: Service) -> partial[Events]:
-    """A callable that submits the conversation to the engine."""
-    return partial(
-        service.model.stream,
-        to_openai(body.messages or ()),
+def _submit(messages: list[Any], body: ChatRequest, service: Service) -> Events:
+    """Submit the conversation to the engine. Runs on a worker thread, since it may be long."""
+    conversation = as_conversation(messages, reasoning=body.effort, tools=check_tools(body.tools or ()))
+    if body.truncate:
+        conversation = truncated(conversation, service.model, body.max_tokens)
+    return service.model.stream(
+        conversation,
         sampling=body.sampling(service.model.default_sampling),
         max_tokens=body.max_tokens,
-        reasoning=body.effort,
-        tools=check_tools(body.tools or ()),
         response_format=body.response_format,
     )
 

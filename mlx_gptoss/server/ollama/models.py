@@ -126,6 +126,7 @@ async def pull(body: PullRequest, request: Request, service: ServiceDep) -> Resp
 
 def _refuse(message: str) -> Any:
     async def refuse() -> Response:
+        """Not served: 400, with the reason."""
         raise ApiError(400, message, code="unsupported")
 
     return refuse

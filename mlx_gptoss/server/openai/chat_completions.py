@@ -39,7 +39,9 @@ from ..sse import DONE, STREAMING_RESPONSES, EventStream, encode_event, encode_e
 from ..tool_kinds import check_tools, split_tools
 
 MAX_CHOICES = 16
-CONTENT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}
+CONTENT_SCHEMA: dict[str, Any] = {
+    "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]
+}
 MESSAGES_SCHEMA: dict[str, Any] = {  # for OpenAPI; harmony.openai checks the messages
     "type": "array",
     "minItems": 1,
