@@ -125,6 +125,7 @@ def test_reasoning_may_be_left_out(http):
         },
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"const": {"sum": 42}}}}},
         {"guided_json": {"const": {"sum": 42}}},
+        {"json_schema": {"const": {"sum": 42}}},
     ],
 )
 def test_schemas_in_the_forms_of_other_servers(http, fields):
