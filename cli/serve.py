@@ -75,12 +75,14 @@ def serve(
     names = service.model_names(model)
     named = _alias_names(aliases, {model, *names[1], names[0]})
     settings = load_settings([name for name in re.split(r"[\s,]+", tools) if name], tools_config)
+    hosted = None if settings is None else HostedTools(settings)  # before the model is loaded, since it may fail
     with run.listen(host, port) as listener:
         gate = Gate(api_key=api_key, allowed_hosts=run.allowed_hosts(host), allowed_origins=cors)
         with load(model, **given) as loaded:
             grammar.warm_up(loaded.tokenizer)
             tokenizer = loaded.tokenizer
-            hosted = None if settings is None else HostedTools(settings, lambda text: len(tokenizer.encode(text)))
+            if hosted is not None:
+                hosted.count_tokens = lambda text: len(tokenizer.encode(text))
             if gate.allowed_hosts is None and api_key is None:
                 click.echo(f"warning: anyone who can reach {host}:{port} can use the model; set an --api-key", err=True)
             click.echo(_greeting(loaded.name, host, listener.getsockname()[1], api_key is not None), err=True)

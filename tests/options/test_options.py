@@ -15,7 +15,7 @@ from mlx_gptoss.options import GenerationOptions, LoadOptions
 from mlx_gptoss.options.declare import Flag
 from mlx_gptoss.weights.formats import WRITERS
 
-OTHER_MEANING = {("eval", "max_tokens"), ("generate", "tools"), ("chat", "tools")}  # of a text; files of functions
+OTHER_MEANING = {("serve", "tools"), ("eval", "max_tokens"), ("generate", "tools"), ("chat", "tools")}  # of a text; files of functions
 
 
 def parameters(function):

@@ -9,7 +9,6 @@ How an endpoint uses it, with `hosted: HostedTools` (sessions.py) in place of No
 3. `queue = await HostedReply.start(service, session, conversation, reply, max_tool_calls=...)` (loop.py) takes the
    place of `await service.start(reply)`. It has the methods of an EventQueue: batches(), stop(), close(); its events
    are those of chat/reply.py and of events.py. Pass it to service.finish() in the end.
-4. `hosted_item(...)` (items.py) turns the events into items of the Responses API, `history_messages(item)` turns items
-   that a client sends back into Harmony messages.
+4. `hosted_item(...)` (items.py) turns the events into items of the Responses API.
 5. `hosted.keep(response_id, session)` lets `previous=response_id` find the session again.
 """

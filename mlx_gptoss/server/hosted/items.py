@@ -1,13 +1,9 @@
-"""Calls of hosted tools as items of the Responses API, and such items as Harmony messages."""
+"""Calls of hosted tools as items of the Responses API."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from typing import Any
 
-from ...harmony.messages import Message
-from ...tokenizer import CONSTRAIN
 from .events import ApprovalRequest, Citation, HostedCall, HostedCallDelta, HostedResult, ToolList
 
 ITEM_TYPES = {"browser": "web_search_call", "python": "code_interpreter_call", "mcp": "mcp_call"}
@@ -17,13 +13,6 @@ ID_PREFIXES = {
     "mcp_call": "mcp",
     "mcp_list_tools": "mcpl",
     "mcp_approval_request": "mcpr",
-}
-# The events of an item between response.output_item.added and .done, after "response.ITEM_TYPE.".
-STEPS = {
-    "web_search_call": ("in_progress", "searching", "completed"),
-    "code_interpreter_call": ("in_progress", "interpreting", "completed"),
-    "mcp_call": ("in_progress", "completed"),  # or "failed"
-    "mcp_list_tools": ("in_progress", "completed"),  # or "failed"
 }
 # The events that carry the arguments, without ".delta" and ".done", and the field of the latter.
 ARGUMENT_EVENTS = {
@@ -86,24 +75,3 @@ def annotation(citation: Citation) -> dict[str, Any]:
         "url": citation.url,
         "title": citation.title,
     }
-
-
-def history_messages(item: Mapping[str, Any]) -> tuple[Message, ...]:
-    """The call and the result of an item that a client sends back, as Harmony messages.
-
-    A web_search_call does not hold what was found, and gives no message; nor do mcp_list_tools and approval items.
-    """
-    if item.get("type") == "code_interpreter_call":
-        code, outputs = item.get("code"), item.get("outputs") or ()
-        logs = [one.get("logs") for one in outputs if isinstance(one, Mapping)]
-        call = Message("assistant", code if isinstance(code, str) else "", "analysis", "python", "code")
-        text = "".join(log for log in logs if isinstance(log, str))
-        return call, Message("tool", text, "analysis", "assistant", name="python")
-    if item.get("type") == "mcp_call":
-        recipient = f"functions.{item.get('server_label')}__{item.get('name')}"
-        arguments, output = item.get("arguments"), item.get("output")
-        text = output if isinstance(output, str) else f"error: {json.dumps(item.get('error'), ensure_ascii=False)}"
-        content = arguments if isinstance(arguments, str) else "{}"
-        call = Message("assistant", content, "commentary", recipient, f"{CONSTRAIN}json")
-        return call, Message("tool", text, "commentary", "assistant", name=recipient)
-    return ()

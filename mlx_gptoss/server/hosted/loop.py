@@ -138,7 +138,8 @@ class HostedReply(EventQueue):
         for call in calls:
             hosted = self._session.hosted_call(call)
             approved = call in self._approved
-            if hosted is not None and not approved:
+            must_approve = hosted is not None and not approved and self._session.must_approve(hosted)
+            if hosted is not None and not must_approve:
                 yield hosted
             if hosted is None:  # a tool that this request does not have: the model alone is told
                 self._calls_left -= 1
@@ -146,8 +147,9 @@ class HostedReply(EventQueue):
             elif self._calls_left <= 0:
                 self._refused = True
                 self._append_result(call, NO_MORE_CALLS)
-                yield HostedResult(hosted, NO_MORE_CALLS, "the limit on tool calls is reached")
-            elif not approved and self._session.must_approve(hosted):
+                if not must_approve:
+                    yield HostedResult(hosted, NO_MORE_CALLS, "the limit on tool calls is reached")
+            elif must_approve:
                 yield ApprovalRequest(hosted)
             else:
                 self._calls_left -= 1
@@ -172,7 +174,7 @@ class HostedReply(EventQueue):
                 if time.monotonic() > deadline:
                     raise
                 await self._unless_stopped(asyncio.sleep(error.retry_after_s))
-            except InvalidRequest as error:
+            except (InvalidRequest, ApiError) as error:
                 if self._turn.replies and "context holds" in str(error):
                     return False
                 raise

@@ -14,7 +14,8 @@ from .sessions import Session
 
 @dataclass
 class Round:
-    """Reads one reply. Calls of hosted tools are kept back, and citations become events.
+    """Reads one reply. Calls of hosted tools are kept back, and citations become events. The deltas of a first call
+    are passed on, unless it has to be approved.
 
     calls: the hosted ones, in order. client_called: whether there is a call that the client has to run.
     end: the reply's last event, which is kept back, too.
@@ -39,7 +40,7 @@ class Round:
         elif isinstance(event, (ToolCall, ToolCallDelta)) and (owner := self.session.owner(event.name)) is not None:
             if isinstance(event, ToolCall):
                 self.calls.append(event)
-            elif owner.tool is not None:
+            elif owner.tool is not None and not self.calls and not self.session.must_approve(owner):
                 container = self.session.container_id() if owner.tool == "python" else None
                 yield HostedCallDelta(event.id, owner.tool, owner.name, event.text, owner.server_label, container)
         else:

@@ -49,14 +49,15 @@ class Owner:
 class HostedTools:
     """The tools of one server. Make it before the server starts, and close() it in the end.
 
-    settings: what is switched on. count_tokens: the tokens of a text, for the size of what the browser shows.
+    settings: what is switched on. count_tokens: the tokens of a text, for the size of what the browser shows; until it
+    is set, a token is four characters.
 
     Raises GptOssError if a package is missing, or if python is on and no sandbox works here.
     """
 
-    def __init__(self, settings: HostedSettings, count_tokens: Callable[[str], int]) -> None:
+    def __init__(self, settings: HostedSettings) -> None:
         self.settings = settings
-        self._count_tokens = count_tokens
+        self.count_tokens: Callable[[str], int] = lambda text: -(-len(text) // 4)
         self._states: OrderedDict[str, State] = OrderedDict()
         self._fetcher = None if settings.browser is None else Fetcher(settings.browser)
         self._engine = None if settings.browser is None else SearchEngine(settings.browser)
@@ -86,7 +87,7 @@ class HostedTools:
         if "browser" in selection.builtin and state.browser is None:
             assert self._fetcher is not None and self._engine is not None and self.settings.browser is not None
             state.browser = BrowserSession(
-                self._fetcher, self._engine, self._count_tokens, self.settings.browser.view_tokens
+                self._fetcher, self._engine, self.count_tokens, self.settings.browser.view_tokens
             )
         if selection.mcp:
             assert self._mcp is not None
@@ -181,7 +182,8 @@ class Session:
     def tool_choice(self, choice: str | Mapping[str, Any]) -> Any:
         """A request's tool_choice for the model. An MCP tool has another name there; others cannot be forced."""
         if isinstance(choice, str):
-            return choice
+            callable = self._client_names or self._functions
+            return "auto" if choice == "required" and not callable else choice
         kind = choice.get("type")
         if kind == "mcp" and choice.get("name") is not None:
             for name, owner in self._owners.items():
@@ -213,14 +215,18 @@ class Session:
             container = self.container_id()
         return HostedCall(call.id, owner.tool, owner.name, call.arguments, owner.server_label, action, container)
 
-    def approved_call(self, id: str, server_label: str, name: str, arguments: str) -> ToolCall | None:
-        """The call of an MCP tool that the client has approved, for HostedReply.start(approved=)."""
+    def approved_call(self, id: str, server_label: str, name: str, arguments: str) -> ToolCall:
+        """The call of an MCP tool that the client has approved, for HostedReply.start(approved=).
+
+        Raises ApiError 400 if the request does not have that tool.
+        """
         for function, owner in self._owners.items():
             if (owner.server_label, owner.name) == (server_label, name):
                 return ToolCall(id, function, arguments)
-        return None
+        self.release()
+        raise invalid_field("tools", f"do not have the approved tool {name!r:.100} of {server_label!r:.100}")
 
-    def must_approve(self, call: HostedCall) -> bool:
+    def must_approve(self, call: HostedCall | Owner) -> bool:
         """Whether the client wants to approve the call before it runs."""
         return call.server_label is not None and self._choice(call.server_label).must_approve(call.name)
 

@@ -13,6 +13,7 @@ from pydantic import Discriminator, Field, Tag
 
 from ...harmony.checks import MAX_TOOL_NAME_CHARACTERS
 from ..fields import RequestModel
+from ..hosted.items import ID_PREFIXES as HOSTED_ID_PREFIXES
 
 TEXT_PARTS = ("input_text", "output_text", "text")
 ID_PREFIXES: Mapping[str, str] = {
@@ -23,6 +24,7 @@ ID_PREFIXES: Mapping[str, str] = {
     "custom_tool_call": "ctc",
     "custom_tool_call_output": "ctco",
     "compaction": "cmp",
+    **HOSTED_ID_PREFIXES,
 }
 
 FunctionName = Annotated[str, Field(min_length=1, max_length=MAX_TOOL_NAME_CHARACTERS)]

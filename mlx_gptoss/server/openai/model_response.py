@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from ...chat.stream import Events
+from ...harmony.messages import Conversation
 from ..errors import ApiError, dump_json, from_exception
 from ..event_queue import EventQueue
+from ..hosted.loop import HostedReply
+from ..hosted.sessions import Session
 from ..service import Service
 from ..sse import encode_event
 from .items import item_objects, new_id
@@ -32,6 +36,7 @@ class ModelResponse:
         self._body = body
         self._service = service
         self._id = new_id("resp")
+        self._session: Session | None = None  # of the tools that the server runs
         alternatives = body.top_logprobs if body.logprobs else None
         self._sampling = body.sampling(service.model.default_sampling, alternatives or 0)
         options = WriterOptions(body.logprobs, body.summary is not None, INCLUDE_REASONING in (body.include or ()))
@@ -45,16 +50,42 @@ class ModelResponse:
         The queue ends with the only Finished event, whose messages are those of the whole turn.
         """
         body, context = self._body, self.context
-        return await self._service.start(
-            submitter(
-                self._service,
-                context.conversation,
-                truncate=body.truncation == "auto",
-                sampling=self._sampling,
-                max_tokens=body.max_output_tokens,
-                tool_choice=context.tools.choice(body.tool_choice or "auto"),
-                parallel_tool_calls=body.parallel_tool_calls is not False,
-            )
+        if context.hosted:
+            return await self._start_hosted()
+        choice = context.tools.choice(body.tool_choice or "auto")
+        return await self._service.start(self._submitter(context.conversation, choice, body.max_output_tokens))
+
+    async def _start_hosted(self) -> EventQueue:
+        """start() of a response with tools that the server runs."""
+        body, context, hosted = self._body, self.context, self._service.hosted
+        assert hosted is not None
+        previous = body.conversation_id or body.previous_response_id
+        names = [function.name for function in context.tools.functions]
+        session = self._session = await hosted.session(context.hosted, previous=previous, client_names=names)
+        approved = [
+            session.approved_call(one.id, one.server_label, one.name, one.arguments) for one in context.approved
+        ]
+        return await HostedReply.start(
+            self._service,
+            session,
+            session.declare(context.conversation),
+            lambda conversation, choice, tokens: self._submitter(conversation, choice, tokens)(),
+            tool_choice=context.tools.choice(session.tool_choice(body.tool_choice or "auto")),
+            max_tokens=body.max_output_tokens,
+            max_tool_calls=body.max_tool_calls,
+            approved=approved,
+        )
+
+    def _submitter(self, conversation: Conversation, choice: Any, max_tokens: int | None) -> Callable[[], Events]:
+        """A callable that submits a conversation to the engine, with the options of the request."""
+        return submitter(
+            self._service,
+            conversation,
+            truncate=self._body.truncation == "auto",
+            sampling=self._sampling,
+            max_tokens=max_tokens,
+            tool_choice=choice,
+            parallel_tool_calls=self._body.parallel_tool_calls is not False,
         )
 
     async def events(self, queue: EventQueue, log: EventLog | None = None) -> AsyncIterator[list[dict[str, Any]]]:
@@ -120,8 +151,10 @@ class ModelResponse:
         given, made = _by_id(item_objects(self.context.items)), _by_id(writer.response["output"])
         if body.conversation_id is not None and writer.finished is not None:
             service.conversations.append(body.conversation_id, {**given, **made})
+            self._keep_session(body.conversation_id)
         if body.store is False:
             return
+        self._keep_session(self._id)
         history = None
         if writer.finished is not None:
             recipient = self.context.tools.function_recipient
@@ -130,6 +163,11 @@ class ModelResponse:
         events = () if log is None else (*log.events, encode_event(last, last["type"]))
         stored = StoredResponse(dump_json(writer.response), given, made, history, events)
         last["response"]["store"] = writer.response["store"] = service.store.put(self._id, stored)
+
+    def _keep_session(self, id: str) -> None:
+        """Keep the state of the tools for what continues the conversation under this id."""
+        if self._service.hosted is not None and self._session is not None:
+            self._service.hosted.keep(id, self._session)
 
     def _initial_response(self) -> dict[str, Any]:
         """The response object before any output."""

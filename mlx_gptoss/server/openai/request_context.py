@@ -16,7 +16,9 @@ from ...harmony.messages import Conversation, without_old_reasoning
 from ...harmony.openai_tools import response_format_of
 from ..errors import ApiError, invalid_field
 from ..fields import MAX_MESSAGES
+from ..hosted.selection import Selection, hosted_tools_of
 from ..service import Service
+from .approvals import ApprovedCall, read_approvals
 from .conversation_items import ConversationItems
 from .items import Item, ItemReference
 from .response_request import ContextRequest, request_error
@@ -33,7 +35,8 @@ class RequestContext:
 
     tools: those of the request. items: its input, with references replaced by the items. history: the conversation up
     to and with them, with all of its reasoning. conversation: the same with instructions, functions and the response
-    format, and without old reasoning. ignored: the paths of what has no effect.
+    format, and without old reasoning. ignored: the paths of what has no effect. hosted: the tools that the server
+    runs. approved: calls of theirs that the conversation ends with, and that the client has approved.
     """
 
     tools: ResponseTools
@@ -41,6 +44,8 @@ class RequestContext:
     history: ConversationItems
     conversation: Conversation
     ignored: frozenset[str]
+    hosted: Selection
+    approved: tuple[ApprovedCall, ...]
 
 
 def read_context(body: ContextRequest, service: Service) -> RequestContext:
@@ -48,12 +53,14 @@ def read_context(body: ContextRequest, service: Service) -> RequestContext:
     service.check_model(body.model)
     body.check()
     try:
-        tools = ResponseTools(body.all_tools)
+        selection = hosted_tools_of(body.all_tools, None if service.hosted is None else service.hosted.settings)
+        tools = ResponseTools(selection.client_tools if selection else body.all_tools)
         response_format = response_format_of(body.format)
     except InvalidRequest as error:
         raise request_error(error) from error
     items = [_resolved(item, service) for item in body.items]
     history = _previous_history(body, service, tools).with_items(items, tools)
+    history, approved = read_approvals(items, history, tools, service)
     if not history.messages:
         hint = "; this endpoint takes input, not messages" if "messages" in (body.model_extra or {}) else ""
         raise invalid_field("input", f"is missing: send a text or items{hint}", "missing_required_parameter")
@@ -68,7 +75,9 @@ def read_context(body: ContextRequest, service: Service) -> RequestContext:
     )
     ignored = body.ignored_fields() | {f"tools[].{kind}" for kind in tools.left_out}
     ignored |= {f"input[].{kind}" for kind in history.skipped - {"additional_tools"}}
-    return RequestContext(tools, items, replace(history, skipped=frozenset()), conversation, frozenset(ignored))
+    ignored |= set(selection.left_out) if selection else set()
+    history = replace(history, skipped=frozenset())
+    return RequestContext(tools, items, history, conversation, frozenset(ignored), selection, approved)
 
 
 def submitter(service: Service, conversation: Conversation, *, truncate: bool, **options: Any) -> Callable[[], Events]:

@@ -7,10 +7,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ...chat.reply import Event, Finished, ReasoningDelta, TextDelta, ToolCallDelta
+from ...chat.reply import Finished, ReasoningDelta, TextDelta, ToolCallDelta
 from ...tokenizer import Tokenizer
 from ..errors import ApiError
+from ..hosted.events import (
+    AnyEvent,
+    ApprovalRequest,
+    Citation,
+    HostedCall,
+    HostedCallDelta,
+    HostedResult,
+    ToolList,
+)
+from ..hosted.items import annotation
 from .chat_completions import logprob_entry
+from .hosted_output import ApprovalOutput, HostedCallOutput, ToolListOutput
 from .output_items import CallItem, Emit, MessageOutput, OutputItem, ReasoningOutput
 from .response_tools import ClientTool
 
@@ -66,7 +77,7 @@ class ResponseWriter:
         self.response["status"] = "in_progress"
         return [self._event("response.in_progress", response=dict(self.response))]
 
-    def write(self, event: Event) -> Iterator[dict[str, Any]]:
+    def write(self, event: AnyEvent) -> Iterator[dict[str, Any]]:
         """Convert one event of the reply."""
         match event:
             case ReasoningDelta():
@@ -86,6 +97,31 @@ class ResponseWriter:
                 yield from item.append(event.text, self._emitter(item))
             case Finished():
                 yield from self._finish(event)
+            case Citation():
+                if isinstance(self._open, MessageOutput):
+                    yield from self._open.annotate(annotation(event), self._emitter(self._open))
+            case ToolList():
+                yield from self.open(ToolListOutput(event))
+                yield from self.close("completed")
+            case ApprovalRequest():
+                yield from self.open(ApprovalOutput(event))
+                yield from self.close("completed")
+            case HostedCallDelta() | HostedCall() | HostedResult():
+                yield from self._hosted_call(event)
+
+    def _hosted_call(self, event: HostedCallDelta | HostedCall | HostedResult) -> Iterator[dict[str, Any]]:
+        """A step of a call that the server runs."""
+        item, opening = self._open, event.call if isinstance(event, HostedResult) else event
+        if not (isinstance(item, HostedCallOutput) and item.call_id == opening.id):
+            item = HostedCallOutput(opening)
+            yield from self.open(item)
+        if isinstance(event, HostedCallDelta):
+            yield from item.append(event.text, self._emitter(item))
+        elif isinstance(event, HostedCall):
+            yield from item.run(event, self._emitter(item))
+        else:
+            item.finish(event)
+            yield from self.close("completed")
 
     def open(self, item: OutputItem) -> Iterator[dict[str, Any]]:
         """Close the open item, and begin this one. It is closed by the next one, or at the end."""

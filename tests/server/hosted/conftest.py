@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -36,6 +36,7 @@ from mlx_gptoss.server.hosted.loop import HostedReply
 from mlx_gptoss.server.hosted.selection import hosted_tools_of
 from mlx_gptoss.server.hosted.sessions import HostedTools
 from mlx_gptoss.server.hosted.settings import BrowserSettings, HostedSettings
+from mlx_gptoss.server.run import Server, listen
 from mlx_gptoss.server.service import Service
 
 PLANETS = (
@@ -225,7 +226,8 @@ def answer(scripted_model: Callable[..., Any]) -> Callable[..., Any]:
         model = scripted.model
 
         async def work() -> list[Any]:
-            hosted = HostedTools(settings, lambda text: len(model.tokenizer.encode(text)))
+            hosted = HostedTools(settings)
+            hosted.count_tokens = lambda text: len(model.tokenizer.encode(text))
             try:
                 names = [function.name for function in functions]
                 session = await hosted.session(hosted_tools_of(tools, settings), client_names=names)
@@ -255,6 +257,31 @@ def answer(scripted_model: Callable[..., Any]) -> Callable[..., Any]:
         return events, scripted
 
     return run
+
+
+@pytest.fixture
+def scripted_server(scripted_model: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Starts servers with hosted tools and a scripted model: scripted_server(settings, replies).
+
+    Returns OpenAI's client, and the scripted model, whose `service` is the server's.
+    """
+    openai = pytest.importorskip("openai")
+    with ExitStack() as stack:
+
+        def start(settings: HostedSettings, replies: Sequence[Sequence[Message]]) -> Any:
+            scripted = scripted_model()
+            scripted.will_say(*replies)
+            scripted.service = Service(scripted.model, Gate(), "scripted", hosted=HostedTools(settings))
+            listener = listen("127.0.0.1", 0)
+            server = Server(scripted.service, drain_s=5)
+            thread = threading.Thread(target=server.serve_on, args=(listener,))
+            thread.start()
+            stack.callback(thread.join, 60)
+            stack.callback(server.drain)
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+            return stack.enter_context(openai.OpenAI(base_url=url, api_key="none", max_retries=0)), scripted
+
+        yield start
 
 
 MCP_SERVER = '''

@@ -7,7 +7,6 @@ import itertools
 import pytest
 
 from mlx_gptoss.chat.reply import TextDelta
-from mlx_gptoss.harmony.messages import Message
 from mlx_gptoss.server.hosted.citations import CitationReader
 from mlx_gptoss.server.hosted.events import (
     ApprovalRequest,
@@ -17,7 +16,7 @@ from mlx_gptoss.server.hosted.events import (
     HostedResult,
     ToolList,
 )
-from mlx_gptoss.server.hosted.items import annotation, history_messages, hosted_item
+from mlx_gptoss.server.hosted.items import annotation, hosted_item
 
 PAGES = {6: ("https://a.example/x(1)", "A page"), 7: ("https://b.example/", "B")}
 TEXT = "It is so【6†L9-L11】, and so 【7†L3】. Not 【9†L1】, nor 【x】 or 【6†"
@@ -117,16 +116,3 @@ def test_openai_reads_the_items():
         item = hosted_item(event)
         parsed = adapter.validate_python({"id": "x_1", **item})
         assert parsed.type == item["type"]
-
-
-def test_items_that_come_back():
-    code = {"type": "code_interpreter_call", "code": "1 + 1", "outputs": [{"type": "logs", "logs": "2"}]}
-    assert history_messages(code) == (
-        Message("assistant", "1 + 1", "analysis", "python", "code"),
-        Message("tool", "2", "analysis", "assistant", name="python"),
-    )
-    mcp = {"type": "mcp_call", "server_label": "calc", "name": "add", "arguments": "{}", "output": "3"}
-    assert [message.content for message in history_messages(mcp)] == ["{}", "3"]
-    assert "gone" in history_messages({**mcp, "output": None, "error": "gone"})[1].content
-    assert history_messages({"type": "web_search_call"}) == ()
-    assert history_messages({"type": "code_interpreter_call", "code": None, "outputs": None})[1].content == ""

@@ -119,7 +119,7 @@ def test_the_limit_on_calls_leaves_the_client_its_functions(answer):
 
 
 def test_the_limit_on_tokens_counts_all_replies(answer):
-    events, model = answer(NO_SANDBOX, PYTHON, [[call("python", "1")], [say("a b c d e f g h")]], max_tokens=15)
+    events, _model = answer(NO_SANDBOX, PYTHON, [[call("python", "1")], [say("a b c d e f g h")]], max_tokens=15)
     end = events[-1]
     assert end.finish_reason == "length" and end.usage.completion_tokens == 15
 

@@ -53,7 +53,7 @@ def test_a_call_over_stdio(answer, settings):
     events, model = answer(settings, tools, replies)
     assert isinstance(events[0], ToolList) and events[0].error is None
     assert {tool["name"] for tool in events[0].tools} == {"add", "fail", "secret", "sleep", "die"}
-    one, other = of(HostedCall, events)
+    one, _other = of(HostedCall, events)
     assert (one.tool, one.server_label, one.name, json.loads(one.arguments)) == (
         "mcp",
         "calc",
@@ -136,7 +136,7 @@ def test_a_slow_call_is_given_up(server):
         servers = McpServers(McpSettings({"calc": slow}))
         (tools,) = await servers.tools_of([slow])
         try:
-            with pytest.raises(ToolError, match="no result within 0.5 seconds"):
+            with pytest.raises(ToolError, match=r"no result within 0\.5 seconds"):
                 await tools.call("sleep", {"seconds": 30})
         finally:
             await servers.close()

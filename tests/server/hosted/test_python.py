@@ -146,7 +146,7 @@ def test_no_privileges_and_no_environment(confined, monkeypatch):
 
 
 def test_an_endless_loop_keeps_the_variables(confined):
-    first, second, third = outputs(replace(confined, timeout_s=0.5), "x = 5", "while True: pass", "x")
+    _first, second, third = outputs(replace(confined, timeout_s=0.5), "x = 5", "while True: pass", "x")
     assert second.error == "timed out after 0.5 seconds" and "TimeoutError" in second.text
     assert third.text == "5"
 
@@ -295,7 +295,7 @@ def test_no_sandbox_is_an_error(monkeypatch):
     monkeypatch.setattr(sandbox, "bubblewrap", lambda *a: ["/nonexistent/bwrap"])
     monkeypatch.setattr(sandbox, "namespaces", lambda *a: ["sh", "-c", "echo unshare: not permitted >&2; exit 1"])
     monkeypatch.setattr(sandbox, "sandbox_exec", lambda *a: ["/nonexistent/sandbox-exec"])
-    with pytest.raises(GptOssError, match='no sandbox here .*nonexistent.* sandbox = "none"'):
+    with pytest.raises(GptOssError, match=r'no sandbox here .*nonexistent.* sandbox = "none"'):
         PythonSessions(SETTINGS)
 
 

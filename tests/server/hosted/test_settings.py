@@ -117,7 +117,7 @@ def test_errors_say_what_is_wrong(load, text, names, error, monkeypatch):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(GptOssError, match="cannot read .*none.toml"):
+    with pytest.raises(GptOssError, match=r"cannot read .*none\.toml"):
         load_settings(["python"], tmp_path / "none.toml")
 
 
