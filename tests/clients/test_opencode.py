@@ -9,9 +9,7 @@ from programs import find_program, project, run
 from scripted import answers_with_tool, says
 
 pytestmark = pytest.mark.slow
-LISTS = answers_with_tool(
-    "bash", '{"command": "ls", "description": "List files"}', "There is notes.txt.", "I list the files."
-)
+LISTS = answers_with_tool("bash", '{"command": "ls"}', "There is notes.txt.", "I list the files.")
 PROVIDERS = {"@ai-sdk/openai-compatible": "/v1", "@ai-sdk/openai": "/v1", "@ai-sdk/anthropic": "/v1"}
 
 
