@@ -49,7 +49,7 @@ class ResponseTools:
         for index, tool in enumerate(tools):
             if tool.get("type") == "namespace":
                 self._add_namespace(tool, f"tools[{index}]")
-        self.functions = tuple(self._functions.values())
+        self.functions: tuple[Function, ...] = tuple(self._functions.values())
         self._names = ToolNames(self._tools)
         if self.left_out and not self.functions:
             kinds = ", ".join(sorted(self.left_out))[:200]
