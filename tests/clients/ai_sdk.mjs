@@ -12,7 +12,9 @@ const model = {
   responses: () => createOpenAI(options).responses('gpt-oss-20b'),
   chat: () => createOpenAI(options).chat('gpt-oss-20b'),
   compatible: () =>
-    createOpenAICompatible({ ...options, name: 'mlx-gptoss', supportsStructuredOutputs: true })('gpt-oss-20b'),
+    createOpenAICompatible({ ...options, name: 'mlx-gptoss', includeUsage: true, supportsStructuredOutputs: true })(
+      'gpt-oss-20b',
+    ),
   anthropic: () => createAnthropic(options)('gpt-oss-20b'),
 }[kind]();
 const providerOptions = {

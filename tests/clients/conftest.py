@@ -1,4 +1,4 @@
-"""Servers for real clients: the bundled model's, and one whose model follows a script."""
+"""Servers for real clients, whose model follows a script."""
 
 from __future__ import annotations
 
@@ -9,22 +9,7 @@ from typing import Any
 import pytest
 import scripted
 
-import mlx_gptoss
-
 pytest.importorskip("fastapi", reason="the server's packages are not installed: pip install '.[serve]'")
-
-
-@pytest.fixture(scope="session")
-def model() -> Iterator[mlx_gptoss.Model]:
-    with mlx_gptoss.load(slots=4, max_context=8192) as loaded:
-        yield loaded
-
-
-@pytest.fixture(scope="session")
-def server(model: mlx_gptoss.Model) -> Iterator[Any]:
-    """A server with the bundled model; its address is `server.url`."""
-    with scripted.serving(model) as running:
-        yield running
 
 
 @pytest.fixture

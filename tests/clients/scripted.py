@@ -35,9 +35,9 @@ def says(text: str) -> Message:
     return Message("assistant", text, "final")
 
 
-def calls(function: str, arguments: str) -> Message:
-    """A function call, which ends a reply. arguments: JSON, or what a custom tool takes."""
-    return Message("assistant", arguments, "commentary", f"functions.{function}", "<|constrain|>json")
+def calls(function: str, arguments: str, content_type: str | None = "<|constrain|>json") -> Message:
+    """A function call, which ends a reply. content_type: None for a custom tool, which takes text."""
+    return Message("assistant", arguments, "commentary", f"functions.{function}", content_type)
 
 
 WEATHER_THOUGHT = "The tool knows the weather."

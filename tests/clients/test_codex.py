@@ -31,7 +31,9 @@ def codex(tmp_path):
         home.mkdir(exist_ok=True)
         (home / "config.toml").write_text(CONFIG.format(model=model, url=server.url))
         command = [program, "exec", "--json", "--skip-git-repo-check", *arguments]
-        environment = {"CODEX_HOME": str(home), "CODEX_OSS_BASE_URL": f"{server.url}/v1"}
+        temporary = tmp_path / "temporary"  # Codex has no sandbox if its home is in the folder for temporary files
+        temporary.mkdir(exist_ok=True)
+        environment = {"TMPDIR": str(temporary), "CODEX_HOME": str(home), "CODEX_OSS_BASE_URL": f"{server.url}/v1"}
         output = run(command, tmp_path, environment, project(tmp_path))
         return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
 
@@ -79,7 +81,7 @@ def test_patch_under_its_grammar(codex, scripted_server, tmp_path):
     def reply(prompt):
         if "<|start|>functions.apply_patch to=assistant" in prompt:
             return [says("Done.")]
-        return [thinks("I add it."), calls("apply_patch", patch)]
+        return [thinks("I add it."), calls("apply_patch", patch, None)]
 
     server = scripted_server(reply)
     events = codex(server, "--sandbox", "workspace-write", "Add bread.", model="gpt-5.5")

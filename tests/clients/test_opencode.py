@@ -9,17 +9,20 @@ from programs import find_program, project, run
 from scripted import answers_with_tool, says
 
 pytestmark = pytest.mark.slow
-LISTS = answers_with_tool(
-    "bash", '{"command": "ls", "description": "List files"}', "There is notes.txt.", "I list the files."
-)
-PROVIDERS = {"@ai-sdk/openai-compatible": "/v1", "@ai-sdk/openai": "/v1", "@ai-sdk/anthropic": "/v1"}
+LISTS = answers_with_tool("bash", '{"command": "ls"}', "There is notes.txt.", "I list the files.")
+PROVIDERS = {  # the packages that opencode brings, and the options that each needs to show the reasoning
+    "@ai-sdk/openai-compatible": {},
+    "@ai-sdk/openai": {"forceReasoning": True, "reasoningSummary": "auto"},
+    "@ai-sdk/anthropic": {},
+}
 
 
 def config(package, url):
     """The content of opencode.json."""
     limit = {"context": 131072, "output": 32768}
     model = {"name": "gpt-oss 20b", "reasoning": True, "tool_call": True, "limit": limit}
-    options = {"baseURL": url + PROVIDERS[package], "apiKey": "none"}
+    model["options"] = PROVIDERS[package]
+    options = {"baseURL": f"{url}/v1", "apiKey": "none"}
     provider = {"npm": package, "name": "mlx-gptoss", "options": options, "models": {"gpt-oss-20b": model}}
     return {
         "$schema": "https://opencode.ai/config.json",
