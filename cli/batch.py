@@ -36,7 +36,7 @@ def batch(requests: Path, answers: Path, model: str | None, retry: bool, as_json
     with serve_extra():
         from mlx_gptoss.server.batch import Batch
         from mlx_gptoss.server.guard import Gate
-        from mlx_gptoss.server.openai.store import ResponseStore
+        from mlx_gptoss.server.responses.store import ResponseStore
         from mlx_gptoss.server.service import Service, model_names
 
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)

@@ -20,7 +20,9 @@ from .ignored import ReportIgnored
 from .ollama import chat as ollama_chat
 from .ollama import generate as ollama_generate
 from .ollama import models as ollama_models
-from .openai import chat_completions, compaction, completions, conversations, responses, stored_responses
+from .openai import chat_completions, completions
+from .responses import compaction, conversations, stored_responses
+from .responses import endpoint as responses
 from .rewrite import Rewrite
 from .service import Service, ServiceDep
 

@@ -22,14 +22,16 @@ from .batch_files import AnswerFile, LineError, RequestFile, answer_entry, check
 from .disconnect import cancel_and_wait
 from .errors import from_exception, from_validation, invalid_field
 from .fields import RequestModel
-from .openai import chat_completions, completions, response_request, responses
+from .openai import chat_completions, completions
+from .responses import endpoint as responses
+from .responses.request import ResponsesRequest
 from .service import Service
 
 FullResponse = Callable[[Any, Service], Awaitable[dict[str, Any]]]
 
 ENDPOINTS: dict[str, tuple[type[RequestModel], FullResponse]] = {
     "/v1/chat/completions": (chat_completions.ChatRequest, chat_completions.full_response),
-    "/v1/responses": (response_request.ResponsesRequest, responses.full_response),
+    "/v1/responses": (ResponsesRequest, responses.full_response),
     "/v1/completions": (completions.CompletionRequest, completions.full_response),
 }
 

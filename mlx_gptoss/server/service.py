@@ -20,8 +20,8 @@ from .event_queue import EventQueue
 from .guard import Gate
 from .hosted.sessions import HostedTools
 from .metrics import Metrics
-from .openai.running import RunningResponse
-from .openai.store import ConversationStore, ResponseStore
+from .responses.running import RunningResponse
+from .responses.store import ConversationStore, ResponseStore
 
 NANO_NAME = "mlx-gptoss-nano"
 

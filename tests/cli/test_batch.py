@@ -25,7 +25,7 @@ from mlx_gptoss.server.app import build_app
 from mlx_gptoss.server.batch import Batch
 from mlx_gptoss.server.batch_files import MAX_LINE_BYTES, RequestFile
 from mlx_gptoss.server.guard import Gate
-from mlx_gptoss.server.openai.store import ResponseStore
+from mlx_gptoss.server.responses.store import ResponseStore
 from mlx_gptoss.server.service import Service, model_names
 
 CLI = [sys.executable, "-m", "mlx_gptoss_cli", "batch"]

@@ -8,10 +8,10 @@ from pydantic import TypeAdapter
 
 from mlx_gptoss.harmony.messages import Message
 from mlx_gptoss.server.errors import ApiError
-from mlx_gptoss.server.openai.conversation_items import SUMMARY_INTRODUCTION, ConversationItems
-from mlx_gptoss.server.openai.items import Item, item_objects
-from mlx_gptoss.server.openai.opaque import pack, unpack
-from mlx_gptoss.server.openai.response_tools import ResponseTools
+from mlx_gptoss.server.responses.conversation_items import SUMMARY_INTRODUCTION, ConversationItems
+from mlx_gptoss.server.responses.items import Item, item_objects
+from mlx_gptoss.server.responses.opaque import pack, unpack
+from mlx_gptoss.server.responses.tools import ResponseTools
 
 MODEL = "mlx-gptoss-nano"
 SUM = "What is 12 + 30?"

@@ -10,8 +10,8 @@ import pytest
 import mlx_gptoss
 from mlx_gptoss.harmony.messages import Conversation, Message
 from mlx_gptoss.harmony.render import render
-from mlx_gptoss.server.openai.opaque import unpack
-from mlx_gptoss.server.openai.truncation import truncated
+from mlx_gptoss.server.responses.opaque import unpack
+from mlx_gptoss.server.responses.truncation import truncated
 
 MODEL = "mlx-gptoss-nano"
 SUM = "What is 12 + 30?"

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_gptoss.errors import InvalidRequest
 from mlx_gptoss.server.errors import ApiError
-from mlx_gptoss.server.openai.response_tools import ClientTool, ResponseTools
+from mlx_gptoss.server.responses.tools import ClientTool, ResponseTools
 
 MODEL = "mlx-gptoss-nano"
 WEATHER = "What is the weather in Oslo?"

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_gptoss.harmony.messages import Message
-from mlx_gptoss.server.openai.conversation_items import ConversationItems
-from mlx_gptoss.server.openai.store import ConversationStore, ResponseStore, StoredConversation, StoredResponse
+from mlx_gptoss.server.responses.conversation_items import ConversationItems
+from mlx_gptoss.server.responses.store import ConversationStore, ResponseStore, StoredConversation, StoredResponse
 
 
 def stored(text, **items):

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from ...chat.stream import Events, as_conversation
 from ...harmony.openai import unknown_fields
 from ..fields import MAX_MESSAGES, MAX_TOOLS, check_schema
-from ..openai.truncation import truncated
+from ..responses.truncation import truncated
 from ..service import Service, ServiceDep
 from ..tool_kinds import check_tools, split_tools
 from .errors import ERROR_RESPONSES

@@ -1,1 +1,1 @@
-"""OpenAI's endpoints: chat completions, responses and completions."""
+"""OpenAI's chat completions and completions."""

@@ -20,10 +20,10 @@ from ..hosted.events import (
     ToolList,
 )
 from ..hosted.items import annotation
-from .chat_completions import logprob_entry
+from ..openai.chat_completions import logprob_entry
 from .hosted_output import ApprovalOutput, HostedCallOutput, ToolListOutput
 from .output_items import CallItem, Emit, MessageOutput, OutputItem, ReasoningOutput
-from .response_tools import ClientTool
+from .tools import ClientTool
 
 
 @dataclass(frozen=True)

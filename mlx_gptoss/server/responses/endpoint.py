@@ -15,9 +15,9 @@ from ..errors import JsonResponse
 from ..ignored import ignore
 from ..service import Service, ServiceDep
 from ..sse import STREAMING_RESPONSES, EventStream
+from .context import read_context
 from .model_response import ModelResponse
-from .request_context import read_context
-from .response_request import ContextRequest, ResponsesRequest
+from .request import ContextRequest, ResponsesRequest
 from .truncation import truncated
 
 router: APIRouter = APIRouter()

@@ -15,10 +15,10 @@ from ..hosted.loop import HostedReply
 from ..hosted.sessions import Session
 from ..service import Service
 from ..sse import encode_event
+from .context import RequestContext, read_context, submitter
+from .events import ResponseWriter, WriterOptions
 from .items import item_objects, new_id
-from .request_context import RequestContext, read_context, submitter
-from .response_events import ResponseWriter, WriterOptions
-from .response_request import INCLUDE_REASONING, ResponsesRequest
+from .request import INCLUDE_REASONING, ResponsesRequest
 from .running import EventLog, RunningResponse
 from .store import StoredResponse
 

@@ -13,7 +13,7 @@ from ..errors import invalid_field
 from ..service import Service
 from .conversation_items import ConversationItems
 from .items import Item, OtherItem
-from .response_tools import ResponseTools
+from .tools import ResponseTools
 
 REQUEST, RESPONSE = "mcp_approval_request", "mcp_approval_response"
 MAX_REASON_CHARS = 1000

@@ -20,8 +20,8 @@ from ..service import Service
 from .approvals import ApprovedCall, read_approvals
 from .conversation_items import ConversationItems
 from .items import Item, ItemReference
-from .response_request import ContextRequest, request_error
-from .response_tools import ResponseTools
+from .request import ContextRequest, request_error
+from .tools import ResponseTools
 from .truncation import truncated
 
 _ITEMS: TypeAdapter[list[Item]] = TypeAdapter(list[Item])

@@ -37,7 +37,7 @@ from .items import (
     ReasoningItem,
 )
 from .opaque import unpack
-from .response_tools import ResponseTools
+from .tools import ResponseTools
 
 SUMMARY_INTRODUCTION = "Summary of the conversation so far:\n\n"
 _OMITTED = {"input_image": "[image omitted]", "input_file": "[file omitted]", "input_audio": "[audio omitted]"}

@@ -7,7 +7,7 @@ from typing import Any
 
 from .items import ID_PREFIXES, new_id
 from .opaque import pack
-from .response_tools import ClientTool
+from .tools import ClientTool
 
 Emit = Callable[..., dict[str, Any]]  # (type, **fields) -> an event of the item
 Events = Iterator[dict[str, Any]]

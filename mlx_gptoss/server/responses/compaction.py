@@ -18,12 +18,12 @@ from ..errors import JsonResponse
 from ..event_queue import EventQueue
 from ..ignored import ignore
 from ..service import Service, ServiceDep
+from .context import read_context, submitter
 from .conversation_items import SUMMARY_INTRODUCTION, ConversationItems
+from .events import usage_object
 from .items import new_id
 from .opaque import pack
-from .request_context import read_context, submitter
-from .response_events import usage_object
-from .response_request import ContextRequest
+from .request import ContextRequest
 
 MAX_SUMMARY_TOKENS = 4096
 PROMPT = """\

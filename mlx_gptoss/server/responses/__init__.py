@@ -1,0 +1,1 @@
+"""The Responses API: requests, items, responses in progress, and what the server keeps of them."""
