@@ -42,6 +42,7 @@ QUICK = (  # the tests of `-m quick`, by the beginning of their ids: every packa
     "tests/backends/test_torch_layers.py",
     "tests/chat/test_reply.py",
     "tests/cli/test_commands.py::test_errors_are_one_line",
+    "tests/clients/test_requests.py",
     "tests/engine/test_lookup.py",
     "tests/engine/test_scheduler.py",
     "tests/golden/test_reference_logits.py::test_logits_match_the_reference[",

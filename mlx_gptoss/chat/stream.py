@@ -25,6 +25,8 @@ from ..sampling import Sampling
 from ..tokenizer import CALL, END, RETURN, Tokenizer
 from .reply import Event, RawReader, Reader, ReplyReader
 
+MAX_STOP_IDS = 64
+
 Prompt = str | Sequence[Mapping[str, Any]] | Conversation
 
 
@@ -80,7 +82,7 @@ def stream_chat(
     choice = tool_choice_of(options.tool_choice, conversation.functions)
     guide = guide_for(conversation, tokenizer, choice)
     sampling = options.sampling or Sampling()
-    stop_ids = stop_ids | {tokenizer.special(RETURN), tokenizer.special(CALL)}
+    stop_ids = stop_ids | {tokenizer.special(RETURN), tokenizer.special(CALL), *_checked_stop_ids(options)}
     ends = frozenset(tokenizer.special(name) for name in (END, RETURN, CALL))
     prompt = tuple(render(conversation, tokenizer, engine.limits.max_context))
     request = Request(prompt, _max_tokens(engine, options.max_tokens), sampling, stop_ids, guide, message_ends=ends)
@@ -121,6 +123,13 @@ def _accept_prefill(guide: Guide, id: int) -> None:
     except GptOssError as error:
         message = "the last message, of the assistant, cannot be continued under this tool choice and response format"
         raise InvalidRequest(f"{message}; leave it out") from error
+
+
+def _checked_stop_ids(options: GenerationOptions) -> Sequence[int]:
+    ids = options.stop_token_ids
+    if not isinstance(ids, Sequence) or len(ids) > MAX_STOP_IDS or any(type(id) is not int for id in ids):
+        raise InvalidRequest(f"stop_token_ids must be a list of at most {MAX_STOP_IDS} token ids, not {ids!r:.200}")
+    return ids
 
 
 def _max_tokens(engine: Engine, max_tokens: int | None) -> int:

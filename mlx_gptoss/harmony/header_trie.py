@@ -13,10 +13,12 @@ from typing import Literal
 
 from ..tokenizer import CHANNEL, CONSTRAIN, MESSAGE, Tokenizer
 
-# Each tuple is what may stand between the recipient or channel and `<|message|>`.
-_JSON_CONTENT_TYPES = ((), (" ", CONSTRAIN, "json"), (" json",), (" code",))
-_CODE_CONTENT_TYPES = ((), (" code",))
-_TEXT_CONTENT_TYPES = ((),)
+# What may stand between the recipient or channel of a call and `<|message|>`, by what the recipient takes.
+_CONTENT_TYPES: dict[str, tuple[tuple[str, ...], ...]] = {
+    "json": ((), (" ", CONSTRAIN, "json"), (" json",), (" code",)),
+    "code": ((), (" code",)),
+    "text": ((),),
+}
 
 
 @dataclass(frozen=True)
@@ -48,20 +50,22 @@ class RecipientTries:
 
 @lru_cache(maxsize=32)  # agents send the same tools with every request
 def recipient_tries(tokenizer: Tokenizer, recipients: tuple[Recipient, ...]) -> RecipientTries:
-    """Return the headers of calls of these recipients."""
+    """Return the headers of calls of these recipients. Encoding their names takes most of the time."""
     after_channel: HeaderTrie = {}
     before_channel: HeaderTrie = {}
+    channel, message = tokenizer.special(CHANNEL), tokenizer.special(MESSAGE)
+    channels = [header_ids(tokenizer, name) for name in ("commentary", "analysis")]
+    content_types = {takes: [header_ids(tokenizer, *form) for form in forms] for takes, forms in _CONTENT_TYPES.items()}
     for recipient in recipients:
-        body = Body("call", recipient.name)
         ends: HeaderTrie = {}
-        for content_type in _content_types(recipient):
-            insert(ends, header_ids(tokenizer, *content_type), {tokenizer.special(MESSAGE): body})
-        channels: HeaderTrie = {}
-        for channel in ("commentary", "analysis"):
-            insert(channels, header_ids(tokenizer, channel), ends)
-        name = header_ids(tokenizer, f" to={recipient.name}")
+        for content_type in content_types[recipient.takes]:
+            insert(ends, content_type, {message: Body("call", recipient.name)})
+        channel_first: HeaderTrie = {}
+        for ids in channels:
+            insert(channel_first, ids, ends)
+        name = tokenizer.encode(f" to={recipient.name}")
         insert(after_channel, name, ends)
-        insert(before_channel, name, {tokenizer.special(CHANNEL): channels})
+        insert(before_channel, name, {channel: channel_first})
     return RecipientTries(after_channel, before_channel)
 
 
@@ -92,11 +96,6 @@ def _channels(kinds: set[str]) -> Iterator[tuple[Literal["analysis", "preamble",
     if "final" in kinds:
         yield "final", "final", ()
         yield "final", "final", (" ", CONSTRAIN, "json")
-
-
-def _content_types(recipient: Recipient) -> tuple[tuple[str, ...], ...]:
-    known = {"json": _JSON_CONTENT_TYPES, "code": _CODE_CONTENT_TYPES, "text": _TEXT_CONTENT_TYPES}
-    return known[recipient.takes]
 
 
 def insert(trie: HeaderTrie, ids: Iterable[int], end: HeaderTrie) -> None:

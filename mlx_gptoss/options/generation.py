@@ -45,6 +45,7 @@ class GenerationOptions:
     tool_choice: str | Mapping[str, Any] = option(
         "auto", '"auto"; "none"; "required": the turn ends in a call; a function\'s name: in a call of that function.'
     )
+    stop_token_ids: Sequence[int] = option((), "Ids of tokens that end the turn, besides the model's own. At most 64.")
     parallel_tool_calls: bool = option(
         True, "False allows one call a turn. gpt-oss ends its turn with a call, so there is never more than one."
     )

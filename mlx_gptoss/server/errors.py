@@ -19,7 +19,14 @@ from ..sampling import Sampling
 # Steps that pydantic adds to an error's location for the members of a union; they are not fields of the request.
 UNION_MEMBERS = {"str", "int"}
 MAX_MESSAGE_CHARS = 1000  # a message may quote what the client sent
-REQUEST_FIELDS = ("messages", "tools", "tool_choice", "response_format", *(field.name for field in fields(Sampling)))
+REQUEST_FIELDS = (
+    "messages",
+    "tools",
+    "tool_choice",
+    "response_format",
+    "stop_token_ids",
+    *(field.name for field in fields(Sampling)),
+)
 _LEADING_FIELD = re.compile(rf"({'|'.join(REQUEST_FIELDS)})(\[\d+\]|\.[a-z_]+)*(?=[ :])")  # at the start of a message
 
 log: logging.Logger = logging.getLogger(__name__)

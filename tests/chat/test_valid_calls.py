@@ -1,5 +1,8 @@
 """Every call is a valid call: generated tools and prompts at temperature 1, with the bundled model, which has seen none
-of these tools. Their schemas have what can be enforced, and annotations. The figure of 1,000: python -m pytest -s -m slow tests/chat/test_valid_calls.py"""
+of these tools. Their schemas have what can be enforced, and annotations.
+
+The figure of 1,000 calls: python -m pytest -s -m slow tests/chat/test_valid_calls.py
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ WORDS = [
     "at-time",
     "größe",
 ]
-SLOTS = 9
+SLOTS = 30
 
 
 def schema(random: Random, depth: int = 0) -> dict[str, Any]:
@@ -147,12 +150,12 @@ def ask(model: Any, number: int) -> tuple[dict[str, Any], Any]:
     random = Random(number)
     tools = [function(random, place) for place in range(random.choice([1, 1, 2, 5]))]
     named = random.choice(tools)["function"]["name"]
-    choice = ("required", named, "auto")[number % 3]
+    choice = ("required", named, "auto", named, "required", named)[number % 6]
     # A model that was never shown such JSON does not find the end of a string that the schema does not end.
     closing = [model.tokenizer.encode(letter)[0] for letter in '"]}']
     sampling = Sampling(seed=number, temperature=1.0, logit_bias=dict.fromkeys(closing, 4.0))
     prompt = random.choice(PROMPTS)
-    events = model.stream(prompt, tools=tools, tool_choice=choice, sampling=sampling, max_tokens=700, reasoning="low")
+    events = model.stream(prompt, tools=tools, tool_choice=choice, sampling=sampling, max_tokens=250, reasoning="low")
     return {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}, events
 
 
@@ -167,7 +170,7 @@ def rate(model: Any, first: int, requests: int) -> Counter[str]:
             counts["calls"] += len(calls)
             counts["cut off"] += finished.finish_reason == "length"
             counts["none"] += finished.finish_reason == "stop"
-            assert number % 3 == 2 or finished.finish_reason != "stop"
+            assert number % 6 == 2 or finished.finish_reason != "stop"
             for call in calls:
                 try:
                     jsonschema.Draft202012Validator(schemas[call.name]).validate(json.loads(call.arguments))
@@ -186,7 +189,7 @@ def model() -> Any:
 
 def test_calls_of_generated_tools_are_valid(model: Any) -> None:
     counts = rate(model, 0, 40)
-    assert counts["valid"] == counts["calls"] >= 20
+    assert counts["valid"] == counts["calls"] >= 30
 
 
 @pytest.mark.slow

@@ -127,5 +127,6 @@ def test_a_tool_message_needs_a_name(small: Tokenizer) -> None:
 
 
 def test_a_builtin_tool_with_another_description():
-    conversation = Conversation(builtin_tools=("python",), tool_texts=(("python", "Runs code."), ("browser", "")))
+    texts = (("python", "Runs code."), ("browser", "Unused."))
+    conversation = Conversation(builtin_tools=("python",), tool_texts=texts)
     assert "# Tools\n\n## python\n\nRuns code.\n\n# Valid channels" in system_text(conversation)

@@ -102,7 +102,7 @@ def said(conversation):
 
 def test_answer(client):
     reply = create(client)
-    assert (reply.type, reply.role, reply.model) == ("message", "assistant", "mlx-gptoss-nano")
+    assert (reply.type, reply.role, reply.model) == ("message", "assistant", MODEL)
     assert reply.id.startswith("msg_") and reply._request_id.startswith("req_")
     assert (kinds(reply), reply.content[0].text) == (["text"], "12 + 30 = 42")
     assert (reply.stop_reason, reply.stop_sequence) == ("end_turn", None)

@@ -109,6 +109,16 @@ def test_every_spelling_of_the_reasoning_effort(http, model, fields, effort):
     assert prompts == [effort]
 
 
+def test_a_token_id_ends_the_turn(http, model):
+    (stop,) = model.tokenizer.encode("=")
+    answer = ask(http, max_tokens=100, stop_token_ids=[stop], min_tokens=3)
+    assert ignored(answer) == {"min_tokens"}  # the model ends its turn itself
+    (choice,) = answer.json()["choices"]
+    assert (choice["finish_reason"], answer.json()["usage"]["completion_tokens"] < 50) == ("stop", True)
+    wrong = http.post(PATH, json={"messages": SUM, "stop_token_ids": list(range(65))})
+    assert wrong.json()["error"]["param"] == "stop_token_ids"
+
+
 def test_reasoning_may_be_left_out(http):
     message = ask(http, max_tokens=60, include_reasoning=False).json()["choices"][0]["message"]
     assert "reasoning" not in message and message["content"]
@@ -125,6 +135,7 @@ def test_reasoning_may_be_left_out(http):
         },
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"const": {"sum": 42}}}}},
         {"guided_json": {"const": {"sum": 42}}},
+        {"json_schema": {"const": {"sum": 42}}},
     ],
 )
 def test_schemas_in_the_forms_of_other_servers(http, fields):

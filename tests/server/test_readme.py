@@ -20,6 +20,7 @@ EXPECTED = (  # in each example's output
     ['"text":"12 + 30 = 42"'],
     ['"text":"42 + 5 = 47"', '"object":"list"', '"deleted":true'],
     ['"object":"text_completion"'],
+    ['"type":"thinking"', '"text":"12 + 30 = 42"', '{"input_tokens":'],
     ['"id":"mlx-gptoss-nano"', '{"status":"ok"}', "mlx_gptoss_completion_tokens_total"],
     ['"content":"12 + 30 = 42"', '"response":"12 + 30 = 42"'],
     ['{"version":"', '"name":"mlx-gptoss-nano:latest"', '"context_length":', '"thinking"', '{"status":"success"}'],

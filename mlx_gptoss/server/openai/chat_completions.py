@@ -13,7 +13,7 @@ from pydantic import Field, WithJsonSchema
 from starlette.responses import Response
 
 from ...chat.reply import Event, Finished, ReasoningDelta, TextDelta, ToolCallDelta
-from ...chat.stream import Events
+from ...chat.stream import MAX_STOP_IDS, Events
 from ...engine import Token
 from ...harmony.messages import Effort
 from ...harmony.openai import unknown_fields
@@ -83,6 +83,8 @@ class ChatRequest(SamplingFields):
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
     guided_json: dict[str, Any] | None = None
+    stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP_IDS)
+    json_schema: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     reasoning: dict[str, Any] | None = None
     think: bool | str | None = None
@@ -102,13 +104,13 @@ class ChatRequest(SamplingFields):
             check_schema(tool, f"tools[{index}]")
         check_schema(self.response_format, "response_format")
         check_schema(self.guided_json, "guided_json")
+        check_schema(self.json_schema, "json_schema")
 
     @property
     def format(self) -> dict[str, Any] | None:
-        """The response format. guided_json is vLLM's earlier name for a schema."""
-        if self.guided_json is not None:
-            return {"type": "json_schema", "json_schema": {"schema": self.guided_json}}
-        return self.response_format
+        """The response format. guided_json is vLLM's earlier name for a schema, json_schema llama.cpp's."""
+        schema = self.guided_json if self.guided_json is not None else self.json_schema
+        return self.response_format if schema is None else {"type": "json_schema", "json_schema": {"schema": schema}}
 
     @property
     def effort(self) -> Effort:
@@ -180,6 +182,7 @@ class _Completion:
             "tools": self._functions,
             "response_format": body.format,
             "tool_choice": body.tool_choice or "auto",
+            "stop_token_ids": body.stop_token_ids or (),
             "parallel_tool_calls": body.parallel_tool_calls is not False,
         }
         return [
