@@ -138,13 +138,10 @@ class HostedReply(EventQueue):
         for call in calls:
             hosted = self._session.hosted_call(call)
             approved = call in self._approved
-            must_approve = hosted is not None and not approved and self._session.must_approve(hosted)
-            if hosted is not None and not must_approve:
+            must_approve = not approved and self._session.must_approve(hosted)
+            if not must_approve:
                 yield hosted
-            if hosted is None:  # a tool that this request does not have: the model alone is told
-                self._calls_left -= 1
-                self._append_result(call, f"error: there is no tool {call.name}")
-            elif self._calls_left <= 0:
+            if self._calls_left <= 0:
                 self._refused = True
                 self._append_result(call, NO_MORE_CALLS)
                 if not must_approve:

@@ -40,7 +40,7 @@ class Round:
         elif isinstance(event, (ToolCall, ToolCallDelta)) and (owner := self.session.owner(event.name)) is not None:
             if isinstance(event, ToolCall):
                 self.calls.append(event)
-            elif owner.tool is not None and not self.calls and not self.session.must_approve(owner):
+            elif not self.calls and not self.session.must_approve(owner):
                 container = self.session.container_id() if owner.tool == "python" else None
                 yield HostedCallDelta(event.id, owner.tool, owner.name, event.text, owner.server_label, container)
         else:

@@ -38,9 +38,9 @@ class State:
 
 @dataclass(frozen=True)
 class Owner:
-    """What runs the calls of a name. tool: None for a tool that the request does not have. name: the tool's own."""
+    """What runs the calls of a function. name: the tool's own."""
 
-    tool: HostedTool | None
+    tool: HostedTool
     name: str
     server_label: str | None = None
     mcp: McpTools | None = field(default=None, compare=False)
@@ -192,22 +192,17 @@ class Session:
         return choice if kind in ("function", "custom", "allowed_tools") else "auto"
 
     def owner(self, name: str) -> Owner | None:
-        """What runs the calls of this name; None for the client."""
-        if name in self._client_names:
-            return None
+        """What runs the calls of this function; None for the client."""
         if name in self._owners:
             return self._owners[name]
-        tool = name.split(".")[0]
-        if tool not in BUILTIN_TOOLS:
-            return None
-        known: HostedTool = "python" if tool == "python" else "browser"
-        return Owner(known if known in self._selection.builtin else None, name)
+        tool = name.split(".")[0]  # a client's function of that name has taken the tool's place (selection.py)
+        found = next((builtin for builtin in self._selection.builtin if builtin == tool), None)
+        return None if found is None else Owner(found, name)
 
-    def hosted_call(self, call: ToolCall) -> HostedCall | None:
-        """The call with what the client is told of it; None if the request does not have that tool."""
+    def hosted_call(self, call: ToolCall) -> HostedCall:
+        """A call of one of these tools, with what the client is told of it."""
         owner = self.owner(call.name)
-        if owner is None or owner.tool is None:
-            return None
+        assert owner is not None
         action = container = None
         if owner.tool == "browser" and self.browser is not None:
             action = self.browser.action(owner.name, call.arguments)

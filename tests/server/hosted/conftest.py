@@ -137,21 +137,21 @@ class ScriptedRunner(MockRunner):
         self.config = replace(self.config, vocab_size=tokenizer.vocab_size)
         self.replies: deque[Sequence[int]] = deque()
         self.prompts: list[tuple[int, ...]] = []
-        self._left: dict[int, deque[int]] = {}
+        self._replies: dict[int, tuple[int, Sequence[int]]] = {}  # slot -> the prompt's length, the reply
 
     def feed(self, row: Row, number: int) -> Sampled | None:
-        if row.tokens is not None:  # under a guide, a token is read before it is fed back
-            self.slots[row.slot].fresh = None
-        if super().feed(row, number) is None:
+        if super().feed(replace(row, mask=None), number) is None:  # the mask may be of a larger vocabulary
             return None
+        slot = self.slots[row.slot]
         if row.prompt is not None:
             self.prompts.append(row.prompt)
-            self._left[row.slot] = deque(self.replies.popleft())
-        left = self._left[row.slot]
-        token = left.popleft() if left else 0  # a step that was submitted ahead of the end
-        if row.mask is not None and left:
-            self.check(bool(row.mask[token // 8] >> token % 8 & 1), f"token {token} is masked out")
-        self.slots[row.slot].fresh = token
+            self._replies[row.slot] = len(row.prompt), self.replies.popleft()
+        start, reply = self._replies[row.slot]
+        place = len(slot.history) - start
+        token = reply[place] if place < len(reply) else 0  # a step that was submitted ahead of the end
+        if row.mask is not None and place < len(reply):
+            self.check(bool(row.mask[token // 8] >> token % 8 & 1), f"token {place} of the reply is masked out")
+        slot.fresh = token
         return Sampled(token, -1.0)
 
 

@@ -141,24 +141,16 @@ def test_a_full_context_ends_the_response(answer, scripted_model):
     assert events[-1].finish_reason == "length" and len(of(HostedResult, events)) == 1
 
 
-def test_a_tool_that_is_off_is_the_models_mistake(answer):
-    events, model = answer(NO_SANDBOX, PYTHON, [[call("browser.search", '{"query": "x"}')], [say("No.")]])
-    assert not of((HostedCall, HostedResult, HostedCallDelta, ToolCall, ToolCallDelta), events)
-    assert "error: there is no tool browser.search" in model.prompt(1)
-
-
 def test_errors_of_tools_reach_the_model(answer, browser_settings):
     replies = [
-        [call("browser.open", "not JSON")],
-        [call("browser.click", "{}")],
+        [call("browser.find", '{"pattern": "x"}')],
         [call("browser.open", '{"id": "http://10.0.0.1/"}')],
         [say("Sorry.")],
     ]
     events, model = answer(HostedSettings(browser=browser_settings), SEARCH, replies)
     errors = [one.error for one in of(HostedResult, events)]
-    assert errors[0].startswith("Invalid function arguments") and errors[1] == "Unknown function: click"
-    assert "not on the public internet" in errors[2]
-    assert errors[2] in model.prompt(3)
+    assert errors[0] == "No pages to access!" and "not on the public internet" in errors[1]
+    assert errors[1] in model.prompt(2)
 
 
 @pytest.mark.parametrize("how", ["stop", "close"])

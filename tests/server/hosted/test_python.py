@@ -278,10 +278,12 @@ def test_at_most_max_sessions_run(tmp_path):
 
 def test_idle_sessions_end():
     async def work() -> None:
-        sessions = PythonSessions(replace(SETTINGS, sandbox="none", idle_s=0.2))
+        before = {one.pid for one in psutil.Process().children(recursive=True)}
+        sessions = PythonSessions(replace(SETTINGS, sandbox="none", idle_s=1))
         id = sessions.new_session()
         await sessions.run(id, "1")
-        children = psutil.Process().children(recursive=True)
+        children = [one for one in psutil.Process().children(recursive=True) if one.pid not in before]
+        assert children
         while sessions.exists(id):
             await asyncio.sleep(0.01)
         await sessions.close()
