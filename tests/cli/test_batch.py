@@ -148,7 +148,7 @@ def test_killed_and_interrupted_it_goes_on_without_losing_or_repeating_a_line(ru
     assert report["completion_tokens"] > 0 and report["seconds"] > 0
 
 
-def test_an_answer_is_what_the_server_would_say(run, model):
+def test_an_answer_is_what_the_server_would_send(run, model):
     asked = [question(number) for number in range(3)]
     asked += [
         (CHAT, {}),
@@ -174,7 +174,7 @@ def test_an_answer_is_what_the_server_would_say(run, model):
     entries = run(*(request(str(place), *one) for place, one in enumerate(asked)))
     entries.sort(key=lambda entry: int(entry["custom_id"]))
     assert [(entry["response"]["status_code"], steady(entry["response"]["body"])) for entry in entries] == wanted
-    assert [status for status, _ in wanted[:6]] == [200, 200, 200, 400, 400, 404]
+    assert [status for status, _ in wanted[:6]] == [200, 200, 200, 400, 400, 200]  # any model name is this model
     assert {status for status, _ in wanted[6:]} == {400}
     assert all(entry["error"] is None and entry["response"]["request_id"] for entry in entries)
 

@@ -164,6 +164,10 @@ def test_logprobs(client):
     assert [one.token for e in deltas for one in e.logprobs] == [one.token for one in part.logprobs]
 
 
+def custom(definition):
+    return {"type": "custom", "name": "a", "format": {"type": "grammar", "syntax": "lark", "definition": definition}}
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -186,6 +190,8 @@ def test_logprobs(client):
         ({"tools": [{"type": "web_search"}, {"type": "function", "name": 1}]}, "tools[1].name"),
         ({"tools": [{"type": "custom", "name": "a", "format": {"type": "grammar"}}]}, "tools[0].format"),
         ({"tools": [{"type": "namespace", "name": "a", "tools": [{"type": "function"}]}]}, "tools[0].tools[0].name"),
+        ({"tools": [custom("start: (")]}, "tools"),
+        ({"tools": [{"type": "function", "name": "a", "parameters": {"not": {}}, "strict": True}]}, "tools"),
         ({"tool_choice": {"type": "web_search"}}, "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "x"}}, "tool_choice"),
         ({"input": []}, "input"),

@@ -107,6 +107,7 @@ def test_custom_call_and_second_turn(http):
     body = request(INPUT, tool_choice={"type": "custom", "name": "apply_patch"}, max_output_tokens=200)
     call = items_of(http, body)[-1]
     assert (call["type"], call["name"]) == ("custom_tool_call", "apply_patch")
+    assert call["input"].startswith("*** Begin Patch\n*** Delete File: ")
     result = {"type": "custom_tool_call_output", "call_id": call["call_id"], "output": '{"output": "Done!"}'}
     assert items_of(http, request([*INPUT, *replayed([call]), result], max_output_tokens=20))
 

@@ -129,6 +129,19 @@ def test_a_cancelled_response_adds_nothing_to_its_conversation(client, server, i
     assert idle(server)
 
 
+def test_a_full_conversation_is_not_continued(client, http):
+    items = [{"role": "user", "content": "Hi"}] * 9999
+    id = http.post("/v1/conversations", json={"items": items}).json()["id"]
+    client.conversations.items.create(id, items=items[:1])
+    for add in (
+        lambda: create(client, conversation=id),
+        lambda: client.conversations.items.create(id, items=items[:1]),
+    ):
+        with pytest.raises(openai.BadRequestError) as refused:
+            add()
+        assert refused.value.code == "conversation_too_large"
+
+
 # Counting and compaction.
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -110,12 +111,22 @@ def test_call_of_a_tool_in_a_namespace(client, weather_tool):
     assert returned == stored.input_tokens
 
 
-def test_call_of_a_custom_tool(client):
-    tool = {"type": "custom", "name": "shout"}
+GRAMMARS = [
+    None,
+    {"type": "text"},
+    {"type": "grammar", "syntax": "regex", "definition": "HELLO!{2,5}"},
+    {"type": "grammar", "syntax": "lark", "definition": 'start: "HELLO" MARK MARK MARK? MARK? MARK?\nMARK: "!"'},
+]
+
+
+@pytest.mark.parametrize("form", GRAMMARS, ids=["none", "text", "regex", "lark"])
+def test_call_of_a_custom_tool(client, form):
+    tool = {"type": "custom", "name": "shout", **({} if form is None else {"format": form})}
     chosen = {"type": "custom", "name": "shout"}
     events = list(create(client, tools=[tool], tool_choice=chosen, stream=True))
     call = events[-1].response.output[-1]
     assert (call.type, call.name) == ("custom_tool_call", "shout")
+    assert form in GRAMMARS[:2] or re.fullmatch("HELLO!{2,5}", call.input)
     deltas = [event.delta for event in events if event.type == "response.custom_tool_call_input.delta"]
     (done,) = [event for event in events if event.type == "response.custom_tool_call_input.done"]
     assert "".join(deltas) == done.input == call.input

@@ -46,7 +46,7 @@ class BlockReader:
     def __init__(self, names: ToolNames) -> None:
         self.messages: list[Message] = []
         self.instructions: list[str] = []
-        self.prefill = ""
+        self.prefill: str = ""
         self.ignored: set[str] = set()
         self._names = names
         self._recipients: dict[str, str] = {}  # id of a tool_use block -> the recipient of the call

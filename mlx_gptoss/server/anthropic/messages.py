@@ -6,7 +6,7 @@ import asyncio
 import datetime
 from collections.abc import AsyncIterator
 from functools import cached_property, partial
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Request
 from pydantic import AliasChoices, Field, WithJsonSchema
@@ -39,7 +39,7 @@ from .events import MessageWriter, Thinking, fold_event
 from .tools import ToolChoice, functions_of, ignored_tools
 
 FORMAT_NAME = "response"  # the heading under which the model sees the schema of its answer
-CONTENT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
+CONTENT_SCHEMA: dict[str, Any] = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
 MESSAGES_SCHEMA: dict[str, Any] = {  # for OpenAPI; blocks.py checks the messages
     "type": "array",
     "minItems": 1,
@@ -54,7 +54,7 @@ MESSAGES_SCHEMA: dict[str, Any] = {  # for OpenAPI; blocks.py checks the message
 class MessageStream(EventStream):
     """A stream of events that sends a ping while the model is silent, as Anthropic's does."""
 
-    keep_alive = encode_event({"type": "ping"}, "ping")
+    keep_alive: ClassVar[bytes | None] = encode_event({"type": "ping"}, "ping")
 
 
 router: APIRouter = APIRouter(responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})

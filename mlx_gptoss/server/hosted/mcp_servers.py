@@ -63,7 +63,7 @@ class McpTools:
     """
 
     def __init__(self, server: McpServer, max_result_chars: int, private: bool = False) -> None:
-        self.label = server.label
+        self.label: str = server.label
         self.tools: list[Mapping[str, Any]] = []
         self.error: str | None = None
         self._server = server

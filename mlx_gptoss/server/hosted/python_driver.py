@@ -151,7 +151,7 @@ class Session:
     def __init__(self, output: TextIO) -> None:
         self.output = output
         self.names: dict[str, Any] = {"__name__": "__main__", "__builtins__": __builtins__, "__shell__": shell}
-        self.count = 0
+        self.count: int = 0
         self.loop: asyncio.AbstractEventLoop | None = None
 
     def run(self, code: str, timeout_s: float) -> str | None:

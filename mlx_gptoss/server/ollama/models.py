@@ -132,8 +132,8 @@ def _refuse(message: str) -> Any:
     return refuse
 
 
-for (method, path), message in REFUSED.items():
-    router.add_api_route(path, _refuse(message), methods=[method], include_in_schema=False)
+for (_method, _path), _message in REFUSED.items():
+    router.add_api_route(_path, _refuse(_message), methods=[_method], include_in_schema=False)
 
 
 def listed_names(service: Service) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import dump_json
 from ..sse import EventStream
@@ -19,7 +19,7 @@ class LineStream(EventStream):
     """A response that sends lines of JSON as they arrive. There is no keep-alive: clients parse every line."""
 
     media_type = MEDIA_TYPE
-    keep_alive = None
+    keep_alive: ClassVar[bytes | None] = None
 
 
 def encode_line(value: Any) -> bytes:

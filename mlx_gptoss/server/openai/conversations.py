@@ -89,9 +89,7 @@ async def add_items(id: str, body: ItemsRequest, request: Request, service: Serv
     """Add items at the end of a conversation, and return them."""
     conversation, added = _found(service, id), _stored_items(body.items)
     ignore(request, body.ignored_fields())
-    if len(conversation.items) + len(added) > MAX_MESSAGES:
-        raise invalid_field("items", f"would make a conversation of more than {MAX_MESSAGES} items")
-    if not service.conversations.append(id, added):
+    if not (conversation.has_room(len(added)) and service.conversations.append(id, added)):
         raise _too_large()
     return JsonResponse(page_of(added, len(added), "asc", None))
 
@@ -149,4 +147,4 @@ def _not_found(id: str) -> ApiError:
 
 
 def _too_large() -> ApiError:
-    return invalid_field("items", "need more memory than all stored conversations may have", "conversation_too_large")
+    return invalid_field("items", "are more than a conversation may have: start a new one", "conversation_too_large")

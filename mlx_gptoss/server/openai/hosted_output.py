@@ -13,7 +13,7 @@ class HostedCallOutput(OutputItem):
     """A call in progress. The model writes it (append), then it runs (run), then there is a result (finish)."""
 
     def __init__(self, opening: HostedCallDelta | HostedCall) -> None:
-        self.type = ITEM_TYPES[opening.tool]
+        self.type: str = ITEM_TYPES[opening.tool]
         super().__init__()
         self.call_id: str = opening.id
         self._event: HostedCallDelta | HostedCall | HostedResult = opening

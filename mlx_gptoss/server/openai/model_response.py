@@ -16,7 +16,7 @@ from ..hosted.sessions import Session
 from ..service import Service
 from ..sse import encode_event
 from .items import item_objects, new_id
-from .request_context import read_context, submitter
+from .request_context import RequestContext, read_context, submitter
 from .response_events import ResponseWriter, WriterOptions
 from .response_request import INCLUDE_REASONING, ResponsesRequest
 from .running import EventLog, RunningResponse
@@ -31,7 +31,7 @@ class ModelResponse:
     """
 
     def __init__(self, body: ResponsesRequest, service: Service) -> None:
-        self.context = read_context(body, service)
+        self.context: RequestContext = read_context(body, service)
         self.failure: ApiError | None = None
         self._body = body
         self._service = service

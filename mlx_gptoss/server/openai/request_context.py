@@ -15,7 +15,6 @@ from ...errors import InvalidRequest
 from ...harmony.messages import Conversation, without_old_reasoning
 from ...harmony.openai_tools import response_format_of
 from ..errors import ApiError, invalid_field
-from ..fields import MAX_MESSAGES
 from ..hosted.selection import Selection, hosted_tools_of
 from ..service import Service
 from .approvals import ApprovedCall, read_approvals
@@ -103,8 +102,8 @@ def _previous_history(body: ContextRequest, service: Service, tools: ResponseToo
         if found is None:
             message = f"conversation is {body.conversation_id!r:.100}: no conversation of that id is stored"
             raise ApiError(404, message, param="conversation", code="not_found")
-        if len(found.items) + len(body.items) > MAX_MESSAGES:
-            raise invalid_field("conversation", f"would have more than {MAX_MESSAGES} items: start a new one")
+        if not found.has_room(len(body.items)):
+            raise invalid_field("conversation", "has no room for more items: start a new one", "conversation_too_large")
         items = _ITEMS.validate_json(b"[" + b",".join(found.items.values()) + b"]")
         return ConversationItems().with_items(items, tools, "conversation.items")
     if body.previous_response_id is None:

@@ -173,6 +173,8 @@ class ResponsesRequest(ContextRequest, SamplingFields):
 def request_error(error: InvalidRequest) -> ApiError:
     """The error response for what the model cannot be asked, in the words of this API's fields."""
     found = from_exception(error)
+    if str(error).startswith(("the grammar of ", "the parameters of ")):
+        return ApiError(found.status, str(error), param="tools", code=found.code)
     for ours, theirs in (("response_format.json_schema", "text.format"), ("response_format", "text.format")):
         if found.param is not None and found.param.startswith(ours):
             param = theirs + found.param[len(ours) :]

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast, get_args
 
 from ...errors import InvalidRequest
 from ...harmony.checks import tool_name
-from ...harmony.messages import Function
+from ...harmony.messages import Function, Syntax, TextFormat
 from ...harmony.names import ToolNames
 from ...harmony.openai_tools import functions_from_tools
 from ..errors import ApiError, invalid_field
 from ..fields import MAX_TOOLS
 
 CLIENT_TYPES = ("function", "custom")
-SYNTAXES = ("lark", "regex")
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class ResponseTools:
         for index, tool in enumerate(tools):
             if tool.get("type") == "namespace":
                 self._add_namespace(tool, f"tools[{index}]")
-        self.functions = tuple(self._functions.values())
+        self.functions: tuple[Function, ...] = tuple(self._functions.values())
         self._names = ToolNames(self._tools)
         if self.left_out and not self.functions:
             kinds = ", ".join(sorted(self.left_out))[:200]
@@ -165,13 +164,14 @@ def _custom_function(tool: Mapping[str, Any], where: str) -> Function:
     function = _function(about, where)
     form = tool.get("format") or {"type": "text"}
     if isinstance(form, Mapping) and form.get("type") == "text":
-        return function
+        return replace(function, text_format=TextFormat())
     if not isinstance(form, Mapping) or form.get("type") != "grammar":
         raise InvalidRequest(f'{where}.format must be {{"type": "text"}} or {{"type": "grammar", ...}}')
     form = form["grammar"] if isinstance(form.get("grammar"), Mapping) else form
-    if form.get("syntax") not in SYNTAXES or not _string(form, "definition", f"{where}.format"):
+    syntax, definition = form.get("syntax"), _string(form, "definition", f"{where}.format")
+    if syntax not in get_args(Syntax) or not definition:
         raise InvalidRequest(f"{where}.format must have the syntax lark or regex, and a definition")
-    return function
+    return replace(function, text_format=TextFormat(cast("Syntax", syntax), definition))
 
 
 def _string(value: Mapping[str, Any], name: str, where: str) -> str:

@@ -12,6 +12,8 @@ from .conversation_items import ConversationItems
 MAX_RESPONSES = 1000
 MAX_CONVERSATIONS = 1000
 MAX_BYTES = 256 << 20  # of each of the two
+MAX_CONVERSATION_BYTES = 32 << 20  # a longer conversation is not continued: each request reads all of it
+MAX_CONVERSATION_ITEMS = 10_000
 
 
 class Entry(Protocol):
@@ -114,6 +116,10 @@ class StoredConversation:
     created: int
     metadata: Mapping[str, str] = field(default_factory=dict)
     items: Mapping[str, bytes] = field(default_factory=dict)
+
+    def has_room(self, count: int) -> bool:
+        """Whether it may be continued with `count` more items."""
+        return self.size() <= MAX_CONVERSATION_BYTES and len(self.items) + count <= MAX_CONVERSATION_ITEMS
 
     def size(self) -> int:
         """Its approximate size in bytes."""
