@@ -41,9 +41,9 @@ def first_token(http: httpx.Client, body: dict) -> tuple[float, dict, list[dict]
                 events.append(json.loads(line.removeprefix("data: ")))
                 if events[-1]["type"] == "content_block_delta":
                     first = first or time.perf_counter() - began
-    start = next(event["message"] for event in events if event["type"] == "message_start")
+    usage = next(event["usage"] for event in reversed(events) if event["type"] == "message_delta")
     text = "".join(event["delta"].get("text", "") for event in events if event["type"] == "content_block_delta")
-    return first or time.perf_counter() - began, start["usage"], [{"type": "text", "text": text or "..."}]
+    return first or time.perf_counter() - began, usage, [{"type": "text", "text": text or "..."}]
 
 
 def main(tokens: int, turns: int) -> None:
