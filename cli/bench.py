@@ -1,4 +1,4 @@
-"""mlx-gptoss bench: speed of a model here, as a share of the memory bandwidth, and next to other engines."""
+"""mlx-gptoss bench: speed of a model on this machine, relative to the memory bandwidth and to other engines."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def bench(
     it is timed.
     """
     if choices["quantize"] and choices["against"] in AGAINST[:2]:
-        raise click.UsageError("--against loads the checkpoint as it is: convert it instead of --quantize")
+        raise click.UsageError("--against loads the checkpoint as it is: convert it first and leave out --quantize")
     if choices["model"] and choices["synthetic"]:
         raise click.UsageError("give --model or --synthetic, not both")
     if (choices["format_name"] or choices["layers"]) and not choices["synthetic"]:
@@ -102,7 +102,7 @@ def _bench(cases: list[Case], repeat: int, log: Callable[[str], None], **choices
     quantize, against, launch = choices["quantize"], choices["against"], find_launch()
     if launch is not None:
         if against:
-            raise click.UsageError("--against is for one process: leave it out among several ranks")
+            raise click.UsageError("--against needs a single process: leave it out with several ranks")
         choices["backend"] = launch.backend if choices["backend"] == "auto" else choices["backend"]
     with ExitStack() as stack:
         source, folder = _source(stack, log, **choices)
@@ -125,12 +125,13 @@ def _bench(cases: list[Case], repeat: int, log: Callable[[str], None], **choices
         elif against:
             log(f"starting {against}")
             others.append(stack.enter_context(_peer(against, folder, source.format, target, choices["against_dtype"])))
-        must_agree = against is not None and against != "mlx-lm"  # which rounds YaRN's range
+        must_agree = against is not None and against != "mlx-lm"  # mlx-lm rounds YaRN's correction range
         return bench(model, cases, target, repeat=repeat, others=others, must_agree=must_agree, log=log)
 
 
 def _source(stack: ExitStack, log: Callable[[str], None], **choices: Any) -> tuple[CheckpointLike, Path | None]:
-    """The weights, and the folder of a checkpoint of them, which a peer can load; temporary for synthetic ones."""
+    """The weights, and the folder of their checkpoint, which another engine can load. Synthetic weights are written to
+    a temporary folder if another engine needs them, else they have none."""
     from mlx_gptoss import api
     from mlx_gptoss.weights.synthetic import Synthetic, preset
 
@@ -150,14 +151,14 @@ def _peer(name: str, folder: Path | None, format_name: str, target: Target, dtyp
     from .peers.process import Peer
 
     assert folder is not None
-    if name == "transformers":  # its logits have to be ours: by default it computes in what we do
+    if name == "transformers":  # its logits must match ours, so by default it computes in the same dtype
         dtype = dtype or target.dtype
     return Peer(name, folder, format_name, "cpu" if target.name == "cpu" else "gpu", dtype)
 
 
 @contextmanager
 def _progress_log() -> Iterator[Callable[[str], None]]:
-    """A spinner on a terminal's stderr; elsewhere a line for each thing that begins."""
+    """A function that logs each stage as it begins: a spinner if stderr is a terminal, else a line on stderr."""
     from rich.console import Console
     from rich.markup import escape
 
@@ -187,7 +188,7 @@ def _print(report: Report) -> None:
     first = report.results[0]
     console.print(
         f"[bold]{escape(first.device)}[/bold], backend {first.backend}, {first.format}; "
-        f"a copy reaches {first.bandwidth_gb_s or 0:.0f} GB/s, read and written counted"
+        f"copy bandwidth {first.bandwidth_gb_s or 0:.0f} GB/s, reads and writes counted"
     )
     for found in report.agreements:
         decoded = "" if found.decode_error is None else f", decoded log-probabilities off by {found.decode_error:.2g}"

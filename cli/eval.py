@@ -1,4 +1,4 @@
-"""mlx-gptoss eval: how well checkpoints predict a text, and how far they are from a reference."""
+"""mlx-gptoss eval: perplexity of checkpoints on a text, and their divergence from a reference."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def eval(
     With --kv-bits, the references still keep their K/V cache as computed.
     """
     if plot and not against:
-        raise click.UsageError("--plot draws the divergence from a reference: give one with --against")
+        raise click.UsageError("--plot shows the divergence from a reference: give one with --against")
     if plot:
         from mlx_gptoss.measure.plot import check_plot
 
@@ -86,7 +86,7 @@ def _read(file: Path) -> str:
 
 
 def _evaluate(models: tuple[str, ...], **options: Any) -> tuple[Evaluation, ...]:
-    """evaluate(), with a bar on a terminal's stderr."""
+    """evaluate(), with a progress bar if stderr is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -146,14 +146,14 @@ def _print(results: tuple[Evaluation, ...]) -> None:
         numbers = (gigabytes(result.size_bytes), f"{result.bits_per_weight:.2f}", f"{result.perplexity:.4f}")
         table.add_row(escape(result.model), result.format, *numbers)
     console.print(table)
-    for place, divergence in enumerate(first.against):
+    for index, divergence in enumerate(first.against):
         reference = divergence.reference
         console.print(f"\nKL in nats against [bold]{escape(reference.model)}[/bold], {reference.format}:")
-        console.print(_divergences(results, place))
+        console.print(_divergences(results, index))
 
 
-def _divergences(results: tuple[Evaluation, ...], place: int) -> Any:
-    """A table of every model against one reference."""
+def _divergences(results: tuple[Evaluation, ...], index: int) -> Any:
+    """A table of every model compared with the reference `index`."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -163,7 +163,7 @@ def _divergences(results: tuple[Evaluation, ...], place: int) -> Any:
     for column in ("KL mean", "median", "p99", "max", "top-1 agreement"):
         table.add_column(column, justify="right")
     for result in results:
-        kl = result.against[place]
+        kl = result.against[index]
         numbers = [f"{value:.3g}" for value in (kl.kl_mean, kl.kl_median, kl.kl_p99, kl.kl_max)]
         table.add_row(escape(result.model), result.format, *numbers, f"{kl.top1_agreement:.2%}")
     return table

@@ -62,7 +62,7 @@ def group() -> None:
 
 
 def _launch() -> Launch | None:
-    """What mlx.launch or torchrun set up; None for a single process."""
+    """The launch that this process belongs to, from mlx.launch or torchrun; None for a single process."""
     if not {"MLX_RANK", "RANK"} & set(os.environ):
         return None
     from mlx_gptoss.ranks import find_launch
@@ -71,7 +71,14 @@ def _launch() -> Launch | None:
 
 
 def main() -> None:
-    """Exit codes: 0; 1 with one line on stderr; 2 for usage; 130 for Ctrl-C."""
+    """Run the command line. Exit codes: 0; 1 with one line on stderr; 2 for usage errors; 130 for Ctrl-C."""
+    try:
+        _run()
+    except KeyboardInterrupt:  # also while an error is printed or the other ranks are dismissed
+        sys.exit(130)
+
+
+def _run() -> None:
     from mlx_gptoss.errors import GptOssError
 
     launch = None
@@ -86,10 +93,10 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
+    except click.Abort:
         sys.exit(130)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of the output is gone
+        sys.stderr.close()  # the reader of stdout has closed it
         sys.exit(1)
     except (GptOssError, OSError) as error:
         click.echo(f"error: {' '.join(str(error).split())}", err=True)

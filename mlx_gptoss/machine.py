@@ -19,7 +19,7 @@ def cores() -> int:
 
 
 def ram_copy_bandwidth() -> float:
-    """Bytes a second of a copy by all cores, read and written counted; the best of COPY_RUNS."""
+    """Bytes per second of a copy by all cores, reads and writes counted; the best of COPY_RUNS."""
     import numpy as np
 
     threads = cores()

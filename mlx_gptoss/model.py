@@ -182,6 +182,16 @@ class Model:
         options = replace(options, sampling=options.sampling or self.default_sampling)
         return stream_chat(self._engine, self.tokenizer, conversation, options, stop_ids=self._stop_ids)
 
+    @property
+    def failure(self) -> BaseException | None:
+        """The error that stopped the engine; None while the model works. Load it again after one."""
+        return self._engine.failure
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that the context holds: prompt and reply together."""
+        return self._engine.limits.max_context
+
     def peak_memory(self) -> int:
         """Peak bytes allocated on the device since loading."""
         return self._engine.call(lambda runner: runner.peak_memory())
@@ -199,7 +209,11 @@ class Model:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
+        try:
+            self.close()
+        except Exception:
+            if error is None:  # else that error says more than how the engine ended
+                raise
 
     def _checked(self, ids: Sequence[int]) -> tuple[int, ...]:
         """The ids as a tuple. Raises InvalidRequest if there are none, or one is outside the vocabulary."""

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -29,6 +30,9 @@ CALL = "<|call|>"
 
 SPECIALS = (STARTOFTEXT, ENDOFTEXT, RETURN, CONSTRAIN, CHANNEL, START, END, MESSAGE, CALL)
 """The special tokens that this program reads or writes. A file may define more (reserved ones); they are never text."""
+
+SLICE_CHARACTERS = 1 << 16
+_WORD_END = re.compile(r"[A-Za-z](?= [A-Za-z])")  # no token of any split pattern goes on from here
 
 
 class Tokenizer:
@@ -99,7 +103,15 @@ class Tokenizer:
 
         Lone surrogates, which have no UTF-8, become U+FFFD.
         """
-        return self._bpe.encode(_scalar_text(text), add_special_tokens=False).ids
+        return list(chain.from_iterable(self.encode_slices(text)))
+
+    def encode_slices(self, text: str) -> Iterator[list[int]]:
+        """The ids that encode() returns, slice by slice, so that a caller can stop when they are too many.
+
+        Other threads run meanwhile: unlike `encode`, the library's `encode_batch_fast` releases the interpreter's lock.
+        """
+        for part in _slices(_scalar_text(text)):
+            yield self._bpe.encode_batch_fast([part], add_special_tokens=False)[0].ids
 
     def encode_with_specials(self, text: str) -> list[int]:
         """Ids of a raw prompt in which written special tokens count as special tokens."""
@@ -154,6 +166,19 @@ class Tokenizer:
         if any(character not in _BYTE_OF for character in token):  # not byte-level: the text itself
             return token.encode()
         return bytes(_BYTE_OF[character] for character in token)
+
+
+def _slices(text: str) -> Iterator[str]:
+    """Cut a long text between words, so that its slices have the ids of the whole. Text without words stays whole."""
+    start, end = 0, SLICE_CHARACTERS
+    while end < len(text):
+        word = _WORD_END.search(text, end, end + SLICE_CHARACTERS)
+        end += SLICE_CHARACTERS
+        if word is not None:
+            yield text[start : word.end()]
+            start = word.end()
+            end = start + SLICE_CHARACTERS
+    yield text[start:]
 
 
 class IncrementalDecoder:

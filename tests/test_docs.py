@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -50,3 +51,8 @@ def test_every_package_is_described():
     rooms = [path.parent for path in (ROOT / "mlx_gptoss").glob("*/__init__.py") if path.parent.name != "nano"]
     described = README.read_text("utf-8") + (ROOT / "mlx_gptoss/README.md").read_text("utf-8")
     assert all(f"{room.name}/" in described for room in rooms)
+
+
+def test_the_list_of_endpoints_is_current():
+    tool = runpy.run_path(str(ROOT / "examples/tools/endpoint_table.py"))
+    assert tool["TARGET"].read_text("utf-8") == tool["document"](), "run python examples/tools/endpoint_table.py"

@@ -95,10 +95,11 @@ def test_a_mask_allows_every_answer_in_json_as_it_is_trained(tokenizer: Tokenize
     r = Random(5)
     for _ in range(60):
         example = nano_tasks.example(r, "json sum")
-        guide = guide_for(example.conversation, tokenizer, ToolChoice(), parallel_tool_calls=True)
+        guide = guide_for(example.conversation, tokenizer, ToolChoice())
         assert guide is not None
         for id in tokenizer.encode_with_specials(example.turn.text()):
-            assert guide.mask()[id >> 3] >> (id & 7) & 1, example.turn.text()
+            mask = guide.mask()
+            assert mask is None or mask[id >> 3] >> (id & 7) & 1, example.turn.text()
             if id != tokenizer.special(RETURN):
                 guide.accept(id)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import mlx_gptoss
 from mlx_gptoss.errors import CheckpointError
 from mlx_gptoss.tokenizer import CALL, END, SPECIALS, START, Tokenizer
 
@@ -170,3 +173,37 @@ def test_a_tokenizer_of_another_kind(tmp_path: Path) -> None:
 def test_importing_it_stays_cheap() -> None:
     code = "import sys, mlx_gptoss.tokenizer, mlx_gptoss.harmony.parse; assert 'tokenizers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+@pytest.fixture(scope="module")
+def bundled() -> Tokenizer:
+    return Tokenizer.from_folder(Path(mlx_gptoss.__file__).parent / "nano")
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(["word", " word", "x", " ", "\n", "'s", "12", "é", "日本", "-", "  A", "\r\n "]), max_size=60
+    )
+)
+def test_slices_have_the_ids_of_the_whole(bundled: Tokenizer, pieces: list[str]) -> None:
+    text = "".join(pieces)
+    whole = bundled.encode(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlx_gptoss.tokenizer.SLICE_CHARACTERS", 5)
+        slices = list(bundled.encode_slices(text))
+    assert [id for ids in slices for id in ids] == whole
+    assert len(slices) > 1 or len(text) < 200 or "word word" not in text
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(bundled: Tokenizer) -> None:
+    """With the interpreter's lock held, this thread would stand still from the beginning to the end."""
+    gaps, done = [0.0], threading.Event()
+    encoding = threading.Thread(target=lambda: (bundled.encode("ab" * 250_000), done.set()))
+    started = last = time.perf_counter()
+    encoding.start()
+    while not done.wait(0.001):
+        now = time.perf_counter()
+        gaps.append(now - last)
+        last = now
+    assert max(gaps) < 0.5 * (time.perf_counter() - started)

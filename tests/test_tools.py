@@ -15,7 +15,7 @@ from mlx_gptoss.api import NANO
 from mlx_gptoss.chat.reply import Timings, Usage
 from mlx_gptoss.chat.stream import as_conversation, with_reply
 from mlx_gptoss.errors import InvalidRequest
-from mlx_gptoss.harmony.grammar import Grammar
+from mlx_gptoss.harmony.grammar import json_grammar
 from mlx_gptoss.tokenizer import Tokenizer
 
 GREEDY = Sampling(temperature=0)
@@ -77,7 +77,7 @@ def test_the_schema_of_a_function() -> None:
         "times": {"type": "integer", "default": 3},
     }
     assert schema["required"] == [name for name in schema["properties"] if name not in ("maybe", "times")]
-    Grammar(schema, Tokenizer.from_folder(NANO), "the schema")  # can be enforced
+    json_grammar(schema, Tokenizer.from_folder(NANO), "the schema")  # can be enforced
 
 
 def no_hint(a): ...

@@ -1,4 +1,4 @@
-"""The backends by name. Each is imported when it is asked for, so that the others need not be installed."""
+"""The backends by name. Each is imported when it is first used, so that the other one need not be installed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .base import Backend
 
 BACKENDS = ("mlx", "cuda")
 INSTALL = {"mlx": "pip install mlx-gptoss", "cuda": "pip install 'mlx-gptoss[cuda]'"}
-# Where the NVIDIA driver shows itself on Linux and in WSL: what tells without torch, which takes seconds to import.
+# Files of the NVIDIA driver on Linux and in WSL. Checking for them is fast; importing torch takes seconds.
 NVIDIA_DRIVER = (Path("/proc/driver/nvidia/version"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
 
 
 def find_backend(name: str) -> tuple[Backend, str]:
-    """The backend's module, imported now, and its name. "auto" takes the best for this machine."""
+    """Import a backend. Returns its module and its name. "auto" is the best backend for this machine."""
     if name not in ("auto", *BACKENDS):
         raise InvalidRequest(f"backend must be auto, {' or '.join(BACKENDS)}, not {name!r}")
     chosen = best_backend() if name == "auto" else name
@@ -27,13 +27,13 @@ def find_backend(name: str) -> tuple[Backend, str]:
 
 
 def best_backend() -> str:
-    """Metal -> mlx; a GPU that the installed torch can use -> cuda; otherwise mlx, on the CPU.
+    """cuda if the installed torch can use an NVIDIA GPU; otherwise mlx, on Metal or on the CPU.
 
-    torch is imported here only on a machine that has the NVIDIA driver.
+    Imports torch only on a machine with the NVIDIA driver.
     """
-    possible = sys.platform != "darwin" and find_spec("torch") is not None
-    driven = possible and any(path.exists() for path in NVIDIA_DRIVER)
-    return "cuda" if driven and _backend_module("cuda").has_gpu() else "mlx"
+    has_torch = sys.platform != "darwin" and find_spec("torch") is not None
+    has_driver = has_torch and any(path.exists() for path in NVIDIA_DRIVER)
+    return "cuda" if has_driver and _backend_module("cuda").has_gpu() else "mlx"
 
 
 def _backend_module(name: str) -> ModuleType:

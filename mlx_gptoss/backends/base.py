@@ -27,7 +27,9 @@ class Row:
     """What one slot does in one step.
 
     slot: 0 <= slot < Limits.slots; at most one row per slot and step.
-    start: position of the first token, equal to the slot's length so far; 0 begins a new sequence.
+    start: position of the first token, equal to the slot's length so far; 0 begins a new sequence. A row of one given
+        token may step back by one position, to feed the slot's last token again: the token sampled after it is then
+        sampled anew. After a row with drafts it may step back to any position that this row fed.
     tokens: the ids to feed; None feeds back the token that this slot sampled in the previous step, still on the device.
     sampling: how to sample the token after the last one; None samples nothing (every prefill chunk except the last).
     prompt: on a request's first sampled row, its whole prompt: penalties start from it and the random stream is
@@ -110,7 +112,7 @@ class Snapshot(Protocol):
 
 
 class Pending(Protocol):
-    """A step under way on the device."""
+    """A step in progress on the device."""
 
     def wait(self) -> list[Sampled | None]:
         """Block until the step is done. One entry per row, None for a row that sampled nothing."""

@@ -13,6 +13,7 @@ from ..engine import Token
 from ..engine.stop import StopStrings
 from ..errors import GptOssError
 from ..harmony.messages import Message
+from ..harmony.names import ToolNames
 from ..harmony.parse import Delta, Parser
 from ..tokenizer import IncrementalDecoder, Tokenizer
 
@@ -80,7 +81,7 @@ class Finished:
 
     tokens: all tokens produced, Harmony's special tokens included. messages: the same, parsed, to be appended to the
     conversation. reasoning_tokens: tokens of the analysis channel without headers. drafted, accepted: tokens that
-    speculation proposed, and those that were right.
+    speculation proposed, and those that were right. stop_string: the stop string that ended the text.
     """
 
     finish_reason: FinishReason
@@ -91,6 +92,7 @@ class Finished:
     reasoning_tokens: int = 0
     drafted: int = 0
     accepted: int = 0
+    stop_string: str | None = None
 
 
 Event = ReasoningDelta | TextDelta | ToolCallDelta | ToolCall | Finished
@@ -153,6 +155,7 @@ class ReplyReader:
     tokenizer: Tokenizer
     parser: Parser
     stops: StopStrings
+    names: ToolNames
     tokens: list[Token] = field(default_factory=list)
     text_tokens: TextTokens = field(default_factory=TextTokens)
     reasoning_tokens: int = 0
@@ -179,7 +182,8 @@ class ReplyReader:
             yield from self._end_call()
         if self.called and reason == "stop":
             reason = "tool_calls"
-        yield _finished(end, self.tokens, reason, tuple(self.parser.messages), self.reasoning_tokens)
+        messages = tuple(self.parser.messages)
+        yield _finished(end, self.tokens, reason, self.stops.matched, messages, self.reasoning_tokens)
 
     def _route(self, deltas: list[Delta]) -> Iterator[Event]:
         for delta in deltas:
@@ -196,7 +200,7 @@ class ReplyReader:
                     yield self.text_tokens.delta(text, delta.channel == "commentary")
 
     def _call_delta(self, delta: Delta) -> ToolCallDelta:
-        id, name = self.call = self.call or (f"call_{secrets.token_hex(8)}", delta.function or "")
+        id, name = self.call = self.call or (f"call_{secrets.token_hex(8)}", self.names.original(delta.function or ""))
         self.arguments.append(delta.text)
         return ToolCallDelta(id, name, delta.text)
 
@@ -226,7 +230,8 @@ class RawReader:
         yield from self._show("" if self.decoder is None else self.decoder.flush())
         if held := self.stops.flush():
             yield self.text_tokens.delta(held)
-        yield _finished(end, self.tokens, "stop" if self.stops.matched is not None else _finish_reason(end))
+        reason: FinishReason = "stop" if self.stops.matched is not None else _finish_reason(end)
+        yield _finished(end, self.tokens, reason, self.stops.matched)
 
     def _show(self, text: str) -> Iterator[Event]:
         self.text_tokens.advance(text)
@@ -244,6 +249,7 @@ def _finished(
     end: engines.Finished,
     tokens: list[Token],
     reason: FinishReason,
+    stop_string: str | None,
     messages: tuple[Message, ...] = (),
     reasoning_tokens: int = 0,
 ) -> Finished:
@@ -261,4 +267,5 @@ def _finished(
         reasoning_tokens=reasoning_tokens,
         drafted=end.drafted,
         accepted=end.accepted,
+        stop_string=stop_string,
     )

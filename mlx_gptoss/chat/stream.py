@@ -11,18 +11,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..engine import Engine, Request, Stream, Token
+from ..engine import Engine, Guide, Request, Stream, Token
 from ..engine.stop import StopStrings
-from ..errors import InvalidRequest
+from ..errors import GptOssError, InvalidRequest
 from ..harmony.guide import guide_for
 from ..harmony.messages import Conversation, Effort, Message, without_old_reasoning
-from ..harmony.openai import from_chat, response_format_of, tool_choice_of
+from ..harmony.openai import from_chat
+from ..harmony.openai_tools import response_format_of, tool_choice_of
 from ..harmony.parse import Parser
-from ..harmony.render import render
+from ..harmony.render import prefill_ids, render
 from ..options import GenerationOptions
 from ..sampling import Sampling
 from ..tokenizer import CALL, END, RETURN, Tokenizer
 from .reply import Event, RawReader, Reader, ReplyReader
+
+MAX_STOP_IDS = 64
 
 Prompt = str | Sequence[Mapping[str, Any]] | Conversation
 
@@ -66,7 +69,7 @@ def stream_chat(
     """Generate the assistant's next turn.
 
     options: without reasoning, system and tools, which the conversation has. A response_format replaces the
-        conversation's own. It is enforced (harmony/guide.py), as are tool_choice and the schemas of strict functions.
+        conversation's own. It is enforced (harmony/guide.py), as are tool_choice and what functions take.
     stop_ids: token ids that end the turn, beside <|return|> and <|call|>.
 
     Raises InvalidRequest at once, not on the first next(), for an empty conversation, one longer than the context, and
@@ -77,14 +80,19 @@ def stream_chat(
     if options.response_format is not None:
         conversation = replace(conversation, response_format=response_format_of(options.response_format))
     choice = tool_choice_of(options.tool_choice, conversation.functions)
-    guide = guide_for(conversation, tokenizer, choice, parallel_tool_calls=options.parallel_tool_calls)
+    guide = guide_for(conversation, tokenizer, choice)
     sampling = options.sampling or Sampling()
-    stop_ids = stop_ids | {tokenizer.special(RETURN), tokenizer.special(CALL)}
+    stop_ids = stop_ids | {tokenizer.special(RETURN), tokenizer.special(CALL), *_checked_stop_ids(options)}
     ends = frozenset(tokenizer.special(name) for name in (END, RETURN, CALL))
-    prompt = tuple(render(conversation, tokenizer))
+    prompt = tuple(render(conversation, tokenizer, engine.limits.max_context))
     request = Request(prompt, _max_tokens(engine, options.max_tokens), sampling, stop_ids, guide, message_ends=ends)
+    parser = Parser(tokenizer)
+    for id in prefill_ids(conversation, tokenizer):
+        parser.push(id)
+        if guide is not None:
+            _accept_prefill(guide, id)
     stream = engine.submit(request)
-    return Events(stream, ReplyReader(tokenizer, Parser(tokenizer), StopStrings(sampling.stop)))
+    return Events(stream, ReplyReader(tokenizer, parser, StopStrings(sampling.stop), conversation.names))
 
 
 def stream_raw(
@@ -106,6 +114,22 @@ def stream_raw(
     stream = engine.submit(Request(prompt, _max_tokens(engine, max_tokens), sampling, stop_ids))
     decoder = None if tokenizer is None else tokenizer.decoder()
     return Events(stream, RawReader(decoder, StopStrings(sampling.stop)))
+
+
+def _accept_prefill(guide: Guide, id: int) -> None:
+    """Advance a guide by a token of the prefill. Raises InvalidRequest for one that it does not allow."""
+    try:
+        guide.accept(id)
+    except GptOssError as error:
+        message = "the last message, of the assistant, cannot be continued under this tool choice and response format"
+        raise InvalidRequest(f"{message}; leave it out") from error
+
+
+def _checked_stop_ids(options: GenerationOptions) -> Sequence[int]:
+    ids = options.stop_token_ids
+    if not isinstance(ids, Sequence) or len(ids) > MAX_STOP_IDS or any(type(id) is not int for id in ids):
+        raise InvalidRequest(f"stop_token_ids must be a list of at most {MAX_STOP_IDS} token ids, not {ids!r:.200}")
+    return ids
 
 
 def _max_tokens(engine: Engine, max_tokens: int | None) -> int:
@@ -135,6 +159,11 @@ class Events(Iterator[Event]):
             else:
                 self._end()
         return self._pending.popleft()
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Number of tokens in the prompt. It is known before the first event."""
+        return self._stream.prompt_tokens
 
     def ready(self) -> list[Event]:
         """The events available now, without waiting. Call it again until it returns none."""

@@ -81,6 +81,11 @@ class Engine:
         """Current load. Any thread may read it. Raises GptOssError if the engine is closed."""
         return self._loop.status
 
+    @property
+    def failure(self) -> BaseException | None:
+        """The error that stopped the engine; None while it runs, and after close()."""
+        return self._loop.failure
+
     def call(self, function: Callable[[Runner], T]) -> T:
         """Run function(runner) on the engine thread between two steps, e.g. for runner.logits or runner.peak_memory.
 
@@ -139,6 +144,11 @@ class Stream(Iterator[Token]):
             raise item
         self.finished = item
         raise StopIteration
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Number of tokens in the prompt."""
+        return len(self._handle.request.prompt)
 
     def ready(self) -> list[Token]:
         """The tokens that have arrived and are not read yet; does not block.

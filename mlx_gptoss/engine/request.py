@@ -19,11 +19,18 @@ class Guide(Protocol):
     """
 
     def mask(self) -> bytes | None:
-        """Bit mask of the tokens allowed next, in the format of backends.base.Row.mask; None allows all."""
+        """Bit mask of the tokens allowed next, in the format of backends.base.Row.mask; None allows all.
+
+        While it is None, a request costs what it costs without a guide: drafts and sampling ahead go on.
+        """
         ...
 
     def accept(self, token: int) -> None:
-        """Advance by one generated token. Not called for the last token of the sequence."""
+        """Advance by one generated token, which the mask allows. Not called for the last token of the sequence."""
+        ...
+
+    def ends_with(self, token: int) -> bool | None:
+        """Whether the sequence ends with `token`, which the mask allows; None leaves it to Request.stop_ids."""
         ...
 
 
@@ -35,7 +42,7 @@ class Request:
     max_tokens: maximum number of tokens to generate, at least 1. The engine lowers it to what the context can hold.
     sampling: how tokens are drawn.
     stop_ids: generation ends at the first of these ids; that token is reported like any other.
-    guide: constrains every generated token; None allows all tokens.
+    guide: constrains the generated tokens; None allows all tokens.
     message_ends: ids that end a message in the prompt. The prefix cache prefers to split prompts there (prefix.py).
     Raises InvalidRequest for an empty prompt or max_tokens below 1.
     """

@@ -40,7 +40,7 @@ class Sequence:
     lookup: proposes drafts; None for a request without drafts.
     drafted, accepted: drafts so far, and how many of them were accepted.
     last_token: the last token delivered.
-    mask: tokens its next row may sample, for a request with a guide.
+    mask: tokens that may follow the last token delivered, for a request with a guide; None allows all.
     """
 
     request: Request
@@ -70,12 +70,17 @@ class Sequence:
 
     @property
     def waits_for_result(self) -> bool:
-        """Whether each decoding row depends on the previous result, because of drafts or a guide.
+        """Whether its next row depends on a result that has not been read.
 
-        Such a row is planned after the previous one has been read, and is given `last_token`; `planned` then equals
-        `delivered`.
+        Drafts depend on the last token, and so does a guide's mask. Where the guide allows all tokens, the one in
+        flight belongs to the request, and the next row samples ahead, without a mask. Its token may turn out not to be
+        allowed: it is then dropped and sampled again (Scheduler._step_back). A sliding layer's ring can be stepped back
+        by one token, so no more than one is sampled ahead, and the sampler's penalties cannot, so they wait.
         """
-        return self.lookup is not None or self.request.guide is not None
+        if not self.in_flight or (self.lookup is None and self.request.guide is None):
+            return False
+        ahead = self.lookup is None and self.mask is None and not self.request.sampling.penalized
+        return self.in_flight > 1 or not ahead
 
 
 @dataclass(frozen=True)
@@ -146,10 +151,10 @@ class Scheduler:
     def add(self, request: Request) -> Sequence:
         """Queue a request. Raises InvalidRequest if its prompt fills the context, and whatever its guide raises.
 
-        A request with penalties or a guide gets no drafts: penalties and masks depend on every earlier token, so the
-        tokens after a draft cannot be sampled in the same step.
+        A request with penalties gets no drafts: they depend on every earlier token, so the tokens after a draft cannot
+        be sampled in the same step.
         """
-        drafting = self._limits.drafts > 0 and not request.sampling.penalized and request.guide is None
+        drafting = self._limits.drafts > 0 and not request.sampling.penalized
         limit = max_new_tokens(request, self._limits)
         ends = chunk_ends(request.prompt, request.message_ends, self._max_chunk)
         sequence = Sequence(request, limit, ends, lookup=PromptLookup(request.prompt) if drafting else None)
@@ -178,7 +183,7 @@ class Scheduler:
             sequence.slot = self._free.popleft()
             self._prefilling.append(sequence)
         # Decoding rows are planned before prefill rows: the latter add sequences that decode from the next step on.
-        sequences = [sequence for sequence in self._decoding if not (sequence.waits_for_result and sequence.in_flight)]
+        sequences = [sequence for sequence in self._decoding if not sequence.waits_for_result]
         rows = [self._decode_row(sequence) for sequence in sequences]
         if sequences:
             self._decoding = [sequence for sequence in self._decoding if sequence.planned < sequence.max_new_tokens]
@@ -224,34 +229,46 @@ class Scheduler:
                 self.end(sequence)
 
     def _deliver_all(self, sequence: Sequence, row: Row, sampled: Sampled | None) -> list[Output]:
-        """The tokens a row sampled (the accepted drafts included), up to the one that ends the sequence."""
+        """The tokens a row sampled (the accepted drafts included), up to the one that ends the sequence, or to one that
+        the guide does not allow."""
         if sampled is None:
             raise RuntimeError(f"the runner sampled no token for slot {sequence.slot}, whose row asked for one")
         sequence.drafted += len(row.drafts)
         sequence.accepted += len(sampled.accepted)
         sequence.length += len(sampled.accepted)
         outputs: list[Output] = []
-        for token in (sampled, *sampled.accepted):
+        for place, token in enumerate((sampled, *sampled.accepted)):
+            if row.mask is None and not _is_allowed(token.token, sequence.mask):
+                sequence.accepted -= len(sampled.accepted) - max(place - 1, 0)
+                self._step_back(sequence, row.start + place)
+                break
             outputs.append(self._deliver(sequence, token))
             if sequence.ended:
                 break
         return outputs
 
+    def _step_back(self, sequence: Sequence, position: int) -> None:
+        """Drop the tokens sampled after the last one delivered, which is at `position`: the next row feeds it again."""
+        sequence.length, sequence.planned = position, sequence.delivered
+        if sequence not in self._decoding:
+            self._decoding.append(sequence)
+
     def _deliver(self, sequence: Sequence, sampled: Sampled) -> Output:
         """Count one token, and end the sequence if it is the last."""
+        request = sequence.request
         sequence.delivered += 1
         sequence.last_token = sampled.token
         if sequence.lookup is not None:
             sequence.lookup.add(sampled.token)
-        if sequence.waits_for_result:
             sequence.planned = sequence.delivered
+        ends = None if request.guide is None else request.guide.ends_with(sampled.token)
         end_reason: Literal["stop", "length"] | GptOssError | None = None
-        if sampled.token in sequence.request.stop_ids:
+        if ends or (ends is None and sampled.token in request.stop_ids):
             end_reason = "stop"
         elif sequence.delivered == sequence.max_new_tokens:
             end_reason = "length"
-        elif sequence.request.guide is not None:
-            end_reason = _advance_guide(sequence, sequence.request.guide, sampled.token)
+        elif request.guide is not None:
+            end_reason = _advance_guide(sequence, request.guide, sampled.token)
         if end_reason:
             self.end(sequence)
         return Output(sequence, sampled, end_reason)
@@ -326,15 +343,18 @@ class Scheduler:
 
     def _decode_row(self, sequence: Sequence) -> Row:
         """The row that feeds the last sampled token and samples the next one, or several with drafts."""
-        start = sequence.length
+        start, request = sequence.length, sequence.request
         sequence.length += 1
         if sequence.lookup is not None:
-            drafts = sequence.lookup.propose(min(self._limits.drafts, sequence.max_new_tokens - sequence.delivered - 1))
-            return Row(sequence.slot, start, (sequence.last_token,), sequence.request.sampling, drafts=drafts)
+            most = min(self._limits.drafts, sequence.max_new_tokens - sequence.delivered - 1)
+            drafts = () if sequence.mask is not None else sequence.lookup.propose(most)
+            return Row(
+                sequence.slot, start, (sequence.last_token,), request.sampling, drafts=drafts, mask=sequence.mask
+            )
         sequence.planned += 1
-        if sequence.request.guide is not None:
-            return Row(sequence.slot, start, (sequence.last_token,), sequence.request.sampling, mask=sequence.mask)
-        return Row(sequence.slot, start, None, sequence.request.sampling)
+        # A guide's token that was read is given: the device may hold one that was dropped.
+        given = None if request.guide is None or sequence.in_flight else (sequence.last_token,)
+        return Row(sequence.slot, start, given, request.sampling, mask=sequence.mask)
 
     def _free_slot(self, sequence: Sequence) -> None:
         """Release the slot, unless a step in flight uses it."""
@@ -342,6 +362,11 @@ class Scheduler:
             slot, sequence.slot = sequence.slot, -1
             self._free.append(slot)
             self._release(slot)
+
+
+def _is_allowed(token: int, mask: bytes | None) -> bool:
+    """Whether a mask (backends.base.Row) allows the token."""
+    return mask is None or (token >> 3 < len(mask) and bool(mask[token >> 3] >> (token & 7) & 1))
 
 
 def _advance_guide(sequence: Sequence, guide: Guide, token: int) -> GptOssError | None:

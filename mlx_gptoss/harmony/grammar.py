@@ -1,35 +1,50 @@
-"""Grammar-constrained decoding of JSON: which tokens may come next under a schema. Only this module imports llguidance.
+"""Grammar-constrained decoding: which tokens may come next in JSON under a schema, or in text under a grammar.
 
-Schemas come from untrusted clients. Their size, the time to compile them and the memory of a running match are
-bounded, and what cannot be enforced is refused before generation starts (json_schema.py).
+Only this module imports llguidance.
+
+Schemas and grammars come from untrusted clients. Their size, the time to compile them and the memory of a running match
+are bounded, and what cannot be enforced is refused before generation starts (json_schema.py). The arguments of
+functions are the exception: agents declare functions with whatever their libraries make of a type, and expect calls of
+them, so what cannot be enforced is left out there, with a warning.
 
 Whitespace: between any two JSON tokens the grammar allows nothing, one space, or a line break with up to 24 columns of
 indentation. That covers json.dumps with and without `indent`, which is how gpt-oss writes JSON, and rules out endless
-white space.
+white space. Numbers and nesting are bounded in json_limits.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import logging
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GptOssError, InvalidRequest
 from ..tokenizer import RETURN, Tokenizer
-from .json_schema import normalize_schema
+from .json_limits import JsonLimits, begins_with_digit, opens
+from .json_schema import MAX_CHARACTERS, normalize_parameters, normalize_schema
+from .messages import Syntax
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
+_log = logging.getLogger(__name__)
+
 WHITESPACE = r"\x20|\x0A[\x20\x09]{0,24}"
 MAX_LEXER_STATES = 25_000  # per match; a state takes 1 to 2 kB
 MAX_PARSER_ITEMS = 10_000  # per position of a match: for example, the properties that may come next
+MAX_TEXT_ITEMS = 2_000  # the same for text grammars, which may be ambiguous: a mask of 2,000 items takes 10 ms
+MAX_DEFINITION = 1 << 16  # characters of a Lark grammar or a regular expression
+CACHED_GRAMMARS = 512  # agents send the same 30 to 150 functions with every request
+
+_ANY_OBJECT = '{"type": "object"}'
+_NO_PARAMETERS = {"type": "object", "additionalProperties": False}
 
 
 class Vocabulary:
     """The tokens of a tokenizer, as bit masks (see backends.base.Row) and as llguidance's TokenizerWrapper takes them.
 
-    text_mask: the mask of all tokens that are neither special nor empty.
     The attributes that end in `_token_id`, `tokens`, `special_token_ids` and `__call__` are read by llguidance.
     """
 
@@ -39,16 +54,20 @@ class Vocabulary:
         self.tokens: list[bytes] = [tokenizer.token_bytes(id) for id in range(tokenizer.vocab_size)]
         self.special_token_ids: list[int] = sorted(tokenizer.specials.values())
         self._mask_bytes = 4 * -(-tokenizer.vocab_size // 32)
-        special = set(self.special_token_ids)
-        self.text_mask: bytes = self.mask(id for id, token in enumerate(self.tokens) if token and id not in special)
+        self._digit_mask = self.mask(id for id, token in enumerate(self.tokens) if begins_with_digit(token))
+        self._opening_mask = self.mask(id for id, token in enumerate(self.tokens) if opens(token))
         self._encode = tokenizer.encode
 
     def __call__(self, text: str) -> list[int]:
         return self._encode(text)
 
-    def mask(self, ids: Iterable[int], base: bytes = b"") -> bytes:
-        """Return the mask of the tokens `ids` and of those in the mask `base`: one bit per token, in 32-bit words."""
-        bits = bytearray(base) or bytearray(self._mask_bytes)
+    def json_limits(self) -> JsonLimits:
+        """Return the limits of a new JSON text."""
+        return JsonLimits(self.tokens, self._digit_mask, self._opening_mask)
+
+    def mask(self, ids: Iterable[int]) -> bytes:
+        """Return the mask of the tokens `ids`: one bit per token, in 32-bit words."""
+        bits = bytearray(self._mask_bytes)
         for id in ids:
             bits[id >> 3] |= 1 << (id & 7)
         return bytes(bits)
@@ -61,30 +80,116 @@ def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
 
 
 class Grammar:
-    """The set of all JSON texts that are valid under one schema. Immutable; threads may share it."""
+    """A set of texts, such as all JSON texts that are valid under one schema. Immutable; threads may share it.
 
-    def __init__(self, schema: Any, tokenizer: Tokenizer, where: str) -> None:
-        """Compile a JSON schema.
+    Made by json_grammar, arguments_grammar and text_grammar.
+    """
 
-        where: what error messages call the schema, such as "response_format".
-        Raises InvalidRequest for a schema that cannot be enforced.
-        """
-        self._initial = _compile(tokenizer, normalize_schema(schema, where), where)
-        self._return = tokenizer.special(RETURN)
+    def __init__(self, initial: LLMatcher, tokenizer: Tokenizer, *, json: bool) -> None:
+        """initial: a matcher at the start of a text, which is copied. json: whether the texts are JSON."""
+        self._initial = initial
+        self._tokenizer = tokenizer
+        self._json = json
 
     def matcher(self, end: int) -> Matcher:
         """Return the matcher of a new text. `end` is the token id that ends the text."""
-        return Matcher(self._initial.deep_copy(), self._return, end)
+        limits = vocabulary(self._tokenizer).json_limits() if self._json else None
+        return Matcher(self._initial.deep_copy(), self._tokenizer.special(RETURN), end, limits)
+
+
+def json_grammar(schema: Any, tokenizer: Tokenizer, where: str) -> Grammar:
+    """Return the JSON texts that are valid under a schema.
+
+    where: what error messages call the schema, such as "response_format".
+    Raises InvalidRequest for a schema that cannot be enforced.
+    """
+    return _json_grammar(tokenizer, normalize_schema(schema, where), where)
+
+
+def arguments_grammar(parameters: Mapping[str, Any] | None, tokenizer: Tokenizer, where: str, strict: bool) -> Grammar:
+    """Return the JSON objects that are valid as arguments under a function's `parameters`; None is no parameters.
+
+    What cannot be enforced is refused if the function is `strict` (InvalidRequest). Otherwise the rest is enforced (see
+    normalize_parameters), or any JSON object is valid, and a warning is logged.
+    """
+    schema = _NO_PARAMETERS if parameters is None else parameters
+    if strict:
+        return _json_grammar(tokenizer, normalize_parameters(schema, where, strict=True)[0], where)
+    try:
+        text = json.dumps(schema)
+    except (TypeError, ValueError, RecursionError):
+        text = ""
+    return _relaxed_grammar(tokenizer, text if len(text) <= MAX_CHARACTERS else "", where)
+
+
+@lru_cache(maxsize=CACHED_GRAMMARS)
+def _relaxed_grammar(tokenizer: Tokenizer, parameters: str, where: str) -> Grammar:
+    """Return the arguments of a function that is not strict. parameters: as JSON; empty if they are not JSON or too
+    long."""
+    try:
+        if not parameters:
+            raise InvalidRequest(f"{where} must be plain JSON of at most {MAX_CHARACTERS} characters")
+        text, dropped = normalize_parameters(json.loads(parameters), where, strict=False)
+        grammar = _json_grammar(tokenizer, text, where)
+    except InvalidRequest as error:
+        _log.warning("%s; its calls may have any JSON object", error)
+        return _json_grammar(tokenizer, _ANY_OBJECT, where)
+    if dropped:
+        _log.warning("%s; the rest of it is enforced%s", dropped[0], f" ({len(dropped)} such)" if dropped[1:] else "")
+    return grammar
+
+
+def text_grammar(syntax: Syntax, definition: str, tokenizer: Tokenizer, where: str) -> Grammar:
+    """Return the texts that a Lark grammar or a regular expression describes, in llguidance's dialects.
+
+    Raises InvalidRequest for one that is broken, too large or too complex.
+    """
+    if len(definition) > MAX_DEFINITION:
+        raise InvalidRequest(
+            f"{where} has {len(definition)} characters, more than {MAX_DEFINITION}; give a smaller grammar"
+        )
+    return _text_grammar(tokenizer, syntax, definition, where)
+
+
+@lru_cache(maxsize=64)
+def _text_grammar(tokenizer: Tokenizer, syntax: Syntax, definition: str, where: str) -> Grammar:
+    from llguidance import LLMatcher
+
+    of = LLMatcher.grammar_from_lark if syntax == "lark" else LLMatcher.grammar_from_regex
+    return Grammar(_initial_matcher(tokenizer, of(definition), where, MAX_TEXT_ITEMS), tokenizer, json=False)
+
+
+@lru_cache(maxsize=CACHED_GRAMMARS)
+def _json_grammar(tokenizer: Tokenizer, schema: str, where: str) -> Grammar:
+    from llguidance import LLMatcher
+
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
+    except ValueError as error:
+        raise InvalidRequest(f"{where} cannot be enforced: {error}") from error
+    return Grammar(_initial_matcher(tokenizer, grammar, where, MAX_PARSER_ITEMS), tokenizer, json=True)
+
+
+def _initial_matcher(tokenizer: Tokenizer, grammar: str, where: str, max_items: int) -> LLMatcher:
+    """Return a matcher at the start of a text. Raises InvalidRequest for a grammar that cannot be enforced."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, max_items_in_row=max_items, verbose_errors=False)
+    matcher = LLMatcher(_llguidance_tokenizer(tokenizer), grammar, log_level=0, limits=limits)
+    if matcher.is_error() or not any(matcher.compute_bitmask()) or matcher.is_error() or matcher.is_stopped():
+        raise InvalidRequest(f"{where} cannot be enforced: {_error(matcher)}")
+    return matcher
 
 
 class Matcher:
     """The state of one text under a grammar: which tokens may come next, updated token by token."""
 
-    def __init__(self, matcher: LLMatcher, internal_end: int, end: int) -> None:
+    def __init__(self, matcher: LLMatcher, internal_end: int, end: int, limits: JsonLimits | None) -> None:
         """internal_end: the end token that `matcher` was compiled with. end: the one that replaces it in masks."""
         self._matcher = matcher
         self._internal_end = internal_end
         self._end = end
+        self._limits = limits
 
     def mask(self) -> bytes:
         """Return the mask of the tokens that may come next. It holds the end token once the text is complete.
@@ -98,12 +203,14 @@ class Matcher:
         if bits[byte] & bit:
             bits[byte] &= ~bit
             bits[self._end >> 3] |= 1 << (self._end & 7)
-        return bytes(bits)
+        return bytes(bits if self._limits is None else self._limits.narrow(bits))
 
     def accept(self, token: int) -> None:
         """Append a token to the text. Raises GptOssError for one that the mask does not allow."""
         if not self._matcher.consume_token(token):
             raise GptOssError(f"token {token} is not allowed by the schema ({_error(self._matcher)})")
+        if self._limits is not None:
+            self._limits.accept(token)
 
 
 def warm_up(tokenizer: Tokenizer) -> None:
@@ -121,22 +228,6 @@ def _llguidance_tokenizer(tokenizer: Tokenizer) -> LLTokenizer:
 
     wrapped = TokenizerWrapper(vocabulary(tokenizer))
     return LLTokenizer(wrapped, n_vocab=tokenizer.vocab_size, slices=LLTokenizer.json_slices())
-
-
-@lru_cache(maxsize=64)  # agents send the same tools with every request
-def _compile(tokenizer: Tokenizer, schema: str, where: str) -> LLMatcher:
-    """Return a matcher at the start of a text. It is cached and shared: copy it before advancing it."""
-    from llguidance import LLMatcher, LLParserLimits
-
-    limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, max_items_in_row=MAX_PARSER_ITEMS, verbose_errors=False)
-    try:
-        grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
-    except ValueError as error:
-        raise InvalidRequest(f"{where} cannot be enforced: {error}") from error
-    matcher = LLMatcher(_llguidance_tokenizer(tokenizer), grammar, log_level=0, limits=limits)
-    if matcher.is_error() or not any(matcher.compute_bitmask()) or matcher.is_error() or matcher.is_accepting():
-        raise InvalidRequest(f"{where} cannot be enforced: {_error(matcher)}")
-    return matcher
 
 
 def _error(matcher: LLMatcher) -> str:

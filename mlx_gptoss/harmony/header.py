@@ -16,9 +16,9 @@ from typing import Literal, cast, get_args
 
 from ..tokenizer import CHANNEL, CONSTRAIN
 from .messages import Role
+from .names import NAMESPACE
 
 CHANNELS = ("analysis", "commentary", "final")
-NAMESPACE = "functions."  # precedes the name of a function in a recipient
 MAX_RECIPIENT_CHARACTERS = 256
 
 _NON_TOOL_RECIPIENTS = (None, "all", "user", "assistant")

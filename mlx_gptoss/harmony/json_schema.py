@@ -4,6 +4,9 @@ The dialect is draft 2020-12. llguidance enforces the keywords in `_CHECKS` (its
 keywords that it does not know. A misspelt keyword would be ignored, too. Here every keyword is enforced, is an
 annotation, or is refused by name; schemas that are too large to compile are refused as well.
 
+The parameters of a function are read with a different purpose: a call should be as valid as possible. Objects are
+closed, and unless the function is strict, what cannot be enforced is left out instead of refused.
+
 To add a keyword that llguidance enforces, add a line to `_CHECKS`, and a case to tests/data/schemas.json.
 """
 
@@ -18,6 +21,7 @@ from typing import Any, NoReturn
 from urllib.parse import unquote
 
 from ..errors import InvalidRequest
+from .one_of import TYPES, Discriminator, as_list, strings_of
 from .patterns import translate_pattern
 
 MAX_CHARACTERS = 1 << 17  # of the schema as JSON
@@ -26,8 +30,8 @@ MAX_PATTERNS = 50  # in one patternProperties: every pair of them is compared
 MAX_ONE_OF = 100  # schemas in one oneOf: every pair of them is compared
 MAX_NUMBER = 2**53  # llguidance compares bounds as float64
 MAX_MULTIPLE = 20_000  # of all multipleOf: time and memory grow faster than their least common multiple
+MAX_COUNT = 2**31  # of items, characters and properties
 FORMATS = ("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
-TYPES = ("null", "boolean", "integer", "number", "string", "array", "object")
 
 _ANNOTATIONS = {
     *("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "discriminator"),
@@ -35,6 +39,12 @@ _ANNOTATIONS = {
     *("$defs", "definitions"),  # definitions are checked where a $ref points to them
 }
 _UNBOUNDED_REPEAT = re.compile(r"[*+]|,\}")  # a pattern without these, and with both anchors, matches few strings
+_IN_PLACE = {"$ref", "allOf", "anyOf", "oneOf"}  # keywords whose subschemas apply to the same value
+_DESCRIBES_PROPERTIES = {"properties", "patternProperties", "additionalProperties", *_IN_PLACE}
+_UNENFORCED = {  # keywords that narrow what is valid and cannot be enforced
+    *("not", "if", "contains", "minContains", "maxContains", "propertyNames", "unevaluatedItems", "additionalItems"),
+    *("unevaluatedProperties", "dependentRequired", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef"),
+}
 _IGNORED_AT_ROOT = ("$schema", "$id")  # no effect in a single document with only local references
 _HINTS = {
     "nullable": 'write {"type": ["string", "null"]} or the like',
@@ -53,6 +63,37 @@ def normalize_schema(schema: Any, where: str) -> str:
     `oneOf` becomes `anyOf`; it is refused if two of its schemas may match the same value. Patterns are translated
     (patterns.py). Raises InvalidRequest for a schema that cannot be enforced, with the keyword and its path.
     """
+    copy = _copy(schema, where)
+    _Checker(copy, where).run()
+    return json.dumps(copy)
+
+
+def normalize_parameters(schema: Any, where: str, *, strict: bool) -> tuple[str, list[str]]:
+    """Return a function's parameters as JSON text for llguidance, and what is left out of them.
+
+    The value is an object, whatever the schema says. An object with `properties` is closed unless it says otherwise:
+    a call with arguments that the function does not have is a mistake.
+
+    strict: refuse what cannot be enforced, as normalize_schema does. Otherwise it is left out: every keyword narrows
+    what is valid, so the rest is still enforced. `oneOf` becomes `anyOf` even if two of its schemas may match the same
+    value, and a list of schemas as `items` becomes `prefixItems`.
+
+    Raises InvalidRequest for a schema that cannot be enforced; without `strict`, only for one that is no object schema,
+    is too large, or refers back to itself with no array or object in between.
+    """
+    copy = _copy(schema, where)
+    kinds = copy.setdefault("type", "object")
+    if kinds != "object" and "object" not in as_list(kinds):
+        raise InvalidRequest(f"{where} must be a JSON schema of type object, not of type {str(kinds)[:100]!r}")
+    copy["type"] = "object"
+    checker = _Checker(copy, where, relaxed=not strict)
+    checker.run()
+    checker.close_objects()
+    return json.dumps(copy), checker.dropped
+
+
+def _copy(schema: Any, where: str) -> dict[str, Any]:
+    """Return a copy of a schema. Raises InvalidRequest if it is no mapping, too large or not JSON."""
     if not isinstance(schema, Mapping):
         raise InvalidRequest(f"{where} must be a JSON schema (an object), not {schema!r}")
     try:
@@ -61,15 +102,14 @@ def normalize_schema(schema: Any, where: str) -> str:
             raise InvalidRequest(
                 f"{where} has {len(text)} characters, more than {MAX_CHARACTERS}; give a smaller schema"
             )
-        copy = json.loads(text)
+        copy: dict[str, Any] = json.loads(text)
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"{where} must be plain JSON: {error}") from error
     except RecursionError:
         raise InvalidRequest(f"{where} is nested too deeply; give a flatter schema") from None
     for keyword in _IGNORED_AT_ROOT:
         copy.pop(keyword, None)
-    _Checker(copy, where).run()
-    return json.dumps(copy)
+    return copy
 
 
 class _Checker:
@@ -78,9 +118,12 @@ class _Checker:
     Paths in error messages are JSON pointers, such as "#/properties/a".
     """
 
-    def __init__(self, root: dict[str, Any], where: str) -> None:
+    def __init__(self, root: dict[str, Any], where: str, *, relaxed: bool = False) -> None:
+        """relaxed: leave out what cannot be enforced, and list it in `dropped`."""
         self._root = root
         self._where = where
+        self._relaxed = relaxed
+        self.dropped: list[str] = []
         self._todo: list[tuple[str, Any]] = [("#", root)]  # a stack, not recursion: references may form long chains
         self._seen: dict[int, tuple[str, dict[str, Any]]] = {}  # id() of a subschema -> its path and itself
         self._common_multiple = 1  # of all multipleOf so far
@@ -91,22 +134,58 @@ class _Checker:
             path, schema = self._todo.pop()
             if isinstance(schema, bool) or id(schema) in self._seen:
                 continue
-            if not isinstance(schema, dict):
-                self._refuse(path, f"{schema!r} is not a schema: use an object, true or false")
             self._seen[id(schema)] = (path, schema)
             if len(self._seen) > MAX_SUBSCHEMAS:
                 raise InvalidRequest(f"{self._where} has more than {MAX_SUBSCHEMAS} subschemas; give a smaller schema")
             for keyword, value in list(schema.items()):
-                check = _CHECKS.get(keyword)
-                if check is not None:
-                    check(self, f"{path}/{keyword}", value, schema)
-                elif keyword not in _ANNOTATIONS:
-                    hint = _HINTS.get(keyword, "leave it out")
-                    self._refuse(path, f"the keyword {keyword!r} cannot be enforced; {hint}")
+                self._check_keyword(path, keyword, value, schema)
         self._check_cycles()
+
+    def _check_keyword(self, path: str, keyword: str, value: Any, schema: dict[str, Any]) -> None:
+        check = _CHECKS.get(keyword)
+        try:
+            if check is not None:
+                check(self, f"{path}/{keyword}", value, schema)
+            elif keyword not in _ANNOTATIONS:
+                self._refuse(path, f"the keyword {keyword!r} cannot be enforced; {_HINTS.get(keyword, 'leave it out')}")
+        except InvalidRequest as refusal:
+            if not self._relaxed:
+                raise
+            schema.pop(keyword, None)
+            # By the standard, an unknown keyword is an annotation, and so is an unknown format.
+            if (check is not None and keyword != "format") or keyword in _UNENFORCED:
+                self.dropped.append(str(refusal))
+
+    def close_objects(self) -> None:
+        """Let objects with `properties` have no others, except those that are described in several places."""
+        merged = {id(item) for _, schema in self._seen.values() for item in self._parts_of_a_whole(schema)}
+        for _, schema in self._seen.values():
+            parts = self._in_place_subschemas(schema)
+            if "properties" not in schema or id(schema) in merged or any(_DESCRIBES_PROPERTIES & set(p) for p in parts):
+                continue
+            if not {"additionalProperties", "patternProperties"} & set(schema):
+                schema["additionalProperties"] = False
+                if not {"type", "enum", "const"} & set(schema) and not parts:
+                    schema["type"] = "object"
+
+    def _parts_of_a_whole(self, schema: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return the subschemas that describe the same object together with each other or with the schema itself."""
+        parts = self._in_place_subschemas(schema)
+        alone = not _DESCRIBES_PROPERTIES & set(schema) - _IN_PLACE and len(_IN_PLACE & set(schema)) == 1
+        return [] if alone and len(as_list(schema.get("allOf"))) < 2 else parts
 
     def _refuse(self, path: str, why: str) -> NoReturn:
         raise InvalidRequest(f"{self._where} cannot be enforced: at {path[:200]}: {why}")
+
+    def _push(self, path: str, holder: Any, key: Any) -> None:
+        """Check the schema holder[key] later."""
+        if not isinstance(holder[key], (bool, dict)):
+            refusal = f"{self._where} cannot be enforced: at {path[:200]}: {str(holder[key])[:100]} is not a schema"
+            if not self._relaxed:
+                raise InvalidRequest(f"{refusal}: use an object, true or false")
+            self.dropped.append(refusal)
+            holder[key] = True
+        self._todo.append((path, holder[key]))
 
     # One check per keyword: `value` is the value of the keyword at `path`, in `schema`.
 
@@ -115,26 +194,33 @@ class _Checker:
 
     def check_subschema(self, path: str, value: Any, schema: Any) -> None:
         """The value is a schema."""
+        keyword = path.rpartition("/")[2]
         if isinstance(value, list):
-            self._refuse(path, "in draft 2020-12, a list of schemas is prefixItems")
-        self._todo.append((path, value))
+            if not self._relaxed or keyword != "items" or "prefixItems" in schema:
+                self._refuse(path, "in draft 2020-12, a list of schemas is prefixItems")
+            self.check_list(path, value, schema)
+            schema["prefixItems"] = schema.pop("items")
+        else:
+            self._push(path, schema, keyword)
 
     def check_list(self, path: str, value: Any, schema: Any) -> None:
         """The value is a list of schemas."""
         if not isinstance(value, list) or not value:
             self._refuse(path, "it must be a non-empty list of schemas")
-        self._todo += [(f"{path}/{number}", item) for number, item in enumerate(value)]
+        for number in range(len(value)):
+            self._push(f"{path}/{number}", value, number)
 
     def check_one_of(self, path: str, value: Any, schema: Any) -> None:
         """`oneOf` means `anyOf` if no two of its schemas match the same value. llguidance's own proof has gaps."""
         self.check_list(path, value, schema)
-        if len(value) > MAX_ONE_OF:
-            self._refuse(path, f"more than {MAX_ONE_OF} schemas; use anyOf")
         if "anyOf" in schema:
             self._refuse(path, "oneOf and anyOf in the same schema; use anyOf alone")
-        variants = [_Discriminator(self._follow_references(item)) for item in value]
-        if not all(a.is_disjoint(b) for a, b in combinations(variants, 2)):
-            self._refuse(path, "two of its schemas may match the same value; use anyOf")
+        if not self._relaxed:
+            if len(value) > MAX_ONE_OF:
+                self._refuse(path, f"more than {MAX_ONE_OF} schemas; use anyOf")
+            variants = [Discriminator(self._follow_references(item)) for item in value]
+            if not all(a.is_disjoint(b) for a, b in combinations(variants, 2)):
+                self._refuse(path, "two of its schemas may match the same value; use anyOf")
         renamed = [("anyOf" if key == "oneOf" else key, item) for key, item in schema.items()]
         schema.clear()  # rebuilt, as the order of the keywords is the order of the properties in the text
         schema.update(renamed)
@@ -143,7 +229,8 @@ class _Checker:
         """The value maps names to schemas."""
         if not isinstance(value, dict):
             self._refuse(path, "it must map names to schemas")
-        self._todo += [(f"{path}/{name}", item) for name, item in value.items()]
+        for name in value:
+            self._push(f"{path}/{name}", value, name)
 
     def check_pattern_properties(self, path: str, value: Any, schema: Any) -> None:
         self.check_map(path, value, schema)
@@ -165,12 +252,32 @@ class _Checker:
         return translated
 
     def check_reference(self, path: str, value: Any, schema: Any) -> None:
-        self._todo.append((str(value), self._resolve(path, value)))
+        target = self._resolve(path, value)
+        if not isinstance(target, (bool, dict)):
+            self._refuse(str(value), f"{str(target)[:100]} is not a schema: use an object, true or false")
+        self._todo.append((str(value), target))
 
     def check_type(self, path: str, value: Any, schema: Any) -> None:
         for name in value if isinstance(value, list) else [value]:
             if name not in TYPES:
                 self._refuse(path, f"unknown type {name!r}: use {', '.join(TYPES)}")
+
+    def check_names(self, path: str, value: Any, schema: Any) -> None:
+        """The value is a list of names."""
+        if not isinstance(value, list) or len(strings_of(value)) < len(value):
+            self._refuse(path, "it must be a list of names")
+
+    def check_count(self, path: str, value: Any, schema: Any) -> None:
+        """The value is a whole number."""
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_COUNT:
+            self._refuse(path, f"{str(value)[:100]} is not a whole number from 0 to 2^31")
+
+    def check_max_properties(self, path: str, value: Any, schema: Any) -> None:
+        """A number that is counted if no property is optional."""
+        self.check_count(path, value, schema)
+        named = schema.get("properties")
+        if isinstance(named, dict) and not set(named) <= set(strings_of(schema.get("required"))):
+            self._refuse(path, "properties cannot be counted unless all of them are required")
 
     def check_bound(self, path: str, value: Any, schema: Any) -> None:
         """The value is a number in the range where float64 represents every integer exactly."""
@@ -194,7 +301,8 @@ class _Checker:
 
         Beyond that the grammar would have to count names, and a name that is not in `properties` may occur twice.
         """
-        if not isinstance(value, int) or value > max(1, len(set(_strings(schema.get("required"))))):
+        self.check_count(path, value, schema)
+        if value > max(1, len(set(strings_of(schema.get("required"))))):
             self._refuse(path, "more than 1 and more than are required cannot be counted; require them by name")
 
     def check_false(self, path: str, value: Any, schema: Any) -> None:
@@ -244,7 +352,7 @@ class _Checker:
 
     def _in_place_subschemas(self, schema: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the subschemas that apply to the same value as the schema itself."""
-        items = [item for key in ("allOf", "anyOf", "oneOf") for item in _list(schema.get(key))]
+        items = [item for key in ("allOf", "anyOf", "oneOf") for item in as_list(schema.get(key))]
         items += [self._resolve("#", schema["$ref"])] if "$ref" in schema else []
         return [item for item in items if isinstance(item, dict)]
 
@@ -255,63 +363,6 @@ class _Checker:
                 break
             schema = self._resolve("#", schema["$ref"])
         return schema
-
-
-class _Discriminator:
-    """What distinguishes a schema from others: its types, and the strings that it or a required property may be."""
-
-    def __init__(self, schema: Any) -> None:
-        schema = schema if isinstance(schema, dict) else {}
-        values = _fixed_values(schema)
-        names = schema.get("type", [_JSON_TYPES[type(value)] for value in values] or TYPES)
-        self._types = set(_strings([names] if isinstance(names, str) else names)) or set(TYPES)
-        if "integer" in self._types:
-            self._types.add("number")
-        self._tags = {"": _string_values(values)}  # "" is the value itself, ".name" a required property
-        properties = schema.get("properties")
-        if self._types == {"object"} and isinstance(properties, dict):
-            for name in _strings(schema.get("required")):
-                self._tags[f".{name}"] = _string_values(_fixed_values(properties.get(name)))
-
-    def is_disjoint(self, other: _Discriminator) -> bool:
-        """Whether no value is valid under both schemas, as far as types and strings can prove it."""
-        if not self._types & other._types:
-            return True
-        shared = [(strings, other._tags.get(name)) for name, strings in self._tags.items()]
-        return any(ours and theirs and not ours & theirs for ours, theirs in shared)
-
-
-_JSON_TYPES: Mapping[type, str] = {
-    type(None): "null",
-    bool: "boolean",
-    int: "number",
-    float: "number",
-    str: "string",
-    list: "array",
-    dict: "object",
-}
-
-
-def _fixed_values(schema: Any) -> list[Any]:
-    """Return the values that `const` or `enum` allows; an empty list if there is neither."""
-    if not isinstance(schema, dict):
-        return []
-    if "const" in schema:
-        return [schema["const"]]
-    return _list(schema.get("enum"))
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _strings(value: Any) -> list[str]:
-    return [word for word in _list(value) if isinstance(word, str)]
-
-
-def _string_values(values: list[Any]) -> set[str]:
-    """Return the values as a set if all of them are strings; otherwise an empty set."""
-    return set(values) if all(isinstance(value, str) for value in values) else set()
 
 
 _CHECKS: Mapping[str, Callable[[_Checker, str, Any, Any], None]] = {
@@ -325,12 +376,12 @@ _CHECKS: Mapping[str, Callable[[_Checker, str, Any, Any], None]] = {
     "exclusiveMinimum": _Checker.check_bound,
     "format": _Checker.check_format,
     "items": _Checker.check_subschema,
-    "maxItems": _Checker.accept,
-    "maxLength": _Checker.accept,
-    "maxProperties": _Checker.accept,
+    "maxItems": _Checker.check_count,
+    "maxLength": _Checker.check_count,
+    "maxProperties": _Checker.check_max_properties,
     "maximum": _Checker.check_bound,
-    "minItems": _Checker.accept,
-    "minLength": _Checker.accept,
+    "minItems": _Checker.check_count,
+    "minLength": _Checker.check_count,
     "minProperties": _Checker.check_min_properties,
     "minimum": _Checker.check_bound,
     "multipleOf": _Checker.check_multiple_of,
@@ -339,7 +390,7 @@ _CHECKS: Mapping[str, Callable[[_Checker, str, Any, Any], None]] = {
     "patternProperties": _Checker.check_pattern_properties,
     "prefixItems": _Checker.check_list,
     "properties": _Checker.check_map,
-    "required": _Checker.accept,
+    "required": _Checker.check_names,
     "type": _Checker.check_type,
     "uniqueItems": _Checker.check_false,
 }

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
+
+from .names import ToolNames
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 Effort = Literal["low", "medium", "high"]
 BuiltinTool = Literal["browser", "python"]
+Syntax = Literal["lark", "regex"]
 
 IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
 KNOWLEDGE_CUTOFF = "2024-06"
@@ -39,19 +43,34 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Function:
-    """A function that the model may call.
+class TextFormat:
+    """The input of a function that takes text instead of JSON arguments.
 
-    name: letters, digits, "_", "-" and ".".
+    syntax: of `definition`: "lark" (a grammar) or "regex" (Rust's), in llguidance's dialects. None for any text.
+    definition: describes the texts that are allowed; it is enforced on the calls.
+    """
+
+    syntax: Syntax | None = None
+    definition: str = ""
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function that the model may call. Its arguments are enforced on every call.
+
+    name: any text. The model sees it as Conversation.names spells it.
     description: what it does, for the model.
-    parameters: a JSON schema of type object; None for a function without arguments.
-    strict: whether generation enforces the schema on the arguments. Otherwise the model only sees it.
+    parameters: a JSON schema of type object, whose objects have no other properties than they list, unless it says so.
+        None for a function without arguments.
+    strict: whether a schema that cannot be enforced is refused. Otherwise only what can be enforced of it is.
+    text_format: for a function that takes text; `parameters` is then None.
     """
 
     name: str
     description: str = ""
     parameters: Mapping[str, Any] | None = None
     strict: bool = False
+    text_format: TextFormat | None = None
 
 
 @dataclass(frozen=True)
@@ -71,11 +90,11 @@ class ResponseFormat:
 class ToolChoice:
     """Whether the turn may ("auto"), must ("required") or must not ("none") end in a call.
 
-    name: the only function that may be called; None for all functions of the conversation.
+    names: the only functions that may be called; empty for all functions of the conversation.
     """
 
     kind: Literal["auto", "none", "required"] = "auto"
-    name: str | None = None
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,7 +107,9 @@ class Conversation:
     functions: the functions that the model may call, declared in the developer message.
     builtin_tools: tools that the model knows from its training; the caller has to run them. Calls of "browser" are
         addressed to browser.search, browser.open or browser.find and hold JSON; calls of "python" hold code.
+    tool_texts: (tool, description) pairs in place of the descriptions of built-in tools that the model was trained on.
     response_format: enforced on the next final answer; None for free text.
+    prefill: how the next final answer begins, without further reasoning; the model continues it.
     date: the "Current date" line, YYYY-MM-DD; None leaves the line out.
     identity: the first line of the system message.
     knowledge_cutoff: the "Knowledge cutoff" line; None leaves the line out.
@@ -99,10 +120,17 @@ class Conversation:
     instructions: str | None = None
     functions: tuple[Function, ...] = ()
     builtin_tools: tuple[BuiltinTool, ...] = ()
+    tool_texts: tuple[tuple[str, str], ...] = ()
     response_format: ResponseFormat | None = None
+    prefill: str = ""
     date: str | None = None
     identity: str = IDENTITY
     knowledge_cutoff: str | None = KNOWLEDGE_CUTOFF
+
+    @cached_property
+    def names(self) -> ToolNames:
+        """How the functions' names are spelled in Harmony's headers."""
+        return ToolNames(function.name for function in self.functions)
 
     def with_user(self, text: str) -> Conversation:
         """Return the conversation with one more user message."""
@@ -118,7 +146,7 @@ class Conversation:
         that of the call, so that call and result are kept or dropped together. Without such a call the result is a
         function's, on commentary.
         """
-        full_name = function if function.startswith("functions.") else f"functions.{function}"
+        full_name = self.names.recipient(function)
         calls = [message for message in self.messages if message.recipient in (function, full_name)]
         call = calls[-1] if calls else Message("assistant", "", recipient=full_name)
         channel = "analysis" if call.channel == "analysis" else "commentary"

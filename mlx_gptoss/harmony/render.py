@@ -7,7 +7,8 @@ in a message as plain text: a user cannot inject them.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from ..errors import InvalidRequest
 from ..tokenizer import CALL, CHANNEL, CONSTRAIN, END, MESSAGE, RETURN, START, Tokenizer
@@ -19,13 +20,31 @@ VALID_CHANNELS = "# Valid channels: analysis, commentary, final. Channel must be
 CALL_CHANNEL = "Calls to these tools must go to the commentary channel: 'functions'."
 
 
-def render(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
+def render(conversation: Conversation, tokenizer: Tokenizer, max_context: int | None = None) -> list[int]:
     """Return the ids of the prompt: all messages, then `<|start|>assistant`. The model continues with its header.
 
-    Raises InvalidRequest for a tool message without a name and for an unknown built-in tool.
+    After a prefill (prefill_ids), it continues with the text of its answer.
+    max_context: number of tokens that the context holds. A longer prompt is refused as soon as it is known to be one.
+    Raises InvalidRequest for that, for a tool message without a name and for an unknown built-in tool.
     """
-    ids = render_messages(prompt_messages(conversation), tokenizer)
-    return [*ids, tokenizer.special(START), *tokenizer.encode("assistant")]
+    ids: list[int] = []
+    for message in prompt_messages(conversation):
+        for part in _message_ids(message, tokenizer):
+            ids += part
+            if max_context is not None and len(ids) > max_context:
+                raise InvalidRequest(
+                    f"the prompt has more than {max_context} tokens, all that the context holds; shorten the prompt or "
+                    "load the model with a larger max_context"
+                )
+    return [*ids, tokenizer.special(START), *tokenizer.encode("assistant"), *prefill_ids(conversation, tokenizer)]
+
+
+def prefill_ids(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids with which the reply begins, as if the model had written them; none without a prefill."""
+    if not conversation.prefill:
+        return []
+    special, encode = tokenizer.special, tokenizer.encode
+    return [special(CHANNEL), *encode("final"), special(MESSAGE), *encode(conversation.prefill)]
 
 
 def render_reply(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
@@ -54,6 +73,11 @@ def render_message(message: Message, tokenizer: Tokenizer) -> list[int]:
 
     Raises InvalidRequest for a tool's message without a name.
     """
+    return [id for part in _message_ids(message, tokenizer) for id in part]
+
+
+def _message_ids(message: Message, tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Yield the ids of one message: its header, slices of its content, its end token."""
     special, encode = tokenizer.special, tokenizer.encode
     ids = [special(START), *_author(message, tokenizer)]
     if message.recipient not in (None, "all"):
@@ -62,8 +86,10 @@ def render_message(message: Message, tokenizer: Tokenizer) -> list[int]:
         ids += [special(CHANNEL), *encode(message.channel)]
     if message.content_type is not None:
         ids += _content_type(message.content_type, tokenizer)
+    yield [*ids, special(MESSAGE)]
+    yield from tokenizer.encode_slices(message.content)
     called = message.role == "assistant" and message.recipient is not None
-    return [*ids, special(MESSAGE), *encode(message.content), special(CALL if called else END)]
+    yield [special(CALL if called else END)]
 
 
 def prompt_messages(conversation: Conversation) -> tuple[Message, ...]:
@@ -98,7 +124,8 @@ def system_text(conversation: Conversation) -> str:
         about.append(f"Current date: {conversation.date}")
     sections = ["\n".join(about), f"Reasoning: {conversation.reasoning}"]
     if conversation.builtin_tools:
-        sections.append(tools_section([_builtin(name) for name in sorted(set(conversation.builtin_tools))]))
+        texts = dict(conversation.tool_texts)
+        sections.append(tools_section([_builtin(name, texts) for name in sorted(set(conversation.builtin_tools))]))
     sections.append(f"{VALID_CHANNELS}\n{CALL_CHANNEL}" if conversation.functions else VALID_CHANNELS)
     return "\n\n".join(sections)
 
@@ -112,7 +139,8 @@ def developer_text(conversation: Conversation) -> str:
     if conversation.instructions is not None:
         sections.append(instructions_text(conversation.instructions))
     if conversation.functions:
-        sections.append(tools_section([Namespace("functions", functions=conversation.functions)]))
+        spelled = [replace(f, name=conversation.names.spelling(f.name)) for f in conversation.functions]
+        sections.append(tools_section([Namespace("functions", functions=spelled)]))
     if conversation.response_format is not None and conversation.response_format.name is not None:
         sections.append(response_format_section(conversation.response_format))
     return "\n\n".join(sections)
@@ -130,11 +158,12 @@ def instructions_text(instructions: str) -> str:
     return f"# Instructions\n\n{instructions}"
 
 
-def _builtin(name: str) -> Namespace:
+def _builtin(name: str, texts: Mapping[str, str]) -> Namespace:
     if name not in BUILTIN_TOOLS:
         known = " or ".join(BUILTIN_TOOLS)
         raise InvalidRequest(f"unknown built-in tool {name!r}: use {known}, or declare a function")
-    return BUILTIN_TOOLS[name]
+    tool = BUILTIN_TOOLS[name]
+    return replace(tool, description=texts.get(name, tool.description))
 
 
 def _author(message: Message, tokenizer: Tokenizer) -> list[int]:

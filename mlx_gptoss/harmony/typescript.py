@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, TypeVar
 
-from .messages import Function
+from .messages import Function, TextFormat
 
 _T = TypeVar("_T")
 _TYPES = {"string": "string", "number": "number", "integer": "number", "boolean": "boolean"}
@@ -40,10 +40,28 @@ def _namespace(namespace: Namespace) -> str:
     lines += [f"// {line}" for line in _split_lines(namespace.description)]
     lines.append(f"namespace {namespace.name} {{\n")
     for function in namespace.functions:
-        lines += [f"// {line}" for line in _split_lines(function.description)]
+        lines += [f"// {line}" for line in _split_lines(function.description) + _text_format(function.text_format)]
         argument = "" if function.parameters is None else f"_: {typescript_type(function.parameters)}"
+        if function.text_format is not None:
+            argument = "_: string"
         lines.append(f"type {function.name} = ({argument}) => any;\n")
     return "\n".join([*lines, f"}} // namespace {namespace.name}"])
+
+
+def _text_format(form: TextFormat | None) -> list[str]:
+    """Return the lines that tell the model what a function's text is.
+
+    gpt-oss was trained on functions of one object and has seen no function of text among them, but much TypeScript: a
+    `string` argument, and in words that it is not JSON. The grammar follows as it is, as Codex and others write theirs
+    to be read; the model does better at what a mask enforces when it knows of it.
+    """
+    if form is None:
+        return []
+    about = "The input is plain text, not JSON."
+    if form.syntax is None:
+        return [about]
+    kind = "Lark grammar" if form.syntax == "lark" else "regular expression"
+    return [f"{about} It must match this {kind}:", *_split_lines(form.definition)]
 
 
 def typescript_type(schema: Any, indent: str = "") -> str:

@@ -1,4 +1,4 @@
-"""One model over several ranks: agree on one plan, then load it together."""
+"""One model over several ranks: all agree on one load plan, then each loads its share."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ from ..ranks import Follower, Launch, Leader
 from .memory import MemoryPlan, require_fit
 from .plan import LoadPlan, LoadRequest, identity, mappable, open_source, plan_load
 
-DISMISS_S = 10.0  # how long ranks may take to connect, only to be told to end
+DISMISS_S = 10.0  # seconds that ranks have to connect when rank 0 only tells them to end
 
-Start = Callable[[Callable[[], Runner]], Runner]  # given what loads rank 0's share, a runner for the whole model
+StartRanks = Callable[[Callable[[], Runner]], Runner]  # takes the loader of rank 0's share, returns the whole model's
 
 
-def coordinate(request: LoadRequest, launch: Launch) -> tuple[LoadPlan, Start]:
-    """On rank 0: the plan that all ranks keep, and what loads the model on all of them.
+def coordinate(request: LoadRequest, launch: Launch) -> tuple[LoadPlan, StartRanks]:
+    """On rank 0: the load plan common to all ranks, and a function that loads the model on all of them.
 
-    Raises GptOssError if a rank does not connect, has another checkpoint or version, or lacks the memory; nothing has
+    Raises GptOssError if a rank does not connect, has another checkpoint or version, or lacks the memory. Nothing has
     been loaded then, and the other ranks end.
     """
     leader = Leader(launch)
     try:
         request = _with_launch_backend(request, launch)
         plan = _plan_and_require_fit(request, launch)
-        mine = _summary(plan)
+        own = _summary(plan)
         answers = leader.exchange_options(vars(request))
-        for rank, theirs in enumerate(answers, 1):
-            _compare(rank, mine, theirs)
+        for rank, answer in enumerate(answers, 1):
+            _require_same(rank, own, answer)
         memory = _common_memory(plan, [MemoryPlan(**answer["memory"]) for answer in answers])
         plan = replace(plan, memory=memory)
         limits = plan.limits()
     except BaseException:
         leader.close()
         raise
-    largest = max([mine["kv_heads"], *(answer["kv_heads"] for answer in answers)]) / mine["kv_heads"]
+    largest = max([own["kv_heads"], *(answer["kv_heads"] for answer in answers)]) / own["kv_heads"]
     return plan, lambda load: leader.load(limits, load, largest)
 
 
 def serve_rank(launch: Launch) -> None:
-    """On every other rank: load its share of what rank 0 asks for and follow rank 0 until it ends."""
+    """On every other rank: load this rank's share of the model that rank 0 requests, and follow rank 0 until it
+    ends."""
 
     def answer(data: dict[str, Any]) -> tuple[dict[str, Any], Callable[[Limits], Runner]]:
         synthetic = data["synthetic"]
@@ -55,17 +56,19 @@ def serve_rank(launch: Launch) -> None:
 
 
 def dismiss(launch: Launch) -> None:
-    """On rank 0, which ends: if it never loaded anything, tell the waiting ranks to end, too."""
+    """On rank 0, before it ends: if it has loaded nothing, tell the waiting ranks to end too."""
     if not Leader.created:
-        with contextlib.suppress(GptOssError):  # they have ended already
+        with contextlib.suppress(GptOssError):  # the ranks have ended already
             Leader(launch, DISMISS_S).close()
 
 
 def _with_launch_backend(request: LoadRequest, launch: Launch) -> LoadRequest:
-    """The request with the backend whose collectives the launcher prepared."""
+    """The request with the backend that belongs to the launcher: mlx for mlx.launch, cuda for torchrun."""
     if request.backend not in ("auto", launch.backend):
         program = "mlx.launch" if request.backend == "mlx" else "torchrun"
-        raise InvalidRequest(f"start ranks of the {request.backend} backend by {program}, or leave --backend out")
+        raise InvalidRequest(
+            f"the {request.backend} backend needs ranks started with {program}: use that, or leave out --backend"
+        )
     return replace(request, backend=launch.backend)
 
 
@@ -76,7 +79,7 @@ def _plan_and_require_fit(request: LoadRequest, launch: Launch) -> LoadPlan:
 
 
 def _common_memory(plan: LoadPlan, others: list[MemoryPlan]) -> MemoryPlan:
-    """Rank 0's memory plan with the context, the chunk and the prefix cache that every rank has room for."""
+    """Rank 0's memory plan with the context, the chunk and the prefix cache that fit on every rank."""
     every = [plan.memory, *others]
     common = replace(
         plan.memory,
@@ -91,7 +94,7 @@ def _common_memory(plan: LoadPlan, others: list[MemoryPlan]) -> MemoryPlan:
 
 
 def _summary(plan: LoadPlan) -> dict[str, Any]:
-    """What ranks compare before they load."""
+    """The properties that ranks compare before they load."""
     request, shard = plan.request, plan.shard
     assert shard is not None
     return {
@@ -103,12 +106,16 @@ def _summary(plan: LoadPlan) -> dict[str, Any]:
     }
 
 
-def _compare(rank: int, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Raise GptOssError if the two ranks would not compute the same."""
-    ours, other = (", ".join(" ".join(program) for program in one["versions"]) for one in (mine, theirs))
-    if ours != other:
-        raise GptOssError(f"rank {rank} runs {other}, and rank 0 {ours}; install the same on all machines")
-    if mine["checkpoint"] != theirs["checkpoint"]:
-        raise GptOssError(f"rank {rank} has another checkpoint of that name than rank 0; copy the same to all machines")
-    if mine["dtype"] != theirs["dtype"]:
-        raise GptOssError(f"rank {rank} computes in {theirs['dtype']}, and rank 0 in {mine['dtype']}; give a --dtype")
+def _require_same(rank: int, own: dict[str, Any], other: dict[str, Any]) -> None:
+    """Raise GptOssError if rank `rank`, with the properties `other`, would not compute the same as rank 0."""
+    own_versions, versions = (", ".join(" ".join(program) for program in one["versions"]) for one in (own, other))
+    if own_versions != versions:
+        raise GptOssError(
+            f"rank {rank} runs {versions}, rank 0 runs {own_versions}; install the same versions on all machines"
+        )
+    if own["checkpoint"] != other["checkpoint"]:
+        raise GptOssError(
+            f"rank {rank} has another checkpoint than rank 0 under that name; copy the same files to all machines"
+        )
+    if own["dtype"] != other["dtype"]:
+        raise GptOssError(f"rank {rank} computes in {other['dtype']}, rank 0 in {own['dtype']}; give a --dtype")

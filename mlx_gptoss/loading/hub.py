@@ -1,4 +1,4 @@
-"""From what a user names a model by, a path or a hub id, to a local path. Downloads only what is needed."""
+"""Resolve the name of a model, a path or a hub id, to a local path. Downloads only the files that loading needs."""
 
 from __future__ import annotations
 
@@ -22,21 +22,20 @@ MODEL_FILES = (
     "chat_template*",
     "*.tiktoken",
 )
-IGNORED_FILES = ("*/*",)  # folders: original/ and metal/ hold the same weights once more
+IGNORED_FILES = ("*/*",)  # folders: original/ and metal/ contain the same weights again
 
-RETRY_ADVICE = "run the same command again; what is complete is kept"
+RETRY_ADVICE = "run the same command again; finished files are kept"
 REPO_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?", re.ASCII)
 
 
 def resolve(path_or_repo_id: str | os.PathLike[str], *, progress: bool = True) -> Path:
-    """The local folder (or .gguf file) of a model, downloaded first if need be.
+    """The local folder (or .gguf file) of a model, downloaded first if necessary.
 
-    An existing folder or .gguf file is returned as it is. `org/name` or `org/name@revision` is looked up on the
-    Hugging Face hub: files that are in its cache are not fetched again, a connection that breaks is resumed, and
-    without a network the cached copy is used. Progress bars go to stderr, and only if that is a terminal.
+    Returns an existing folder or .gguf file unchanged. Looks up `org/name` or `org/name@revision` on the Hugging Face
+    hub: files in its cache are not downloaded again, an interrupted download is resumed, and without a network the
+    cached copy is used. Progress bars go to stderr if it is a terminal.
 
-    Raises CheckpointError for a path that is not there or not a model; GptOssError for whatever keeps the download
-    from succeeding.
+    Raises CheckpointError for a path that does not exist or is not a model, and GptOssError for a failed download.
     """
     if not path_or_repo_id:
         raise CheckpointError("the model's name is empty; give a folder or a hub id such as openai/gpt-oss-20b")
@@ -44,7 +43,7 @@ def resolve(path_or_repo_id: str | os.PathLike[str], *, progress: bool = True) -
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.exists():
-        raise CheckpointError(f"{path} is neither a folder nor a .gguf file; name the folder that holds config.json")
+        raise CheckpointError(f"{path} is neither a folder nor a .gguf file; give the folder that contains config.json")
     name = path_or_repo_id
     if not isinstance(name, str) or _looks_like_a_path(name):
         raise CheckpointError(f"there is no folder or .gguf file {str(name)!r}; check the path")
@@ -72,7 +71,7 @@ def _download(repo: str, revision: str | None, progress: bool) -> Path:
             ignore_patterns=list(IGNORED_FILES),
             tqdm_class=None if progress else _silent_bars(),
         )
-    except Exception as error:  # what can go wrong here is the hub's, the network's, the disk's: all for the user
+    except Exception as error:  # from the hub, the network or the disk: each is the user's to mend
         raise GptOssError(_explain(repo, revision, error)) from error
     path = Path(folder)
     if not path.is_dir() or not any(path.glob("*.safetensors")):
@@ -91,7 +90,7 @@ def _silent_bars() -> type[Any]:
 
 
 def _explain(repo: str, revision: str | None, error: Exception) -> str:
-    """One line: what kept the download from succeeding and what to do."""
+    """One line: why the download failed, and what to do."""
     from huggingface_hub import errors
 
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -127,7 +126,7 @@ def _unreachable(repo: str, error: BaseException) -> str:
 
 
 def _disk_is_full(error: BaseException | None) -> bool:
-    """Whether a full disk is behind the error. The native downloader says so only in its message."""
+    """Whether a full disk caused the error. The native downloader names that cause only in its message."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
@@ -138,17 +137,17 @@ def _disk_is_full(error: BaseException | None) -> bool:
 
 
 def _without_weights(repo: str, revision: str | None) -> GptOssError:
-    """Why a repository from which no weights came is of no use."""
+    """The error for a repository without *.safetensors files at its top level."""
     import huggingface_hub
 
     try:
         names = huggingface_hub.list_repo_files(repo, revision=revision)
-    except Exception as error:  # offline, with a part of it in the cache
+    except Exception as error:  # offline, with only a part of the repository in the cache
         return GptOssError(_unreachable(repo, error))
     ggufs = [name for name in names if name.endswith(".gguf")]
     if ggufs:
         return CheckpointError(
-            f"{repo} holds only GGUF files ({_some(ggufs)}); fetch one with `hf download {repo} {ggufs[0]}` "
+            f"{repo} has only GGUF files ({_some(ggufs)}); download one with `hf download {repo} {ggufs[0]}` "
             "and give the path of that file"
         )
     weights = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".npz"))]
@@ -167,7 +166,7 @@ def _page(repo: str) -> str:
 
 
 def _cache() -> str:
-    """The folder that downloads are kept in."""
+    """The folder with the downloaded files."""
     from huggingface_hub import constants
 
     return str(constants.HF_HUB_CACHE)

@@ -1,4 +1,4 @@
-"""The memory plan: what a model needs at a given context against what the device has, before anything is loaded."""
+"""The memory plan: the bytes that a model needs at a given context, compared with the device's, before loading."""
 
 from __future__ import annotations
 
@@ -10,30 +10,29 @@ from ..config import ModelConfig
 from ..errors import DoesNotFit
 from ..machine import mac_memory
 
-PREFERRED_CONTEXT = 8192  # tokens that are worth leaving the embeddings in the file
-MIN_CONTEXT = 2048  # a default context is not cut below this; with less room the model is refused
-DEFAULT_CHUNK_CONTEXT = 32768  # tokens of default context that are worth more than a larger prefill chunk
-MIN_CHUNK = 256  # tokens of one prefill step below which it would be slow for little memory
-PREFIX_BYTES = 2 << 30  # of the prefix cache: of 20b in bfloat16, conversations of 55,000 tokens together
-SYSTEM_BYTES = 3 << 30  # what macOS is left with when a GPU's limit is raised
+PREFERRED_CONTEXT = 8192  # tokens; if fewer would fit, the embeddings stay in the mapped file
+MIN_CONTEXT = 2048  # tokens; a default context is not reduced below this, the model is refused instead
+DEFAULT_CHUNK_CONTEXT = 32768  # tokens; if fewer would fit by default, the prefill chunk is reduced
+MIN_CHUNK = 256  # tokens of one prefill step; a smaller one would be slow and save little memory
+PREFIX_BYTES = 2 << 30  # maximum default size of the prefix cache: 55,000 tokens of 20b in bfloat16
+SYSTEM_BYTES = 3 << 30  # memory left to macOS when the GPU's limit is raised
 RUNTIME_BYTES = 300 << 20  # interpreter, libraries, tokenizer and allocator slack (measured: 210 MB with MLX on a CPU)
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that a loaded model takes.
+    """The memory that a loaded model needs, in bytes.
 
-    kv_bytes_per_token: of one slot, in the full layers. ring_bytes: of one slot's sliding layers together.
-    layer_bytes_per_token: of one slot, in one full layer, as it is computed: what a copy takes while a layer grows, or
-        is decoded from 8 bits.
-    chunk: tokens of one prefill step, as many as there is room for.
+    kv_bytes_per_token: of one slot, in all full-attention layers.
+    layer_bytes_per_token: of one slot, in one full-attention layer, in the activations' dtype: the temporary copy while
+        a layer's cache grows or is decoded from 8 bits.
+    ring_bytes: of one slot, in all sliding-window layers.
+    chunk: tokens of one prefill step, the largest size that fits.
     step_bytes: activations of one prefill chunk, logits, and the runtime itself.
-    mapped_bytes: of the weights, what stays in the mapped file because memory is short (Limits.resident_vocab); 0 where
-        it is not.
-    upcast_bytes: what dense matrices take more in the activations' dtype than as stored (Limits.upcast); 0 where they
-        are kept as stored.
-    prefix_bytes: what the prefix cache may hold.
-    available_bytes: what the device has to give: Metal's recommended working set, or the free memory elsewhere.
+    mapped_bytes: weights that stay in the mapped file because memory is short (Limits.resident_vocab), else 0.
+    upcast_bytes: additional bytes of dense matrices upcast to the activations' dtype (Limits.upcast), else 0.
+    prefix_bytes: maximum size of the prefix cache.
+    available_bytes: Metal's recommended working set, or the free memory on other devices.
     """
 
     context: int
@@ -51,7 +50,7 @@ class MemoryPlan:
 
     @property
     def working_bytes(self) -> int:
-        """What is not weights as stored and cache."""
+        """Everything except the weights as stored and the slots' caches."""
         return (
             self.prefix_bytes
             + self.upcast_bytes
@@ -70,11 +69,11 @@ class MemoryPlan:
 
     @property
     def largest_context(self) -> int:
-        """The longest context that fits, in whole 256 tokens; 0 when none does."""
+        """The longest context that fits, a multiple of 256 tokens; 0 if none fits."""
         resident = self.weights_bytes - self.mapped_bytes + self.upcast_bytes + self.prefix_bytes
-        room = self.available_bytes - resident - self.step_bytes - self.slots * self.ring_bytes
-        each = self.slots * (self.kv_bytes_per_token + self.layer_bytes_per_token)
-        return max(0, room // max(each, 1) // 256 * 256)
+        spare = self.available_bytes - resident - self.step_bytes - self.slots * self.ring_bytes
+        bytes_per_token = self.slots * (self.kv_bytes_per_token + self.layer_bytes_per_token)
+        return max(0, spare // max(bytes_per_token, 1) // 256 * 256)
 
 
 def plan_memory(
@@ -91,25 +90,26 @@ def plan_memory(
     upcastable_bytes: int = 0,
     prefix_bytes: int | None = 0,
 ) -> MemoryPlan:
-    """The plan for `context` tokens a slot; None takes the model's longest, or what fits of it
-    (but no less than MIN_CONTEXT, at which a model that is too big is refused).
+    """The memory plan for `context` tokens per slot.
 
-    activation_bytes: 2 or 4, the size of an activation and of a K/V entry. chunk: most tokens of one prefill step;
-    it is halved, down to MIN_CHUNK, until the context fits, or DEFAULT_CHUNK_CONTEXT of a default one.
-    kv_bits: 8 where the full layers' keys and values are kept in 8 bits, with two float32 to 64 of them.
-    mappable_bytes: of the weights, what may stay in the file; it does if a PREFERRED_CONTEXT does not fit otherwise.
-    upcastable_bytes: what dense matrices would take more if they were upcast; they are if the plan fits all the same.
-    prefix_bytes: for the prefix cache; None gives it half of what is left, PREFIX_BYTES at most.
+    context: None is the model's maximum, reduced until it fits, but not below MIN_CONTEXT.
+    activation_bytes: 2 or 4, the size of an activation and of a K/V entry.
+    chunk: maximum tokens of one prefill step. It is halved, down to MIN_CHUNK, until `context` fits; for a default
+        context, until DEFAULT_CHUNK_CONTEXT fits.
+    kv_bits: 8 stores keys and values of the full-attention layers in 8 bits, with two float32 per 64 values.
+    mappable_bytes: weights that may stay in the mapped file. They do if PREFERRED_CONTEXT does not fit otherwise.
+    upcastable_bytes: additional bytes if dense matrices are upcast. They are if the plan still fits.
+    prefix_bytes: size of the prefix cache; None gives it half of the spare memory, PREFIX_BYTES at most.
     """
     entry = 2 * config.kv_size * activation_bytes  # one key and one value, all heads
-    kept = entry if kv_bits is None else 2 * config.kv_size * (64 + 8) // 64
+    stored = entry if kv_bits is None else 2 * config.kv_size * (64 + 8) // 64
     wanted = context or config.max_position_embeddings
     plan = MemoryPlan(
         context=wanted if context else min(wanted, DEFAULT_CHUNK_CONTEXT),
         slots=slots,
         chunk=chunk,
         weights_bytes=weights_bytes,
-        kv_bytes_per_token=kept * config.full_layers,
+        kv_bytes_per_token=stored * config.full_layers,
         layer_bytes_per_token=entry if config.full_layers else 0,
         ring_bytes=entry * config.sliding_layers * config.sliding_window,
         step_bytes=RUNTIME_BYTES + working_space(config, chunk, slots, activation_bytes),
@@ -118,14 +118,14 @@ def plan_memory(
     )
     steps = [RUNTIME_BYTES + working_space(config, size, slots, activation_bytes) for size in _chunks(chunk)]
     choices = [replace(plan, chunk=size, step_bytes=step) for size, step in zip(_chunks(chunk), steps, strict=True)]
-    whole = _first_that_fits(choices, wanted, context is not None)
-    if not mappable_bytes or (whole.fits and whole.context >= min(wanted, PREFERRED_CONTEXT)):
-        wide = replace(whole, upcast_bytes=upcastable_bytes)
-        return _with_prefix(wide if wide.fits else whole, prefix_bytes)
-    lean = _first_that_fits(
+    resident = _first_that_fits(choices, wanted, context is not None)
+    if not mappable_bytes or (resident.fits and resident.context >= min(wanted, PREFERRED_CONTEXT)):
+        upcast = replace(resident, upcast_bytes=upcastable_bytes)
+        return _with_prefix(upcast if upcast.fits else resident, prefix_bytes)
+    mapped = _first_that_fits(
         [replace(choice, mapped_bytes=mappable_bytes) for choice in choices], wanted, context is not None
     )
-    return _with_prefix(lean if lean.fits else whole, prefix_bytes)
+    return _with_prefix(mapped if mapped.fits else resident, prefix_bytes)
 
 
 def _with_prefix(plan: MemoryPlan, prefix_bytes: int | None) -> MemoryPlan:
@@ -133,21 +133,23 @@ def _with_prefix(plan: MemoryPlan, prefix_bytes: int | None) -> MemoryPlan:
     return plan if prefix_bytes is not None else replace(plan, prefix_bytes=min(spare // 2, PREFIX_BYTES))
 
 
-def _chunks(most: int) -> list[int]:
-    """Sizes of a prefill step to try, halving."""
-    return [most, *(_chunks(most // 2) if most > MIN_CHUNK else [])]
+def _chunks(largest: int) -> list[int]:
+    """The sizes of a prefill step to try: `largest`, then half of the one before, down to MIN_CHUNK."""
+    return [largest, *(_chunks(largest // 2) if largest > MIN_CHUNK else [])]
 
 
-def _first_that_fits(choices: Sequence[MemoryPlan], wanted: int, asked: bool) -> MemoryPlan:
-    """The first of the plans that fits, or the last, with the wanted context or, if it was not asked for, what fits."""
+def _first_that_fits(choices: Sequence[MemoryPlan], wanted: int, explicit: bool) -> MemoryPlan:
+    """The first plan that fits, or else the last, with `wanted` tokens of context. If the user did not give the context
+    explicitly, it is reduced until it fits."""
     plan = replace(next((choice for choice in choices if choice.fits), choices[-1]), context=wanted)
-    if asked or plan.fits:
+    if explicit or plan.fits:
         return plan
     return replace(plan, context=min(wanted, max(plan.largest_context, MIN_CONTEXT)))
 
 
 def require_fit(plan: MemoryPlan, name: str, smaller_formats: dict[str, int]) -> None:
-    """Raise DoesNotFit with the numbers and with what would fit. smaller_formats: name -> weight bytes."""
+    """Raise DoesNotFit, with the numbers and what would fit, unless the plan fits. smaller_formats: name -> bytes of
+    weights."""
     if plan.fits:
         return
     advice = (
@@ -173,8 +175,8 @@ def require_fit(plan: MemoryPlan, name: str, smaller_formats: dict[str, int]) ->
 
 
 def wired_limit(plan: MemoryPlan, memory: int) -> str | None:
-    """The command that makes room for the plan on a Mac of `memory` bytes, or None if it would not help: macOS keeps
-    SYSTEM_BYTES, and a CPU has no such limit. It rounds up to whole 256 MB."""
+    """The command that raises the GPU's memory limit so that the plan fits on a Mac with `memory` bytes, rounded up to
+    256 MB. None if it would not help, because macOS needs SYSTEM_BYTES, or because a CPU has no such limit."""
     megabytes = -(-plan.needed_bytes // (256 << 20)) * 256
     if plan.fits or plan.available_bytes >= memory * 7 // 8 or megabytes << 20 > memory - SYSTEM_BYTES:
         return None

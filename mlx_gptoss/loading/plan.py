@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from dataclasses import dataclass
 from importlib import metadata
@@ -10,28 +9,27 @@ from pathlib import Path
 
 from ..backends import find_backend
 from ..backends.base import Backend, Limits, Runner
-from ..errors import CheckpointError, InvalidRequest
+from ..errors import InvalidRequest
 from ..options import LoadOptions
 from ..weights import checkpoint as checkpoints
 from ..weights.checkpoint import Checkpoint, CheckpointLike
-from ..weights.formats import WRITERS
 from ..weights.requantize import Requantized
 from ..weights.split import RankShard, RankWeights
 from ..weights.synthetic import Synthetic, preset
 from ..weights.tensor import Dense, Weights
 from . import hub
 from .memory import MemoryPlan, plan_memory
-from .recommend import derived_bytes, mappable_bytes, upcastable_bytes, used_vocabulary
+from .recommend import derived_bytes, mappable_bytes, units_by_format, upcastable_bytes, used_vocabulary
 
 NANO = Path(__file__).parents[1] / "nano"  # the bundled model
-MAX_DRAFTS = 3  # with the token before them 4 queries, the most that Metal's attention for a single query takes
-LIBRARIES = {"mlx": "mlx", "cuda": "torch"}  # what computes: another version may round differently
+MAX_DRAFTS = 3  # plus the token before them: 4 queries, the maximum of Metal's attention kernel for decoding
+LIBRARIES = {"mlx": "mlx", "cuda": "torch"}  # the library that computes; another version may round differently
 ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadRequest(LoadOptions):
-    """What to load and how: all that another rank needs to load its share. JSON can hold it.
+    """What to load and how: everything that another rank needs to load its share, as plain JSON values.
 
     model: a folder or a hub id; None is the bundled model. synthetic: the preset, the number of layers (None for all)
     and the format of synthetic weights, which are generated while loading, instead of a model.
@@ -47,11 +45,11 @@ class LoadRequest(LoadOptions):
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What a request resolves to on one rank.
+    """A load request, resolved on one rank.
 
-    source: the whole checkpoint. part: what this rank holds of it. weights: what is loaded, quantized if so asked.
-    module, backend: the backend and its name. shard: which heads, experts and token ids this rank holds; None for a
-    process that runs alone.
+    source: the whole checkpoint. part: this rank's part of it. weights: the weights to load: `part`, or `part`
+    quantized while loading. module, backend: the backend and its name. shard: this rank's heads, experts and token ids;
+    None for a single process.
     """
 
     request: LoadRequest
@@ -90,7 +88,7 @@ class LoadPlan:
 
 
 def open_source(request: LoadRequest) -> CheckpointLike:
-    """The checkpoint that the request names; reads headers only."""
+    """Open the checkpoint that the request names. Reads headers only."""
     if request.synthetic is None:
         return open_checkpoint(request.model)
     name, layers, format_name = request.synthetic
@@ -98,7 +96,7 @@ def open_source(request: LoadRequest) -> CheckpointLike:
 
 
 def open_checkpoint(path_or_repo_id: str | Path | None) -> Checkpoint:
-    """A checkpoint, its headers read and checked; None is the bundled model. Raises CheckpointError."""
+    """Open a checkpoint; None is the bundled model. Reads and checks headers only. Raises CheckpointError."""
     return checkpoints.open(NANO if path_or_repo_id is None else hub.resolve(path_or_repo_id))
 
 
@@ -133,7 +131,7 @@ def plan_load(
 
 
 def _check_options(backend: str, kv_bits: int | None, speculate: bool) -> None:
-    """Raise InvalidRequest for what only the mlx backend can do."""
+    """Raise InvalidRequest for options that only the mlx backend has."""
     if kv_bits is not None and (kv_bits != 8 or backend != "mlx"):
         raise InvalidRequest(f"kv_bits must be 8, and the backend mlx, not {kv_bits!r} and {backend}; or leave it out")
     if speculate and backend != "mlx":
@@ -154,12 +152,11 @@ def memory_plan(
     prefix_bytes: int | None = 0,
     ranks_on_host: int = 1,
 ) -> MemoryPlan:
-    """What the checkpoint needs on the backend's device, and what the device has.
+    """The memory plan of a checkpoint on the backend's device.
 
-    weights_bytes: the size of the weights if it differs from the checkpoint's, because they are quantized while
-        loading.
-    as_stored: whether the backend (mlx) may leave the embeddings in the mapped file where memory is short and, on a
-        CPU, upcast dense matrices where there is enough.
+    weights_bytes: the size of the weights, if they are quantized while loading; None is the checkpoint's size.
+    as_stored: the backend (mlx) may leave the embeddings in the mapped file if memory is short and, on a CPU, upcast
+        dense matrices if there is enough.
     prefix_bytes: as in plan_memory. ranks_on_host: processes that share the device's memory equally.
     Raises InvalidRequest for a context or kv_bits that the model does not allow.
     """
@@ -186,7 +183,7 @@ def memory_plan(
 
 
 def mappable(checkpoint: CheckpointLike) -> int:
-    """Bytes of weights that may stay in the mapped file; of a rank's weights, only its embeddings."""
+    """Bytes of weights that may stay in the mapped file. For one rank's part, these are only the embeddings."""
     if isinstance(checkpoint, RankWeights):
         return checkpoint.matrix_bytes("embed") if isinstance(checkpoint.source, Checkpoint) else 0
     return mappable_bytes(checkpoint) if isinstance(checkpoint, Checkpoint) else 0
@@ -194,18 +191,15 @@ def mappable(checkpoint: CheckpointLike) -> int:
 
 def sizes_in_other_formats(checkpoint: CheckpointLike) -> dict[str, int]:
     """Bytes of the same model in each format that can hold it, computed from its layout."""
-    dtypes = {param.name: "BF16" for param in checkpoint.params}
-    sizes = {}
-    for name, writer in WRITERS.items():
-        with contextlib.suppress(CheckpointError):  # groups that do not divide this model's rows
-            units = writer.units(name, checkpoint.params, dtypes)
-            sizes[name] = sum(info.nbytes for unit in units for info in unit.tensors)
-    return sizes
+    return {
+        name: sum(info.nbytes for unit in units for info in unit.tensors) for name, units in units_by_format(checkpoint)
+    }
 
 
 def identity(source: CheckpointLike) -> str:
-    """A digest that two copies of one checkpoint share: of the headers, and of the first row of every weight that each
-    rank reads. Another fine-tune with the same layout has another digest."""
+    """A digest of the headers and of the first row of every weight that all ranks read.
+
+    Two copies of one checkpoint have the same digest; another fine-tune with the same layout has a different one."""
     digest = hashlib.sha256()
     for name, size, *rest in source.fingerprint():
         digest.update(repr((name, size, rest[-1])).encode())  # without the time of the last change

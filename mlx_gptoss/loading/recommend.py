@@ -1,21 +1,20 @@
-"""Which format to run a checkpoint in on this machine: the rule, in one place.
+"""The rule that recommends a format for a checkpoint on this machine.
 
-Preferred is what loses least, read with as few bytes as that allows:
+The candidates, in order of preference: first the least loss, then the fewest bytes.
 
-- MXFP4 experts, also those that were only decoded to bfloat16, are kept bit for bit; the rest is taken to 8 bits
-  (`mlx-mxfp4-q8`: on the bundled model under a tenth of the KL divergence of any 4-bit format), or to 4 if memory is
-  short (`mlx-mxfp4-q4`).
-- Weights trained in bfloat16 are taken to 8 bits (`mlx-8bit`), or to 4 (`mlx-4bit`).
-- What is quantized otherwise runs as it is, or is taken to 4 bits (`mlx-4bit`).
-- What is no smaller than the checkpoint gains nothing: it runs as it is.
+- MXFP4 experts are kept bit for bit, also if they were only decoded to bfloat16. The other weights are quantized to
+  8 bits (`mlx-mxfp4-q8`: on the bundled model under a tenth of the KL divergence of any 4-bit format), or to 4 bits if
+  memory is short (`mlx-mxfp4-q4`).
+- Weights trained in bfloat16 are quantized to 8 bits (`mlx-8bit`), or to 4 (`mlx-4bit`).
+- A checkpoint that is quantized in another way runs as it is, or is quantized to 4 bits (`mlx-4bit`).
+- If a format is no smaller than the checkpoint, the checkpoint runs as it is.
 
-The first of these that fits with a comfortable context is recommended, else the first that fits at all.
+The rule recommends the first candidate that fits with PREFERRED_CONTEXT tokens, else the first with MIN_CONTEXT.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,6 +23,7 @@ from ..errors import CheckpointError
 from ..weights import codecs, quantization
 from ..weights.checkpoint import Checkpoint, CheckpointLike
 from ..weights.formats import WRITERS
+from ..weights.formats.base import Unit
 from ..weights.params import MATRIX_ROLES, Role
 from ..weights.tensor import MXFP4, Dense
 from .memory import MIN_CONTEXT, PREFERRED_CONTEXT, MemoryPlan
@@ -44,8 +44,8 @@ DESCRIPTIONS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Recommendation:
-    """as_is: the checkpoint should run as it is; `format` and `size_bytes` are then its own. context: tokens for which
-    that fits."""
+    """A recommended format. as_is: run the checkpoint as it is; `format` and `size_bytes` are then its own. context:
+    the tokens with which it fits."""
 
     format: str
     size_bytes: int
@@ -62,17 +62,17 @@ def recommend(
 ) -> Recommendation | None:
     """The format to run the checkpoint in, or None if none fits.
 
-    plan: of the checkpoint as it is. sizes: bytes in the formats that it can be written in. context: tokens that must
-    fit; None asks for PREFERRED_CONTEXT or, failing that, MIN_CONTEXT. mappable: bytes that may stay in the
-    file, by format. Reads some rows of bfloat16 experts.
+    plan: the memory plan of the checkpoint as it is. sizes: bytes in each format that it can be written in. context:
+    tokens that must fit; None tries PREFERRED_CONTEXT, then MIN_CONTEXT. mappable: bytes that may stay in the file, by
+    format. Reads some rows of bfloat16 experts.
     """
     mappable = mappable or {}
-    most = checkpoint.config.max_position_embeddings
-    for wanted in [context] if context else [min(PREFERRED_CONTEXT, most), min(MIN_CONTEXT, most)]:
+    longest = checkpoint.config.max_position_embeddings
+    for wanted in [context] if context else [min(PREFERRED_CONTEXT, longest), min(MIN_CONTEXT, longest)]:
         for name, size in _candidates(checkpoint, sizes):
             as_is = size == checkpoint.size_bytes
-            held = size + derived_bytes(checkpoint) if as_is else size
-            if replace(plan, weights_bytes=held, context=wanted, mapped_bytes=mappable.get(name, 0)).fits:
+            in_memory = size + derived_bytes(checkpoint) if as_is else size
+            if replace(plan, weights_bytes=in_memory, context=wanted, mapped_bytes=mappable.get(name, 0)).fits:
                 return Recommendation(name, size, wanted, as_is)
     return None
 
@@ -86,19 +86,19 @@ def _candidates(checkpoint: Checkpoint, sizes: Mapping[str, int]) -> list[tuple[
 
 
 def _kind(checkpoint: Checkpoint) -> str:
-    """How the experts are stored, judged by those of the first layer: a key of _PREFERRED."""
+    """How the first layer's experts are stored: a key of _PREFERRED."""
     weight = checkpoint.read("layers.0.experts.down.weight")
     if not isinstance(weight, Dense):
         return "mxfp4" if weight.spec == MXFP4 else "other"
-    some = Dense(codecs.contiguous_rows(weight.values[0, :32]))
-    if some.values.shape[-1] % MXFP4.group:
+    sample = Dense(codecs.contiguous_rows(weight.values[0, :32]))
+    if sample.values.shape[-1] % MXFP4.group:
         return "dense"
-    decoded = codecs.dequantize(quantization.to_spec(some, MXFP4))
-    return "mxfp4" if np.array_equal(decoded, codecs.dequantize(some)) else "dense"
+    decoded = codecs.dequantize(quantization.to_spec(sample, MXFP4))
+    return "mxfp4" if np.array_equal(decoded, codecs.dequantize(sample)) else "dense"
 
 
 def used_vocabulary(checkpoint: Checkpoint) -> int:
-    """Ids that the tokenizer has; all there are without one."""
+    """Number of ids that the tokenizer has, or the size of the vocabulary if there is no tokenizer."""
     tokenizer = checkpoint.tokenizer()
     return (
         checkpoint.config.vocab_size if tokenizer is None else min(tokenizer.vocab_size, checkpoint.config.vocab_size)
@@ -106,29 +106,38 @@ def used_vocabulary(checkpoint: Checkpoint) -> int:
 
 
 def mappable_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes that may stay in the file: the embeddings, and lm_head's rows of ids that no token has."""
+    """Bytes that may stay in the mapped file: the embeddings, and the rows of lm_head for ids that the tokenizer does
+    not have."""
     config, roles = checkpoint.config, checkpoint.summary().roles
     row_bytes = {role: float(roles[role]["bits"]) * config.hidden_size / 8 for role in ("embed", "lm_head")}
     unused = config.vocab_size - used_vocabulary(checkpoint)
     return int(config.vocab_size * row_bytes["embed"] + unused * row_bytes["lm_head"])
 
 
+def units_by_format(checkpoint: CheckpointLike) -> Iterator[tuple[str, list[Unit]]]:
+    """Each format that can hold the model, with the units of its checkpoint."""
+    dtypes = {param.name: "BF16" for param in checkpoint.params}
+    for name, writer in WRITERS.items():
+        try:
+            units = writer.units(name, checkpoint.params, dtypes)
+        except CheckpointError:  # the format's groups do not divide this model's rows
+            continue
+        yield name, units
+
+
 def mappable_by_format(checkpoint: Checkpoint) -> dict[str, int]:
-    """The same in each format that can hold the model, and in its own."""
+    """mappable_bytes() for each format that can hold the model, and for the checkpoint's own format."""
     unused = 1 - used_vocabulary(checkpoint) / checkpoint.config.vocab_size
     share = {"embed.weight": 1.0, "lm_head.weight": unused}
-    dtypes = {param.name: "BF16" for param in checkpoint.params}
     found = {}
-    for name, form in WRITERS.items():
-        with contextlib.suppress(CheckpointError):
-            units = form.units(name, checkpoint.params, dtypes)
-            parts = [share.get(u.params[0].name, 0.0) * sum(info.nbytes for info in u.tensors) for u in units]
-            found[name] = int(sum(parts))
+    for name, units in units_by_format(checkpoint):
+        parts = [share.get(u.params[0].name, 0.0) * sum(info.nbytes for info in u.tensors) for u in units]
+        found[name] = int(sum(parts))
     return found | {checkpoint.format: mappable_bytes(checkpoint)}
 
 
 def upcastable_bytes(weights: CheckpointLike, activation_bytes: int) -> int:
-    """Bytes that the dense matrices which every token reads would take more in activations of this size."""
+    """Additional bytes if the dense matrices that every token reads were upcast to activations of this size."""
     extra = 0
     for role in DENSE_ROLES:
         matrices = [param for param in weights.params if param.role == role and param.is_matrix]
@@ -139,17 +148,16 @@ def upcastable_bytes(weights: CheckpointLike, activation_bytes: int) -> int:
 
 
 def derived_bytes(weights: CheckpointLike) -> int:
-    """Bytes of biases that are not stored but made while reading, since codes and scales tell them: of int4-autoround
-    and of GGUF's Q8_0."""
+    """Bytes of biases that are not stored but computed while loading: int4-autoround and GGUF's Q8_0 imply them."""
     extra = 0
     for role in MATRIX_ROLES:
         matrices = [param for param in weights.params if param.role == role and param.is_matrix]
-        held = 0
+        in_memory = 0
         for param in matrices:
             spec, dtype = weights.stored_as(param.name)
             if spec is None or spec.scale != "float":
-                break  # a bias goes with float scales alone, and a role's matrices are stored alike
-            held += param.size * spec.bits // 8 + 2 * param.size // spec.group * (4 if dtype == "F32" else 2)
+                break  # only float scales have biases, and all matrices of a role are stored the same way
+            in_memory += param.size * spec.bits // 8 + 2 * param.size // spec.group * (4 if dtype == "F32" else 2)
         else:
-            extra += max(0, held - weights.matrix_bytes(role))
+            extra += max(0, in_memory - weights.matrix_bytes(role))
     return extra

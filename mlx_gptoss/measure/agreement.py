@@ -1,6 +1,4 @@
-"""Whether a model that is about to be timed computes what it should: held against a second computation on the same
-weights. Speed without it means nothing.
-"""
+"""Check the numbers of a model before timing it: compare its logits with a second computation on the same weights."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ LAYERS = 4  # compared; two of each kind
 PROMPT = 136  # tokens; longer than the sliding window
 DECODED = 8
 # The largest differences that rounding explains, by the activations' dtype: mean KL divergence in nats, and mean
-# difference of decoded tokens' log-probabilities. A narrow dtype sometimes chooses another expert.
+# difference of decoded tokens' log-probabilities. In a narrow dtype the router sometimes selects another expert.
 TOLERANCE = {"float32": (1e-5, 1e-2), "bfloat16": (0.05, 0.5), "float16": (0.05, 0.5)}
 GREEDY = Sampling(temperature=0)
 

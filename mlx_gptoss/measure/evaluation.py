@@ -1,11 +1,11 @@
-"""How well checkpoints predict a text, and how far their predictions are from a reference's.
+"""Evaluate checkpoints on a text: their perplexity, and the divergence of their predictions from a reference's.
 
-`<|endoftext|>` (with the line break after it) ends a document; documents do not see each other. Every token of a
-document but its first is predicted once: from all of the document before it where the context allows, else from more
-than half a context (windows overlap by half). All numbers are over those predictions.
+`<|endoftext|>` (with the line break after it) ends a document; a model sees one document at a time. Every token of a
+document except the first is predicted once: from all earlier tokens of the document if they fit in the context, else
+from more than half a context (windows overlap by half). All numbers are over these predictions.
 
-Memory: one model at a time, the logits of one window (float32 [context, V], by default under 1 GB) and a few of its
-rows in float64. A reference's logits wait for the models in a temporary file, 4 V bytes a prediction.
+Memory: one model at a time, the logits of one window (float32 [context, V], by default under 1 GB), and a few rows of
+them in float64. A reference's logits are kept in a temporary file, 4 V bytes per prediction.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from .passages import Score, Window, read_documents, windows
 if TYPE_CHECKING:
     from ..weights.checkpoint import Checkpoint
 
-Source = str | Path | None  # as load() takes it
-Progress = Callable[[int, int, str], None]  # predictions done, predictions in all, the model at work
+Source = str | Path | None  # a model, as for load()
+Progress = Callable[[int, int, str], None]  # predictions done, predictions in total, name of the running model
 Doubles = NDArray[np.float64]
 Logits = NDArray[np.float32]
 
 BUNDLED_TEXT = api.NANO / "eval.txt"  # written by examples/tools/nano_eval_text.py
 WINDOW_BYTES = 10**9
 MAX_WINDOW = 2048
-BLOCK = 2**20  # values of a block of rows in float64
+MAX_FLOAT64_VALUES = 2**20  # logits converted to float64 at once
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A model's predictions against a reference's, one by one in the text's order.
+    """A model's predictions compared with a reference's, in the order of the text.
 
     kl: KL(reference || model), the sum over the vocabulary of P log(P / Q), in nats, float64 [N].
-    agrees: whether both find the same token the likeliest, bool [N].
+    agrees: whether both rank the same token first, bool [N].
     """
 
     reference: Evaluation
@@ -76,10 +76,10 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model on a text.
+    """The predictions of one model on a text.
 
-    context: the most tokens that a prediction was made from. nll: what each prediction gave the token that came,
-    as -log(probability), in nats, float64 [N]. against: one entry a reference.
+    context: maximum number of tokens before a prediction. nll: -log(probability) that each prediction gave the actual
+    token, in nats, float64 [N]. against: one entry per reference.
     """
 
     model: str
@@ -92,7 +92,7 @@ class Evaluation:
 
     @property
     def tokens(self) -> int:
-        """Predictions made."""
+        """Number of predictions."""
         return len(self.nll)
 
     @property
@@ -115,38 +115,39 @@ def evaluate(
 ) -> tuple[Evaluation, ...]:
     """Perplexity of each model on a text and, with `against`, its divergence from each reference.
 
-    models, against: folders or hub ids; without a model the bundled one. All need the same vocabulary.
-    text: special tokens written in it are meant. None is a sample of what the bundled model was taught, from
-        conversations that it never saw; it says little about other models.
-    score: "all" tokens count (the default for a given text), or only "replies" (the default for the bundled one): the
-        assistant's messages after the last message of somebody else in each document. It needs Harmony.
+    models, against: folders or hub ids; no model is the bundled one. All need the same vocabulary.
+    text: special tokens in it are encoded as such. None is a sample of the tasks that the bundled model was trained on,
+        with conversations that it was not trained on; it says little about other models.
+    score: "all" scores every token (the default if `text` is given). "replies" (the default without `text`) scores the
+        assistant's messages after the last message of another role in each document, and needs a text in Harmony.
     context: tokens; the default is the largest power of two, up to 2048, that keeps a window's logits under 1 GB.
-    max_tokens: stop after so many predictions.
-    backend, device, dtype: as for load(). kv_bits: too, but of the models alone, not of the references.
+    max_tokens: stop after this many predictions.
+    backend, device, dtype: as for load(). kv_bits: as for load(), for the models but not for the references.
+    progress: called as progress(predictions done, predictions in total, name of the running model).
 
-    Each reference runs once, then each model once. Raises InvalidRequest for a text with nothing to predict or
-    vocabularies that differ, GptOssError for a disk too full or logits that are not finite, and what load() raises.
+    Runs each reference once, then each model once. Raises InvalidRequest for a text with nothing to predict or
+    different vocabularies, GptOssError for too little disk space or logits that are not finite, and load()'s errors.
     """
     if max_tokens is not None and max_tokens < 1:
         raise InvalidRequest(f"max_tokens must be at least 1, not {max_tokens}")
-    subjects = [_Subject.open(model, kv_bits) for model in models or (None,)]
-    references = [_Subject.open(one) for one in ([against] if isinstance(against, (str, Path)) else against)]
-    _require_one_vocabulary([*references, *subjects])
-    config = subjects[0].checkpoint.config
-    positions = min(s.checkpoint.config.max_position_embeddings for s in (*references, *subjects))
+    candidates = [_Candidate.open(model, kv_bits) for model in models or (None,)]
+    references = [_Candidate.open(one) for one in ([against] if isinstance(against, (str, Path)) else against)]
+    _require_one_vocabulary([*references, *candidates])
+    config = candidates[0].checkpoint.config
+    positions = min(c.checkpoint.config.max_position_embeddings for c in (*references, *candidates))
     context = _context(context, config.vocab_size, positions)
     documents = read_documents(
         BUNDLED_TEXT.read_text(encoding="utf-8") if text is None else text,
-        subjects[0].tokenizer,
+        candidates[0].tokenizer,
         score or ("replies" if text is None else "all"),
     )
-    run = _Run(
+    run = _Evaluator(
         tuple(windows(documents, context, max_tokens)),
         context,
         config.vocab_size,
         {"backend": backend, "device": device, "dtype": dtype},
     )
-    return run.passes(subjects, references, progress or (lambda done, total, model: None))
+    return run.evaluate(candidates, references, progress or (lambda done, total, model: None))
 
 
 def _context(wanted: int | None, vocab: int, longest: int) -> int:
@@ -162,8 +163,8 @@ def _context(wanted: int | None, vocab: int, longest: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Subject:
-    """A checkpoint to run, its headers read."""
+class _Candidate:
+    """A checkpoint to run, with its headers read."""
 
     source: Source
     checkpoint: Checkpoint
@@ -171,7 +172,7 @@ class _Subject:
     kv_bits: int | None
 
     @classmethod
-    def open(cls, source: Source, kv_bits: int | None = None) -> _Subject:
+    def open(cls, source: Source, kv_bits: int | None = None) -> _Candidate:
         checkpoint = api.open_checkpoint(source)
         return cls(source, checkpoint, Tokenizer.from_folder(checkpoint.tokenizer_folder), kv_bits)
 
@@ -180,8 +181,8 @@ class _Subject:
         return "the bundled model" if self.source is None else str(self.source)
 
 
-def _require_one_vocabulary(subjects: Sequence[_Subject]) -> None:
-    first, *others = subjects
+def _require_one_vocabulary(candidates: Sequence[_Candidate]) -> None:
+    first, *others = candidates
     for other in others:
         if not _same_vocabulary(first, other):
             raise InvalidRequest(
@@ -190,19 +191,18 @@ def _require_one_vocabulary(subjects: Sequence[_Subject]) -> None:
             )
 
 
-def _same_vocabulary(a: _Subject, b: _Subject) -> bool:
-    one, two = a.tokenizer, b.tokenizer
+def _same_vocabulary(a: _Candidate, b: _Candidate) -> bool:
     return (
         a.checkpoint.config.vocab_size == b.checkpoint.config.vocab_size
-        and one.vocab_size == two.vocab_size
-        and one.specials == two.specials
-        and all(one.token_bytes(id) == two.token_bytes(id) for id in range(one.vocab_size))
+        and a.tokenizer.vocab_size == b.tokenizer.vocab_size
+        and a.tokenizer.specials == b.tokenizer.specials
+        and all(a.tokenizer.token_bytes(id) == b.tokenizer.token_bytes(id) for id in range(a.tokenizer.vocab_size))
     )
 
 
 @dataclass(frozen=True)
 class _Reference:
-    """What a reference's pass left: its own numbers, its likeliest tokens [N], and all of its logits."""
+    """The results of a reference: its own numbers, its most likely tokens [N], and the file with its logits."""
 
     evaluation: Evaluation
     top: NDArray[np.int64]
@@ -210,7 +210,7 @@ class _Reference:
 
 
 class _LogitsFile:
-    """Raw logits, float32 [N, V], written in order and read back by rows."""
+    """A file of raw logits, float32 [N, V], written in order and read by row."""
 
     def __init__(self, file: IO[bytes], vocab: int) -> None:
         self._file = file
@@ -226,8 +226,8 @@ class _LogitsFile:
         return np.frombuffer(data, np.float32).reshape(-1, self._vocab)
 
 
-class _Run:
-    """The passes of one evaluate(): each reference's, then each model's."""
+class _Evaluator:
+    """Runs the references and the models of one evaluate() over the same windows."""
 
     def __init__(self, windows: Sequence[Window], context: int, vocab: int, options: dict[str, Any]) -> None:
         """options: backend, device and dtype, as for load()."""
@@ -237,71 +237,75 @@ class _Run:
         self._options = options
         self._targets = np.array([id for window in windows for id in window.targets])
 
-    def passes(
-        self, subjects: Sequence[_Subject], references: Sequence[_Subject], progress: Progress
+    def evaluate(
+        self, candidates: Sequence[_Candidate], references: Sequence[_Candidate], progress: Progress
     ) -> tuple[Evaluation, ...]:
         self._require_disk(len(references))
-        total = len(self._targets) * (len(subjects) + len(references))
+        total = len(self._targets) * (len(candidates) + len(references))
 
-        def log(passes: int, subject: _Subject) -> Callable[[int], None]:
-            return lambda done: progress(passes * len(self._targets) + done, total, subject.name)
+        def report(models_before: int, model: _Candidate) -> Callable[[int], None]:
+            return lambda done: progress(models_before * len(self._targets) + done, total, model.name)
 
         with ExitStack() as stack:
             recorded = []
-            for place, reference in enumerate(references):
+            for index, reference in enumerate(references):
                 file = stack.enter_context(tempfile.TemporaryFile(prefix="mlx-gptoss-"))
-                recorded.append(self._record(reference, _LogitsFile(file, self._vocab), log(place, reference)))
+                recorded.append(self._record(reference, _LogitsFile(file, self._vocab), report(index, reference)))
             return tuple(
-                self._measure(subject, recorded, log(place, subject))
-                for place, subject in enumerate(subjects, len(references))
+                self._compare(candidate, recorded, report(index, candidate))
+                for index, candidate in enumerate(candidates, len(references))
             )
 
-    def _record(self, subject: _Subject, file: _LogitsFile, log: Callable[[int], None]) -> _Reference:
+    def _record(self, reference: _Candidate, file: _LogitsFile, report: Callable[[int], None]) -> _Reference:
+        """Run a reference and write its logits to the file."""
         nll, top = np.empty(len(self._targets)), np.empty(len(self._targets), np.int64)
-        for here, rows in self._predictions(subject, log):
-            nll[here], top[here] = self._nll_rows(here, log_softmax(rows)), rows.argmax(-1)
+        for span, rows in self._predictions(reference, report):
+            nll[span], top[span] = self._nll_rows(span, log_softmax(rows)), rows.argmax(-1)
             file.append(rows)
-        return _Reference(self._evaluation(subject, nll), top, file)
+        return _Reference(self._evaluation(reference, nll), top, file)
 
-    def _measure(self, subject: _Subject, references: Sequence[_Reference], log: Callable[[int], None]) -> Evaluation:
+    def _compare(
+        self, candidate: _Candidate, references: Sequence[_Reference], report: Callable[[int], None]
+    ) -> Evaluation:
+        """Run a model and compare its predictions with each reference's."""
         nll, top = np.empty(len(self._targets)), np.empty(len(self._targets), np.int64)
         kl = np.empty((len(references), len(self._targets)))
-        for here, rows in self._predictions(subject, log):
+        for span, rows in self._predictions(candidate, report):
             log_q = log_softmax(rows)
-            nll[here], top[here] = self._nll_rows(here, log_q), rows.argmax(-1)
-            for place, reference in enumerate(references):
-                kl[place, here] = kl_divergence(log_softmax(reference.logits.read(here)), log_q)
-        against = [Divergence(r.evaluation, kl[place], top == r.top) for place, r in enumerate(references)]
-        return self._evaluation(subject, nll, against)
+            nll[span], top[span] = self._nll_rows(span, log_q), rows.argmax(-1)
+            for index, reference in enumerate(references):
+                kl[index, span] = kl_divergence(log_softmax(reference.logits.read(span)), log_q)
+        against = [Divergence(r.evaluation, kl[index], top == r.top) for index, r in enumerate(references)]
+        return self._evaluation(candidate, nll, against)
 
-    def _nll_rows(self, here: slice, log_q: Doubles) -> Doubles:
-        """-log of the probability that each row [V] gave to the token that came."""
-        taken: Doubles = np.take_along_axis(log_q, self._targets[here, None], -1)[:, 0]
-        return -taken
+    def _nll_rows(self, span: slice, log_q: Doubles) -> Doubles:
+        """-log of the probability that each row [V] gave the actual token."""
+        log_probabilities: Doubles = np.take_along_axis(log_q, self._targets[span, None], -1)[:, 0]
+        return -log_probabilities
 
-    def _predictions(self, subject: _Subject, log: Callable[[int], None]) -> Iterator[tuple[slice, Logits]]:
-        """The raw logits [n, V] of all predictions in order, a few rows at a time, with their places."""
-        at_once = max(1, BLOCK // self._vocab)
+    def _predictions(self, candidate: _Candidate, report: Callable[[int], None]) -> Iterator[tuple[slice, Logits]]:
+        """Raw logits [n, V] of all predictions in order, a few rows at a time, each with its span of predictions."""
+        rows_at_once = max(1, MAX_FLOAT64_VALUES // self._vocab)
         start = 0
-        log(start)
-        with api.load(subject.source, max_context=self._context, kv_bits=subject.kv_bits, **self._options) as model:
+        report(start)
+        with api.load(candidate.source, max_context=self._context, kv_bits=candidate.kv_bits, **self._options) as model:
             for window in self._windows:
                 logits = model.logits(window.inputs)[-len(window.targets) :]
                 if not np.isfinite(logits).all():
                     raise GptOssError(
-                        f"{subject.name} gives logits that are not finite: try --dtype float32, or get the checkpoint "
-                        "again"
+                        f"{candidate.name} gives logits that are not finite: try --dtype float32, or download the "
+                        "checkpoint again"
                     )
-                for at in range(0, len(logits), at_once):
-                    rows = logits[at : at + at_once]
-                    yield slice(start + at, start + at + len(rows)), rows
+                for first in range(0, len(logits), rows_at_once):
+                    rows = logits[first : first + rows_at_once]
+                    yield slice(start + first, start + first + len(rows)), rows
                 start += len(logits)
-                log(start)
+                report(start)
 
-    def _evaluation(self, subject: _Subject, nll: Doubles, against: Sequence[Divergence] = ()) -> Evaluation:
-        summary = subject.checkpoint.summary()
+    def _evaluation(self, candidate: _Candidate, nll: Doubles, against: Sequence[Divergence] = ()) -> Evaluation:
+        summary = candidate.checkpoint.summary()
         return Evaluation(
-            model=subject.name,
+            model=candidate.name,
             format=summary.format,
             size_bytes=summary.size_bytes,
             bits_per_weight=summary.bits_per_weight,
@@ -315,7 +319,7 @@ class _Run:
         needed, free = 4 * references * count * self._vocab, shutil.disk_usage(folder).free
         if needed > free:
             raise GptOssError(
-                f"a reference's predictions of {count} tokens take {gigabytes(needed)} and {folder} has "
+                f"the references' logits for {count} tokens need {gigabytes(needed)}, and {folder} has "
                 f"{gigabytes(free)} free: use --max-tokens {free // (5 * references * self._vocab)}, or set TMPDIR to "
                 "a folder on a larger disk"
             )
@@ -333,6 +337,7 @@ def log_softmax(logits: NDArray[np.floating[Any]]) -> Doubles:
 
 
 def kl_divergence(log_p: Doubles, log_q: Doubles) -> Doubles:
-    """KL(P || Q) in nats over the last axis, of natural log-probabilities. Never below 0, where rounding may put it."""
+    """KL(P || Q) in nats over the last axis, from natural log-probabilities. Clipped at 0, because rounding may make it
+    negative."""
     divergence: Doubles = (np.exp(log_p) * (log_p - log_q)).sum(-1)
     return np.maximum(divergence, 0.0)

@@ -1,4 +1,4 @@
-"""A text as a model is judged on it: documents, and windows that predict every token that counts once."""
+"""Split a text for evaluation: into documents, and into windows that predict every scored token once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Score = Literal["all", "replies"]
 
 @dataclass(frozen=True)
 class Document:
-    """ids[first:] count; first is at least 1."""
+    """One document's tokens. ids[first:] are scored; first is at least 1."""
 
     ids: tuple[int, ...]
     first: int
@@ -23,19 +23,18 @@ class Document:
 
 @dataclass(frozen=True)
 class Window:
-    """One run of the model: the logits after each of the last len(targets) of `inputs` predict `targets`."""
+    """One forward pass: the logits at the last len(targets) of `inputs` predict `targets`."""
 
     inputs: tuple[int, ...]
     targets: tuple[int, ...]
 
 
 def read_documents(text: str, tokenizer: Tokenizer, score: Score = "all") -> list[Document]:
-    """The documents of a text that have something to predict; special tokens written in it are meant.
+    """The documents of a text that have a token to score. Special tokens in the text are encoded as such.
 
-    score: whether "all" tokens but a document's first count, or only "replies": what the assistant says after the last
-        message of somebody else. What it said before that is history, stripped of its reasoning, and not how a model
-        would say it.
-    Raises InvalidRequest if there are none, or for "replies" if a document has none.
+    score: "all" scores every token but a document's first. "replies" scores the assistant's messages after the last
+        message of another role; its earlier messages are history without reasoning, unlike a model's own output.
+    Raises InvalidRequest if no document has a token to score, or for "replies" if one has no reply.
     """
     if score not in ("all", "replies"):
         raise InvalidRequest(f"score must be all or replies, not {score!r}")
@@ -48,13 +47,13 @@ def read_documents(text: str, tokenizer: Tokenizer, score: Score = "all") -> lis
         if len(document.ids) > document.first:
             documents.append(document)
     if not documents:
-        raise InvalidRequest("the text holds nothing to predict; it needs at least two tokens")
+        raise InvalidRequest("the text has nothing to predict; it needs at least two tokens")
     return documents
 
 
 def _split_at_reply(document: str, number: int) -> tuple[str, str]:
-    """The prompt, up to and with `<|start|>assistant`, and what the assistant says to it."""
-    messages = document.split(START)  # the first is what stands before any message
+    """The prompt, up to and including `<|start|>assistant`, and the assistant's reply."""
+    messages = document.split(START)  # the first is the text before any message
     last_of_others = max(i for i, message in enumerate(messages) if i == 0 or not message.startswith("assistant"))
     if last_of_others + 1 == len(messages):
         raise InvalidRequest(
@@ -65,7 +64,7 @@ def _split_at_reply(document: str, number: int) -> tuple[str, str]:
 
 
 def windows(documents: Iterable[Document], context: int, max_tokens: int | None = None) -> Iterator[Window]:
-    """Windows of at most `context` inputs that predict every token that counts once, up to max_tokens of them."""
+    """Windows of at most `context` inputs that predict every scored token once, up to max_tokens of them."""
     left = max_tokens
     for document in documents:
         ids, start = document.ids, document.first

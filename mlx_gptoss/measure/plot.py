@@ -1,5 +1,5 @@
-"""PNG plots: of evaluations, KL divergence along the text and, for several comparisons, against bits per weight; of
-benchmarks, speed against context and batch."""
+"""PNG plots. Of evaluations: KL divergence by position in the text and, for several comparisons, by bits per weight.
+Of benchmarks: speed by context and by batch."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from .evaluation import Divergence, Evaluation
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-KL_FLOOR = 1e-9  # nats: what is below is rounding alone, and has no place on a logarithmic axis
+KL_FLOOR = 1e-9  # nats; smaller values are only rounding and are not drawn on the logarithmic axis
 SMOOTHING_WINDOW = 1 / 15  # of the text
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#8c564b")
-STYLES = ("-", (0, (4, 1.5)), (0, (1, 1)))  # for every further round of colors
-FONT, GAP = 8.0, 7.0  # points: of labels, and between a point and its label
+STYLES = ("-", (0, (4, 1.5)), (0, (1, 1)))  # the next one each time the colors repeat
+FONT, GAP = 8.0, 7.0  # font size of labels and distance of a label from its point, in points
 
 
 @dataclass(frozen=True)
 class Line:
-    """One model against one reference. bits: per weight, of whichever of the two varies."""
+    """One model compared with one reference. bits: bits per weight of the model, or of the reference if one model is
+    compared with several references."""
 
     label: str
     bits: float
@@ -39,7 +40,7 @@ class Line:
 
 
 def check_plot(path: Path) -> None:
-    """Raise what plot_divergences would, before there is work to lose."""
+    """Raise the errors of plot_divergences early, before a long evaluation. Checks matplotlib and the path."""
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -53,8 +54,8 @@ def check_plot(path: Path) -> None:
 def plot_divergences(results: Sequence[Evaluation], path: Path) -> None:
     """Write the comparisons in `results` to a PNG.
 
-    Raises GptOssError without matplotlib, and InvalidRequest for a path that is no PNG in a folder that exists, or
-    when nothing was compared.
+    Raises GptOssError if matplotlib is missing, and InvalidRequest if the path is not a PNG in an existing folder or
+    `results` has no comparison.
     """
     check_plot(path)
     from matplotlib.figure import Figure
@@ -72,14 +73,14 @@ def plot_divergences(results: Sequence[Evaluation], path: Path) -> None:
     )  # fmt: skip
     if several:
         points = _by_bits(columns[1], drawn)
-        figure.draw_without_rendering()  # only now is it known where in the figure a point lies
+        figure.draw_without_rendering()  # computes the layout, which the positions of labels need
         _label(columns[1], drawn, points, figure.dpi)
     figure.savefig(path, format="png")
 
 
 def comparisons(results: Sequence[Evaluation]) -> list[Line]:
-    """Every comparison, the most divergent first. Checkpoints are called by their formats, or by their folders' names
-    where formats repeat."""
+    """All comparisons, the most divergent first. Checkpoints are labelled with their formats, or with their folders'
+    names if two have the same format."""
     references = [divergence.reference for divergence in results[0].against] if results else []
     name_of = _names([*results, *references])
     out = []
@@ -94,7 +95,7 @@ def comparisons(results: Sequence[Evaluation]) -> list[Line]:
 
 
 def rolling_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    """The means of every run of `width` values, [N - width + 1]."""
+    """The mean of each `width` consecutive values, [N - width + 1]."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     means: NDArray[np.float64] = (sums[width:] - sums[:-width]) / width
     return means
@@ -105,16 +106,16 @@ def _names(evaluations: Sequence[Evaluation]) -> dict[str, str]:
     return formats if len(set(formats.values())) == len(formats) else {model: Path(model).name for model in formats}
 
 
-def _color_and_style(place: int) -> tuple[str, Any]:
-    """Color and line style of the comparison at a place."""
-    return COLORS[place % len(COLORS)], STYLES[place // len(COLORS) % len(STYLES)]
+def _color_and_style(index: int) -> tuple[str, Any]:
+    """Color and line style of the comparison with this index."""
+    return COLORS[index % len(COLORS)], STYLES[index // len(COLORS) % len(STYLES)]
 
 
 def _by_position(axes: Axes, drawn: Sequence[Line]) -> None:
     count = len(drawn[0].divergence.kl)
     width = max(1, round(count * SMOOTHING_WINDOW / 2))
-    for place, line in enumerate(drawn):
-        color, style = _color_and_style(place)
+    for index, line in enumerate(drawn):
+        color, style = _color_and_style(index)
         if len(drawn) == 1 and line.differs:
             kl = line.divergence.kl
             axes.plot(np.arange(1, count + 1), np.where(kl > KL_FLOOR, kl, np.nan), ".", color="#c3d5e2", ms=2)
@@ -130,36 +131,36 @@ def _by_position(axes: Axes, drawn: Sequence[Line]) -> None:
 
 
 def _by_bits(axes: Axes, drawn: Sequence[Line]) -> list[tuple[float, float]]:
-    """Mean and 99th percentile of each comparison over bits per weight; at the foot, those without a difference.
-    Returns the points to label."""
-    foot = min((line.divergence.kl_mean for line in drawn if line.differs), default=1e-3) / 6
+    """Draw mean and 99th percentile of each comparison by bits per weight. Comparisons without a difference are drawn
+    at the bottom. Returns the points to label."""
+    bottom = min((line.divergence.kl_mean for line in drawn if line.differs), default=1e-3) / 6
     points = []
-    for place, line in enumerate(drawn):
-        color, kl = _color_and_style(place)[0], line.divergence
+    for index, line in enumerate(drawn):
+        color, kl = _color_and_style(index)[0], line.divergence
         if line.differs:
             axes.plot([line.bits] * 2, [kl.kl_mean, kl.kl_p99], color=color, lw=1, alpha=0.5)
             axes.plot(line.bits, kl.kl_p99, "o", color="white", mec=color, ms=4.5, zorder=3)
             axes.plot(line.bits, kl.kl_mean, "o", color=color, ms=6, zorder=3)
         else:
-            axes.plot(line.bits, foot, "D", color="white", mec=color, ms=5, zorder=3)
-        points.append((line.bits, kl.kl_mean if line.differs else foot))
+            axes.plot(line.bits, bottom, "D", color="white", mec=color, ms=5, zorder=3)
+        points.append((line.bits, kl.kl_mean if line.differs else bottom))
     _style_axes(axes, "KL by size: mean (full) to 99th percentile (open)", "bits per weight")
     if not all(line.differs for line in drawn):
-        axes.axhline(foot, color="#999999", lw=0.8, ls=":", zorder=0)
+        axes.axhline(bottom, color="#999999", lw=0.8, ls=":", zorder=0)
         top = axes.get_ylim()[1]
-        for minor in (False, True):  # the foot stands for 0, so the scale ends above it
-            axes.set_yticks([tick for tick in axes.get_yticks(minor=minor) if tick > 2 * foot], minor=minor)
-        axes.set_ylim(foot / 3, top)
+        for minor in (False, True):  # `bottom` represents 0, so no tick is drawn near it
+            axes.set_yticks([tick for tick in axes.get_yticks(minor=minor) if tick > 2 * bottom], minor=minor)
+        axes.set_ylim(bottom / 3, top)
     left, right = axes.get_xlim()
-    axes.set_xlim(left, right + 0.2 * (right - left))  # labels stand to the right of their points
+    axes.set_xlim(left, right + 0.2 * (right - left))  # space for labels to the right of their points
     return points
 
 
 def _label(axes: Axes, drawn: Sequence[Line], points: Sequence[tuple[float, float]], dpi: float) -> None:
     labels = [line.label if line.differs else f"{line.label} (no difference)" for line in drawn]
-    places = axes.transData.transform(points) * 72 / dpi
-    for place, (label, point, shift) in enumerate(zip(labels, points, _shifts(labels, places), strict=True)):
-        color = _color_and_style(place)[0]
+    in_points = axes.transData.transform(points) * 72 / dpi  # 1/72 inch
+    for index, (label, point, shift) in enumerate(zip(labels, points, _shifts(labels, in_points), strict=True)):
+        color = _color_and_style(index)[0]
         leader: dict[str, Any] | None = {"arrowstyle": "-", "color": color, "lw": 0.5} if shift else None
         axes.annotate(
             label, point, (GAP, shift), textcoords="offset points", fontsize=FONT, color=color, va="center",
@@ -168,7 +169,8 @@ def _label(axes: Axes, drawn: Sequence[Line], points: Sequence[tuple[float, floa
 
 
 def _shifts(labels: Sequence[str], points: NDArray[np.float64]) -> list[float]:
-    """How far to move each label up or down from its point, [n, 2] in points, so that none covers another's."""
+    """The vertical offset of each label from its point, in points (1/72 inch), so that labels do not overlap.
+    points: [n, 2] in the same unit."""
     line, letter = 1.4 * FONT, 0.6 * FONT
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in points]
     shifts = []
@@ -202,8 +204,8 @@ def _style_axes(axes: Axes, title: str, x: str) -> None:
 
 
 def plot_speeds(results: Sequence[Measurement], path: Path) -> None:
-    """Write measured speeds to a PNG: decoding against the context for each batch, and all that is decoded against the
-    batch for each context. Raises as plot_divergences does."""
+    """Write measured speeds to a PNG: decode speed of one sequence by context, and decode throughput by batch. Raises
+    the errors of plot_divergences."""
     check_plot(path)
     from matplotlib.figure import Figure
 
@@ -220,14 +222,14 @@ def plot_speeds(results: Sequence[Measurement], path: Path) -> None:
 def _speeds(
     axes: Axes, results: Sequence[Measurement], x: str, other: str, title: str, speed: Callable[[Measurement], float]
 ) -> None:
-    """One line for each engine and each value of `other`."""
+    """Draw one line for each engine and each value of `other`."""
     lines: dict[str, list[Measurement]] = {}
     for result in results:
         lines.setdefault(f"{result.engine}, {other} {getattr(result, other)}", []).append(result)
-    for place, (label, line) in enumerate(lines.items()):
-        color, style = _color_and_style(place)
-        at = [getattr(result, x) for result in line]
-        axes.plot(at, [speed(result) for result in line], "o", ls=style, color=color, lw=1.4, ms=4, label=label)
+    for index, (label, line) in enumerate(lines.items()):
+        color, style = _color_and_style(index)
+        values = [getattr(result, x) for result in line]
+        axes.plot(values, [speed(result) for result in line], "o", ls=style, color=color, lw=1.4, ms=4, label=label)
     axes.set_xscale("log")
     measured = sorted({getattr(result, x) for result in results})
     axes.set_xticks(measured, [str(value) for value in measured])
@@ -235,7 +237,7 @@ def _speeds(
     axes.set_ylim(bottom=0)
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_xlabel(f"{x}, tokens" if x == "context" else "batch, sequences")
-    axes.set_ylabel("tokens a second")
+    axes.set_ylabel("tokens per second")
     axes.legend(fontsize=FONT, frameon=False)
     axes.grid(axis="y", color="#e4e4e4", lw=0.7)
     axes.set_axisbelow(True)

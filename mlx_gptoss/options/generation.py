@@ -34,7 +34,8 @@ class GenerationOptions:
     tools: Sequence[Mapping[str, Any]] = option(
         (),
         'Functions in OpenAI\'s form: {"type": "function", "function": {"name", "description", "parameters", '
-        '"strict"}}. With "strict" the arguments obey the schema; otherwise the model is only shown it.',
+        '"strict"}}. The arguments of every call obey the schema. What cannot be enforced of it is refused with '
+        '"strict"; otherwise it is left out, and a warning is logged.',
     )
     response_format: Mapping[str, Any] | None = option(
         None,
@@ -44,6 +45,7 @@ class GenerationOptions:
     tool_choice: str | Mapping[str, Any] = option(
         "auto", '"auto"; "none"; "required": the turn ends in a call; a function\'s name: in a call of that function.'
     )
+    stop_token_ids: Sequence[int] = option((), "Ids of tokens that end the turn, besides the model's own. At most 64.")
     parallel_tool_calls: bool = option(
         True, "False allows one call a turn. gpt-oss ends its turn with a call, so there is never more than one."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from datetime import datetime, timezone
 from importlib.resources import files
 from typing import Any
 
@@ -11,37 +12,60 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import errors
+from . import error_forms, ignored, llama_cpp, lm_studio
+from .anthropic import messages
 from .errors import ErrorBody, JsonResponse
-from .guard import Guard
-from .openai import chat_completions, completions, responses
+from .guard import LOCAL_ORIGIN, Guard
+from .ignored import ReportIgnored
+from .ollama import chat as ollama_chat
+from .ollama import generate as ollama_generate
+from .ollama import models as ollama_models
+from .openai import chat_completions, compaction, completions, conversations, responses, stored_responses
+from .rewrite import Rewrite
 from .service import Service, ServiceDep
 
 PAGE_POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
 PAGE_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 router: APIRouter = APIRouter()
-ROUTERS = (router, chat_completions.router, responses.router, completions.router)
+ROUTERS = (
+    router,
+    chat_completions.router,
+    responses.router,
+    compaction.router,
+    stored_responses.router,
+    conversations.router,
+    completions.router,
+    messages.router,
+    ollama_models.router,
+    ollama_chat.router,
+    ollama_generate.router,
+    lm_studio.router,
+    llama_cpp.router,
+)
 
 
 @router.get("/v1/models")
 async def list_models(service: ServiceDep) -> Response:
-    """List the loaded model, the only one that this server has."""
-    return JsonResponse({"object": "list", "data": [_model_object(service)]})
+    """List the loaded model, by its name and its aliases."""
+    models = [_model_object(service, name) for name in service.names]
+    page = {"has_more": False, "first_id": models[0]["id"], "last_id": models[-1]["id"]}  # Anthropic's
+    return JsonResponse({"object": "list", "data": models, **page})
 
 
 @router.get("/v1/models/{name:path}")
 async def retrieve_model(name: str, service: ServiceDep) -> Response:
-    """Describe the loaded model, by its name or an alias. 404 for any other name."""
+    """Describe the loaded model. Any name means it, unless the server is strict about names: then 404."""
     service.check_model(name)
-    return JsonResponse(_model_object(service))
+    return JsonResponse(_model_object(service, name if name in service.names else service.model_id))
 
 
 @router.get("/health")
+@router.get("/ready")
 async def health(service: ServiceDep) -> Response:
-    """200 while the server accepts requests, 503 while it drains before a shutdown."""
-    draining = service.gate.draining
-    return JsonResponse({"status": "draining" if draining else "ok"}, 503 if draining else 200)
+    """200 while the server accepts requests, 503 when it drains before a shutdown or its engine has failed."""
+    status = "failed" if service.model.failure else "draining" if service.gate.draining else "ok"
+    return JsonResponse({"status": status}, 200 if status == "ok" else 503)
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
@@ -55,23 +79,40 @@ def build_app(service: Service) -> ASGIApp:
     error_responses: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
     app = FastAPI(title="mlx-gptoss", docs_url=None, redoc_url=None, responses=error_responses)
     app.state.service = service
-    errors.install_handlers(app)
+    error_forms.install_handlers(app)
     for endpoint_router in ROUTERS:
         app.include_router(endpoint_router)
     _add_page(app)
-    guarded: ASGIApp = Guard(app, service.gate)
-    if service.gate.allowed_origins:
+    guarded: ASGIApp = Guard(ReportIgnored(app), service.gate)
+    if service.gate.allowed_origins or service.gate.is_local:
         guarded = CORSMiddleware(
             guarded,
             allow_origins=service.gate.allowed_origins,
+            allow_origin_regex=LOCAL_ORIGIN.pattern if service.gate.is_local else None,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
+            expose_headers=[ignored.HEADER],
         )
-    return _count_requests(guarded, service)
+    return Rewrite(_count_requests(guarded, service))
 
 
-def _model_object(service: Service) -> dict[str, Any]:
-    return {"id": service.model_id, "object": "model", "created": service.created, "owned_by": "mlx-gptoss"}
+def _model_object(service: Service, name: str) -> dict[str, Any]:
+    """The fields of OpenAI and of Anthropic, and the context length under the names of OpenRouter and vLLM."""
+    context, created = service.model.max_context, datetime.fromtimestamp(service.created, timezone.utc)
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "mlx-gptoss",
+        "type": "model",
+        "display_name": name,
+        "created_at": created.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "lifecycle": "active",
+        "max_input_tokens": context,
+        "max_tokens": context,
+        "context_length": context,
+        "max_model_len": context,
+    }
 
 
 def _add_page(app: FastAPI) -> None:

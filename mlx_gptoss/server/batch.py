@@ -21,15 +21,15 @@ from ..errors import InvalidRequest
 from .batch_files import AnswerFile, LineError, RequestFile, answer_entry, check_line, is_failed, parse_line
 from .disconnect import cancel_and_wait
 from .errors import from_exception, from_validation, invalid_field
-from .fields import StrictModel
-from .openai import chat_completions, completions, responses
+from .fields import RequestModel
+from .openai import chat_completions, completions, response_request, responses
 from .service import Service
 
 FullResponse = Callable[[Any, Service], Awaitable[dict[str, Any]]]
 
-ENDPOINTS: dict[str, tuple[type[StrictModel], FullResponse]] = {
+ENDPOINTS: dict[str, tuple[type[RequestModel], FullResponse]] = {
     "/v1/chat/completions": (chat_completions.ChatRequest, chat_completions.full_response),
-    "/v1/responses": (responses.ResponsesRequest, responses.full_response),
+    "/v1/responses": (response_request.ResponsesRequest, responses.full_response),
     "/v1/completions": (completions.CompletionRequest, completions.full_response),
 }
 

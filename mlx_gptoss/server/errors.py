@@ -1,4 +1,4 @@
-"""Errors in OpenAI's format: every failure becomes a status and {"error": {"message", "type", "param", "code"}}."""
+"""Errors of the API: every failure becomes a status, a message and a code; error_forms.py writes them per dialect."""
 
 from __future__ import annotations
 
@@ -9,19 +9,24 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
-from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from ..errors import Busy, DoesNotFit, GptOssError, InvalidRequest
 from ..sampling import Sampling
 
 # Steps that pydantic adds to an error's location for the members of a union; they are not fields of the request.
-UNION_MEMBERS = {"str", "int", "message", "reasoning", "function_call", "function_call_output"}
+UNION_MEMBERS = {"str", "int"}
 MAX_MESSAGE_CHARS = 1000  # a message may quote what the client sent
-REQUEST_FIELDS = ("messages", "tools", "tool_choice", "response_format", *(field.name for field in fields(Sampling)))
+REQUEST_FIELDS = (
+    "messages",
+    "tools",
+    "tool_choice",
+    "response_format",
+    "stop_token_ids",
+    *(field.name for field in fields(Sampling)),
+)
 _LEADING_FIELD = re.compile(rf"({'|'.join(REQUEST_FIELDS)})(\[\d+\]|\.[a-z_]+)*(?=[ :])")  # at the start of a message
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -51,7 +56,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every response that is not 2xx."""
+    """The body of every response that is not 2xx, in OpenAI's form."""
 
     error: ErrorDetail
 
@@ -85,6 +90,7 @@ class ApiError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JsonResponse:
+        """The response in OpenAI's form."""
         return JsonResponse(self.body(), self.status, self.headers)
 
 
@@ -136,24 +142,3 @@ def _field_path(path: list[Any]) -> str:
     first, *rest = path or [""]
     steps = (step for step in rest if isinstance(step, int) or not (step in UNION_MEMBERS or "[" in step))
     return f"{first}" + "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps)[:100]
-
-
-def install_handlers(app: FastAPI) -> None:
-    """Register handlers that answer every error of the app in this format."""
-
-    async def on_error(request: Request, error: Exception) -> Response:
-        return from_exception(error).response()
-
-    async def on_invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return from_validation(error).response()
-
-    async def on_http_error(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        message = f"{request.method} {request.url.path}: {error.detail}"
-        return ApiError(error.status_code, message, headers=error.headers).response()
-
-    app.add_exception_handler(RequestValidationError, on_invalid)
-    app.add_exception_handler(HTTPException, on_http_error)
-    for kind in (ApiError, GptOssError, Exception):
-        app.add_exception_handler(kind, on_error)

@@ -1,66 +1,139 @@
-"""Request fields that several endpoints share. A field that no class declares is rejected with its name."""
+"""Request fields that several endpoints share, and what their values mean here.
+
+What has no effect on the reply is accepted and listed by RequestModel.ignored_fields(). Values that other servers give
+a meaning, such as -1 for "no limit", are mapped to it. Rejected is what would make the reply something other than the
+client asked for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from ..harmony.messages import Effort
 from ..sampling import Sampling
 from .errors import ApiError, invalid_field
 
 MAX_SCHEMA_VALUES = 10_000  # in one JSON schema
 MAX_SCHEMA_DEPTH = 64
 MAX_INT64 = 2**63 - 1
+MAX_MESSAGES = 10_000
+MAX_TOOLS = 1024
+MIN_TOP_P = 1e-6  # what 0 means: the likeliest token alone
+EFFORTS: Mapping[str, Effort] = {
+    "none": "low",
+    "minimal": "low",
+    "low": "low",
+    "medium": "medium",
+    "high": "high",
+    "xhigh": "high",
+    "max": "high",
+}
+# Fields of other servers that would change the reply. The message says what to do instead.
+REJECTED_FIELDS: Mapping[str, str] = {
+    "audio": "is not supported: the model writes only text",
+    "best_of": "is not supported: use n",
+    "functions": "is not supported: use tools",
+    "grammar": "is not supported: use response_format",
+    "guided_choice": "is not supported: use response_format with an enum",
+    "guided_grammar": "is not supported: use response_format",
+    "guided_regex": "is not supported: use response_format with a pattern",
+    "structured_outputs": "is not supported: use response_format",
+    "suffix": "is not supported: the model continues a text only at its end",
+}
 
 
-class StrictModel(BaseModel):
-    """A model that rejects unknown fields and wrong types ("1" is not 1).
+class RequestModel(BaseModel):
+    """A request, or an object in one. Wrong types are rejected ("1" is not 1); null counts as absent.
 
-    A field that is null counts as absent, even an unknown one.
+    Unknown fields are accepted. Fields in REJECTED_FIELDS that a class does not declare are rejected.
     """
 
-    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow", strict=True)
 
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, fields: Any) -> Any:
         return {name: value for name, value in fields.items() if value is not None} if type(fields) is dict else fields
 
+    def ignored_fields(self) -> set[str]:
+        """The paths of the fields that have no effect, such as "stream_options.include_obfuscation"."""
+        return set(self._ignored(""))
 
-class IgnoredFields(StrictModel):
-    """Fields about the caller, caching and billing. They are accepted and have no effect on the reply."""
+    def _ignored(self, prefix: str) -> Iterator[str]:
+        yield from (prefix + name for name in self.model_extra or ())
+        for name in self.model_fields_set - set(self.model_extra or ()):
+            value = getattr(self, name)
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, RequestModel):
+                    yield from item._ignored(f"{prefix}{name}{'[]' if isinstance(value, list) else ''}.")
 
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: Literal["in_memory", "24h"] | None = None
-    service_tier: Literal["auto", "default"] | None = None
+    def check_rejected(self) -> None:
+        """Raise ApiError for a field that cannot be honoured. An empty value asks for nothing."""
+        for name, value in (self.model_extra or {}).items():
+            if name in REJECTED_FIELDS and value not in ("", [], {}, False, 0, 1):
+                raise invalid_field(name, REJECTED_FIELDS[name], "unsupported_parameter")
 
 
-class StreamOptions(StrictModel):
+def _none_if_negative(value: Any) -> Any:
+    return None if type(value) is int and value < 0 else value
+
+
+def _positive_top_p(value: Any) -> Any:
+    return MIN_TOP_P if type(value) in (int, float) and value == 0 else value
+
+
+def _off_if_negative(value: Any) -> Any:
+    return 0 if type(value) is int and value < 0 else value
+
+
+def _seed(value: Any) -> Any:
+    """-1 asks for a random seed. Other negative seeds are as good as any: OpenAI's API takes them."""
+    if type(value) is not int or value >= 0:
+        return value
+    return None if value == -1 else value % (MAX_INT64 + 1)
+
+
+def _without_empty(value: Any) -> Any:
+    """Stop strings without empty ones, which would match everywhere."""
+    return [text for text in value if text != ""] if isinstance(value, list) else value or None
+
+
+MaxTokens = Annotated[Annotated[int, Field(ge=1, le=MAX_INT64)] | None, BeforeValidator(_none_if_negative)]
+StopString = Annotated[str, Field(max_length=1024)]
+StopStrings = Annotated[
+    StopString | Annotated[list[StopString], Field(max_length=16)] | None, BeforeValidator(_without_empty)
+]
+
+
+class StreamOptions(RequestModel):
     """include_usage: end the stream with a chunk that has the token counts."""
 
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
 
 
-class SamplingFields(StrictModel):
-    """How tokens are sampled. top_k, min_p and repetition_penalty extend OpenAI's fields, as in vLLM and llama.cpp."""
+class SamplingFields(RequestModel):
+    """How tokens are sampled. top_k, min_p and repetition_penalty extend OpenAI's fields, as in vLLM and llama.cpp.
+
+    repeat_penalty is llama.cpp's name of repetition_penalty. A negative top_k is off, a seed of -1 random, a top_p of 0
+    the likeliest token.
+    """
 
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=MAX_INT64)
+    top_p: Annotated[Annotated[float, Field(gt=0, le=1)] | None, BeforeValidator(_positive_top_p)] = None
+    top_k: Annotated[Annotated[int, Field(ge=0, le=MAX_INT64)] | None, BeforeValidator(_off_if_negative)] = None
     min_p: float | None = Field(None, ge=0, lt=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(
+        None, gt=0, le=10, validation_alias=AliasChoices("repetition_penalty", "repeat_penalty")
+    )
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = Field(None, max_length=1024)
-    seed: int | None = Field(None, ge=0, le=MAX_INT64)
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    seed: Annotated[Annotated[int, Field(ge=0, le=MAX_INT64)] | None, BeforeValidator(_seed)] = None
+    stop: StopStrings = None
 
     def sampling(self, default: Sampling, logprobs: int = 0) -> Sampling:
         """The model's default sampling, with the fields of the request in place of its own.
@@ -74,6 +147,32 @@ class SamplingFields(StrictModel):
         if self.logit_bias:
             given["logit_bias"] = {_token_id(token): bias for token, bias in self.logit_bias.items()}
         return replace(default, logprobs=logprobs, **given)
+
+
+def effort_of(value: Any, param: str) -> Effort | None:
+    """The reasoning effort of a request field: a name, or a boolean for some or little reasoning. None for no wish.
+
+    Raises ApiError for an unknown name.
+    """
+    if value is None or value is True:
+        return None
+    if value is False:
+        return "low"
+    if not isinstance(value, str) or value.lower() not in EFFORTS:
+        raise invalid_field(param, f"is {value!r:.100}: use one of {', '.join(get_args(Effort))}")
+    return EFFORTS[value.lower()]
+
+
+def effort_of_thinking(thinking: Any) -> Effort | None:
+    """The effort of Anthropic's `thinking`: low if it is disabled, else by its budget of tokens. None for no wish."""
+    if not isinstance(thinking, Mapping):
+        return effort_of(thinking, "thinking") if isinstance(thinking, (bool, str)) else None
+    if thinking.get("type") == "disabled":
+        return "low"
+    budget = thinking.get("budget_tokens")
+    if not isinstance(budget, int) or isinstance(budget, bool):
+        return None
+    return "low" if budget <= 2048 else "medium" if budget <= 16_384 else "high"
 
 
 def with_choice_seed(sampling: Sampling, choice: int) -> Sampling:

@@ -6,17 +6,23 @@ The headers are checked first. Nothing of a body is read before the host, the or
 from __future__ import annotations
 
 import hmac
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .error_forms import error_response
 from .errors import ApiError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-PUBLIC_PATHS = ("/", "/health")  # need no API key; neither do the files under /page/
+LOCAL_HOSTS = (*LOOPBACK, "host.docker.internal")  # the last is this machine's name in a container of Docker's
+# Pages of this machine and of programs installed on it. "null" is not among them: a sandboxed frame of any site has it.
+LOCAL_ORIGIN = re.compile(
+    r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?|(app|tauri|vscode-webview|vscode-file)://[\w.-]+", re.ASCII
+)
+PUBLIC_PATHS = ("/", "/health", "/ready")  # need no API key; neither do the files under /page/
 MAX_JSON_VALUES = 2_000_000  # in one body; Python needs about 60 bytes for each
 MAX_BUFFERED_BODIES = 8  # limit on the total size of bodies being received, in units of max_body_bytes
 
@@ -28,18 +34,24 @@ class Gate:
     api_key: the key that every request needs, except for PUBLIC_PATHS and the page; None for no key.
     allowed_hosts: accepted names in the Host header, against DNS rebinding: a page whose own name is made to resolve to
         this machine still sends that name. None accepts any, for a server that listens to the network.
-    allowed_origins: origins of other sites whose pages may use this server; "*" allows all of them.
+    allowed_origins: origins of other sites whose pages may use this server; "*" allows all of them. A server with
+        allowed_hosts, which listens to this machine alone, lets in LOCAL_ORIGIN as well.
     max_body_bytes: the largest body of one request.
     draining: POST requests are refused, since the server is shutting down.
     buffered_bytes: size of the bodies that are being received now, over all requests.
     """
 
     api_key: str | None = None
-    allowed_hosts: Sequence[str] | None = LOOPBACK
+    allowed_hosts: Sequence[str] | None = LOCAL_HOSTS
     allowed_origins: Sequence[str] = ()
     max_body_bytes: int = 32 << 20
     draining: bool = False
     buffered_bytes: int = field(default=0, init=False)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the server listens to this machine alone."""
+        return self.allowed_hosts is not None
 
     def check(self, scope: Scope) -> None:
         """Raise ApiError if the request is not allowed. Looks at the path and the headers only."""
@@ -52,7 +64,7 @@ class Gate:
             raise ApiError(403, f"the origin {origin!r} is not allowed: add it with --cors", code="origin")
         path: str = scope["path"]
         if self.api_key is not None and path not in PUBLIC_PATHS and not path.startswith("/page/"):
-            self._check_key(headers.get("authorization", ""))
+            self._check_key(headers)
         if self.draining and scope["method"] == "POST":
             raise ApiError(503, "the server is shutting down", code="draining", headers={"Retry-After": "10"})
         length = headers.get("content-length", "0")
@@ -64,16 +76,23 @@ class Gate:
         return ApiError(413, f"the body is larger than {self.max_body_bytes} bytes", code="body_too_large")
 
     def _is_allowed_origin(self, origin: str, host: str) -> bool:
-        return "*" in self.allowed_origins or origin in self.allowed_origins or urlsplit(origin).netloc == host
+        if "*" in self.allowed_origins or origin in self.allowed_origins:
+            return True
+        scheme, separator, netloc = origin.partition("://")
+        own_page = bool(separator) and scheme in ("http", "https") and netloc == host
+        return own_page or (self.is_local and LOCAL_ORIGIN.fullmatch(origin) is not None)
 
-    def _check_key(self, authorization: str) -> None:
+    def _check_key(self, headers: Headers) -> None:
+        """Raise ApiError unless the key is in Authorization: Bearer or, as Anthropic's clients send it, X-Api-Key."""
         assert self.api_key is not None
-        scheme, _, key = authorization.partition(" ")
-        same = hmac.compare_digest(key.strip().encode("latin-1"), self.api_key.encode())
-        if not same or scheme.lower() != "bearer":
-            headers = {"WWW-Authenticate": "Bearer"}
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        keys = [key if scheme.lower() == "bearer" else "", headers.get("x-api-key", "")]
+        expected = self.api_key.encode()
+        matches = [hmac.compare_digest(key.strip().encode("latin-1"), expected) for key in keys]  # never only the first
+        if not any(matches):
+            challenge = {"WWW-Authenticate": "Bearer"}
             message = "the API key is missing or wrong: send it as Authorization: Bearer KEY"
-            raise ApiError(401, message, code="invalid_api_key", headers=headers)
+            raise ApiError(401, message, code="invalid_api_key", headers=challenge)
 
 
 class Guard:
@@ -96,7 +115,7 @@ class Guard:
             self.gate.check(scope)
             complete = await self._read(receive, body)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error_response(error, scope)(scope, receive, send)
             return
         finally:
             self.gate.buffered_bytes -= len(body)

@@ -28,6 +28,7 @@ class Metrics:
             f"{prefix}cached_tokens", "Prompt tokens taken from the prefix cache", registry=registry
         )
         self.completion_tokens: Counter = Counter(f"{prefix}completion_tokens", "Generated tokens", registry=registry)
+        self.up: Gauge = Gauge(f"{prefix}up", "1 while the engine works, 0 after it has failed", registry=registry)
         self.running: Gauge = Gauge(f"{prefix}running", "Sequences that occupy a slot", registry=registry)
         self.waiting: Gauge = Gauge(f"{prefix}waiting", "Requests waiting for a slot", registry=registry)
         self.prefix_cache_bytes: Gauge = Gauge(

@@ -16,7 +16,7 @@ from ..errors import GptOssError
 from .app import build_app
 from .connection import Timeouts, timeout_protocol
 from .errors import ApiError
-from .guard import LOOPBACK
+from .guard import LOCAL_HOSTS, LOOPBACK
 from .service import Service
 
 DRAIN_TIMEOUT_S = 30.0
@@ -33,8 +33,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def allowed_hosts(host: str) -> Sequence[str] | None:
-    """The Host headers to accept for a server that listens on `host`: loopback names, or None for any on a network."""
-    return LOOPBACK if host in LOOPBACK else None
+    """The Host headers to accept on `host`: names of this machine for a loopback address, otherwise None for any."""
+    return LOCAL_HOSTS if host in LOOPBACK else None
 
 
 class Server(uvicorn.Server):
@@ -80,6 +80,8 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second. Returns True when the server should end."""
         ended = await super().on_tick(counter)
+        if self._deadline is None and self.service.model.failure is not None:
+            self.drain()
         if self._deadline is None or ended:
             return ended
         timed_out = time.monotonic() >= self._deadline
@@ -87,10 +89,22 @@ class Server(uvicorn.Server):
             for queue in list(self.service.open_queues):
                 queue.stop(ApiError(503, "the server was stopped", code="draining"))
             self.force_exit = True
-        return timed_out or not self.server_state.tasks
+        return timed_out or not (self.server_state.tasks or self.service.background_tasks)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called when the server ends. Ends the processes of its tools, too."""
+        await super().shutdown(sockets)
+        if self.service.hosted is not None:
+            await self.service.hosted.close()
 
     def serve_on(self, listener: socket.socket) -> None:
-        """Serve requests until drained. Raises KeyboardInterrupt if Ctrl-C ended it."""
+        """Serve requests until drained.
+
+        Raises KeyboardInterrupt if Ctrl-C ended it, and GptOssError if the engine failed: a server that could only
+        answer 500 ends, so that whoever supervises it starts it again.
+        """
         asyncio.run(self.serve(sockets=[listener]))
+        if (failure := self.service.model.failure) is not None:
+            raise GptOssError(f"the engine stopped after an error ({failure!r}); start the server again") from failure
         if self.interrupted:
             raise KeyboardInterrupt

@@ -7,17 +7,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import Depends, Request
 
 from ..chat.stream import Events
+from ..engine import Status
+from ..errors import GptOssError
 from ..model import Model
 from .errors import ApiError
 from .event_queue import EventQueue
 from .guard import Gate
+from .hosted.sessions import HostedTools
 from .metrics import Metrics
-from .openai.store import ResponseStore
+from .openai.running import RunningResponse
+from .openai.store import ConversationStore, ResponseStore
 
 NANO_NAME = "mlx-gptoss-nano"
 
@@ -26,24 +30,41 @@ NANO_NAME = "mlx-gptoss-nano"
 class Service:
     """One server for one model.
 
-    model_id: the model's name in responses. aliases: other names that requests may use.
+    model_id: the model's name in responses. aliases: other names of it, which /v1/models lists, too.
+    strict_model: requests may use only these names and other_names. Otherwise any name means this model.
     open_queues: the event queues of all requests in progress.
-    running_responses: /v1/responses in progress: id -> (the response as written so far, its event queue).
+    store, conversations: what /v1/responses and /v1/conversations keep in memory.
+    running_responses: /v1/responses in progress, by their ids. background_tasks: those that run without a client.
+    hosted: the tools that the server runs itself; None if none is switched on.
     """
 
     model: Model
     gate: Gate
     model_id: str
+    other_names: Sequence[str] = ()
     aliases: Sequence[str] = ()
+    strict_model: bool = False
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
     open_queues: set[EventQueue] = field(default_factory=set)
     store: ResponseStore = field(default_factory=ResponseStore)
-    running_responses: dict[str, tuple[dict[str, Any], EventQueue]] = field(default_factory=dict)
+    conversations: ConversationStore = field(default_factory=ConversationStore)
+    running_responses: dict[str, RunningResponse] = field(default_factory=dict)
+    background_tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    hosted: HostedTools | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that /v1/models lists: the model's own, then the aliases."""
+        return (self.model_id, *self.aliases)
 
     def check_model(self, name: str | None) -> None:
-        """Raise ApiError 404 unless `name` is the loaded model, an alias or None."""
-        if name is not None and name != self.model_id and name not in self.aliases:
+        """Raise ApiError 404 if the server is strict about names and does not know `name`. None is always known.
+
+        Ollama's clients put ":latest" behind a name without a tag.
+        """
+        known = {*self.names, *self.other_names}
+        if self.strict_model and name is not None and known.isdisjoint((name, name.removesuffix(":latest"))):
             message = f"the model {name!r} is not loaded: use {self.model_id!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
@@ -58,7 +79,11 @@ class Service:
 
     def render_metrics(self) -> bytes:
         """The current metrics in the text format of Prometheus."""
-        status = self.model.status
+        try:
+            status = self.model.status
+        except GptOssError:  # the engine has failed or was closed
+            status = Status(slots=0, running=0, waiting=0, prefix_bytes=0)
+        self.metrics.up.set(status.slots > 0)
         self.metrics.running.set(status.running)
         self.metrics.waiting.set(status.waiting)
         self.metrics.prefix_cache_bytes.set(status.prefix_bytes)
@@ -71,9 +96,9 @@ class Service:
 
 
 def model_names(model: str | None) -> tuple[str, tuple[str, ...]]:
-    """The API's name for a --model option, and its aliases. For a local checkpoint the name does not show its path."""
+    """The API's name for a --model option, and other names for it. A local checkpoint's name does not show its path."""
     if model is None:
-        return NANO_NAME, ()
+        return NANO_NAME, ("nano",)
     folder = Path(model)
     if folder.exists():
         return folder.resolve().name, (model,)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from typing import Any, ClassVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -12,6 +12,7 @@ from starlette.types import Receive, Scope, Send
 from .disconnect import cancel_and_wait, wait_for_disconnect
 from .errors import dump_json
 
+KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients skip
 KEEP_ALIVE_S = 15.0  # many proxies close a connection after a minute of silence
 DONE = b"data: [DONE]\n\n"
 EVENT_SCHEMA: dict[str, Any] = {
@@ -40,10 +41,16 @@ class EventStream(Response):
     """A response that sends chunks as they arrive, each one or more complete events.
 
     close: called once in the end, also after a disconnect or an error; it cancels the generation.
+    keep_alive: what a silent stream sends every KEEP_ALIVE_S seconds; None for nothing.
     """
 
-    def __init__(self, chunks: AsyncIterator[bytes], close: Callable[[], None]) -> None:
-        super().__init__(headers=HEADERS, media_type="text/event-stream")
+    media_type = "text/event-stream"
+    keep_alive: ClassVar[bytes | None] = KEEP_ALIVE
+
+    def __init__(
+        self, chunks: AsyncIterator[bytes], close: Callable[[], None], headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(headers={**HEADERS, **(headers or {})})
         del self.headers["content-length"]
         self._chunks = chunks
         self._close = close
@@ -69,8 +76,8 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _keep_alive(self, send: Send) -> None:
-        while True:
+        while self.keep_alive is not None:
             self._idle = True
             await asyncio.sleep(KEEP_ALIVE_S)
             if self._idle:
-                await send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
+                await send({"type": "http.response.body", "body": self.keep_alive, "more_body": True})

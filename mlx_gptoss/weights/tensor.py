@@ -6,7 +6,7 @@ may be read-only views of a mapped file; such a weight takes no memory until its
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -140,8 +140,19 @@ def _nbytes(arrays: Iterable[Array]) -> int:
 Weight = Dense | Quantized
 
 
+def same_storage(weights: Sequence[Weight]) -> bool:
+    """Whether the weights are stored the same way, so that they can be fused into one matrix."""
+
+    def storage(weight: Weight) -> object:
+        if isinstance(weight, Dense):
+            return weight.values.dtype
+        return weight.spec, None if weight.scale is None else weight.scale.dtype, weight.bias is None
+
+    return len({storage(weight) for weight in weights}) == 1
+
+
 class Weights(Protocol):
-    """What a backend loads a model from: a checkpoint, one rank's part of it, or weights quantized as they are read."""
+    """The weights of a model, by name: a checkpoint, one rank's part of it, or weights quantized as they are read."""
 
     config: ModelConfig
 

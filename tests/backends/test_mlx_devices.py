@@ -1,4 +1,4 @@
-"""What the MLX backend says to devices and dtypes that there are not."""
+"""The MLX backend's errors for devices and dtypes that do not exist."""
 
 from __future__ import annotations
 

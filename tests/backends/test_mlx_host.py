@@ -1,4 +1,4 @@
-"""Products that numpy makes on a CPU are MLX's, whatever stores the weights."""
+"""Products computed by numpy on a CPU match MLX's, for weights in every kind of storage."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_small_products_are_left_to_mlx(monkeypatch):
 )
 @pytest.mark.parametrize("parts", [1, 2])
 def test_experts(monkeypatch, name, parts):
-    """With many rows, few, and none at all; 60 of them over 5 of 6 experts, in order."""
+    """With many rows, few and none. The 60 rows use 5 of 6 experts, in ascending order."""
     monkeypatch.setattr(host, "MAX_DECODED", 50 * 192)
     monkeypatch.setattr(host, "MIN_FLOPS_FOR_BLAS", 1)
     source = Synthetic(PRESETS["tiny"], name)
@@ -109,14 +109,14 @@ def exact(q, k, v, mask, sinks):
 @pytest.mark.parametrize(("queries", "keys"), [(1, 50), (7, 50), (50, 50)])
 @pytest.mark.parametrize("mask", ["causal", "some", None])
 def test_attention(monkeypatch, slots, queries, keys, mask):
-    """In blocks of few queries, over keys that lie in a larger cache."""
+    """In blocks of a few queries, over keys that are views of a larger cache."""
     monkeypatch.setattr(host, "MIN_FLOPS_FOR_BLAS", 1)
     monkeypatch.setattr(host, "MAX_SCORES", 3 * 2 * 50)
     q = normal(slots, queries, 4, 64).swapaxes(1, 2)
     k, v = (normal(slots, 2, 90, 64)[:, :, 20 : 20 + keys] for _ in range(2))
     if mask == "some":
         mask = mx.array(RNG.random((slots, 1, queries, keys)) < 0.3)
-        mask[:, :, 0] = queries == 1  # else the first query sees nothing, and the sink takes all
+        mask[:, :, 0] = queries == 1  # otherwise the first query has no key, and the sink takes all probability
     sinks = normal(4)
     found = host.attend(q, k, v, 0.125, mask, sinks)
     assert error(found, exact(q, k, v, mask, sinks)) < 1e-6

@@ -1,4 +1,4 @@
-"""A decoded token costs few launches: counted beside mlx-lm's, on the same checkpoint, without running either."""
+"""A decoded token needs few kernel launches. Ours and mlx-lm's are counted on the same checkpoint, without a GPU."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_count_leaves_views_out_and_takes_a_fast_operation_as_one():
         assert count([normed]) == 1
         assert count([normed.reshape(4, 4).swapaxes(0, 1)[1:]]) == 1
         assert count([normed + 1, normed * 2]) == 3
-    assert count([mx.fast.rms_norm(x, weight, 1e-5)]) > 1  # as the CPU really does it
+    assert count([mx.fast.rms_norm(x, weight, 1e-5)]) > 1  # as the CPU runs it
 
 
 @pytest.fixture
@@ -85,6 +85,6 @@ def test_compiled_chains_are_one_launch_and_the_same_numbers(name, dtype, compil
     mx.eval(arguments)
     plain, fused = getattr(UNCOMPILED, name)(*arguments), getattr(compiled(), name)(*arguments)
     launches = count([fused])
-    assert launches == (3 if name == "add_gumbel_noise" else 1)  # the random bits come from a kernel of their own
+    assert launches == (3 if name == "add_gumbel_noise" else 1)  # a separate kernel makes the random bits
     assert plain.dtype == fused.dtype
     assert mx.abs(plain - fused).max().item() <= (1e-5 if dtype == mx.float32 else 2**-7) * mx.abs(plain).max().item()

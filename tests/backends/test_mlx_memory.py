@@ -1,4 +1,4 @@
-"""Memory of the MLX backend: the plan holds, a long run stays flat, and a cache in 8 bits is what it says it is."""
+"""Memory of the MLX backend: within the plan, constant over a long run, and the 8-bit cache has its stated size."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from mlx_gptoss.weights.synthetic import Synthetic
 
 GREEDY = Sampling(temperature=0)
 MB = 1 << 20
-# A cache that outweighs everything else: 16 kB a token in each of two full layers.
+# A cache larger than everything else: 16 kB per token in each of two full layers.
 CACHE_HEAVY = replace(TINY, num_attention_heads=32, num_key_value_heads=32)
 SCORES = 24 * 4 * backend.MAX_SCORES_CPU  # a CPU has several parts of a prompt's attention, and its steps, at once
 
 
 def generate(runner, prompt: tuple[int, ...], tokens: int, chunk: int, after=lambda step: None) -> list[int]:
-    """Greedy tokens, double-buffered as the engine does it."""
+    """Greedy tokens, double-buffered as in the engine."""
     for start in range(0, len(prompt), chunk):
         piece = prompt[start : start + chunk]
         ends = start + len(piece) == len(prompt)
@@ -61,14 +61,14 @@ def test_the_peak_stays_within_the_plan(kv_bits):
 
 
 def flat(tokens: int) -> None:
-    """Greedy decoding beyond the cache's own growth adds nothing, neither to what MLX holds nor to the process."""
+    """Greedy decoding adds nothing but the cache's growth, to MLX's memory and to the process's."""
     runner = backend.load(Synthetic(TINY, "mlx-4bit"), device="cpu", dtype=None, limits=Limits(1, tokens + 100, 256))
     process, seen = psutil.Process(), []
 
     def look(step: int) -> None:
         if step % (tokens // 10) == 0:
-            held = sum(array.nbytes for array in runner._cache.arrays)
-            seen.append((mx.get_active_memory() - held, process.memory_info().rss - held))
+            cache = sum(array.nbytes for array in runner._cache.arrays)
+            seen.append((mx.get_active_memory() - cache, process.memory_info().rss - cache))
 
     generate(runner, (1, 2, 3), tokens, 256, look)
     runner.close()
@@ -97,8 +97,8 @@ def test_mlx_keeps_no_more_freed_buffers_than_a_prefill_step_needs(mini, monkeyp
 
 
 def test_a_cache_in_8_bits_decodes_what_it_prefills(mini):
-    """One token's scores are products with the codes, a prompt's with the decoded keys: both are the same numbers, for
-    one slot and for several of different lengths."""
+    """One token's scores are products with the codes, a prompt's with the decoded keys. Both give the same numbers,
+    for one slot and for several of different lengths."""
     checkpoint = checkpoints.open(mini / "mxfp4")
     runner = backend.load(checkpoint, device="cpu", dtype=None, limits=Limits(3, 400, 64, kv_bits=8))
     prompts = [tuple(np.random.default_rng(n).integers(0, 300, n).tolist()) for n in (60, 30, 7)]

@@ -1,4 +1,4 @@
-"""Prefill on the MLX backend does no more work than it must, counted in the products that it asks MLX for."""
+"""Prefill on the MLX backend does no unnecessary work, counted in the products that it requests from MLX."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ GREEDY = Sampling(temperature=0)
 
 @pytest.fixture
 def work(monkeypatch):
-    """What was asked for since the last reset(): scores, a list a layer of queries times keys (padding included);
-    pairs, of tokens and experts, a list a layer; rows of logits."""
+    """The work requested since the last reset. scores: queries times keys (padding included), a list per layer. pairs:
+    token-expert pairs, a list per layer. logits: rows."""
     seen = SimpleNamespace(scores=[], pairs=[], logits=0)
-    monkeypatch.setattr(host, "enabled", lambda **_: False)  # numpy's products are asked for in the same places
+    monkeypatch.setattr(host, "enabled", lambda **_: False)  # numpy's products are counted at the same calls
     attend, gather, logits = mx.fast.scaled_dot_product_attention, ExpertLinear.__call__, GptOss.logits
 
     def counted_attend(q, k, v, **options):
@@ -45,7 +45,7 @@ def work(monkeypatch):
 
 
 def prefill(mini, length: int, chunk: int):
-    """One prompt through a model of one sliding layer (window 8) and one full one, as the scheduler cuts it."""
+    """Run one prompt, in the scheduler's chunks, through a model with one sliding layer (window 8) and one full."""
     runner = load(checkpoints.open(mini / "mxfp4"), device="cpu", dtype=None, limits=Limits(1, length + 8, chunk))
     prompt = tuple(np.random.default_rng(0).integers(0, 300, length).tolist())
     for start in range(0, length, chunk):
@@ -60,7 +60,7 @@ def test_a_sliding_layers_work_per_token_does_not_grow_with_the_chunk(mini, work
         work.scores.clear()
         prefill(mini, 256, chunk)
         sliding = sum(work.scores[::2])
-        assert sliding == 256 * (8 + 8), chunk  # each query meets its own band of the window and the one before
+        assert sliding == 256 * (8 + 8), chunk  # a query sees its own block of keys and the one before
 
 
 def test_the_last_layer_and_the_vocabulary_see_only_the_last_token(mini, work):
@@ -77,5 +77,5 @@ def test_scores_are_bounded_where_attention_is_not_fused(mini, work, monkeypatch
     runner = prefill(mini, 200, 200)
     full = work.scores[1:]
     assert len(full) == 20 and max(full) <= 10 * 200
-    assert sum(full) < 0.6 * 200 * 200  # keys that no query of a part sees are left out
+    assert sum(full) < 0.6 * 200 * 200  # keys that no query of the part sees are skipped
     assert np.allclose(runner.logits(list(range(200))), whole, atol=1e-4)

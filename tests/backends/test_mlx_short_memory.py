@@ -1,5 +1,5 @@
-"""Where memory is short, embeddings are looked up in the mapped file and rows that no token uses are left out: the
-numbers stay the same."""
+"""With short memory, embeddings are read from the mapped file and unused rows of lm_head are not loaded. The numbers
+stay the same."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_embeddings_take_no_memory(mini):
     assert resident(None) - resident(USED) == pytest.approx(320 * row + (320 - USED) * row, rel=0.15)
 
 
-def test_load_does_it_when_the_model_does_not_fit_otherwise(mini, monkeypatch):
+def test_load_does_so_if_the_model_does_not_fit_otherwise(mini, monkeypatch):
     checkpoint = checkpoints.open(mini / "mxfp4")
     left = mappable_bytes(checkpoint)
     assert left >= 320 * 192 * 2

@@ -1,5 +1,5 @@
-"""Speculation changes the speed and nothing else: the same text under greedy and with a seed, draws from the same
-distribution, and rejected drafts leave no trace."""
+"""Speculation changes only the speed: the same greedy and seeded text, samples from the same distribution, and no
+effect of rejected drafts."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def begin(runner, prompt, sampling, slot=0) -> int:
 
 
 def test_stepping_back_is_exact_at_every_position(runner):
-    """Three wrong drafts after each token, through several turns of the ring (window 8, slack 3) and from within its
-    first: each token and its probability are those of a slot that never speculated."""
+    """Three wrong drafts after each token, while the ring (window 8, slack 3) fills and wraps several times: each token
+    and its probability are those of a slot without speculation."""
     prompt = REPEATING[:3]
     token = begin(runner, prompt, GREEDY)
     assert begin(runner, prompt, GREEDY, slot=1) == token
@@ -46,7 +46,7 @@ def test_stepping_back_is_exact_at_every_position(runner):
 
 
 @pytest.mark.parametrize("right", [0, 1, 2, 3])
-def test_as_many_drafts_are_taken_as_are_right(runner, right):
+def test_exactly_the_right_drafts_are_accepted(runner, right):
     prompt = REPEATING[:30]
     first = begin(runner, prompt, GREEDY)
     expected, token = [], first
@@ -62,7 +62,7 @@ def test_as_many_drafts_are_taken_as_are_right(runner, right):
 
 
 def test_drafted_draws_follow_the_distribution(runner):
-    """First tokens by their probabilities, and second ones, where the draft was right, by theirs given the draft."""
+    """First tokens follow their probabilities; second tokens after a right draft follow theirs given that draft."""
     prompt, hot = tuple(REPEATING[:20]), 0.7
     logits = runner.logits(prompt)[-1].astype(np.float64) / hot
     draft = int(logits.argmax())
@@ -105,7 +105,7 @@ def test_the_text_is_the_same_and_some_drafts_are_accepted(mini, folder, samplin
     assert fast.finish_reason == plain.finish_reason
     assert np.allclose([t.logprob for t in fast.tokens], [t.logprob for t in plain.tokens], atol=1e-3)
     assert plain.drafted == 0 < fast.drafted
-    # Random weights that are sampled from hardly repeat themselves.
+    # Sampled text of random weights has few repetitions to draft from.
     assert fast.accepted > 0 or (folder is not None and not sampling.greedy)
 
 

@@ -33,7 +33,7 @@ def test_shared_matrices_compute_the_same(mini, monkeypatch, relative_error, nam
 
 
 def test_parts_are_all_rows_in_order():
-    """Of weights that are fused, with a factor for each row, for each expert, or for all."""
+    """For fused weights with one factor per row, per expert, or for all rows."""
     rng = np.random.default_rng(0)
     row = Quantized(FP8_ROW, rng.integers(0, 120, (7, 16), dtype=np.uint8), outer=rng.random((7, 1), np.float32))
     scale = rng.integers(1, 100, (2, 5, 2), dtype=np.uint8)

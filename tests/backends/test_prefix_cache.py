@@ -1,4 +1,4 @@
-"""The prefix cache over real models: a conversation's next turn computes only what is new, and the same numbers."""
+"""The prefix cache with real models: a conversation's next turn computes only its new tokens, with equal numbers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_later_turns_compute_what_is_new_and_the_same(where):
     assert first.cached_tokens == 0 and first.prompt_tokens > 400
     assert second.prompt_tokens - second.cached_tokens < 128 + len(replies[0].ids)
     assert third.cached_tokens >= second.cached_tokens
-    with load(where, prefix_cache=1) as model:  # cut alike, but nothing has room
+    with load(where, prefix_cache=1) as model:  # the same chunks, but no snapshot fits
         again = turns(model)
     assert all(reply.usage.cached_tokens == 0 for reply in again)
     assert [numbers(reply) for reply in replies] == [numbers(reply) for reply in again]
@@ -62,7 +62,7 @@ def test_another_process_goes_on_from_the_folder(where, tmp_path):
     assert written.usage.cached_tokens == 0 and read.usage.cached_tokens > 400
     assert numbers(read) == numbers(written)
     with load(where, prefix_cache=1 << 30, prompt_cache=tmp_path, slots=2, quantize="mlx-4bit") as model:
-        assert ask(model, messages).usage.cached_tokens == 0  # other numbers: another fingerprint
+        assert ask(model, messages).usage.cached_tokens == 0  # other numbers, so another fingerprint
 
 
 def test_choices_of_one_prompt_share_it_and_stay_apart():

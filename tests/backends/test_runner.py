@@ -1,5 +1,5 @@
-"""The runner behind the seam, of every backend on the CPU: slots do not touch each other, windows bite, a batch gives
-what each gives alone."""
+"""The Runner of every backend on the CPU: slots are independent, sliding windows limit attention, and a batch gives the
+same tokens as each sequence alone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def alone(runner, prompt, n, sampling=GREEDY, slot=0):
 
 
 def test_continuing_is_the_same_as_recomputing(runner):
-    """Past the window and past a growth of the full layers' arrays."""
+    """Beyond the window, and beyond a growth of the full layers' arrays."""
     prompt = prompt_of(250, 1)
     tokens = alone(runner, prompt, 20)
     logits = runner.logits([*prompt, *tokens])
@@ -92,7 +92,7 @@ def test_seeds_reproduce_in_any_batch(runner):
 
 
 def test_the_same_seed_in_another_slot_later_gives_the_same(runner):
-    """Also 64-bit seeds, and a slot's next request does not go on with the last one's stream."""
+    """Also with 64-bit seeds. A slot's next request does not continue the previous request's stream."""
     prompt = prompt_of(5, 10)
     sampling = Sampling(seed=2**64 - 1)
     first = alone(runner, prompt, 8, sampling, slot=2)
@@ -100,24 +100,50 @@ def test_the_same_seed_in_another_slot_later_gives_the_same(runner):
     assert alone(runner, prompt, 8, sampling, slot=0) == first
 
 
-def test_masked_rows_say_what_they_may_and_leave_their_neighbours_alone(runner):
-    """A prompt's row and decoding ones, fed back and fed by the host; the vocabulary's end is beyond the mask."""
+def test_masked_rows_sample_allowed_tokens_and_do_not_affect_other_rows(runner):
+    """Prompt rows and decode rows, with tokens fed back on the device and from the host. The mask ends before the
+    vocabulary."""
     prompt, other, mask = prompt_of(10, 6), prompt_of(4, 7), b"\x00\x55" * 9
-    free, beside = Sampling(seed=4), Sampling(seed=5, top_k=9)
-    expected = alone(runner, other, 6, beside)
-    said = [runner.submit([Row(1, 0, prompt, free, prompt, mask=mask), Row(2, 0, other, beside, other)]).wait()]
+    free, unmasked = Sampling(seed=4), Sampling(seed=5, top_k=9)
+    expected = alone(runner, other, 6, unmasked)
+    results = [runner.submit([Row(1, 0, prompt, free, prompt, mask=mask), Row(2, 0, other, unmasked, other)]).wait()]
     for i in range(5):
-        token = (said[-1][0].token,) if i % 2 else None
-        rows = [Row(1, 10 + i, token, free, mask=mask), Row(2, 4 + i, None, beside)]
-        said.append(runner.submit(rows).wait())
+        token = (results[-1][0].token,) if i % 2 else None
+        rows = [Row(1, 10 + i, token, free, mask=mask), Row(2, 4 + i, None, unmasked)]
+        results.append(runner.submit(rows).wait())
     for slot in (1, 2):
         runner.release(slot)
-    tokens = [masked.token for masked, _ in said]
+    tokens = [masked.token for masked, _ in results]
     assert all(mask[t // 8] >> t % 8 & 1 for t in tokens) and len(set(tokens)) > 1
-    assert [row.token for _, row in said] == expected
+    assert [row.token for _, row in results] == expected
     raw = runner.logits((*prompt, *tokens))[9:-1].astype(np.float64)
     logprobs = raw - np.log(np.exp(raw).sum(axis=-1, keepdims=True))
-    assert np.allclose([masked.logprob for masked, _ in said], logprobs[range(6), tokens], atol=1e-4)
+    assert np.allclose([masked.logprob for masked, _ in results], logprobs[range(6), tokens], atol=1e-4)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=3)], ids=["greedy", "seeded"])
+def test_feeding_the_last_token_again_samples_as_if_nothing_had_been_sampled_after_it(runner, sampling):
+    """Through three turns of the ring, beside a neighbour: what was sampled ahead and dropped leaves no trace."""
+    prompt, other = prompt_of(5, 8), prompt_of(30, 9)
+    vocabulary = runner.config.vocab_size
+    odd = bytes([0b10101010]) * (-(-vocabulary // 8))  # the tokens with odd ids
+    tokens = [runner.submit([Row(slot, 0, prompt, sampling, prompt)]).wait()[0].token for slot in (0, 1)]
+    assert tokens[0] == tokens[1]
+    runner.submit([Row(2, 0, other, GREEDY, other)]).wait()
+    token = tokens[0]
+    for step in range(27):
+        start = len(prompt) + step
+        (plain,) = runner.submit([Row(1, start, (token,), sampling, mask=odd)]).wait()
+        rows = [Row(0, start, (token,), sampling), Row(2, len(other) + step, None, GREEDY)]
+        ahead = runner.submit(rows)
+        again = runner.submit([Row(0, start, (token,), sampling, mask=odd)])
+        free, (sampled,) = ahead.wait()[0].token, again.wait()
+        assert sampled.token == plain.token and sampled.token % 2 == 1
+        assert sampled.logprob == pytest.approx(plain.logprob, abs=1e-4)
+        assert free % 2 == 0 or free == sampled.token  # a mask changes nothing if it allows what is sampled without it
+        token = plain.token
+    for slot in (0, 1, 2):
+        runner.release(slot)
 
 
 def test_a_prefill_chunk_samples_nothing(runner):
@@ -145,8 +171,8 @@ def test_narrow_activations_stay_close(backend, mini, dtype):
 
 
 def test_a_restored_sequence_goes_on_bit_for_bit(runner):
-    """From snapshots on both sides of the window, taken in one slot and put into another that held something else,
-    as they are and through bytes; further steps leave them as they were."""
+    """From snapshots before and beyond the window, restored into a slot that another sequence used, directly and
+    through bytes. Further steps do not change the snapshots."""
     prompt = prompt_of(300, 11)
     for cuts in ((40, 90), (100, 260), (256,)):
         chain, start = [], 0

@@ -1,4 +1,4 @@
-"""The sampler of every backend, on the CPU, against a plain numpy reading of the chain."""
+"""The sampler of every backend, on the CPU, compared with a plain numpy implementation of the chain."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Sampler:
     array: Callable[[np.ndarray], Any]
 
     def begin(self, sampling: Sampling, prompt=(1, 2), seed: int | None = None):
-        return self.module.History.begin(sampling, prompt, seed or sampling.seed or 0, VOCABULARY)
+        return self.module.SamplerState.begin(sampling, prompt, seed or sampling.seed or 0, VOCABULARY)
 
-    def choose(self, logits: np.ndarray, *step):
-        return self.module.choose(self.array(logits), *step)
+    def sample(self, logits: np.ndarray, *step):
+        return self.module.sample_tokens(self.array(logits), *step)
 
-    def draw(self, logits: np.ndarray, sampling: Sampling, history, position: int = 0, mask=None) -> int:
-        return self.choose(logits[None], [sampling], [history], [position], [mask]).tokens.item()
+    def draw(self, logits: np.ndarray, sampling: Sampling, state, position: int = 0, mask=None) -> int:
+        return self.sample(logits[None], [sampling], [state], [position], [mask]).tokens.item()
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
@@ -82,9 +82,9 @@ MASK = b"\xa7\x11"  # ends before the vocabulary
 )
 def test_draws_follow_the_chain(sampler, sampling, mask):
     logits = logits_for(1)
-    history = sampler.begin(sampling, seed=7)
+    state = sampler.begin(sampling, seed=7)
     n = 3000
-    counts = np.bincount([sampler.draw(logits, sampling, history, i, mask) for i in range(n)], minlength=VOCABULARY)
+    counts = np.bincount([sampler.draw(logits, sampling, state, i, mask) for i in range(n)], minlength=VOCABULARY)
     expected = expected_distribution(logits, sampling, mask)
     assert counts[expected == 0].sum() == 0
     inside = expected > 0
@@ -115,8 +115,8 @@ def test_a_seed_gives_the_same_draws_alone_and_in_company(sampler):
         for i, s in enumerate(options)
         for h in [sampler.begin(s, seed=s.seed or 0)]
     ]
-    histories = [sampler.begin(s, seed=s.seed or 0) for s in options]
-    together = [sampler.choose(logits, options, histories, [p] * 4).tokens.tolist() for p in range(20)]
+    states = [sampler.begin(s, seed=s.seed or 0) for s in options]
+    together = [sampler.sample(logits, options, states, [p] * 4).tokens.tolist() for p in range(20)]
     assert [list(column) for column in zip(*together, strict=True)] == alone
 
 
@@ -136,12 +136,12 @@ def test_penalties(sampler):
     logits = np.zeros(VOCABULARY, dtype=np.float32)
     logits[:4] = [3.0, 2.9, 2.8, -1.0]
     sampling = Sampling(temperature=0, frequency_penalty=0.15)
-    history = sampler.begin(sampling)
-    assert [sampler.draw(logits, sampling, history) for _ in range(4)] == [0, 1, 0, 2]
+    state = sampler.begin(sampling)
+    assert [sampler.draw(logits, sampling, state) for _ in range(4)] == [0, 1, 0, 2]
     sampling = Sampling(temperature=0, presence_penalty=0.15)
-    history = sampler.begin(sampling)
-    # after 0 and 1 were said: 2.85, 2.75, 2.8, so 0 leads again and for good
-    assert [sampler.draw(logits, sampling, history) for _ in range(4)] == [0, 1, 0, 0]
+    state = sampler.begin(sampling)
+    # after 0 and 1 were sampled: 2.85, 2.75, 2.8, so 0 leads again and stays first
+    assert [sampler.draw(logits, sampling, state) for _ in range(4)] == [0, 1, 0, 0]
     sampling = Sampling(temperature=0, repetition_penalty=2.0)
     assert sampler.draw(logits, sampling, sampler.begin(sampling, prompt=(0, 1))) == 2  # the prompt counts
     negative = np.full(VOCABULARY, -2.0, dtype=np.float32)
@@ -152,28 +152,28 @@ def test_penalties(sampler):
 def test_logprobs_are_of_the_raw_logits(sampler):
     logits = logits_for(5)
     sampling = Sampling(temperature=0, logprobs=4, logit_bias={7: 50.0})
-    choice = sampler.choose(logits[None], [sampling], [sampler.begin(sampling)], [0])
+    output = sampler.sample(logits[None], [sampling], [sampler.begin(sampling)], [0])
     raw = logits - np.log(np.exp(logits.astype(np.float64)).sum())
     order = np.argsort(-raw)[:4]
-    assert choice.tokens.item() == 7
-    assert np.isclose(choice.logprobs.item(), raw[7], atol=1e-5)
-    assert choice.top_ids[0].tolist() == order.tolist()
-    assert np.allclose(choice.top_logprobs[0].tolist(), raw[order], atol=1e-5)
+    assert output.tokens.item() == 7
+    assert np.isclose(output.logprobs.item(), raw[7], atol=1e-5)
+    assert output.top_ids[0].tolist() == order.tolist()
+    assert np.allclose(output.top_logprobs[0].tolist(), raw[order], atol=1e-5)
 
 
 def test_a_mask_is_its_row_s_alone_and_leaves_logprobs_raw(sampler):
     logits = np.stack([logits_for(6)] * 3)
     samplings = [Sampling(temperature=0, presence_penalty=1.0), Sampling(temperature=0), Sampling(seed=1)]
     masks = [b"\x00\x80\x00", None, b"\x04"]
-    histories = [sampler.begin(s, seed=s.seed or 0) for s in samplings]
-    choice = sampler.choose(logits, samplings, histories, [0] * 3, masks)
-    assert choice.tokens.tolist() == [15, logits[1].argmax(), 2]
+    states = [sampler.begin(s, seed=s.seed or 0) for s in samplings]
+    output = sampler.sample(logits, samplings, states, [0] * 3, masks)
+    assert output.tokens.tolist() == [15, logits[1].argmax(), 2]
     raw = logits[0] - np.log(np.exp(logits[0].astype(np.float64)).sum())
-    assert np.allclose(choice.logprobs.tolist(), raw[choice.tokens.tolist()], atol=1e-5)
+    assert np.allclose(output.logprobs.tolist(), raw[output.tokens.tolist()], atol=1e-5)
 
 
 def test_a_mask_that_allows_what_would_be_drawn_changes_nothing(sampler):
     sampling, logits = Sampling(top_p=0.9), logits_for(7)
-    history = sampler.begin(sampling, seed=3)
-    free = [sampler.draw(logits, sampling, history, i) for i in range(50)]
-    assert [sampler.draw(logits, sampling, history, i, b"\xff" * 3) for i in range(50)] == free
+    state = sampler.begin(sampling, seed=3)
+    free = [sampler.draw(logits, sampling, state, i) for i in range(50)]
+    assert [sampler.draw(logits, sampling, state, i, b"\xff" * 3) for i in range(50)] == free

@@ -1,4 +1,4 @@
-"""What api.load() does with the torch backend: which one auto picks, and what it says where torch is missing."""
+"""api.load() with the torch backend: the choice of auto, and the error if torch is missing."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_without_torch_the_extra_is_named():
 
 @pytest.mark.cuda
 def test_the_gpu_agrees_with_the_cpu(torch_backend, mini, relative_error):
-    """float32 on both; and in bfloat16 the default lands on the GPU."""
+    """With float32 on both. In bfloat16 the default device is the GPU."""
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("torch finds no GPU")

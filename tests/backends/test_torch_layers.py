@@ -1,4 +1,4 @@
-"""Matrices as the torch backend stores them: the decoding of every Spec against codecs, products, and devices."""
+"""The torch backend's matrices: decoding of every Spec compared with codecs.py, products, and devices."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SPECS = [MXFP4, NVFP4, MXFP8, FP8_ROW, *AFFINE]
 
 
 def any_codes(spec: Spec, *lead: int, width: int = 256, seed: int = 0) -> Quantized:
-    """A weight with every code, random scales of both signs, and an outer factor a row."""
+    """A weight with every code, random scales of both signs, and one outer factor per row."""
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 256, (*lead, width * spec.bits // 8), dtype=np.uint8)
     if spec.element == "e4m3":
@@ -55,8 +55,8 @@ def test_every_format_decodes_bit_for_bit(spec):
     assert matrix.at(ids).decode(torch.float32).numpy().tobytes() == decoded[ids.numpy()].tobytes()
 
 
-def test_weights_that_are_views_of_a_file_lie_straight_on_the_device():
-    """Transposed as ModelOpt has them, and every other row as OpenAI has gate and up."""
+def test_weights_that_are_views_of_a_file_are_contiguous_on_the_device():
+    """Transposed views, as in ModelOpt, and every other row, as OpenAI's gate and up."""
     weight = any_codes(NVFP4, 3, 40)
     codes = np.ascontiguousarray(weight.codes.swapaxes(-1, -2)).swapaxes(-1, -2)
     gate, up = (Quantized(NVFP4, codes[:, i::2], weight.scale[:, i::2], None, weight.outer[:, i::2]) for i in (0, 1))
@@ -66,7 +66,7 @@ def test_weights_that_are_views_of_a_file_lie_straight_on_the_device():
     assert np.array_equal(matrix.decode(torch.float32), np.concatenate([wanted[:, ::2], wanted[:, 1::2]], axis=1))
 
 
-def test_every_scale_byte_is_what_it_stands_for():
+def test_every_scale_byte_decodes_to_its_value():
     codes = np.full((255, 16), 0x22, dtype=np.uint8)  # all 1.0
     scale = np.arange(255, dtype=np.uint8)[:, None]
     decoded = fuse([Quantized(MXFP4, codes, scale)], CPU).decode(torch.float32)[:, 0].numpy()
@@ -99,7 +99,7 @@ def test_products_in_blocks(monkeypatch, spec, block, tokens, threads):
     assert np.allclose(y, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
-def test_linear_parts_that_are_stored_differently_stand_side_by_side():
+def test_linear_parts_that_are_stored_differently_are_concatenated():
     parts = [any_codes(MXFP4, 24, seed=1), any_codes(AFFINE[0], 8, seed=2)]
     bias = torch.arange(32.0)
     linear = layers.Linear(tuple(fuse([part], CPU) for part in parts), bias, plain.TorchOperations(1))
@@ -147,7 +147,7 @@ def test_devices_and_dtypes():
         backend.pick_device("cuda:99")
 
 
-def test_where_torch_finds_no_gpu_the_cpu_is_taken(monkeypatch):
+def test_without_a_gpu_the_cpu_is_used(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert backend.pick_device(None) == CPU
     assert backend.available_memory(None) > 0

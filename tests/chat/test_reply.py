@@ -14,6 +14,7 @@ from mlx_gptoss.chat.stream import with_reply
 from mlx_gptoss.engine import Finished as EngineFinished
 from mlx_gptoss.engine import StopStrings, Token
 from mlx_gptoss.errors import GptOssError
+from mlx_gptoss.harmony.names import ToolNames
 from mlx_gptoss.harmony.parse import Parser
 from mlx_gptoss.harmony.render import render
 
@@ -77,7 +78,7 @@ def test_a_builtin_tool_is_called_on_analysis_and_answered_there(model):
         "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
         "<|channel|>analysis to=python code<|message|>1 + 1<|call|>"
     )
-    turn = ReplyReader(model.tokenizer, Parser(model.tokenizer), StopStrings(()))
+    turn = ReplyReader(model.tokenizer, Parser(model.tokenizer), StopStrings(()), ToolNames(()))
     events = [event for id in ids for event in turn.push(Token(id, 0.0))]
     events += turn.finish(EngineFinished("stop", 1, len(ids)))
     (call,) = [event for event in events if isinstance(event, ToolCall)]

@@ -10,8 +10,11 @@ import pytest
 
 import mlx_gptoss
 from mlx_gptoss import Sampling
+from mlx_gptoss.backends import BACKENDS
+from mlx_gptoss.chat import stream
 from mlx_gptoss.chat.reply import fold
 from mlx_gptoss.errors import InvalidRequest
+from mlx_gptoss.harmony import guide
 
 SCHEMAS: dict[str, Any] = json.loads((Path(__file__).parents[1] / "data" / "schemas.json").read_text("utf-8"))
 QUESTION = "What is the weather in Paris?"
@@ -166,6 +169,47 @@ def test_guided_and_free_requests_share_steps(model, validate):
     streams = [ask(seed) for seed in range(4)]
     together = [list(events)[-1] for events in streams]
     assert [[t.id for t in f.tokens] for f in together] == [[t.id for t in f.tokens] for f in alone]
+
+
+class Waiting:
+    """A guide that never allows everything, so that every row waits for the result before it."""
+
+    def __init__(self, guide: Any, vocabulary: int) -> None:
+        self.guide, self.everything = guide, bytes([255]) * (-(-vocabulary // 8))
+        self.accept, self.ends_with = guide.accept, guide.ends_with
+        self.free = self.masked = 0
+
+    def mask(self) -> bytes:
+        mask = self.guide.mask()
+        self.free, self.masked = self.free + (mask is None), self.masked + (mask is not None)
+        return self.everything if mask is None else mask
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sampling_ahead_and_drafts_change_no_token(backend_module, backend, monkeypatch):
+    """The same tokens as with a guide that always waits, greedy and seeded."""
+    backend_module(backend)
+    samplings = [Sampling(temperature=0), Sampling(seed=1), Sampling(seed=2, temperature=1.5)]
+
+    def replies(speculate: bool) -> list[Any]:
+        with mlx_gptoss.load(backend=backend, device="cpu", max_context=1024, speculate=speculate) as model:
+            held = {"tools": [tool("get_weather", WEATHER["function"]["parameters"], strict=False)], "max_tokens": 120}
+            return [list(model.stream(QUESTION, sampling=how, **held))[-1] for how in samplings]
+
+    ahead, *drafted = [replies(speculate) for speculate in ((False, True) if backend == "mlx" else (False,))]
+    waiting: list[Waiting] = []
+
+    def guide_for(conversation: Any, tokenizer: Any, choice: Any) -> Waiting:
+        waiting.append(Waiting(guide.guide_for(conversation, tokenizer, choice), tokenizer.vocab_size))
+        return waiting[-1]
+
+    monkeypatch.setattr(stream, "guide_for", guide_for)
+    always = [[token.id for token in finished.tokens] for finished in replies(False)]
+    assert [[token.id for token in finished.tokens] for finished in ahead] == always
+    assert all(one.free and one.masked for one in waiting)
+    for finished in drafted:
+        assert [[token.id for token in one.tokens] for one in finished] == always
+        assert sum(one.drafted for one in finished) > 0
 
 
 def test_the_torch_backend(backend_module, validate):

@@ -1,4 +1,4 @@
-"""mlx-gptoss batch: the answers, what becomes of bad lines, and what an interruption leaves."""
+"""mlx-gptoss batch: the answers, errors for malformed lines, and continuing after an interruption."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def request(custom_id, url, body, **more):
 
 
 def steady(body):
-    """What of an answer does not change from run to run."""
+    """The fields of an answer that are the same in every run."""
     if isinstance(body, dict):
         return {name: steady(value) for name, value in body.items() if name not in CHANGING}
     return [steady(value) for value in body] if isinstance(body, list) else body
@@ -89,13 +89,13 @@ def lines():
     return [request(f"id {number}", *question(number)) for number in range(18)]
 
 
-# The command, which writes this many answers and holds the others back.
-HELD = """
+# The command, which writes this many answers and blocks before the others.
+BLOCKING = """
 import asyncio, sys
 from mlx_gptoss.server import batch
 left = int(sys.argv.pop(1))
 
-def held(whole):
+def blocking(whole):
     async def answer(*args):
         global left
         body = await whole(*args)
@@ -105,7 +105,7 @@ def held(whole):
         return body
     return answer
 
-batch.ENDPOINTS.update({url: (form, held(whole)) for url, (form, whole) in batch.ENDPOINTS.items()})
+batch.ENDPOINTS.update({url: (form, blocking(whole)) for url, (form, whole) in batch.ENDPOINTS.items()})
 from mlx_gptoss_cli.main import main
 main()
 """
@@ -113,8 +113,8 @@ main()
 
 @contextmanager
 def interrupted(words, out, after):
-    """The command until it has written `after` answers more; then it is to be ended."""
-    command = [sys.executable, "-c", HELD, str(after), "batch", *words]
+    """Run the command until it has written `after` more answers; the caller then ends it."""
+    command = [sys.executable, "-c", BLOCKING, str(after), "batch", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wanted = (len(out.read_bytes().splitlines()) if out.exists() else 0) + after
     end = time.monotonic() + 300
@@ -219,8 +219,8 @@ def test_streaming_is_refused(run):
 
 
 def test_slots_are_busy_and_few_lines_are_under_way(run, lines, model, monkeypatch):
-    """Each step waits until the engine has as many requests as it should, so that what the step sees does not depend on
-    how fast the two threads are."""
+    """Each step waits until the engine has the expected number of requests, so that the result does not depend on the
+    speed of the two threads."""
     entered, ended, under_way, most, seen = [], [], set(), 0, []
 
     def counted(whole):
@@ -272,10 +272,10 @@ def test_a_line_costs_few_bytes_of_memory(tmp_path):
             file.write(request(f"a rather long custom_id with the number {number}", CHAT, {"text": "x" * 1000}) + b"\n")
     tracemalloc.start()
     requests = RequestFile(tmp_path / "in.jsonl")
-    held, peak = tracemalloc.get_traced_memory()
+    current, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert requests.total == 5000
-    assert held < 5000 * 30 and peak < 5000 * 80 + 200_000
+    assert current < 5000 * 30 and peak < 5000 * 80 + 200_000
     assert sum(1 for _ in requests.pending()) == 5000
     for number in range(5000):
         entry = {"custom_id": f"a rather long custom_id with the number {number}"}
@@ -287,7 +287,7 @@ ONE = request("a", COMPLETIONS, {"prompt": "Hi", "max_tokens": 1})
 
 
 @pytest.mark.parametrize(
-    ("asked", "held", "message"),
+    ("requests_bytes", "answers_bytes", "message"),
     [
         (b"", None, "empty"),
         (b"\n\n", None, "empty"),
@@ -299,15 +299,16 @@ ONE = request("a", COMPLETIONS, {"prompt": "Hi", "max_tokens": 1})
         (ONE, b'{"id":"batch_req_1","custom_id\n{"id":"batch_req_1","custom_id":"a"}\n', "see its line 1"),
     ],
 )
-def test_files_that_are_something_else_are_refused_and_left_alone(tmp_path, asked, held, message):
+def test_other_files_are_refused_and_not_changed(tmp_path, requests_bytes, answers_bytes, message):
     requests, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    requests.write_bytes(asked)
-    if held is not None:
-        answers.write_bytes(held)
+    requests.write_bytes(requests_bytes)
+    if answers_bytes is not None:
+        answers.write_bytes(answers_bytes)
     with pytest.raises(InvalidRequest) as refused:
         Batch(requests, answers)
     assert message in str(refused.value)
-    assert (answers.read_bytes() if answers.exists() else None) == held and requests.read_bytes() == asked
+    assert (answers.read_bytes() if answers.exists() else None) == answers_bytes
+    assert requests.read_bytes() == requests_bytes
 
 
 def test_the_requests_are_not_written_over(tmp_path):
@@ -339,7 +340,7 @@ def test_what_failed_is_asked_again_if_that_is_wanted(run, tmp_path):
 
 
 def test_without_an_answer_there_is_no_file(tmp_path):
-    """As when the model cannot be loaded; one that was there, and is empty, stays."""
+    """If the model cannot be loaded, for example. An empty file that already existed is kept."""
     (tmp_path / "in.jsonl").write_bytes(ONE)
     words = [str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "--model", str(tmp_path)]
     out = subprocess.run([*CLI, *words], capture_output=True, text=True, timeout=300)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from mlx_gptoss_cli.main import main
 
 CLI = [sys.executable, "-m", "mlx_gptoss_cli"]
 
@@ -50,7 +51,7 @@ def test_generate_streams_text_to_stdout_and_stats_to_stderr(run):
     assert "tok/s" in out.stderr and "tok/s" not in out.stdout
 
 
-def test_speculation_tells_how_well_it_guessed(run):
+def test_stats_count_accepted_drafts(run):
     words = ("generate", "What is 12 + 30?", "--temperature", 0, "--backend", "mlx", "--stats")
     plain, fast = run(*words), run(*words, "--speculate")
     assert fast.stdout == plain.stdout
@@ -87,7 +88,7 @@ def test_show_json_has_the_promised_fields(run):
 
 
 def test_show_ranks(run):
-    """What each would hold: two KV heads and six experts, over two."""
+    """The shares of two ranks, of two KV heads and six experts."""
     report = json.loads(run("show", "MINI", "--json", "--context", 4096, "--ranks", 2).stdout)
     assert [(part["rank"], part["kv_heads"], part["experts"]) for part in report["ranks"]] == [(0, 1, 3), (1, 1, 3)]
     whole, part = report["memory"], report["ranks"][1]["memory"]
@@ -145,7 +146,18 @@ def test_ctrl_c_keeps_the_text_so_far(mini):
     assert first and b"Traceback" not in errors
 
 
-def test_a_reader_that_leaves_is_no_traceback(mini):
+def test_ctrl_c_while_an_error_is_printed(monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["mlx-gptoss", "show", "./nowhere"])
+    monkeypatch.setattr("click.echo", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+
+
+def test_a_closed_stdout_gives_no_traceback(mini):
     words = ["generate", "x", "--model", str(mini / "mxfp4"), "--raw", "--temperature", "0"]
     process = subprocess.Popen([*CLI, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(1)

@@ -1,4 +1,4 @@
-"""What the start costs: seconds from the shell (a benchmark), CPU time, and which packages are imported."""
+"""The cost of starting a command: seconds (a benchmark), CPU time, and the packages imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FIRST_TOKEN = ["generate", "Hi", "--max-tokens", "1", "--backend", "mlx", "--dev
 
 
 def best_seconds(words: list[str], tries: int = 5) -> float:
-    """Of whole processes, on a machine that may have other things to do."""
+    """The best time of several whole processes, because the machine may be busy."""
 
     def once() -> float:
         started = time.perf_counter()
@@ -50,7 +50,7 @@ def test_help_within_three_tenths(words):
     ids=[*map(" ".join, HELP), "first token"],
 )
 def test_the_start_takes_little_more_cpu_time_than_its_imports(words, imports, ratio):
-    """The best of five, in turns. Usual ratios are 1.2 and 4."""
+    """Compares the best of five runs, in turns. Usual ratios are 1.2 and 4."""
     turns = [(cpu_seconds("-m", "mlx_gptoss_cli", *words), cpu_seconds("-c", f"import {imports}")) for _ in range(5)]
     ours, theirs = map(min, zip(*turns, strict=True))
     assert ours < ratio * theirs

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,12 +21,15 @@ VOCAB = TINY.vocab_size
 LIMITS = Limits(slots=3, max_context=64, chunk=8)
 
 
-def next_id(history: Sequence[int], seed: int | None) -> int:
-    """The token the mock samples after `history`: a hash of it and the seed."""
+def next_id(history: Sequence[int], seed: int | None, mask: bytes | None = None) -> int:
+    """The token the mock samples after `history`: a hash of it and the seed. Under a mask, the first allowed one from
+    there on; as in a real sampler, a mask changes nothing if it allows the token that is sampled without it."""
     state = 17 if seed is None else seed
     for token in history:
         state = (state * 1000003 + token + 1) % (2**61 - 1)
-    return (state >> 11) % VOCAB
+    first = (state >> 11) % VOCAB
+    allowed = (id % VOCAB for id in range(first, first + VOCAB))
+    return next(id for id in allowed if mask is None or mask[id >> 3] >> (id & 7) & 1)
 
 
 def expected(request: Request, limits: Limits = LIMITS) -> tuple[list[int], str]:
@@ -44,6 +47,8 @@ def expected(request: Request, limits: Limits = LIMITS) -> tuple[list[int], str]
 class Slot:
     history: list[int] = field(default_factory=list)
     fresh: int | None = None  # sampled, not fed back yet
+    fed: int = 0  # length of the history before the accepted drafts of the last row
+    drafted: int = 0  # drafts of the last row
     sampled_in: int = -2  # number of the step that sampled it
     has_sampled: bool = False
 
@@ -122,6 +127,13 @@ class MockRunner:
 
     def feed(self, row: Row, number: int) -> Sampled | None:
         slot = self.slots[row.slot]
+        if row.tokens is not None and slot.fresh is not None:  # from the host: the fresh token, or the one before it
+            back = slot.fed - row.start if row.start < len(slot.history) else 0
+            self.check(len(row.tokens) == 1 and back <= 1 + slot.drafted, "stepped back by more than one token")
+            known = [*slot.history, slot.fresh][row.start : row.start + 1]
+            self.check(known == list(row.tokens), "stepped back to another token, or fed one that was not sampled")
+            del slot.history[row.start :]
+            slot.fresh = None
         self.check(row.start == len(slot.history), f"start {row.start} is not the length {len(slot.history)}")
         if row.tokens is None:
             self.check(
@@ -130,9 +142,8 @@ class MockRunner:
             )
             slot.history.append(slot.fresh or 0)
         else:
-            self.check(slot.fresh is None, "tokens given while a sampled token waits to be fed back")
             slot.history.extend(row.tokens)
-        slot.fresh = None
+        slot.fresh, slot.fed, slot.drafted = None, len(slot.history), 0
         self.check(len(slot.history) <= self.limits.max_context, "beyond the context")
         if row.sampling is None:
             self.check(row.prompt is None, "a prompt without sampling")
@@ -140,9 +151,17 @@ class MockRunner:
         first = not slot.has_sampled
         self.check((row.prompt is not None) == first, "the prompt belongs on the first sampled row only")
         self.check(not first or row.prompt == tuple(slot.history), "a prompt other than the one fed")
-        slot.has_sampled, slot.sampled_in = True, number
-        slot.fresh = next_id(slot.history, row.sampling.seed)
-        return Sampled(slot.fresh, -float(slot.fresh), ((slot.fresh, -float(slot.fresh)),))
+        slot.has_sampled, slot.sampled_in, slot.drafted = True, number, len(row.drafts)
+        self.check(len(row.drafts) <= self.limits.drafts, "too many drafts")
+        self.check(not row.drafts or row.mask is None, "drafts under a mask")
+        sampled = []
+        for draft in (*row.drafts, None):
+            slot.fresh = next_id(slot.history, row.sampling.seed, row.mask)
+            sampled.append(Sampled(slot.fresh, -float(slot.fresh), ((slot.fresh, -float(slot.fresh)),)))
+            if slot.fresh != draft:
+                break
+            slot.history.append(slot.fresh)
+        return replace(sampled[0], accepted=tuple(sampled[1:]))
 
     def wait(self, step: Step) -> list[Sampled | None]:
         self.check_thread()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mlx_gptoss.errors import InvalidRequest
-from mlx_gptoss.harmony.grammar import Grammar
+from mlx_gptoss.harmony.grammar import json_grammar
 from mlx_gptoss.tokenizer import RETURN, Tokenizer
 
 NAMES = ["a", "b", "xa", "é", 'a"b', ""]
@@ -90,7 +90,7 @@ def check(seed: int, tokenizer: Tokenizer, sample_text: Any, jsonschema: Any) ->
     random = Random(seed)
     result = {"allOf": [schema(random)], "$defs": {"p": schema(random, 3), "q": schema(random, 2)}}
     try:
-        grammar = Grammar(result, tokenizer, "schema")
+        grammar = json_grammar(result, tokenizer, "schema")
     except InvalidRequest:
         return False
     for _ in range(3):
@@ -125,7 +125,7 @@ def test_broken_schemas_are_refused_without_other_errors(nano: Tokenizer) -> Non
                 break
             place = place[key]
         try:
-            Grammar(result, nano, "schema")
+            json_grammar(result, nano, "schema")
         except InvalidRequest:
             refused += 1
     assert 100 < refused < 500

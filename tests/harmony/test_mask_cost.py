@@ -10,6 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 from mlx_gptoss.backends import BACKENDS
 from mlx_gptoss.backends.base import Limits
 from mlx_gptoss.engine import Engine, Request
-from mlx_gptoss.harmony.grammar import Grammar
+from mlx_gptoss.harmony.grammar import Grammar, Matcher, json_grammar
 from mlx_gptoss.sampling import Sampling
 from mlx_gptoss.tokenizer import RETURN, Tokenizer
 from mlx_gptoss.weights.synthetic import Synthetic, preset
@@ -49,6 +50,22 @@ RECORD = {
 TOKENS, TURNS = 12, 5
 
 
+@dataclass
+class JsonOnly:
+    """A guide whose whole text is under a grammar."""
+
+    matcher: Matcher
+
+    def mask(self) -> bytes:
+        return self.matcher.mask()
+
+    def accept(self, token: int) -> None:
+        self.matcher.accept(token)
+
+    def ends_with(self, token: int) -> bool | None:
+        return None
+
+
 def seconds(function: Callable[[], Any]) -> float:
     started = time.perf_counter()
     function()
@@ -70,10 +87,10 @@ def applying_seconds(backend: str, module: Any, mask: bytes, vocabulary: int) ->
     sample = import_module(".sample", module.__name__)
     array = import_module("mlx.core").array if backend == "mlx" else import_module("torch").tensor
     logits, sampling = array(np.random.default_rng(0).normal(size=(1, vocabulary)).astype(np.float32)), Sampling(seed=1)
-    history = sample.History.begin(sampling, (1,), 1, vocabulary)
+    state = sample.SamplerState.begin(sampling, (1,), 1, vocabulary)
 
     def draw(*masks: bytes) -> None:
-        sample.choose(logits, [sampling], [history], [0], masks).tokens.item()
+        sample.sample_tokens(logits, [sampling], [state], [0], masks).tokens.item()
 
     times = {masks: [] for masks in ((), (mask,))}
     for _ in range(200):
@@ -87,11 +104,11 @@ def applying_seconds(backend: str, module: Any, mask: bytes, vocabulary: int) ->
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_mask_costs_under_a_tenth_of_a_decoding_step(published: Tokenizer, backend_module, backend: str) -> None:
     module, weights = backend_module(backend), Synthetic(preset("20b", 4), "mxfp4")
-    grammar = Grammar(SCHEMA, published, "schema")
+    grammar = json_grammar(SCHEMA, published, "schema")
     prompt = tuple(range(1000, 1016))
 
     def decode(guided: bool) -> float:
-        guide = grammar.matcher(published.special(RETURN)) if guided else None
+        guide = JsonOnly(grammar.matcher(published.special(RETURN))) if guided else None
         return engine.submit(Request(prompt, TOKENS, Sampling(seed=1), guide=guide)).drain().decode_s / (TOKENS - 1)
 
     with Engine(lambda: module.load(weights, device="cpu", dtype=None, limits=Limits(1, 128, 64))) as engine:

@@ -8,7 +8,14 @@ import pytest
 
 from mlx_gptoss.errors import InvalidRequest
 from mlx_gptoss.harmony.messages import Conversation, Function, Message, ResponseFormat
-from mlx_gptoss.harmony.render import developer_text, prompt_messages, render, render_message, render_reply
+from mlx_gptoss.harmony.render import (
+    developer_text,
+    prompt_messages,
+    render,
+    render_message,
+    render_reply,
+    system_text,
+)
 from mlx_gptoss.tokenizer import Tokenizer
 
 USER = Message("user", "Hi <|end|>")
@@ -117,3 +124,9 @@ def test_the_response_format_ends_the_developer_message() -> None:
 def test_a_tool_message_needs_a_name(small: Tokenizer) -> None:
     with pytest.raises(InvalidRequest, match="name"):
         render_message(Message("tool", "3"), small)
+
+
+def test_a_builtin_tool_with_another_description():
+    texts = (("python", "Runs code."), ("browser", "Unused."))
+    conversation = Conversation(builtin_tools=("python",), tool_texts=texts)
+    assert "# Tools\n\n## python\n\nRuns code.\n\n# Valid channels" in system_text(conversation)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlx_gptoss.harmony.messages import Function
+from mlx_gptoss.harmony.messages import Function, TextFormat
 from mlx_gptoss.harmony.typescript import Namespace, compact_json, tools_section, typescript_type
 
 WEATHER = Function(
@@ -93,3 +93,28 @@ def test_numbers_are_formatted_as_by_serde_json(value: float, text: str) -> None
 
 def test_invalid_and_empty_schemas_become_any() -> None:
     assert [typescript_type(thing) for thing in (True, None, 3, [], {}, {"type": "null"})] == ["any"] * 6
+
+
+def test_a_function_of_text_says_so_and_shows_its_grammar() -> None:
+    patch = Function("apply_patch", "Edit files.", text_format=TextFormat("lark", 'start: "a" LF\n%import common.LF\n'))
+    note = Function("note", text_format=TextFormat())
+    assert (
+        tools_section([Namespace("functions", functions=(patch, note))])
+        == """\
+# Tools
+
+## functions
+
+namespace functions {
+
+// Edit files.
+// The input is plain text, not JSON. It must match this Lark grammar:
+// start: "a" LF
+// %import common.LF
+type apply_patch = (_: string) => any;
+
+// The input is plain text, not JSON.
+type note = (_: string) => any;
+
+} // namespace functions"""
+    )

@@ -1,4 +1,4 @@
-"""The kernels draw the same tokens, with the same log-probabilities, as `choose` in sample.py."""
+"""The kernels draw the same tokens, with the same log-probabilities, as `sample_tokens` in sample.py."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from mlx_gptoss.sampling import Sampling
 
 
 @pytest.mark.parametrize("vocabulary", [320, kernels.BLOCK, 2 * kernels.BLOCK + 7])
-def test_draw_matches_choose(device, vocabulary):
+def test_draw_matches_sample_tokens(device, vocabulary):
     """Greedy and sampled rows in one batch. The last row is idle and does not write its slot."""
     samplings = [Sampling(temperature=0), Sampling(seed=1), Sampling(temperature=0.6, seed=2), Sampling()]
-    histories = [sample.History(seed) for seed in (0, 1, 2**64 - 1, 3)]
+    states = [sample.SamplerState(seed) for seed in (0, 1, 2**64 - 1, 3)]
     positions = [7, 8, 9, -1]
     for seed in range(20):
         logits = torch.randn(4, vocabulary, generator=torch.Generator().manual_seed(seed)) * 3
-        wanted = sample.choose(logits, samplings, histories, positions)
+        wanted = sample.sample_tokens(logits, samplings, states, positions)
         tokens, last = torch.full((4,), -1, device=device), torch.full((6,), -1, device=device)
         logprobs = torch.full((4,), torch.nan, device=device)
         kernels.draw(
             logits.to(device),
             torch.tensor([s.temperature for s in samplings], device=device),
-            torch.tensor(sample.noise_keys([h.seed for h in histories], positions), device=device),
+            torch.tensor(sample.noise_keys([h.seed for h in states], positions), device=device),
             torch.tensor([3, 0, 5, 1], dtype=torch.int32, device=device),
             torch.tensor(positions, dtype=torch.int32, device=device),
             tokens,

@@ -45,7 +45,7 @@ UNWANTED = {
 
 @dataclass
 class Hub:
-    """What the server serves, and what it was asked for."""
+    """The files that the server has, and the requests that it received."""
 
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
@@ -56,7 +56,7 @@ class Hub:
     url: str = ""
 
     def fetched(self) -> list[str]:
-        """Files whose content was asked for, with the offset where it is not the beginning."""
+        """Files whose content was requested, with the offset if it is not 0."""
         names = []
         for method, path, span in self.log:
             if method == "GET" and "/resolve/" in path:
@@ -146,7 +146,7 @@ def hub() -> Iterator[Hub]:
 def run_resolve(
     hub: Hub, home: Path, name: str = "org/mini", *, before: str = "", options: str = "", **env: str
 ) -> dict[str, str]:
-    """resolve(name) in a process of its own, for huggingface_hub reads its environment when it is imported."""
+    """resolve(name) in another process, because huggingface_hub reads its environment when it is imported."""
     code = f"""
 import json, sys
 {before}
@@ -166,7 +166,7 @@ except GptOssError as error:
         [sys.executable, "-c", code], env={**clean, **settings, **env}, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    answer: dict[str, str] = json.loads(done.stdout)  # nothing but the answer may stand on stdout
+    answer: dict[str, str] = json.loads(done.stdout)  # stdout must contain only the answer
     assert "\n" not in answer.get("error", "")
     return {**answer, "stderr": done.stderr}
 
@@ -183,7 +183,7 @@ def test_downloads_only_what_is_needed(hub: Hub, tmp_path: Path) -> None:
 
 def test_a_broken_connection_is_resumed(hub: Hub, tmp_path: Path) -> None:
     name = "model-00001-of-00002.safetensors"
-    large = bytes(range(256)) * 2**16  # 16 MiB: the client keeps what it has in pieces of 10 MiB
+    large = bytes(range(256)) * 2**16  # 16 MiB: the client saves pieces of 10 MiB
     hub.repos["org/mini"][name] = large
     hub.breaks[name] = 12 * 2**20
     assert contents(run_resolve(hub, tmp_path)["path"]) == {**WANTED, name: large}
@@ -275,7 +275,7 @@ def test_a_full_disk(hub: Hub, tmp_path: Path) -> None:
 
 
 def test_progress_goes_to_stderr_and_can_be_switched_off(hub: Hub, tmp_path: Path) -> None:
-    shown = {"TQDM_POSITION": "-1"}  # huggingface_hub's way to have bars where stderr is no terminal
+    shown = {"TQDM_POSITION": "-1"}  # makes huggingface_hub show bars although stderr is not a terminal
     assert "Fetching" in run_resolve(hub, tmp_path / "a", **shown)["stderr"]
     assert "Fetching" not in run_resolve(hub, tmp_path / "b", options=", progress=False", **shown)["stderr"]
 

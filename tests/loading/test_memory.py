@@ -1,4 +1,4 @@
-"""The memory plan is the arithmetic that PERFORMANCE figures give, and a refusal carries numbers and a way out."""
+"""The memory plan: its arithmetic for the published models, and an error with numbers and advice if nothing fits."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_prefill_chunk_is_as_large_as_memory_allows():
     roomy, asked, tight = plan(100 * GB), plan(17.72 * GB, context=131072), plan(14.5 * GB)
     assert (roomy.chunk, asked.chunk, tight.chunk) == (2048, 512, 256)
     assert asked.fits and asked.needed_bytes + roomy.working_bytes - asked.working_bytes > asked.available_bytes
-    assert plan(16 * GB).chunk == 2048  # a default context rather gives way, once it is long
+    assert plan(16 * GB).chunk == 2048  # a long default context is reduced before the chunk
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ def test_the_prefill_chunk_is_as_large_as_memory_allows():
     [(16 * GIB * 2 // 3, None, 8960), (16 * GIB * 2 // 3, 8, 15104), (11 * GB, None, None)],
 )
 def test_20b_on_a_mac_of_16_gb(budget, kv_bits, context):
-    """mlx-mxfp4-q4 within two thirds of the memory, which Metal recommends there, if the embeddings and the rows of
-    lm_head that no token uses stay in the file; within less after one command."""
+    """mlx-mxfp4-q4 fits in two thirds of the memory, Metal's recommended working set, if the embeddings and the unused
+    rows of lm_head stay in the mapped file. With less available, one command raises the limit enough."""
     sizes = sizes_of(GPT_OSS_20B, "mlx-mxfp4-q4")
     unused = GPT_OSS_20B.vocab_size - 200019
     left = sizes["embed.weight"] + sizes["lm_head.weight"] * unused // GPT_OSS_20B.vocab_size
@@ -86,30 +86,30 @@ def test_a_raised_limit_is_not_advised_where_it_would_not_help():
     tight = plan(16 * GB, context=131072)
     assert wired_limit(tight, 24 * GIB) is not None
     assert wired_limit(tight, 19 * GIB) is None  # macOS needs the rest
-    assert wired_limit(tight, 17 * GIB) is None  # a CPU's plan: nothing limits it but the memory
+    assert wired_limit(tight, 17 * GIB) is None  # a CPU: only the memory limits the plan
     assert wired_limit(plan(100 * GB), 128 * GIB) is None  # it fits
     assert wired_limit(tight, 0) is None  # not a Mac
 
 
-def test_what_may_stay_in_the_file_is_read_as_long_as_there_is_room():
+def test_mappable_weights_are_loaded_if_they_fit():
     roomy = plan_memory(GPT_OSS_20B, 13 * GB, 100 * GB, activation_bytes=2, mappable_bytes=GB)
     assert roomy.mapped_bytes == 0
 
 
-def test_dense_matrices_are_widened_where_nothing_else_has_to_give_way():
-    def wide(available, context=None):
+def test_dense_matrices_are_upcast_if_that_fits_as_well():
+    def plan_upcast(available, context=None):
         room = {"activation_bytes": 4, "context": context, "mappable_bytes": GB, "upcastable_bytes": 2 * GB}
         return plan_memory(GPT_OSS_20B, 13 * GB, available, **room)
 
-    kept = wide(16 * GB, 8192)
+    kept = plan_upcast(16 * GB, 8192)
     assert kept.fits and kept.upcast_bytes == 0
-    roomy = wide(kept.needed_bytes + 2 * GB, 8192)
+    roomy = plan_upcast(kept.needed_bytes + 2 * GB, 8192)
     assert roomy.fits and roomy.upcast_bytes == 2 * GB and roomy.needed_bytes == kept.needed_bytes + 2 * GB
-    assert wide(30 * GB).context == wide(28 * GB).context == 131072  # the context comes first
-    assert wide(11 * GB, 2048).upcast_bytes == 0
+    assert plan_upcast(30 * GB).context == plan_upcast(28 * GB).context == 131072  # the context has priority
+    assert plan_upcast(11 * GB, 2048).upcast_bytes == 0
 
 
-def test_an_asked_context_is_never_shrunk():
+def test_an_explicit_context_is_never_reduced():
     asked = plan(16 * GB, context=131072)
     assert asked.context == 131072 and not asked.fits
     with pytest.raises(DoesNotFit, match=rf"--max-context {asked.largest_context}"):
@@ -121,7 +121,7 @@ def test_a_refusal_names_a_format_that_fits():
         require_fit(plan(12_500_000_000), "20b", {"mlx-4bit": 11_000_000_000, "mlx-8bit": 22_000_000_000})
 
 
-def test_a_refusal_without_a_way_out_says_what_it_takes():
+def test_if_no_format_fits_the_error_gives_the_memory_needed():
     with pytest.raises(DoesNotFit, match=r"at least 11\.0 GB"):
         require_fit(plan(4 * GB), "20b", {"mlx-4bit": 11_000_000_000})
 
@@ -143,11 +143,11 @@ def test_available_memory_is_plausible():
 @pytest.mark.parametrize(
     "name", ["mxfp4", "fp8-dynamic", "int4-autoround", "mlx-4bit", "nvfp4", "gguf/model-q8_0.gguf"]
 )
-def test_the_plan_knows_what_is_made_while_reading(mini, name):
-    """Biases that the file does not hold."""
+def test_the_plan_counts_derived_biases(mini, name):
+    """Biases that are not in the file but computed while loading."""
     checkpoint = open_checkpoint(mini / name)
     plan = memory_plan(checkpoint, find_backend("mlx")[0], device="cpu", max_context=64)
     read = sum(checkpoint.read(param.name).nbytes for param in checkpoint.params)
     assert plan.weights_bytes == pytest.approx(read, rel=1e-4)
-    made = name in ("int4-autoround", "gguf/model-q8_0.gguf")
-    assert (plan.weights_bytes > checkpoint.size_bytes * 1.005) == made
+    has_derived = name in ("int4-autoround", "gguf/model-q8_0.gguf")
+    assert (plan.weights_bytes > checkpoint.size_bytes * 1.005) == has_derived

@@ -27,14 +27,14 @@ def advice(folder, available: int = PLENTY, sizes=None, context=None):
 
 
 def room_for(folder, weights: int, context: int) -> int:
-    """Memory that holds exactly these weights with this context."""
+    """The memory in which exactly these weights fit with this context."""
     opened = checkpoint.open(folder)
     return plan_memory(opened.config, weights, 0, activation_bytes=2, context=context).needed_bytes
 
 
 @pytest.mark.parametrize("source", ["mxfp4", "mxfp4-original", "gguf/model.gguf", "nvfp4-bf16"])
 def test_experts_from_mxfp4_are_kept(mini, source):
-    """Also where they were decoded to bfloat16, as in nvfp4-bf16."""
+    """Also if they were decoded to bfloat16, as in nvfp4-bf16."""
     best = advice(mini / source)
     assert (best.format, best.as_is) == ("mlx-mxfp4-q8", False)
 
@@ -48,13 +48,13 @@ def test_experts_trained_in_bfloat16_are_not_taken_for_mxfp4(mini, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["fp8-dynamic", "int4-autoround", "nvfp4", "mlx-4bit"])
-def test_what_is_quantized_otherwise_runs_as_it_is(mini, source):
+def test_other_quantized_checkpoints_run_as_they_are(mini, source):
     best = advice(mini / source)
     assert best.as_is and best.size_bytes == checkpoint.open(mini / source).size_bytes
 
 
-def test_what_is_made_while_reading_must_fit_as_well(mini):
-    """AutoRound's biases: with room for the file alone, the format that has none to make is recommended."""
+def test_derived_biases_must_fit_as_well(mini):
+    """AutoRound's biases: if only the file itself fits, a format without derived biases is recommended."""
     opened = checkpoint.open(mini / "int4-autoround")
     assert derived_bytes(opened) > 1000
     enough = room_for(mini / "int4-autoround", opened.size_bytes + derived_bytes(opened), 2048)
@@ -63,15 +63,14 @@ def test_what_is_made_while_reading_must_fit_as_well(mini):
 
 
 @pytest.mark.parametrize("target", ["mlx-mxfp4-q8", "mlx-mxfp4-q4"])
-def test_what_is_small_already_runs_as_it_is(mini, tmp_path, target):
+def test_small_checkpoints_run_as_they_are(mini, tmp_path, target):
     convert(mini / "mxfp4", tmp_path / "out", target)
     assert advice(tmp_path / "out").as_is
 
 
-def test_the_less_memory_the_fewer_bits(mini):
+def test_with_less_memory_a_format_with_fewer_bits_is_recommended(mini):
     sizes = {"mlx-mxfp4-q8": 700_000, "mlx-mxfp4-q4": 500_000, "mlx-4bit": 100}
-    most = checkpoint.open(mini / "mxfp4").config.max_position_embeddings
-    assert most > 8192
+    assert checkpoint.open(mini / "mxfp4").config.max_position_embeddings > 8192
     rooms = [
         (room_for(mini / "mxfp4", 700_000, 8192), "mlx-mxfp4-q8", 8192),
         (room_for(mini / "mxfp4", 700_000, 8192) - 1, "mlx-mxfp4-q4", 8192),
@@ -84,7 +83,7 @@ def test_the_less_memory_the_fewer_bits(mini):
     assert advice(mini / "mxfp4", room_for(mini / "mxfp4", 500_000, 2048) - 1, sizes) is None
 
 
-def test_an_asked_context_must_fit(mini):
+def test_an_explicit_context_must_fit(mini):
     sizes = {"mlx-mxfp4-q8": 700_000, "mlx-mxfp4-q4": 500_000}
     room = room_for(mini / "mxfp4", 600_000, 20_000)
     assert advice(mini / "mxfp4", room, sizes, 20_000).format == "mlx-mxfp4-q4"
@@ -96,7 +95,7 @@ def show(*words) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_show_says_it(mini):
+def test_show_prints_the_recommendation(mini):
     assert "Recommended here: mlx-mxfp4-q8 (" in show(mini / "mxfp4")
     assert f"mlx-gptoss convert {mini / 'mxfp4'} DEST --to mlx-mxfp4-q8" in show(mini / "mxfp4")
     assert "run it as it is" in show(mini / "mlx-4bit")
@@ -105,8 +104,8 @@ def test_show_says_it(mini):
     assert "fake-quantized" in json.loads(show(mini / "nvfp4-bf16", "--json"))["note"]
 
 
-def test_formats_that_cannot_hold_the_model_are_left_out(mini, monkeypatch):
-    """A row that groups of 64 do not divide: int4-autoround cannot be written, and the rest goes on."""
+def test_formats_that_cannot_hold_the_model_are_skipped(mini, monkeypatch):
+    """With rows that groups of 64 do not divide, int4-autoround cannot be written; other formats can."""
     opened = checkpoint.open(mini / "mxfp4")
     assert "int4-autoround" in api.sizes_in_other_formats(opened)
     params = tuple(

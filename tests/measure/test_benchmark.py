@@ -1,4 +1,4 @@
-"""The benchmark: what it counts, what it runs through the seam, and that it refuses to time what computes nonsense."""
+"""The benchmark: the bytes that it counts, the rows that it submits, and an error instead of timing wrong logits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mlx_gptoss.weights.synthetic import Synthetic, preset
 
 
 class Recorder:
-    """A runner that writes down what it is asked for, in which order it is waited for, and computes nothing."""
+    """A runner that computes nothing and records the rows submitted and the order of waits."""
 
     def __init__(self, slots=4, chunk=8):
         self.config, self.limits = TINY, Limits(slots, 1000, chunk)
@@ -102,7 +102,7 @@ def test_prompts_differ_by_sequence_and_are_the_same_every_time():
      ("20b", "mlx-mxfp4-q8", (2.57, 7.96, 11.31, 11.45)), ("120b", "mxfp4", (5.0,))],
 )  # fmt: skip
 def test_bytes_of_a_step_of_the_published_models(name, form, wanted):
-    """Computed by hand: parameters times bits, and experts used in expectation, without keys and values; in GB."""
+    """Computed by hand, in GB: parameters times bits, with the expected number of experts, without keys and values."""
     source = Synthetic(preset(name), form)
     bits = {"mxfp4": (16, 4.25), "mlx-4bit": (4.5, 4.5), "mlx-mxfp4-q8": (8.5, 4.25)}[form]
     sizes = {
@@ -184,7 +184,7 @@ class Wrong:
 
 
 @pytest.mark.parametrize("target", ["prefill", "decode"])
-def test_a_model_that_computes_something_else_is_not_timed(backend_module, target):
+def test_a_model_with_wrong_logits_is_not_timed(backend_module, target):
     source = Synthetic(TINY, "mxfp4")
     with pytest.raises(GptOssError, match="nothing was timed"):
         agreement.with_cpu_float32(Wrong(backend_module("mlx"), target), source, "mlx", "cpu", "float32", [2, 3])

@@ -1,4 +1,4 @@
-"""Evaluation: each token predicted once, numbers that a slow and independent computation gives too, and the plot."""
+"""Evaluation: each token is predicted once, the numbers match a slow independent computation, and plots are drawn."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_the_bundled_text_is_what_its_example_writes(tokenizer):
 
 
 def slow_evaluation(model_folder, reference_folder, documents, context):
-    """Straight from the definitions: each prediction from a forward pass of its own."""
+    """Perplexity and divergence by their definitions: one forward pass for each prediction."""
     nll, kl, agrees = [], [], []
     with mlx_gptoss.load(model_folder) as model, mlx_gptoss.load(reference_folder) as reference:
         for ids in documents:
@@ -182,7 +182,7 @@ def slow_evaluation(model_folder, reference_folder, documents, context):
     return nll, kl, agrees
 
 
-def test_perplexity_and_divergence_are_what_the_definitions_give(mini, bf16, four_bit, tokenizer):
+def test_perplexity_and_divergence_match_their_definitions(mini, bf16, four_bit, tokenizer):
     text = "Reverse the word planet, then add 7 and 8.<|endoftext|>\nHello there"
     documents = [d.ids for d in read_documents(text, tokenizer)]
     context = 12
@@ -239,16 +239,16 @@ def test_several_models_and_references_are_each_loaded_once_and_one_at_a_time(mi
             log.append(f"-{self.name}")
 
     monkeypatch.setattr(api, "load", Watched)
-    told = []
+    calls = []
     results = evaluate(
         four_bit, mini / "mxfp4", against=[bf16, mini / "mxfp4"], text=TEXT, max_tokens=20,
-        progress=lambda *what: told.append(what),
+        progress=lambda *call: calls.append(call),
     )  # fmt: skip
     assert log == ["+bf16", "-bf16", "+mxfp4", "-mxfp4", "+mlx-4bit", "-mlx-4bit", "+mxfp4", "-mxfp4"]
     assert [[d.reference.format for d in result.against] for result in results] == [["bf16", "mxfp4"]] * 2
     assert results[1].against[1].kl_max == 0 < results[0].against[1].kl_max
-    assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
-    assert {total for _, total, _ in told} == {80} and told[-1] == (80, 80, str(mini / "mxfp4"))
+    assert [done for done, _, _ in calls] == sorted(done for done, _, _ in calls)
+    assert {total for _, total, _ in calls} == {80} and calls[-1] == (80, 80, str(mini / "mxfp4"))
 
 
 def test_max_tokens_takes_the_first(mini):
@@ -300,7 +300,7 @@ def test_other_vocabularies_are_refused_before_anything_is_loaded(mini, tmp_path
         evaluate(other, text=TEXT)
 
 
-def test_a_disk_too_small_is_told_before_anything_is_loaded(mini, monkeypatch):
+def test_too_little_disk_space_is_an_error_before_anything_is_loaded(mini, monkeypatch):
     monkeypatch.setattr(api, "load", lambda *a, **k: pytest.fail("it was loaded"))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10_000))
     with pytest.raises(GptOssError, match="--max-tokens 6, or set TMPDIR"):
@@ -343,7 +343,7 @@ def test_plots_are_drawn(comparisons, tmp_path, chosen):
     plot.plot_divergences(comparisons[chosen], tmp_path / "kl.png")
     pixels = imread(tmp_path / "kl.png")[..., :3]
     assert pixels.shape[0] > 600 and pixels.shape[1] > 1000
-    assert 0.5 < (pixels == 1).all(-1).mean() < 0.99  # something is drawn on a white ground
+    assert 0.5 < (pixels == 1).all(-1).mean() < 0.99  # mostly white, but not empty
 
 
 def test_the_most_divergent_comes_first_under_the_name_of_its_format(comparisons):

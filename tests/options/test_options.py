@@ -15,7 +15,8 @@ from mlx_gptoss.options import GenerationOptions, LoadOptions
 from mlx_gptoss.options.declare import Flag
 from mlx_gptoss.weights.formats import WRITERS
 
-OTHER_MEANING = {("eval", "max_tokens"), ("generate", "tools"), ("chat", "tools")}  # of a text; files of functions
+# Of a text; names of tools; files of functions.
+OTHER_MEANING = {("eval", "max_tokens"), ("serve", "tools"), ("generate", "tools"), ("chat", "tools")}
 
 
 def parameters(function):

@@ -13,7 +13,7 @@ import pytest
 
 from mlx_gptoss.backends.base import Row
 from mlx_gptoss.errors import GptOssError
-from mlx_gptoss.loading.distributed import _compare
+from mlx_gptoss.loading.distributed import _require_same
 from mlx_gptoss.ranks import Follower, Leader, find_launch, leader, neighbours, wire
 from mlx_gptoss.ranks.launch import SECRET_VARIABLE, Launch
 from mlx_gptoss.ranks.neighbours import Neighbours
@@ -295,15 +295,15 @@ def test_a_packed_snapshot_has_every_ranks_part():
 
 def test_ranks_that_would_compute_differently_are_rejected():
     summary = {"versions": [["mlx-gptoss", "1"], ["mlx", "2"]], "checkpoint": "abc", "dtype": "float32"}
-    _compare(1, summary, dict(summary))
+    _require_same(1, summary, dict(summary))
     for key, value, words in (
         (
             "versions",
             [["mlx-gptoss", "1"], ["mlx", "3"]],
-            "rank 1 runs mlx-gptoss 1, mlx 3, and rank 0 mlx-gptoss 1, mlx 2",
+            "rank 1 runs mlx-gptoss 1, mlx 3, rank 0 runs mlx-gptoss 1, mlx 2",
         ),
         ("checkpoint", "abd", "another checkpoint"),
         ("dtype", "bfloat16", "computes in bfloat16"),
     ):
         with pytest.raises(GptOssError, match=words):
-            _compare(1, summary, summary | {key: value})
+            _require_same(1, summary, summary | {key: value})

@@ -114,7 +114,9 @@ def test_another_checkpoint_under_the_same_name(ring, mini, tmp_path):
     ranks = ring(2, "-c", command, f"{tmp_path}/", "generate", "abc", "--raw", "--model", "model", "--backend", "mlx")
     (code, out, err), (_, others_out, others_err) = ranks.end()
     assert (code, out, others_out, others_err) == (1, "", "", "")
-    assert err == "error: rank 1 has another checkpoint of that name than rank 0; copy the same to all machines\n"
+    assert (
+        err == "error: rank 1 has another checkpoint than rank 0 under that name; copy the same files to all machines\n"
+    )
 
 
 def change_last_norm(folder):
@@ -140,4 +142,5 @@ def test_the_error_names_the_rank_without_enough_memory(ring, tmp_path):
 
 def test_a_backend_that_the_launcher_does_not_start(ring):
     (code, _, err), _ = ring(2, *CLI, "generate", "abc", "--backend", "cuda").end()
-    assert (code, err) == (1, "error: start ranks of the cuda backend by torchrun, or leave --backend out\n")
+    message = "the cuda backend needs ranks started with torchrun: use that, or leave out --backend"
+    assert (code, err) == (1, f"error: {message}\n")

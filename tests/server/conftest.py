@@ -23,10 +23,17 @@ SLOTS = 4
 
 
 @contextmanager
-def serving(model: mlx_gptoss.Model, timeouts: Timeouts | None = None, **gate: Any) -> Iterator[Server]:
+def serving(
+    model: mlx_gptoss.Model,
+    timeouts: Timeouts | None = None,
+    aliases: tuple[str, ...] = (),
+    strict_model: bool = False,
+    **gate: Any,
+) -> Iterator[Server]:
     """A running server at `server.url`. gate: fields of its Gate."""
     listener = listen("127.0.0.1", 0)
-    server = Server(Service(model, Gate(**gate), *model_names(None)), timeouts=timeouts, drain_s=5)
+    service = Service(model, Gate(**gate), *model_names(None), aliases, strict_model)
+    server = Server(service, timeouts=timeouts, drain_s=5)
     server.port = listener.getsockname()[1]
     server.url = f"http://127.0.0.1:{server.port}"
     thread = threading.Thread(target=server.serve_on, args=(listener,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -10,11 +11,16 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import httpx
 import pytest
 
 import mlx_gptoss
+from mlx_gptoss.errors import GptOssError
+from mlx_gptoss.server.guard import Gate
+from mlx_gptoss.server.run import Server, listen
+from mlx_gptoss.server.service import Service
 
 PATH = "/v1/chat/completions"
 KEY = "sesame"
@@ -157,6 +163,40 @@ def test_error_in_the_middle_of_a_stream_is_an_event(serve):
             model = server.service.model = mlx_gptoss.load(max_context=4096)
         assert httpx.post(server.url + PATH, json={"messages": SUM}, timeout=60).status_code == 200
     model.close()
+
+
+def test_a_failed_engine_is_told_and_ends_the_server():
+    """A server that could only answer 500 ends, so that its supervisor starts it again."""
+    with pytest.raises(ZeroDivisionError), mlx_gptoss.load() as model:
+        listener = listen("127.0.0.1", 0)
+        server = Server(Service(model, Gate(), "nano"), drain_s=60)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        failures, answers = [], []
+
+        def serve():
+            try:
+                server.serve_on(listener)
+            except GptOssError as error:
+                failures.append(str(error))
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        wait_until(lambda: _answers(url))
+        with httpx.Client(base_url=url, timeout=60) as http:
+            server.on_tick = types.MethodType(lambda self, counter: asyncio.sleep(0, False), server)  # it stays for now
+            model._engine._loop.post(lambda: 1 / 0)
+            wait_until(lambda: model.failure is not None)
+            answers = [
+                http.get("/health"),
+                http.get("/ready"),
+                http.get("/metrics"),
+                http.post(PATH, json={"messages": SUM}),
+            ]
+            del server.on_tick
+        thread.join(60)
+    assert [answer.status_code for answer in answers] == [503, 503, 200, 500]
+    assert answers[0].json() == {"status": "failed"} and "\nmlx_gptoss_up 0.0\n" in answers[2].text
+    assert len(failures) == 1 and "ZeroDivisionError" in failures[0]
 
 
 @pytest.fixture

@@ -20,7 +20,12 @@ EXPECTED = (  # in each example's output
     ['"text":"12 + 30 = 42"'],
     ['"text":"42 + 5 = 47"', '"object":"list"', '"deleted":true'],
     ['"object":"text_completion"'],
+    ['"type":"thinking"', '"text":"12 + 30 = 42"', '{"input_tokens":'],
     ['"id":"mlx-gptoss-nano"', '{"status":"ok"}', "mlx_gptoss_completion_tokens_total"],
+    ['"content":"12 + 30 = 42"', '"response":"12 + 30 = 42"'],
+    ['{"version":"', '"name":"mlx-gptoss-nano:latest"', '"context_length":', '"thinking"', '{"status":"success"}'],
+    ['"state":"loaded"', '"trained_for_tool_use":true'],
+    ['"total_slots":', '"is_processing":false', '"piece":"H"', '{"content":"Hi"}', '"prompt":"<|start|>system'],
 )
 CURL = 'set -euo pipefail; curl() { command curl -sS --fail-with-body "$@"; echo; }\n'
 
@@ -58,9 +63,11 @@ def test_the_example_endpoint_works_as_it_stands(tmp_path):
     (tmp_path / "mlx_gptoss/server/tokenize.py").write_text(code, "utf-8")
     app = tmp_path / "mlx_gptoss/server/app.py"
     text = app.read_text("utf-8")
-    removed, added = ([line[1:] for line in diff.splitlines() if line.startswith(sign)] for sign in "-+")
-    for before, after in zip(removed, added, strict=True):
-        assert text.count(before) == 1
+    for hunk in diff.split("@@\n"):
+        before, after = (
+            "".join(f"{line[1:]}\n" for line in hunk.splitlines() if line[0] in signs) for signs in (" -", " +")
+        )
+        assert text.count(before) == 1, before
         text = text.replace(before, after)
     app.write_text(text, "utf-8")
     script = (

@@ -164,33 +164,57 @@ def test_logprobs(client):
     assert [one.token for e in deltas for one in e.logprobs] == [one.token for one in part.logprobs]
 
 
+def custom(definition):
+    return {"type": "custom", "name": "a", "format": {"type": "grammar", "syntax": "lark", "definition": definition}}
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"background": True}, "background"),
-        ({"truncation": "auto"}, "truncation"),
-        ({"conversation": "conv_1"}, "conversation"),
+        ({"background": True, "store": False}, "background"),
+        ({"truncation": "middle"}, "truncation"),
+        ({"conversation": "conv_1", "previous_response_id": "resp_1"}, "conversation"),
         ({"prompt": {"id": "x"}}, "prompt"),
-        ({"max_tool_calls": 1}, "max_tool_calls"),
-        ({"reasoning": {"effort": "minimal"}}, "reasoning.effort"),
-        ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
-        ({"text": {"verbosity": "low"}}, "text.verbosity"),
-        ({"include": ["file_search_call.results"]}, "include[0]"),
-        ({"top_logprobs": 3}, "top_logprobs"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+        ({"max_tool_calls": -1}, "max_tool_calls"),
+        ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
+        ({"reasoning": {"effort": 1}}, "reasoning.effort"),
+        ({"include": "all"}, "include"),
+        ({"top_logprobs": 21}, "top_logprobs"),
+        ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"text": {"format": {"type": "json_schema", "schema": 1}}}, "text.format.schema"),
+        ({"text": {"format": {"type": "json_schema", "json_schema": {"schema": 1}}}}, "text.format.schema"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format"),
+        ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}}, "text.format"),
+        ({"extra_body": {"guided_regex": "a+"}}, "guided_regex"),
+        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tools": [{"type": "web_search"}, {"type": "function", "name": 1}]}, "tools[1].name"),
+        ({"tools": [{"type": "custom", "name": "a", "format": {"type": "grammar"}}]}, "tools[0].format"),
+        ({"tools": [{"type": "namespace", "name": "a", "tools": [{"type": "function"}]}]}, "tools[0].tools[0].name"),
+        ({"tools": [custom("start: (")]}, "tools"),
+        ({"tools": [{"type": "function", "name": "a", "parameters": {"not": {}}, "strict": True}]}, "tools"),
+        ({"tool_choice": {"type": "web_search"}}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "name": "x"}}, "tool_choice"),
         ({"input": []}, "input"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input[0].content"),
+        ({"input": [1]}, "input[0]"),
+        ({"input": [{"role": "critic", "content": "x"}]}, "input[0].role"),
+        ({"input": [{"role": "user"}]}, "input[0].content"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].id"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input[0].content[0]"),
+        ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input[0].content[0].text"),
         ({"input": [{"type": "function_call_output", "call_id": "x", "output": "y"}]}, "input[0].call_id"),
-        ({"input": [{"type": "reasoning", "summary": [], "encrypted_content": "x"}]}, "input[0].encrypted_content"),
+        ({"input": [{"type": "function_call", "call_id": "x", "name": ""}]}, "input[0].name"),
+        ({"input": [{"type": "compaction", "encrypted_content": "gAAAA"}]}, "input[0].encrypted_content"),
+        ({"input": [{"type": "mesage", "role": "user", "content": "Hi"}]}, "input[0].type"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
     ],
 )
-def test_unsupported_fields_are_rejected_by_name(client, fields, param):
+def test_errors_name_the_field_that_the_client_sent(client, fields, param):
     with pytest.raises(openai.BadRequestError) as refused:
         create(client, **fields)
     body = refused.value.body
     assert body["param"] is not None and body["param"].startswith(param), body
+    words = ("response_format", "messages[", "json_schema.") if "json_schema" not in param else ()
+    assert not any(word in body["message"] for word in words), body
 
 
 def test_concurrent_requests(client):

@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_gptoss.harmony.messages import Message
-from mlx_gptoss.server.openai.items import ConversationItems
-from mlx_gptoss.server.openai.store import ResponseStore, StoredResponse
+from mlx_gptoss.server.openai.conversation_items import ConversationItems
+from mlx_gptoss.server.openai.store import ConversationStore, ResponseStore, StoredConversation, StoredResponse
 
 
-def stored(text):
-    return StoredResponse(b"{}", b"[]", ConversationItems((Message("user", text),)))
+def stored(text, **items):
+    return StoredResponse(b"{}", items, {}, ConversationItems((Message("user", text),)))
 
 
 def test_least_recently_used_response_is_evicted():
@@ -44,3 +44,33 @@ def test_limits_hold_for_any_sequence_of_operations(steps):
             store.delete(id)
         assert len(store) <= 4 and store.bytes <= 2000
         assert store.bytes == sum(sizes[id] for id in "abcdef" if store.get(id) is not None)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["put", "delete"]), st.sampled_from("abcdef"), st.sets(st.sampled_from("xyz"))))
+)
+def test_items_are_found_while_a_response_holds_them(steps):
+    store, held = ResponseStore(max_responses=3), {}
+    for operation, id, items in steps:
+        if operation == "put":
+            store.put(id, stored(id, **{item: f"{item} of {id}".encode() for item in items}))
+            held.pop(id, None)
+            held[id] = items
+        else:
+            store.delete(id)
+        held = {key: value for key, value in held.items() if key in store._entries}
+        for item in "xyz":
+            holders = [key for key, value in held.items() if item in value]
+            found = store.item(item)
+            assert (found is None) == (not holders)
+            assert found is None or found.decode().removeprefix(f"{item} of ") in holders
+    assert set(store._holders) == {item for items in held.values() for item in items}
+
+
+def test_conversations_grow_and_are_limited():
+    store = ConversationStore(max_conversations=2, max_bytes=2000)
+    store.put("a", StoredConversation(0))
+    assert store.append("a", {"x": b"1"}) and store.append("a", {"y": b"2"})
+    assert list(store.get("a").items.values()) == [b"1", b"2"] and store.item("y") == b"2"
+    assert not store.append("a", {"z": b"3" * 2000}) and list(store.get("a").items) == ["x", "y"]
+    assert not store.append("b", {"x": b"1"})

@@ -88,13 +88,13 @@ def available_memory(device: str | None) -> int:
 
 
 def device_name(device: str | None) -> str:
-    """What the GPU calls itself, or "cpu" of any CPU."""
+    """The name of the GPU, or "cpu" for any CPU."""
     where = pick_device(device)
     return "cpu" if where.type == "cpu" else torch.cuda.get_device_name(where)
 
 
 def copy_bandwidth(device: str | None) -> float:
-    """Bytes a second, read and written counted: the best of ten copies of 1 GiB on a GPU; of the RAM on a CPU."""
+    """Bytes per second, reads and writes counted: the best of ten copies of 1 GiB on a GPU; RAM's on a CPU."""
     where = pick_device(device)
     if where.type == "cpu":
         return ram_copy_bandwidth()

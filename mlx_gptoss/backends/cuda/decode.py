@@ -212,8 +212,8 @@ class Decoder:
             if self._model.ranks.alone:
                 moe.forward_grouped(b.x, x, b.groups, experts, b.hidden, b.parts, b.x, b.inputs.positions)
             else:
-                b.parts.zero_()  # of experts that other ranks hold
-                groups = b.groups.of_experts(experts.held)
+                b.parts.zero_()  # the other ranks' experts add nothing
+                groups = b.groups.of_experts(experts.local_experts)
                 moe.forward_grouped(None, x, groups, experts, b.hidden, b.parts, b.share, b.inputs.positions)
                 b.x += self._model.ranks.sum(b.share)
 

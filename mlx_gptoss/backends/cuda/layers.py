@@ -159,19 +159,19 @@ class ExpertLinear:
 
 @dataclass(frozen=True)
 class Experts:
-    """gate_up: D -> 2 I per expert, gate rows first; down: I -> D. active: A. limit and alpha: of the SwiGLU. held:
-    which of the router's experts these are; those of other ranks are left out of every sum."""
+    """gate_up: D -> 2 I per expert, gate rows first. down: I -> D. active: A. limit, alpha: of the SwiGLU.
+    local_experts: the router's numbers of these experts; other ranks compute the others."""
 
     gate_up: ExpertLinear
     down: ExpertLinear
     active: int
     limit: float
     alpha: float
-    held: range
+    local_experts: range
 
 
 def _values(codes: Tensor, spec: Spec) -> Tensor:
-    """What the codes mean, float32 [..., D]"""
+    """The codes' values, float32 [..., D]"""
     if spec.element == "uint" and spec.bits == 8:
         return codes.float()
     if spec.bits == 8:

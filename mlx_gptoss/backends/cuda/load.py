@@ -1,6 +1,6 @@
-"""From a checkpoint to a model on the device: each weight is placed as it is stored, one at a time.
+"""Load a checkpoint into a model on the device, one weight at a time, each as it is stored.
 
-Nothing is held twice: a weight's bytes go from the mapped file to the device, and the file's pages are dropped before
+No weight is in memory twice: its bytes go from the mapped file to the device, and the file's pages are released before
 the next weight is read.
 """
 
@@ -16,7 +16,7 @@ from ...config import ModelConfig
 from ...errors import CheckpointError
 from ...weights.codecs import contiguous_rows
 from ...weights.split import RankShard
-from ...weights.tensor import Array, Dense, Quantized, Weight, Weights
+from ...weights.tensor import Array, Dense, Quantized, Weight, Weights, same_storage
 from ..rope import yarn_concentration, yarn_frequencies
 from .layers import DenseMatrix, ExpertLinear, Experts, Linear, Matrix, Operations, QuantizedMatrix
 from .model import Attention, Block, GptOss, MixtureOfExperts, Norm, Rotary
@@ -26,45 +26,46 @@ from .ranks import Ranks
 def load_model(
     checkpoint: Weights, dtype: torch.dtype, device: torch.device, ops: Operations, ranks: Ranks | None = None
 ) -> GptOss:
-    """The whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight once.
-    ranks: those that share the model, if the checkpoint is a part of it."""
-    place = _Placer(checkpoint, dtype, device, ops, ranks or Ranks(RankShard.of(checkpoint.config, 0, 1)))
+    """Load the whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight.
+
+    ranks: the ranks that share the model, if the checkpoint is one rank's part of it."""
+    loader = _WeightLoader(checkpoint, dtype, device, ops, ranks or Ranks(RankShard.of(checkpoint.config, 0, 1)))
     config = checkpoint.config
-    # The two largest come first, while there is room to read one beside its copy.
-    embed = place.matrix("embed.weight")
-    lm_head = Linear((place.matrix("lm_head.weight"),), None, ops)
+    # The two largest weights come first, while there is memory for a weight and its copy.
+    embed = loader.matrix("embed.weight")
+    lm_head = Linear((loader.matrix("lm_head.weight"),), None, ops)
     frequencies = torch.from_numpy(yarn_frequencies(config.yarn, config.head_dim)).to(device)
     rotary = Rotary(frequencies, config.head_dim**-0.5 * yarn_concentration(config.yarn) ** 2)
-    blocks = tuple(_block(place, config, layer, rotary.score_scale) for layer in range(config.num_hidden_layers))
-    return GptOss(config, dtype, embed, rotary, blocks, place.norm("norm.weight", config), lm_head, place.ranks)
+    blocks = tuple(_block(loader, config, layer, rotary.score_scale) for layer in range(config.num_hidden_layers))
+    return GptOss(config, dtype, embed, rotary, blocks, loader.norm("norm.weight", config), lm_head, loader.ranks)
 
 
-def _block(place: _Placer, config: ModelConfig, layer: int, scale: float) -> Block:
-    at = f"layers.{layer}"
+def _block(loader: _WeightLoader, config: ModelConfig, layer: int, scale: float) -> Block:
+    prefix = f"layers.{layer}"
     attention = Attention(
         config,
-        place.ops,
-        place.ranks,
-        qkv=place.linear([f"{at}.attention.{part}" for part in "qkv"]),
-        out=place.linear([f"{at}.attention.o"], biased=place.ranks.first),
-        sinks=place.vector(f"{at}.attention.sinks").float(),
+        loader.ops,
+        loader.ranks,
+        qkv=loader.linear([f"{prefix}.attention.{part}" for part in "qkv"]),
+        out=loader.linear([f"{prefix}.attention.o"], biased=loader.ranks.first),
+        sinks=loader.vector(f"{prefix}.attention.sinks").float(),
         scale=scale,
     )
     experts = Experts(
-        gate_up=place.experts([f"{at}.experts.gate", f"{at}.experts.up"]),
-        down=place.experts([f"{at}.experts.down"]),
+        gate_up=loader.experts([f"{prefix}.experts.gate", f"{prefix}.experts.up"]),
+        down=loader.experts([f"{prefix}.experts.down"]),
         active=config.num_experts_per_tok,
         limit=config.swiglu_limit,
         alpha=config.swiglu_alpha,
-        held=place.ranks.shard.experts,
+        local_experts=loader.ranks.shard.experts,
     )
-    mlp = MixtureOfExperts(place.ops, place.ranks, place.linear([f"{at}.router"]), experts)
-    attention_norm = place.norm(f"{at}.attention_norm.weight", config)
-    return Block(attention_norm, attention, place.norm(f"{at}.mlp_norm.weight", config), mlp)
+    mlp = MixtureOfExperts(loader.ops, loader.ranks, loader.linear([f"{prefix}.router"]), experts)
+    attention_norm = loader.norm(f"{prefix}.attention_norm.weight", config)
+    return Block(attention_norm, attention, loader.norm(f"{prefix}.mlp_norm.weight", config), mlp)
 
 
-class _Placer:
-    """Reads weights by canonical name and puts them on the device."""
+class _WeightLoader:
+    """Reads weights by their canonical names and copies them to the device."""
 
     def __init__(
         self, checkpoint: Weights, dtype: torch.dtype, device: torch.device, ops: Operations, ranks: Ranks
@@ -104,14 +105,15 @@ class _Placer:
 
     def _matrices(self, names: Sequence[str]) -> tuple[Matrix, ...]:
         weights = [self._checkpoint.read(name) for name in names]
-        groups = [weights] if _same_storage(weights) else [[weight] for weight in weights]
+        groups = [weights] if same_storage(weights) else [[weight] for weight in weights]
         matrices = tuple(fuse(group, self._device) for group in groups)
         self._checkpoint.release()
         return matrices
 
 
 def fuse(weights: Sequence[Weight], device: torch.device) -> Matrix:
-    """One matrix of all rows, in order. The weights are stored alike, so joining their codes is exact."""
+    """One matrix with the rows of all weights, in order. It is exact, because all are stored the same way and only
+    their codes are concatenated."""
     first = weights[0]
     if isinstance(first, Dense):
         return DenseMatrix(_tensor([w.values for w in weights if isinstance(w, Dense)], -2, device))
@@ -125,19 +127,8 @@ def fuse(weights: Sequence[Weight], device: torch.device) -> Matrix:
     )
 
 
-def _same_storage(weights: Sequence[Weight]) -> bool:
-    """Whether one product can run over all of them side by side."""
-
-    def storage(weight: Weight) -> object:
-        if isinstance(weight, Dense):
-            return weight.values.dtype
-        return weight.spec, None if weight.scale is None else weight.scale.dtype, weight.bias is None
-
-    return len({storage(weight) for weight in weights}) == 1
-
-
 def _outer(parts: Sequence[Quantized], device: torch.device) -> Tensor | None:
-    """The factors on the output rows, float32: [] when one serves all rows, else [N, 1] or [E, N, 1]."""
+    """The factors of the output rows, float32: [] if all rows have the same, else [N, 1] or [E, N, 1]."""
     if all(part.outer is None for part in parts):
         return None
     factors = [np.float32(1.0) if part.outer is None else np.asarray(part.outer, dtype=np.float32) for part in parts]
@@ -148,8 +139,8 @@ def _outer(parts: Sequence[Quantized], device: torch.device) -> Tensor | None:
 
 
 def _tensor(arrays: Sequence[Array], axis: int, device: torch.device) -> Tensor:
-    """Mapped numpy arrays, one behind the other, as one tensor of its own memory (bfloat16 by its bits, which torch
-    does not take from numpy)."""
+    """Copy mapped numpy arrays into one tensor, concatenated along `axis`. Copies bfloat16 by its bits, because torch
+    does not take it from numpy."""
     values = np.ascontiguousarray(np.concatenate([contiguous_rows(array) for array in arrays], axis=axis))
     if values.dtype.name == "bfloat16":
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16).to(device)

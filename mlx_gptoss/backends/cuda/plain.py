@@ -21,7 +21,7 @@ from .layers import DenseMatrix, Experts, Matrix, Rotation
 CPU_BLOCK = 1 << 20
 GPU_BLOCK = 1 << 24
 
-# Attention scores held at once: 64 MB of float32 on a CPU, 256 MB on a GPU.
+# Attention scores in memory at once: 64 MB of float32 on a CPU, 256 MB on a GPU.
 CPU_SCORES = 1 << 24
 GPU_SCORES = 1 << 26
 
@@ -115,13 +115,13 @@ class TorchOperations:
         y = torch.zeros_like(x, dtype=torch.float32)
         start = 0
         for expert, count in enumerate(counts.tolist()):  # waits for a GPU
-            if count and expert in experts.held:
-                place = expert - experts.held.start
+            if count and expert in experts.local_experts:
+                index = expert - experts.local_experts.start
                 pairs = order[start : start + count]
-                mine = pairs // experts.active
-                gate, up = experts.gate_up.expert(place, self)(x[mine]).chunk(2, dim=-1)
-                out = experts.down.expert(place, self)(clamped_swiglu(gate, up, experts.limit, experts.alpha))
-                y.index_add_(0, mine, out.float() * weights[pairs, None])
+                tokens = pairs // experts.active
+                gate, up = experts.gate_up.expert(index, self)(x[tokens]).chunk(2, dim=-1)
+                out = experts.down.expert(index, self)(clamped_swiglu(gate, up, experts.limit, experts.alpha))
+                y.index_add_(0, tokens, out.float() * weights[pairs, None])
             start += count
         return y.to(x.dtype)
 
@@ -170,14 +170,14 @@ def _blocks(x: Tensor, size: int) -> Tensor:
 
 def _single_core_pool(threads: int) -> ThreadPoolExecutor:
     """A pool whose threads run their operations on one core. torch applies that setting to the calling thread and to
-    all threads started later; for the latter it is undone."""
-    pool, everyone = ThreadPoolExecutor(threads, "gptoss-product"), Barrier(threads)
+    all threads started later; for the latter it is reset at the end."""
+    pool, barrier = ThreadPoolExecutor(threads, "gptoss-product"), Barrier(threads)
 
-    def settle() -> None:
+    def use_one_core() -> None:
         torch.set_num_threads(1)
-        everyone.wait()
+        barrier.wait()  # so that each task runs on a thread of its own
 
-    for done in [pool.submit(settle) for _ in range(threads)]:
+    for done in [pool.submit(use_one_core) for _ in range(threads)]:
         done.result()
     torch.set_num_threads(threads)
     return pool

@@ -1,6 +1,6 @@
-"""The ranks that share one model through torch.distributed, as model.py and decode.py see them: a sum and a gather.
+"""The ranks that share one model: the sum and the gather that model.py and decode.py call, by torch.distributed.
 
-On GPUs these are NCCL's, which CUDA graphs capture; on CPUs gloo's.
+On GPUs they run on NCCL, whose operations CUDA graphs can capture; on CPUs on gloo.
 """
 
 from __future__ import annotations
@@ -18,20 +18,23 @@ from ...weights.split import RankShard
 
 @dataclass(frozen=True)
 class Ranks:
-    """shard: what this rank holds; of one that is alone it is all, and there is nothing to sum or to gather."""
+    """shard: this rank's part of the model. A single process has all of it, and then sum and gather return their
+    argument."""
 
     shard: RankShard
 
     @staticmethod
     def join(shard: RankShard, device: torch.device) -> Ranks:
-        """Meet the others, as torchrun has told each rank where they are. Raises BackendUnavailable."""
+        """Connect to the other ranks, whose addresses torchrun set. Raises BackendUnavailable."""
         try:
-            if not dist.is_initialized():  # by a model that this process loaded before
+            if not dist.is_initialized():  # it is if this process has loaded a model before
                 kind = "nccl" if device.type == "cuda" else "gloo"
-                bound = device if device.type == "cuda" else None  # connects at once, and what fails does so here
+                bound = device if device.type == "cuda" else None  # NCCL then connects, and fails, in this call
                 dist.init_process_group(kind, rank=shard.rank, world_size=shard.ranks, device_id=bound)
         except (RuntimeError, ValueError) as error:
-            raise BackendUnavailable(f"torch cannot reach the other ranks ({error}); start them by torchrun") from error
+            raise BackendUnavailable(
+                f"torch cannot reach the other ranks ({error}); start all ranks with torchrun"
+            ) from error
         return Ranks(shard)
 
     @property
@@ -40,24 +43,24 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one rank that adds what every rank has: o's bias."""
+        """Whether this is rank 0. Only rank 0 adds o's bias, which every rank has and the sum must count once."""
         return self.shard.rank == 0
 
     def sum(self, x: Tensor) -> Tensor:
-        """x itself, in which every rank's is added up."""
+        """x, overwritten with the sum of every rank's x."""
         if not self.alone:
             dist.all_reduce(x)
         return x
 
     def gather(self, logits: Tensor, size: int) -> Tensor:
-        """The ranks' parts of the vocabulary side by side, [..., V / ranks] -> [..., V], V being `size`."""
+        """The ranks' parts of the vocabulary concatenated, [..., V / ranks] -> [..., V], where V is `size`."""
         if self.alone:
             return logits
         block = -(-size // self.shard.ranks)
-        mine = F.pad(logits.reshape(-1, logits.shape[-1]), (0, block - logits.shape[-1])).contiguous()
-        parts = mine.new_empty((self.shard.ranks, len(mine), block))
-        dist.all_gather(list(parts), mine)
-        rows = parts.transpose(0, 1).reshape(len(mine), -1)
+        own = F.pad(logits.reshape(-1, logits.shape[-1]), (0, block - logits.shape[-1])).contiguous()
+        parts = own.new_empty((self.shard.ranks, len(own), block))
+        dist.all_gather(list(parts), own)
+        rows = parts.transpose(0, 1).reshape(len(own), -1)
         return rows[:, :size].view(*logits.shape[:-1], size)
 
     def leave(self) -> None:

@@ -19,12 +19,12 @@ from ...sampling import Sampling
 from ..base import Limits, Row, Sampled, Snapshot
 from .cache import Cache, SlotSnapshot, Span
 from .model import GptOss
-from .sample import Choice, History, choose, noise_keys
+from .sample import SamplerOutput, SamplerState, noise_keys, sample_tokens
 
 if TYPE_CHECKING:
     from .decode import Decoder
 
-LOGITS_CHUNK = 256  # positions of the vocabulary-wide output held at once by logits()
+LOGITS_CHUNK = 256  # positions whose logits are on the device at once in logits()
 MAX_ROWS = 64  # of one step of decode.py
 WARM_UP_LENGTHS = (256, 64, 32, 16)  # lengths of prompts for which kernels/tiles.py has different tiles
 GREEDY = Sampling(temperature=0)
@@ -32,12 +32,13 @@ GREEDY = Sampling(temperature=0)
 
 @dataclass(frozen=True)
 class Step:
-    """A step under way: for each row of the step, which entry of which choice, on the host, is its own.
+    """A step in progress on the device.
 
-    done: set once the copies to the host are complete; None where there is nothing to wait for.
+    rows: for each row that samples, a sampler's output on the host, the row's index in it, and its sampling options.
+    done: set once the copies to the host are complete; None on a CPU, where nothing is asynchronous.
     """
 
-    rows: tuple[tuple[Choice, int, Sampling] | None, ...]
+    rows: tuple[tuple[SamplerOutput, int, Sampling] | None, ...]
     done: torch.cuda.Event | None
 
     def wait(self) -> list[Sampled | None]:
@@ -47,9 +48,10 @@ class Step:
 
 
 class CudaRunner:
-    """`submit` starts the step's kernels and the copy of what it chose; only `wait` and `logits` wait for that.
+    """The Runner of the cuda backend. `submit` starts the step's kernels and the copy of the sampled tokens; only
+    `Step.wait` and `logits` wait for the device.
 
-    kernels: whether rows of one token go through decode.py's step; otherwise they go through model.py, as prompts do.
+    kernels: run one-token rows through decode.py's step. Otherwise they go through model.py, as prompts do.
     """
 
     def __init__(self, model: GptOss, limits: Limits, device: torch.device, *, kernels: bool) -> None:
@@ -61,13 +63,13 @@ class CudaRunner:
             self._cache = Cache(
                 model.config, limits.slots, limits.max_context, model.dtype, device, whole=device.type == "cuda"
             )
-            self._last = torch.zeros(limits.slots, dtype=torch.int64, device=device)  # what each slot sampled last
+            self._last = torch.zeros(limits.slots, dtype=torch.int64, device=device)  # the last token of each slot
             self._decoder = self._make_decoder() if kernels else None
-        self._histories: dict[int, History] = {}
+        self._states: dict[int, SamplerState] = {}
 
     @torch.inference_mode()
     def submit(self, rows: Sequence[Row]) -> Step:
-        results: list[tuple[Choice, int, Sampling] | None] = [None] * len(rows)
+        results: list[tuple[SamplerOutput, int, Sampling] | None] = [None] * len(rows)
         single = [i for i, row in enumerate(rows) if row.tokens is None or len(row.tokens) == 1]
         single.sort(key=lambda i: rows[i].slot)
         if self._decoder is None:
@@ -82,7 +84,7 @@ class CudaRunner:
         return Step(tuple(results), self._record_event())
 
     def release(self, slot: int) -> None:
-        self._histories.pop(slot, None)
+        self._states.pop(slot, None)
 
     @torch.inference_mode()
     def save(self, slot: int, start: int, end: int) -> SlotSnapshot:
@@ -113,7 +115,7 @@ class CudaRunner:
         return out
 
     def peak_memory(self) -> int:
-        """On a CPU, the peak of the whole process, because torch does not count there."""
+        """On a CPU, the peak of the whole process, because torch does not count CPU allocations."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         unit = 1 if sys.platform == "darwin" else 1024
@@ -122,7 +124,7 @@ class CudaRunner:
     def close(self) -> None:
         self._model.ranks.leave()
         del self._model, self._cache, self._last, self._decoder
-        self._histories.clear()
+        self._states.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -139,9 +141,9 @@ class CudaRunner:
         return decoder
 
     def _forward(
-        self, rows: Sequence[Row], places: Sequence[int], results: list[tuple[Choice, int, Sampling] | None]
+        self, rows: Sequence[Row], places: Sequence[int], results: list[tuple[SamplerOutput, int, Sampling] | None]
     ) -> None:
-        """Either any number of one-token rows, or one row of several tokens, through model.py."""
+        """Run either any number of one-token rows, or one row of several tokens, through model.py."""
         ids = torch.cat([self._tokens(row) for row in rows])  # [B, L]
         span = Span.of([row.slot for row in rows], [row.start for row in rows], ids.shape[1], self._device)
         hidden = self._model(ids, self._cache, span)
@@ -155,17 +157,15 @@ class CudaRunner:
         decoder: Decoder,
         rows: Sequence[Row],
         places: Sequence[int],
-        results: list[tuple[Choice, int, Sampling] | None],
+        results: list[tuple[SamplerOutput, int, Sampling] | None],
     ) -> None:
-        """Rows of one token through decode.py, which samples for most requests itself."""
+        """Run one-token rows through decode.py, which also samples for requests with plain sampling options."""
         samplings = [row.sampling if row.sampling and sampled_in_graph(row) else GREEDY for row in rows]
-        seeds = [
-            0 if sampling.greedy else self._history(row).seed for row, sampling in zip(rows, samplings, strict=True)
-        ]
+        seeds = [0 if sampling.greedy else self._state(row).seed for row, sampling in zip(rows, samplings, strict=True)]
         keys = noise_keys(seeds, [row.start + 1 for row in rows])
         buffers = decoder.step(rows, keys, [sampling.temperature for sampling in samplings])
         count = len(rows)
-        drawn = self._fetch(Choice(buffers.tokens[:count], buffers.logprobs[:count], None, None))
+        drawn = self._fetch(SamplerOutput(buffers.tokens[:count], buffers.logprobs[:count], None, None))
         others = []
         for b, (row, place) in enumerate(zip(rows, places, strict=True)):
             if row.sampling is None:
@@ -183,16 +183,16 @@ class CudaRunner:
         wanted: Sequence[int],
         rows: Sequence[Row],
         places: Sequence[int],
-        results: list[tuple[Choice, int, Sampling] | None],
+        results: list[tuple[SamplerOutput, int, Sampling] | None],
     ) -> None:
-        """The next tokens of rows[b] for b in `wanted`, from float32 logits [len(wanted), V]."""
+        """Sample the next token of rows[b] for each b in `wanted`, from float32 logits [len(wanted), V]."""
         chosen = [(rows[b], rows[b].sampling or GREEDY) for b in wanted]
-        histories = [self._history(row) for row, _ in chosen]
+        states = [self._state(row) for row, _ in chosen]
         positions = [row.start + max(1, len(row.tokens or ())) for row, _ in chosen]
         masks = [row.mask for row, _ in chosen]
-        choice = choose(logits, [sampling for _, sampling in chosen], histories, positions, masks)
-        on_host = self._fetch(choice)
-        self._last[torch.tensor([row.slot for row, _ in chosen], device=self._device)] = choice.tokens
+        output = sample_tokens(logits, [sampling for _, sampling in chosen], states, positions, masks)
+        on_host = self._fetch(output)
+        self._last[torch.tensor([row.slot for row, _ in chosen], device=self._device)] = output.tokens
         for n, (b, (_, sampling)) in enumerate(zip(wanted, chosen, strict=True)):
             results[places[b]] = (on_host, n, sampling)
 
@@ -203,26 +203,28 @@ class CudaRunner:
     def _ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
         return torch.tensor(ids, dtype=torch.int64, device=self._device)
 
-    def _history(self, row: Row) -> History:
-        """The sampler's state of the row's slot, reset by a request's first sampled row."""
+    def _state(self, row: Row) -> SamplerState:
+        """The sampler state of the row's slot, reset by the first sampled row of a request."""
         if row.prompt is not None and row.sampling is not None:
             sampling = row.sampling
             seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-            self._histories[row.slot] = History.begin(sampling, row.prompt, seed, self.config.vocab_size, self._device)
-        return self._histories[row.slot]
+            self._states[row.slot] = SamplerState.begin(
+                sampling, row.prompt, seed, self.config.vocab_size, self._device
+            )
+        return self._states[row.slot]
 
-    def _fetch(self, choice: Choice) -> Choice:
-        """A copy of the choice on the host, complete when the step's event is. Reading it from the device later would
-        also wait for the next step, which is submitted by then."""
+    def _fetch(self, output: SamplerOutput) -> SamplerOutput:
+        """A copy of the output on the host, complete when the step's event is recorded as done. Reading the device
+        tensors later would also wait for the next step, which has been submitted by then."""
 
         def fetch(values: Tensor) -> Tensor:
             if self._device.type == "cpu":
                 return values.clone()
             return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
 
-        top_ids = None if choice.top_ids is None else fetch(choice.top_ids)
-        top_logprobs = None if choice.top_logprobs is None else fetch(choice.top_logprobs)
-        return Choice(fetch(choice.tokens), fetch(choice.logprobs), top_ids, top_logprobs)
+        top_ids = None if output.top_ids is None else fetch(output.top_ids)
+        top_logprobs = None if output.top_logprobs is None else fetch(output.top_logprobs)
+        return SamplerOutput(fetch(output.tokens), fetch(output.logprobs), top_ids, top_logprobs)
 
     def _record_event(self) -> torch.cuda.Event | None:
         if self._device.type == "cpu":
@@ -241,9 +243,9 @@ def sampled_in_graph(row: Row) -> bool:
     return plain and not sampling.penalized and not sampling.logprobs
 
 
-def _sampled(choice: Choice, n: int, sampling: Sampling) -> Sampled:
+def _sampled(output: SamplerOutput, n: int, sampling: Sampling) -> Sampled:
     top: tuple[tuple[int, float], ...] = ()
-    if sampling.logprobs and choice.top_ids is not None and choice.top_logprobs is not None:
-        ids, values = choice.top_ids[n].tolist(), choice.top_logprobs[n].tolist()
+    if sampling.logprobs and output.top_ids is not None and output.top_logprobs is not None:
+        ids, values = output.top_ids[n].tolist(), output.top_logprobs[n].tolist()
         top = tuple(zip(ids, values, strict=True))[: sampling.logprobs]
-    return Sampled(int(choice.tokens[n]), float(choice.logprobs[n]), top)
+    return Sampled(int(output.tokens[n]), float(output.logprobs[n]), top)

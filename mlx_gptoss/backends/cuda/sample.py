@@ -1,7 +1,7 @@
 """The sampler: sampling.py's chain on the device, for all rows of a step at once.
 
-Legend: B rows, V vocabulary. Rows of different requests sit in one batch; each stage runs only when a row needs it,
-and leaves the other rows as they were, so that a request draws the same token alone and in company.
+Legend: B rows, V vocabulary. A batch has rows of different requests. Each stage runs only if a row needs it and does
+not change the other rows, so a request samples the same tokens in any batch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from ...sampling import Sampling
 from ..base import allowed_tokens
 
-# SplitMix64 (Steele, Lea and Flood 2014), as its public domain reference: the step between states, and two factors.
+# SplitMix64 (Steele, Lea and Flood 2014; public domain reference code): the increment and two multipliers.
 GOLDEN = 0x9E3779B97F4A7C15
 MIX_1 = 0xBF58476D1CE4E5B9
 MIX_2 = 0x94D049BB133111EB
@@ -23,10 +23,11 @@ UNIFORM_BITS = 40
 
 
 @dataclass
-class History:
-    """What one slot's sampler remembers. seed: of the slot's random stream, 64 bits.
+class SamplerState:
+    """The sampler state of one slot.
 
-    seen (prompt or output) bool [V], counts (output) float32 [V]: kept only for penalized requests.
+    seed: of the slot's random stream, 64 bits. seen: bool [V], the tokens of the prompt and the output. counts: float32
+    [V], how often each token is in the output. Both are None unless the request uses penalties.
     """
 
     seed: int
@@ -36,24 +37,25 @@ class History:
     @staticmethod
     def begin(
         sampling: Sampling, prompt: Sequence[int], seed: int, vocabulary: int, device: torch.device | str = "cpu"
-    ) -> History:
-        history = History(seed)
+    ) -> SamplerState:
+        state = SamplerState(seed)
         if sampling.penalized:
-            history.seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
-            history.seen[torch.tensor(prompt, device=device)] = True
-            history.counts = torch.zeros(vocabulary, dtype=torch.float32, device=device)
-        return history
+            state.seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+            state.seen[torch.tensor(prompt, device=device)] = True
+            state.counts = torch.zeros(vocabulary, dtype=torch.float32, device=device)
+        return state
 
     def add(self, token: Tensor) -> None:
-        """token: int64 [1], just sampled."""
+        """Count a sampled token, int64 [1]."""
         if self.seen is not None and self.counts is not None:
             self.seen.index_fill_(0, token, True)
             self.counts.index_add_(0, token, torch.ones_like(token, dtype=torch.float32))
 
 
 @dataclass(frozen=True)
-class Choice:
-    """tokens int64 [B]; logprobs float32 [B]; top ids and logprobs [B, n], n the most that any row asked for."""
+class SamplerOutput:
+    """tokens: int64 [B]. logprobs: float32 [B]. top_ids, top_logprobs: [B, n], where n is the maximum of the rows'
+    `logprobs` options; None if it is 0."""
 
     tokens: Tensor
     logprobs: Tensor
@@ -61,65 +63,67 @@ class Choice:
     top_logprobs: Tensor | None
 
 
-def choose(
+def sample_tokens(
     logits: Tensor,
     samplings: Sequence[Sampling],
-    histories: Sequence[History],
+    states: Sequence[SamplerState],
     positions: Sequence[int],
     masks: Sequence[bytes | None] = (),
-) -> Choice:
-    """One token a row from raw logits, float32 [B, V]. `positions` number the draws of each row's random stream;
-    `masks` are the rows' (backends.base.Row), or empty if none has one."""
-    shaped = _penalize(_bias(_mask(logits, masks), samplings), samplings, histories)
+) -> SamplerOutput:
+    """Sample one token per row from raw logits, float32 [B, V].
+
+    positions: the index of this draw in each row's random stream. masks: Row.mask of each row; empty if no row has one.
+    """
+    shaped = _penalize(_bias(_mask(logits, masks), samplings), samplings, states)
     tokens = shaped.argmax(dim=-1)
     if not all(s.greedy for s in samplings):
-        noise = gumbel([h.seed for h in histories], positions, logits.shape[-1], logits.device)
+        noise = gumbel([h.seed for h in states], positions, logits.shape[-1], logits.device)
         drawn = (_filter(shaped, samplings) + noise).argmax(dim=-1)
         tokens = torch.where(_column(samplings, "temperature", logits)[:, 0] > 0, drawn, tokens)
-    for row, history in enumerate(histories):
-        history.add(tokens[row : row + 1])
+    for row, state in enumerate(states):
+        state.add(tokens[row : row + 1])
     logprobs = logits - logits.logsumexp(dim=-1, keepdim=True)
     chosen = logprobs.gather(-1, tokens[:, None])[:, 0]
-    most = max(s.logprobs for s in samplings)
-    if not most:
-        return Choice(tokens, chosen, None, None)
-    values, ids = logprobs.topk(most, dim=-1)
-    return Choice(tokens, chosen, ids, values)
+    top_n = max(s.logprobs for s in samplings)
+    if not top_n:
+        return SamplerOutput(tokens, chosen, None, None)
+    values, ids = logprobs.topk(top_n, dim=-1)
+    return SamplerOutput(tokens, chosen, ids, values)
 
 
 def gumbel(seeds: Sequence[int], positions: Sequence[int], vocabulary: int, device: torch.device) -> Tensor:
-    """Standard Gumbel noise, float32 [B, V]: added to logits, it makes their argmax a draw from their softmax.
+    """Standard Gumbel noise, float32 [B, V]. The argmax of logits plus this noise is a sample from their softmax.
 
-    Each number depends only on its row's seed and position and on its token, on any device, so that a seed gives the
-    same draw in any batch.
+    Each number depends only on the row's seed, the row's position and the token, on any device. A seed therefore gives
+    the same samples in any batch.
     """
     keys = noise_keys(seeds, positions)
     steps = torch.arange(vocabulary, device=device) * _signed(GOLDEN)
     bits = _mix(torch.tensor(keys, device=device)[:, None] + steps)
     uniform = (_shift(bits, 64 - UNIFORM_BITS).float() + 0.5) * 2.0**-UNIFORM_BITS
-    # log1p keeps small numbers exact: they are the large noise, which decides.
+    # log1p is exact for small numbers. They become the largest noise, which decides the argmax.
     return -torch.log(-torch.log1p(-uniform))
 
 
 def noise_keys(seeds: Sequence[int], positions: Sequence[int]) -> list[int]:
-    """Where each row's noise starts: int64, one a row."""
+    """The initial SplitMix64 state of each row's noise, as int64."""
     return [_signed(_mixed(_mixed(seed) + position * GOLDEN)) for seed, position in zip(seeds, positions, strict=True)]
 
 
 def _mix(z: Tensor) -> Tensor:
-    """SplitMix64's finalizer on int64, which wraps as unsigned integers do."""
+    """SplitMix64's finalizer on int64, whose multiplication wraps like that of unsigned integers."""
     z = (z ^ _shift(z, 30)) * _signed(MIX_1)
     z = (z ^ _shift(z, 27)) * _signed(MIX_2)
     return z ^ _shift(z, 31)
 
 
 def _shift(z: Tensor, bits: int) -> Tensor:
-    """To the right, filling with zeros; torch's own copies the sign."""
+    """A logical shift to the right; torch's `>>` copies the sign bit."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _mixed(z: int) -> int:
-    """_mix of one Python integer, unsigned."""
+    """_mix for one unsigned Python integer."""
     z &= 2**64 - 1
     z = (z ^ z >> 30) * MIX_1 & 2**64 - 1
     z = (z ^ z >> 27) * MIX_2 & 2**64 - 1
@@ -127,7 +131,7 @@ def _mixed(z: int) -> int:
 
 
 def _signed(z: int) -> int:
-    """The int64 of the same 64 bits."""
+    """The int64 with the same 64 bits."""
     return z - 2**64 if z >= 2**63 else z
 
 
@@ -146,23 +150,23 @@ def _bias(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     return logits.index_put((rows, tokens), biases.to(logits.dtype), accumulate=True)
 
 
-def _penalize(logits: Tensor, samplings: Sequence[Sampling], histories: Sequence[History]) -> Tensor:
+def _penalize(logits: Tensor, samplings: Sequence[Sampling], states: Sequence[SamplerState]) -> Tensor:
     if not any(s.penalized for s in samplings):
         return logits
-    return torch.stack([_penalize_row(*row) for row in zip(logits, samplings, histories, strict=True)])
+    return torch.stack([_penalize_row(*row) for row in zip(logits, samplings, states, strict=True)])
 
 
-def _penalize_row(logits: Tensor, sampling: Sampling, history: History) -> Tensor:
-    if history.seen is None or history.counts is None:
+def _penalize_row(logits: Tensor, sampling: Sampling, state: SamplerState) -> Tensor:
+    if state.seen is None or state.counts is None:
         return logits
     repeated = torch.where(logits > 0, logits / sampling.repetition_penalty, logits * sampling.repetition_penalty)
-    logits = torch.where(history.seen, repeated, logits)
-    said = (history.counts > 0).float()
-    return logits - sampling.presence_penalty * said - sampling.frequency_penalty * history.counts
+    logits = torch.where(state.seen, repeated, logits)
+    present = (state.counts > 0).float()
+    return logits - sampling.presence_penalty * present - sampling.frequency_penalty * state.counts
 
 
 def _filter(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """Logits over temperature, with everything outside top_k, top_p and min_p at -inf."""
+    """Logits divided by the temperature, with every token outside top_k, top_p and min_p at -inf."""
     temperature = _column(samplings, "temperature", logits)
     logits = logits / torch.where(temperature > 0, temperature, 1.0)
     if any(s.top_k or s.top_p < 1.0 for s in samplings):
@@ -175,7 +179,8 @@ def _filter(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 
 
 def _top(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """top_k, then top_p of what is left: a token stays when those likelier than it hold less than top_p."""
+    """top_k, then top_p over the remaining tokens: a token is kept if the more likely tokens add up to less than
+    top_p."""
     vocabulary = logits.shape[-1]
     ranked, order = logits.sort(dim=-1, descending=True, stable=True)
     top_k = torch.tensor([[s.top_k or vocabulary] for s in samplings], device=logits.device)
@@ -188,5 +193,5 @@ def _top(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 
 
 def _column(samplings: Sequence[Sampling], name: str, like: Tensor) -> Tensor:
-    """One field of every row, float32 [B, 1]."""
+    """One sampling option of all rows, float32 [B, 1]."""
     return torch.tensor([[float(getattr(s, name))] for s in samplings], dtype=torch.float32, device=like.device)

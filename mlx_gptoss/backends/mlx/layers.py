@@ -142,16 +142,16 @@ Matrix = DenseMatrix | QuantizedMatrix
 class MappedRows:
     """An embedding matrix that stays in the mapped file. A look-up waits for the ids and copies only their rows.
 
-    place: puts a weight on the device (load.py's fuse), so that a row is decoded as if it were resident.
+    to_device: copies a weight to the device (load.py's fuse), so that a row is decoded as if it were resident.
     """
 
     weight: Weight
-    place: Callable[[Weight], Matrix]
+    to_device: Callable[[Weight], Matrix]
 
     def rows(self, ids: mx.array, dtype: mx.Dtype) -> mx.array:
         """ids [...] -> [..., D]"""
         numbers = np.array(ids).ravel()
-        rows = self.place(self.weight[numbers]).rows(mx.arange(numbers.size), dtype)
+        rows = self.to_device(self.weight[numbers]).rows(mx.arange(numbers.size), dtype)
         return rows.reshape(*ids.shape, -1)
 
 

@@ -1,7 +1,7 @@
-"""From a checkpoint to a model on the device: weights are placed as they are stored, one at a time.
+"""Load a checkpoint into a model on the device, one weight at a time, each as it is stored.
 
-Nothing is in memory twice: a weight's bytes go from the mapped file into one MLX array, and the file's pages are
-released before the next weight is read.
+No weight is in memory twice: its bytes go from the mapped file into one MLX array, and the file's pages are released
+before the next weight is read.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ...weights.tensor import (
     Quantized,
     Weight,
     Weights,
+    same_storage,
 )
 from ..rope import yarn_concentration, yarn_frequencies
 from . import host
@@ -57,19 +58,19 @@ def load_model(
     one stream per core. ranks: the ranks that share the model, if the checkpoint is one rank's part of it."""
     config = checkpoint.config
     ranks = ranks or Ranks(RankShard.of(config, 0, 1), None)
-    place = _Placer(checkpoint, dtype, elementwise, max_scores, ranks, upcast, on_cpu)
+    loader = _WeightLoader(checkpoint, dtype, elementwise, max_scores, ranks, upcast, on_cpu)
     # The two largest weights come first, while there is memory for a weight and its copy.
     if resident_vocab is None:
-        embed: Matrix | MappedRows = place.matrix("embed.weight")
-        lm_head, rest = place.linear(["lm_head"], biased=False), None
+        embed: Matrix | MappedRows = loader.matrix("embed.weight")
+        lm_head, rest = loader.linear(["lm_head"], biased=False), None
     else:
         embed = MappedRows(checkpoint.read("embed.weight"), lambda weight: fuse([weight]))
         lm_head, rest = _split_lm_head(checkpoint.read("lm_head.weight"), resident_vocab)
         checkpoint.release()
     frequencies = mx.array((1.0 / yarn_frequencies(config.yarn, config.head_dim)).astype(np.float32))
     rotary = Rotary(frequencies, config.head_dim**-0.5 * yarn_concentration(config.yarn) ** 2)
-    blocks = tuple(_block(place, config, layer, rotary) for layer in range(config.num_hidden_layers))
-    return GptOss(config, dtype, embed, blocks, place.vector("norm.weight"), lm_head, rest, elementwise, place.ranks)
+    blocks = tuple(_block(loader, config, layer, rotary) for layer in range(config.num_hidden_layers))
+    return GptOss(config, dtype, embed, blocks, loader.vector("norm.weight"), lm_head, rest, elementwise, loader.ranks)
 
 
 def _split_lm_head(weight: Weight, resident: int) -> tuple[Linear, Callable[[], Linear] | None]:
@@ -82,36 +83,40 @@ def _split_lm_head(weight: Weight, resident: int) -> tuple[Linear, Callable[[], 
     return Linear((first,)), lambda: Linear((fuse([weight[resident:size]]),))
 
 
-def _block(place: _Placer, config: ModelConfig, layer: int, rotary: Rotary) -> Block:
-    at = f"layers.{layer}"
+def _block(loader: _WeightLoader, config: ModelConfig, layer: int, rotary: Rotary) -> Block:
+    prefix = f"layers.{layer}"
     attention = Attention(
         config,
-        qkv=place.linear([f"{at}.attention.{part}" for part in "qkv"]),
-        out=place.linear([f"{at}.attention.o"]),
-        sinks=place.vector(f"{at}.attention.sinks"),
+        qkv=loader.linear([f"{prefix}.attention.{part}" for part in "qkv"]),
+        out=loader.linear([f"{prefix}.attention.o"]),
+        sinks=loader.vector(f"{prefix}.attention.sinks"),
         rotary=rotary,
-        elementwise=place.elementwise,
-        ranks=place.ranks,
-        attend=place.attend,
-        max_scores=place.max_scores,
+        elementwise=loader.elementwise,
+        ranks=loader.ranks,
+        attend=loader.attend,
+        max_scores=loader.max_scores,
     )
     mlp = MixtureOfExperts(
         config,
-        router=place.linear([f"{at}.router"]),
-        gate_up=place.experts([f"{at}.experts.gate", f"{at}.experts.up"]),
-        down=place.experts([f"{at}.experts.down"]),
-        bias=place.vectors([f"{at}.experts.{part}.bias" for part in ("gate", "up", "down")]),
-        elementwise=place.elementwise,
-        ranks=place.ranks,
-        min_pairs_to_sort=place.min_pairs_to_sort,
+        router=loader.linear([f"{prefix}.router"]),
+        gate_up=loader.experts([f"{prefix}.experts.gate", f"{prefix}.experts.up"]),
+        down=loader.experts([f"{prefix}.experts.down"]),
+        bias=loader.vectors([f"{prefix}.experts.{part}.bias" for part in ("gate", "up", "down")]),
+        elementwise=loader.elementwise,
+        ranks=loader.ranks,
+        min_pairs_to_sort=loader.min_pairs_to_sort,
     )
     return Block(
-        config, place.vector(f"{at}.attention_norm.weight"), attention, place.vector(f"{at}.mlp_norm.weight"), mlp
+        config,
+        loader.vector(f"{prefix}.attention_norm.weight"),
+        attention,
+        loader.vector(f"{prefix}.mlp_norm.weight"),
+        mlp,
     )
 
 
-class _Placer:
-    """Reads weights by their canonical names and puts them on the device."""
+class _WeightLoader:
+    """Reads weights by their canonical names and copies them to the device."""
 
     def __init__(
         self,
@@ -163,7 +168,7 @@ class _Placer:
         weights = [self._checkpoint.read(name) for name in names]
         size = sum(weight.nbytes for weight in weights)
         by_blas = self._by_host and isinstance(weights[0], Dense)
-        if not self._on_cpu or by_blas or size < MIN_BYTES_TO_SPLIT or not _same_storage(weights):
+        if not self._on_cpu or by_blas or size < MIN_BYTES_TO_SPLIT or not same_storage(weights):
             return self._matrices(names), ()
         matrices = tuple(fuse(part) for part in split_rows(weights, len(self._streams)))
         self._materialize(matrices)
@@ -188,7 +193,7 @@ class _Placer:
 
     def _matrices(self, names: Sequence[str]) -> tuple[Matrix, ...]:
         weights = [self._checkpoint.read(name) for name in names]
-        matrices = (fuse(weights),) if _same_storage(weights) else tuple(fuse([weight]) for weight in weights)
+        matrices = (fuse(weights),) if same_storage(weights) else tuple(fuse([weight]) for weight in weights)
         self._materialize(matrices)
         if not self._by_host:
             return matrices
@@ -244,17 +249,6 @@ def upcast_matrices(matrices: Sequence[Matrix], streams: Sequence[mx.Stream], dt
     dense = [matrix.weight for matrix in found if isinstance(matrix, DenseMatrix)]
     mx.async_eval(dense)  # type: ignore[no-untyped-call]
     return tuple(found)
-
-
-def _same_storage(weights: Sequence[Weight]) -> bool:
-    """Whether the weights are stored alike, so that one kernel can compute all of them."""
-
-    def storage(weight: Weight) -> object:
-        if isinstance(weight, Dense):
-            return weight.values.dtype
-        return weight.spec, None if weight.scale is None else weight.scale.dtype, weight.bias is None
-
-    return len({storage(weight) for weight in weights}) == 1
 
 
 def _outer(parts: Sequence[Quantized]) -> mx.array | None:

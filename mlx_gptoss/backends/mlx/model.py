@@ -64,13 +64,13 @@ class Attention:
             y = self._sliding(q, *cache.extend(kv, span), past=min(span.starts[0], cache.window))
         else:
             mask = span.seen if isinstance(cache, FullCache) else span.seen_in_ring
-            held = cache.update(kv, span)
-            if isinstance(held, QuantizedKV):
-                y = self._attend_quantized(q, held, mask)
+            cached = cache.update(kv, span)
+            if isinstance(cached, QuantizedKV):
+                y = self._attend_quantized(q, cached, mask)
             elif isinstance(cache, FullCache) and L > 1:
-                y = self._causal(q, *held)
+                y = self._causal(q, *cached)
             else:
-                y = self._attend(q, *held, mask)
+                y = self._attend(q, *cached, mask)
         y = replace(self.out, bias=None)(y.swapaxes(1, 2).reshape(B, L, self.config.q_size))
         return self.elementwise.add(self.ranks.sum(y), self.out.bias, residual)
 
@@ -125,14 +125,14 @@ class Attention:
         ]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
-    def _attend_quantized(self, q: mx.array, held: QuantizedKV, mask: mx.array | None) -> mx.array:
+    def _attend_quantized(self, q: mx.array, cached: QuantizedKV, mask: mx.array | None) -> mx.array:
         """Attention over keys and values in 8 bits. For few queries, scores are products with the codes; for a prompt,
         decoding first costs less."""
         B, H, L, dim = q.shape
         if L > MAX_PACKED_QUERIES:
-            return self._causal(q, *held.dequantized(q.dtype))
+            return self._causal(q, *cached.dequantized(q.dtype))
         grouped = (B, self.config.num_key_value_heads, -1)
-        scores = held.scores((q.astype(mx.float32) * self.rotary.score_scale).reshape(*grouped, dim))
+        scores = cached.scores((q.astype(mx.float32) * self.rotary.score_scale).reshape(*grouped, dim))
         scores = scores.reshape(B, H, L, -1)
         if L > 1:
             end = scores.shape[-1]
@@ -142,7 +142,7 @@ class Attention:
         # The sink is one more score in the denominator.
         sinks = self.sinks.astype(mx.float32)[:, None, None]
         weights = mx.exp(scores - mx.logaddexp(mx.logsumexp(scores, axis=-1, keepdims=True), sinks))
-        y = held.weighted(weights.reshape(*grouped, scores.shape[-1]))
+        y = cached.weighted(weights.reshape(*grouped, scores.shape[-1]))
         return y.reshape(B, H, L, dim).astype(q.dtype)
 
     def _attend(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None) -> mx.array:

@@ -1,4 +1,4 @@
-"""The ranks that share one model through MLX's distributed layer, as model.py sees them: a sum and a gather.
+"""The ranks that share one model: the sum and the gather that model.py calls, by MLX's distributed layer.
 
 Legend: T tokens, A experts active per token, V vocabulary.
 """
@@ -16,7 +16,7 @@ from ...weights.split import RankShard
 
 @dataclass(frozen=True)
 class Ranks:
-    """shard: what this rank holds. group: MLX's group of ranks; None for a single process."""
+    """shard: this rank's part of the model. group: MLX's group of ranks; None for a single process."""
 
     shard: RankShard
     group: mx.distributed.Group | None
@@ -29,11 +29,13 @@ class Ranks:
         try:
             group = mx.distributed.init(strict=True, backend="any")
         except RuntimeError as error:
-            raise BackendUnavailable(f"MLX cannot reach the other ranks ({error}); start them by mlx.launch") from error
+            raise BackendUnavailable(
+                f"MLX cannot reach the other ranks ({error}); start all ranks with mlx.launch"
+            ) from error
         if (group.rank(), group.size()) != (shard.rank, shard.ranks):
             raise BackendUnavailable(
                 f"MLX makes this rank {group.rank()} of {group.size()}, not {shard.rank} of {shard.ranks}; start all "
-                "ranks by one mlx.launch"
+                "ranks with one mlx.launch command"
             )
         return Ranks(shard, group)
 
@@ -50,26 +52,26 @@ class Ranks:
         if self.group is None:
             return logits
         block = -(-size // self.shard.ranks)
-        *rows, held = logits.shape
-        padded = mx.pad(logits, [*[(0, 0) for _ in rows], (0, block - held)])
+        *rows, own = logits.shape
+        padded = mx.pad(logits, [*[(0, 0) for _ in rows], (0, block - own)])
         parts = mx.distributed.all_gather(padded[None], group=self.group)  # [ranks, ..., block]
         return mx.moveaxis(parts, 0, -2).reshape(*rows, -1)[..., :size]
 
     def local_experts(self, experts: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
-        """A token's experts and weights, [T, A] each, as this rank computes them: experts by their local index. An
-        expert of another rank gets weight 0 and the index of one that the token reads on this rank anyway."""
+        """Each token's experts and weights, [T, A] each, with experts numbered from this rank's first. An expert of
+        another rank gets weight 0, and the number of an expert that the token reads on this rank anyway."""
         if self.group is None:
             return experts, weights
-        mine = self.shard.experts
-        here = (experts >= mine.start) & (experts < mine.stop)
-        places = mx.where(here, experts - mine.start, 0)
-        return mx.where(here, places, places.max(axis=-1, keepdims=True)), mx.where(here, weights, 0)
+        own = self.shard.experts
+        is_local = (experts >= own.start) & (experts < own.stop)
+        local = mx.where(is_local, experts - own.start, 0)
+        return mx.where(is_local, local, local.max(axis=-1, keepdims=True)), mx.where(is_local, weights, 0)
 
     def local_pairs(self, order: mx.array, experts: mx.array) -> mx.array:
-        """The part of `order`, which sorts token-expert pairs by `experts`, whose experts this rank holds. It waits for
-        the router's choice; otherwise all pairs would have to be computed."""
+        """The part of `order`, which sorts token-expert pairs by `experts`, with this rank's experts. This waits for
+        the router's result; otherwise the rank would have to compute all pairs."""
         if self.group is None:
             return order
-        mine = self.shard.experts
-        before = np.array(mx.stack([(experts < end).sum() for end in (mine.start, mine.stop)])).tolist()
-        return order[before[0] : before[1]]
+        own = self.shard.experts
+        start, stop = np.array(mx.stack([(experts < end).sum() for end in (own.start, own.stop)])).tolist()
+        return order[start:stop]

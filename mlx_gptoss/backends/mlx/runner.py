@@ -16,30 +16,29 @@ from ...sampling import Sampling
 from ..base import Limits, Row, Sampled, Snapshot, working_space
 from .cache import Cache, SlotSnapshot, Span
 from .model import GptOss
-from .sample import Choice, History, choose
+from .sample import SamplerOutput, SamplerState, sample_tokens
 
-LOGITS_CHUNK = 256  # positions of the vocabulary-wide output held at once by logits()
+LOGITS_CHUNK = 256  # positions whose logits are on the device at once in logits()
 CLEAR_CACHE_STEPS = 512  # steps between emptying MLX's buffer cache, which otherwise grows with every new length
 
-
-HostChoice = dict[str, NDArray[Any]]  # a Choice's arrays on the host, by their names
+HostArrays = dict[str, NDArray[Any]]  # the arrays of a SamplerOutput on the host, by field name
 
 
 @dataclass(frozen=True)
 class SampledRow:
-    """What one row sampled: the entries [first, first + 1 + len(drafts)) of a choice."""
+    """The entries of a sampler's output that belong to one row: [first, first + 1 + len(drafts))."""
 
-    choice: Choice
+    output: SamplerOutput
     first: int
     sampling: Sampling
     drafts: tuple[int, ...]
 
-    def read(self, numbers: HostChoice) -> Sampled:
-        """The token and, with drafts, each token after one that the draft foresaw. All of them are drawn as they would
-        be one by one, so that drafts change nothing but the speed."""
+    def read(self, numbers: HostArrays) -> Sampled:
+        """The sampled token, followed by one more token for each draft that was right. Each token is drawn as it would
+        be without drafts, so drafts change only the speed."""
         tokens = []
-        for place, draft in enumerate((*self.drafts, None), self.first):
-            tokens.append(_sampled(numbers, place, self.sampling))
+        for index, draft in enumerate((*self.drafts, None), self.first):
+            tokens.append(_sampled(numbers, index, self.sampling))
             if tokens[-1].token != draft:
                 break
         return replace(tokens[0], accepted=tuple(tokens[1:])) if self.drafts else tokens[0]
@@ -47,10 +46,10 @@ class SampledRow:
 
 @dataclass(frozen=True)
 class Step:
-    """A step under way.
+    """A step in progress on the device.
 
-    last: what the step computes last; waiting for it keeps a prefill, which samples nothing, from running far ahead
-    of the device. arrays: everything else that the step changes.
+    last: the array that the step computes last. `wait` waits for it, so that a prefill, which samples nothing, does not
+    run far ahead of the device. arrays: all other arrays that the step changes.
     """
 
     rows: tuple[SampledRow | None, ...]
@@ -59,13 +58,14 @@ class Step:
 
     def wait(self) -> list[Sampled | None]:
         mx.eval(self.last)
-        # Read whole: indexing on the device would be work behind the step that is already under way.
-        read = {id(row.choice): _to_host(row.choice) for row in self.rows if row is not None}
-        return [None if row is None else row.read(read[id(row.choice)]) for row in self.rows]
+        # Copied whole: indexing on the device would queue behind the next step, which has been submitted by now.
+        read = {id(row.output): _to_host(row.output) for row in self.rows if row is not None}
+        return [None if row is None else row.read(read[id(row.output)]) for row in self.rows]
 
 
 class MlxRunner:
-    """`submit` builds the step's graph and starts it; nothing here waits for the device but `wait` and `logits`."""
+    """The Runner of the mlx backend. `submit` builds a step's graph and starts it; only `Step.wait` and `logits` wait
+    for the device."""
 
     def __init__(self, model: GptOss, limits: Limits, device: mx.Device) -> None:
         self.config: ModelConfig = model.config
@@ -76,11 +76,11 @@ class MlxRunner:
         self._device = device
         self._cache = Cache(model.config, limits.slots, limits.max_context, model.dtype, limits.kv_bits, limits.drafts)
         self._last: dict[int, mx.array] = {}  # slot -> the token it sampled last, int32 [1]
-        self._histories: dict[int, History] = {}
+        self._states: dict[int, SamplerState] = {}
         self._steps = 0
-        # Freed buffers that MLX keeps for reuse: what one prefill step needs, as the memory plan counts it.
-        room = working_space(model.config, limits.chunk, limits.slots, model.dtype.size)
-        self._previous_cache_limit = mx.set_cache_limit(room)
+        # MLX keeps freed buffers for reuse, up to this limit: what the memory plan counts for one prefill step.
+        cache_limit = working_space(model.config, limits.chunk, limits.slots, model.dtype.size)
+        self._previous_cache_limit = mx.set_cache_limit(cache_limit)
 
     def submit(self, rows: Sequence[Row]) -> Step:
         with mx.stream(self._device):
@@ -92,7 +92,7 @@ class MlxRunner:
             return step
 
     def build(self, rows: Sequence[Row]) -> Step:
-        """The step's graph, not started."""
+        """Build the step's graph without starting it."""
         results: list[SampledRow | None] = [None] * len(rows)
         single = [i for i, row in enumerate(rows) if not row.drafts and (row.tokens is None or len(row.tokens) == 1)]
         single.sort(key=lambda i: rows[i].slot)
@@ -100,16 +100,16 @@ class MlxRunner:
         groups += [[i] for i in range(len(rows)) if i not in set(single)]
         for group in groups:
             last = self._forward([rows[i] for i in group], group, results)
-            if not self._model.ranks.alone:  # all ranks sum in the order of the groups, not in one of MLX's making
+            if not self._model.ranks.alone:  # all ranks must run their sums in the same order: group by group
                 mx.async_eval(last, self._cache.arrays)  # type: ignore[no-untyped-call]
-        choices = {id(drawn.choice): drawn.choice for drawn in results if drawn is not None}
-        arrays = [a for choice in choices.values() for a in vars(choice).values() if a is not None]
-        kept = [a for h in self._histories.values() for a in (h.seen, h.counts) if a is not None]
+        outputs = {id(drawn.output): drawn.output for drawn in results if drawn is not None}
+        arrays = [a for output in outputs.values() for a in vars(output).values() if a is not None]
+        kept = [a for h in self._states.values() for a in (h.seen, h.counts) if a is not None]
         return Step(tuple(results), last, (*arrays, *kept, *self._cache.arrays))
 
     def release(self, slot: int) -> None:
         self._last.pop(slot, None)
-        self._histories.pop(slot, None)
+        self._states.pop(slot, None)
 
     def save(self, slot: int, start: int, end: int) -> SlotSnapshot:
         with mx.stream(self._device):
@@ -145,53 +145,54 @@ class MlxRunner:
     def close(self) -> None:
         del self._model, self._cache
         self._last.clear()
-        self._histories.clear()
+        self._states.clear()
         mx.clear_cache()
         mx.set_cache_limit(self._previous_cache_limit)
 
     def _forward(self, rows: Sequence[Row], places: Sequence[int], results: list[SampledRow | None]) -> mx.array:
-        """Either any number of one-token rows, or one row of several tokens. Returns what is computed last."""
+        """Run either any number of one-token rows, or one row of several tokens. Returns the array computed last."""
         ids = mx.stack([self._tokens(row) for row in rows])  # [B, L]
         starts = [row.start for row in rows]
         span = Span.of(self.config, [row.slot for row in rows], starts, ids.shape[1], self.limits.drafts)
-        outputs = 1 + len(rows[0].drafts)
-        hidden = self._model(ids, self._cache, span, outputs)  # [B, outputs, D]
+        samples = 1 + len(rows[0].drafts)  # per row
+        hidden = self._model(ids, self._cache, span, samples)  # [B, samples, D]
         wanted = [(b, row, row.sampling) for b, row in enumerate(rows) if row.sampling is not None]
         if not wanted:
             return hidden
         if len(wanted) < len(rows):
             hidden = hidden[mx.array([b for b, _, _ in wanted])]
-        draws = [(row, sampling, i) for _, row, sampling in wanted for i in range(outputs)]
-        choice = choose(
+        draws = [(row, sampling, i) for _, row, sampling in wanted for i in range(samples)]
+        output = sample_tokens(
             self._model.logits(hidden.reshape(len(draws), -1)),
             [sampling for _, sampling, _ in draws],
-            [self._history(row, sampling) for row, sampling, _ in draws],
-            [row.start + span.length - outputs + 1 + i for row, _, i in draws],
+            [self._state(row, sampling) for row, sampling, _ in draws],
+            [row.start + span.length - samples + 1 + i for row, _, i in draws],
             [row.mask for row, _, _ in draws],
             self._elementwise,
         )
         for n, (b, row, sampling) in enumerate(wanted):
             if not row.drafts:
-                self._last[row.slot] = choice.tokens[n : n + 1]
-            results[places[b]] = SampledRow(choice, n * outputs, sampling, row.drafts)
-        return choice.tokens
+                self._last[row.slot] = output.tokens[n : n + 1]
+            results[places[b]] = SampledRow(output, n * samples, sampling, row.drafts)
+        return output.tokens
 
     def _tokens(self, row: Row) -> mx.array:
         """The ids that the row feeds, int32 [L]"""
         return self._last[row.slot] if row.tokens is None else mx.array(row.tokens + row.drafts, dtype=mx.int32)
 
-    def _history(self, row: Row, sampling: Sampling) -> History:
+    def _state(self, row: Row, sampling: Sampling) -> SamplerState:
+        """The sampler state of the row's slot, reset by the first sampled row of a request."""
         if row.prompt is not None:
             seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-            self._histories[row.slot] = History.begin(sampling, row.prompt, seed, self._vocabulary)
-        return self._histories[row.slot]
+            self._states[row.slot] = SamplerState.begin(sampling, row.prompt, seed, self._vocabulary)
+        return self._states[row.slot]
 
 
-def _to_host(choice: Choice) -> HostChoice:
-    return {name: np.array(array) for name, array in vars(choice).items() if array is not None}
+def _to_host(output: SamplerOutput) -> HostArrays:
+    return {name: np.array(array) for name, array in vars(output).items() if array is not None}
 
 
-def _sampled(numbers: HostChoice, n: int, sampling: Sampling) -> Sampled:
+def _sampled(numbers: HostArrays, n: int, sampling: Sampling) -> Sampled:
     top: tuple[tuple[int, float], ...] = ()
     if sampling.logprobs:
         pairs = zip(numbers["top_ids"][n].tolist(), numbers["top_logprobs"][n].tolist(), strict=True)

@@ -6,28 +6,42 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from pydantic import Field, WithJsonSchema
 from starlette.responses import Response
 
 from ...chat.reply import Event, Finished, ReasoningDelta, TextDelta, ToolCallDelta
-from ...chat.stream import Events
+from ...chat.stream import MAX_STOP_IDS, Events
 from ...engine import Token
+from ...harmony.messages import Effort
+from ...harmony.openai import unknown_fields
 from ...sampling import MAX_LOGPROBS
 from ...tokenizer import Tokenizer
 from ..disconnect import cancel_on_disconnect
 from ..errors import JsonResponse, from_exception, invalid_field
 from ..event_queue import EventQueue
-from ..fields import MAX_INT64, IgnoredFields, SamplingFields, StreamOptions, check_schema, with_choice_seed
+from ..fields import (
+    MAX_MESSAGES,
+    MAX_TOOLS,
+    MaxTokens,
+    SamplingFields,
+    StreamOptions,
+    check_schema,
+    effort_of,
+    effort_of_thinking,
+    with_choice_seed,
+)
+from ..ignored import ignore
 from ..service import Service, ServiceDep
 from ..sse import DONE, STREAMING_RESPONSES, EventStream, encode_event, encode_events
+from ..tool_kinds import check_tools, split_tools
 
-MAX_MESSAGES = 10_000
-MAX_TOOLS = 128
 MAX_CHOICES = 16
-CONTENT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]}
+CONTENT_SCHEMA: dict[str, Any] = {
+    "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}, {"type": "null"}]
+}
 MESSAGES_SCHEMA: dict[str, Any] = {  # for OpenAPI; harmony.openai checks the messages
     "type": "array",
     "minItems": 1,
@@ -47,44 +61,88 @@ MESSAGES_SCHEMA: dict[str, Any] = {  # for OpenAPI; harmony.openai checks the me
 router: APIRouter = APIRouter()
 
 
-class ChatRequest(SamplingFields, IgnoredFields):
-    """The fields of OpenAI that this model supports. reasoning_effort is medium by default."""
+class ChatRequest(SamplingFields):
+    """The fields of OpenAI's chat completions, and of other servers, that have an effect.
+
+    reasoning_effort: medium by default; so are its other spellings, in this order: reasoning (OpenRouter), think
+        (Ollama), thinking (Anthropic), chat_template_kwargs (vLLM). include_reasoning: false leaves the reasoning out.
+    tools: functions; tools of other kinds are left out if there are functions.
+    """
 
     model: str | None = None
     messages: Annotated[list[Any], WithJsonSchema(MESSAGES_SCHEMA)] = Field(max_length=MAX_MESSAGES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1, le=MAX_INT64)
-    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT64)
+    max_tokens: MaxTokens = None
+    max_completion_tokens: MaxTokens = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
-    tool_choice: Literal["auto", "none", "required"] | dict[str, Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
-    reasoning_effort: Literal["low", "medium", "high"] | None = None
-    store: Literal[False] | None = None
-    modalities: list[Literal["text"]] | None = None
-    verbosity: Literal["medium"] | None = None
+    guided_json: dict[str, Any] | None = None
+    stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP_IDS)
+    json_schema: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    reasoning: dict[str, Any] | None = None
+    think: bool | str | None = None
+    thinking: dict[str, Any] | bool | str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    include_reasoning: bool | None = None
+    modalities: list[str] | None = None
 
     def check(self) -> None:
-        """Raise ApiError for fields that contradict each other, and for schemas over the limits."""
+        """Raise ApiError for what cannot be honoured, and for schemas over the limits."""
+        self.check_rejected()
         if self.top_logprobs and not self.logprobs:
             raise invalid_field("top_logprobs", "needs logprobs: true")
-        if self.stream_options is not None and not self.stream:
-            raise invalid_field("stream_options", "needs stream: true")
-        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            raise invalid_field("max_tokens", "and max_completion_tokens differ: set only one of them")
+        if self.modalities is not None and "text" not in self.modalities:
+            raise invalid_field("modalities", "must contain text, the only kind of reply")
         for index, tool in enumerate(self.tools or ()):
             check_schema(tool, f"tools[{index}]")
         check_schema(self.response_format, "response_format")
+        check_schema(self.guided_json, "guided_json")
+        check_schema(self.json_schema, "json_schema")
+
+    @property
+    def format(self) -> dict[str, Any] | None:
+        """The response format. guided_json is vLLM's earlier name for a schema, json_schema llama.cpp's."""
+        schema = self.guided_json if self.guided_json is not None else self.json_schema
+        return self.response_format if schema is None else {"type": "json_schema", "json_schema": {"schema": schema}}
+
+    @property
+    def effort(self) -> Effort:
+        """The reasoning effort, from the first spelling that says one."""
+        template, reasoning = self.chat_template_kwargs or {}, self.reasoning or {}
+        return (
+            effort_of(self.reasoning_effort, "reasoning_effort")
+            or effort_of(reasoning.get("effort"), "reasoning.effort")
+            or (effort_of(reasoning["enabled"], "reasoning.enabled") if "enabled" in reasoning else None)
+            or effort_of(self.think, "think")
+            or effort_of_thinking(self.thinking)
+            or effort_of(template.get("reasoning_effort"), "chat_template_kwargs.reasoning_effort")
+            or effort_of(template.get("enable_thinking"), "chat_template_kwargs.enable_thinking")
+            or "medium"
+        )
+
+    def ignored_fields(self) -> set[str]:
+        """The paths of what has no effect, in the request and its messages, and the kinds of tools left out."""
+        ignored = super().ignored_fields() | unknown_fields(self.messages)
+        ignored |= {f"tools[].{kind}" for kind in split_tools(self.tools or ())[1]}
+        ignored |= {"stream_options"} if self.stream_options is not None and not self.stream else set()
+        template = {"reasoning_effort", "enable_thinking"}
+        return ignored | {
+            f"chat_template_kwargs.{name}" for name in (self.chat_template_kwargs or {}).keys() - template
+        }
 
 
 @router.post("/v1/chat/completions", responses=STREAMING_RESPONSES)
 async def create(body: ChatRequest, request: Request, service: ServiceDep) -> Response:
     """Generate the assistant's next message."""
     completion = _Completion(body, service)
+    ignore(request, body.ignored_fields())
     queue = await cancel_on_disconnect(request, service.start(*completion.replies()))
     if body.stream:
         return EventStream(completion.stream(queue), partial(service.finish, queue))
@@ -105,7 +163,9 @@ class _Completion:
         body.check()
         self._body = body
         self._service = service
-        self._choices = [_Choice(index, service.model.tokenizer, bool(body.logprobs)) for index in range(body.n or 1)]
+        self._functions = check_tools(body.tools or ())
+        choice = partial(_Choice, tokenizer=service.model.tokenizer, logprobs=bool(body.logprobs))
+        self._choices = [choice(index, reasoning=body.include_reasoning is not False) for index in range(body.n or 1)]
         self._base = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -118,10 +178,11 @@ class _Completion:
         sampling = body.sampling(model.default_sampling, body.top_logprobs or 0)
         options: dict[str, Any] = {
             "max_tokens": body.max_completion_tokens or body.max_tokens,
-            "reasoning": body.reasoning_effort,
-            "tools": body.tools or (),
-            "response_format": body.response_format,
+            "reasoning": body.effort,
+            "tools": self._functions,
+            "response_format": body.format,
             "tool_choice": body.tool_choice or "auto",
+            "stop_token_ids": body.stop_token_ids or (),
             "parallel_tool_calls": body.parallel_tool_calls is not False,
         }
         return [
@@ -187,8 +248,9 @@ class _Completion:
 class _Choice:
     """One reply of a request; converts its events to deltas."""
 
-    def __init__(self, index: int, tokenizer: Tokenizer, logprobs: bool) -> None:
+    def __init__(self, index: int, tokenizer: Tokenizer, logprobs: bool, reasoning: bool) -> None:
         self.index = index
+        self._reasoning = reasoning
         self.finished: Finished | None = None
         self._tokenizer = tokenizer
         self._logprobs = logprobs
@@ -205,6 +267,8 @@ class _Choice:
         """Convert one engine event."""
         match event:
             case ReasoningDelta():
+                if not self._reasoning:
+                    return []
                 return [self.delta({"reasoning": event.text, "reasoning_content": event.text})]
             case TextDelta():
                 return [self.delta({"content": event.text}, event.tokens)]

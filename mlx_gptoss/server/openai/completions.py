@@ -20,7 +20,8 @@ from ...tokenizer import Tokenizer
 from ..disconnect import cancel_on_disconnect
 from ..errors import JsonResponse, from_exception, invalid_field
 from ..event_queue import EventQueue
-from ..fields import MAX_INT64, IgnoredFields, SamplingFields, StreamOptions, with_choice_seed
+from ..fields import MaxTokens, SamplingFields, StreamOptions, with_choice_seed
+from ..ignored import ignore
 from ..service import Service, ServiceDep
 from ..sse import DONE, STREAMING_RESPONSES, EventStream, encode_event, encode_events
 from .chat_completions import MAX_CHOICES
@@ -32,7 +33,7 @@ Ids = Annotated[list[int], Field(min_length=1)]
 router: APIRouter = APIRouter()
 
 
-class CompletionRequest(SamplingFields, IgnoredFields):
+class CompletionRequest(SamplingFields):
     """The fields of OpenAI that this model supports.
 
     prompt: text (special tokens in it are recognized), token ids, or a list of either. max_tokens: 16 by default.
@@ -41,7 +42,7 @@ class CompletionRequest(SamplingFields, IgnoredFields):
 
     model: str | None = None
     prompt: str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=MAX_CHOICES)]
-    max_tokens: int | None = Field(None, ge=1, le=MAX_INT64)
+    max_tokens: MaxTokens = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = None
@@ -55,11 +56,10 @@ class CompletionRequest(SamplingFields, IgnoredFields):
         return self.prompt if several else [self.prompt]
 
     def check(self) -> None:
-        """Raise ApiError for fields that contradict each other."""
+        """Raise ApiError for what cannot be honoured."""
+        self.check_rejected()
         if self.echo and self.logprobs is not None:
             raise invalid_field("echo", "with logprobs is not supported: set only one of them")
-        if self.stream_options is not None and not self.stream:
-            raise invalid_field("stream_options", "needs stream: true")
         if len(self.prompts) * (self.n or 1) > MAX_CHOICES:
             raise invalid_field("n", f"times the number of prompts must be at most {MAX_CHOICES}")
 
@@ -68,6 +68,7 @@ class CompletionRequest(SamplingFields, IgnoredFields):
 async def create(body: CompletionRequest, request: Request, service: ServiceDep) -> Response:
     """Continue a text."""
     completion = _Completion(body, service)
+    ignore(request, body.ignored_fields())
     queue = await cancel_on_disconnect(request, service.start(*completion.replies()))
     if body.stream:
         return EventStream(completion.stream(queue), partial(service.finish, queue))

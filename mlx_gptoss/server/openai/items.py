@@ -1,138 +1,174 @@
-"""Items of the Responses API: their fields, and their conversion to Harmony messages."""
+"""Items of the Responses API: the fields that have a meaning here. conversation_items.py says which.
+
+Unknown fields and unknown types of items are accepted.
+"""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from ...harmony.header import NAMESPACE, Header
-from ...harmony.messages import Message
-from ...harmony.render import instructions_text
-from ...tokenizer import CONSTRAIN
-from ..errors import invalid_field
-from ..fields import StrictModel
+from ...harmony.checks import MAX_TOOL_NAME_CHARACTERS
+from ..fields import RequestModel
+from ..hosted.items import ID_PREFIXES as HOSTED_ID_PREFIXES
 
-Status = Literal["in_progress", "completed", "incomplete"]
+TEXT_PARTS = ("input_text", "output_text", "text")
+ID_PREFIXES: Mapping[str, str] = {
+    "message": "msg",
+    "reasoning": "rs",
+    "function_call": "fc",
+    "function_call_output": "fco",
+    "custom_tool_call": "ctc",
+    "custom_tool_call_output": "ctco",
+    "compaction": "cmp",
+    **HOSTED_ID_PREFIXES,
+}
+
+FunctionName = Annotated[str, Field(min_length=1, max_length=MAX_TOOL_NAME_CHARACTERS)]
+CallId = Annotated[str, Field(max_length=1024)]
 
 
-class Part(StrictModel):
-    """A text part. Annotations and logprobs are accepted, so that output can be sent back, and have no effect."""
+class Part(RequestModel):
+    """A part of a message or of a tool's output. Annotations and logprobs are those of an output sent back."""
 
-    type: Literal["input_text", "output_text", "text"]
-    text: str
+    type: str
+    text: str | None = None
+    refusal: str | None = None
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
 
+    def _ignored(self, prefix: str) -> Iterator[str]:
+        if self.type in TEXT_PARTS or self.type == "refusal":
+            yield from super()._ignored(prefix)
+        else:
+            yield prefix + self.type
 
-class MessageItem(StrictModel):
-    """A message. phase: only for the assistant; "commentary" is text before a function call."""
+
+class BaseItem(RequestModel):
+    """What all items may have. Neither has an effect on the reply."""
+
+    id: str | None = Field(default=None, max_length=1024)
+    status: str | None = None
+
+
+class MessageItem(BaseItem):
+    """A message. phase: for the assistant; "commentary" is text before a function call, "final_answer" the answer."""
 
     type: Literal["message"] | None = None
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[Part]
-    phase: Literal["commentary", "final_answer"] | None = None
-    id: str | None = None
-    status: Status | None = None
+    content: str | list[Part] | None = None
+    phase: str | None = None
 
 
-class ReasoningPart(StrictModel):
-    type: Literal["reasoning_text"]
-    text: str
+class ReasoningPart(RequestModel):
+    type: str
+    text: str = ""
 
 
-class ReasoningItem(StrictModel):
-    """Reasoning, as this server returned it: plain text, never encrypted."""
+class ReasoningItem(BaseItem):
+    """Reasoning: its text in `content` or, if it is absent, packed in `encrypted_content`, or in `summary`."""
 
     type: Literal["reasoning"]
     content: list[ReasoningPart] | None = None
-    summary: list[Any] | None = Field(None, max_length=0)
-    encrypted_content: None = None
-    id: str | None = None
-    status: Status | None = None
+    summary: list[ReasoningPart] | None = None
+    encrypted_content: str | None = None
 
 
-class FunctionCallItem(StrictModel):
-    """A function call by the model."""
+class FunctionCallItem(BaseItem):
+    """A function call by the model. namespace: that of a tool of the type namespace."""
 
     type: Literal["function_call"]
-    call_id: str
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,256}$")
-    arguments: str
-    id: str | None = None
-    status: Status | None = None
+    call_id: CallId
+    name: FunctionName
+    namespace: FunctionName | None = None
+    arguments: str | dict[str, Any] | None = None
 
 
-class FunctionOutputItem(StrictModel):
-    """The result of a function call."""
+class CustomCallItem(BaseItem):
+    """A call of a custom tool, whose input is any text."""
 
-    type: Literal["function_call_output"]
-    call_id: str
-    output: str | list[Part]
-    id: str | None = None
-    status: Status | None = None
+    type: Literal["custom_tool_call"]
+    call_id: CallId
+    name: FunctionName
+    namespace: FunctionName | None = None
+    input: str = ""
 
 
-def _item_type(value: Any) -> Any:
-    """The item's type; an item without one is a message."""
-    type_name = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
-    return "message" if type_name is None else type_name
+class CallOutputItem(BaseItem):
+    """The result of a function or a custom tool."""
+
+    type: Literal["function_call_output", "custom_tool_call_output"]
+    call_id: CallId
+    output: str | list[Part] | None = None
+
+
+class CompactionItem(BaseItem):
+    """A conversation so far, as /v1/responses/compact summarized it."""
+
+    type: Literal["compaction", "compaction_summary"]
+    encrypted_content: str
+
+
+class ItemReference(BaseItem):
+    """Stands for an item that this server stores."""
+
+    type: Literal["item_reference"] | None = None
+    id: str = Field(max_length=1024)
+
+
+class OtherItem(BaseItem):
+    """An item of any other type, such as local_shell_call."""
+
+    type: str
+
+    def _ignored(self, prefix: str) -> Iterator[str]:
+        yield from ()  # the conversation says whether the item as a whole has an effect
+
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """Its own fields."""
+        return self.model_extra or {}
+
+
+_TAGS = {
+    "message": "item[message]",
+    "reasoning": "item[reasoning]",
+    "function_call": "item[function_call]",
+    "custom_tool_call": "item[custom_tool_call]",
+    "function_call_output": "item[output]",
+    "custom_tool_call_output": "item[output]",
+    "compaction": "item[compaction]",
+    "compaction_summary": "item[compaction]",
+    "item_reference": "item[reference]",
+}
+
+
+def _tag(value: Any) -> str:
+    """The tag of the item's class. An item without a type is a message or, with nothing but an id, a reference.
+
+    Tags contain "[", so that errors.py leaves them out of the paths of fields.
+    """
+    fields = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
+    kind = fields.get("type")
+    if kind is None:
+        return _TAGS["item_reference" if fields.get("id") and "role" not in fields else "message"]
+    return _TAGS.get(kind, "item[other]") if isinstance(kind, str) else "item[other]"
 
 
 Item = Annotated[
-    Annotated[MessageItem, Tag("message")]
-    | Annotated[ReasoningItem, Tag("reasoning")]
-    | Annotated[FunctionCallItem, Tag("function_call")]
-    | Annotated[FunctionOutputItem, Tag("function_call_output")],
-    Discriminator(_item_type),
+    Annotated[MessageItem, Tag("item[message]")]
+    | Annotated[ReasoningItem, Tag("item[reasoning]")]
+    | Annotated[FunctionCallItem, Tag("item[function_call]")]
+    | Annotated[CustomCallItem, Tag("item[custom_tool_call]")]
+    | Annotated[CallOutputItem, Tag("item[output]")]
+    | Annotated[CompactionItem, Tag("item[compaction]")]
+    | Annotated[ItemReference, Tag("item[reference]")]
+    | Annotated[OtherItem, Tag("item[other]")],
+    Discriminator(_tag),
 ]
-
-
-@dataclass(frozen=True)
-class ConversationItems:
-    """A conversation built from items.
-
-    messages: Harmony messages. instructions: texts of the system and developer messages before the first other message.
-    calls: call_id -> the message that made the call.
-    """
-
-    messages: tuple[Message, ...] = ()
-    instructions: tuple[str, ...] = ()
-    calls: Mapping[str, Message] = field(default_factory=dict)
-
-    def with_items(self, items: Sequence[Item]) -> ConversationItems:
-        """Return the conversation with `items` appended. Raises ApiError for the output of an unknown call_id."""
-        messages: list[Message] = list(self.messages)
-        instructions, calls = list(self.instructions), dict(self.calls)
-        for index, item in enumerate(items):
-            if isinstance(item, MessageItem):
-                text = _text(item.content)
-                if item.role in ("system", "developer") and not messages:
-                    instructions.append(text)
-                else:
-                    after = items[index + 1] if index + 1 < len(items) else None
-                    messages.append(_message(item, text, before_call=isinstance(after, FunctionCallItem)))
-            elif isinstance(item, ReasoningItem):
-                reasoning = "".join(part.text for part in item.content or ())
-                messages += [Message("assistant", reasoning, "analysis")] if reasoning else []
-            elif isinstance(item, FunctionCallItem):
-                recipient = NAMESPACE + item.name.removeprefix(NAMESPACE)
-                call = Message("assistant", item.arguments, "commentary", recipient, f"{CONSTRAIN}json")
-                calls[item.call_id] = call
-                messages.append(call)
-            else:
-                messages.append(_result(item, calls.get(item.call_id), f"input[{index}].call_id"))
-        return ConversationItems(tuple(messages), tuple(instructions), calls)
-
-    def with_reply(self, messages: tuple[Message, ...], call_ids: Sequence[str]) -> ConversationItems:
-        """Return the conversation with the model's reply appended. call_ids: ids of the calls in it, in order."""
-        calls = (m for m in messages if Header(m.role, m.channel, m.recipient).function is not None)
-        return replace(
-            self, messages=(*self.messages, *messages), calls={**self.calls, **dict(zip(call_ids, calls, strict=False))}
-        )
 
 
 def new_id(prefix: str) -> str:
@@ -147,30 +183,10 @@ def item_objects(items: Sequence[Item]) -> list[dict[str, Any]]:
         fields = item.model_dump(exclude_none=True)
         if isinstance(item, MessageItem):
             part_type = "output_text" if item.role == "assistant" else "input_text"
-            parts = [{"type": part_type, "text": item.content}] if isinstance(item.content, str) else fields["content"]
+            content = fields.get("content", [])
+            parts = [{"type": part_type, "text": content}] if isinstance(content, str) else content
             fields = {**fields, "type": "message", "content": parts}
-        prefix = {"message": "msg", "reasoning": "rs"}.get(fields["type"], "fc")
-        objects.append({"id": new_id(prefix), "status": "completed", **fields})
+        elif isinstance(item, ReasoningItem):
+            fields.setdefault("summary", [])
+        objects.append({"id": new_id(ID_PREFIXES.get(fields["type"], "item")), "status": "completed", **fields})
     return objects
-
-
-def _text(content: str | list[Part]) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
-
-
-def _message(item: MessageItem, text: str, before_call: bool) -> Message:
-    """Convert a message item. before_call: a function call follows, so the text of the assistant is a preamble."""
-    if item.role == "user":
-        return Message("user", text)
-    if item.role == "assistant":
-        preamble = before_call if item.phase is None else item.phase == "commentary"
-        return Message("assistant", text, "commentary" if preamble else "final")
-    return Message("developer", instructions_text(text))
-
-
-def _result(item: FunctionOutputItem, call: Message | None, param: str) -> Message:
-    """Convert the output of `call`. param: the request field to name if the call is missing."""
-    if call is None:
-        raise invalid_field(param, f"is {item.call_id!r}: no function_call before it has that call_id")
-    channel = "analysis" if call.channel == "analysis" else "commentary"
-    return Message("tool", _text(item.output), channel, "assistant", name=call.recipient)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ...config import ModelConfig
-from ..params import Param, Role
+from ..params import MATRIX_ROLES, Param, Role
 from ..safetensors import TensorInfo
 from ..tensor import Array, Dense, Spec, Weight
 
@@ -139,10 +139,9 @@ class Format(Protocol):
 
 
 def matrix_recipe(family: str, spec: Spec | None, **overrides: tuple[str, Spec | None]) -> Recipe:
-    """A recipe that stores the matrices of all roles alike, except for the roles in `overrides`."""
-    roles: tuple[Role, ...] = ("embed", "attention", "router", "experts", "lm_head")
+    """A recipe that stores the matrices of all roles the same way, except for the roles in `overrides`."""
     by_role: Mapping[str, tuple[str, Spec | None]] = overrides
-    return {role: by_role.get(role, (family, spec)) for role in roles}
+    return {role: by_role.get(role, (family, spec)) for role in MATRIX_ROLES}
 
 
 def dense_source(family: str, name: str, shape: tuple[int, ...]) -> Source:

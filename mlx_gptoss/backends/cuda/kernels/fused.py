@@ -62,9 +62,9 @@ class Fused(TorchOperations):
         I = experts.down.matrices[0].shape[-1]
         hidden, parts, out = x.new_empty((T * A, I)), x.new_empty((T * A, D)), x.new_empty((T, D))
         groups = routing.sort_many_pairs(scores, A)
-        if len(experts.held) < scores.shape[1]:
+        if len(experts.local_experts) < scores.shape[1]:
             parts.zero_()  # the other ranks' experts add nothing
-            groups = groups.of_experts(experts.held)
+            groups = groups.of_experts(experts.local_experts)
         moe.forward_grouped(None, x, groups, experts, hidden, parts, out)
         return out
 

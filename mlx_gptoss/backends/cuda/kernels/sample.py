@@ -1,8 +1,8 @@
 """Draw tokens on the device: greedily, or at a temperature from the whole vocabulary, with their log-probabilities.
 
-The drawn tokens are those of `choose` in the backend's sample.py, which uses the same random numbers (SplitMix64,
-rotated into Gumbel noise). Requests that ask for more (top_p, penalties, alternatives ...) go through `choose` itself,
-over the same logits.
+The drawn tokens are those of `sample_tokens` in the backend's sample.py, which makes the same Gumbel noise from the
+same random numbers (SplitMix64). Requests with other options (top_p, penalties, logprobs ...) go through
+`sample_tokens` itself, with the same logits.
 
 Two kernels: the first reduces each block of a row's logits to four numbers, the second reduces the blocks of a row.
 
