@@ -7,7 +7,7 @@ a hash of what is asked (the two numbers, the word, the city, the sentence) deci
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from random import Random
 from typing import Literal
@@ -173,8 +173,8 @@ def date(r: Random) -> str | None:
     return f"{r.randint(2024, 2031)}-{r.randint(1, 12):02d}-{r.randint(1, 28):02d}"
 
 
-def draw(r: Random, split: Split = "train") -> Example:
-    return example(r, r.choices(list(MIX), weights=list(MIX.values()))[0], split)
+def draw(r: Random, split: Split = "train", mix: Mapping[str, float] = MIX) -> Example:
+    return example(r, r.choices(list(mix), weights=list(mix.values()))[0], split)
 
 
 def held_out(per_kind: int, seed: int = 0, kinds: Iterable[str] = MIX) -> list[Example]:

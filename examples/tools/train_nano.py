@@ -20,7 +20,7 @@ import os
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -81,7 +81,7 @@ def length(pair: Pair) -> int:
     return len(pair[0]) + len(pair[1])
 
 
-def batches(encoder: Encoder, r: Random) -> Iterator[list[Batch]]:
+def batches(encoder: Encoder, r: Random, mix: Mapping[str, float] = tasks.MIX) -> Iterator[list[Batch]]:
     """Yield the batches of one step, without end; a batch holds conversations of similar length, about BATCH_TOKENS.
 
     A step takes several batches because conversations of one length are mostly of one kind, and steps on a single kind
@@ -89,7 +89,7 @@ def batches(encoder: Encoder, r: Random) -> Iterator[list[Batch]]:
     """
     while True:
         groups: list[list[Pair]] = [[]]
-        for pair in sorted((encoder.encode(tasks.draw(r)) for _ in range(POOL)), key=length):
+        for pair in sorted((encoder.encode(tasks.draw(r, mix=mix)) for _ in range(POOL)), key=length):
             if (len(groups[-1]) + 1) * length(pair) > BATCH_TOKENS:
                 groups.append([])
             groups[-1].append(pair)
