@@ -269,6 +269,8 @@ class Loop:
 
     def _fail_step(self, step: Step, error: Exception) -> None:
         """Fail the requests of a step. Results they still have in flight are dropped when they are read."""
+        if isinstance(error, StopIteration):  # raised by a stream's iterator, it would look like the stream's end
+            error = RuntimeError(f"the runner raised {error!r}")
         for sequence in step.sequences:
             handle = self._handles.pop(sequence, None)
             if handle is not None:

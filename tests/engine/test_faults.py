@@ -65,6 +65,13 @@ def test_an_error_in_wait_fails_the_streams_of_that_step_and_the_engine_goes_on(
         assert ids(engine.submit(request())) == expected(request())[0]
 
 
+def test_a_runner_that_raises_stop_iteration_does_not_end_the_stream_in_silence() -> None:
+    with mock_engine() as (engine, runner):
+        runner.fail_wait = lambda rows: StopIteration("no more")
+        with pytest.raises(RuntimeError, match="no more"):
+            list(engine.submit(request()))
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     batch=st.lists(requests, min_size=1, max_size=8),
