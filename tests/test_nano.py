@@ -198,7 +198,7 @@ def test_tuning_starts_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
     import tune_nano
 
     monkeypatch.setattr(train_nano, "POOL", 64)
-    tune_nano.tune(NANO, tmp_path / "out", steps=1, rate=0.0)
+    tune_nano.tune([NANO, NANO], tmp_path / "out", steps=1, rate=0.0)
     tuned, bundled = (checkpoint.open(folder) for folder in (tmp_path / "out", NANO))
     for param in bundled.params:  # the weights are on the grid already, so nothing is lost on the way
         ours, theirs = (codecs.dequantize(one.read(param.name)) for one in (tuned, bundled))

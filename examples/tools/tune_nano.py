@@ -27,8 +27,15 @@ WARM_UP_STEPS = 20
 
 
 def tune(
-    start: list[Path], to: Path, steps: int, rate: float, mix: Mapping[str, float], seed: str, fused: bool
+    start: list[Path],
+    to: Path,
+    steps: int,
+    rate: float,
+    mix: Mapping[str, float] = tasks.MIX,
+    seed: str = "tuning",
+    fused: bool = False,
 ) -> None:
+    """Write the mean of the checkpoints in `start`, tuned on conversations drawn from `mix`, to the folder `to`."""
     torch.manual_seed(1)
     encoder, model = Encoder(to), Nano(SHAPE)
     model.load_state_dict(mean_of([parameters(folder) for folder in start]))
@@ -54,6 +61,7 @@ def tune(
 
 
 def mean_of(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each parameter over models of one shape."""
     return {name: torch.stack([state[name] for state in states]).mean(0) for name in states[0]}
 
 
