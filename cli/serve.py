@@ -21,10 +21,11 @@ from .options import CACHE_OPTIONS, LOAD_OPTIONS, declared, load, options, serve
     "--host",
     default="127.0.0.1",
     show_default=True,
-    help="0.0.0.0 lets other machines in: set an --api-key.",
+    help="0.0.0.0 lets other machines in; set an --api-key with it.",
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free port.")
 @click.option("--api-key", metavar="K", help="A key that every request must send.")
+@click.option("--insecure", is_flag=True, help="Let other machines in without a key.")
 @click.option(
     "--alias",
     "aliases",
@@ -51,6 +52,7 @@ def serve(
     host: str,
     port: int,
     api_key: str | None,
+    insecure: bool,
     aliases: tuple[str, ...],
     strict_model: bool,
     cors: tuple[str, ...],
@@ -71,23 +73,37 @@ def serve(
         from mlx_gptoss.server.hosted.sessions import HostedTools
         from mlx_gptoss.server.hosted.settings import load_settings
 
+    _check_access(host, api_key, insecure)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     names = service.model_names(model)
     named = _alias_names(aliases, {model, *names[1], names[0]})
     settings = load_settings([name for name in re.split(r"[\s,]+", tools) if name], tools_config)
     hosted = None if settings is None else HostedTools(settings)  # before the model is loaded, since it may fail
     with run.listen(host, port) as listener:
-        gate = Gate(api_key=api_key, allowed_hosts=run.allowed_hosts(host), allowed_origins=cors)
+        gate = Gate(
+            api_key=api_key, allowed_hosts=run.allowed_hosts(host, keyed=api_key is not None), allowed_origins=cors
+        )
         with load(model, **given) as loaded:
             grammar.warm_up(loaded.tokenizer)
             tokenizer = loaded.tokenizer
             if hosted is not None:
                 hosted.count_tokens = lambda text: len(tokenizer.encode(text))
-            if gate.allowed_hosts is None and api_key is None:
-                click.echo(f"warning: anyone who can reach {host}:{port} can use the model; set an --api-key", err=True)
+            if not gate.is_local and api_key is None:
+                warning = f"warning: anyone who can reach {host}:{port} can use the model; set an --api-key"
+                click.secho(warning, fg="red", err=True)
             click.echo(_greeting(loaded.name, host, listener.getsockname()[1], api_key is not None), err=True)
             served = service.Service(loaded, gate, *names, named, strict_model, hosted=hosted)
             run.Server(served).serve_on(listener)
+
+
+def _check_access(host: str, api_key: str | None, insecure: bool) -> None:
+    """Raise UsageError for an empty key, and for a server on the network without one."""
+    from mlx_gptoss.server.guard import LOOPBACK
+
+    if api_key is not None and not api_key.strip():
+        raise click.UsageError("--api-key is empty: give a key, or leave the option (and its variable) out")
+    if host not in LOOPBACK and api_key is None and not insecure:
+        raise click.UsageError(f"--host {host} lets other machines in: set an --api-key, or accept that by --insecure")
 
 
 def _alias_names(aliases: Iterable[str], known: Container[str | None]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import hmac
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -33,9 +34,9 @@ class Gate:
 
     api_key: the key that every request needs, except for PUBLIC_PATHS and the page; None for no key.
     allowed_hosts: accepted names in the Host header, against DNS rebinding: a page whose own name is made to resolve to
-        this machine still sends that name. None accepts any, for a server that listens to the network.
-    allowed_origins: origins of other sites whose pages may use this server; "*" allows all of them. A server with
-        allowed_hosts, which listens to this machine alone, lets in LOCAL_ORIGIN as well.
+        this machine still sends that name. None accepts any, for a server with a key: such a page does not have it.
+    allowed_origins: origins of other sites whose pages may use this server; "*" allows all of them. A server whose
+        allowed_hosts are LOCAL_HOSTS, which listens to this machine alone, lets in LOCAL_ORIGIN as well.
     max_body_bytes: the largest body of one request.
     draining: POST requests are refused, since the server is shutting down.
     buffered_bytes: size of the bodies that are being received now, over all requests.
@@ -51,14 +52,15 @@ class Gate:
     @property
     def is_local(self) -> bool:
         """Whether the server listens to this machine alone."""
-        return self.allowed_hosts is not None
+        return self.allowed_hosts == LOCAL_HOSTS
 
     def check(self, scope: Scope) -> None:
         """Raise ApiError if the request is not allowed. Looks at the path and the headers only."""
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if self.allowed_hosts is not None and _host_name(host) not in self.allowed_hosts:
-            raise ApiError(403, f"the Host {host!r} is not allowed: use http://127.0.0.1", code="wrong_host")
+        if not self._is_allowed_host(_host_name(host)):
+            use = "http://127.0.0.1" if self.is_local else "this machine's address"
+            raise ApiError(403, f"the Host {host!r} is not allowed: use {use}", code="wrong_host")
         origin = headers.get("origin")
         if origin is not None and not self._is_allowed_origin(origin, host):
             raise ApiError(403, f"the origin {origin!r} is not allowed: add it with --cors", code="origin")
@@ -74,6 +76,12 @@ class Gate:
     def too_large(self) -> ApiError:
         """The error for a body over the limit."""
         return ApiError(413, f"the body is larger than {self.max_body_bytes} bytes", code="body_too_large")
+
+    def _is_allowed_host(self, name: str) -> bool:
+        """An address is allowed on a network: DNS rebinding needs a name."""
+        if self.allowed_hosts is None or name in self.allowed_hosts:
+            return True
+        return not self.is_local and _is_address(name)
 
     def _is_allowed_origin(self, origin: str, host: str) -> bool:
         if "*" in self.allowed_origins or origin in self.allowed_origins:
@@ -156,6 +164,15 @@ def _replay_body(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return next_message
+
+
+def _is_address(name: str) -> bool:
+    """Whether a host is an IP address and not a name."""
+    try:
+        ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _host_name(host: str) -> str:

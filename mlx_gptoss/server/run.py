@@ -32,9 +32,12 @@ def listen(host: str, port: int) -> socket.socket:
         raise GptOssError(f"cannot listen on {host}:{port} ({error}); choose another --port or --host") from error
 
 
-def allowed_hosts(host: str) -> Sequence[str] | None:
-    """The Host headers to accept on `host`: names of this machine for a loopback address, otherwise None for any."""
-    return LOCAL_HOSTS if host in LOOPBACK else None
+def allowed_hosts(host: str, keyed: bool) -> Sequence[str] | None:
+    """The Host headers to accept for a server on `host`: names of this machine, or None for any if it has a key."""
+    if host in LOOPBACK:
+        return LOCAL_HOSTS
+    name = socket.gethostname().lower()
+    return None if keyed else (*LOCAL_HOSTS, name, name.partition(".")[0], f"{name.partition('.')[0]}.local")
 
 
 class Server(uvicorn.Server):

@@ -10,8 +10,11 @@ import time
 import httpx
 import openai
 import pytest
+from click.testing import CliRunner
+from mlx_gptoss_cli.serve import serve as serve_command
 
 from mlx_gptoss.server.connection import Timeouts
+from mlx_gptoss.server.run import allowed_hosts
 
 SUM = [{"role": "user", "content": "What is 12 + 30?"}]
 BODY = {"messages": SUM, "max_tokens": 1}
@@ -123,6 +126,32 @@ def test_a_server_on_the_network_lets_no_page_in_unasked(serve, model):
     with serve(model, allowed_hosts=None) as server:
         for origin in ("http://localhost:3000", "app://obsidian.md", "null"):
             assert httpx.post(server.url + PATH, json=BODY, headers={"Origin": origin}, timeout=60).status_code == 403
+
+
+def test_a_server_on_the_network_without_a_key_takes_no_foreign_name(serve, model):
+    """DNS rebinding: the name of a page's site resolves to this machine."""
+    with serve(model, allowed_hosts=allowed_hosts("0.0.0.0", keyed=False)) as server:
+        for host, status in (
+            ("192.168.1.20:8080", 200),
+            ("[fe80::1]:8080", 200),
+            (socket.gethostname(), 200),
+            ("rebound.example", 403),
+            ("127.0.0.1.rebound.example", 403),
+        ):
+            assert httpx.get(f"{server.url}/health", headers={"Host": host}, timeout=60).status_code == status, host
+    assert allowed_hosts("0.0.0.0", keyed=True) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--api-key", " "], "--api-key is empty"),
+        (["--host", "0.0.0.0"], "set an --api-key, or accept that by --insecure"),
+    ],
+)
+def test_an_open_server_has_to_be_asked_for(words, complaint):
+    answer = CliRunner().invoke(serve_command, words, env={"MLX_GPTOSS_API_KEY": None})
+    assert answer.exit_code == 2 and complaint in answer.output
 
 
 def test_sandboxed_frames_are_let_in_by_name(serve, model):
