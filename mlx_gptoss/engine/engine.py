@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +13,7 @@ from typing import TypeVar, cast
 
 from ..backends.base import Limits, Runner
 from ..config import ModelConfig
-from ..errors import InvalidRequest
+from ..errors import GptOssError, InvalidRequest
 from .loop import Loop, RequestHandle
 from .prefix_files import PrefixFiles
 from .request import Finished, Request, Status, Token
@@ -59,6 +60,7 @@ class Engine:
             self._finalizer.detach()
             self._loop.post(self._loop.close)
             raise
+        self._process = os.getpid()
         self.config: ModelConfig = runner.config
         self.limits: Limits = runner.limits
         self._max_open = None if max_waiting is None else runner.limits.slots + max_waiting
@@ -69,6 +71,7 @@ class Engine:
         Raises InvalidRequest if the prompt fills the context or an id is not in the vocabulary, Busy if slots +
         max_waiting requests are open already, and GptOssError if the engine is closed.
         """
+        self._check_process()
         max_new_tokens(request, self.limits)
         self._check_ids("the prompt", request.prompt)
         self._check_ids("logit_bias", request.sampling.logit_bias or ())
@@ -92,6 +95,7 @@ class Engine:
         Returns its result or raises its exception; raises GptOssError if the engine is closed, and RuntimeError if
         called on the engine thread.
         """
+        self._check_process()
         if threading.current_thread() is self._thread:
             raise RuntimeError("Engine.call on the engine thread would wait for itself; use the runner passed to you")
         result: Future[object] = Future()
@@ -111,6 +115,11 @@ class Engine:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+    def _check_process(self) -> None:
+        """Raise GptOssError in a forked process, which has no engine thread: a request would wait for ever."""
+        if os.getpid() != self._process:
+            raise GptOssError("the model was loaded before this process was forked; load it in this process")
 
     def _check_ids(self, what: str, ids: Iterable[int]) -> None:
         size = self.config.vocab_size

@@ -44,7 +44,7 @@ class Request:
     stop_ids: generation ends at the first of these ids; that token is reported like any other.
     guide: constrains the generated tokens; None allows all tokens.
     message_ends: ids that end a message in the prompt. The prefix cache prefers to split prompts there (prefix.py).
-    Raises InvalidRequest for an empty prompt or max_tokens below 1.
+    Raises InvalidRequest for an empty prompt or max_tokens that is not an integer of at least 1.
     """
 
     prompt: tuple[int, ...]
@@ -57,8 +57,8 @@ class Request:
     def __post_init__(self) -> None:
         if not self.prompt:
             raise InvalidRequest("the prompt is empty; give at least one token")
-        if self.max_tokens < 1:
-            raise InvalidRequest(f"max_tokens must be at least 1, not {self.max_tokens}")
+        if type(self.max_tokens) is not int or self.max_tokens < 1:
+            raise InvalidRequest(f"max_tokens must be an integer of at least 1, not {self.max_tokens!r}")
 
 
 @dataclass(frozen=True)

@@ -153,8 +153,11 @@ def test_submit_rejects_invalid_requests() -> None:
             engine.submit(Request((1,), 3, Sampling(logit_bias={VOCAB: 1.0})))
         with pytest.raises(InvalidRequest, match="empty"):
             Request((), 3)
-        with pytest.raises(InvalidRequest, match="at least 1, not 0"):
+        with pytest.raises(InvalidRequest, match="an integer of at least 1, not 0"):
             Request((1,), 0)
+        for wrong in (2.5, float("nan"), "3", True, None):
+            with pytest.raises(InvalidRequest, match="an integer of at least 1"):
+                Request((1,), wrong)  # type: ignore[arg-type]
         assert runner.steps == []
 
 

@@ -268,3 +268,22 @@ def test_ctrl_c_while_loading_closes_the_runner_once_it_has_loaded() -> None:
     timer.join()
     go.set()
     eventually(lambda: bool(runner) and runner[0].closed)
+
+
+def test_a_forked_process_is_told_to_load_the_model_itself() -> None:
+    with mock_engine() as (engine, _):
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:  # nothing here may return to pytest
+            answers = []
+            for use in (lambda: engine.submit(request()), lambda: engine.call(lambda runner: None)):
+                try:
+                    use()
+                except GptOssError as error:
+                    answers.append(str(error))
+            os.write(write, "\n".join(answers).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        answers = os.read(read, 4096).decode().splitlines()
+        assert len(answers) == 2 and all("load it in this process" in answer for answer in answers)
+        assert ids(engine.submit(request())) == expected(request())[0]
