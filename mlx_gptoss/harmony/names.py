@@ -18,12 +18,14 @@ _UNSAFE_CHARACTERS = re.compile(r"[^A-Za-z0-9_.-]+")
 
 
 class ToolNames:
-    """The spellings of one conversation's functions. `names`: the client's names, without repetition."""
+    """The spellings of one conversation's functions. `names`: the client's names."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._spelling: dict[str, str] = {}  # the client's name -> the model's
         self._original: dict[str, str] = {}  # and back
-        for name in sorted(names, key=lambda name: not _is_safe(name)):  # safe names first: they stay as they are
+        for name in sorted(
+            dict.fromkeys(names), key=lambda name: not _is_safe(name)
+        ):  # safe names first: they stay as they are
             spelling = _spell(name)
             while spelling in self._original:
                 spelling += "_"

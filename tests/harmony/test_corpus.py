@@ -6,6 +6,7 @@ tools, reasoning efforts, dates and identities.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -125,7 +126,8 @@ def to_openai_harmony(conversation: Conversation) -> Any:
     if conversation.instructions is not None or conversation.functions:
         developer = oh.DeveloperContent(instructions=conversation.instructions)
         if conversation.functions:
-            developer = developer.with_function_tools([to_openai_harmony_tool(tool) for tool in conversation.functions])
+            spelled = [replace(tool, name=conversation.names.spelling(tool.name)) for tool in conversation.functions]
+            developer = developer.with_function_tools([to_openai_harmony_tool(tool) for tool in spelled])
         messages.append(oh.Message.from_role_and_content(oh.Role.DEVELOPER, developer))
     return oh.Conversation.from_messages(messages + [to_openai_harmony_message(turn) for turn in conversation.messages])
 

@@ -114,7 +114,7 @@ def test_unsupported_models_are_refused(mini):
 
 def test_gate_and_up_stored_differently_are_refused(mini, monkeypatch):
     loader = import_module("mlx_gptoss.backends.cuda.load")  # the package's `load` is a function
-    monkeypatch.setattr(loader, "_same_storage", lambda weights: len(weights) == 1)
+    monkeypatch.setattr(loader, "same_storage", lambda weights: len(weights) == 1)
     with pytest.raises(CheckpointError, match="gate and up"):
         cuda.load(checkpoints.open(mini / "mxfp4"), device="cpu", dtype=None, limits=Limits(1, 8, 8), kernels=True)
 

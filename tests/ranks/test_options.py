@@ -26,15 +26,16 @@ def run_alone(**options):
     return finished
 
 
-def assert_same(split, whole):
+def assert_same(split, whole, within=1e-4):
     assert split["ids"] == [token.id for token in whole.tokens]
-    assert split["logprobs"] == pytest.approx([token.logprob for token in whole.tokens], abs=1e-4)
+    assert split["logprobs"] == pytest.approx([token.logprob for token in whole.tokens], abs=within)
 
 
 @pytest.mark.parametrize("options", [{"kv_bits": 8}, {"speculate": True}, {"quantize": "mlx-4bit"}], ids=str)
 def test_options(ring, options):
     split, whole = run_on_two_ranks(ring, **options), run_alone(**options)
-    assert_same(split, whole)
+    # Sums in another order round otherwise, and a key on the border of two 8-bit steps then takes the other one.
+    assert_same(split, whole, 5e-3 if "kv_bits" in options else 1e-4)
     assert (split["drafted"], split["accepted"]) == (whole.drafted, whole.accepted)
     assert (whole.drafted > 0) == ("speculate" in options)
 

@@ -212,7 +212,7 @@ def test_rejected_requests_and_lost_connections(visit: Any) -> None:
     page.get_by_label("Functions the model may call").fill('[{"type": "web_search"}]')
     page.get_by_role("button", name="Save").click()
     ask(page, SUM)
-    expect(page.get_by_role("alert").first).to_contain_text("only functions are offered")
+    expect(page.get_by_role("alert").first).to_contain_text("send functions, or no tools")
     page.route(COMPLETIONS, lambda route: route.abort())
     page.keyboard.press("Enter")
     expect(page.get_by_role("alert").first).to_contain_text("Is it still running?")

@@ -81,7 +81,7 @@ def test_tool_choice_none_gives_no_call(chat, weather_tool):
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}}, ""),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
-        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "all"}}, "tool_choice"),
     ],
 )
 def test_unenforceable_requests_are_rejected(chat, fields, param):
