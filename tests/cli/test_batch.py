@@ -116,10 +116,11 @@ def interrupted(words, out, after):
     """Run the command until it has written `after` more answers; the caller then ends it."""
     command = [sys.executable, "-c", BLOCKING, str(after), "batch", *words]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wanted = (len(out.read_bytes().splitlines()) if out.exists() else 0) + after
+    wanted = (out.read_bytes().count(b"\n") if out.exists() else 0) + after  # whole lines: a torn one is cut off
     end = time.monotonic() + 300
     while time.monotonic() < end and (not out.exists() or out.read_bytes().count(b"\n") < wanted):
         time.sleep(0.002)
+    assert out.read_bytes().count(b"\n") >= wanted
     assert process.poll() is None, process.stderr.read()
     yield process
     process.communicate(timeout=300)
