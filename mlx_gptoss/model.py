@@ -209,11 +209,7 @@ class Model:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        try:
-            self.close()
-        except Exception:
-            if error is None:  # else that error says more than how the engine ended
-                raise
+        self.close()
 
     def _checked(self, ids: Sequence[int]) -> tuple[int, ...]:
         """The ids as a tuple. Raises InvalidRequest if there are none, or one is outside the vocabulary."""

@@ -103,12 +103,12 @@ class Engine:
         return cast(T, result.result())
 
     def close(self) -> None:
-        """Fail open streams, close the runner and wait for the thread. Raises the error that stopped the engine, if
-        there was one, the first time."""
+        """Fail open streams, close the runner and wait for the thread. The first time, raises GptOssError from the
+        error that stopped the engine, if there was one."""
         first = self._finalizer.detach() is not None
         _stop(self._loop, self._thread, None)
         if first and self._loop.failure is not None:
-            raise self._loop.failure
+            raise self._loop.closed_error()
 
     def __enter__(self) -> Engine:
         return self

@@ -112,14 +112,14 @@ class Loop:
         """Like post(), but raises GptOssError if the engine thread has ended or is ending."""
         with self._lock:
             if self._closed:
-                raise self._closed_error()
+                raise self.closed_error()
             self._inbox.put(message)
 
     def submit(self, handle: RequestHandle, max_open: int | None) -> None:
         """Accept a request. Raises Busy if max_open requests are unfinished, and GptOssError if closed."""
         with self._lock:
             if self._closed:
-                raise self._closed_error()
+                raise self.closed_error()
             if max_open is not None and self._unfinished >= max_open:
                 seconds = self._mean_request_s * (self._unfinished + 1) / self._runner.limits.slots
                 raise Busy(
@@ -140,7 +140,7 @@ class Loop:
     def status(self) -> Status:
         with self._lock:
             if self._closed:
-                raise self._closed_error()
+                raise self.closed_error()
             running, waiting = self._scheduler.counts
             return Status(self._runner.limits.slots, running, waiting, self._prefix.nbytes if self._prefix else 0)
 
@@ -172,7 +172,7 @@ class Loop:
     def admit(self, handle: RequestHandle) -> None:
         """Hand a submitted request to the scheduler."""
         if self._closed:
-            handle.put(self._closed_error())
+            handle.put(self.closed_error())
             return
         try:
             handle.sequence = self._scheduler.add(handle.request)
@@ -190,7 +190,7 @@ class Loop:
     def call(self, function: Callable[[Runner], object], result: Future[object]) -> None:
         """Set `result` to what function(runner) returns or raises."""
         if self._closed:
-            result.set_exception(self._closed_error())
+            result.set_exception(self.closed_error())
             return
         try:
             result.set_result(function(self._runner))
@@ -286,7 +286,7 @@ class Loop:
         while not self._inbox.empty():
             self._inbox.get()()
         for handle in self._handles.values():
-            handle.put(self._closed_error())
+            handle.put(self.closed_error())
         self._handles.clear()
 
     def _close_runner(self) -> None:
@@ -306,7 +306,8 @@ class Loop:
             self._prefix = None
             del self._runner, self._scheduler
 
-    def _closed_error(self) -> GptOssError:
+    def closed_error(self) -> GptOssError:
+        """Why the engine cannot be used: it was closed, or an error stopped it."""
         if self.failure is None:
             return GptOssError(CLOSED)
         error = GptOssError(f"the engine stopped after an error ({self.failure!r}); load the model again")

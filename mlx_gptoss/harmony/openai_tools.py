@@ -81,7 +81,7 @@ def tool_choice_of(value: Any, functions: Sequence[Function]) -> ToolChoice:
 
 
 def _choice_name(choice: Mapping[str, Any]) -> Any:
-    """The function's name in one entry of a tool choice: beside the type, or in an inner dict."""
+    """The function's name in one entry of a tool choice: next to its type, or in an inner dict."""
     inner = choice.get(choice.get("type", "function"), choice)
     return inner.get("name") if isinstance(inner, Mapping) else None
 

@@ -1,4 +1,4 @@
-"""llama.cpp's endpoints that agents use beside OpenAI's: props, slots, tokenize, detokenize and apply-template."""
+"""llama.cpp's endpoints that agents use besides OpenAI's: props, slots, tokenize, detokenize and apply-template."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ class Server(uvicorn.Server):
         """Serve requests until drained.
 
         Raises KeyboardInterrupt if Ctrl-C ended it, and GptOssError if the engine failed: a server that could only
-        answer 500 ends, so that whoever supervises it starts it again.
+        answer 500 exits, so that its supervisor can restart it.
         """
         asyncio.run(self.serve(sockets=[listener]))
         if (failure := self.service.model.failure) is not None:

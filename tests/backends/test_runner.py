@@ -123,7 +123,7 @@ def test_masked_rows_sample_allowed_tokens_and_do_not_affect_other_rows(runner):
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(seed=3)], ids=["greedy", "seeded"])
 def test_feeding_the_last_token_again_samples_as_if_nothing_had_been_sampled_after_it(runner, sampling):
-    """Through three turns of the ring, beside a neighbour: what was sampled ahead and dropped leaves no trace."""
+    """A dropped token leaves no trace, through three turns of the ring and next to another row."""
     prompt, other = prompt_of(5, 8), prompt_of(30, 9)
     vocabulary = runner.config.vocab_size
     odd = bytes([0b10101010]) * (-(-vocabulary // 8))  # the tokens with odd ids

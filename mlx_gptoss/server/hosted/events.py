@@ -1,4 +1,4 @@
-"""What happens beside the model's own events (chat/reply.py) while a reply calls tools that the server runs."""
+"""Events of the tools that the server runs, in addition to the model's own events (chat/reply.py)."""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@ What an item of another server means here:
 - A call of a tool that the client ran itself, such as local_shell_call, is replayed as a function call if its result
   follows, since the model needs what it found out. So are mcp_call and code_interpreter_call, which hold their result.
 - Calls without text, such as web_search_call or image_generation_call, and lists of tools are skipped and named.
-- An image in the result of a tool becomes a note: the text beside it holds. An image in a message is refused.
+- An image in the result of a tool becomes a note, since the rest is still of use.
+  An image in a message is refused.
 - A compacted conversation of another server cannot be read. It is refused, since the model would not know what it
   stands for. So is an item of an unknown type that holds a text.
 """
