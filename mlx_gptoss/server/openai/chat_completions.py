@@ -19,8 +19,7 @@ from ...harmony.messages import Effort
 from ...harmony.openai import unknown_fields
 from ...sampling import MAX_LOGPROBS
 from ...tokenizer import Tokenizer
-from ..disconnect import cancel_on_disconnect
-from ..errors import JsonResponse, from_exception, invalid_field
+from ..errors import from_exception, invalid_field
 from ..event_queue import EventQueue
 from ..fields import (
     MAX_MESSAGES,
@@ -35,8 +34,9 @@ from ..fields import (
 )
 from ..ignored import ignore
 from ..service import Service, ServiceDep
-from ..sse import DONE, STREAMING_RESPONSES, EventStream, encode_event, encode_events
+from ..sse import DONE, STREAMING_RESPONSES, encode_event, encode_events
 from ..tool_kinds import check_tools, split_tools
+from .respond import respond
 
 MAX_CHOICES = 16
 CONTENT_SCHEMA: dict[str, Any] = {
@@ -143,10 +143,7 @@ async def create(body: ChatRequest, request: Request, service: ServiceDep) -> Re
     """Generate the assistant's next message."""
     completion = _Completion(body, service)
     ignore(request, body.ignored_fields())
-    queue = await cancel_on_disconnect(request, service.start(*completion.replies()))
-    if body.stream:
-        return EventStream(completion.stream(queue), partial(service.finish, queue))
-    return JsonResponse(await cancel_on_disconnect(request, completion.full_response(queue)))
+    return await respond(completion, request, service, stream=bool(body.stream))
 
 
 async def full_response(body: ChatRequest, service: Service) -> dict[str, Any]:

@@ -17,14 +17,14 @@ from ...chat.stream import Events
 from ...engine import Token
 from ...sampling import Sampling
 from ...tokenizer import Tokenizer
-from ..disconnect import cancel_on_disconnect
-from ..errors import JsonResponse, from_exception, invalid_field
+from ..errors import from_exception, invalid_field
 from ..event_queue import EventQueue
 from ..fields import MaxTokens, SamplingFields, StreamOptions, with_choice_seed
 from ..ignored import ignore
 from ..service import Service, ServiceDep
-from ..sse import DONE, STREAMING_RESPONSES, EventStream, encode_event, encode_events
+from ..sse import DONE, STREAMING_RESPONSES, encode_event, encode_events
 from .chat_completions import MAX_CHOICES
+from .respond import respond
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -69,10 +69,7 @@ async def create(body: CompletionRequest, request: Request, service: ServiceDep)
     """Continue a text."""
     completion = _Completion(body, service)
     ignore(request, body.ignored_fields())
-    queue = await cancel_on_disconnect(request, service.start(*completion.replies()))
-    if body.stream:
-        return EventStream(completion.stream(queue), partial(service.finish, queue))
-    return JsonResponse(await cancel_on_disconnect(request, completion.full_response(queue)))
+    return await respond(completion, request, service, stream=bool(body.stream))
 
 
 async def full_response(body: CompletionRequest, service: Service) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
@@ -16,7 +16,7 @@ from ..fields import MAX_MESSAGES, RequestModel
 from ..ignored import ignore
 from ..service import Service, ServiceDep
 from .items import Item, ItemReference, item_objects, new_id
-from .pages import page_of
+from .pages import PageFields, PageQuery, list_object
 from .store import StoredConversation
 
 router: APIRouter = APIRouter()
@@ -76,12 +76,10 @@ async def delete(id: str, service: ServiceDep) -> Response:
 async def list_items(
     id: str,
     service: ServiceDep,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    order: Literal["asc", "desc"] = "desc",
-    after: str | None = None,
+    page: PageQuery,
 ) -> Response:
     """List the items of a conversation, one page at a time."""
-    return JsonResponse(page_of(_found(service, id).items, limit, order, after))
+    return JsonResponse(list_object(_found(service, id).items, page))
 
 
 @router.post("/v1/conversations/{id}/items")
@@ -91,7 +89,7 @@ async def add_items(id: str, body: ItemsRequest, request: Request, service: Serv
     ignore(request, body.ignored_fields())
     if not (conversation.has_room(len(added)) and service.conversations.append(id, added)):
         raise _too_large()
-    return JsonResponse(page_of(added, len(added), "asc", None))
+    return JsonResponse(list_object(added, PageFields.model_construct(limit=len(added), order="asc")))
 
 
 @router.get("/v1/conversations/{id}/items/{item_id}")

@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from fastapi import Query
+from pydantic import BaseModel, Field
 
 from ..errors import invalid_field
 
 
-def page_of(items: Mapping[str, bytes], limit: int, order: Literal["asc", "desc"], after: str | None) -> dict[str, Any]:
-    """Up to `limit` items as an object of the type list. items: as JSON by their ids, oldest first.
+class PageFields(BaseModel):
+    """The query of a list. after: the id of the item before the page."""
 
-    after: the id of the item before the page. Raises ApiError if there is no such item.
+    limit: int = Field(20, ge=1, le=100)
+    order: Literal["asc", "desc"] = "desc"
+    after: str | None = None
+
+
+PageQuery = Annotated[PageFields, Query()]
+
+
+def list_object(items: Mapping[str, bytes], query: PageFields) -> dict[str, Any]:
+    """One page of items as an object of the type list. items: as JSON by their ids, oldest first.
+
+    Raises ApiError if `after` is none of them.
     """
-    ids = list(items) if order == "asc" else list(items)[::-1]
-    if after is not None and after not in items:
-        raise invalid_field("after", f"is {after!r:.100}, which is not an item of this list")
-    start = 0 if after is None else ids.index(after) + 1
-    page = ids[start : start + limit]
+    ids = list(items) if query.order == "asc" else list(items)[::-1]
+    if query.after is not None and query.after not in items:
+        raise invalid_field("after", f"is {query.after!r:.100}, which is not an item of this list")
+    start = 0 if query.after is None else ids.index(query.after) + 1
+    page = ids[start : start + query.limit]
     return {
         "object": "list",
         "data": [json.loads(items[id]) for id in page],
         "first_id": page[0] if page else None,
         "last_id": page[-1] if page else None,
-        "has_more": start + limit < len(ids),
+        "has_more": start + query.limit < len(ids),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import APIRouter, Query
 from starlette.responses import Response
@@ -11,7 +11,7 @@ from ..errors import ApiError, JsonResponse, invalid_field
 from ..fields import MAX_INT64
 from ..service import Service, ServiceDep
 from ..sse import STREAMING_RESPONSES, EventStream
-from .pages import page_of
+from .pages import PageQuery, list_object
 from .running import EventLog
 from .store import StoredResponse
 
@@ -58,12 +58,10 @@ async def cancel(id: str, service: ServiceDep) -> Response:
 async def input_items(
     id: str,
     service: ServiceDep,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    order: Literal["asc", "desc"] = "desc",
-    after: str | None = None,
+    page: PageQuery,
 ) -> Response:
     """List the input items of a stored response, one page at a time."""
-    return JsonResponse(page_of(_stored(service, id).input, limit, order, after))
+    return JsonResponse(list_object(_stored(service, id).input, page))
 
 
 def _event_log(service: Service, id: str) -> EventLog:
