@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import cast
+from typing import Any, cast
 
 import hypothesis
 import numpy as np
@@ -148,3 +148,15 @@ def relative_error():
         return float((np.abs(got - wanted).max(axis=-1) / np.abs(wanted).max(axis=-1)).max())
 
     return worst
+
+
+@pytest.fixture(scope="session")
+def weather_tool() -> dict[str, Any]:
+    """The function that the bundled model was trained to call, in the format of chat completions."""
+    parameters = {
+        "type": "object",
+        "properties": {"location": {"type": "string", "description": "City name"}},
+        "required": ["location"],
+    }
+    function = {"name": "get_weather", "description": "Get the current weather.", "parameters": parameters}
+    return {"type": "function", "function": function}

@@ -17,15 +17,3 @@ def scripted_server() -> Iterator[Callable[..., Any]]:
     """Call it with replies to get a server whose model gives them; scripted.py says how."""
     with ExitStack() as stack:
         yield lambda replies: stack.enter_context(scripted.serving_script(replies))
-
-
-@pytest.fixture(scope="session")
-def weather_tool() -> dict[str, Any]:
-    """The function that the bundled model was trained to call, in the format of chat completions."""
-    parameters = {
-        "type": "object",
-        "properties": {"location": {"type": "string", "description": "City name"}},
-        "required": ["location"],
-    }
-    function = {"name": "get_weather", "description": "Get the current weather.", "parameters": parameters}
-    return {"type": "function", "function": function}

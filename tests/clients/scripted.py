@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,15 +9,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from serving import serving
 
 from mlx_gptoss import Message, Model
 from mlx_gptoss.backends.base import Limits, Row, Sampled, allowed_tokens
 from mlx_gptoss.engine import Engine
 from mlx_gptoss.harmony.render import render_reply
 from mlx_gptoss.loading.plan import LoadRequest, open_checkpoint, plan_load
-from mlx_gptoss.server.guard import Gate
-from mlx_gptoss.server.run import Server, listen
-from mlx_gptoss.server.service import Service, model_names
+from mlx_gptoss.server.run import Server
 from mlx_gptoss.tokenizer import RETURN, Tokenizer
 
 Reply = Sequence[Message]
@@ -207,24 +205,6 @@ def scripted_model(replies: Sequence[Reply] | Chooser, max_context: int = 131072
     engine = Engine(lambda: ScriptedRunner(script, checkpoint.config, limits), prefix_bytes=1 << 20)
     model = Model(checkpoint, checkpoint.format, tokenizer, engine, plan.backend, plan.memory, "scripted", load_s=0.0)
     return model, script
-
-
-@contextmanager
-def serving(model: Model, **gate: Any) -> Iterator[Server]:
-    """A running server at `server.url`. gate: fields of its Gate."""
-    listener = listen("127.0.0.1", 0)
-    server = Server(Service(model, Gate(**gate), *model_names(None)), drain_s=5)
-    server.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    thread = threading.Thread(target=server.serve_on, args=(listener,))
-    thread.start()
-    try:
-        while not server.started and thread.is_alive():
-            thread.join(0.01)
-        yield server
-    finally:
-        server.drain()
-        thread.join(60)
-        assert not thread.is_alive()
 
 
 @contextmanager

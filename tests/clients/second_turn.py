@@ -16,9 +16,11 @@ import time
 from pathlib import Path
 
 import httpx
-import scripted
 
 import mlx_gptoss
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "server"))
+from serving import serving
 
 REQUEST = json.loads((Path(__file__).parent / "requests" / "claude-code-first.json").read_text())
 MODEL_TOKENS = 48  # of each reply
@@ -47,7 +49,7 @@ def first_token(http: httpx.Client, body: dict) -> tuple[float, dict, list[dict]
 
 
 def main(tokens: int, turns: int) -> None:
-    with mlx_gptoss.load(slots=1, max_context=tokens + MARGIN) as model, scripted.serving(model) as server:
+    with mlx_gptoss.load(slots=1, max_context=tokens + MARGIN) as model, serving(model) as server:
         body = copy.deepcopy(REQUEST["body"])
         body["max_tokens"] = MODEL_TOKENS
         body["system"][-1]["text"] = system_text(model, tokens)

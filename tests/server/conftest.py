@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -14,38 +12,11 @@ import pytest
 import mlx_gptoss
 
 openai = pytest.importorskip("openai", reason="the server is tested through OpenAI's own client")
-from mlx_gptoss.server.connection import Timeouts  # noqa: E402
-from mlx_gptoss.server.guard import Gate  # noqa: E402
-from mlx_gptoss.server.run import Server, listen  # noqa: E402
-from mlx_gptoss.server.service import Service, model_names  # noqa: E402
+from serving import serving  # noqa: E402
+
+from mlx_gptoss.server.run import Server  # noqa: E402
 
 SLOTS = 4
-
-
-@contextmanager
-def serving(
-    model: mlx_gptoss.Model,
-    timeouts: Timeouts | None = None,
-    aliases: tuple[str, ...] = (),
-    strict_model: bool = False,
-    **gate: Any,
-) -> Iterator[Server]:
-    """A running server at `server.url`. gate: fields of its Gate."""
-    listener = listen("127.0.0.1", 0)
-    service = Service(model, Gate(**gate), *model_names(None), aliases, strict_model)
-    server = Server(service, timeouts=timeouts, drain_s=5)
-    server.port = listener.getsockname()[1]
-    server.url = f"http://127.0.0.1:{server.port}"
-    thread = threading.Thread(target=server.serve_on, args=(listener,))
-    thread.start()
-    try:
-        while not server.started and thread.is_alive():
-            time.sleep(0.01)
-        yield server
-    finally:
-        server.drain()
-        thread.join(60)
-        assert not thread.is_alive()
 
 
 @pytest.fixture(scope="session")
@@ -98,15 +69,3 @@ def idle() -> Callable[[Server], bool]:
         return not busy(server)
 
     return wait
-
-
-@pytest.fixture(scope="session")
-def weather_tool() -> dict[str, Any]:
-    """The function that the bundled model was trained to call, in the format of chat completions."""
-    parameters = {
-        "type": "object",
-        "properties": {"location": {"type": "string", "description": "City name"}},
-        "required": ["location"],
-    }
-    function = {"name": "get_weather", "description": "Get the current weather.", "parameters": parameters}
-    return {"type": "function", "function": function}
