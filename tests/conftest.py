@@ -56,6 +56,8 @@ QUICK = (  # the tests of `-m quick`, by the beginning of their ids: every packa
     "tests/ranks/test_launch.py::test_mlx_launch",
     "tests/server/test_completions.py",
     "tests/server/test_store.py",
+    "tests/server/anthropic/test_tokens.py::test_transport_lines",
+    "tests/server/ollama/test_generate.py::test_generate_refuses",
     "tests/server/hosted/test_items.py",
     "tests/server/hosted/test_settings.py",
     "tests/weights/test_codecs.py",
