@@ -18,7 +18,7 @@ from mlx_gptoss.api import NANO
 from mlx_gptoss.harmony.grammar import Grammar
 from mlx_gptoss.harmony.messages import Message
 from mlx_gptoss.harmony.parse import Delta, Parser
-from mlx_gptoss.tokenizer import SPECIALS, Tokenizer
+from mlx_gptoss.tokenizer import CALL, SPECIALS, Tokenizer
 
 VOCABULARY = Path(__file__).parents[2] / ".." / "shared" / "o200k_base.tiktoken"
 PUBLISHED_IDS = {
@@ -197,3 +197,20 @@ def sample_text(allowed_ids: Any) -> Callable[..., str | None]:
         return None
 
     return sample
+
+
+@pytest.fixture(scope="session")
+def allows() -> Callable[[Grammar, Tokenizer, str], bool]:
+    """Whether a text is in a grammar, from its first token to its end."""
+
+    def allows(grammar: Grammar, tokenizer: Tokenizer, text: str) -> bool:
+        matcher, end = grammar.matcher(tokenizer.special(CALL)), tokenizer.special(CALL)
+        for id in [*tokenizer.encode(text), end]:
+            mask = matcher.mask()
+            if not mask[id >> 3] >> (id & 7) & 1:
+                return False
+            if id != end:
+                matcher.accept(id)
+        return True
+
+    return allows
