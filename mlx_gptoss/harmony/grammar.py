@@ -135,7 +135,8 @@ def _relaxed_grammar(tokenizer: Tokenizer, parameters: str, where: str) -> Gramm
         _log.warning("%s; its calls may have any JSON object", error)
         return _json_grammar(tokenizer, _ANY_OBJECT, where)
     if dropped:
-        _log.warning("%s; the rest of it is enforced%s", dropped[0], f" ({len(dropped)} such)" if dropped[1:] else "")
+        more = f" and {len(dropped) - 1} more" if dropped[1:] else ""
+        _log.warning("%s%s; the rest of it is enforced", dropped[0].removesuffix("; leave it out"), more)
     return grammar
 
 
