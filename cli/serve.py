@@ -33,6 +33,7 @@ MODELS_OPTION = click.option(
     "model_names",
     multiple=True,
     type=ModelName(),
+    envvar="MLX_GPTOSS_MODEL",
     metavar="PATH|REPO",
     help="A folder, a hub id such as openai/gpt-oss-20b, or nano. Repeatable: requests choose by name, and the first "
     "answers the others. Default: all models on this machine, nano first.",
@@ -167,7 +168,13 @@ def _check_access(host: str, api_key: str | None, insecure: bool) -> None:
 
 
 def _named(models: list[NamedModel], aliases: Iterable[str]) -> list[NamedModel]:
-    """The models with the names of the --alias options. Raises UsageError for one that is not of a served model."""
+    """The models with the names of the --alias options.
+
+    Raises UsageError for an alias of a model that is not served, and for two models of one name.
+    """
+    ids = [model.id for model in models]
+    if twice := next((id for id in ids if ids.count(id) > 1), None):
+        raise click.UsageError(f"--model has {twice!r} twice: requests could not choose; rename one of the folders")
     for alias in aliases:
         name, equals, target = alias.partition("=")
         place = next((place for place, model in enumerate(models) if equals and model.has_name(target)), None)
