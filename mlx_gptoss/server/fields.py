@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, get_args
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..harmony.messages import Effort
-from ..sampling import Sampling
+from ..sampling import MAX_STOP_CHARACTERS, MAX_STOPS, Sampling
 from .errors import ApiError, invalid_field
 
 MAX_SCHEMA_VALUES = 10_000  # in one JSON schema
@@ -103,9 +103,9 @@ def _without_empty(value: Any) -> Any:
 
 
 MaxTokens = Annotated[Annotated[int, Field(ge=1, le=MAX_INT64)] | None, BeforeValidator(_none_if_negative)]
-StopString = Annotated[str, Field(max_length=1024)]
+StopString = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
 StopStrings = Annotated[
-    StopString | Annotated[list[StopString], Field(max_length=16)] | None, BeforeValidator(_without_empty)
+    StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None, BeforeValidator(_without_empty)
 ]
 
 

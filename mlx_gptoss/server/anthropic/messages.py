@@ -16,6 +16,7 @@ from ...chat.stream import Events
 from ...harmony.messages import Conversation, Effort, ResponseFormat, without_old_reasoning
 from ...harmony.names import ToolNames
 from ...harmony.render import render
+from ..body import BodyRoute
 from ..disconnect import cancel_on_disconnect
 from ..errors import JsonResponse, from_exception, invalid_field
 from ..event_queue import EventQueue
@@ -57,7 +58,7 @@ class MessageStream(EventStream):
     keep_alive: ClassVar[bytes | None] = encode_event({"type": "ping"}, "ping")
 
 
-router: APIRouter = APIRouter(responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
+router: APIRouter = APIRouter(route_class=BodyRoute, responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
 
 
 class OutputConfig(RequestModel):

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from ...chat.stream import Events, as_conversation
 from ...harmony.openai import unknown_fields
+from ..body import BodyRoute
 from ..fields import MAX_MESSAGES, MAX_TOOLS, check_schema
 from ..responses.truncation import truncated
 from ..service import Service, ServiceDep
@@ -37,7 +38,7 @@ MESSAGES_SCHEMA: dict[str, Any] = {  # for OpenAPI; messages.py and harmony.open
     },
 }
 
-router: APIRouter = APIRouter(responses=ERROR_RESPONSES)
+router: APIRouter = APIRouter(route_class=BodyRoute, responses=ERROR_RESPONSES)
 
 
 class ChatRequest(GenerationFields):

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ...chat.stream import Events
+from ..body import BodyRoute
 from ..errors import invalid_field
 from ..service import Service, ServiceDep
 from .errors import ERROR_RESPONSES
@@ -16,7 +17,7 @@ from .fields import GenerationFields
 from .ndjson import STREAMING_RESPONSES
 from .reply import Piece, Reply
 
-router: APIRouter = APIRouter(responses=ERROR_RESPONSES)
+router: APIRouter = APIRouter(route_class=BodyRoute, responses=ERROR_RESPONSES)
 
 
 class GenerateRequest(GenerationFields):

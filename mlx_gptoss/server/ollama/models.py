@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from ..body import BodyRoute
 from ..about import file_format, parameter_count, parameter_size, quantization
 from ..errors import ApiError, JsonResponse
 from ..fields import RequestModel
@@ -40,7 +41,7 @@ REFUSED = {  # method and path -> why
     ("POST", "/api/blobs/{digest}"): MANAGED,
 }
 
-router: APIRouter = APIRouter(responses=ERROR_RESPONSES)
+router: APIRouter = APIRouter(route_class=BodyRoute, responses=ERROR_RESPONSES)
 
 
 class ModelRequest(RequestModel):

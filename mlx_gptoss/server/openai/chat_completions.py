@@ -19,6 +19,7 @@ from ...harmony.messages import Effort
 from ...harmony.openai import unknown_fields
 from ...sampling import MAX_LOGPROBS
 from ...tokenizer import Tokenizer
+from ..body import BodyRoute
 from ..errors import from_exception, invalid_field
 from ..event_queue import EventQueue
 from ..fields import (
@@ -58,7 +59,7 @@ MESSAGES_SCHEMA: dict[str, Any] = {  # for OpenAPI; harmony.openai checks the me
     },
 }
 
-router: APIRouter = APIRouter()
+router: APIRouter = APIRouter(route_class=BodyRoute)
 
 
 class ChatRequest(SamplingFields):

@@ -17,6 +17,7 @@ from ...chat.stream import Events
 from ...engine import Token
 from ...sampling import Sampling
 from ...tokenizer import Tokenizer
+from ..body import BodyRoute
 from ..errors import from_exception, invalid_field
 from ..event_queue import EventQueue
 from ..fields import MaxTokens, SamplingFields, StreamOptions, with_choice_seed
@@ -30,7 +31,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 Ids = Annotated[list[int], Field(min_length=1)]
 
-router: APIRouter = APIRouter()
+router: APIRouter = APIRouter(route_class=BodyRoute)
 
 
 class CompletionRequest(SamplingFields):

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from ...chat.reply import Finished, ReasoningDelta, TextDelta
 from ...harmony.messages import Message
 from ...harmony.render import instructions_text
+from ..body import BodyRoute
 from ..disconnect import cancel_on_disconnect
 from ..errors import JsonResponse
 from ..event_queue import EventQueue
@@ -31,7 +32,7 @@ Summarize this conversation for a model that will continue it without seeing it.
 has been done and found out, the names, numbers, files and commands that matter, and what remains to be done. Do not \
 answer and do not call a tool; write only the summary."""
 
-router: APIRouter = APIRouter()
+router: APIRouter = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/v1/responses/compact")

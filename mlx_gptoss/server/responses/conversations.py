@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
+from ..body import BodyRoute
 from ..errors import ApiError, JsonResponse, dump_json, invalid_field
 from ..fields import MAX_MESSAGES, RequestModel
 from ..ignored import ignore
@@ -19,7 +20,7 @@ from .items import Item, ItemReference, item_objects, new_id
 from .pages import PageFields, PageQuery, list_object
 from .store import StoredConversation
 
-router: APIRouter = APIRouter()
+router: APIRouter = APIRouter(route_class=BodyRoute)
 
 
 class ConversationRequest(RequestModel):

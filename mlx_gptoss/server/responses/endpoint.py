@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ...harmony.render import render
+from ..body import BodyRoute
 from ..disconnect import cancel_on_disconnect
 from ..errors import JsonResponse
 from ..ignored import ignore
@@ -20,7 +21,7 @@ from .model_response import ModelResponse
 from .request import ContextRequest, ResponsesRequest
 from .truncation import truncated
 
-router: APIRouter = APIRouter()
+router: APIRouter = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/v1/responses", responses=STREAMING_RESPONSES)

@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from starlette.responses import Response
 
+from ..body import BodyRoute
 from ..errors import ApiError, JsonResponse, invalid_field
 from ..fields import MAX_INT64
 from ..service import Service, ServiceDep
@@ -15,7 +16,7 @@ from .pages import PageQuery, list_object
 from .running import EventLog
 from .store import StoredResponse
 
-router: APIRouter = APIRouter()
+router: APIRouter = APIRouter(route_class=BodyRoute)
 
 
 @router.get("/v1/responses/{id}", responses=STREAMING_RESPONSES)

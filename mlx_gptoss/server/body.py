@@ -1,0 +1,75 @@
+"""Request bodies: parsed and validated on a worker thread, so that a large one stops no other request.
+
+One call into C holds the interpreter's lock from its beginning to its end, on any thread. json.loads is one, so the
+limits of guard.py say how long it may take. Between two such calls the event loop goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope
+
+from .rewrite import is_json
+
+SMALL_BODY = 16 << 10  # bytes that take less time than a thread
+
+
+class BodyRoute(APIRoute):
+    """A route of which the body, if it takes one, is read on a worker thread. Give it as `route_class` to a router."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+        params = self.dependant.body_params
+        model: type[BaseModel] | None = params[0].field_info.annotation if len(params) == 1 else None
+        if model is None:
+            return handler
+
+        async def handle(request: Request) -> Response:
+            body = await request.body()
+            if not body or not is_json(request.headers.get("content-type", "")):
+                return await handler(request)  # the error is FastAPI's
+            if len(body) <= SMALL_BODY:
+                value = _validated(model, body)
+            else:
+                value = await asyncio.to_thread(_validated, model, body)
+            return await handler(_ReadRequest(request.scope, request.receive, body, value))
+
+        return handle
+
+
+class _ReadRequest(Request):
+    """A request whose body has been read. FastAPI takes the instance that json() returns as it is."""
+
+    def __init__(self, scope: Scope, receive: Receive, body: bytes, value: BaseModel) -> None:
+        super().__init__(scope, receive)
+        self._body = body
+        self._value = value
+
+    async def json(self) -> Any:
+        return self._value
+
+
+def _validated(model: type[BaseModel], body: bytes) -> BaseModel:
+    """The request in a body. Raises RequestValidationError for one that is not JSON, or not that of the endpoint."""
+    try:
+        content = json.loads(body)
+    except json.JSONDecodeError as error:
+        problem = {"type": "json_invalid", "loc": ("body", error.pos), "ctx": {"error": error.msg}}
+        raise RequestValidationError([problem]) from None
+    except (ValueError, RecursionError):  # not Unicode; a number of thousands of digits; nesting
+        problem = {"type": "json_invalid", "loc": ("body", 0), "ctx": {"error": "it cannot be parsed"}}
+        raise RequestValidationError([problem]) from None
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_input=False)
+        raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in problems]) from None
