@@ -112,5 +112,7 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
     if len(values) > MAX_STOPS:
         raise InvalidRequest(f"{name} has {len(values)} strings, more than {MAX_STOPS}; give fewer")
     if (longest := max(map(len, values), default=0)) > MAX_STOP_CHARACTERS:
-        raise InvalidRequest(f"{name} has a string of {longest} characters, more than {MAX_STOP_CHARACTERS}; shorten it")
+        raise InvalidRequest(
+            f"{name} has a string of {longest} characters, more than {MAX_STOP_CHARACTERS}; shorten it"
+        )
     return tuple(values)

@@ -131,7 +131,7 @@ class Tokenizer:
         return ids
 
     def check_length(self, limit: int, characters: int, ids: int = 0) -> None:
-        """Raise InvalidRequest if `ids` tokens and those of a text of `characters` are more than `limit` for certain."""
+        """Raise InvalidRequest if `ids` tokens and those of a text of `characters` must be more than `limit`."""
         if ids + characters // self.longest_token > limit:
             raise InvalidRequest(
                 f"the prompt has more than {limit} tokens, all that the context holds; shorten the prompt or load the "

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope
@@ -29,18 +29,18 @@ class BodyRoute(APIRoute):
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
         params = self.dependant.body_params
-        model: type[BaseModel] | None = params[0].field_info.annotation if len(params) == 1 else None
-        if model is None:
+        if not params:
             return handler
+        adapter: TypeAdapter[Any] = TypeAdapter(params[0].field_info.annotation)
 
         async def handle(request: Request) -> Response:
             body = await request.body()
             if not body or not is_json(request.headers.get("content-type", "")):
                 return await handler(request)  # the error is FastAPI's
             if len(body) <= SMALL_BODY:
-                value = _validated(model, body)
+                value = _validated(adapter, body)
             else:
-                value = await asyncio.to_thread(_validated, model, body)
+                value = await asyncio.to_thread(_validated, adapter, body)
             return await handler(_ReadRequest(request.scope, request.receive, body, value))
 
         return handle
@@ -49,7 +49,7 @@ class BodyRoute(APIRoute):
 class _ReadRequest(Request):
     """A request whose body has been read. FastAPI takes the instance that json() returns as it is."""
 
-    def __init__(self, scope: Scope, receive: Receive, body: bytes, value: BaseModel) -> None:
+    def __init__(self, scope: Scope, receive: Receive, body: bytes, value: Any) -> None:
         super().__init__(scope, receive)
         self._body = body
         self._value = value
@@ -58,7 +58,7 @@ class _ReadRequest(Request):
         return self._value
 
 
-def _validated(model: type[BaseModel], body: bytes) -> BaseModel:
+def _validated(adapter: TypeAdapter[Any], body: bytes) -> Any:
     """The request in a body. Raises RequestValidationError for one that is not JSON, or not that of the endpoint."""
     try:
         content = json.loads(body)
@@ -69,7 +69,7 @@ def _validated(model: type[BaseModel], body: bytes) -> BaseModel:
         problem = {"type": "json_invalid", "loc": ("body", 0), "ctx": {"error": "it cannot be parsed"}}
         raise RequestValidationError([problem]) from None
     try:
-        return model.model_validate(content)
+        return adapter.validate_python(content)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_input=False)
         raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in problems]) from None

@@ -24,9 +24,9 @@ LOCAL_ORIGIN = re.compile(
     r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?|(app|tauri|vscode-webview|vscode-file)://[\w.-]+", re.ASCII
 )
 PUBLIC_PATHS = ("/", "/health", "/ready")  # need no API key; neither do the files under /page/
-# json.loads holds the interpreter's lock to its end, and all streams wait: under 100 ms at both limits. No text of 16 MiB
-# fits into a context of 131,072 tokens, the longest of which has 128 bytes. A prompt has at most 131,072 token ids, and
-# 10,000 messages have about 80,000 values.
+# json.loads holds the interpreter's lock to its end, and all streams wait: under 100 ms at both limits. No text of 16
+# MiB fits into a context of 131,072 tokens, the longest of which has 128 bytes. A prompt has at most 131,072 token ids,
+# and 10,000 messages have about 80,000 values.
 MAX_BODY_BYTES = 16 << 20
 MAX_JSON_VALUES = 250_000  # in one body, counted by commas and opening brackets, also those in texts
 MAX_BUFFERED_BODIES = 8  # limit on the total size of bodies being received, in units of max_body_bytes

@@ -17,7 +17,7 @@ from ..tokenizer import Tokenizer
 from .body import BodyRoute
 from .disconnect import on_thread
 from .errors import JsonResponse, dump_json, invalid_field
-from .fields import MAX_MESSAGES, MAX_TOOLS, RequestModel, Text, TokenIds, check_schema, effort_of
+from .fields import MAX_MESSAGES, Name, RequestModel, TokenIds, Tools, effort_of
 from .ignored import ignore
 from .openai.chat_completions import MESSAGES_SCHEMA
 from .service import ServiceDep
@@ -29,7 +29,7 @@ router: APIRouter = APIRouter(route_class=BodyRoute)
 class TokenizeRequest(RequestModel):
     """with_pieces: return the text of each token. parse_special: recognize special tokens, as by default."""
 
-    content: Text = ""
+    content: str = ""
     with_pieces: bool | None = None
     parse_special: bool | None = None
 
@@ -40,12 +40,15 @@ class DetokenizeRequest(RequestModel):
 
 class TemplateRequest(RequestModel):
     messages: Annotated[list[Any], WithJsonSchema(MESSAGES_SCHEMA)] = Field(max_length=MAX_MESSAGES)
-    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
-    reasoning_effort: str | None = None
+    tools: Tools | None = None
+    reasoning_effort: Name | None = None
 
     @property
     def effort(self) -> Effort:
         return effort_of(self.reasoning_effort, "reasoning_effort") or "medium"
+
+    def ignored_fields(self) -> set[str]:
+        return super().ignored_fields() | unknown_fields(self.messages)
 
 
 @router.get("/props")
@@ -102,7 +105,7 @@ async def detokenize(body: DetokenizeRequest, request: Request, service: Service
 @router.post("/apply-template")
 async def apply_template(body: TemplateRequest, request: Request, service: ServiceDep) -> Response:
     """The prompt that a chat request would give to the model, as text. /v1/completions can continue it."""
-    ignore(request, body.ignored_fields() | unknown_fields(body.messages))
+    ignore(request, await on_thread(request, body.ignored_fields))
     return await on_thread(request, _prompt_response, body, service.model)
 
 
@@ -123,8 +126,6 @@ def _text_response(ids: list[int], model: Model) -> Response:
 
 
 def _prompt_response(body: TemplateRequest, model: Model) -> Response:
-    for index, tool in enumerate(body.tools or ()):
-        check_schema(tool, f"tools[{index}]")
     conversation = as_conversation(body.messages, reasoning=body.effort, tools=check_tools(body.tools or ()))
     ids = render(conversation, model.tokenizer, model.max_context)
     return JsonResponse({"prompt": model.tokenizer.decode(ids, specials=True)})

@@ -2,9 +2,9 @@
 
 For each body the largest that the limits allow is sent, while two other processes ask for /health without a pause and
 read a stream. The table has the status, the seconds that the request took, and the longest gaps in milliseconds:
-between two answers of /health, and between two events of the stream. Each body is sent --tries times, and the smallest of
-its longest gaps counts: what the body causes comes every time, what other programs cause does not. The first row, where
-nothing is sent, is what the machine itself adds.
+between two answers of /health, and between two events of the stream. Each body is sent --tries times, and the smallest
+of its longest gaps counts: what the body causes comes every time, what other programs cause does not. The first row,
+where nothing is sent, is what the machine itself adds.
 
 --limit SECONDS ends a request by closing its connection. --only WORD selects bodies by their name. --body-mb N and
 --values N size the bodies for a server with other limits.
@@ -13,6 +13,7 @@ nothing is sent, is what the machine itself adds.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
 import multiprocessing
@@ -238,10 +239,8 @@ def send(port: int, path: str, body: bytes, limit: float) -> tuple[str, float]:
 
 
 def _send_all(connection: socket.socket, data: bytes) -> None:
-    try:
+    with contextlib.suppress(OSError):  # the server answered before the end, or the limit is over
         connection.sendall(data)
-    except OSError:  # the server answered before the end, or the limit is over
-        pass
 
 
 @contextmanager

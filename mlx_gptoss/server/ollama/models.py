@@ -8,10 +8,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from ..body import BodyRoute
 from ..about import file_format, parameter_count, parameter_size, quantization
+from ..body import BodyRoute
 from ..errors import ApiError, JsonResponse
-from ..fields import RequestModel
+from ..fields import Name, RequestModel
 from ..ignored import ignore
 from ..service import Service, ServiceDep
 from .errors import ERROR_RESPONSES
@@ -47,8 +47,8 @@ router: APIRouter = APIRouter(route_class=BodyRoute, responses=ERROR_RESPONSES)
 class ModelRequest(RequestModel):
     """The name of a model. `name` is the older spelling of `model`."""
 
-    model: str | None = None
-    name: str | None = None
+    model: Name | None = None
+    name: Name | None = None
 
 
 class PullRequest(ModelRequest):

@@ -14,7 +14,7 @@ from ...chat.reply import Finished, ReasoningDelta, TextDelta
 from ...harmony.messages import Message
 from ...harmony.render import instructions_text
 from ..body import BodyRoute
-from ..disconnect import cancel_on_disconnect
+from ..disconnect import cancel_on_disconnect, on_thread
 from ..errors import JsonResponse
 from ..event_queue import EventQueue
 from ..ignored import ignore
@@ -41,7 +41,7 @@ async def compact(body: ContextRequest, request: Request, service: ServiceDep) -
 
     The summary leaves out the oldest turns if the context cannot hold them.
     """
-    context = read_context(body, service)
+    context = await on_thread(request, read_context, body, service)
     ignore(request, context.ignored)
     limit = min(MAX_SUMMARY_TOKENS, service.model.max_context // 4)
     ask = Message("developer", instructions_text(PROMPT))  # not the user's, so that a cut keeps the turn before it

@@ -12,7 +12,7 @@ from ..errors import ApiError, JsonResponse, invalid_field
 from ..fields import MAX_INT64
 from ..service import Service, ServiceDep
 from ..sse import STREAMING_RESPONSES, EventStream
-from .pages import PageQuery, list_object
+from .pages import PageQuery, list_response
 from .running import EventLog
 from .store import StoredResponse
 
@@ -62,7 +62,7 @@ async def input_items(
     page: PageQuery,
 ) -> Response:
     """List the input items of a stored response, one page at a time."""
-    return JsonResponse(list_object(_stored(service, id).input, page))
+    return list_response(_stored(service, id).input, page)
 
 
 def _event_log(service: Service, id: str) -> EventLog:
