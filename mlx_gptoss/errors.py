@@ -23,6 +23,10 @@ class InvalidRequest(GptOssError):
     """A request that cannot be honoured: an empty prompt, a prompt longer than the context, a bad option."""
 
 
+class PromptTooLong(InvalidRequest):
+    """A prompt longer than the context."""
+
+
 class Cancelled(GptOssError):
     """Work whose result nobody waits for any more, ended early (cancel.py)."""
 

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from .cancel import check_cancelled
-from .errors import CheckpointError, InvalidRequest
+from .errors import CheckpointError, PromptTooLong
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as BPE
@@ -121,7 +121,7 @@ class Tokenizer:
     def encode_within(self, limit: int, text: str, *, specials: bool = False) -> list[int]:
         """encode(), or with `specials` encode_with_specials(), of a prompt that may have `limit` tokens.
 
-        Raises InvalidRequest for a longer one as soon as it is known to be longer, most often by its length alone.
+        Raises PromptTooLong for a longer one as soon as it is known to be longer, most often by its length alone.
         """
         ids: list[int] = []
         self.check_length(limit, len(text))
@@ -131,9 +131,9 @@ class Tokenizer:
         return ids
 
     def check_length(self, limit: int, characters: int, ids: int = 0) -> None:
-        """Raise InvalidRequest if `ids` tokens and those of a text of `characters` must be more than `limit`."""
+        """Raise PromptTooLong if `ids` tokens and those of a text of `characters` must be more than `limit`."""
         if ids + characters // self.longest_token > limit:
-            raise InvalidRequest(
+            raise PromptTooLong(
                 f"the prompt has more than {limit} tokens, all that the context holds; shorten the prompt or load the "
                 "model with a larger max_context"
             )

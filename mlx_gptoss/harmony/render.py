@@ -26,7 +26,7 @@ def render(conversation: Conversation, tokenizer: Tokenizer, max_context: int | 
 
     After a prefill (prefill_ids), it continues with the text of its answer.
     max_context: number of tokens that the context holds. A longer prompt is refused as soon as it is known to be one.
-    Raises InvalidRequest for that, for a tool message without a name and for an unknown built-in tool.
+    Raises PromptTooLong for that, and InvalidRequest for a tool message without a name or an unknown built-in tool.
     """
     limit = sys.maxsize if max_context is None else max_context
     ids: list[int] = []

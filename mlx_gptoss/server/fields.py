@@ -30,6 +30,7 @@ MAX_SCHEMA_VALUES = 10_000  # in one JSON schema
 MAX_SCHEMA_DEPTH = 64
 MAX_SCHEMA_CHARACTERS = 2 << 20  # in one JSON schema, and in all tools together: more than the context holds
 MAX_NAME_CHARACTERS = 1024
+MAX_FIELDS = 1000  # of one object
 MAX_PARTS = 10_000  # of one message
 MAX_TOKEN_IDS = 1 << 17  # the longest context
 MAX_INT64 = 2**63 - 1
@@ -70,7 +71,11 @@ class RequestModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, fields: Any) -> Any:
-        return {name: value for name, value in fields.items() if value is not None} if type(fields) is dict else fields
+        if type(fields) is not dict:
+            return fields
+        if len(fields) > MAX_FIELDS:
+            raise PydanticCustomError("too_many_fields", f"has more than {MAX_FIELDS} fields")
+        return {name: value for name, value in fields.items() if value is not None}
 
     def ignored_fields(self) -> set[str]:
         """The paths of the fields that have no effect, such as "stream_options.include_obfuscation"."""

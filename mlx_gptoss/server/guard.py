@@ -122,29 +122,32 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        body = bytearray()
+        pieces: list[bytes] = []
         try:
             self.gate.check(scope)
-            complete = await self._read(receive, body)
+            complete = await self._read(receive, pieces)
         except ApiError as error:
             await error_response(error, scope)(scope, receive, send)
             return
         finally:
-            self.gate.buffered_bytes -= len(body)
+            self.gate.buffered_bytes -= sum(map(len, pieces))
         if complete:
-            await self.app(scope, _replay_body(bytes(body), receive), send)
+            body = b"".join(pieces)
+            pieces.clear()
+            await self.app(scope, _replay_body(body, receive), send)
 
-    async def _read(self, receive: Receive, body: bytearray) -> bool:
-        """Append the request's body to `body`. Returns False if the client disconnected before its end."""
-        more, values = True, 0
+    async def _read(self, receive: Receive, pieces: list[bytes]) -> bool:
+        """Append the request's body to `pieces`. Returns False if the client disconnected before its end."""
+        more, size, values = True, 0, 0
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return False
             piece = message.get("body", b"")
-            body += piece
+            pieces.append(piece)
+            size += len(piece)
             self.gate.buffered_bytes += len(piece)
-            if len(body) > self.gate.max_body_bytes:
+            if size > self.gate.max_body_bytes:
                 raise self.gate.too_large()
             if self.gate.buffered_bytes > MAX_BUFFERED_BODIES * self.gate.max_body_bytes:
                 raise ApiError(

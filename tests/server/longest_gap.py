@@ -134,7 +134,7 @@ def structures(size: int, values: int) -> Iterator[Body]:
         RESPONSES: lambda content: {"input": user(content)},
         MESSAGES: lambda content: {"messages": user(content), "max_tokens": 1},
     }.items():
-        yield f"text parts: {path}", path, lambda w=wrap: encoded(w([{"type": "text", "text": "a"}] * parts))
+        yield f"text parts: {path}", path, lambda w=wrap: encoded(w([{"type": "text", "text": ""}] * parts))
         yield f"image parts: {path}", path, lambda w=wrap: encoded(w([{"type": "image", "a": "a"}] * parts))
     names = ",".join(f'"k{index}":0' for index in range(many))
     yield "names: chat", CHAT, lambda: f'{{{names},"messages":[{{"role":"user","content":"Hi"}}]}}'.encode()
@@ -144,12 +144,14 @@ def structures(size: int, values: int) -> Iterator[Body]:
     for depth in (500, 50_000):
         yield f"depth {depth}", CHAT, lambda d=depth: b'{"messages":' + b"[" * d + b"]" * d + b"}"
         yield f"depth {depth} of objects", CHAT, lambda d=depth: b'{"x":' * d + b"0" + b"}" * d
-    for count in (100_000, 10_000, 1000):
-        messages = [*user("Hi"), {"role": "assistant", "content": "Hi"}] * (min(count, many // 3) // 2)
+    hello = "Hello there, how are you today? " * 4  # more tokens than the context holds, or a long prefill would follow
+    for count in (100_000, 10_000):
+        messages = [*user(hello), {"role": "assistant", "content": hello}] * (min(count, many // 3) // 2)
         for path in (CHAT, MESSAGES, RESPONSES, COUNT, INPUT_TOKENS, "/api/chat", "/apply-template"):
             field = "input" if path in (RESPONSES, INPUT_TOKENS) else "messages"
             body = {field: [*messages, *user("Hi")], "max_tokens": 1}
             yield f"{count} messages: {path}", path, lambda b=body: encoded(b)
+    long = text_of(1 << 20)  # too long for the context, but the tools are read first
     for count, properties in ((150, 30), (150, 300), (1024, 20), (16, 3000)):
         properties = min(properties, many // count // 3)
         schema = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(properties)}}
@@ -159,14 +161,14 @@ def structures(size: int, values: int) -> Iterator[Body]:
         named = [{"name": f["name"], "input_schema": schema} for f in functions]
         flat = [{"type": "function", **function} for function in functions]
         label = f"{count} tools of {properties}"
-        yield f"{label}: chat", CHAT, lambda t=loose: encoded({"messages": user("Hi"), "tools": t, "max_tokens": 1})
+        yield f"{label}: chat", CHAT, lambda t=loose: encoded({"messages": user(long), "tools": t, "max_tokens": 1})
         yield (
             f"{label}, strict: chat",
             CHAT,
-            lambda t=strict: encoded({"messages": user("Hi"), "tools": t, "max_tokens": 1}),
+            lambda t=strict: encoded({"messages": user(long), "tools": t, "max_tokens": 1}),
         )
-        yield f"{label}: responses", RESPONSES, lambda t=flat: encoded({"input": "Hi", "tools": t})
-        yield f"{label}: messages", MESSAGES, lambda t=named: encoded({"messages": user("Hi"), "tools": t})
+        yield f"{label}: responses", RESPONSES, lambda t=flat: encoded({"input": long, "tools": t})
+        yield f"{label}: messages", MESSAGES, lambda t=named: encoded({"messages": user(long), "tools": t})
     for where, make in {
         "description": lambda text: {"name": "f", "description": text},
         "default": lambda text: {"name": "f", "parameters": {"type": "object", "default": text}},
