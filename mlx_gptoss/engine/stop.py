@@ -34,7 +34,7 @@ class StopStrings:
         pending = self._held + text
         for end, char in enumerate(text, start=len(self._held) + 1):
             for search in self._searches:
-                if search.step(char):
+                if (search.length or char == search.first) and search.step(char):
                     self.matched, self._held = search.stop, ""
                     return pending[: end - len(search.stop)], True
         cut = len(pending) - max((search.length for search in self._searches), default=0)
@@ -56,9 +56,10 @@ class _Search:
         if not stop:
             raise InvalidRequest("a stop string must not be empty")
         self.stop = stop
+        self.first = stop[0]
         self.length = 0
         # For each prefix, the length of the longest shorter prefix that it ends with.
-        self._shorter = array("H" if len(stop) < 1 << 16 else "L", [0])
+        self._shorter = array("H" if len(stop) < 1 << 16 else "I", [0])
         for char in stop[1:]:
             self.step(char)
             self._shorter.append(self.length)

@@ -13,7 +13,7 @@ from .conversation_items import ConversationItems
 MAX_RESPONSES = 1000
 MAX_CONVERSATIONS = 1000
 MAX_BYTES = 256 << 20  # of each of the two
-MAX_CONVERSATION_BYTES = 32 << 20  # a longer conversation is not continued: each request reads all of it
+MAX_CONVERSATION_BYTES = 16 << 20  # a longer conversation is not continued: each request reads all of it
 MAX_CONVERSATION_ITEMS = 10_000
 
 
