@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
@@ -124,7 +125,10 @@ def serve(
                 click.secho(warning, fg="red", err=True)
             names = ", ".join(named.model.name for named in models)
             click.echo(_greeting(names, host, listener.getsockname()[1], api_key is not None), err=True)
-            run.Server(Service(models, gate, strict_model, pool, hosted)).serve_on(listener)
+            served = Service(models, gate, strict_model, pool, hosted)
+            gc.collect()
+            gc.freeze()  # a collection of all that was loaded takes 50 ms, and every stream would wait for it
+            run.Server(served).serve_on(listener)
 
 
 @contextmanager

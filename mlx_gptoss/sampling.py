@@ -11,6 +11,8 @@ from .errors import InvalidRequest
 from .options.declare import Flag, documented, option
 
 MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1024  # of one stop string
 
 
 @documented
@@ -42,7 +44,9 @@ class Sampling:
     seed: int | None = option(
         None, "The same seed gives the same text, whatever runs at the same time. Default: a new one.", Flag("S")
     )
-    stop: tuple[str, ...] = option((), "Strings that end the text and are not part of it.")
+    stop: tuple[str, ...] = option(
+        (), "Up to 16 strings of at most 1024 characters that end the text and are not part of it."
+    )
     logprobs: int = option(0, "Report this many likeliest alternatives per token, 0 to 20.")
 
     def __post_init__(self) -> None:
@@ -104,5 +108,11 @@ def _integer(name: str, value: object, low: int, high: int | None = None) -> Non
 def _strings(name: str, value: object) -> tuple[str, ...]:
     values = (value,) if isinstance(value, str) else value
     if not isinstance(values, (tuple, list)) or not all(isinstance(v, str) and v for v in values):
-        raise InvalidRequest(f"{name} must be a string or a list of non-empty strings, not {value!r}")
+        raise InvalidRequest(f"{name} must be a string or a list of non-empty strings, not {value!r:.200}")
+    if len(values) > MAX_STOPS:
+        raise InvalidRequest(f"{name} has {len(values)} strings, more than {MAX_STOPS}; give fewer")
+    if (longest := max(map(len, values), default=0)) > MAX_STOP_CHARACTERS:
+        raise InvalidRequest(
+            f"{name} has a string of {longest} characters, more than {MAX_STOP_CHARACTERS}; shorten it"
+        )
     return tuple(values)

@@ -11,17 +11,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEVEL_0 = {"config", "errors", "sampling", "tokenizer", "machine"}
+LEVEL_0 = {"cancel", "config", "errors", "sampling", "tokenizer", "machine"}
 SEAM = {"backends.base", "backends.rope"}
 BACKEND = LEVEL_0 | SEAM | {"weights.tensor", "weights.codecs", "weights.split"}
 MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it may import, besides its own package
     # 0: the shared vocabulary
     "errors": set(),
     "machine": set(),
+    "cancel": {"errors"},
     "config": {"errors"},
     "options.declare": set(),
     "sampling": {"errors", "options.declare"},
-    "tokenizer": {"errors"},
+    "tokenizer": {"cancel", "errors"},
     "nano": set(),
     # 1
     "options": {"harmony.messages", "sampling"},

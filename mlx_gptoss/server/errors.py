@@ -125,6 +125,8 @@ def from_validation(error: RequestValidationError) -> ApiError:
     param = _field_path(path)
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{param} is not supported: leave it out", param=param, code="unknown_parameter")
+    if first["type"] in ("schema_too_large", "too_many_fields"):  # fields.py's
+        return ApiError(400, f"{param or 'the body'} {first['msg']}", param=param or None, code=first["type"])
     if first["type"] == "missing" and not path:
         return ApiError(400, "the body is empty: send a JSON object with Content-Type: application/json")
     if first["type"] == "missing":

@@ -11,12 +11,13 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, TimeoutError
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, Literal, TypeVar
 
+from ...cancel import check_cancelled
 from ...chat.reply import Event, Finished
 from ...chat.stream import Events
 from ...errors import ModelUnavailable
@@ -25,6 +26,7 @@ from ...loading.plan import LoadRequest
 from .messages import Arrived, Cancel, Failed, FromModel, FromServer, Load, Loaded, Planned, Proceed, Start, Started
 
 WORKER = "mlx_gptoss.server.models.worker"
+CHECK_S = 0.05  # between two looks at whether anybody waits for a reply that starts
 CLOSE_TIMEOUT_S = 10.0  # for the step in progress and for writing the prompt cache
 
 Answer = TypeVar("Answer", Planned, Loaded)
@@ -94,9 +96,9 @@ class ModelProcess:
             self._starting[id], self._replies[id] = started, events
         try:
             self._send(Start(id, kind, prompt, options))
-            events.started(started.result())
+            events.started(_result(started))
         except BaseException:
-            self.forget(id)
+            self.cancel(id)
             raise
         return events
 
@@ -267,6 +269,14 @@ class RemoteEvents(Events):
         if isinstance(item[-1], Finished):
             self._closed = True
         return item
+
+
+def _result(started: Future[int]) -> int:
+    """What the process answers. Raises Cancelled if nobody waits for it any more."""
+    while True:
+        check_cancelled()
+        with suppress(TimeoutError):
+            return started.result(CHECK_S)
 
 
 def _exit_reason(status: int | None) -> str:

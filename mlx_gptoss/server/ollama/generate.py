@@ -6,17 +6,21 @@ from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
+from pydantic import Field
 from starlette.responses import Response
 
 from ...chat.stream import Events
+from ..body import BodyRoute
+from ..disconnect import on_thread
 from ..errors import invalid_field
+from ..fields import MAX_PARTS
 from ..service import Service, ServiceDep
 from .errors import ERROR_RESPONSES
 from .fields import GenerationFields
 from .ndjson import STREAMING_RESPONSES
 from .reply import Piece, Reply
 
-router: APIRouter = APIRouter(responses=ERROR_RESPONSES)
+router: APIRouter = APIRouter(route_class=BodyRoute, responses=ERROR_RESPONSES)
 
 
 class GenerateRequest(GenerationFields):
@@ -28,7 +32,7 @@ class GenerateRequest(GenerationFields):
     prompt: str | None = None
     system: str | None = None
     raw: bool | None = None
-    images: list[Any] | None = None
+    images: list[Any] | None = Field(None, max_length=MAX_PARTS)
 
     def check(self) -> None:
         super().check()
@@ -45,7 +49,7 @@ async def generate(body: GenerateRequest, request: Request, service: ServiceDep)
     """Answer a prompt."""
     service = await service.select(body.model)
     body.check()
-    reply = Reply(body, service, _response)
+    reply = await on_thread(request, Reply, body, service, _response)
     if not body.prompt:
         return await reply.idle_response(request)
     start = _continue_raw if body.raw else _answer
@@ -66,7 +70,7 @@ def _answer(prompt: str, body: GenerateRequest, service: Service) -> Events:
 def _continue_raw(prompt: str, body: GenerateRequest, service: Service) -> Events:
     """Tokenize and submit the prompt; special tokens in it are recognized. Runs on a worker thread."""
     model = service.model
-    ids = model.tokenizer.encode_with_specials(prompt)
+    ids = model.tokenizer.encode_within(model.max_context, prompt, specials=True)
     return model.stream_raw(ids, sampling=body.sampling(model.default_sampling), max_tokens=body.max_tokens)
 
 
