@@ -46,8 +46,8 @@ _NO_PARAMETERS = {"type": "object", "additionalProperties": False}
 class Vocabulary:
     """The tokens of a tokenizer, as bit masks (see backends.base.Row) and as llguidance's TokenizerWrapper takes them.
 
-    The attributes that end in `_token_id`, `tokens`, `special_token_ids` and `__call__` are read by llguidance. It holds
-    the Vocabulary where Python's garbage collector cannot see it, so a Vocabulary does not hold its tokenizer.
+    The attributes that end in `_token_id`, `tokens`, `special_token_ids` and `__call__` are read by llguidance. It
+    holds the Vocabulary out of the garbage collector's sight, so a Vocabulary does not hold its tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -162,7 +162,9 @@ def _text_grammar(tokenizer: Tokenizer, syntax: Syntax, definition: str, where: 
     from llguidance import LLMatcher
 
     of = LLMatcher.grammar_from_lark if syntax == "lark" else LLMatcher.grammar_from_regex
-    return Grammar(_initial_matcher(tokenizer, of(definition), where, MAX_TEXT_ITEMS), vocabulary(tokenizer), json=False)
+    return Grammar(
+        _initial_matcher(tokenizer, of(definition), where, MAX_TEXT_ITEMS), vocabulary(tokenizer), json=False
+    )
 
 
 @cached(CACHED_GRAMMARS)
