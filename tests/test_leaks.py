@@ -60,3 +60,52 @@ def test_nothing_is_left_of_a_closed_model(backend_module, backend, how):
 def test_memory_is_flat(backend_module, backend, how):
     backend_module(backend)
     run(str(HERE / "leaks.py"), "400", "--backend", backend, f"--{how}")
+
+
+FORK = """
+import os, signal, sys
+import mlx_gptoss
+
+def load():
+    return mlx_gptoss.load(None, backend=sys.argv[1], device="cpu", max_context=256)
+
+def attempt(name, use):
+    try:
+        print(name, use(), flush=True)
+    except mlx_gptoss.GptOssError as error:
+        print(name, "raised", error, flush=True)
+
+model = load()
+stream, raw = model.stream("Hi", max_tokens=200), model.stream_raw([1], max_tokens=200)
+if os.fork() == 0:
+    signal.alarm(60)  # what waits for the parent's threads never ends
+    attempt("generate", lambda: model.generate("Hi"))
+    attempt("stream", lambda: model.stream("Hi"))
+    attempt("complete", lambda: model.complete([1], max_tokens=1))
+    attempt("logits", lambda: model.logits([1]))
+    attempt("status", lambda: model.status)
+    attempt("peak_memory", lambda: model.peak_memory())
+    attempt("next", lambda: next(stream))
+    attempt("ready", lambda: raw.ready())
+    attempt("close stream", lambda: stream.close())
+    attempt("close", lambda: model.close())
+    attempt("close again", lambda: model.close())
+    if sys.argv[1] == "mlx":
+        attempt("load", load)
+    sys.exit()
+_, status = os.wait()
+print("child", status)
+print("parent", len(model.generate("Hi", max_tokens=2).ids))
+model.close()
+"""
+
+
+@pytest.mark.parametrize("backend", ["mlx", "cuda"])
+def test_use_after_fork_raises_at_once(backend_module, backend):
+    backend_module(backend)
+    said = run("-c", FORK, backend).splitlines()
+    refused = [line.partition(" raised ")[0] for line in said if "was forked" in line]
+    uses = ["generate", "stream", "complete", "logits", "status", "peak_memory", "next", "ready"]
+    assert refused == uses + ["load"] * (backend == "mlx"), said
+    rest = [line for line in said if "was forked" not in line]
+    assert rest == ["close stream None", "close None", "close again None", "child 0", "parent 2"]

@@ -12,7 +12,10 @@ from contextlib import suppress
 
 import mlx.core as mx
 
+from ...errors import BackendUnavailable
+
 _free: list[mx.Stream] = []  # several engine threads use it; append, extend and pop are atomic
+_process: int | None = None  # the process that loaded the first model
 
 
 class CpuStreams:
@@ -46,4 +49,14 @@ class CpuStreams:
         self._taken = []
 
 
-os.register_at_fork(after_in_child=_free.clear)  # their threads do not exist there
+def check_process() -> None:
+    """Raise BackendUnavailable in a forked process if its parent has loaded a model: MLX waits for all streams that
+    there ever were, and their threads do not exist there."""
+    global _process
+    if _process is None:
+        _process = os.getpid()
+    elif _process != os.getpid():
+        raise BackendUnavailable(
+            "MLX has computed before this process was forked, and cannot compute in it; start processes with "
+            "multiprocessing's 'spawn'"
+        )
