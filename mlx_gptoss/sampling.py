@@ -11,6 +11,7 @@ from .options.check import integer, kind, number
 from .options.declare import Flag, documented, option
 
 MAX_LOGPROBS = 20
+MAX_ID = 2**31 - 1  # of any vocabulary; the engine checks ids against the model's own
 
 
 @documented
@@ -59,7 +60,7 @@ class Sampling:
         object.__setattr__(self, "stop", _strings("stop", self.stop))
         kind("logit_bias", self.logit_bias, (Mapping, type(None)), "a mapping of token ids to numbers, or None")
         for token, bias in (self.logit_bias or {}).items():
-            integer("logit_bias token id", token, 0)
+            integer("logit_bias token id", token, 0, MAX_ID)
             number(f"logit_bias[{token}]", bias, -100.0, 100.0)
 
     @property

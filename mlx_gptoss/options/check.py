@@ -36,6 +36,12 @@ def kind(name: str, value: object, kinds: type | tuple[type, ...], allowed: str)
         raise InvalidRequest(f"{name} must be {allowed}, not {shown(value)}")
 
 
+def name_or_none(name: str, value: object) -> None:
+    """Raise InvalidRequest unless the value is None or a string that is not empty."""
+    if value is not None and (not isinstance(value, str) or not value):
+        raise InvalidRequest(f"{name} must be a name or None, not {shown(value)}")
+
+
 def one_of(name: str, value: object, choices: tuple[str | int, ...]) -> None:
     """Raise InvalidRequest unless the value is one of the choices, of the same type."""
     if not any(type(value) is type(choice) and value == choice for choice in choices):

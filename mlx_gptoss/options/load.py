@@ -80,11 +80,11 @@ class LoadOptions:
         up."""
         check.kind("backend", self.backend, str, "a string")
         for name in ("device", "dtype", "quantize"):
-            check.kind(name, getattr(self, name), (str, type(None)), "a string or None")
+            check.name_or_none(name, getattr(self, name))
         check.integer("slots", self.slots, 1, MAX_SLOTS)
-        for name, low in (("max_context", 1), ("max_waiting", 0), ("prefix_cache", 0)):
+        for name, low, high in (("max_context", 1, 2**31), ("max_waiting", 0, None), ("prefix_cache", 0, 2**48)):
             if getattr(self, name) is not None:
-                check.integer(name, getattr(self, name), low)
+                check.integer(name, getattr(self, name), low, high)
         if self.kv_bits is not None:
             check.one_of("kv_bits", self.kv_bits, (8,))
         check.kind("speculate", self.speculate, bool, "True or False")
