@@ -141,9 +141,11 @@ def _is_id(value: Any) -> bool:
 
 
 def _is_merge(merge: Any) -> bool:
-    if isinstance(merge, str):
-        return len(merge) <= 2 * MAX_CHARACTERS
-    return isinstance(merge, list) and len(merge) == 2 and isinstance(merge[0], str) and isinstance(merge[1], str)
+    """Whether it is a pair of tokens, in a list or with a space between them."""
+    parts = [merge] if isinstance(merge, str) else merge
+    if not isinstance(parts, list) or len(parts) != (1 if isinstance(merge, str) else 2):
+        return False
+    return all(isinstance(part, str) and len(part) <= 2 * MAX_CHARACTERS for part in parts)
 
 
 def _check_added(content: Mapping[str, Any]) -> int:
