@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar, cast
 from weakref import WeakKeyDictionary, ref
 
 from ..tokenizer import Tokenizer
@@ -30,7 +30,8 @@ def cached(
         def call(tokenizer: Tokenizer, /, *key: Key.args, **named: Key.kwargs) -> Made:
             cache = caches.get(tokenizer)
             if cache is None:
-                cache = caches.setdefault(tokenizer, lru_cache(maxsize)(_weakly(function, tokenizer)))
+                new = cast("Callable[Key, Made]", lru_cache(maxsize)(_weakly(function, tokenizer)))
+                cache = caches.setdefault(tokenizer, new)
             return cache(*key, **named)
 
         call.__doc__ = function.__doc__

@@ -76,7 +76,7 @@ def timeout_protocol(timeouts: Timeouts) -> type[H11Protocol]:
             self._send_timer: asyncio.TimerHandle | None = None
 
         @property
-        def app(self) -> ASGIApp:  # type: ignore[override]
+        def app(self) -> ASGIApp:
             """What answers the next request."""
             limit = self.config.limit_concurrency
             is_full = limit is not None and (len(self.connections) > limit or len(self.tasks) >= limit)

@@ -79,7 +79,7 @@ def _check_parts(value: Any, where: str, key: str, check: Any) -> None:
     """Check nothing, one part, or a Sequence of at most four, which holds no further Sequence."""
     if value is None:
         return
-    parts = [value]
+    parts: Any = [value]
     if isinstance(value, dict) and value.get("type") == "Sequence":
         parts = value.get(key)
         _require(isinstance(parts, list) and len(parts) <= 4, f"has a {where} without a short list of parts")
@@ -133,7 +133,7 @@ def _check_model(model: Any) -> int:
         _require(_is_id(id), f"has the token id {id!r:.40}; ids go from 0 to {MAX_ID - 1}")
     _require(len(set(ids)) == len(ids), "has two tokens with one id")
     _require(isinstance(merges, list) and all(map(_is_merge, merges)), "has merges that are not pairs of tokens")
-    return max(ids) + 1
+    return 1 + int(max(ids))
 
 
 def _is_id(value: Any) -> bool:
