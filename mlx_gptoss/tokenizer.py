@@ -13,8 +13,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from .cancel import check_cancelled
 from .errors import CheckpointError, PromptTooLong
+from .untrusted import tokenizer_file
+from .untrusted.cancel import check_cancelled
+from .untrusted.json_file import read_file
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as BPE
@@ -49,8 +51,10 @@ class Tokenizer:
     vocab_size: one more than the largest id. The model's own vocabulary is often padded beyond it.
     """
 
-    def __init__(self, bpe: BPE) -> None:
+    def __init__(self, bpe: BPE, vocab_size: int = 0) -> None:
         """Takes ownership of `bpe` and makes it treat special tokens in text as plain text.
+
+        vocab_size: at least that of `bpe`, whose ids may have gaps.
 
         Raises CheckpointError if its decoder is not byte-level, because tokens are then not bytes.
         """
@@ -69,7 +73,8 @@ class Tokenizer:
         self._special_ids = frozenset(self.specials.values())
         longest_first = sorted(self.specials, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self.vocab_size: int = max([bpe.get_vocab_size(with_added_tokens=False), *(id + 1 for id in added)])
+        sizes = [vocab_size, bpe.get_vocab_size(with_added_tokens=False), *(id + 1 for id in added)]
+        self.vocab_size: int = max(sizes)
         tokens = bpe.get_vocab(with_added_tokens=False)
         self.longest_token: int = max(map(len, [*tokens, *self._added.values()]), default=1)
 
@@ -90,22 +95,24 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
         """Read one tokenizer.json, whatever its name. Raises CheckpointError if it cannot be read."""
-        try:
-            text = Path(path).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"cannot read the tokenizer {path} ({error}): download the file again") from error
-        return cls.from_text(text, str(path))
+        return cls.from_bytes(read_file(Path(path), tokenizer_file.MAX_BYTES), str(path))
 
     @classmethod
-    def from_text(cls, text: str, name: str) -> Tokenizer:
-        """Parse the content of a tokenizer.json; `name` is used in errors."""
+    def from_bytes(cls, data: bytes, name: str) -> Tokenizer:
+        """Parse the content of a tokenizer.json, which is not trusted; `name` is used in errors."""
         from tokenizers import Tokenizer as BPE
 
+        vocab_size = tokenizer_file.check(data, name)
         try:
-            bpe = BPE.from_str(text)
+            bpe = BPE.from_str(data.decode())
         except Exception as error:  # the library raises nothing more specific
-            raise CheckpointError(f"cannot read the tokenizer {name} ({error}): download the file again") from error
-        return cls(bpe)
+            raise CheckpointError(
+                f"cannot read the tokenizer {name} ({str(error)[:200]}): download the file again"
+            ) from error
+        bpe.no_truncation()
+        bpe.no_padding()
+        bpe.post_processor = None
+        return cls(bpe, vocab_size)
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text. Special tokens in it are encoded as text, so that nobody can inject one.

@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 from starlette.requests import Request
 from starlette.types import Receive
 
-from ..cancel import cancellable
+from ..untrusted.cancel import cancellable
 from .errors import ApiError
 
 P = ParamSpec("P")

@@ -15,10 +15,10 @@ import pytest
 from holds import holds
 
 from mlx_gptoss import tokenizer
-from mlx_gptoss.cancel import cancellable
 from mlx_gptoss.errors import Cancelled
 from mlx_gptoss.server import guard
 from mlx_gptoss.tokenizer import Tokenizer
+from mlx_gptoss.untrusted.cancel import cancellable
 
 HOLD_S = 0.1  # CPU time; the longest measured is a third of it
 SIZE = guard.MAX_BODY_BYTES - 1000

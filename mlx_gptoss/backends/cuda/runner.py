@@ -123,6 +123,7 @@ class CudaRunner:
 
     def close(self) -> None:
         self._model.ranks.leave()
+        self._model.lm_head.ops.close()
         del self._model, self._cache, self._last, self._decoder
         self._states.clear()
         if self._device.type == "cuda":

@@ -17,6 +17,7 @@ from ..base import Limits, Row, Sampled, Snapshot, working_space
 from .cache import Cache, SlotSnapshot, Span
 from .model import GptOss
 from .sample import SamplerOutput, SamplerState, sample_tokens
+from .streams import CpuStreams
 
 LOGITS_CHUNK = 256  # positions whose logits are on the device at once in logits()
 CLEAR_CACHE_STEPS = 512  # steps between emptying MLX's buffer cache, which otherwise grows with every new length
@@ -67,13 +68,17 @@ class MlxRunner:
     """The Runner of the mlx backend. `submit` builds a step's graph and starts it; only `Step.wait` and `logits` wait
     for the device."""
 
-    def __init__(self, model: GptOss, limits: Limits, device: mx.Device) -> None:
+    def __init__(
+        self, model: GptOss, limits: Limits, where: mx.Device | mx.Stream, streams: CpuStreams | None = None
+    ) -> None:
+        """where: the device or the stream that computes. streams: closed with the runner."""
         self.config: ModelConfig = model.config
         self.limits = limits
         self._model = model
         self._elementwise = model.elementwise
         self._vocabulary = min(limits.resident_vocab or model.config.vocab_size, model.config.vocab_size)
-        self._device = device
+        self._where = where
+        self._streams = streams
         self._cache = Cache(model.config, limits.slots, limits.max_context, model.dtype, limits.kv_bits, limits.drafts)
         self._last: dict[int, mx.array] = {}  # slot -> the token it sampled last, int32 [1]
         self._states: dict[int, SamplerState] = {}
@@ -83,7 +88,7 @@ class MlxRunner:
         self._previous_cache_limit = mx.set_cache_limit(cache_limit)
 
     def submit(self, rows: Sequence[Row]) -> Step:
-        with mx.stream(self._device):
+        with mx.stream(self._where):
             step = self.build(rows)
             mx.async_eval(step.last, step.arrays)  # type: ignore[no-untyped-call]
             self._steps += 1
@@ -112,11 +117,11 @@ class MlxRunner:
         self._states.pop(slot, None)
 
     def save(self, slot: int, start: int, end: int) -> SlotSnapshot:
-        with mx.stream(self._device):
+        with mx.stream(self._where):
             return self._cache.save(slot, start, end)
 
     def restore(self, slot: int, chain: Sequence[Snapshot]) -> None:
-        with mx.stream(self._device):
+        with mx.stream(self._where):
             self._cache.restore(slot, [saved for saved in chain if isinstance(saved, SlotSnapshot)])
             mx.async_eval(self._cache.arrays)  # type: ignore[no-untyped-call]
 
@@ -125,11 +130,11 @@ class MlxRunner:
         return b"".join(np.array(array.view(mx.uint8)).tobytes() for array in snapshot.arrays)
 
     def unpack(self, start: int, end: int, data: bytes) -> SlotSnapshot:
-        with mx.stream(self._device):
+        with mx.stream(self._where):
             return self._cache.unpack(start, end, data)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        with mx.stream(self._device):
+        with mx.stream(self._where):
             cache = Cache(self.config, 1, len(ids), self._model.dtype, self.limits.kv_bits)
             out = np.empty((len(ids), self.config.vocab_size), dtype=np.float32)
             step = min(self.limits.chunk, LOGITS_CHUNK)
@@ -146,6 +151,8 @@ class MlxRunner:
         del self._model, self._cache
         self._last.clear()
         self._states.clear()
+        if self._streams is not None:
+            self._streams.close()
         mx.clear_cache()
         mx.set_cache_limit(self._previous_cache_limit)
 

@@ -17,12 +17,12 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, Literal, TypeVar
 
-from ...cancel import check_cancelled
 from ...chat.reply import Event, Finished
 from ...chat.stream import Events
 from ...errors import ModelUnavailable
 from ...loading.memory import MemoryPlan
 from ...loading.plan import LoadRequest
+from ...untrusted.cancel import check_cancelled
 from .messages import Arrived, Cancel, Failed, FromModel, FromServer, Load, Loaded, Planned, Proceed, Start, Started
 
 WORKER = "mlx_gptoss.server.models.worker"

@@ -15,13 +15,13 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 
 from ...api import load_request
-from ...cancel import cancellable
 from ...chat.reply import Event, Finished
 from ...chat.stream import Events
 from ...errors import GptOssError
 from ...harmony import grammar
 from ...loading.plan import open_source, plan_load
 from ...model import Model
+from ...untrusted.cancel import cancellable
 from .messages import Arrived, Cancel, Failed, FromModel, FromServer, Load, Loaded, Planned, Proceed, Start, Started
 
 STARTING_THREADS = 8  # render and tokenize prompts side by side

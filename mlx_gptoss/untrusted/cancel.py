@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from .errors import Cancelled
+from ..errors import Cancelled
 
 _flag: ContextVar[threading.Event | None] = ContextVar("cancel_flag", default=None)
 
