@@ -5,7 +5,8 @@ processes may use a folder at the same time. Each one looks regularly for what t
 together they keep to the size limit and share what is in it.
 
 A file that is truncated, changed, foreign or cannot be read is a cache miss. No error of the disk reaches the engine,
-and the engine never waits for a write: a background thread writes and removes. Errors are logged, one a minute.
+and the engine never waits for a write, and READ_TIMEOUT_S at most for a read: a background thread writes and removes,
+another one reads. Errors are logged, one a minute.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -34,6 +38,7 @@ RESCAN_S = 30.0  # and at a write after this time
 STALE_S = 3600.0  # an older temporary file, or one whose previous chunk is missing, has been abandoned
 PAUSE_S = 60.0  # how long nothing is written after the disk was full or failed
 WARN_INTERVAL_S = 60.0
+READ_TIMEOUT_S = 2.0  # a disk may have to spin up, and a network's may be gone; computing the prompt is faster then
 CLOSE_TIMEOUT_S = 30.0  # how long close() waits for a disk that does not answer
 
 # Errors of the machine's state rather than of the folder that the user chose.
@@ -79,6 +84,7 @@ class PrefixFiles:
         self._written_bytes = 0  # since the last rescan
         self._scanned_at = monotonic()
         self._writer: Thread | None = None
+        self._reader = _Reader()
 
     def _require_writable(self, folder: Path) -> None:
         try:
@@ -138,10 +144,10 @@ class PrefixFiles:
         if (data := self._unwritten.get(stored.name)) is not None:
             return data
         try:
-            return span_file.read_snapshot(self._folder, stored)
+            return self._reader.read(self._folder, stored)
         except FileNotFoundError:
             raise Damaged("has been removed") from None
-        except (OSError, MemoryError) as error:
+        except (OSError, MemoryError, RuntimeError) as error:
             self._warn(f"a file of the prompt cache cannot be read, so its prompt is computed again: {_reason(error)}")
             return None
 
@@ -167,6 +173,7 @@ class PrefixFiles:
 
     def close(self) -> None:
         """Wait until everything queued has been written, CLOSE_TIMEOUT_S at most."""
+        self._reader.close()
         if self._writer is not None:
             self._jobs.put(None)
             self._writer.join(CLOSE_TIMEOUT_S)
@@ -297,6 +304,44 @@ class PrefixFiles:
 
     def _warn(self, text: str) -> None:
         self._warnings.log(text)
+
+
+class _Reader:
+    """Reads files on a thread, which a disk that does not answer may keep."""
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[tuple[Path, StoredSpan, Future[bytes]] | None] = SimpleQueue()
+        self._last: Future[bytes] | None = None
+        self._thread: Thread | None = None
+
+    def read(self, folder: Path, stored: StoredSpan) -> bytes:
+        """As span_file.read_snapshot. Raises TimeoutError after READ_TIMEOUT_S, and at once while an earlier read has
+        not ended; RuntimeError if there can be no more threads."""
+        if self._thread is None:
+            thread = Thread(target=self._run, name="mlx-gptoss prompt cache reader", daemon=True)
+            thread.start()
+            self._thread = thread
+        if self._last is None or self._last.done():
+            self._last = Future()
+            self._jobs.put((folder, stored, self._last))
+            with suppress(FutureTimeoutError):
+                data = self._last.result(READ_TIMEOUT_S)
+                self._last = None  # it holds the data
+                return data
+        raise TimeoutError(f"the disk has not answered for {READ_TIMEOUT_S:.0f} seconds")
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread.join(READ_TIMEOUT_S)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            folder, stored, result = job
+            try:
+                result.set_result(span_file.read_snapshot(folder, stored))
+            except BaseException as error:
+                result.set_exception(error)
 
 
 class _Warnings:

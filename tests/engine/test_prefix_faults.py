@@ -70,6 +70,12 @@ def answer(
     return cached
 
 
+@pytest.fixture(autouse=True)
+def busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read on a busy machine may take long."""
+    monkeypatch.setattr(prefix_files, "READ_TIMEOUT_S", 60.0)
+
+
 def files_in(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.kv"))
 
@@ -401,6 +407,24 @@ def test_a_disk_that_does_not_answer(tmp_path, monkeypatch, caplog):
     assert not go_on.is_set() and "has not answered" in caplog.text
     go_on.set()
     eventually(lambda: not any(thread.name == "mlx-gptoss prompt cache" for thread in threading.enumerate()))
+
+
+def test_a_disk_that_does_not_answer_a_read(filled, monkeypatch, caplog):
+    """One read is waited for; those after it are misses at once, until the disk answers again."""
+    monkeypatch.setattr(prefix_files, "READ_TIMEOUT_S", 0.2)
+    go_on, reads, real = threading.Event(), [], span_file.read_snapshot
+
+    def wait(folder: Path, stored: span_file.StoredSpan) -> bytes:
+        reads.append(stored)
+        go_on.wait(60)
+        return real(folder, stored)
+
+    monkeypatch.setattr(span_file, "read_snapshot", wait)
+    answer(filled, KNOWN * 2)
+    assert len(reads) == 1 and len(caplog.records) == 1 and "has not answered" in caplog.text
+    go_on.set()
+    monkeypatch.setattr(prefix_files, "READ_TIMEOUT_S", 60.0)
+    assert answer(filled) > 0
 
 
 def test_a_process_without_another_thread(tmp_path, monkeypatch, caplog):
