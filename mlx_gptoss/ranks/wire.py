@@ -54,8 +54,8 @@ class Channel:
         """The next message. Raises ConnectionLost if the connection ends, nothing arrives for heartbeat_timeout_s, or a
         line is not JSON."""
         while True:
+            timeout_s = self.heartbeat_timeout_s
             try:
-                timeout_s = self.heartbeat_timeout_s
                 self._socket.settimeout(timeout_s)
                 line = self._lines.readline()
             except TimeoutError as error:
