@@ -64,9 +64,22 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
         ctx.exit()
 
 
+def _set_ranks_secret_file(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        os.environ["MLX_GPTOSS_SECRET_FILE"] = value
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
+)
+@click.option(
+    "--ranks-secret-file",
+    metavar="FILE",
+    is_eager=True,
+    expose_value=False,
+    callback=_set_ranks_secret_file,
+    help="A file with the secret that the ranks on several machines share.",
 )
 def group() -> None:
     """Run OpenAI's gpt-oss models on this machine.
@@ -81,6 +94,7 @@ def _launch() -> Launch | None:
         return None
     from mlx_gptoss.ranks import find_launch
 
+    group.make_context("mlx-gptoss", sys.argv[1:], resilient_parsing=True)  # every rank needs --ranks-secret-file
     return find_launch()
 
 

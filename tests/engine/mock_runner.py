@@ -195,6 +195,17 @@ class MockRunner:
         self.check(tuple(history[-RING:]) == chain[-1].ring, "the rings of another position")
         self.slots[slot] = Slot(history)
 
+    def pack(self, snapshot: Saved) -> bytes:
+        self.check_thread()
+        return np.array([*snapshot.span, *snapshot.ring], np.int32).tobytes()
+
+    def unpack(self, start: int, end: int, data: bytes) -> Saved:
+        self.check_thread()
+        if len(data) != 4 * (end - start + min(end, RING)):
+            raise ValueError(f"a snapshot of the positions {start} to {end} has another size than {len(data)}")
+        tokens = tuple(np.frombuffer(data, np.int32).tolist())
+        return Saved(start, end, tokens[: end - start], tokens[end - start :])
+
     def logits(self, ids: Sequence[int]) -> Any:
         self.check_thread()
         return np.zeros((len(ids), VOCAB), np.float32)
