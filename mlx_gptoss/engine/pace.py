@@ -1,7 +1,7 @@
 """How much of a prompt a step computes beside sequences that decode, so that their tokens do not stall.
 
-A chunk of a prompt is computed a few stages at a time (backends.base.stage_count), with a step of the decoding sequences
-each time. Stages cut a chunk between layers, so its results are bit for bit those of a chunk that runs alone.
+A chunk of a prompt is computed a few stages at a time (backends.base.stage_count), each time in one step with the
+decoding sequences. Stages cut a chunk between layers, so its results are bit for bit those of a chunk that runs alone.
 
 A step takes stages that cost as much time as its decoding rows, and one at least: a decoding sequence waits for no more
 than twice its own step, or its step and one stage. Where one stage costs more than a step, steps without a prompt
@@ -16,10 +16,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-GAIN: Final = 0.25  # weight of a new measurement in a moving average
+GAIN: Final = 0.5  # weight of a new measurement in a moving average
 MAX_CHANGE: Final = 2.0  # the most that one measurement may change an estimate by: a pause is not the cost of a stage
 FIXED_TOKENS: Final = 32  # a chunk costs about as much as this many tokens more: every weight is read once
-REMEASURE: Final = 32  # steps with pieces after which one decodes alone, so that its cost stays known
+REMEASURE: Final = 8  # steps with pieces after which one decodes alone, so that its cost stays known
 MEASURE: Final = 4  # the same while this number of decoding rows has never been measured
 
 

@@ -1,8 +1,9 @@
 """Decides which rows go into the next step. Scheduling policy over ints: no device, no threads, no clock.
 
 A sequence waits for a slot (first come, first served), prefills its prompt in chunks, decodes one token a step, and
-ends. While others decode, a chunk is computed in pieces (pace.py). Steps are planned before the results of the previous step are known, so a sequence may end while a later row of
-it is in flight. Its slot is freed only when no step in flight uses it.
+ends. While others decode, a chunk is computed in pieces (pace.py). Steps are planned before the results of the previous
+step are known, so a sequence may end while a later row of it is in flight. Its slot is freed only when no step in flight
+uses it.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ class Scheduler:
             sequence.chain = ()
             sequences.append(sequence)
             rows.append(self._prefill_row(sequence, piece))
+        self._queue_again([sequence for sequence, _ in served], had_turns=1 if decoding else len(served))
         if not rows:
             return None
         for sequence in sequences:
@@ -214,9 +216,8 @@ class Scheduler:
 
         Beside sequences that decode, these are the pieces that the pace allows; otherwise as many whole chunks as fit
         into Limits.chunk. A chunk is never shortened to fill a step, and a piece ends between two layers, so what a
-        prompt computes depends on the prompt alone, not on what else is running. A served sequence goes to the back of
-        the queue, so a long prompt does not delay the short ones behind it. The first one in the queue always fits, so
-        no sequence starves.
+        prompt computes depends on the prompt alone, not on what else is running. The first one in the queue always
+        fits, so no sequence starves.
         """
         budget_s = self._pace.begin_step(decoding, ready) if decoding and self._prefilling else 0.0
         if budget_s is None:
@@ -237,6 +238,14 @@ class Scheduler:
         for sequence, _ in served:
             self._prefilling.remove(sequence)
         return served
+
+    def _queue_again(self, served: list[Sequence], had_turns: int) -> None:
+        """Put the sequences that were served and go on into the queue: the first had_turns of them at its end, so that
+        a long prompt does not delay the short ones behind it. The others, which took what those left of the time, keep
+        their place."""
+        first, others = served[:had_turns], served[had_turns:]
+        self._prefilling.extend(sequence for sequence in first if sequence.prefills)
+        self._prefilling.extendleft(sequence for sequence in reversed(others) if sequence.prefills)
 
     def _chunks(self) -> Iterator[tuple[Sequence, int]]:
         """The sequences whose next chunk may be computed in this step, with its number of tokens.
@@ -298,12 +307,10 @@ class Scheduler:
         stages = None if (piece.first, piece.end) == (0, self._stages) else (piece.first, piece.end)
         if piece.end < self._stages:
             sequence.stage = piece.end
-            self._prefilling.append(sequence)
             return Row(sequence.slot, start, tokens, stages=stages)
         sequence.stage = 0
         sequence.length += len(tokens)
-        if sequence.length < len(request.prompt):
-            self._prefilling.append(sequence)
+        if sequence.prefills:
             return Row(sequence.slot, start, tokens, stages=stages)
         sequence.planned = 1
         if sequence.planned < sequence.max_new_tokens:

@@ -56,6 +56,11 @@ class Sequence:
     mask: bytes | None = None
 
     @property
+    def prefills(self) -> bool:
+        """Whether a part of its prompt has not been planned."""
+        return self.length < len(self.request.prompt)
+
+    @property
     def next_chunk_end(self) -> int:
         return self.chunk_end_after(self.length)
 

@@ -1,4 +1,4 @@
-"""What a long prompt costs the streams beside it: `python tests/engine/stall.py [--model M] [--backend B] [--streams 3]`.
+"""What a long prompt costs the streams beside it: `python tests/engine/stall.py [--model M] [--backend B]`.
 
 Loads a model (the bundled one by default) and measures, on one engine: streams that decode alone; one prompt alone,
 large and small; the same streams with the prompt beside them; and with two such prompts at once. Prints the gaps
@@ -21,7 +21,8 @@ import mlx_gptoss
 from mlx_gptoss.engine import Engine, Request, Stream
 from mlx_gptoss.sampling import Sampling
 
-SMALL = 32  # tokens of a small prompt: what a step of one small chunk costs
+SMALL = 64  # tokens of a small chunk, the smallest that the prefix cache cuts off at the end of a message
+CHUNK = 256  # tokens of a chunk in the prefix cache
 QUIET_S = 4.0  # how long the streams decode alone
 
 
@@ -70,15 +71,15 @@ class Phase:
         return f"{gaps}; prompts' first token after {prompts or '-'} s; {self.tokens_per_s:.0f} tokens/s in all"
 
 
-def prompt_of(engine: Engine, length: int, seed: int) -> Request:
+def prompt_of(engine: Engine, length: int, seed: int, after: tuple[int, ...] = ()) -> Request:
     ids = random.Random(seed).choices(range(32, min(engine.config.vocab_size, 300)), k=length)
-    return Request(tuple(ids), 1, Sampling(temperature=0))
+    return Request((*after, *ids), 1, Sampling(temperature=0))
 
 
-def time_prompt(engine: Engine, length: int, seed: int) -> float:
-    """Seconds to the first token of a prompt that runs alone."""
+def time_prompt(engine: Engine, length: int, seed: int, after: tuple[int, ...] = ()) -> float:
+    """Seconds to the first token of a prompt that runs alone. after: tokens before it."""
     started = time.perf_counter()
-    engine.submit(prompt_of(engine, length, seed)).drain()
+    engine.submit(prompt_of(engine, length, seed, after)).drain()
     return time.perf_counter() - started
 
 
@@ -100,8 +101,9 @@ def measure(engine: Engine, streams: int, length: int) -> dict[str, Phase | floa
     """All figures, by name."""
     time_prompt(engine, length, seed=1)  # warm up
     figures: dict[str, Phase | float] = {"prompt alone": time_prompt(engine, length, seed=2)}
-    small = [time_prompt(engine, SMALL, seed=10 + n) for n in range(5)]
-    figures["small prompt alone"] = statistics.median(small)
+    cached = prompt_of(engine, length, seed=2).prompt[: length // CHUNK * CHUNK]
+    small = [time_prompt(engine, SMALL, seed=10 + n, after=cached) for n in range(5)]
+    figures[f"{SMALL} tokens after {len(cached)} in the prefix cache"] = statistics.median(small)
     room = engine.limits.max_context - 64
     sampling = Sampling(temperature=1.0, seed=0)
     readers = [Gaps(engine.submit(Request((65 + n, 66), room, sampling))) for n in range(streams)]
