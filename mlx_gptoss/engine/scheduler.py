@@ -2,8 +2,8 @@
 
 A sequence waits for a slot (first come, first served), prefills its prompt in chunks, decodes one token a step, and
 ends. While others decode, a chunk is computed in pieces (pace.py). Steps are planned before the results of the previous
-step are known, so a sequence may end while a later row of it is in flight. Its slot is freed only when no step in flight
-uses it.
+step are known, so a sequence may end while a later row of it is in flight. Its slot is freed only when no step in
+flight uses it.
 """
 
 from __future__ import annotations
