@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -77,6 +76,20 @@ MODELS_OPTION = click.option(
     metavar="FILE",
     help="Settings of the tools, in TOML; mlx_gptoss/server/hosted/README.md describes them.",
 )
+@click.option(
+    "--log-level",
+    type=click.Choice(["error", "warning", "info", "debug"]),
+    default="info",
+    show_default=True,
+    help="info: a line for every request on standard error; debug: health checks, too.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Lines for people, or a JSON object a line.",
+)
 def serve(
     model_names: tuple[str, ...],
     idle_unload: float | None,
@@ -89,6 +102,8 @@ def serve(
     cors: tuple[str, ...],
     tools: str,
     tools_config: Path | None,
+    log_level: str,
+    log_format: str,
     **given: Any,
 ) -> None:
     """Serve models to programs that speak to OpenAI, Anthropic or Ollama, and a chat page at /.
@@ -104,10 +119,11 @@ def serve(
         from mlx_gptoss.server.guard import Gate
         from mlx_gptoss.server.hosted.sessions import HostedTools
         from mlx_gptoss.server.hosted.settings import load_settings
+        from mlx_gptoss.server.log_output import configure_logging
         from mlx_gptoss.server.service import Service
 
     _check_access(host, api_key, insecure)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    configure_logging(log_level, log_format)
     settings = load_settings([name for name in re.split(r"[\s,]+", tools) if name], tools_config)
     hosted = None if settings is None else HostedTools(settings)  # before a model is loaded, since it may fail
     with run.listen(host, port) as listener:
