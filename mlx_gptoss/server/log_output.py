@@ -1,5 +1,4 @@
-"""Where the log goes: standard error, written by a thread of its own, so that one who stops reading it does not stop the
-server."""
+"""Where the log goes: standard error, written by a thread of its own. A reader that stops does not stop the server."""
 
 from __future__ import annotations
 
