@@ -101,7 +101,9 @@ class MlxRunner:
         groups += [[i] for i in range(len(rows)) if i not in set(single)]
         for group in groups:
             last = self._forward([rows[i] for i in group], group, results)
-            if not self._model.ranks.alone:  # all ranks must run their sums in the same order: group by group
+            # All ranks must run their sums in the same order: group by group. And while a group is not begun, it holds
+            # the cache, which the next one would have to copy to write into it.
+            if not self._model.ranks.alone or len(groups) > 1:
                 mx.async_eval(last, self._cache.arrays)  # type: ignore[no-untyped-call]
         outputs = {id(drawn.output): drawn.output for drawn in results if drawn is not None}
         arrays = [a for output in outputs.values() for a in vars(output).values() if a is not None]
