@@ -143,7 +143,8 @@ class PrefixCache:
     def drop(self, node: Node) -> None:
         """Remove a node and its descendants from the tree, and their files."""
         assert node.parent is not None
-        node.parent.children.pop(node.span, None)
+        if node.parent.children.get(node.span) is node:
+            del node.parent.children[node.span]
         for removed in _subtree(node):
             if removed.snapshot is not None:
                 self.nbytes -= removed.snapshot.nbytes

@@ -138,4 +138,5 @@ def row_from_json(data: dict[str, Any]) -> Row:
         None if prompt is None else tuple(prompt),
         tuple(data["drafts"]),
         None if mask is None else bytes_from_json(mask),
+        data["stages"] and tuple(data["stages"]),
     )

@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from ..errors import Busy, DoesNotFit, GptOssError, InvalidRequest, ModelUnavailable
 from ..sampling import Sampling
+from . import request_log
 
 # Steps that pydantic adds to an error's location for the members of a union; they are not fields of the request.
 UNION_MEMBERS = {"str", "int"}
@@ -101,6 +102,12 @@ def invalid_field(param: str, message: str, code: str = "invalid_value") -> ApiE
 
 def from_exception(error: BaseException) -> ApiError:
     """Convert any exception into an error response. An unexpected one is logged, and its text is not sent."""
+    found = _converted(error)
+    request_log.note_error(found.code, found.status)
+    return found
+
+
+def _converted(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, (InvalidRequest, DoesNotFit)):

@@ -28,7 +28,7 @@ class Rewrite:
         if scope["type"] == "http":
             changes: dict[str, Any] = {"path": _route_path(scope["path"])}
             if scope["method"] == "HEAD":
-                changes["method"] = "GET"
+                changes |= {"method": "GET", "original_method": "HEAD"}
             headers = Headers(scope=scope)
             if "origin" not in headers and not is_json(headers.get("content-type", "")):
                 others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ...config import ModelConfig
 from ...sampling import Sampling
-from ..base import Limits, Row, Sampled, Snapshot, working_space
+from ..base import Limits, Row, Sampled, Snapshot, stage_count, working_space
 from .cache import Cache, SlotSnapshot, Span
 from .model import GptOss
 from .sample import SamplerOutput, SamplerState, sample_tokens
@@ -81,6 +81,7 @@ class MlxRunner:
         self._streams = streams
         self._cache = Cache(model.config, limits.slots, limits.max_context, model.dtype, limits.kv_bits, limits.drafts)
         self._last: dict[int, mx.array] = {}  # slot -> the token it sampled last, int32 [1]
+        self._hidden: dict[int, mx.array] = {}  # slot -> hidden states of an unfinished chunk, [1, L, D]
         self._states: dict[int, SamplerState] = {}
         self._steps = 0
         # MLX keeps freed buffers for reuse, up to this limit: what the memory plan counts for one prefill step.
@@ -105,7 +106,9 @@ class MlxRunner:
         groups += [[i] for i in range(len(rows)) if i not in set(single)]
         for group in groups:
             last = self._forward([rows[i] for i in group], group, results)
-            if not self._model.ranks.alone:  # all ranks must run their sums in the same order: group by group
+            # All ranks must run their sums in the same order: group by group. And while a group is not begun, it holds
+            # the cache, which the next one would have to copy to write into it.
+            if not self._model.ranks.alone or len(groups) > 1:
                 mx.async_eval(last, self._cache.arrays)  # type: ignore[no-untyped-call]
         outputs = {id(drawn.output): drawn.output for drawn in results if drawn is not None}
         arrays = [a for output in outputs.values() for a in vars(output).values() if a is not None]
@@ -114,6 +117,7 @@ class MlxRunner:
 
     def release(self, slot: int) -> None:
         self._last.pop(slot, None)
+        self._hidden.pop(slot, None)
         self._states.pop(slot, None)
 
     def save(self, slot: int, start: int, end: int) -> SlotSnapshot:
@@ -150,6 +154,7 @@ class MlxRunner:
     def close(self) -> None:
         del self._model, self._cache
         self._last.clear()
+        self._hidden.clear()
         self._states.clear()
         if self._streams is not None:
             self._streams.close()
@@ -162,7 +167,10 @@ class MlxRunner:
         starts = [row.start for row in rows]
         span = Span.of(self.config, [row.slot for row in rows], starts, ids.shape[1], self.limits.drafts)
         samples = 1 + len(rows[0].drafts)  # per row
-        hidden = self._model(ids, self._cache, span, samples)  # [B, samples, D]
+        if rows[0].stages is None:
+            hidden = self._model(ids, self._cache, span, samples)  # [B, samples, D]
+        else:
+            hidden = self._run_stages(rows[0].slot, rows[0].stages, ids, span)
         wanted = [(b, row, row.sampling) for b, row in enumerate(rows) if row.sampling is not None]
         if not wanted:
             return hidden
@@ -182,6 +190,15 @@ class MlxRunner:
                 self._last[row.slot] = output.tokens[n : n + 1]
             results[places[b]] = SampledRow(output, n * samples, sampling, row.drafts)
         return output.tokens
+
+    def _run_stages(self, slot: int, stages: tuple[int, int], ids: mx.array, span: Span) -> mx.array:
+        """Run some stages of a chunk, ids [1, L]. Hidden states [1, L, D], or [1, 1, D] after the last stage."""
+        first, end = stages
+        x = self._hidden.pop(slot) if first else self._model.embed.rows(ids, self._model.dtype)
+        x = self._model.run(range(first, end), x, self._cache, span, 1)
+        if end < stage_count(self.config):
+            self._hidden[slot] = x
+        return x
 
     def _tokens(self, row: Row) -> mx.array:
         """The ids that the row feeds, int32 [L]"""

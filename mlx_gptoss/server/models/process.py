@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import socket
 import subprocess
@@ -30,19 +29,20 @@ CHECK_S = 0.05  # between two looks at whether anybody waits for a reply that st
 CLOSE_TIMEOUT_S = 10.0  # for the step in progress and for writing the prompt cache
 
 Answer = TypeVar("Answer", Planned, Loaded)
-_log = logging.getLogger(__name__)
+LogOptions = tuple[str, str]
 
 
 class ModelProcess:
     """A process that loads one model and runs its replies: plan(), load(), then start() for each reply.
 
-    name: for messages. on_exit: called on a thread of its own when the process has ended by itself, with the reason.
+    name: for messages. log: the level and the format of its log. on_exit: called on a thread of its own when the
+    process has ended by itself.
     prefix_bytes: device memory held by the prefix cache. memory: the plan of the loaded model.
 
     Any thread may call any method.
     """
 
-    def __init__(self, name: str, on_exit: Callable[[ModelProcess], None]) -> None:
+    def __init__(self, name: str, on_exit: Callable[[ModelProcess], None], log: LogOptions) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -59,6 +59,7 @@ class ModelProcess:
         self._socket = ours
         self._connection = Connection(os.dup(ours.fileno()))
         self._on_exit = on_exit
+        self._log = log
         self._closing = False
         self._ended = False
         self._failure: Exception | None = None
@@ -75,7 +76,7 @@ class ModelProcess:
 
     def plan(self, request: LoadRequest) -> MemoryPlan:
         """The memory that the model takes by itself. Raises what planning raised, and ModelUnavailable."""
-        self._send(Load(request))
+        self._send(Load(request, *self._log))
         return self._answer(Planned).memory
 
     def load(self, available_bytes: int) -> Loaded:

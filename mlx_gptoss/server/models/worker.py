@@ -22,10 +22,10 @@ from ...harmony import grammar
 from ...loading.plan import open_source, plan_load
 from ...model import Model
 from ...untrusted.cancel import cancellable
+from ..log_output import configure_logging
 from .messages import Arrived, Cancel, Failed, FromModel, FromServer, Load, Loaded, Planned, Proceed, Start, Started
 
 STARTING_THREADS = 8  # render and tokenize prompts side by side
-LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +38,6 @@ def main(connection: Connection) -> int:
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    logging.basicConfig(format=LOG_FORMAT, level=logging.WARNING)
     try:
         model = _load(connection)
     except (EOFError, BrokenPipeError):
@@ -55,6 +54,7 @@ def _load(connection: Connection) -> Model:
     """Plan and load the model that the server names. Raises EOFError if the server gives it up."""
     message: FromServer = connection.recv()
     assert isinstance(message, Load)
+    configure_logging(message.log_level, message.log_format)
     request = message.request
     connection.send(Planned(plan_load(request, open_source(request)).memory))
     proceed: FromServer = connection.recv()
