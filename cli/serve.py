@@ -12,6 +12,7 @@ import click
 
 from mlx_gptoss.options import LoadOptions
 
+from .install_service import SERVICE_OPTIONS, install
 from .options import CACHE_OPTIONS, LOAD_OPTIONS, declared, load, options, serve_extra
 
 
@@ -47,6 +48,7 @@ from .options import CACHE_OPTIONS, LOAD_OPTIONS, declared, load, options, serve
     metavar="FILE",
     help="Settings of the tools, in TOML; mlx_gptoss/server/hosted/README.md describes them.",
 )
+@options(SERVICE_OPTIONS)
 def serve(
     model: str | None,
     host: str,
@@ -58,6 +60,7 @@ def serve(
     cors: tuple[str, ...],
     tools: str,
     tools_config: Path | None,
+    install_service: bool,
     **given: Any,
 ) -> None:
     """Serve chat completions, responses and completions, and a chat page at /.
@@ -78,6 +81,8 @@ def serve(
     names = service.model_names(model)
     named = _alias_names(aliases, {model, *names[1], names[0]})
     settings = load_settings([name for name in re.split(r"[\s,]+", tools) if name], tools_config)
+    if install_service:
+        return install(click.get_current_context())
     hosted = None if settings is None else HostedTools(settings)  # before the model is loaded, since it may fail
     with run.listen(host, port) as listener:
         gate = Gate(
