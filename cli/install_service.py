@@ -27,8 +27,9 @@ from mlx_gptoss.errors import GptOssError
 from .supervisors import CALL_TIMEOUT_S, LAUNCHD, NAME, Command, Launchd, Step, Supervisor, Systemd
 
 API_KEY = "MLX_GPTOSS_API_KEY"
+MODEL = "model_names"  # the option --model, whose values may be paths
 OURS = ("install_service", "remove_service", "api_key")  # options that the service's command does not have
-PATHS = ("tools_config", "prompt_cache")  # options whose value is a path; that of --model may be one
+PATHS = ("tools_config", "prompt_cache")  # options whose value is a path
 KEPT_PREFIXES = ("MLX_", "HF_", "HUGGINGFACE_", "CUDA_", "NVIDIA_", "TRITON_", "PYTORCH_")
 KEPT = (
     *("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "XDG_CACHE_HOME", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"),
@@ -125,14 +126,20 @@ def find_supervisor() -> Supervisor:
 
 
 def _check(ctx: click.Context, installed: bool) -> None:
-    """Refuse what serve would refuse after its own checks of the options: a port in use, a model that is not there.
+    """Refuse what serve would refuse after its own checks of the options: a port in use, a model that is not there, an
+    alias of none. A model of the hub is downloaded.
 
     installed: whether a service exists, which may be what listens on the port.
     """
+    from mlx_gptoss.loading import hub, library
     from mlx_gptoss.loading.plan import LoadRequest, open_source, plan_load
     from mlx_gptoss.options import LoadOptions
     from mlx_gptoss.ranks import find_launch
     from mlx_gptoss.server import run
+    from mlx_gptoss.server.models.named import NamedModel, model_names
+    from mlx_gptoss.server.models.remote import RemoteModel
+
+    from .serve import name_models
 
     if find_launch() is not None:
         raise click.UsageError("--install-service is for a server in one process; run it without a launcher")
@@ -140,11 +147,17 @@ def _check(ctx: click.Context, installed: bool) -> None:
         raise click.UsageError("a service needs a fixed --port")
     if not installed:
         run.listen(ctx.params["host"], ctx.params["port"]).close()
-    named = {each.name: ctx.params[each.name] for each in fields(LoadOptions) if each.name in ctx.params}
-    models = ctx.params["model"]
-    for model in [models] if models is None or isinstance(models, str) else models or [None]:
-        request = LoadRequest(model=model, **named)
+    options = LoadOptions(
+        **{each.name: ctx.params[each.name] for each in fields(LoadOptions) if each.name in ctx.params}
+    )
+    names = ctx.params["model_names"] or [model.name for model in library.installed_models()][:1]
+    found = []
+    for name in names:
+        path = library.NANO if name in (library.NANO_ALIAS, library.NANO_NAME) else hub.resolve(name)
+        request = LoadRequest(model=str(path), **vars(options))
         plan_load(request, open_source(request))
+        found.append(NamedModel(RemoteModel(name, path, options), *model_names(name)))
+    name_models(found, ctx.params["aliases"])
 
 
 def service_command(ctx: click.Context, argv: Sequence[str]) -> Command:
@@ -202,17 +215,20 @@ def _environment(variables: Mapping[str, str], names: Container[str]) -> dict[st
         and name not in DROPPED
         and name.isidentifier()
     }
-    for name in (*PATHS, "model"):
+    for name in (*PATHS, MODEL):
         variable = f"MLX_GPTOSS_{name.upper()}"
         if variable in kept:
-            kept[variable] = _absolute(name, kept[variable])
+            values = kept[variable].split(os.pathsep) if name == MODEL else [kept[variable]]
+            kept[variable] = os.pathsep.join(_absolute(name, value) for value in values)
     return kept
 
 
 def _absolute(option: str, value: str) -> str:
     """The value of an option, a path in it made absolute: a service has its own working folder."""
+    from mlx_gptoss.loading.library import NANO_ALIAS
+
     path = Path(value).expanduser()
-    is_path = option in PATHS or (option == "model" and path.exists())
+    is_path = option in PATHS or (option == MODEL and value != NANO_ALIAS and path.exists())
     return os.path.abspath(path) if is_path else value
 
 

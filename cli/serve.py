@@ -1,23 +1,53 @@
-"""mlx-gptoss serve: one model behind OpenAI's HTTP API."""
+"""mlx-gptoss serve: one model or several behind the HTTP APIs of OpenAI, Anthropic and Ollama."""
 
 from __future__ import annotations
 
 import logging
+import os
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_gptoss.options import LoadOptions
 
 from .install_service import SERVICE_OPTIONS, install
-from .options import CACHE_OPTIONS, LOAD_OPTIONS, declared, load, options, serve_extra
+from .options import CACHE_OPTIONS, DEVICE_OPTIONS, RUN_OPTIONS, declared, load, options, serve_extra
+
+if TYPE_CHECKING:
+    from mlx_gptoss.server.models.named import NamedModel
+    from mlx_gptoss.server.models.pool import ModelPool
+
+
+class ModelName(click.types.StringParamType):
+    """A --model. In the environment variable, os.pathsep stands between several."""
+
+    envvar_list_splitter = os.pathsep
+
+
+MODELS_OPTION = click.option(
+    "--model",
+    "model_names",
+    multiple=True,
+    type=ModelName(),
+    metavar="PATH|REPO",
+    help="A folder, a hub id such as openai/gpt-oss-20b, or nano. Repeatable: requests choose by name, and the first "
+    "answers the others. Default: all models on this machine, nano first.",
+)
 
 
 @click.command(context_settings={"auto_envvar_prefix": "MLX_GPTOSS"})
-@options(LOAD_OPTIONS, CACHE_OPTIONS, declared(LoadOptions, slots=4, max_waiting=128))
+@options((MODELS_OPTION, *DEVICE_OPTIONS, *RUN_OPTIONS), CACHE_OPTIONS, declared(LoadOptions, slots=4, max_waiting=128))
+@click.option(
+    "--idle-unload",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Unload a model after so long without a request; the next one loads it again.",
+)
 @click.option(
     "--host",
     default="127.0.0.1",
@@ -50,7 +80,8 @@ from .options import CACHE_OPTIONS, LOAD_OPTIONS, declared, load, options, serve
 )
 @options(SERVICE_OPTIONS)
 def serve(
-    model: str | None,
+    model_names: tuple[str, ...],
+    idle_unload: float | None,
     host: str,
     port: int,
     api_key: str | None,
@@ -63,42 +94,71 @@ def serve(
     install_service: bool,
     **given: Any,
 ) -> None:
-    """Serve chat completions, responses and completions, and a chat page at /.
+    """Serve models to programs that speak to OpenAI, Anthropic or Ollama, and a chat page at /.
+
+    One model is loaded at once and stays. Several, or one with --idle-unload, have processes of their own: a model is
+    loaded by the first request for it, and unloaded again when another one needs its memory.
 
     The first SIGTERM or Ctrl-C lets running requests finish; the second one does not wait. Every option can be set by
     an environment variable as well: --max-context by MLX_GPTOSS_MAX_CONTEXT.
     """
-    from mlx_gptoss.harmony import grammar
-
     with serve_extra():
-        from mlx_gptoss.server import run, service
+        from mlx_gptoss.server import run
         from mlx_gptoss.server.guard import Gate
         from mlx_gptoss.server.hosted.sessions import HostedTools
         from mlx_gptoss.server.hosted.settings import load_settings
+        from mlx_gptoss.server.service import Service
 
     _check_access(host, api_key, insecure)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    names = service.model_names(model)
-    named = _alias_names(aliases, {model, *names[1], names[0]})
     settings = load_settings([name for name in re.split(r"[\s,]+", tools) if name], tools_config)
     if install_service:
         return install(click.get_current_context())
-    hosted = None if settings is None else HostedTools(settings)  # before the model is loaded, since it may fail
+    hosted = None if settings is None else HostedTools(settings)  # before a model is loaded, since it may fail
     with run.listen(host, port) as listener:
         gate = Gate(
             api_key=api_key, allowed_hosts=run.allowed_hosts(host, keyed=api_key is not None), allowed_origins=cors
         )
-        with load(model, **given) as loaded:
-            grammar.warm_up(loaded.tokenizer)
-            tokenizer = loaded.tokenizer
+        with _open_models(model_names, aliases, idle_unload, given) as (models, pool):
             if hosted is not None:
-                hosted.count_tokens = lambda text: len(tokenizer.encode(text))
+                first = models[0].model
+                hosted.count_tokens = lambda text: len(first.tokenizer.encode(text))
             if not gate.is_local and api_key is None:
                 warning = f"warning: anyone who can reach {host}:{port} can use the model; set an --api-key"
                 click.secho(warning, fg="red", err=True)
-            click.echo(_greeting(loaded.name, host, listener.getsockname()[1], api_key is not None), err=True)
-            served = service.Service(loaded, gate, *names, named, strict_model, hosted=hosted)
-            run.Server(served).serve_on(listener)
+            names = ", ".join(named.model.name for named in models)
+            click.echo(_greeting(names, host, listener.getsockname()[1], api_key is not None), err=True)
+            run.Server(Service(models, gate, strict_model, pool, hosted)).serve_on(listener)
+
+
+@contextmanager
+def _open_models(
+    names: tuple[str, ...], aliases: tuple[str, ...], idle_unload: float | None, given: dict[str, Any]
+) -> Iterator[tuple[list[NamedModel], ModelPool | None]]:
+    """The models to serve: those named, or else those on this machine. One alone is loaded in this process, unless it
+    is to be unloaded: only the end of a process gives its memory back for certain."""
+    from mlx_gptoss.harmony import grammar
+    from mlx_gptoss.loading import hub, library
+    from mlx_gptoss.ranks import find_launch
+    from mlx_gptoss.server.models.named import NamedModel, model_names
+    from mlx_gptoss.server.models.pool import ModelPool
+    from mlx_gptoss.server.models.remote import RemoteModel
+
+    found = [(model.name, model.path) for model in library.installed_models()] if not names else []
+    if len(names) <= 1 and len(found) <= 1 and idle_unload is None:
+        name = names[0] if names else None
+        with load(name, **given) as loaded:
+            if loaded.has_tokenizer:
+                grammar.warm_up(loaded.tokenizer)
+            yield name_models([NamedModel(loaded, *model_names(name))], aliases), None
+        return
+    if find_launch() is not None:
+        raise click.UsageError("a model that is split over ranks is served alone: give one --model, no --idle-unload")
+    options = LoadOptions(**given)
+    chosen = [(name, library.NANO if name == library.NANO_ALIAS else hub.resolve(name)) for name in names] or found
+    models = [RemoteModel(name, path, options) for name, path in chosen]
+    named = [NamedModel(model, *model_names(name)) for model, (name, _) in zip(models, chosen, strict=True)]
+    yield name_models(named, aliases), ModelPool(models, idle_unload_s=idle_unload)
 
 
 def _check_access(host: str, api_key: str | None, insecure: bool) -> None:
@@ -111,15 +171,15 @@ def _check_access(host: str, api_key: str | None, insecure: bool) -> None:
         raise click.UsageError(f"--host {host} lets other machines in: set an --api-key, or accept that by --insecure")
 
 
-def _alias_names(aliases: Iterable[str], known: Container[str | None]) -> tuple[str, ...]:
-    """The names of the --alias options. Raises UsageError for one that is not of a served model."""
-    names = []
+def name_models(models: list[NamedModel], aliases: Iterable[str]) -> list[NamedModel]:
+    """The models with the names of the --alias options. Raises UsageError for one that is not of a served model."""
     for alias in aliases:
         name, equals, target = alias.partition("=")
-        if not name or not equals or target not in known:
-            raise click.UsageError(f"--alias {alias!r} must be NAME=M, where M is the --model that is served")
-        names.append(name)
-    return tuple(names)
+        place = next((place for place, model in enumerate(models) if equals and model.has_name(target)), None)
+        if not name or place is None:
+            raise click.UsageError(f"--alias {alias!r} must be NAME=M, where M is a --model that is served")
+        models[place] = replace(models[place], aliases=(*models[place].aliases, name))
+    return models
 
 
 def _greeting(name: str, host: str, port: int, keyed: bool) -> str:

@@ -37,9 +37,13 @@ def load(path_or_repo_id: str | Path | None, options: LoadOptions) -> Model:
 
     Raises CheckpointError, DoesNotFit (before any weight is read), BackendUnavailable or InvalidRequest.
     """
-    started = time.perf_counter()
     named = {**vars(options), "prompt_cache": options.prompt_cache and str(options.prompt_cache)}
-    request = LoadRequest(model=None if path_or_repo_id is None else str(path_or_repo_id), **named)
+    return load_request(LoadRequest(model=None if path_or_repo_id is None else str(path_or_repo_id), **named))
+
+
+def load_request(request: LoadRequest) -> Model:
+    """load(), as one value says it that can be sent to another process."""
+    started = time.perf_counter()
     launch = find_launch()
     if launch is not None and launch.rank:
         serve_rank(launch)

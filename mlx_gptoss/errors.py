@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 class GptOssError(Exception):
     """The base of all errors that mlx-gptoss raises on purpose. The commands print it as one line and exit with 1."""
@@ -33,3 +35,15 @@ class Busy(GptOssError):
     def __init__(self, message: str, *, retry_after_s: int) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[Callable[..., Busy], tuple[str, int]]:
+        """For pickle, which would call the class with the message alone."""
+        return _busy, (str(self), self.retry_after_s)
+
+
+class ModelUnavailable(GptOssError):
+    """The process of a model could not load it, or ended. The server starts a new one for a later request."""
+
+
+def _busy(message: str, retry_after_s: int) -> Busy:
+    return Busy(message, retry_after_s=retry_after_s)

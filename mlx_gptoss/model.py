@@ -100,6 +100,11 @@ class Model:
             )
         return self._tokenizer
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the checkpoint has a tokenizer."""
+        return self._tokenizer is not None
+
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Teacher-forced logits, float32 [T, V], of one sequence of T token ids. No cache is kept.
 

@@ -22,6 +22,7 @@ from .memory import MemoryPlan, plan_memory
 from .recommend import derived_bytes, mappable_bytes, units_by_format, upcastable_bytes, used_vocabulary
 
 NANO = Path(__file__).parents[1] / "nano"  # the bundled model
+NANO_ALIAS = "nano"  # its name; a folder of this name is ./nano
 MAX_DRAFTS = 3  # plus the token before them: 4 queries, the maximum of Metal's attention kernel for decoding
 LIBRARIES = {"mlx": "mlx", "cuda": "torch"}  # the library that computes; another version may round differently
 ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -32,11 +33,13 @@ class LoadRequest(LoadOptions):
     """What to load and how: everything that another rank needs to load its share, as plain JSON values.
 
     model: a folder or a hub id; None is the bundled model. synthetic: the preset, the number of layers (None for all)
-    and the format of synthetic weights, which are generated while loading, instead of a model.
+    and the format of synthetic weights, which are generated while loading, instead of a model. available_bytes: what
+    the model may take; None is what the device has.
     """
 
     model: str | None = None
     synthetic: tuple[str, int | None, str] | None = None
+    available_bytes: int | None = None
 
     @property
     def name(self) -> str:
@@ -96,8 +99,8 @@ def open_source(request: LoadRequest) -> CheckpointLike:
 
 
 def open_checkpoint(path_or_repo_id: str | Path | None) -> Checkpoint:
-    """Open a checkpoint; None is the bundled model. Reads and checks headers only. Raises CheckpointError."""
-    return checkpoints.open(NANO if path_or_repo_id is None else hub.resolve(path_or_repo_id))
+    """Open a checkpoint; None and "nano" are the bundled model. Reads headers only. Raises CheckpointError."""
+    return checkpoints.open(NANO if path_or_repo_id in (None, NANO_ALIAS) else hub.resolve(path_or_repo_id or NANO))
 
 
 def plan_load(
@@ -126,6 +129,7 @@ def plan_load(
         as_stored=backend == "mlx" and request.quantize is None,
         prefix_bytes=request.prefix_cache,
         ranks_on_host=ranks_on_host,
+        available_bytes=request.available_bytes,
     )
     return LoadPlan(request, source, part, weights, module, backend, memory, shard)
 
@@ -151,13 +155,15 @@ def memory_plan(
     as_stored: bool = False,
     prefix_bytes: int | None = 0,
     ranks_on_host: int = 1,
+    available_bytes: int | None = None,
 ) -> MemoryPlan:
     """The memory plan of a checkpoint on the backend's device.
 
     weights_bytes: the size of the weights, if they are quantized while loading; None is the checkpoint's size.
     as_stored: the backend (mlx) may leave the embeddings in the mapped file if memory is short and, on a CPU, upcast
         dense matrices if there is enough.
-    prefix_bytes: as in plan_memory. ranks_on_host: processes that share the device's memory equally.
+    prefix_bytes: as in plan_memory. ranks_on_host: processes that share the device's memory equally. available_bytes:
+        that memory; None asks the device.
     Raises InvalidRequest for a context or kv_bits that the model does not allow.
     """
     config = checkpoint.config
@@ -170,7 +176,7 @@ def memory_plan(
     return plan_memory(
         config,
         checkpoint.size_bytes + derived_bytes(checkpoint) if weights_bytes is None else weights_bytes,
-        backend.available_memory(device) // ranks_on_host,
+        (backend.available_memory(device) if available_bytes is None else available_bytes) // ranks_on_host,
         activation_bytes=activation_bytes,
         context=max_context,
         slots=slots,

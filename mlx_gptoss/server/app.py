@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from datetime import datetime, timezone
 from importlib.resources import files
 from typing import Any
 
@@ -17,6 +16,7 @@ from .anthropic import messages
 from .errors import ErrorBody, JsonResponse
 from .guard import LOCAL_ORIGIN, Guard
 from .ignored import ReportIgnored
+from .models import endpoints as models
 from .ollama import chat as ollama_chat
 from .ollama import generate as ollama_generate
 from .ollama import models as ollama_models
@@ -32,6 +32,7 @@ PAGE_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"
 router: APIRouter = APIRouter()
 ROUTERS = (
     router,
+    models.router,
     chat_completions.router,
     responses.router,
     compaction.router,
@@ -47,27 +48,14 @@ ROUTERS = (
 )
 
 
-@router.get("/v1/models")
-async def list_models(service: ServiceDep) -> Response:
-    """List the loaded model, by its name and its aliases."""
-    models = [_model_object(service, name) for name in service.names]
-    page = {"has_more": False, "first_id": models[0]["id"], "last_id": models[-1]["id"]}  # Anthropic's
-    return JsonResponse({"object": "list", "data": models, **page})
-
-
-@router.get("/v1/models/{name:path}")
-async def retrieve_model(name: str, service: ServiceDep) -> Response:
-    """Describe the loaded model. Any name means it, unless the server is strict about names: then 404."""
-    service.check_model(name)
-    return JsonResponse(_model_object(service, name if name in service.names else service.model_id))
-
-
 @router.get("/health")
 @router.get("/ready")
 async def health(service: ServiceDep) -> Response:
-    """200 while the server accepts requests, 503 when it drains before a shutdown or its engine has failed."""
+    """200 while the server accepts requests, 503 when it drains before a shutdown or its engine has failed. A model
+    whose own process has failed is started again by the next request, so the server is well."""
     status = "failed" if service.model.failure else "draining" if service.gate.draining else "ok"
-    return JsonResponse({"status": status}, 200 if status == "ok" else 503)
+    models = [{"id": named.id, "state": named.state, "pid": named.pid} for named in service.models]
+    return JsonResponse({"status": status, "models": models}, 200 if status == "ok" else 503)
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
@@ -77,7 +65,7 @@ async def metrics(service: ServiceDep) -> Response:
 
 
 def build_app(service: Service) -> ASGIApp:
-    """Return the complete server for one model: routes, page, access checks, CORS and request counts."""
+    """Return the complete server: routes, page, access checks, CORS and request counts."""
     error_responses: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
     app = FastAPI(title="mlx-gptoss", docs_url=None, redoc_url=None, responses=error_responses)
     app.state.service = service
@@ -96,25 +84,6 @@ def build_app(service: Service) -> ASGIApp:
             expose_headers=[ignored.HEADER],
         )
     return Rewrite(_count_requests(guarded, service))
-
-
-def _model_object(service: Service, name: str) -> dict[str, Any]:
-    """The fields of OpenAI and of Anthropic, and the context length under the names of OpenRouter and vLLM."""
-    context, created = service.model.max_context, datetime.fromtimestamp(service.created, timezone.utc)
-    return {
-        "id": name,
-        "object": "model",
-        "created": service.created,
-        "owned_by": "mlx-gptoss",
-        "type": "model",
-        "display_name": name,
-        "created_at": created.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "lifecycle": "active",
-        "max_input_tokens": context,
-        "max_tokens": context,
-        "context_length": context,
-        "max_model_len": context,
-    }
 
 
 def _add_page(app: FastAPI) -> None:

@@ -13,7 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.responses import Response
 
-from ..errors import Busy, DoesNotFit, GptOssError, InvalidRequest
+from ..errors import Busy, DoesNotFit, GptOssError, InvalidRequest, ModelUnavailable
 from ..sampling import Sampling
 
 # Steps that pydantic adds to an error's location for the members of a union; they are not fields of the request.
@@ -110,6 +110,8 @@ def from_exception(error: BaseException) -> ApiError:
         return ApiError(400, str(error), param=field[0] if field and not too_long else None, code=code)
     if isinstance(error, Busy):
         return ApiError(503, str(error), code="busy", headers={"Retry-After": str(error.retry_after_s)})
+    if isinstance(error, ModelUnavailable):
+        return ApiError(503, str(error), code="model_unavailable", headers={"Retry-After": "5"})
     if isinstance(error, GptOssError):
         return ApiError(500, str(error), code="engine_error")
     log.error("unexpected error in a request", exc_info=error)

@@ -80,6 +80,12 @@ class Server(uvicorn.Server):
         else:
             self._deadline = 0.0
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called when the server starts. Begins to load the first model, if it has a process of its own."""
+        if self.service.pool is not None:
+            self.service.pool.start()
+        await super().startup(sockets)
+
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second. Returns True when the server should end."""
         ended = await super().on_tick(counter)
@@ -95,8 +101,10 @@ class Server(uvicorn.Server):
         return timed_out or not (self.server_state.tasks or self.service.background_tasks)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Called when the server ends. Ends the processes of its tools, too."""
+        """Called when the server ends. Ends the processes of its models and tools, too."""
         await super().shutdown(sockets)
+        if self.service.pool is not None:
+            await self.service.pool.close()
         if self.service.hosted is not None:
             await self.service.hosted.close()
 

@@ -1,108 +1,203 @@
-"""State that all endpoints share: the model and its names, the access rules, open requests and stored responses."""
+"""State that all endpoints share: the models, the access rules, open requests and stored responses."""
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated
 
 from fastapi import Depends, Request
 
 from ..chat.stream import Events
 from ..engine import Status
-from ..errors import GptOssError
-from ..model import Model
+from ..errors import GptOssError, ModelUnavailable
 from .errors import ApiError
 from .event_queue import EventQueue
 from .guard import Gate
 from .hosted.sessions import HostedTools
 from .metrics import Metrics
+from .models.collector import ModelsCollector
+from .models.named import NamedModel, ServedModel
+from .models.pool import ModelPool
+from .models.remote import RemoteModel
 from .responses.running import RunningResponse
 from .responses.store import ConversationStore, ResponseStore
 
-NANO_NAME = "mlx-gptoss-nano"
+MAX_ATTEMPTS = 3  # to submit a request to a model whose process may end at any time
 
 
 @dataclass
 class Service:
-    """One server for one model.
+    """One server, for one model or several.
 
-    model_id: the model's name in responses. aliases: other names of it, which /v1/models lists, too.
-    strict_model: requests may use only these names and other_names. Otherwise any name means this model.
-    open_queues: the event queues of all requests in progress.
+    models: the first one answers requests that name none, or one that is not known. strict_model: a request for an
+    unknown name is refused. pool: loads and unloads models that have processes of their own; None for a Model in this
+    one.
+    open_queues: the event queues of all requests in progress. leases: those whose models must stay loaded for them.
     store, conversations: what /v1/responses and /v1/conversations keep in memory.
     running_responses: /v1/responses in progress, by their ids. background_tasks: those that run without a client.
     hosted: the tools that the server runs itself; None if none is switched on.
     """
 
-    model: Model
+    models: Sequence[NamedModel]
     gate: Gate
-    model_id: str
-    other_names: Sequence[str] = ()
-    aliases: Sequence[str] = ()
     strict_model: bool = False
+    pool: ModelPool | None = None
+    hosted: HostedTools | None = None
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
     open_queues: set[EventQueue] = field(default_factory=set)
+    leases: dict[EventQueue, RemoteModel] = field(default_factory=dict)
     store: ResponseStore = field(default_factory=ResponseStore)
     conversations: ConversationStore = field(default_factory=ConversationStore)
     running_responses: dict[str, RunningResponse] = field(default_factory=dict)
     background_tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    hosted: HostedTools | None = None
+    _selected: NamedModel | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.metrics.registry.register(ModelsCollector(self.models))
+
+    @property
+    def selected(self) -> NamedModel:
+        """The model of the request in hand; the first one where none was selected."""
+        return self._selected or self.models[0]
+
+    @property
+    def model(self) -> ServedModel:
+        """The selected model."""
+        return self.selected.model
+
+    @property
+    def model_id(self) -> str:
+        """Its name in responses."""
+        return self.selected.id
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names that /v1/models lists: the model's own, then the aliases."""
-        return (self.model_id, *self.aliases)
+        """All of its names that are listed."""
+        return self.selected.names
 
-    def check_model(self, name: str | None) -> None:
-        """Raise ApiError 404 if the server is strict about names and does not know `name`. None is always known.
+    async def select(self, name: str | None) -> Service:
+        """This server for a request's model. None is the first one.
 
-        Ollama's clients put ":latest" behind a name without a tag.
+        Raises ApiError 404 for an unknown name if the server is strict about them; otherwise it means the first model.
         """
-        known = {*self.names, *self.other_names}
-        if self.strict_model and name is not None and known.isdisjoint((name, name.removesuffix(":latest"))):
-            message = f"the model {name!r} is not loaded: use {self.model_id!r}"
-            raise ApiError(404, message, param="model", code="model_not_found")
+        found = self.find(name)
+        if isinstance(found.model, RemoteModel):
+            await found.model.read_tokenizer()
+        return self.having(found)
+
+    def find(self, name: str | None) -> NamedModel:
+        """The model of a name, as select() chooses it."""
+        named = None if name is None else next((each for each in self.models if each.has_name(name)), None)
+        if named is None and name is not None and self.strict_model:
+            known = ", ".join(repr(each.id) for each in self.models[:10])
+            raise ApiError(404, f"the model {name!r} is not here: use {known}", param="model", code="model_not_found")
+        return named or self.models[0]
+
+    def known(self, name: str) -> NamedModel:
+        """The model of a name. Raises ApiError 404 for an unknown name, strict or not."""
+        if not any(each.has_name(name) for each in self.models):
+            raise ApiError(404, f"there is no model {name!r:.200} here", param="model", code="model_not_found")
+        return self.find(name)
+
+    def having(self, model: NamedModel) -> Service:
+        """This server with another model selected. All else is shared."""
+        view = copy.copy(self)
+        view._selected = model
+        return view
+
+    def each_model(self) -> list[Service]:
+        """This server once for each model."""
+        return [self.having(model) for model in self.models]
 
     async def start(self, *replies: Callable[[], Events]) -> EventQueue:
-        """Submit one reply per callable and return the queue of their events. Pass it to finish() in the end.
+        """Load the selected model if necessary, submit one reply per callable, and return the queue of their events.
+        Pass it to finish() in the end.
 
-        The callables run on a worker thread, since rendering and tokenizing a long conversation takes time.
+        The callables run on a worker thread, since rendering and tokenizing a long conversation takes time. If the
+        model's process ends before it has the replies, they are submitted to a new one.
         """
-        queue = EventQueue(await asyncio.to_thread(_start_all, replies))
-        self.open_queues.add(queue)
-        return queue
-
-    def render_metrics(self) -> bytes:
-        """The current metrics in the text format of Prometheus."""
-        try:
-            status = self.model.status
-        except GptOssError:  # the engine has failed or was closed
-            status = Status(slots=0, running=0, waiting=0, prefix_bytes=0)
-        self.metrics.up.set(status.slots > 0)
-        self.metrics.running.set(status.running)
-        self.metrics.waiting.set(status.waiting)
-        self.metrics.prefix_cache_bytes.set(status.prefix_bytes)
-        return self.metrics.render()
+        for attempt in range(MAX_ATTEMPTS):
+            held = await self._acquire()
+            try:
+                queue = EventQueue(await _in_thread(replies))
+            except BaseException as error:
+                self._release(held)
+                if isinstance(error, ModelUnavailable) and attempt + 1 < MAX_ATTEMPTS:
+                    continue
+                raise
+            self.open_queues.add(queue)
+            if held is not None:
+                self.leases[queue] = held
+            return queue
+        raise AssertionError("the last attempt returns or raises")
 
     def finish(self, queue: EventQueue) -> None:
         """Forget a request and cancel its replies that still run."""
         self.open_queues.discard(queue)
         queue.close()
+        self._release(self.leases.pop(queue, None))
+
+    async def load(self) -> None:
+        """Load the selected model, if it is not loaded. Raises ModelUnavailable and Busy."""
+        if self.pool is not None and isinstance(self.model, RemoteModel):
+            await self.pool.load(self.model)
+
+    async def unload(self) -> None:
+        """Unload the selected model. Raises ApiError if it has no process of its own, Busy if it is in use for long."""
+        if self.pool is None or not isinstance(self.model, RemoteModel):
+            message = f"{self.model_id} stays loaded: start the server with --idle-unload, or with several --model"
+            raise ApiError(400, message, code="unsupported")
+        await self.pool.unload(self.model)
+
+    async def _acquire(self) -> RemoteModel | None:
+        """Load the selected model and keep it loaded. Returns what to release; None if it has no process of its own."""
+        if self.pool is None or not isinstance(self.model, RemoteModel):
+            return None
+        await self.pool.acquire(self.model)
+        return self.model
+
+    def _release(self, held: RemoteModel | None) -> None:
+        if self.pool is not None and held is not None:
+            self.pool.release(held)
+
+    def render_metrics(self) -> bytes:
+        """The current metrics in the text format of Prometheus."""
+        statuses = [status for named in self.models if (status := _status(named.model)) is not None]
+        self.metrics.up.set(len(statuses) > 0)
+        self.metrics.running.set(sum(status.running for status in statuses))
+        self.metrics.waiting.set(sum(status.waiting for status in statuses))
+        self.metrics.prefix_cache_bytes.set(sum(status.prefix_bytes for status in statuses))
+        return self.metrics.render()
 
 
-def model_names(model: str | None) -> tuple[str, tuple[str, ...]]:
-    """The API's name for a --model option, and other names for it. A local checkpoint's name does not show its path."""
-    if model is None:
-        return NANO_NAME, ("nano",)
-    folder = Path(model)
-    if folder.exists():
-        return folder.resolve().name, (model,)
-    return model, (model.rpartition("/")[2],)
+def _status(model: ServedModel) -> Status | None:
+    """The model's load; None if its engine has failed or was closed."""
+    try:
+        return model.status
+    except GptOssError:
+        return None
+
+
+async def _in_thread(replies: Sequence[Callable[[], Events]]) -> list[Events]:
+    """_start_all() on a worker thread. If the caller is cancelled meanwhile, so are the replies, once they have
+    started."""
+    starting = asyncio.ensure_future(asyncio.to_thread(_start_all, replies))
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        starting.add_done_callback(_close_started)
+        raise
+
+
+def _close_started(starting: asyncio.Future[list[Events]]) -> None:
+    if not starting.cancelled() and starting.exception() is None:
+        for events in starting.result():
+            events.close()
 
 
 def _start_all(replies: Sequence[Callable[[], Events]]) -> list[Events]:

@@ -25,8 +25,9 @@ from mlx_gptoss.server.app import build_app
 from mlx_gptoss.server.batch import Batch
 from mlx_gptoss.server.batch_files import MAX_LINE_BYTES, RequestFile
 from mlx_gptoss.server.guard import Gate
+from mlx_gptoss.server.models.named import NamedModel, model_names
 from mlx_gptoss.server.responses.store import ResponseStore
-from mlx_gptoss.server.service import Service, model_names
+from mlx_gptoss.server.service import Service
 
 CLI = [sys.executable, "-m", "mlx_gptoss_cli", "batch"]
 HERE = ["--backend", "mlx", "--device", "cpu"]
@@ -78,7 +79,9 @@ def run(model, tmp_path):
     def run(*lines, progress=lambda: None, model=model):
         (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
         with Batch(tmp_path / "in.jsonl", tmp_path / "out.jsonl") as batch:
-            batch.run(Service(model, Gate(), *model_names(None), store=ResponseStore(max_bytes=0)), progress)
+            batch.run(
+                Service([NamedModel(model, *model_names(None))], Gate(), store=ResponseStore(max_bytes=0)), progress
+            )
         return read(tmp_path / "out.jsonl")
 
     return run
@@ -164,7 +167,7 @@ def test_an_answer_is_what_the_server_would_send(run, model):
         (COMPLETIONS, ["Hi"]),
         (COMPLETIONS, "Hi"),
     ]
-    service = Service(model, Gate(), *model_names(None), store=ResponseStore(max_bytes=0))
+    service = Service([NamedModel(model, *model_names(None))], Gate(), store=ResponseStore(max_bytes=0))
 
     async def served():
         transport = httpx.ASGITransport(build_app(service))

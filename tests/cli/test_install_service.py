@@ -239,8 +239,9 @@ def test_relative_paths_become_absolute(host, mini, tmp_path, monkeypatch):
     (tmp_path / "tools.toml").write_text('[browser]\nsearch = "exa"\nkey_env = "MY_KEY"\n')
     monkeypatch.setenv("MY_KEY", "k")
     monkeypatch.setenv("MLX_GPTOSS_PROMPT_CACHE", "cache")
-    host.install("--model", "models/my model", "--tools", "browser", "--tools-config", "tools.toml")
-    assert f"--model={tmp_path}/models/my model" in host.words()
+    (tmp_path / "nano").mkdir()  # not the bundled model that --model nano means
+    host.install("--model", "models/my model", "--model", "nano", "--tools", "browser", "--tools-config", "tools.toml")
+    assert [w for w in host.words() if "--model" in w] == [f"--model={tmp_path}/models/my model", "--model=nano"]
     assert f"--tools-config={tmp_path}/tools.toml" in host.words()
     assert host.variables()["MLX_GPTOSS_PROMPT_CACHE"] == f"{tmp_path}/cache"
     assert host.variables()["MY_KEY"] == "k"

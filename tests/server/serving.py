@@ -11,8 +11,9 @@ from typing import Any
 from mlx_gptoss import Model
 from mlx_gptoss.server.connection import Timeouts
 from mlx_gptoss.server.guard import Gate
+from mlx_gptoss.server.models.named import NamedModel, model_names
 from mlx_gptoss.server.run import Server, listen
-from mlx_gptoss.server.service import Service, model_names
+from mlx_gptoss.server.service import Service
 
 
 @contextmanager
@@ -25,7 +26,7 @@ def serving(
 ) -> Iterator[Server]:
     """A running server at `server.url`. gate: fields of its Gate."""
     listener = listen("127.0.0.1", 0)
-    service = Service(model, Gate(**gate), *model_names(None), aliases, strict_model)
+    service = Service([NamedModel(model, *model_names(None), aliases)], Gate(**gate), strict_model)
     server = Server(service, timeouts=timeouts, drain_s=5)
     server.port = listener.getsockname()[1]
     server.url = f"http://127.0.0.1:{server.port}"

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 import mlx_gptoss
+from mlx_gptoss.server.models.named import NamedModel
 
 pytestmark = pytest.mark.skipif(shutil.which("haproxy") is None, reason="haproxy is not installed")
 README = Path(__file__).parents[2] / "mlx_gptoss/server/README.md"
@@ -29,7 +30,7 @@ def servers(serve):
         for name in ("a", "b"):
             model = stack.enter_context(mlx_gptoss.load(max_context=2048, max_waiting=1))
             found.append(stack.enter_context(serve(model, allowed_hosts=None)))
-            found[-1].service.model_id = name
+            found[-1].service.models = [NamedModel(model, name)]
         yield found
 
 

@@ -19,6 +19,7 @@ import pytest
 import mlx_gptoss
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.server.guard import Gate
+from mlx_gptoss.server.models.named import NamedModel
 from mlx_gptoss.server.run import Server, listen
 from mlx_gptoss.server.service import Service
 
@@ -160,7 +161,8 @@ def test_error_in_the_middle_of_a_stream_is_an_event(serve):
                 *_, last = (json.loads(line[6:]) for line in lines if line.startswith("data: {"))
             error = last["error"] if path == PATH else last["response"]["error"]
             assert "closed" in error["message"] and error["code"] == "engine_error"
-            model = server.service.model = mlx_gptoss.load(max_context=4096)
+            model = mlx_gptoss.load(max_context=4096)
+            server.service.models = [NamedModel(model, server.service.model_id)]
         assert httpx.post(server.url + PATH, json={"messages": SUM}, timeout=60).status_code == 200
     model.close()
 
@@ -169,7 +171,7 @@ def test_a_failed_engine_is_told_and_ends_the_server():
     """A server that could only answer 500 ends, so that its supervisor starts it again."""
     with pytest.raises(GptOssError, match="ZeroDivisionError"), mlx_gptoss.load() as model:
         listener = listen("127.0.0.1", 0)
-        server = Server(Service(model, Gate(), "nano"), drain_s=60)
+        server = Server(Service([NamedModel(model, "nano")], Gate()), drain_s=60)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         failures, answers = [], []
 

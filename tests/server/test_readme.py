@@ -73,9 +73,10 @@ def test_the_example_endpoint_works_as_it_stands(tmp_path):
     script = (
         "import mlx_gptoss; from starlette.testclient import TestClient\n"
         "from mlx_gptoss.server.app import build_app; from mlx_gptoss.server.guard import Gate\n"
+        "from mlx_gptoss.server.models.named import NamedModel\n"
         "from mlx_gptoss.server.service import Service\n"
         "with mlx_gptoss.load() as model:\n"
-        "    client = TestClient(build_app(Service(model, Gate(), 'nano')), base_url='http://localhost')\n"
+        "    client = TestClient(build_app(Service([NamedModel(model, 'nano')], Gate())), base_url='http://localhost')\n"
         "    answer = client.post('/v1/tokenize', json={'text': 'Hi there'})\n"
         "    assert answer.json() == {'ids': model.tokenizer.encode('Hi there')}, answer.text\n"
         "    assert client.post('/v1/tokenize', json={'text': 1}).json()['error']['param'] == 'text'\n"

@@ -132,6 +132,7 @@ class MessagesRequest(SamplingFields):
 @router.post("/v1/messages", responses=STREAMING_RESPONSES)
 async def create(body: MessagesRequest, request: Request, service: ServiceDep) -> Response:
     """Generate the assistant's next message."""
+    service = await service.select(body.model)
     message = _Message(body, service)
     queue = await cancel_on_disconnect(request, service.start(message.submit))
     ignore(request, message.ignored)
@@ -145,6 +146,7 @@ async def create(body: MessagesRequest, request: Request, service: ServiceDep) -
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(body: MessagesRequest, request: Request, service: ServiceDep) -> Response:
     """Count the tokens of the prompt that /v1/messages would make of this request."""
+    service = await service.select(body.model)
     message = _Message(body, service)
     count = await asyncio.to_thread(message.count_tokens)
     ignore(request, message.ignored)
@@ -155,7 +157,6 @@ class _Message:
     """One request: its conversation, and the message being written. Raises ApiError if the request is invalid."""
 
     def __init__(self, body: MessagesRequest, service: Service) -> None:
-        service.check_model(body.model)
         body.check()
         self._body = body
         self._service = service

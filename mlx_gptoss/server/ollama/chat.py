@@ -63,11 +63,11 @@ class ChatRequest(GenerationFields):
 @router.post("/api/chat", responses=STREAMING_RESPONSES)
 async def chat(body: ChatRequest, request: Request, service: ServiceDep) -> Response:
     """Generate the assistant's next message."""
-    service.check_model(body.model)
+    service = await service.select(body.model)
     body.check()
     reply = Reply(body, service, _message)
     if not body.messages:
-        return reply.idle_response(request)
+        return await reply.idle_response(request)
     return await reply.respond(request, partial(_submit, to_openai(body.messages), body, service))
 
 

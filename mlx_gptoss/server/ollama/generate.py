@@ -43,11 +43,11 @@ class GenerateRequest(GenerationFields):
 @router.post("/api/generate", responses=STREAMING_RESPONSES)
 async def generate(body: GenerateRequest, request: Request, service: ServiceDep) -> Response:
     """Answer a prompt."""
-    service.check_model(body.model)
+    service = await service.select(body.model)
     body.check()
     reply = Reply(body, service, _response)
     if not body.prompt:
-        return reply.idle_response(request)
+        return await reply.idle_response(request)
     start = _continue_raw if body.raw else _answer
     return await reply.respond(request, partial(start, body.prompt, body, service))
 

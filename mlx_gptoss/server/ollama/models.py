@@ -1,17 +1,19 @@
-"""The loaded model in Ollama's API: version, tags, show, ps and pull; what changes models is refused."""
+"""The models in Ollama's API: version, tags, show, ps and pull; what makes or removes models is refused."""
 
 from __future__ import annotations
 
 import hashlib
+import time
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from ..about import file_format, parameter_count, parameter_size, quantization
+from ..about import file_format, parameter_count, parameter_size, quantization, size_bytes
 from ..errors import ApiError, JsonResponse
 from ..fields import RequestModel
 from ..ignored import ignore
+from ..models.remote import RemoteModel
 from ..service import Service, ServiceDep
 from .errors import ERROR_RESPONSES
 from .ndjson import MEDIA_TYPE, STREAMING_RESPONSES, encode_line, timestamp
@@ -29,7 +31,7 @@ TEMPLATE = (  # the parts of a prompt, in the notation of Ollama's templates; ha
     "<|start|>user<|message|>{{ .Prompt }}<|end|><|start|>assistant{{ .Thinking }}{{ .Response }}"
 )
 EMBEDDINGS = "this model does not support embeddings: it generates text"
-MANAGED = "this server runs one model, chosen with `mlx-gptoss serve --model`: it cannot create, copy or remove models"
+MANAGED = "this server runs the models of `mlx-gptoss serve --model`: it cannot create, copy or remove models"
 REFUSED = {  # method and path -> why
     ("POST", "/api/embed"): EMBEDDINGS,
     ("POST", "/api/embeddings"): EMBEDDINGS,
@@ -65,38 +67,45 @@ async def version() -> Response:
 
 @router.get("/api/tags")
 async def tags(service: ServiceDep) -> Response:
-    """List the loaded model under each of its names."""
-    about = {
-        "modified_at": timestamp(service.created * 10**9),
-        "size": service.model.plan.weights_bytes,
-        "digest": _digest(service),
-        "details": _details(service),
-        "capabilities": CAPABILITIES,
-    }
-    return JsonResponse({"models": [{"name": name, "model": name, **about} for name in listed_names(service)]})
+    """List all models, each under each of its names."""
+    models = []
+    for each in service.each_model():
+        about = {
+            "modified_at": timestamp(service.created * 10**9),
+            "size": size_bytes(each.model),
+            "digest": _digest(each),
+            "details": _details(each),
+            "capabilities": CAPABILITIES,
+        }
+        models += [{"name": name, "model": name, **about} for name in listed_names(each)]
+    return JsonResponse({"models": models})
 
 
 @router.get("/api/ps")
 async def ps(service: ServiceDep) -> Response:
-    """List the loaded model, with the memory that it is planned to take."""
-    name, needed = listed_names(service)[0], service.model.plan.needed_bytes
-    about = {
-        "size": needed,
-        "size_vram": needed,
-        "digest": _digest(service),
-        "details": _details(service),
-        "expires_at": NEVER,
-        "context_length": service.model.max_context,
-    }
-    return JsonResponse({"models": [{"name": name, "model": name, **about}]})
+    """List the loaded models, with the memory that each is planned to take."""
+    models = []
+    for each in service.each_model():
+        if each.model.plan is not None and each.selected.state == "loaded":
+            name, needed = listed_names(each)[0], each.model.plan.needed_bytes
+            about = {
+                "size": needed,
+                "size_vram": needed,
+                "digest": _digest(each),
+                "details": _details(each),
+                "expires_at": _expires_at(each),
+                "context_length": each.model.max_context,
+            }
+            models.append({"name": name, "model": name, **about})
+    return JsonResponse({"models": models})
 
 
 @router.post("/api/show")
 async def show(body: ModelRequest, request: Request, service: ServiceDep) -> Response:
-    """Describe the loaded model: capabilities, sizes and default options."""
+    """Describe a model: capabilities, sizes and default options."""
     ignore(request, body.ignored_fields())
+    service = service.having(service.find(body.model or body.name))
     name = body.model or body.name or listed_names(service)[0]
-    service.check_model(name)
     parameters = _parameters(service)
     return JsonResponse(
         {
@@ -115,13 +124,21 @@ async def show(body: ModelRequest, request: Request, service: ServiceDep) -> Res
 
 @router.post("/api/pull", responses=STREAMING_RESPONSES)
 async def pull(body: PullRequest, request: Request, service: ServiceDep) -> Response:
-    """Report success for every name of the loaded model. Clients pull a model that /api/tags does not list."""
+    """Report success for every name that answers. Clients pull a model that /api/tags does not list."""
     ignore(request, body.ignored_fields() | ({"insecure"} if body.insecure else set()))
-    service.check_model(body.model or body.name)
+    service.find(body.model or body.name)
     if body.stream is False:
         return JsonResponse({"status": "success"})
     lines = [{"status": "pulling manifest"}, {"status": "success"}]
     return Response(b"".join(map(encode_line, lines)), media_type=MEDIA_TYPE)
+
+
+def _expires_at(service: Service) -> str:
+    """When the model is unloaded if no request comes."""
+    pool = service.pool
+    if pool is None or pool.idle_unload_s is None or not isinstance(service.model, RemoteModel):
+        return NEVER
+    return timestamp(time.time_ns() + round((service.model.used_at - time.monotonic() + pool.idle_unload_s) * 1e9))
 
 
 def _refuse(message: str) -> Any:

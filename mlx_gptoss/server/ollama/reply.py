@@ -70,9 +70,14 @@ class Reply:
             return LineStream(self.stream(queue), partial(self._service.finish, queue))
         return JsonResponse(await cancel_on_disconnect(request, self.full_response(queue)))
 
-    def idle_response(self, request: Request) -> Response:
-        """The answer to a request with nothing to generate, by which clients load and unload a model."""
+    async def idle_response(self, request: Request) -> Response:
+        """The answer to a request with nothing to generate, by which clients load and unload a model. One without a
+        process of its own stays loaded."""
         ignore(request, self._body.ignored_fields())
+        if self._body.idle_reason == "load":
+            await cancel_on_disconnect(request, self._service.load())
+        elif self._service.pool is not None:
+            await cancel_on_disconnect(request, self._service.unload())
         return JsonResponse(self._line(Piece(), {"done": True, "done_reason": self._body.idle_reason}))
 
     async def stream(self, queue: EventQueue) -> AsyncIterator[bytes]:

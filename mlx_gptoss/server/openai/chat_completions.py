@@ -141,6 +141,7 @@ class ChatRequest(SamplingFields):
 @router.post("/v1/chat/completions", responses=STREAMING_RESPONSES)
 async def create(body: ChatRequest, request: Request, service: ServiceDep) -> Response:
     """Generate the assistant's next message."""
+    service = await service.select(body.model)
     completion = _Completion(body, service)
     ignore(request, body.ignored_fields())
     return await respond(completion, request, service, stream=bool(body.stream))
@@ -148,6 +149,7 @@ async def create(body: ChatRequest, request: Request, service: ServiceDep) -> Re
 
 async def full_response(body: ChatRequest, service: Service) -> dict[str, Any]:
     """Generate a full response, for one line of a batch file."""
+    service = await service.select(body.model)
     completion = _Completion(body, service)
     return await completion.full_response(await service.start(*completion.replies()))
 
@@ -156,7 +158,6 @@ class _Completion:
     """One request: its choices, and their conversion from engine events to chunks. Raises ApiError if it is invalid."""
 
     def __init__(self, body: ChatRequest, service: Service) -> None:
-        service.check_model(body.model)
         body.check()
         self._body = body
         self._service = service

@@ -67,6 +67,7 @@ class CompletionRequest(SamplingFields):
 @router.post("/v1/completions", responses=STREAMING_RESPONSES)
 async def create(body: CompletionRequest, request: Request, service: ServiceDep) -> Response:
     """Continue a text."""
+    service = await service.select(body.model)
     completion = _Completion(body, service)
     ignore(request, body.ignored_fields())
     return await respond(completion, request, service, stream=bool(body.stream))
@@ -74,6 +75,7 @@ async def create(body: CompletionRequest, request: Request, service: ServiceDep)
 
 async def full_response(body: CompletionRequest, service: Service) -> dict[str, Any]:
     """Generate a full response, for one line of a batch file."""
+    service = await service.select(body.model)
     completion = _Completion(body, service)
     return await completion.full_response(await service.start(*completion.replies()))
 
@@ -85,7 +87,6 @@ class _Completion:
     """
 
     def __init__(self, body: CompletionRequest, service: Service) -> None:
-        service.check_model(body.model)
         body.check()
         self._body = body
         self._service = service

@@ -40,6 +40,7 @@ async def compact(body: ContextRequest, request: Request, service: ServiceDep) -
 
     The summary leaves out the oldest turns if the context cannot hold them.
     """
+    service = await service.select(body.model)
     context = read_context(body, service)
     ignore(request, context.ignored)
     limit = min(MAX_SUMMARY_TOKENS, service.model.max_context // 4)

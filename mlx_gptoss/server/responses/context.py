@@ -49,7 +49,6 @@ class RequestContext:
 
 def read_context(body: ContextRequest, service: Service) -> RequestContext:
     """Return the context of a request. Raises ApiError if it is invalid, or continues what is not stored."""
-    service.check_model(body.model)
     body.check()
     try:
         selection = hosted_tools_of(body.all_tools, None if service.hosted is None else service.hosted.settings)

@@ -26,6 +26,7 @@ router: APIRouter = APIRouter()
 @router.post("/v1/responses", responses=STREAMING_RESPONSES)
 async def create(body: ResponsesRequest, request: Request, service: ServiceDep) -> Response:
     """Generate the next response, from input items and optionally a previous response or a conversation."""
+    service = await service.select(body.model)
     response = ModelResponse(body, service)
     ignore(request, response.context.ignored)
     queue = await cancel_on_disconnect(request, response.start())
@@ -39,6 +40,7 @@ async def create(body: ResponsesRequest, request: Request, service: ServiceDep) 
 
 async def full_response(body: ResponsesRequest, service: Service) -> dict[str, Any]:
     """Generate a full response, for one line of a batch file."""
+    service = await service.select(body.model)
     response = ModelResponse(body, service)
     return await response.full_response(await response.start())
 
@@ -46,6 +48,7 @@ async def full_response(body: ResponsesRequest, service: Service) -> dict[str, A
 @router.post("/v1/responses/input_tokens")
 async def count_input_tokens(body: ContextRequest, request: Request, service: ServiceDep) -> Response:
     """Count the tokens of the prompt that POST /v1/responses would make of the same fields."""
+    service = await service.select(body.model)
     context = read_context(body, service)
     ignore(request, context.ignored)
 

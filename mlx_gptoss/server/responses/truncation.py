@@ -13,12 +13,12 @@ from itertools import accumulate
 
 from ...harmony.messages import Conversation, Message
 from ...harmony.render import render, render_message
-from ...model import Model
+from ..models.named import ServedModel
 
 STEPS = 4  # per context
 
 
-def truncated(conversation: Conversation, model: Model, max_tokens: int | None) -> Conversation:
+def truncated(conversation: Conversation, model: ServedModel, max_tokens: int | None) -> Conversation:
     """Return the conversation without its oldest turns, so that the context holds its prompt and a reply.
 
     max_tokens: of the reply; by default an eighth of the context is kept free. Instructions stay, also those between

@@ -36,6 +36,7 @@ from mlx_gptoss.server.hosted.loop import HostedReply
 from mlx_gptoss.server.hosted.selection import hosted_tools_of
 from mlx_gptoss.server.hosted.sessions import HostedTools
 from mlx_gptoss.server.hosted.settings import BrowserSettings, HostedSettings
+from mlx_gptoss.server.models.named import NamedModel
 from mlx_gptoss.server.run import Server, listen
 from mlx_gptoss.server.service import Service
 
@@ -198,7 +199,7 @@ def scripted_model() -> Iterator[Callable[..., Any]]:
         checkpoint: Any = SimpleNamespace(config=runners[0].config, stop_ids=(), generation_config={})
         plan: Any = None
         model = Model(checkpoint, "scripted", tokenizer, engines[-1], "mock", plan, "scripted", 0.0)
-        return Scripted(model, runners[0], Service(model, Gate(), "scripted"))
+        return Scripted(model, runners[0], Service([NamedModel(model, "scripted")], Gate()))
 
     yield make
     for engine in engines:
@@ -271,7 +272,7 @@ def scripted_server(scripted_model: Callable[..., Any]) -> Iterator[Callable[...
         def start(settings: HostedSettings, replies: Sequence[Sequence[Message]]) -> Any:
             scripted = scripted_model()
             scripted.will_say(*replies)
-            scripted.service = Service(scripted.model, Gate(), "scripted", hosted=HostedTools(settings))
+            scripted.service = Service([NamedModel(scripted.model, "scripted")], Gate(), hosted=HostedTools(settings))
             listener = listen("127.0.0.1", 0)
             server = Server(scripted.service, drain_s=5)
             thread = threading.Thread(target=server.serve_on, args=(listener,))
