@@ -27,7 +27,7 @@ from mlx_gptoss.errors import GptOssError
 from .supervisors import CALL_TIMEOUT_S, LAUNCHD, NAME, Command, Launchd, Step, Supervisor, Systemd
 
 API_KEY = "MLX_GPTOSS_API_KEY"
-MODEL = "model_names"  # the option --model, whose values may be paths
+MODEL = ("model", "model_names")  # the option --model, whose values may be paths, and its variable
 OURS = ("install_service", "remove_service", "api_key")  # options that the service's command does not have
 PATHS = ("tools_config", "prompt_cache")  # options whose value is a path
 KEPT_PREFIXES = ("MLX_", "HF_", "HUGGINGFACE_", "CUDA_", "NVIDIA_", "TRITON_", "PYTORCH_")
@@ -215,10 +215,10 @@ def _environment(variables: Mapping[str, str], names: Container[str]) -> dict[st
         and name not in DROPPED
         and name.isidentifier()
     }
-    for name in (*PATHS, MODEL):
+    for name in (*PATHS, *MODEL):
         variable = f"MLX_GPTOSS_{name.upper()}"
         if variable in kept:
-            values = kept[variable].split(os.pathsep) if name == MODEL else [kept[variable]]
+            values = kept[variable].split(os.pathsep) if name in MODEL else [kept[variable]]
             kept[variable] = os.pathsep.join(_absolute(name, value) for value in values)
     return kept
 
@@ -228,7 +228,7 @@ def _absolute(option: str, value: str) -> str:
     from mlx_gptoss.loading.library import NANO_ALIAS
 
     path = Path(value).expanduser()
-    is_path = option in PATHS or (option == MODEL and value != NANO_ALIAS and path.exists())
+    is_path = option in PATHS or (option in MODEL and value != NANO_ALIAS and path.exists())
     return os.path.abspath(path) if is_path else value
 
 

@@ -1,9 +1,9 @@
 """A soak test of the server: `python tests/server/soak.py [--minutes 60] [--requests 200000] [--report FILE]`.
 
-Starts `mlx-gptoss serve` with the bundled model, a second copy of it where the server takes several models, and sends
-mixed requests at an even rate: all dialects, streamed or not, tools, schemas, stored responses, clients that leave,
-clients that read slowly, long prompts, broken requests, bytes that are not HTTP. The second model is unloaded, loaded
-and killed meanwhile. It fails if
+Starts `mlx-gptoss serve` with the bundled model and a copy of it, each in a process of its own, and sends mixed
+requests at an even rate: all dialects, streamed or not, tools, schemas, stored responses, clients that leave, clients
+that read slowly, long prompts, broken requests, bytes that are not HTTP. Meanwhile the copy is unloaded, loaded and
+killed. It fails if
 
 - a request got a 5xx other than 503, took two minutes, or a stream of the first model ended in an error;
 - a reply is not the one that its conversation gets when it is asked again alone. Each conversation asks to reverse a
@@ -73,6 +73,7 @@ class Soak:
     in_flight: int = 0
     behind_s: float = 0.0
     over: bool = False
+    cpu_s: float = 0.0
     samples: list[dict[str, dict[str, int]]] = field(default_factory=list)
     open_gate: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -85,7 +86,7 @@ class Soak:
 
     def may_fail(self, body: Any) -> bool:
         """Whether a request is for the model that is killed."""
-        return len(self.models) > 1 and isinstance(body, dict) and body.get("model") == self.models[1]
+        return isinstance(body, dict) and body.get("model") == self.models[1]
 
     async def asked(self, connection: Connection, dialect: Dialect, body: dict[str, Any]) -> Said | None:
         """What the model says; None for a 503, and for a stream that broke off with the process of its model."""
@@ -143,7 +144,7 @@ class Soak:
         self.started = time.monotonic()
         self.open_gate.set()
         workers = [asyncio.create_task(self.work(worker, seed)) for worker in range(WORKERS)]
-        trouble = asyncio.create_task(self.trouble(random.Random(seed))) if len(self.models) > 1 else None
+        trouble = asyncio.create_task(self.trouble(random.Random(seed)))
         first, paused = self.started, 0.0
         for point in range(1, QUIET_POINTS + 1):
             while time.monotonic() < first + paused + minutes * 60 * point / QUIET_POINTS and self.sent < requests:
@@ -153,9 +154,8 @@ class Soak:
         self.open_gate.set()
         await asyncio.gather(*workers)
         self.seconds = time.monotonic() - first - paused
-        if trouble is not None:
-            trouble.cancel()
-            await asyncio.gather(trouble, return_exceptions=True)
+        trouble.cancel()
+        await asyncio.gather(trouble, return_exceptions=True)
 
     async def be_quiet(self) -> float:
         """Wait until every request has ended, and sample. Returns the seconds that it took."""
@@ -189,14 +189,17 @@ class Soak:
     async def processes(self, connection: Connection) -> dict[int, str]:
         """The model of each process that has one, by /health."""
         health = json.loads(await connection.request("GET", "/health"))
-        return {model["pid"]: model["id"] for model in health.get("models", ()) if model.get("pid")}
+        return {model["pid"]: model["id"] for model in health["models"] if model["pid"]}
 
     def sample(self, names: dict[int, str]) -> dict[str, dict[str, int]]:
         """Memory in bytes, descriptors and threads of the server's processes."""
         found: dict[str, dict[str, int]] = {}
+        self.cpu_s = 0.0
         for pid in descendants(self.pid):
             with suppress(psutil.Error):
                 process = psutil.Process(pid)
+                times = process.cpu_times()
+                self.cpu_s += times.user + times.system + times.children_user + times.children_system
                 memory = process.memory_full_info()
                 name = "server" if pid == self.pid else names.get(pid, f"process {len(found)}")
                 found[name] = {
@@ -216,9 +219,9 @@ class Soak:
             self.in_flight += 1
             try:
                 if r.random() < 0.5:
-                    await self.expect(connection, "POST", "/models/unload", {"model": name})
+                    await self.expect(connection, "POST", "/v1/models/unload", {"model": name})
                     await asyncio.sleep(r.uniform(0, 2))
-                    await self.expect(connection, "POST", "/models/load", {"model": name})
+                    await self.expect(connection, "POST", "/v1/models/load", {"model": name})
                     self.ended["unloaded and loaded"] += 1
                 else:
                     await self.kill(connection, name)
@@ -263,14 +266,11 @@ GREETING = [{"role": "user", "content": "Hi"}]
 @contextmanager
 def serving(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """The server in a process of its own, and its port. Ends it by SIGTERM."""
-    from mlx_gptoss_cli.serve import serve
-
     port = free_port()
+    shutil.copytree(NANO, folder / "second", ignore=shutil.ignore_patterns("__pycache__"))
     words = [sys.executable, "-m", "mlx_gptoss_cli", "serve", "--port", str(port), "--backend", "mlx"]
     words += ["--slots", str(SLOTS), "--max-context", "4096", "--prefix-cache", "8"]
-    if any(param.name == "model" and param.multiple for param in serve.params):
-        shutil.copytree(NANO, folder / "second", ignore=shutil.ignore_patterns("__pycache__"))
-        words += ["--model", str(NANO), "--model", str(folder / "second")]
+    words += ["--model", "nano", "--model", str(folder / "second")]
     with open(folder / "errors", "w") as errors:
         process = subprocess.Popen(words, stderr=errors, text=True, env={**os.environ, **RETURN_MEMORY})
     try:
@@ -304,7 +304,7 @@ async def prepare(port: int, process: subprocess.Popen[str], rate: float) -> Soa
         if process.poll() is not None:
             raise RuntimeError("the server has ended")
         await asyncio.sleep(0.2)
-    names = [model["id"] for model in json.loads(await connection.request("GET", "/v1/models"))["data"]]
+    names = [model["id"] for model in json.loads(await connection.request("GET", "/health"))["models"]]
     words = [{"role": "user", "content": "Reverse the word WORD."}]
     template = await connection.request("POST", "/apply-template", {"messages": words, "reasoning_effort": "low"})
     connection.close()
@@ -411,6 +411,7 @@ async def soak_for(minutes: float, requests: int, seed: int, folder: Path) -> tu
         "minutes": round(soak.seconds / 60, 2),
         "requests": done,
         "requests_per_s": round(done / soak.seconds, 1),
+        "cpu_s_of_server_and_of_clients": [round(soak.cpu_s), round(time.process_time())],
         "conversations_checked": soak.checked,
         "asked_again_alone": suspects,
         "gaps": judge_gaps(folder, soak),
