@@ -139,7 +139,7 @@ def _check(ctx: click.Context, installed: bool) -> None:
     from mlx_gptoss.server.models.named import NamedModel, model_names
     from mlx_gptoss.server.models.remote import RemoteModel
 
-    from .serve import name_models
+    from .serve import _named
 
     if find_launch() is not None:
         raise click.UsageError("--install-service is for a server in one process; run it without a launcher")
@@ -157,7 +157,7 @@ def _check(ctx: click.Context, installed: bool) -> None:
         request = LoadRequest(model=str(path), **vars(options))
         plan_load(request, open_source(request))
         found.append(NamedModel(RemoteModel(name, path, options), *model_names(name)))
-    name_models(found, ctx.params["aliases"])
+    _named(found, ctx.params["aliases"])
 
 
 def service_command(ctx: click.Context, argv: Sequence[str]) -> Command:

@@ -34,6 +34,7 @@ MODELS_OPTION = click.option(
     "model_names",
     multiple=True,
     type=ModelName(),
+    envvar="MLX_GPTOSS_MODEL",
     metavar="PATH|REPO",
     help="A folder, a hub id such as openai/gpt-oss-20b, or nano. Repeatable: requests choose by name, and the first "
     "answers the others. Default: all models on this machine, nano first.",
@@ -150,7 +151,7 @@ def _open_models(
         with load(name, **given) as loaded:
             if loaded.has_tokenizer:
                 grammar.warm_up(loaded.tokenizer)
-            yield name_models([NamedModel(loaded, *model_names(name))], aliases), None
+            yield _named([NamedModel(loaded, *model_names(name))], aliases), None
         return
     if find_launch() is not None:
         raise click.UsageError("a model that is split over ranks is served alone: give one --model, no --idle-unload")
@@ -158,7 +159,7 @@ def _open_models(
     chosen = [(name, library.NANO if name == library.NANO_ALIAS else hub.resolve(name)) for name in names] or found
     models = [RemoteModel(name, path, options) for name, path in chosen]
     named = [NamedModel(model, *model_names(name)) for model, (name, _) in zip(models, chosen, strict=True)]
-    yield name_models(named, aliases), ModelPool(models, idle_unload_s=idle_unload)
+    yield _named(named, aliases), ModelPool(models, idle_unload_s=idle_unload)
 
 
 def _check_access(host: str, api_key: str | None, insecure: bool) -> None:
@@ -171,8 +172,14 @@ def _check_access(host: str, api_key: str | None, insecure: bool) -> None:
         raise click.UsageError(f"--host {host} lets other machines in: set an --api-key, or accept that by --insecure")
 
 
-def name_models(models: list[NamedModel], aliases: Iterable[str]) -> list[NamedModel]:
-    """The models with the names of the --alias options. Raises UsageError for one that is not of a served model."""
+def _named(models: list[NamedModel], aliases: Iterable[str]) -> list[NamedModel]:
+    """The models with the names of the --alias options.
+
+    Raises UsageError for an alias of a model that is not served, and for two models of one name.
+    """
+    ids = [model.id for model in models]
+    if twice := next((id for id in ids if ids.count(id) > 1), None):
+        raise click.UsageError(f"--model has {twice!r} twice: requests could not choose; rename one of the folders")
     for alias in aliases:
         name, equals, target = alias.partition("=")
         place = next((place for place, model in enumerate(models) if equals and model.has_name(target)), None)

@@ -58,11 +58,11 @@ def _in_folders() -> Iterator[InstalledModel]:
 
 def _in_hub_cache() -> Iterator[InstalledModel]:
     """What may be a model in the hub's cache: of each repository the revision that was used last."""
-    from huggingface_hub import scan_cache_dir
+    from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        repos = scan_cache_dir().repos
+        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except (CacheNotFound, OSError):
         return
     for repo in sorted(repos, key=lambda each: each.repo_id):

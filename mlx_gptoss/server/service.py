@@ -123,13 +123,16 @@ class Service:
         """
         for attempt in range(MAX_ATTEMPTS):
             held = await self._acquire()
+            process = None if held is None else held.process
             try:
                 queue = EventQueue(await _in_thread(replies))
             except BaseException as error:
                 self._release(held)
-                if isinstance(error, ModelUnavailable) and attempt + 1 < MAX_ATTEMPTS:
-                    continue
-                raise
+                if not isinstance(error, ModelUnavailable) or attempt + 1 == MAX_ATTEMPTS:
+                    raise
+                if self.pool is not None and process is not None:
+                    self.pool.lost(process)
+                continue
             self.open_queues.add(queue)
             if held is not None:
                 self.leases[queue] = held

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from mlx_gptoss import Model
+from mlx_gptoss.options import LoadOptions
 from mlx_gptoss.server.connection import Timeouts
 from mlx_gptoss.server.guard import Gate
 from mlx_gptoss.server.models.named import NamedModel, model_names
+from mlx_gptoss.server.models.pool import ModelPool
+from mlx_gptoss.server.models.remote import RemoteModel
 from mlx_gptoss.server.run import Server, listen
 from mlx_gptoss.server.service import Service
+
+
+@contextmanager
+def serving_models(
+    models: Mapping[str, Path], idle_unload: float | None = None, strict_model: bool = False, **options: Any
+) -> Iterator[Server]:
+    """A running server of several models, each in a process of its own. options: LoadOptions' fields."""
+    remote = {name: RemoteModel(name, path, LoadOptions(**options)) for name, path in models.items()}
+    pool = ModelPool(list(remote.values()), idle_unload_s=idle_unload)
+    named = [NamedModel(model, name) for name, model in remote.items()]
+    with running(Service(named, Gate(), strict_model, pool)) as server:
+        yield server
 
 
 @contextmanager
@@ -24,9 +40,16 @@ def serving(
     strict_model: bool = False,
     **gate: Any,
 ) -> Iterator[Server]:
-    """A running server at `server.url`. gate: fields of its Gate."""
+    """A running server of one model. gate: fields of its Gate."""
+    named = NamedModel(model, *model_names(None), aliases)
+    with running(Service([named], Gate(**gate), strict_model), timeouts) as server:
+        yield server
+
+
+@contextmanager
+def running(service: Service, timeouts: Timeouts | None = None) -> Iterator[Server]:
+    """A running server at `server.url`."""
     listener = listen("127.0.0.1", 0)
-    service = Service([NamedModel(model, *model_names(None), aliases)], Gate(**gate), strict_model)
     server = Server(service, timeouts=timeouts, drain_s=5)
     server.port = listener.getsockname()[1]
     server.url = f"http://127.0.0.1:{server.port}"

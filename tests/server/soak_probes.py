@@ -1,9 +1,9 @@
 """Probes of soak.py, each in a process of its own: `python soak_probes.py health|stream|sleep PORT PID [MODEL]`.
 
-health: the time that GET /health takes, twenty times a second. stream: the time between the chunks of streams that
-follow each other. sleep: how much later than asked a sleeping process wakes, which tells a busy machine from a server
-that stalls. PID is the server: for every long gap, the probe reads from /proc how long a thread of the server, or the
-probe itself, was ready to run in it but had no CPU.
+health: the time that GET /health takes, twenty times a second. stream: the time between the chunks of one stream after
+another, with as long a pause after each, so that the clients get their share. sleep: how much later than asked a
+sleeping process wakes, which tells a busy machine from a server that stalls. PID is the server: for every long gap, the
+probe reads from /proc how long a thread of the server, or the probe itself, was ready to run in it but had no CPU.
 
 Writes a JSON object per gap of interest to stdout, and one with the totals when stdin closes.
 """
@@ -120,6 +120,7 @@ def probe_stream(gaps: Gaps, port: int, ended: threading.Event, model: str) -> N
         "logit_bias": {str(id): -100 for id in special_ids(connection)},
     }
     while not ended.is_set():
+        began = time.monotonic()
         try:
             connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
             answer = connection.getresponse()
@@ -134,6 +135,7 @@ def probe_stream(gaps: Gaps, port: int, ended: threading.Event, model: str) -> N
                         gaps.failures.append(f"the steady stream: {line[:200]!r}")
                     last = gaps.add(last, before) if last else time.monotonic()
                     before = gaps.waits.read()
+            ended.wait(time.monotonic() - began)
         except (OSError, http.client.HTTPException) as error:
             gaps.failures.append(f"the steady stream: {error!r}")
             connection.close()

@@ -44,6 +44,7 @@ class PythonSessions:
         self._interpreter: Interpreter = find_interpreter(settings)
         self.sandbox: Sandbox = find_sandbox(settings, self._interpreter)
         self._sessions: OrderedDict[str, _Session] = OrderedDict()  # the least recently used first
+        self._ending: set[asyncio.Task[None]] = set()
         self._count = 0
 
     def describe(self, text: str) -> str:
@@ -103,7 +104,9 @@ class PythonSessions:
     def _end_when_idle(self, id: str, session: _Session) -> None:
         def end() -> None:
             if not session.lock.locked():
-                session.ending = asyncio.ensure_future(self._end(id, session))
+                ending = asyncio.create_task(self._end(id, session))
+                self._ending.add(ending)
+                ending.add_done_callback(self._ending.discard)
 
         if session.timer is not None:
             session.timer.cancel()
@@ -114,9 +117,9 @@ class PythonSessions:
         await session.end()
 
     async def close(self) -> None:
-        """End all sessions."""
+        """End all sessions, and wait for those that are ending."""
         sessions = list(self._sessions.items())
-        await asyncio.gather(*(self._end(id, session) for id, session in sessions))
+        await asyncio.gather(*(self._end(id, session) for id, session in sessions), *self._ending)
 
 
 class _Session:
@@ -127,7 +130,6 @@ class _Session:
         self.lock = asyncio.Lock()
         self.process: _Process | None = None
         self.timer: asyncio.TimerHandle | None = None
-        self.ending: asyncio.Future[None] | None = None
 
     async def run(self, code: str) -> Output:
         """Run code. The process ends with a call that is cancelled, or that breaks a limit it cannot recover from."""

@@ -33,8 +33,10 @@ class NamedModel:
 
     @property
     def state(self) -> State:
-        """Whether the model is loaded. One without a process of its own always is."""
-        return self.model.state if isinstance(self.model, RemoteModel) else "loaded"
+        """Whether the model is loaded. One without a process of its own is, unless its engine has failed."""
+        if isinstance(self.model, RemoteModel):
+            return self.model.state
+        return "loaded" if self.model.failure is None else "failed"
 
     @property
     def pid(self) -> int | None:

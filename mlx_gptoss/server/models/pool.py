@@ -181,14 +181,15 @@ class ModelPool:
                         if not model.in_use:
                             await self._end(model)
 
-    def _process_exited(self, process: ModelProcess) -> None:
-        """Called on another thread when a process has ended by itself."""
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._forget, process)
-
-    def _forget(self, process: ModelProcess) -> None:
+    def lost(self, process: ModelProcess) -> None:
+        """A process does not take requests any more: the next one starts another, unless that has happened."""
         for model in self.models:
             if model.process is process:
                 model.process, model.state = None, "unloaded"
                 model.crashes += 1
                 _log.error("the process of %s ended by itself; the next request starts it again", model.name)
+
+    def _process_exited(self, process: ModelProcess) -> None:
+        """Called on another thread when a process has ended by itself."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self.lost, process)
