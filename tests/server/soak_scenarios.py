@@ -241,16 +241,16 @@ async def send_garbage(soak: Soak, connection: Connection, r: random.Random) -> 
 
 
 SCENARIOS: tuple[tuple[Scenario, int], ...] = (  # with the times that each occurs in a thousand
-    (converse, 281),
-    (complete, 130),
-    (look, 230),
-    (be_refused, 130),
-    (cancel, 80),
-    (break_one_value, 70),
-    (send_garbage, 40),
-    (keep_and_delete, 15),
-    (call_tool, 10),
-    (obey_schema, 5),
-    (read_slowly, 8),
+    (converse, 200),
+    (complete, 80),
+    (look, 298),
+    (be_refused, 170),
+    (break_one_value, 100),
+    (cancel, 60),
+    (send_garbage, 60),
+    (keep_and_delete, 12),
+    (call_tool, 8),
+    (read_slowly, 7),
+    (obey_schema, 4),
     (read_long_prompt, 1),
 )
