@@ -47,6 +47,8 @@ MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it ma
     "__main__": set(),
     "measure": LEVEL_0 | {"api", "backends", "backends.base", "loading", "ranks", "weights"},
     "server": LEVEL_0 | {"chat", "engine", "harmony", "model", "weights.params"},
+    "server.models": LEVEL_0
+    | {"api", "chat", "engine", "harmony.grammar", "loading", "model", "options", "weights.checkpoint"},
 }
 ONLY_IN = {  # outside packages -> the only modules that may import them
     "mlx": ("backends.mlx",),
@@ -61,7 +63,7 @@ ONLY_IN = {  # outside packages -> the only modules that may import them
     "pydantic": ("server",),
     "uvicorn": ("server",),
     "h11": ("server.connection",),
-    "prometheus_client": ("server.metrics",),
+    "prometheus_client": ("server.metrics", "server.models.collector"),
     "httpx": ("server.hosted.fetch", "server.hosted.search"),
     "lxml": ("server.hosted.pages",),
     "mcp": ("server.hosted.mcp_servers",),

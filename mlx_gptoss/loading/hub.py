@@ -56,6 +56,24 @@ def resolve(path_or_repo_id: str | os.PathLike[str], *, progress: bool = True) -
     return _download(match["repo"], match["revision"], progress)
 
 
+def cached_repositories() -> list[tuple[str, Path]]:
+    """The hub ids in the cache that may be models, each with the folder of its main revision, or else of the latest."""
+    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
+    except (CacheNotFound, OSError):
+        return []
+    found = []
+    for repo in sorted(repos, key=lambda each: each.repo_id):
+        if repo.repo_type == "model" and repo.revisions:
+            chosen = max(repo.revisions, key=lambda revision: ("main" in revision.refs, revision.last_modified))
+            if (chosen.snapshot_path / "config.json").exists():
+                found.append((repo.repo_id, chosen.snapshot_path))
+    return found
+
+
 def _looks_like_a_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or "\\" in name or name.split("@")[0].count("/") > 1
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..weights import checkpoint as checkpoints
+from . import hub
 from .plan import NANO, NANO_ALIAS
 
 HOME_VARIABLE = "MLX_GPTOSS_HOME"
@@ -37,7 +38,8 @@ def installed_models() -> list[InstalledModel]:
     Reads the headers of what may be a model and leaves out all else, such as models of other architectures.
     """
     found: dict[str, InstalledModel] = {}
-    for model in (InstalledModel(NANO_NAME, NANO), *_in_folders(), *_in_hub_cache()):
+    cached = (InstalledModel(repo, path) for repo, path in hub.cached_repositories())
+    for model in (InstalledModel(NANO_NAME, NANO), *_in_folders(), *cached):
         if model.name not in found and _opens(model.path):
             found[model.name] = model
     return list(found.values())
@@ -54,22 +56,6 @@ def _in_folders() -> Iterator[InstalledModel]:
         for entry in entries:
             if (entry / "config.json").is_file() or entry.suffix == ".gguf":
                 yield InstalledModel(entry.name, entry)
-
-
-def _in_hub_cache() -> Iterator[InstalledModel]:
-    """What may be a model in the hub's cache: of each repository the revision that was used last."""
-    from huggingface_hub import constants, scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    try:
-        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
-    except (CacheNotFound, OSError):
-        return
-    for repo in sorted(repos, key=lambda each: each.repo_id):
-        if repo.repo_type == "model" and repo.revisions:
-            newest = max(repo.revisions, key=lambda revision: ("main" in revision.refs, revision.last_modified))
-            if (newest.snapshot_path / "config.json").exists():
-                yield InstalledModel(repo.repo_id, newest.snapshot_path)
 
 
 def _opens(path: Path) -> bool:

@@ -445,6 +445,7 @@ def main() -> None:
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--report", type=Path, help="write the report as JSON to this file")
     given = options.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending the server
     requests = given.requests or int(given.minutes * 200_000 / 60)
     with tempfile.TemporaryDirectory() as folder:
         soak, report = asyncio.run(soak_for(given.minutes, requests, given.seed, Path(folder)))

@@ -6,9 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from serving import serving_models
+
+from mlx_gptoss.loading.plan import NANO
 
 README = (Path(__file__).parents[2] / "mlx_gptoss/server/README.md").read_text("utf-8")
 ADDRESS = "http://127.0.0.1:8080"
@@ -21,11 +25,12 @@ EXPECTED = (  # in each example's output
     ['"text":"42 + 5 = 47"', '"object":"list"', '"deleted":true'],
     ['"object":"text_completion"'],
     ['"type":"thinking"', '"text":"12 + 30 = 42"', '{"input_tokens":'],
-    ['"id":"mlx-gptoss-nano"', '{"status":"ok"}', "mlx_gptoss_completion_tokens_total"],
+    ['"id":"mlx-gptoss-nano"', '"status":"ok"', "mlx_gptoss_completion_tokens_total"],
     ['"content":"12 + 30 = 42"', '"response":"12 + 30 = 42"'],
     ['{"version":"', '"name":"mlx-gptoss-nano:latest"', '"context_length":', '"thinking"', '{"status":"success"}'],
     ['"state":"loaded"', '"trained_for_tool_use":true'],
     ['"total_slots":', '"is_processing":false', '"piece":"H"', '{"content":"Hi"}', '"prompt":"<|start|>system'],
+    ['"state":"loaded"', '"state":"unloaded"'],
 )
 CURL = 'set -euo pipefail; curl() { command curl -sS --fail-with-body "$@"; echo; }\n'
 
@@ -34,8 +39,9 @@ CURL = 'set -euo pipefail; curl() { command curl -sS --fail-with-body "$@"; echo
 @pytest.mark.parametrize(("example", "expected"), list(zip(EXAMPLES, EXPECTED, strict=True)), ids=range(len(EXAMPLES)))
 def test_curl_examples_run_as_they_stand(server, example, expected):
     assert ADDRESS in example
-    command = ["bash", "-c", CURL + example.replace(ADDRESS, server.url)]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    with serving_models({"nano": NANO}) if "/unload" in example else nullcontext(server) as running:
+        command = ["bash", "-c", CURL + example.replace(ADDRESS, running.url)]
+        out = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert out.returncode == 0, out.stdout + out.stderr
     assert all(text in out.stdout for text in expected), out.stdout
 

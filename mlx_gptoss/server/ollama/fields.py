@@ -41,7 +41,7 @@ class GenerationFields(RequestModel):
 
     stream: true by default. think: false asks for little reasoning and leaves it out of the reply, a level sets the
     effort; otherwise the effort is medium. format: "json" or a JSON schema. keep_alive: has no effect, since the model
-    stays loaded; with 0 and nothing to generate, the reply says "unload".
+    stays loaded for as long as the server decides; with 0 and nothing to generate, it is unloaded.
     """
 
     model: str | None = None
