@@ -132,7 +132,8 @@ def _run() -> None:
             group.main(standalone_mode=False, color=False if no_codes() else None)
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        # launchd restarts a service after any code but 0; a usage error does not go away by itself.
+        sys.exit(0 if error.exit_code == 2 and "MLX_GPTOSS_LAUNCHD" in os.environ else error.exit_code)
     except click.Abort:
         sys.exit(130)
     except BrokenPipeError:

@@ -15,6 +15,7 @@ import click
 
 from mlx_gptoss.options import LoadOptions
 
+from .install_service import SERVICE_OPTIONS, install
 from .options import CACHE_OPTIONS, DEVICE_OPTIONS, RUN_OPTIONS, declared, load, options, serve_extra
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ MODELS_OPTION = click.option(
     show_default=True,
     help="Lines for people, or a JSON object a line.",
 )
+@options(SERVICE_OPTIONS)
 def serve(
     model_names: tuple[str, ...],
     idle_unload: float | None,
@@ -106,6 +108,7 @@ def serve(
     tools_config: Path | None,
     log_level: str,
     log_format: str,
+    install_service: bool,
     **given: Any,
 ) -> None:
     """Serve models to programs that speak to OpenAI, Anthropic or Ollama, and a chat page at /.
@@ -127,6 +130,8 @@ def serve(
     _check_access(host, api_key, insecure)
     configure_logging(log_level, log_format)
     settings = load_settings([name for name in re.split(r"[\s,]+", tools) if name], tools_config)
+    if install_service:
+        return install(click.get_current_context())
     hosted = None if settings is None else HostedTools(settings)  # before a model is loaded, since it may fail
     with run.listen(host, port) as listener:
         gate = Gate(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,6 +15,30 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+FORMULA = ROOT / ".github/homebrew/mlx-gptoss.rb"
+# What stands in a formula's class, in the order of Homebrew's FormulaAudit/ComponentsOrder.
+STANZAS = [
+    "include",
+    "desc",
+    "homepage",
+    "url",
+    "mirror",
+    "version",
+    "sha256",
+    "license",
+    "revision",
+    "head",
+    "livecheck",
+    "bottle",
+    "depends_on",
+    "uses_from_macos",
+    "pypi_packages",
+    "resource",
+    "install",
+    "caveats",
+    "service",
+    "test",
+]
 
 
 def test_versions_agree():
@@ -56,3 +82,57 @@ def test_sdist_and_wheel_build_without_a_warning_and_the_sdist_runs_its_tests(tm
     words = [sys.executable, "-m", "pytest", "-m", "quick", "-p", "no:cacheprovider"]
     ran = subprocess.run(words, cwd=folder, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-3000:]
+
+
+def stanzas() -> list[tuple[str, str]]:
+    """Name and text of each thing in the formula's class, comments left out."""
+    code = "\n".join(line for line in FORMULA.read_text().splitlines() if not line.lstrip().startswith("#"))
+    body = re.fullmatch(r"class MlxGptoss < Formula\n(.*)\nend", code, re.DOTALL)
+    assert body is not None
+    found = re.split(r"^  (?=[a-z])(?!end$)", body[1], flags=re.MULTILINE)[1:]
+    return [(text.removeprefix("def ").split()[0], text) for text in found]
+
+
+def test_the_homebrew_formula_obeys_homebrews_rules():
+    """The rules of brew style and brew audit that a file shows: Homebrew's rubocops, and its .rubocop.yml."""
+    names = [name for name, _ in stanzas()]
+    assert names == sorted(names, key=STANZAS.index)
+    assert {"desc", "homepage", "url", "sha256", "license", "depends_on", "install", "service", "test"} <= {*names}
+    text = dict(stanzas())
+    desc, url = (re.findall('"(.*)"', text[name])[0] for name in ("desc", "url"))
+    assert len(desc) <= 80 and desc[0].isupper() and not desc.endswith(".")
+    assert not re.match(r"(the|an?)\s|mlx[\s-]?gptoss", desc, re.IGNORECASE)
+    assert re.fullmatch(
+        r"https://files\.pythonhosted\.org/packages/\w\w/\w\w/\w{58,60}/mlx_gptoss-[\d.]+\.tar\.gz", url
+    )
+    assert re.fullmatch(r'sha256 "[0-9a-f]{64}"', text["sha256"].strip())
+    assert all(found.startswith("https://") for found in re.findall(r'(?<=")http[^"]*', text["homepage"] + url))
+    depends = [one.split("#")[0].strip() for name, one in stanzas() if name == "depends_on"]
+    by_kind = sorted(depends, key=lambda one: (":build" not in one, re.sub(r"depends_on [:\"]?", "", one).lower()))
+    assert depends == by_kind
+    assert not re.search(r"\b(bin|libexec|prefix)\b", re.sub(r"opt_\w+", "", text["service"])), (
+        "opt_ paths in a service"
+    )
+    lines = FORMULA.read_text().splitlines()
+    assert not [line for line in lines if (len(line) > 118 and ' url "' not in line) or line != line.rstrip()]
+
+
+def test_the_homebrew_formula_agrees_with_the_package():
+    import mlx_gptoss
+
+    text = dict(stanzas())
+    assert f"mlx_gptoss-{mlx_gptoss.__version__}.tar.gz" in text["url"]
+    project = (ROOT / "pyproject.toml").read_text()
+    (license,) = re.findall('^license = "(.*)"', project, re.MULTILINE)
+    assert text["license"].strip() == f'license "{license}"'
+    (command,) = re.findall(r'run \[opt_bin/"([\w-]+)", "serve"\]', text["service"])
+    assert f"{command} = " in project.partition("[project.scripts]")[2]
+    unfilled = set(re.findall('"(0+)"', text["sha256"]))
+    assert not unfilled or "Until then `brew install` refuses it" in FORMULA.read_text()
+
+
+def test_ruby_parses_the_homebrew_formula():
+    if shutil.which("ruby") is None:
+        pytest.skip("needs ruby")
+    out = subprocess.run(["ruby", "-wc", FORMULA], capture_output=True, text=True)
+    assert (out.returncode, out.stdout, out.stderr) == (0, "Syntax OK\n", "")
