@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope
 
+from .errors import main_problem
 from .rewrite import is_json
 
 SMALL_BODY = 16 << 10  # bytes that take less time than a thread
@@ -60,9 +61,9 @@ class _ReadRequest(Request):
         return self._value
 
 
-def _deepest(error: ValidationError) -> dict[str, Any]:
-    """The problem of a body that an answer names: the deepest one. There may be as many as values."""
-    problem = max(error.errors(include_url=False, include_input=False), key=lambda one: len(one["loc"]))
+def _main_problem(error: ValidationError) -> dict[str, Any]:
+    """The problem of a body that the answer names. There may be as many as values."""
+    problem = main_problem(error.errors(include_url=False, include_input=False))
     return {**problem, "loc": ("body", *problem["loc"])}
 
 
@@ -99,4 +100,4 @@ def _validated(adapter: TypeAdapter[Any], body: bytes) -> Any:
     try:
         return adapter.validate_python(content)
     except ValidationError as error:
-        raise RequestValidationError([_deepest(error)]) from None
+        raise RequestValidationError([_main_problem(error)]) from None
