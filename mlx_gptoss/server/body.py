@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope
 
+from .errors import main_problem
 from .rewrite import is_json
 
 SMALL_BODY = 16 << 10  # bytes that take less time than a thread
@@ -61,6 +62,12 @@ class _ReadRequest(Request):
         return self._value
 
 
+def _main_problem(error: ValidationError) -> dict[str, Any]:
+    """The problem of a body that the answer names. There may be as many as values."""
+    problem = main_problem(error.errors(include_url=False, include_input=False))
+    return {**problem, "loc": ("body", *problem["loc"])}
+
+
 class PythonDecoder(json.JSONDecoder):
     """json's decoder as it is without its C extension, but for strings."""
 
@@ -84,11 +91,14 @@ def _validated(adapter: TypeAdapter[Any], body: bytes) -> Any:
     except json.JSONDecodeError as error:
         problem = {"type": "json_invalid", "loc": ("body", error.pos), "ctx": {"error": error.msg}}
         raise RequestValidationError([problem]) from None
-    except (ValueError, RecursionError):  # not Unicode; a number of thousands of digits; nesting
-        problem = {"type": "json_invalid", "loc": ("body", 0), "ctx": {"error": "it cannot be parsed"}}
+    except UnicodeDecodeError:
+        problem = {"type": "json_invalid", "loc": ("body", 0), "ctx": {"error": "it is not UTF-8"}}
+        raise RequestValidationError([problem]) from None
+    except (ValueError, RecursionError):
+        words = "it is nested too deeply, or has a number of thousands of digits"
+        problem = {"type": "json_invalid", "loc": ("body", 0), "ctx": {"error": words}}
         raise RequestValidationError([problem]) from None
     try:
         return adapter.validate_python(content)
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_input=False)
-        raise RequestValidationError([{**one, "loc": ("body", *one["loc"])} for one in problems]) from None
+        raise RequestValidationError([_main_problem(error)]) from None

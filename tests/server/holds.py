@@ -7,6 +7,7 @@ from its beginning to its end unless it releases it.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import sys
 import threading
@@ -72,11 +73,14 @@ def holds() -> Iterator[Holds]:
     loads, dumps = json.loads, json.dumps  # the profiler does not see the objects that do the work in C
     json.loads, json.dumps = timed("json.loads", loads), timed("json.dumps", dumps)
     asyncio.Handle._run = timed_run  # type: ignore[method-assign]
+    gc.collect()
+    gc.freeze()  # as `mlx-gptoss serve` does
     threading.setprofile(profile)
     try:
         yield found
     finally:
         threading.setprofile(None)
+        gc.unfreeze()
         json.loads, json.dumps = loads, dumps
         asyncio.Handle._run = run  # type: ignore[method-assign]
         sys.setprofile(None)

@@ -181,7 +181,7 @@ class BlockReader:
 
 def _without_transport(text: str) -> str:
     """The text without the lines that are for Anthropic's servers. They are at the beginning of a system prompt."""
-    end = text.rfind("\n", 0, _SEARCHED) + 1 or _SEARCHED
+    end = len(text) if len(text) <= _SEARCHED else text.rfind("\n", 0, _SEARCHED) + 1 or _SEARCHED
     return _TRANSPORT_LINE.sub("", text[:end]) + text[end:]
 
 

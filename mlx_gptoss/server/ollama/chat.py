@@ -12,7 +12,6 @@ from starlette.responses import Response
 from ...chat.stream import Events, as_conversation
 from ...harmony.openai import unknown_fields
 from ..body import BodyRoute
-from ..disconnect import on_thread
 from ..fields import MAX_MESSAGES, Tools
 from ..responses.truncation import truncated
 from ..service import Service, ServiceDep
@@ -62,7 +61,7 @@ async def chat(body: ChatRequest, request: Request, service: ServiceDep) -> Resp
     """Generate the assistant's next message."""
     service = await service.select(body.model)
     body.check()
-    reply = await on_thread(request, Reply, body, service, _message)
+    reply = Reply(body, service, _message)
     if not body.messages:
         return await reply.idle_response(request)
     return await reply.respond(request, partial(_submit, to_openai(body.messages), body, service))

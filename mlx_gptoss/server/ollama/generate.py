@@ -11,7 +11,6 @@ from starlette.responses import Response
 
 from ...chat.stream import Events
 from ..body import BodyRoute
-from ..disconnect import on_thread
 from ..errors import invalid_field
 from ..fields import MAX_PARTS
 from ..service import Service, ServiceDep
@@ -49,7 +48,7 @@ async def generate(body: GenerateRequest, request: Request, service: ServiceDep)
     """Answer a prompt."""
     service = await service.select(body.model)
     body.check()
-    reply = await on_thread(request, Reply, body, service, _response)
+    reply = Reply(body, service, _response)
     if not body.prompt:
         return await reply.idle_response(request)
     start = _continue_raw if body.raw else _answer

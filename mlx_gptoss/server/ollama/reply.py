@@ -16,7 +16,7 @@ from starlette.responses import Response
 from ...chat.reply import Event, Finished, ReasoningDelta, TextDelta, ToolCall
 from ...chat.stream import Events
 from ...errors import GptOssError
-from ..disconnect import cancel_on_disconnect
+from ..disconnect import cancel_on_disconnect, on_thread
 from ..errors import JsonResponse, from_exception
 from ..event_queue import EventQueue
 from ..ignored import ignore
@@ -55,7 +55,6 @@ class Reply:
     """
 
     def __init__(self, body: GenerationFields, service: Service, fields_of: Callable[[Piece], dict[str, Any]]) -> None:
-        self._ignored = body.ignored_fields()
         self._body = body
         self._service = service
         self._fields_of = fields_of
@@ -65,7 +64,7 @@ class Reply:
 
     async def respond(self, request: Request, start: partial[Events]) -> Response:
         """Submit `start` to the engine and answer with lines, or with one object if the request says so."""
-        ignore(request, self._ignored)
+        ignore(request, await on_thread(request, self._body.ignored_fields))
         queue = await cancel_on_disconnect(request, self._service.start(start))
         if self._body.streamed:
             return LineStream(self.stream(queue), partial(self._service.finish, queue))
@@ -74,7 +73,7 @@ class Reply:
     async def idle_response(self, request: Request) -> Response:
         """The answer to a request with nothing to generate, by which clients load and unload a model. One without a
         process of its own stays loaded."""
-        ignore(request, self._ignored)
+        ignore(request, self._body.ignored_fields())
         if self._body.idle_reason == "load":
             await cancel_on_disconnect(request, self._service.load())
         elif self._service.pool is not None:
