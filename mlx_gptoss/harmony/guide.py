@@ -21,9 +21,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
-from ..cancel import check_cancelled
 from ..errors import GptOssError, InvalidRequest
 from ..tokenizer import CALL, CHANNEL, END, ENDOFTEXT, RETURN, START, Tokenizer
+from ..untrusted.cancel import check_cancelled
 from .builtin import BUILTIN_TOOLS
 from .grammar import Grammar, Matcher, Vocabulary, arguments_grammar, json_grammar, text_grammar, vocabulary
 from .header_trie import Body, HeaderTrie, Recipient, header_trie, recipient_tries
