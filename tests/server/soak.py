@@ -9,7 +9,7 @@ killed. It fails if
 - a reply is not the one that its conversation gets when it is asked again alone. Each conversation asks to reverse a
   word of its own, so a text shows whose it is (soak_dialects.py);
 - GET /health, asked twenty times a second by a process of its own, or a steady stream had a gap of half a second. Time
-  that a thread of the server or the probe was ready to run and had no CPU does not count (soak_probes.py);
+  in which the threads on its way were ready to run and had no CPU does not count (soak_probes.py);
 - memory, descriptors or threads grew after the first quarter. They are taken at quiet points, twelve times in all,
   when every request has ended. glibc is told to return freed memory at once, so that memory is what the server holds;
 - a slot stays in use, a killed model does not come back, or the server does not end with 0 after SIGTERM.
