@@ -140,7 +140,11 @@ class Soak:
         connection.close()
 
     async def run(self, minutes: float, requests: int, seed: int) -> None:
-        """Let the clients work, with quiet points at equal distances."""
+        """Let the clients work, with quiet points at equal distances. First, everything once: it needs most memory."""
+        connection = Connection(self.port)
+        for scenario, _ in SCENARIOS:
+            await scenario(self, connection, random.Random(seed))
+        connection.close()
         self.started = time.monotonic()
         self.open_gate.set()
         workers = [asyncio.create_task(self.work(worker, seed)) for worker in range(WORKERS)]
