@@ -60,8 +60,9 @@ def batch(requests: Path, answers: Path, model: str | None, retry: bool, as_json
 @contextmanager
 def _bar(work: Batch) -> Iterator[Callable[[], None]]:
     """A progress bar on a terminal's stderr; yields the function that updates it."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from .terminal import new_console
 
     columns = (
         BarColumn(),
@@ -69,7 +70,7 @@ def _bar(work: Batch) -> Iterator[Callable[[], None]]:
         TextColumn("{task.fields[failed]} failed, {task.fields[speed]:.0f} tok/s"),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
+    console = new_console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=work.total, completed=work.done, failed=work.failed, speed=0.0)
         yield lambda: bar.update(task, completed=work.done, failed=work.failed, speed=work.completion_tok_s)

@@ -159,10 +159,11 @@ def _peer(name: str, folder: Path | None, format_name: str, target: Target, dtyp
 @contextmanager
 def _progress_log() -> Iterator[Callable[[str], None]]:
     """A function that logs each stage as it begins: a spinner if stderr is a terminal, else a line on stderr."""
-    from rich.console import Console
     from rich.markup import escape
 
-    console = Console(stderr=True)
+    from .terminal import new_console
+
+    console = new_console(stderr=True)
     if not console.is_terminal:
         yield lambda what: click.echo(what, err=True)
         return
@@ -178,13 +179,14 @@ def _json(report: Report) -> dict[str, Any]:
 
 
 def _print(report: Report) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from mlx_gptoss.loading.memory import gigabytes
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    from .terminal import new_console
+
+    console = new_console(highlight=False, width=None if sys.stdout.isatty() else 140)
     first = report.results[0]
     console.print(
         f"[bold]{escape(first.device)}[/bold], backend {first.backend}, {first.format}; "

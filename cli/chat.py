@@ -21,6 +21,7 @@ from .options import (
     options,
     split_sampling,
 )
+from .terminal import no_codes
 
 if TYPE_CHECKING:
     from mlx_gptoss import Conversation, Model, Sampling, Tool
@@ -83,7 +84,8 @@ class Session:
 
     def run(self) -> None:
         if sys.stdin.isatty():
-            import readline  # noqa: F401 - line editing and history for input()
+            if not no_codes():
+                import readline  # noqa: F401 - line editing and history for input()
 
             click.echo(
                 f"{self.model.name} ({self.model.format}, {self.model.backend}). /help lists commands.", err=True

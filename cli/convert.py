@@ -23,11 +23,12 @@ def convert(source: str, destination: str, to: str, search: str | None, overwrit
     Streams: at most one layer is in memory. DEST appears when it is complete and verified, or not at all. After an
     interruption the same command continues after the last complete shard (2 GB), kept in a hidden folder next to DEST.
     """
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from mlx_gptoss import api
     from mlx_gptoss.loading.memory import gigabytes
+
+    from .terminal import new_console
 
     columns = (
         TextColumn("{task.description}"),
@@ -36,7 +37,7 @@ def convert(source: str, destination: str, to: str, search: str | None, overwrit
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
+    console = new_console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Converting", total=None)
         try:

@@ -87,13 +87,14 @@ def _read(file: Path) -> str:
 
 def _evaluate(models: tuple[str, ...], **options: Any) -> tuple[Evaluation, ...]:
     """evaluate(), with a progress bar if stderr is a terminal."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from mlx_gptoss.measure.evaluation import evaluate
 
+    from .terminal import new_console
+
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
+    console = new_console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("Evaluating", total=None)
         return evaluate(
@@ -128,13 +129,14 @@ def _report(result: Evaluation, divergence: Divergence | None) -> dict[str, Any]
 
 
 def _print(results: tuple[Evaluation, ...]) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from mlx_gptoss.loading.memory import gigabytes
 
-    console = Console(highlight=False)
+    from .terminal import new_console
+
+    console = new_console(highlight=False)
     first = results[0]
     console.print(f"{first.tokens} tokens predicted, each from at most {first.context} before it")
     table = Table(box=None, header_style="bold")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from .terminal import BROKEN_PIPE_EXIT, PipeClosed, discard_streams, no_codes, open_streams
 
 if TYPE_CHECKING:
     from mlx_gptoss.ranks import Launch
@@ -37,6 +39,18 @@ class Commands(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **extra)
+        except BrokenPipeError as error:  # of --help. Click itself would exit with 1
+            raise PipeClosed from error
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise PipeClosed from error
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -50,9 +64,22 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
         ctx.exit()
 
 
+def _set_ranks_secret_file(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        os.environ["MLX_GPTOSS_SECRET_FILE"] = value
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
+)
+@click.option(
+    "--ranks-secret-file",
+    metavar="FILE",
+    is_eager=True,
+    expose_value=False,
+    callback=_set_ranks_secret_file,
+    help="A file with the secret that the ranks on several machines share.",
 )
 def group() -> None:
     """Run OpenAI's gpt-oss models on this machine.
@@ -67,13 +94,26 @@ def _launch() -> Launch | None:
         return None
     from mlx_gptoss.ranks import find_launch
 
+    group.make_context("mlx-gptoss", sys.argv[1:], resilient_parsing=True)  # every rank needs --ranks-secret-file
     return find_launch()
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0; 1 with one line on stderr; 2 for usage errors; 130 for Ctrl-C."""
+    """Run the command line.
+
+    Exit codes: 0; 1 with one line on stderr; 2 for usage errors; 130 for Ctrl-C; 141 if the reader of the output has
+    gone, as of a program that SIGPIPE ends. A closed stdin is empty; what goes to a closed stdout or stderr is lost.
+    """
+    open_streams()
     try:
-        _run()
+        try:
+            _run()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+    except (BrokenPipeError, PipeClosed):
+        discard_streams()
+        sys.exit(BROKEN_PIPE_EXIT)
     except KeyboardInterrupt:  # also while an error is printed or the other ranks are dismissed
         sys.exit(130)
 
@@ -89,7 +129,7 @@ def _run() -> None:
 
             serve_rank(launch)
         else:
-            group.main(standalone_mode=False)
+            group.main(standalone_mode=False, color=False if no_codes() else None)
     except click.ClickException as error:
         error.show()
         # launchd restarts a service after any code but 0; a usage error does not go away by itself.
@@ -97,8 +137,7 @@ def _run() -> None:
     except click.Abort:
         sys.exit(130)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of stdout has closed it
-        sys.exit(1)
+        raise  # main() ends the process
     except (GptOssError, OSError) as error:
         click.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(1)

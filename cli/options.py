@@ -127,9 +127,9 @@ def load_tools(files: tuple[str, ...]) -> tuple[Tool, ...]:
 
 def load(model: str | None, **options: Any) -> Model:
     """The model, with a spinner on a terminal's stderr while it loads. options: LoadOptions' fields."""
-    from rich.console import Console
-
     import mlx_gptoss
 
-    with Console(stderr=True).status(f"Loading {model or 'the bundled model'}"):
+    from .terminal import new_console
+
+    with new_console(stderr=True).status(f"Loading {model or 'the bundled model'}"):
         return mlx_gptoss.load(model, **options)

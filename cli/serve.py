@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import gc
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -79,6 +79,20 @@ MODELS_OPTION = click.option(
     metavar="FILE",
     help="Settings of the tools, in TOML; mlx_gptoss/server/hosted/README.md describes them.",
 )
+@click.option(
+    "--log-level",
+    type=click.Choice(["error", "warning", "info", "debug"]),
+    default="info",
+    show_default=True,
+    help="info: a line for every request on standard error; debug: health checks, too.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Lines for people, or a JSON object a line.",
+)
 @options(SERVICE_OPTIONS)
 def serve(
     model_names: tuple[str, ...],
@@ -92,6 +106,8 @@ def serve(
     cors: tuple[str, ...],
     tools: str,
     tools_config: Path | None,
+    log_level: str,
+    log_format: str,
     install_service: bool,
     **given: Any,
 ) -> None:
@@ -108,10 +124,11 @@ def serve(
         from mlx_gptoss.server.guard import Gate
         from mlx_gptoss.server.hosted.sessions import HostedTools
         from mlx_gptoss.server.hosted.settings import load_settings
+        from mlx_gptoss.server.log_output import configure_logging
         from mlx_gptoss.server.service import Service
 
     _check_access(host, api_key, insecure)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    configure_logging(log_level, log_format)
     settings = load_settings([name for name in re.split(r"[\s,]+", tools) if name], tools_config)
     if install_service:
         return install(click.get_current_context())
@@ -120,7 +137,7 @@ def serve(
         gate = Gate(
             api_key=api_key, allowed_hosts=run.allowed_hosts(host, keyed=api_key is not None), allowed_origins=cors
         )
-        with _open_models(model_names, aliases, idle_unload, given) as (models, pool):
+        with _open_models(model_names, aliases, idle_unload, (log_level, log_format), given) as (models, pool):
             if hosted is not None:
                 first = models[0].model
                 hosted.count_tokens = lambda text: len(first.tokenizer.encode(text))
@@ -129,12 +146,19 @@ def serve(
                 click.secho(warning, fg="red", err=True)
             names = ", ".join(named.model.name for named in models)
             click.echo(_greeting(names, host, listener.getsockname()[1], api_key is not None), err=True)
-            run.Server(Service(models, gate, strict_model, pool, hosted)).serve_on(listener)
+            served = Service(models, gate, strict_model, pool, hosted)
+            gc.collect()
+            gc.freeze()  # a collection of all that was loaded takes 50 ms, and every stream would wait for it
+            run.Server(served).serve_on(listener)
 
 
 @contextmanager
 def _open_models(
-    names: tuple[str, ...], aliases: tuple[str, ...], idle_unload: float | None, given: dict[str, Any]
+    names: tuple[str, ...],
+    aliases: tuple[str, ...],
+    idle_unload: float | None,
+    log: tuple[str, str],
+    given: dict[str, Any],
 ) -> Iterator[tuple[list[NamedModel], ModelPool | None]]:
     """The models to serve: those named, or else those on this machine. One alone is loaded in this process, unless it
     is to be unloaded: only the end of a process gives its memory back for certain."""
@@ -159,7 +183,7 @@ def _open_models(
     chosen = [(name, library.NANO if name == library.NANO_ALIAS else hub.resolve(name)) for name in names] or found
     models = [RemoteModel(name, path, options) for name, path in chosen]
     named = [NamedModel(model, *model_names(name)) for model, (name, _) in zip(models, chosen, strict=True)]
-    yield _named(named, aliases), ModelPool(models, idle_unload_s=idle_unload)
+    yield _named(named, aliases), ModelPool(models, idle_unload_s=idle_unload, log=log)
 
 
 def _check_access(host: str, api_key: str | None, insecure: bool) -> None:

@@ -114,10 +114,11 @@ def _part_report(part: LoadPlan) -> dict[str, Any]:
 
 
 def _print_parts(parts: Sequence[LoadPlan]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from mlx_gptoss.loading.memory import gigabytes
+
+    from .terminal import new_console
 
     table = Table(box=None, header_style="bold")
     for column in ("rank", "KV heads", "experts", "token ids", "weights", "context", "needed"):
@@ -132,18 +133,19 @@ def _print_parts(parts: Sequence[LoadPlan]) -> None:
             gigabytes(memory["needed_bytes"]),
             "[green]fits[/green]" if memory["fits"] else "[red]does not fit[/red]",
         )
-    Console(highlight=False).print(table)
+    new_console(highlight=False).print(table)
 
 
 def _print(name: str, summary: Summary, plan: MemoryPlan) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from mlx_gptoss.loading.memory import gigabytes, wired_limit
     from mlx_gptoss.machine import mac_memory
 
-    console = Console(highlight=False)
+    from .terminal import new_console
+
+    console = new_console(highlight=False)
     console.print(
         f"[bold]{escape(name)}[/bold]: {summary.format}, {summary.parameters / 1e9:.3g} billion parameters, "
         f"{gigabytes(summary.size_bytes)}, {summary.bits_per_weight:.2f} bits per weight"

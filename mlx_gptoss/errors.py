@@ -25,6 +25,14 @@ class InvalidRequest(GptOssError):
     """A request that cannot be honoured: an empty prompt, a prompt longer than the context, a bad option."""
 
 
+class PromptTooLong(InvalidRequest):
+    """A prompt longer than the context."""
+
+
+class Cancelled(GptOssError):
+    """Work whose result nobody waits for any more, ended early (cancel.py)."""
+
+
 class BackendUnavailable(GptOssError):
     """The backend asked for is not installed or has no device here; the message names the extra to install."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from operator import index
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from .errors import CheckpointError, InvalidRequest
 from .harmony.messages import Conversation
 from .loading.memory import MemoryPlan
 from .options import GenerationOptions
+from .options.check import kind, shown
 from .options.declare import takes
 from .sampling import Sampling, default_sampling
 from .tokenizer import Tokenizer
@@ -136,6 +138,7 @@ class Model:
         self, ids: Sequence[int], *, max_tokens: int | None = None, sampling: Sampling | None = None
     ) -> Events:
         """complete() as it arrives: TextDelta events, then one Finished. max_tokens None: until the context is full."""
+        kind("sampling", sampling, (Sampling, type(None)), "a Sampling or None")
         return stream_raw(
             self._engine,
             self._tokenizer,
@@ -218,7 +221,10 @@ class Model:
 
     def _checked(self, ids: Sequence[int]) -> tuple[int, ...]:
         """The ids as a tuple. Raises InvalidRequest if there are none, or one is outside the vocabulary."""
-        checked = tuple(int(i) for i in ids)
+        try:
+            checked = tuple(map(index, ids))  # any type of integer, numpy's too
+        except TypeError:
+            raise InvalidRequest(f"token ids must be a list of integers, not {shown(ids)}") from None
         if not checked:
             raise InvalidRequest("the prompt is empty; give at least one token id")
         if any(not 0 <= i < self.config.vocab_size for i in checked):

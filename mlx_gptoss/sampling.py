@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import InvalidRequest
+from .errors import CheckpointError, InvalidRequest
+from .options.check import integer, kind, number
 from .options.declare import Flag, documented, option
 
 MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1024  # of one stop string
+MAX_ID = 2**31 - 1  # of any vocabulary; the engine checks ids against the model's own
 
 
 @documented
@@ -42,24 +45,27 @@ class Sampling:
     seed: int | None = option(
         None, "The same seed gives the same text, whatever runs at the same time. Default: a new one.", Flag("S")
     )
-    stop: tuple[str, ...] = option((), "Strings that end the text and are not part of it.")
+    stop: tuple[str, ...] = option(
+        (), "Up to 16 strings of at most 1024 characters that end the text and are not part of it."
+    )
     logprobs: int = option(0, "Report this many likeliest alternatives per token, 0 to 20.")
 
     def __post_init__(self) -> None:
-        _number("temperature", self.temperature, 0.0, 2.0)
-        _number("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _integer("top_k", self.top_k, 0)
-        _number("min_p", self.min_p, 0.0, 1.0, open_high=True)
-        _number("repetition_penalty", self.repetition_penalty, 0.0, 10.0, open_low=True)
-        _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
-        _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        number("temperature", self.temperature, 0.0, 2.0)
+        number("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        integer("top_k", self.top_k, 0)
+        number("min_p", self.min_p, 0.0, 1.0, open_high=True)
+        number("repetition_penalty", self.repetition_penalty, 0.0, 10.0, open_low=True)
+        number("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.seed is not None:
-            _integer("seed", self.seed, 0, 2**64 - 1)
+            integer("seed", self.seed, 0, 2**64 - 1)
         object.__setattr__(self, "stop", _strings("stop", self.stop))
+        kind("logit_bias", self.logit_bias, (Mapping, type(None)), "a mapping of token ids to numbers, or None")
         for token, bias in (self.logit_bias or {}).items():
-            _integer("logit_bias token id", token, 0)
-            _number(f"logit_bias[{token}]", bias, -100.0, 100.0)
+            integer("logit_bias token id", token, 0, MAX_ID)
+            number(f"logit_bias[{token}]", bias, -100.0, 100.0)
 
     @property
     def greedy(self) -> bool:
@@ -72,37 +78,27 @@ class Sampling:
 
 
 def default_sampling(generation: Mapping[str, Any]) -> Sampling:
-    """The sampling that a generation_config.json asks for; greedy where it says `do_sample: false`."""
+    """The sampling that a generation_config.json asks for; greedy where it says `do_sample: false`.
+
+    Raises CheckpointError for values that cannot be honoured.
+    """
     if generation.get("do_sample") is False:
         return Sampling(temperature=0.0)
     fields = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-    return Sampling(**{name: generation[name] for name in fields if generation.get(name) is not None})
-
-
-def _number(
-    name: str, value: object, low: float, high: float, *, open_low: bool = False, open_high: bool = False
-) -> None:
-    ok = (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and (low < value if open_low else low <= value)
-        and (value < high if open_high else value <= high)
-    )
-    if not ok:
-        span = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-        raise InvalidRequest(f"{name} must be a number in {span}, not {value!r}")
-
-
-def _integer(name: str, value: object, low: int, high: int | None = None) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool) and value >= low and (high is None or value <= high)
-    if not ok:
-        span = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise InvalidRequest(f"{name} must be an integer {span}, not {value!r}")
+    try:
+        return Sampling(**{name: generation[name] for name in fields if generation.get(name) is not None})
+    except InvalidRequest as error:
+        raise CheckpointError(f"generation_config.json: {error}; correct it there") from error
 
 
 def _strings(name: str, value: object) -> tuple[str, ...]:
     values = (value,) if isinstance(value, str) else value
     if not isinstance(values, (tuple, list)) or not all(isinstance(v, str) and v for v in values):
-        raise InvalidRequest(f"{name} must be a string or a list of non-empty strings, not {value!r}")
+        raise InvalidRequest(f"{name} must be a string or a list of non-empty strings, not {value!r:.200}")
+    if len(values) > MAX_STOPS:
+        raise InvalidRequest(f"{name} has {len(values)} strings, more than {MAX_STOPS}; give fewer")
+    if (longest := max(map(len, values), default=0)) > MAX_STOP_CHARACTERS:
+        raise InvalidRequest(
+            f"{name} has a string of {longest} characters, more than {MAX_STOP_CHARACTERS}; shorten it"
+        )
     return tuple(values)

@@ -13,7 +13,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from .errors import CheckpointError
+from .errors import CheckpointError, PromptTooLong
+from .untrusted import tokenizer_file
+from .untrusted.cancel import check_cancelled
+from .untrusted.json_file import read_file
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as BPE
@@ -32,18 +35,26 @@ SPECIALS = (STARTOFTEXT, ENDOFTEXT, RETURN, CONSTRAIN, CHANNEL, START, END, MESS
 """The special tokens that this program reads or writes. A file may define more (reserved ones); they are never text."""
 
 SLICE_CHARACTERS = 1 << 16
-_WORD_END = re.compile(r"[A-Za-z](?= [A-Za-z])")  # no token of any split pattern goes on from here
+MAX_WORD_CHARACTERS = 1 << 17
+# A letter before anything that ends a word: no token of any split pattern goes on from here. Letters, marks and
+# apostrophes may go on with it, and digits with what Python takes for a letter but Unicode for a number, such as "½".
+_WORD_END = re.compile(
+    r"[^\W\d_](?=[\x00-\x26\x28-\x2F\x3A-\x40\x5B-\x60\x7B-\x7E\u3000-\u3002\uFF0C])|[A-Za-z](?=[0-9])"
+)
 
 
 class Tokenizer:
     """One vocabulary. Immutable; may be shared between threads.
 
     specials: name -> id of every special token of the file.
+    longest_token: the most characters that one token stands for.
     vocab_size: one more than the largest id. The model's own vocabulary is often padded beyond it.
     """
 
-    def __init__(self, bpe: BPE) -> None:
+    def __init__(self, bpe: BPE, vocab_size: int = 0) -> None:
         """Takes ownership of `bpe` and makes it treat special tokens in text as plain text.
+
+        vocab_size: at least that of `bpe`, whose ids may have gaps.
 
         Raises CheckpointError if its decoder is not byte-level, because tokens are then not bytes.
         """
@@ -62,7 +73,10 @@ class Tokenizer:
         self._special_ids = frozenset(self.specials.values())
         longest_first = sorted(self.specials, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self.vocab_size: int = max([bpe.get_vocab_size(with_added_tokens=False), *(id + 1 for id in added)])
+        sizes = [vocab_size, bpe.get_vocab_size(with_added_tokens=False), *(id + 1 for id in added)]
+        self.vocab_size: int = max(sizes)
+        tokens = bpe.get_vocab(with_added_tokens=False)
+        self.longest_token: int = max(map(len, [*tokens, *self._added.values()]), default=1)
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
@@ -81,47 +95,84 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
         """Read one tokenizer.json, whatever its name. Raises CheckpointError if it cannot be read."""
-        try:
-            text = Path(path).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"cannot read the tokenizer {path} ({error}): download the file again") from error
-        return cls.from_text(text, str(path))
+        return cls.from_bytes(read_file(Path(path), tokenizer_file.MAX_BYTES), str(path))
 
     @classmethod
-    def from_text(cls, text: str, name: str) -> Tokenizer:
-        """Parse the content of a tokenizer.json; `name` is used in errors."""
+    def from_bytes(cls, data: bytes, name: str) -> Tokenizer:
+        """Parse the content of a tokenizer.json, which is not trusted; `name` is used in errors."""
         from tokenizers import Tokenizer as BPE
 
+        vocab_size = tokenizer_file.check(data, name)
         try:
-            bpe = BPE.from_str(text)
+            bpe = BPE.from_str(data.decode())
         except Exception as error:  # the library raises nothing more specific
-            raise CheckpointError(f"cannot read the tokenizer {name} ({error}): download the file again") from error
-        return cls(bpe)
+            raise CheckpointError(
+                f"cannot read the tokenizer {name} ({str(error)[:200]}): download the file again"
+            ) from error
+        bpe.no_truncation()
+        bpe.no_padding()
+        bpe.post_processor = None
+        return cls(bpe, vocab_size)
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text. Special tokens in it are encoded as text, so that nobody can inject one.
 
-        Lone surrogates, which have no UTF-8, become U+FFFD.
+        Lone surrogates, which have no UTF-8, become U+FFFD. A word of more than MAX_WORD_CHARACTERS is cut into words.
         """
         return list(chain.from_iterable(self.encode_slices(text)))
 
-    def encode_slices(self, text: str) -> Iterator[list[int]]:
-        """The ids that encode() returns, slice by slice, so that a caller can stop when they are too many.
-
-        Other threads run meanwhile: unlike `encode`, the library's `encode_batch_fast` releases the interpreter's lock.
-        """
-        for part in _slices(_scalar_text(text)):
-            yield self._bpe.encode_batch_fast([part], add_special_tokens=False)[0].ids
-
     def encode_with_specials(self, text: str) -> list[int]:
         """Ids of a raw prompt in which written special tokens count as special tokens."""
+        return list(chain.from_iterable(self.encode_slices(text, specials=True)))
+
+    def encode_within(self, limit: int, text: str, *, specials: bool = False) -> list[int]:
+        """encode(), or with `specials` encode_with_specials(), of a prompt that may have `limit` tokens.
+
+        Raises PromptTooLong for a longer one as soon as it is known to be longer, most often by its length alone.
+        """
         ids: list[int] = []
-        end = 0
-        for match in self._special_pattern.finditer(text):
-            ids += self.encode(text[end : match.start()])
-            ids.append(self.specials[match.group()])
-            end = match.end()
-        return ids + self.encode(text[end:])
+        self.check_length(limit, len(text))
+        for part in self.encode_slices(text, specials=specials):
+            ids += part
+            self.check_length(limit, 0, len(ids))
+        return ids
+
+    def check_length(self, limit: int, characters: int, ids: int = 0) -> None:
+        """Raise PromptTooLong if `ids` tokens and those of a text of `characters` must be more than `limit`."""
+        if ids + characters // self.longest_token > limit:
+            raise PromptTooLong(
+                f"the prompt has more than {limit} tokens, all that the context holds; shorten the prompt or load the "
+                "model with a larger max_context"
+            )
+
+    def encode_slices(self, text: str, *, specials: bool = False) -> Iterator[list[int]]:
+        """The ids that encode() or, with `specials`, encode_with_specials() returns, slice by slice, so that a caller
+        can stop when they are too many.
+
+        Other threads run meanwhile: unlike `encode`, the library's `encode_batch_fast` releases the interpreter's lock.
+        Raises Cancelled before the next slice if nobody waits for the result any more.
+        """
+        for plain, special in self._split_specials(text) if specials else ((text, None),):
+            for part in _slices(plain):
+                check_cancelled()
+                yield self._bpe.encode_batch_fast([_scalar_text(part)], add_special_tokens=False)[0].ids
+            if special is not None:
+                yield [special]
+
+    def _split_specials(self, text: str) -> Iterator[tuple[str, int | None]]:
+        """Yield each plain text with the id of the special token that ends it, and the rest with None.
+
+        A search looks at one slice: it holds the interpreter's lock.
+        """
+        begin = at = 0
+        while at < len(text):
+            match = self._special_pattern.search(text, at, at + SLICE_CHARACTERS + self.longest_token)
+            if match is None:
+                at += SLICE_CHARACTERS
+                continue
+            yield text[begin : match.start()], self.specials[match.group()]
+            begin = at = match.end()
+        yield text[begin:], None
 
     def decode(self, ids: Iterable[int], *, specials: bool = False) -> str:
         """Text of ids. Special tokens are left out, or written out if `specials`.
@@ -169,15 +220,22 @@ class Tokenizer:
 
 
 def _slices(text: str) -> Iterator[str]:
-    """Cut a long text between words, so that its slices have the ids of the whole. Text without words stays whole."""
+    """Cut a long text at ends of words, so that its slices have the ids of the whole.
+
+    A word may be longer than a slice, up to MAX_WORD_CHARACTERS. Where none ends within that, the cut is made all the
+    same, and the ids there may differ from those of the whole: the time and the memory of one call stay bounded.
+    """
     start, end = 0, SLICE_CHARACTERS
     while end < len(text):
         word = _WORD_END.search(text, end, end + SLICE_CHARACTERS)
-        end += SLICE_CHARACTERS
-        if word is not None:
-            yield text[start : word.end()]
-            start = word.end()
-            end = start + SLICE_CHARACTERS
+        end = end + SLICE_CHARACTERS if word is None else word.end()
+        if word is None:
+            if end - start < MAX_WORD_CHARACTERS or end >= len(text):
+                continue
+            if "\ud800" <= text[end - 1] < "\udc00":  # the first half of a surrogate pair
+                end += 1
+        yield text[start:end]
+        start, end = end, end + SLICE_CHARACTERS
     yield text[start:]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEVEL_0 = {"config", "errors", "sampling", "tokenizer", "machine"}
+LEVEL_0 = {"config", "errors", "sampling", "tokenizer", "machine", "untrusted"}
 SEAM = {"backends.base", "backends.rope"}
 BACKEND = LEVEL_0 | SEAM | {"weights.tensor", "weights.codecs", "weights.split"}
 MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it may import, besides its own package
@@ -19,9 +19,11 @@ MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it ma
     "errors": set(),
     "machine": set(),
     "config": {"errors"},
+    "options.check": {"errors"},
     "options.declare": set(),
-    "sampling": {"errors", "options.declare"},
-    "tokenizer": {"errors"},
+    "sampling": {"errors", "options.check", "options.declare"},
+    "untrusted": {"errors"},
+    "tokenizer": {"errors", "untrusted"},
     "nano": set(),
     # 1
     "options": {"harmony.messages", "sampling"},
@@ -33,7 +35,7 @@ MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it ma
     # 2
     "backends.mlx": BACKEND,
     "backends.cuda": BACKEND,
-    "engine": {"backends.base", "config", "sampling", "errors"},
+    "engine": {"backends.base", "config", "sampling", "errors", "options.check"},
     "ranks": {"backends.base", "config", "errors", "machine", "sampling"},
     # 3
     "chat": LEVEL_0 | {"options", "engine", "harmony"},

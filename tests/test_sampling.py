@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlx_gptoss.errors import InvalidRequest
-from mlx_gptoss.sampling import Sampling
+from mlx_gptoss.sampling import MAX_STOP_CHARACTERS, MAX_STOPS, Sampling
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,11 @@ def test_a_single_stop_string_is_a_tuple_of_one():
 def test_greedy_and_penalized():
     assert Sampling(temperature=0).greedy and not Sampling().greedy
     assert Sampling(frequency_penalty=0.1).penalized and not Sampling(logit_bias={1: 2.0}).penalized
+
+
+def test_stop_strings_have_a_bound():
+    assert len(Sampling(stop=["x" * MAX_STOP_CHARACTERS] * MAX_STOPS).stop) == MAX_STOPS
+    with pytest.raises(InvalidRequest, match="stop has 17 strings, more than 16; give fewer"):
+        Sampling(stop=["x"] * 17)
+    with pytest.raises(InvalidRequest, match="stop has a string of 1025 characters, more than 1024; shorten it"):
+        Sampling(stop="x" * 1025)

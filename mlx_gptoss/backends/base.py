@@ -40,6 +40,10 @@ class Row:
         before this one is read.
     mask: the tokens allowed next, for a row that samples and has no drafts: token i if bit i % 8 of byte i // 8 is set,
         and none beyond its end. None allows all tokens at no cost. At least one token must be allowed.
+    stages: (first, end) of the stages (stage_count) that this row computes; None computes all. For a row of several
+        tokens without drafts. The rows of one chunk have the same start and tokens, each begins at the stage where the
+        one before it ended, and other slots may run in between. The last of them samples, and completes the chunk:
+        until then it does not count towards the slot's length. The result is bit for bit that of one row.
     """
 
     slot: int
@@ -49,6 +53,12 @@ class Row:
     prompt: tuple[int, ...] | None = None
     drafts: tuple[int, ...] = ()
     mask: bytes | None = None
+    stages: tuple[int, int] | None = None
+
+
+def stage_count(config: ModelConfig) -> int:
+    """Number of stages of a forward pass: every layer's attention, and after it the layer's experts."""
+    return 2 * config.num_hidden_layers
 
 
 def allowed_tokens(masks: Sequence[bytes | None], vocabulary: int) -> NDArray[np.bool_]:

@@ -68,11 +68,13 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timings:
-    """Speeds. ttft_s: seconds from the request to the first token. Rates are tokens per second, 0 if not measured."""
+    """Speeds. ttft_s: seconds from the request to the first token; queue_s: of these, until its first step. Rates are
+    tokens per second, 0 if not measured."""
 
     ttft_s: float
     prefill_tok_s: float
     decode_tok_s: float
+    queue_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -261,6 +263,7 @@ def _finished(
             ttft_s=end.ttft_s,
             prefill_tok_s=computed / end.prefill_s if end.prefill_s else 0.0,
             decode_tok_s=(end.completion_tokens - 1) / end.decode_s if end.decode_s else 0.0,
+            queue_s=end.queue_s,
         ),
         tokens=tuple(tokens),
         messages=messages,

@@ -21,6 +21,7 @@ from ..harmony.openai_tools import response_format_of, tool_choice_of
 from ..harmony.parse import Parser
 from ..harmony.render import prefill_ids, render
 from ..options import GenerationOptions
+from ..options.check import shown
 from ..sampling import Sampling
 from ..tokenizer import CALL, END, RETURN, Tokenizer
 from .reply import Event, RawReader, Reader, ReplyReader
@@ -82,7 +83,7 @@ def stream_chat(
     choice = tool_choice_of(options.tool_choice, conversation.functions)
     guide = guide_for(conversation, tokenizer, choice)
     sampling = options.sampling or Sampling()
-    stop_ids = stop_ids | {tokenizer.special(RETURN), tokenizer.special(CALL), *_checked_stop_ids(options)}
+    stop_ids = stop_ids | {tokenizer.special(RETURN), tokenizer.special(CALL), *_checked_stop_ids(options, engine)}
     ends = frozenset(tokenizer.special(name) for name in (END, RETURN, CALL))
     prompt = tuple(render(conversation, tokenizer, engine.limits.max_context))
     request = Request(prompt, _max_tokens(engine, options.max_tokens), sampling, stop_ids, guide, message_ends=ends)
@@ -125,10 +126,11 @@ def _accept_prefill(guide: Guide, id: int) -> None:
         raise InvalidRequest(f"{message}; leave it out") from error
 
 
-def _checked_stop_ids(options: GenerationOptions) -> Sequence[int]:
-    ids = options.stop_token_ids
-    if not isinstance(ids, Sequence) or len(ids) > MAX_STOP_IDS or any(type(id) is not int for id in ids):
-        raise InvalidRequest(f"stop_token_ids must be a list of at most {MAX_STOP_IDS} token ids, not {ids!r:.200}")
+def _checked_stop_ids(options: GenerationOptions, engine: Engine) -> Sequence[int]:
+    ids, size = options.stop_token_ids, engine.config.vocab_size
+    if len(ids) > MAX_STOP_IDS or any(type(id) is not int or not 0 <= id < size for id in ids):
+        allowed = f"a list of at most {MAX_STOP_IDS} token ids from 0 to {size - 1}"
+        raise InvalidRequest(f"stop_token_ids must be {allowed}, not {shown(ids)}")
     return ids
 
 

@@ -71,7 +71,7 @@ class Engine:
         Raises InvalidRequest if the prompt fills the context or an id is not in the vocabulary, Busy if slots +
         max_waiting requests are open already, and GptOssError if the engine is closed.
         """
-        self._check_process()
+        self.check_process()
         max_new_tokens(request, self.limits)
         self._check_ids("the prompt", request.prompt)
         self._check_ids("logit_bias", request.sampling.logit_bias or ())
@@ -82,6 +82,7 @@ class Engine:
     @property
     def status(self) -> Status:
         """Current load. Any thread may read it. Raises GptOssError if the engine is closed."""
+        self.check_process()
         return self._loop.status
 
     @property
@@ -95,7 +96,7 @@ class Engine:
         Returns its result or raises its exception; raises GptOssError if the engine is closed, and RuntimeError if
         called on the engine thread.
         """
-        self._check_process()
+        self.check_process()
         if threading.current_thread() is self._thread:
             raise RuntimeError("Engine.call on the engine thread would wait for itself; use the runner passed to you")
         result: Future[object] = Future()
@@ -104,7 +105,10 @@ class Engine:
 
     def close(self) -> None:
         """Fail open streams, close the runner and wait for the thread. The first time, raises GptOssError from the
-        error that stopped the engine, if there was one."""
+        error that stopped the engine, if there was one. Does nothing in a forked process, which has no thread."""
+        if os.getpid() != self._process:
+            self._finalizer.detach()
+            return
         first = self._finalizer.detach() is not None
         _stop(self._loop, self._thread, None)
         if first and self._loop.failure is not None:
@@ -116,10 +120,13 @@ class Engine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _check_process(self) -> None:
+    def check_process(self) -> None:
         """Raise GptOssError in a forked process, which has no engine thread: a request would wait for ever."""
         if os.getpid() != self._process:
-            raise GptOssError("the model was loaded before this process was forked; load it in this process")
+            raise GptOssError(
+                "the model was loaded before this process was forked; load it in this process, started with "
+                "multiprocessing's 'spawn'"
+            )
 
     def _check_ids(self, what: str, ids: Iterable[int]) -> None:
         size = self.config.vocab_size
@@ -145,6 +152,7 @@ class Stream(Iterator[Token]):
         return self
 
     def __next__(self) -> Token:
+        self._engine.check_process()
         item = self._handle.queue.get()
         if isinstance(item, Token):
             return item
@@ -165,6 +173,7 @@ class Stream(Iterator[Token]):
         Call it until it returns an empty list: the end comes after the tokens, and that call sets `finished` or
         raises the error.
         """
+        self._engine.check_process()
         tokens: list[Token] = []
         while not self._handle.queue.empty():
             try:
@@ -179,6 +188,7 @@ class Stream(Iterator[Token]):
 
     def on_arrival(self, callback: Callable[[], None]) -> None:
         """Call `callback` now, and then on the engine thread after every new item. It must not block."""
+        self._engine.check_process()
         self._handle.on_arrival = callback
         callback()
 

@@ -15,12 +15,13 @@ from math import ceil
 from queue import SimpleQueue
 from time import perf_counter
 
-from ..backends.base import Pending, Runner
+from ..backends.base import Pending, Runner, stage_count
 from ..errors import Busy, GptOssError
 from .prefix import PrefixCache
 from .prefix_files import PrefixFiles
 from .request import Finished, FinishReason, Request, Status, Token
-from .scheduler import Output, Scheduler, Sequence, Step
+from .scheduler import Scheduler
+from .sequence import Output, Sequence, Step
 
 CLOSED = "the engine is closed; load the model again"
 
@@ -71,12 +72,13 @@ class RequestHandle:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class InFlight:
-    """A step that the device is computing."""
+    """A step that the device is computing. seconds: that the engine thread has spent on it so far."""
 
     step: Step
     pending: Pending
+    seconds: float
 
 
 class Loop:
@@ -157,7 +159,8 @@ class Loop:
             return
         if self._prefix_bytes:
             self._prefix = PrefixCache(self._prefix_bytes, self._runner, self._prefix_files)
-        self._scheduler = Scheduler(self._runner.limits, self._runner.release, self._prefix)
+        stages = stage_count(self._runner.config)
+        self._scheduler = Scheduler(self._runner.limits, self._runner.release, self._prefix, stages)
         ready.set_result(self._runner)
         try:
             self._run_steps()
@@ -215,6 +218,7 @@ class Loop:
             next_step = self._submit_step()
             self._read_step()
             self._in_flight = next_step
+            self._save_prefixes()
 
     def _submit_step(self) -> InFlight | None:
         """Plan and submit the next step; None if there is nothing to do.
@@ -233,23 +237,37 @@ class Loop:
             for slot, chain in step.restores:
                 self._runner.restore(slot, chain)
             pending = self._runner.submit(step.rows)
-            self._scheduler.save_prefixes(step)
-            return InFlight(step, pending)
+            return InFlight(step, pending, perf_counter() - now)
         except Exception as error:
             self._fail_step(step, error)
             return None
+
+    def _save_prefixes(self) -> None:
+        """Save the prompt chunks of the step in flight. This may wait for it, so the previous one is read first."""
+        flight = self._in_flight
+        if flight is None or self._prefix is None:
+            return
+        started = perf_counter()
+        try:
+            self._scheduler.save_prefixes(flight.step)
+        except Exception as error:
+            self._fail_step(flight.step, error)
+            self._in_flight = None
+        flight.seconds += perf_counter() - started
 
     def _read_step(self) -> None:
         """Wait for the step in flight, if there is one, and deliver its tokens."""
         flight, self._in_flight = self._in_flight, None
         if flight is None:
             return
+        started = perf_counter()
         try:
             results = flight.pending.wait()
         except Exception as error:
             self._fail_step(flight.step, error)
             return
         now = perf_counter()
+        self._scheduler.record_cost(flight.step, flight.seconds + now - started)
         for output in self._scheduler.process_results(flight.step, results):
             self._deliver(output, now)
 

@@ -13,12 +13,14 @@ Plain Python; snapshots are opaque. Used on the engine thread only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from time import time
 from typing import Protocol
 
 from ..backends.base import Snapshot
-from .prefix_files import PrefixFiles, StoredSpan
+from .prefix_files import STALE_S, Changes, PrefixFiles
+from .span_file import StoredSpan
 
 MAX_SPAN = 256  # maximum tokens of a cached chunk
 MIN_SPAN = 64  # minimum tokens of a chunk that ends with a message; the rings in a snapshot are as large as 128 tokens
@@ -82,6 +84,8 @@ class PrefixCache:
     max_bytes: device memory the snapshots may use. runner: saves, packs and unpacks them. files: also stores them on
     disk, so that they outlast the process; None keeps them in memory only.
     nbytes: device memory they use now.
+
+    A file that cannot be used is a miss: its chunk is computed again.
     """
 
     def __init__(self, max_bytes: int, runner: SnapshotRunner, files: PrefixFiles | None = None) -> None:
@@ -91,8 +95,10 @@ class PrefixCache:
         self._runner = runner
         self._files = files
         self._clock = 0
+        self._stored: dict[str | None, Node] = {None: self.root}  # nodes that have a file, by its name
         if files is not None:
             self._add_stored(files, files.scan())
+            self._trim_files()
 
     def child(self, node: Node, span: Span) -> Node | None:
         """The child of `node` with this span, its snapshot in memory; None if it is not cached."""
@@ -103,24 +109,28 @@ class PrefixCache:
             self._load(found)
         if found.snapshot is None:
             return None
-        self._clock += 1
-        found.last_used = self._clock
+        self._touch(found)
+        if found.stored is None and self._files is not None and self._files.has_room(found.snapshot.nbytes):
+            self._store(found)
         return found
 
     def add(self, node: Node, span: Span, slot: int) -> Node | None:
-        """The child of `node` with this span; if it is not cached, it is added with a snapshot of the slot.
+        """The child of `node` with this span; if its snapshot is not in memory, it is added from the slot.
 
         The slot's sequence must end where the span ends. Returns None if the snapshot does not fit next to those of
         the same prompt's earlier chunks, or if `node` has been dropped.
         """
-        cached = self.child(node, span)
-        if cached is not None or not self._in_tree(node):
-            return cached
+        self._apply_changes()
+        if not self._in_tree(node):
+            return None
         end = node.end + len(span)
-        snapshot = self._runner.save(slot, node.end, end)
-        added = node.children[span] = Node(span, end, node, snapshot)
-        if self._files is not None and (node is self.root or node.stored is not None):
-            added.stored = self._files.write(node.stored, span, end, self._runner.pack(snapshot))
+        added = node.children.setdefault(span, Node(span, end, node))
+        if added.snapshot is not None:
+            self._touch(added)
+            return added
+        added.snapshot = self._runner.save(slot, node.end, end)
+        if added.stored is None:
+            self._store(added)
         self._count_snapshot(added)
         self._trim_files()
         return added if added.snapshot is not None else None
@@ -130,27 +140,96 @@ class PrefixCache:
         if self._files is not None:
             self._files.close()
 
-    def _add_stored(self, files: PrefixFiles, found: Sequence[StoredSpan]) -> None:
+    def drop(self, node: Node) -> None:
+        """Remove a node and its descendants from the tree, and their files."""
+        assert node.parent is not None
+        if node.parent.children.get(node.span) is node:
+            del node.parent.children[node.span]
+        for removed in _subtree(node):
+            if removed.snapshot is not None:
+                self.nbytes -= removed.snapshot.nbytes
+                removed.snapshot = None
+            if removed.stored is not None and self._files is not None:
+                self._files.remove(removed.stored)
+                self._set_stored(removed, None)
+
+    # Files.
+
+    def _add_stored(self, files: PrefixFiles, found: Iterable[StoredSpan]) -> None:
         """Add a node for each stored chunk whose prefix is stored too; remove the other files."""
-        nodes: dict[str | None, Node] = {None: self.root}
-        age = {stored.name: n for n, stored in enumerate(sorted(found, key=lambda stored: stored.last_used))}
-        self._clock = len(found)
+        age: dict[str, int] = {}
+        for stored in sorted(found, key=lambda stored: stored.last_used):
+            self._clock += 1
+            age[stored.name] = self._clock
         for stored in sorted(found, key=lambda stored: stored.end):
-            parent = nodes.get(stored.parent)
-            if parent is None or parent.end + len(stored.span) != stored.end:
+            if not self._add_node(stored, age[stored.name]):
+                if stored.parent in self._stored:
+                    files.report_damage("does not follow the one before it")
                 files.remove(stored)
+
+    def _add_node(self, stored: StoredSpan, last_used: int) -> bool:
+        """Add a node for a stored chunk, or give its file to the node there is. False if its prefix is not stored."""
+        parent = self._stored.get(stored.parent)
+        if parent is None or parent.end + len(stored.span) != stored.end:
+            return False
+        node = parent.children.setdefault(stored.span, Node(stored.span, stored.end, parent, last_used=last_used))
+        self._set_stored(node, stored)
+        return True
+
+    def _apply_changes(self) -> None:
+        """Take over what other processes have written to the folder and removed from it, and what could not be
+        written."""
+        if self._files is None:
+            return
+        for changes in self._files.take_changes():
+            self._forget_missing(self._files, changes)
+            self._add_foreign(self._files, changes)
+            self._trim_files()
+
+    def _forget_missing(self, files: PrefixFiles, changes: Changes) -> None:
+        for stored in changes.missing:
+            node = self._stored.get(stored.name)
+            if node is None or node.stored is not stored or files.is_pending(stored.name):
                 continue
-            node = Node(stored.span, stored.end, parent, stored=stored, last_used=age[stored.name])
-            parent.children[stored.span] = nodes[stored.name] = node
+            files.forget(stored)
+            self._set_stored(node, None)
+            if node.snapshot is None:
+                self.drop(node)
+
+    def _add_foreign(self, files: PrefixFiles, changes: Changes) -> None:
+        for stored in sorted(changes.added, key=lambda stored: stored.end):
+            if stored.name in files.known or files.is_pending(stored.name):
+                continue
+            self._clock += 1
+            if self._add_node(stored, self._clock):
+                files.add(stored)
+            elif time() - stored.last_used > STALE_S:  # until then its previous chunk may still be written
+                files.remove(stored)
+
+    def _store(self, node: Node) -> None:
+        """Queue a node's snapshot for writing, unless the previous chunk has no file."""
+        assert node.snapshot is not None and node.parent is not None
+        previous = node.parent.stored
+        if self._files is None or not self._files.accepts_writes or (previous is None and node.parent is not self.root):
+            return
+        packed = self._runner.pack(node.snapshot)
+        self._set_stored(node, self._files.write(previous, node.span, node.end, packed))
 
     def _load(self, node: Node) -> None:
-        """Load a node's snapshot from its file. If that cannot be read, the node is dropped and computed again."""
+        """Load a node's snapshot from its file. A node whose file is damaged or missing is dropped."""
         assert self._files is not None and node.stored is not None
-        data = self._files.read(node.stored)
-        if data is None:
+        try:
+            data = self._files.read(node.stored)
+            if data is None:
+                return
+            node.snapshot = self._runner.unpack(node.end - len(node.span), node.end, data)
+        except ValueError as error:  # Damaged, or the runner's: another length than the model's
+            self._files.report_damage(error)
             self.drop(node)
             return
-        node.snapshot = self._runner.unpack(node.end - len(node.span), node.end, data)
+        except Exception as error:  # the device's memory may be full
+            self._files.report_damage(f"was not used: {error}")
+            return
         self._count_snapshot(node)
 
     def _trim_files(self) -> None:
@@ -158,18 +237,32 @@ class PrefixCache:
         while self._files is not None and self._files.nbytes > self._files.max_bytes:
             stored = [node for node in _subtree(self.root) if node.stored is not None]
             leaves = [node for node in stored if all(child.stored is None for child in node.children.values())]
+            if not leaves:
+                return
             node = min(leaves, key=lambda node: node.last_used)
             assert node.stored is not None
             self._files.remove(node.stored)
-            node.stored = None
+            self._set_stored(node, None)
             if node.snapshot is None:
                 self.drop(node)
+
+    def _set_stored(self, node: Node, stored: StoredSpan | None) -> None:
+        if node.stored is not None:
+            self._stored.pop(node.stored.name, None)
+        node.stored = stored
+        if stored is not None:
+            self._stored[stored.name] = node
+
+    # Memory.
+
+    def _touch(self, node: Node) -> None:
+        self._clock += 1
+        node.last_used = self._clock
 
     def _count_snapshot(self, node: Node) -> None:
         """Count the snapshot of a node, new in memory, and evict others until all fit."""
         assert node.snapshot is not None
-        self._clock += 1
-        node.last_used = self._clock
+        self._touch(node)
         self.nbytes += node.snapshot.nbytes
         path = set(map(id, node.path))
         while self.nbytes > self._max_bytes:
@@ -186,18 +279,6 @@ class PrefixCache:
         node.snapshot = None
         if node.stored is None:
             self.drop(node)
-
-    def drop(self, node: Node) -> None:
-        """Remove a node and its descendants from the tree, and their files."""
-        assert node.parent is not None
-        node.parent.children.pop(node.span, None)
-        for removed in _subtree(node):
-            if removed.snapshot is not None:
-                self.nbytes -= removed.snapshot.nbytes
-                removed.snapshot = None
-            if removed.stored is not None and self._files is not None:
-                self._files.remove(removed.stored)
-                removed.stored = None
 
     def _evictable(self) -> Iterator[Node]:
         """Nodes with a snapshot in memory whose children have none."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from ..errors import InvalidRequest
+from ..options.check import integer
 from ..sampling import Sampling
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -57,8 +58,7 @@ class Request:
     def __post_init__(self) -> None:
         if not self.prompt:
             raise InvalidRequest("the prompt is empty; give at least one token")
-        if type(self.max_tokens) is not int or self.max_tokens < 1:
-            raise InvalidRequest(f"max_tokens must be an integer of at least 1, not {self.max_tokens!r}")
+        integer("max_tokens", self.max_tokens, 1)
 
 
 @dataclass(frozen=True)

@@ -1,108 +1,26 @@
 """Decides which rows go into the next step. Scheduling policy over ints: no device, no threads, no clock.
 
 A sequence waits for a slot (first come, first served), prefills its prompt in chunks, decodes one token a step, and
-ends. Steps are planned before the results of the previous step are known, so a sequence may end while a later row of
-it is in flight. Its slot is freed only when no step in flight uses it.
+ends. While others decode, a chunk is computed in pieces (pace.py). Steps are planned before the results of the previous
+step are known, so a sequence may end while a later row of it is in flight. Its slot is freed only when no step in
+flight uses it.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
-from ..backends.base import Limits, Row, Sampled, Snapshot
+from ..backends.base import Limits, Row, Sampled
 from ..errors import GptOssError, InvalidRequest
 from .lookup import PromptLookup
+from .pace import Pace, Piece
 from .prefix import MAX_SPAN, Node, PrefixCache, chunk_ends
 from .request import Guide, Request
+from .sequence import Output, Sequence, Step
 
 MAX_READS = 8  # snapshots that one sequence may read from files in one step
-
-
-@dataclass(eq=False)
-class Sequence:
-    """The scheduling state of one request.
-
-    max_new_tokens: maximum number of tokens it may generate.
-    chunk_ends: positions where the prefill chunks of its prompt end.
-    node: the prefix cache's node for the prompt so far; None if the prompt is not cached any further.
-    chain: snapshots that its slot is restored from before its next row.
-    cached_tokens: prompt tokens taken from the prefix cache.
-    slot: its slot; -1 without one.
-    length: tokens in its slot after all planned rows.
-    planned: tokens that the planned rows sample.
-    delivered: sampled tokens that have been read and belong to the request.
-    in_flight: steps planned and not yet read that contain a row of it.
-    ended: no more rows are planned, and results still in flight are dropped.
-    lookup: proposes drafts; None for a request without drafts.
-    drafted, accepted: drafts so far, and how many of them were accepted.
-    last_token: the last token delivered.
-    mask: tokens that may follow the last token delivered, for a request with a guide; None allows all.
-    """
-
-    request: Request
-    max_new_tokens: int
-    chunk_ends: tuple[int, ...]
-    node: Node | None = None
-    chain: tuple[Snapshot, ...] = ()
-    cached_tokens: int = 0
-    slot: int = -1
-    length: int = 0
-    planned: int = 0
-    delivered: int = 0
-    in_flight: int = 0
-    ended: bool = False
-    lookup: PromptLookup | None = None
-    drafted: int = 0
-    accepted: int = 0
-    last_token: int = -1
-    mask: bytes | None = None
-
-    @property
-    def next_chunk_end(self) -> int:
-        return self.chunk_end_after(self.length)
-
-    def chunk_end_after(self, position: int) -> int:
-        return self.chunk_ends[bisect_right(self.chunk_ends, position)]
-
-    @property
-    def waits_for_result(self) -> bool:
-        """Whether its next row depends on a result that has not been read.
-
-        Drafts depend on the last token, and so does a guide's mask. Where the guide allows all tokens, the one in
-        flight belongs to the request, and the next row samples ahead, without a mask. Its token may turn out not to be
-        allowed: it is then dropped and sampled again (Scheduler._step_back). A sliding layer's ring can be stepped back
-        by one token, so no more than one is sampled ahead, and the sampler's penalties cannot, so they wait.
-        """
-        if not self.in_flight or (self.lookup is None and self.request.guide is None):
-            return False
-        ahead = self.lookup is None and self.mask is None and not self.request.sampling.penalized
-        return self.in_flight > 1 or not ahead
-
-
-@dataclass(frozen=True)
-class Step:
-    """The rows of one step; sequences[i] is the sequence of rows[i].
-
-    restores: (slot, snapshots) pairs; each slot is restored from its snapshots before the step is submitted.
-    """
-
-    rows: tuple[Row, ...]
-    sequences: tuple[Sequence, ...]
-    restores: tuple[tuple[int, tuple[Snapshot, ...]], ...] = ()
-
-
-@dataclass(frozen=True)
-class Output:
-    """One token of a sequence. end_reason: why the sequence ended with it, or the error its guide raised; None if it
-    goes on."""
-
-    sequence: Sequence
-    sampled: Sampled
-    end_reason: Literal["stop", "length"] | GptOssError | None
 
 
 def max_new_tokens(request: Request, limits: Limits) -> int:
@@ -127,12 +45,21 @@ class Scheduler:
 
     release: called with the slot of a sequence that has ended, once no step in flight uses the slot.
     prefix: the prefix cache; None disables it.
+    stages: number of stages of a forward pass (backends.base.stage_count).
     """
 
-    def __init__(self, limits: Limits, release: Callable[[int], None], prefix: PrefixCache | None = None) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        release: Callable[[int], None],
+        prefix: PrefixCache | None = None,
+        stages: int = 1,
+    ) -> None:
         self._limits = limits
         self._release = release
         self._prefix = prefix
+        self._stages = stages
+        self._pace = Pace(stages)
         self._free = deque(range(limits.slots))
         self._waiting: deque[Sequence] = deque()
         self._prefilling: deque[Sequence] = deque()
@@ -177,34 +104,43 @@ class Scheduler:
 
     def plan(self) -> Step | None:
         """The next step: a row for every decoding sequence, and up to Limits.chunk prompt tokens. None if there is
-        nothing to compute."""
+        nothing to compute before another result is read."""
         while self._waiting and self._free:
             sequence = self._waiting.popleft()
             sequence.slot = self._free.popleft()
             self._prefilling.append(sequence)
         # Decoding rows are planned before prefill rows: the latter add sequences that decode from the next step on.
+        decoding = len(self._decoding)
         sequences = [sequence for sequence in self._decoding if not sequence.waits_for_result]
         rows = [self._decode_row(sequence) for sequence in sequences]
         if sequences:
             self._decoding = [sequence for sequence in self._decoding if sequence.planned < sequence.max_new_tokens]
-        chunks = self._next_chunks()
-        restores = [(sequence.slot, sequence.chain) for sequence in chunks if sequence.chain]
-        for sequence in chunks:
+        served = self._next_pieces(decoding, len(rows))
+        restores = [(sequence.slot, sequence.chain) for sequence, _ in served if sequence.chain]
+        for sequence, piece in served:
             sequence.chain = ()
             sequences.append(sequence)
-            rows.append(self._prefill_row(sequence))
+            rows.append(self._prefill_row(sequence, piece))
+        self._queue_again([sequence for sequence, _ in served], had_turns=1 if decoding else len(served))
         if not rows:
             return None
         for sequence in sequences:
             sequence.in_flight += 1
-        return Step(tuple(rows), tuple(sequences), tuple(restores))
+        return Step(tuple(rows), tuple(sequences), tuple(piece for _, piece in served), tuple(restores))
+
+    def record_cost(self, step: Step, seconds: float) -> None:
+        """Learn what a step has cost, for the size of later ones."""
+        self._pace.record(len(step.rows) - len(step.pieces), step.pieces, seconds)
 
     def save_prefixes(self, step: Step) -> None:
-        """Save the prefill chunks of a step in the prefix cache. Call it after submitting the step and before the
-        next one."""
+        """Save the prefill chunks that a step completes in the prefix cache. Call it after submitting the step and
+        before the next one."""
         for sequence, row in zip(step.sequences, step.rows, strict=True):
-            if self._prefix is not None and sequence.node is not None and row.tokens and row.sampling is None:
+            if self._prefix is None or sequence.node is None or sequence.ended or not row.tokens or row.sampling:
+                continue
+            if row.stages is None or row.stages[1] == self._stages:
                 sequence.node = self._prefix.add(sequence.node, row.tokens, row.slot)
+                step.saved.extend([sequence.node] if sequence.node else [])
 
     def process_results(self, step: Step, results: Iterable[Sampled | None]) -> list[Output]:
         """The tokens of a step that has been computed. Tokens of ended sequences are dropped."""
@@ -219,9 +155,10 @@ class Scheduler:
 
     def fail(self, step: Step) -> None:
         """End the sequences of a step that raised an exception, and drop what the prefix cache saved of it."""
-        for sequence, row in zip(step.sequences, step.rows, strict=True):
-            if self._prefix is not None and sequence.node is not None and row.sampling is None:
-                self._prefix.drop(sequence.node)
+        for node in step.saved:
+            assert self._prefix is not None
+            self._prefix.drop(node)
+        for sequence in step.sequences:
             sequence.in_flight -= 1
             if sequence.ended:
                 self._free_slot(sequence)
@@ -273,35 +210,69 @@ class Scheduler:
             self.end(sequence)
         return Output(sequence, sampled, end_reason)
 
-    def _next_chunks(self) -> list[Sequence]:
-        """The sequences that prefill one chunk each in this step: as many whole chunks as fit into Limits.chunk.
+    def _next_pieces(self, decoding: int, ready: int) -> list[tuple[Sequence, Piece]]:
+        """The sequences that prefill in this step, each with the piece of its chunk that it computes. decoding: number
+        of sequences that decode; ready: of those with a row in this step.
 
-        A chunk is never shortened to fill a step, so a prompt's chunks depend on the prompt alone, not on what else
-        is running. A served sequence goes to the back of the queue, so a long prompt does not delay the short ones
-        behind it. The first chunk in the queue always fits, so no sequence starves. If another sequence computes and
-        caches the same chunk in this step, the sequence waits and takes it from the cache.
+        Beside sequences that decode, these are the pieces that the pace allows; otherwise as many whole chunks as fit
+        into Limits.chunk. A chunk is never shortened to fill a step, and a piece ends between two layers, so what a
+        prompt computes depends on the prompt alone, not on what else is running. The first one in the queue always
+        fits, so no sequence starves.
         """
-        budget = self._limits.chunk
-        served: list[Sequence] = []
-        computed: set[tuple[Node, tuple[int, ...]]] = set()
-        for sequence in self._prefilling:
-            if not self._use_prefix_cache(sequence):
+        budget_s = self._pace.begin_step(decoding, ready) if decoding and self._prefilling else 0.0
+        if budget_s is None:
+            return []
+        served: list[tuple[Sequence, Piece]] = []
+        spent_s = 0.0
+        for sequence, tokens in self._chunks():
+            if not decoding:
+                served.append((sequence, Piece(tokens, sequence.stage, self._stages)))
                 continue
-            size = sequence.next_chunk_end - sequence.length
-            if size > budget:
-                continue
-            if sequence.node is not None and sequence.next_chunk_end < len(sequence.request.prompt):
-                span = (sequence.node, sequence.request.prompt[sequence.length : sequence.next_chunk_end])
-                if span in computed:
-                    continue
-                computed.add(span)
-            budget -= size
-            served.append(sequence)
-            if not budget:
+            fitting = self._pace.fit(tokens, sequence.stage, budget_s - spent_s, at_least_one=not served)
+            if fitting is None:
                 break
-        for sequence in served:
+            served.append((sequence, fitting[0]))
+            spent_s += fitting[1]
+        if decoding:
+            self._pace.spend(decoding, spent_s)
+        for sequence, _ in served:
             self._prefilling.remove(sequence)
         return served
+
+    def _queue_again(self, served: list[Sequence], had_turns: int) -> None:
+        """Put the sequences that were served and go on into the queue: the first had_turns of them at its end, so that
+        a long prompt does not delay the short ones behind it. The others, which took what those left of the time, keep
+        their place."""
+        first, others = served[:had_turns], served[had_turns:]
+        self._prefilling.extend(sequence for sequence in first if sequence.prefills)
+        self._prefilling.extendleft(sequence for sequence in reversed(others) if sequence.prefills)
+
+    def _chunks(self) -> Iterator[tuple[Sequence, int]]:
+        """The sequences whose next chunk may be computed in this step, with its number of tokens.
+
+        Limits.chunk bounds the tokens of all chunks that are begun, since their hidden states are kept. If another
+        sequence computes and caches the same chunk, the sequence waits and takes it from the cache.
+        """
+        begun = [sequence for sequence in self._prefilling if sequence.stage]
+        budget = self._limits.chunk - sum(sequence.next_chunk_end - sequence.length for sequence in begun)
+        computed = {self._span(sequence) for sequence in begun}
+        for sequence in list(self._prefilling):
+            if not sequence.stage:
+                if not self._use_prefix_cache(sequence):
+                    continue
+                size = sequence.next_chunk_end - sequence.length
+                span = self._span(sequence)
+                if size > budget or (span is not None and span in computed):
+                    continue
+                budget -= size
+                computed.add(span)
+            yield sequence, sequence.next_chunk_end - sequence.length
+
+    def _span(self, sequence: Sequence) -> tuple[Node, tuple[int, ...]] | None:
+        """Where the prefix cache keeps the next chunk of a sequence; None if it does not."""
+        if sequence.node is None or sequence.next_chunk_end == len(sequence.request.prompt):
+            return None
+        return sequence.node, sequence.request.prompt[sequence.length : sequence.next_chunk_end]
 
     def _use_prefix_cache(self, sequence: Sequence) -> bool:
         """Continue from the longest cached prefix of the prompt. False if more snapshots are still to be read from
@@ -328,18 +299,24 @@ class Scheduler:
         """Maximum tokens of a prefill chunk."""
         return self._limits.chunk if self._prefix is None else min(MAX_SPAN, self._limits.chunk)
 
-    def _prefill_row(self, sequence: Sequence) -> Row:
-        """The row for the next chunk of the prompt. The last chunk's row samples the first token."""
+    def _prefill_row(self, sequence: Sequence, piece: Piece) -> Row:
+        """The row for a piece of the next chunk of the prompt. The last one of the last chunk samples the first
+        token."""
         request, start = sequence.request, sequence.length
         tokens = request.prompt[start : sequence.next_chunk_end]
+        stages = None if (piece.first, piece.end) == (0, self._stages) else (piece.first, piece.end)
+        if piece.end < self._stages:
+            sequence.stage = piece.end
+            return Row(sequence.slot, start, tokens, stages=stages)
+        sequence.stage = 0
         sequence.length += len(tokens)
-        if sequence.length < len(request.prompt):
-            self._prefilling.append(sequence)
-            return Row(sequence.slot, start, tokens)
+        if sequence.prefills:
+            return Row(sequence.slot, start, tokens, stages=stages)
         sequence.planned = 1
         if sequence.planned < sequence.max_new_tokens:
             self._decoding.append(sequence)
-        return Row(sequence.slot, start, tokens, request.sampling, prompt=request.prompt, mask=sequence.mask)
+        mask = sequence.mask
+        return Row(sequence.slot, start, tokens, request.sampling, prompt=request.prompt, mask=mask, stages=stages)
 
     def _decode_row(self, sequence: Sequence) -> Row:
         """The row that feeds the last sampled token and samples the next one, or several with drafts."""

@@ -17,14 +17,15 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+from weakref import WeakMethod
 
 from ..errors import GptOssError, InvalidRequest
 from ..tokenizer import RETURN, Tokenizer
 from .json_limits import JsonLimits, begins_with_digit, opens
 from .json_schema import MAX_CHARACTERS, normalize_parameters, normalize_schema
 from .messages import Syntax
+from .per_tokenizer import cached
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -45,7 +46,8 @@ _NO_PARAMETERS = {"type": "object", "additionalProperties": False}
 class Vocabulary:
     """The tokens of a tokenizer, as bit masks (see backends.base.Row) and as llguidance's TokenizerWrapper takes them.
 
-    The attributes that end in `_token_id`, `tokens`, `special_token_ids` and `__call__` are read by llguidance.
+    The attributes that end in `_token_id`, `tokens`, `special_token_ids` and `__call__` are read by llguidance. It
+    holds the Vocabulary out of the garbage collector's sight, so a Vocabulary does not hold its tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -56,10 +58,13 @@ class Vocabulary:
         self._mask_bytes = 4 * -(-tokenizer.vocab_size // 32)
         self._digit_mask = self.mask(id for id, token in enumerate(self.tokens) if begins_with_digit(token))
         self._opening_mask = self.mask(id for id, token in enumerate(self.tokens) if opens(token))
-        self._encode = tokenizer.encode
+        self._encode = WeakMethod(tokenizer.encode)
 
     def __call__(self, text: str) -> list[int]:
-        return self._encode(text)
+        encode = self._encode()
+        if encode is None:
+            raise RuntimeError("the tokenizer of this vocabulary no longer exists")
+        return encode(text)
 
     def json_limits(self) -> JsonLimits:
         """Return the limits of a new JSON text."""
@@ -73,7 +78,7 @@ class Vocabulary:
         return bytes(bits)
 
 
-@lru_cache(maxsize=2)  # building the published vocabulary takes a second and 100 MB
+@cached(1)  # building the published vocabulary takes a second and 100 MB
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     """Return the Vocabulary of a tokenizer, built once."""
     return Vocabulary(tokenizer)
@@ -85,16 +90,16 @@ class Grammar:
     Made by json_grammar, arguments_grammar and text_grammar.
     """
 
-    def __init__(self, initial: LLMatcher, tokenizer: Tokenizer, *, json: bool) -> None:
+    def __init__(self, initial: LLMatcher, vocabulary: Vocabulary, *, json: bool) -> None:
         """initial: a matcher at the start of a text, which is copied. json: whether the texts are JSON."""
         self._initial = initial
-        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
         self._json = json
 
     def matcher(self, end: int) -> Matcher:
         """Return the matcher of a new text. `end` is the token id that ends the text."""
-        limits = vocabulary(self._tokenizer).json_limits() if self._json else None
-        return Matcher(self._initial.deep_copy(), self._tokenizer.special(RETURN), end, limits)
+        limits = self._vocabulary.json_limits() if self._json else None
+        return Matcher(self._initial.deep_copy(), self._vocabulary.eos_token_id, end, limits)
 
 
 def json_grammar(schema: Any, tokenizer: Tokenizer, where: str) -> Grammar:
@@ -122,7 +127,7 @@ def arguments_grammar(parameters: Mapping[str, Any] | None, tokenizer: Tokenizer
     return _relaxed_grammar(tokenizer, text if len(text) <= MAX_CHARACTERS else "", where)
 
 
-@lru_cache(maxsize=CACHED_GRAMMARS)
+@cached(CACHED_GRAMMARS)
 def _relaxed_grammar(tokenizer: Tokenizer, parameters: str, where: str) -> Grammar:
     """Return the arguments of a function that is not strict. parameters: as JSON; empty if they are not JSON or too
     long."""
@@ -152,15 +157,17 @@ def text_grammar(syntax: Syntax, definition: str, tokenizer: Tokenizer, where: s
     return _text_grammar(tokenizer, syntax, definition, where)
 
 
-@lru_cache(maxsize=64)
+@cached(64)
 def _text_grammar(tokenizer: Tokenizer, syntax: Syntax, definition: str, where: str) -> Grammar:
     from llguidance import LLMatcher
 
     of = LLMatcher.grammar_from_lark if syntax == "lark" else LLMatcher.grammar_from_regex
-    return Grammar(_initial_matcher(tokenizer, of(definition), where, MAX_TEXT_ITEMS), tokenizer, json=False)
+    return Grammar(
+        _initial_matcher(tokenizer, of(definition), where, MAX_TEXT_ITEMS), vocabulary(tokenizer), json=False
+    )
 
 
-@lru_cache(maxsize=CACHED_GRAMMARS)
+@cached(CACHED_GRAMMARS)
 def _json_grammar(tokenizer: Tokenizer, schema: str, where: str) -> Grammar:
     from llguidance import LLMatcher
 
@@ -168,7 +175,7 @@ def _json_grammar(tokenizer: Tokenizer, schema: str, where: str) -> Grammar:
         grammar = LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
     except ValueError as error:
         raise InvalidRequest(f"{where} cannot be enforced: {error}") from error
-    return Grammar(_initial_matcher(tokenizer, grammar, where, MAX_PARSER_ITEMS), tokenizer, json=True)
+    return Grammar(_initial_matcher(tokenizer, grammar, where, MAX_PARSER_ITEMS), vocabulary(tokenizer), json=True)
 
 
 def _initial_matcher(tokenizer: Tokenizer, grammar: str, where: str, max_items: int) -> LLMatcher:
@@ -223,7 +230,7 @@ def warm_up(tokenizer: Tokenizer) -> None:
     _llguidance_tokenizer(tokenizer)
 
 
-@lru_cache(maxsize=2)
+@cached(1)
 def _llguidance_tokenizer(tokenizer: Tokenizer) -> LLTokenizer:
     from llguidance import LLTokenizer, TokenizerWrapper
 

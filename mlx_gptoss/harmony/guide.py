@@ -23,6 +23,7 @@ from functools import partial
 
 from ..errors import GptOssError, InvalidRequest
 from ..tokenizer import CALL, CHANNEL, END, ENDOFTEXT, RETURN, START, Tokenizer
+from ..untrusted.cancel import check_cancelled
 from .builtin import BUILTIN_TOOLS
 from .grammar import Grammar, Matcher, Vocabulary, arguments_grammar, json_grammar, text_grammar, vocabulary
 from .header_trie import Body, HeaderTrie, Recipient, header_trie, recipient_tries
@@ -91,6 +92,7 @@ def _compile_some(functions: Iterable[Function], calls: Mapping[Recipient, Compi
     """Compile grammars while time is left; those that may be refused in any case. Raises InvalidRequest."""
     until = time.perf_counter() + MAX_COMPILE_S
     for function, compile in zip(functions, calls.values(), strict=False):
+        check_cancelled()
         if compile is not None and (function.strict or function.text_format or time.perf_counter() < until):
             compile()
 

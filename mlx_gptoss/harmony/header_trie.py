@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 from ..tokenizer import CHANNEL, CONSTRAIN, MESSAGE, Tokenizer
+from .per_tokenizer import cached
 
 # What may stand between the recipient or channel of a call and `<|message|>`, by what the recipient takes.
 _CONTENT_TYPES: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -48,7 +48,7 @@ class RecipientTries:
     before_channel: HeaderTrie
 
 
-@lru_cache(maxsize=32)  # agents send the same tools with every request
+@cached(32)  # agents send the same tools with every request
 def recipient_tries(tokenizer: Tokenizer, recipients: tuple[Recipient, ...]) -> RecipientTries:
     """Return the headers of calls of these recipients. Encoding their names takes most of the time."""
     after_channel: HeaderTrie = {}

@@ -101,6 +101,7 @@ class _MessageReader:
         self.messages: list[Message] = []
         self._names = names
         self._recipients: dict[str, str] = {}  # call id -> the recipient of the call
+        self._last_called: str | None = None  # the recipient of the last call
 
     def add(self, message: Mapping[str, Any], role: str, where: str) -> None:
         """Append one message. `role` is valid."""
@@ -141,6 +142,7 @@ class _MessageReader:
         if not isinstance(function, Mapping):
             raise InvalidRequest(f'{where}.{kind} must be {{"name": ..., "arguments": ...}}, not {function!r}')
         recipient = self._names.recipient(tool_name(function.get("name"), f"{where}.{kind}.name"))
+        self._last_called = recipient
         if call.get("id") is not None:
             self._recipients[string(call, "id", where)] = recipient
         if kind == "custom":
@@ -159,9 +161,8 @@ class _MessageReader:
             return self._recipients[call]
         if name:
             return self._names.recipient(tool_name(name, f"{where}.name"))
-        calls = [earlier.recipient for earlier in self.messages if earlier.recipient and earlier.role == "assistant"]
-        if call is None and calls:
-            return calls[-1]
+        if call is None and self._last_called is not None:
+            return self._last_called
         if call is None:
             raise InvalidRequest(f"{where} needs the tool_call_id of the call that it answers, or the function's name")
         raise InvalidRequest(f"{where} answers the call {call!r}, which is in no assistant message before it")

@@ -7,6 +7,7 @@ in a message as plain text: a user cannot inject them.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -25,18 +26,18 @@ def render(conversation: Conversation, tokenizer: Tokenizer, max_context: int | 
 
     After a prefill (prefill_ids), it continues with the text of its answer.
     max_context: number of tokens that the context holds. A longer prompt is refused as soon as it is known to be one.
-    Raises InvalidRequest for that, for a tool message without a name and for an unknown built-in tool.
+    Raises PromptTooLong for that, and InvalidRequest for a tool message without a name or an unknown built-in tool.
     """
+    limit = sys.maxsize if max_context is None else max_context
     ids: list[int] = []
     for message in prompt_messages(conversation):
+        tokenizer.check_length(limit, len(message.content), len(ids))
         for part in _message_ids(message, tokenizer):
             ids += part
-            if max_context is not None and len(ids) > max_context:
-                raise InvalidRequest(
-                    f"the prompt has more than {max_context} tokens, all that the context holds; shorten the prompt or "
-                    "load the model with a larger max_context"
-                )
-    return [*ids, tokenizer.special(START), *tokenizer.encode("assistant"), *prefill_ids(conversation, tokenizer)]
+            tokenizer.check_length(limit, 0, len(ids))
+    ids += [tokenizer.special(START), *tokenizer.encode("assistant")]
+    tokenizer.check_length(limit, len(conversation.prefill), len(ids))
+    return ids + prefill_ids(conversation, tokenizer)
 
 
 def prefill_ids(conversation: Conversation, tokenizer: Tokenizer) -> list[int]:

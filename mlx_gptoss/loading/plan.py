@@ -110,8 +110,6 @@ def plan_load(
 
     Raises InvalidRequest for options that the backend or the model does not allow.
     """
-    if request.slots < 1:
-        raise InvalidRequest(f"slots must be at least 1, not {request.slots}")
     shard = None if ranks == 1 else RankShard.of(source.config, rank, ranks)
     part: CheckpointLike = source if shard is None else RankWeights(source, shard)
     weights = part if request.quantize is None else Requantized(part, request.quantize)

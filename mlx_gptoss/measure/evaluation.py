@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import api
-from ..errors import GptOssError, InvalidRequest
+from ..errors import CheckpointError, GptOssError, InvalidRequest
 from ..loading.memory import gigabytes
 from ..tokenizer import Tokenizer
 from .passages import Score, Window, read_documents, windows
@@ -174,7 +174,10 @@ class _Candidate:
     @classmethod
     def open(cls, source: Source, kv_bits: int | None = None) -> _Candidate:
         checkpoint = api.open_checkpoint(source)
-        return cls(source, checkpoint, Tokenizer.from_folder(checkpoint.tokenizer_folder), kv_bits)
+        tokenizer = checkpoint.tokenizer()
+        if tokenizer is None:
+            raise CheckpointError(f"{source} has no tokenizer.json: copy it there from the model's repository")
+        return cls(source, checkpoint, tokenizer, kv_bits)
 
     @property
     def name(self) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from . import check
 from .declare import Flag, documented, option
 
 if TYPE_CHECKING:
@@ -49,3 +50,20 @@ class GenerationOptions:
     parallel_tool_calls: bool = option(
         True, "False allows one call a turn. gpt-oss ends its turn with a call, so there is never more than one."
     )
+
+    def __post_init__(self) -> None:
+        """Raise InvalidRequest for a value of another type or out of range. What tools and schemas say is checked when
+        they are read."""
+        from ..sampling import Sampling  # which imports this package
+
+        check.kind("sampling", self.sampling, (Sampling, type(None)), "a Sampling or None")
+        if self.max_tokens is not None:
+            check.integer("max_tokens", self.max_tokens, 1)
+        if self.reasoning is not None:
+            check.one_of("reasoning", self.reasoning, ("low", "medium", "high"))
+        check.kind("system", self.system, (str, type(None)), "a string or None")
+        check.kind("tools", self.tools, (list, tuple), "a list of functions")
+        check.kind("response_format", self.response_format, (Mapping, type(None)), "an object or None")
+        check.kind("tool_choice", self.tool_choice, (str, Mapping), "a string or an object")
+        check.kind("stop_token_ids", self.stop_token_ids, (list, tuple), "a list of token ids")
+        check.kind("parallel_tool_calls", self.parallel_tool_calls, bool, "True or False")

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
 
+from . import check
 from .declare import Flag, Options, documented, option, spell_out
+
+MAX_SLOTS = 4096
 
 Fields = ParamSpec("Fields")
 Loaded = TypeVar("Loaded", covariant=True)
@@ -72,6 +75,21 @@ class LoadOptions:
         None, "A folder that keeps the prefix cache in files, for the next start.", Flag("DIR")
     )
 
+    def __post_init__(self) -> None:
+        """Raise InvalidRequest for a value of another type or out of range. Names are checked where they are looked
+        up."""
+        check.kind("backend", self.backend, str, "a string")
+        for name in ("device", "dtype", "quantize"):
+            check.name_or_none(name, getattr(self, name))
+        check.integer("slots", self.slots, 1, MAX_SLOTS)
+        for name, low, high in (("max_context", 1, 2**31), ("max_waiting", 0, None), ("prefix_cache", 0, 2**48)):
+            if getattr(self, name) is not None:
+                check.integer(name, getattr(self, name), low, high)
+        if self.kv_bits is not None:
+            check.one_of("kv_bits", self.kv_bits, (8,))
+        check.kind("speculate", self.speculate, bool, "True or False")
+        check.kind("prompt_cache", self.prompt_cache, (str, Path, type(None)), "a folder or None")
+
 
 class Loads(Protocol[Fields, Loaded]):
     """The type of load(): a model's name, then options by name."""
@@ -88,6 +106,7 @@ def loads(
 
     def decorate(function: Callable[[str | Path | None, Options], Loaded]) -> Loads[Fields, Loaded]:
         def call(path_or_repo_id: str | Path | None = None, *args: Fields.args, **named: Fields.kwargs) -> Loaded:
+            check.kind("path_or_repo_id", path_or_repo_id, (str, Path, type(None)), "a path, a hub id or None")
             return function(path_or_repo_id, options(*args, **named))
 
         spell_out(call, function, options)

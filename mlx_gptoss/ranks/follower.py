@@ -14,6 +14,7 @@ from typing import Any
 
 from ..backends.base import Limits, Pending, Runner, Snapshot
 from ..errors import GptOssError
+from .handshake import BadGreeting, closing_on_error, introduce
 from .launch import JOIN_TIMEOUT_S, Launch
 from .neighbours import Neighbours
 from .wire import HEARTBEAT_TIMEOUT_S, Channel, ConnectionLost, bytes_from_json, bytes_to_json, row_from_json
@@ -36,9 +37,7 @@ class Follower:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
         self._ended = threading.Event()
-        self._channel = Channel(_connect(launch))
-        self._neighbours = Neighbours(launch, self._channel.local_address)
-        self._channel.send({"token": launch.token, "rank": launch.rank, "port": self._neighbours.port})
+        self._channel, self._neighbours = _join(launch)
         self._channel.start_heartbeats(self._on_leader_lost)
         self._messages: SimpleQueue[Any] = SimpleQueue()
         threading.Thread(target=self._receive_messages, name="mlx-gptoss rank 0", daemon=True).start()
@@ -88,12 +87,15 @@ class Follower:
                 case ["restore", slot, numbers]:
                     runner.restore(slot, [saved[number] for number in numbers])
                 case ["pack", number]:
-                    self._channel.send({"packed": bytes_to_json(runner.pack(saved[number]))})
+                    self._channel.send({"answer": bytes_to_json(runner.pack(saved[number]))})
                 case ["unpack", start, end, number, data]:
-                    saved[number] = runner.unpack(start, end, bytes_from_json(data))
+                    snapshot = _unpack(runner, start, end, data)
+                    if snapshot is not None:
+                        saved[number] = snapshot
+                    self._channel.send({"answer": snapshot is not None})
                 case ["drop", numbers]:
                     for number in numbers:
-                        del saved[number]
+                        saved.pop(number, None)  # this rank's part may have been damaged
                 case ["logits", ids]:
                     runner.logits(ids)
                 case _:
@@ -135,13 +137,27 @@ def _is_end(message: Any) -> bool:
     return isinstance(message, dict) and "end" in message
 
 
-def _connect(launch: Launch) -> socket.socket:
-    """Connect to rank 0, trying again for JOIN_TIMEOUT_S because it may not listen yet."""
+def _unpack(runner: Runner, start: int, end: int, data: str) -> Snapshot | None:
+    """The snapshot from its bytes; None if they are damaged or do not fit into memory."""
+    try:
+        return runner.unpack(start, end, bytes_from_json(data))
+    except Exception:  # rank 0 says so in its log
+        return None
+
+
+def _join(launch: Launch) -> tuple[Channel, Neighbours]:
+    """Connect to rank 0, trying again for JOIN_TIMEOUT_S: it may not listen yet, or strangers may crowd its port."""
     deadline = time.monotonic() + JOIN_TIMEOUT_S
     while True:
+        neighbours = None
         try:
-            return socket.create_connection((launch.host, launch.port), timeout=JOIN_TIMEOUT_S)
-        except OSError as error:
+            connection = socket.create_connection((launch.host, launch.port), timeout=JOIN_TIMEOUT_S)
+            with closing_on_error(connection):
+                neighbours = Neighbours(launch, str(connection.getsockname()[0]))
+                return introduce(connection, launch, neighbours.port, deadline), neighbours
+        except (OSError, BadGreeting) as error:
+            if neighbours is not None:
+                neighbours.close()
             if time.monotonic() > deadline:
                 raise GptOssError(
                     f"rank {launch.rank} cannot reach rank 0 at {launch.host}:{launch.port} ({error}); start commands "

@@ -7,15 +7,17 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, ClassVar
 
 from .. import machine
 from ..backends.base import Limits, Runner
 from ..errors import GptOssError
-from .launch import JOIN_TIMEOUT_S, Launch
+from .handshake import Arrival, Reception
+from .launch import BACKLOG, JOIN_TIMEOUT_S, SECRET_VARIABLE, Launch
 from .runner import GroupRunner
-from .wire import HEARTBEAT_TIMEOUT_S, Channel, ConnectionLost, accept_rank, bytes_from_json
+from .wire import HEARTBEAT_TIMEOUT_S, Channel, ConnectionLost
 
 END_TIMEOUT_S = 10.0  # how long the other ranks may take to end
 
@@ -39,7 +41,7 @@ class Leader:
         self._launch = launch
         self._ending = threading.Event()
         self._ready = threading.Semaphore(0)
-        self._packed: list[SimpleQueue[bytes]] = [SimpleQueue() for _ in range(1, launch.ranks)]
+        self._answers: list[SimpleQueue[Any]] = [SimpleQueue() for _ in range(1, launch.ranks)]
         self._readers: list[threading.Thread] = []
         timeout_s = JOIN_TIMEOUT_S if join_timeout_s is None else join_timeout_s
         self._channels, self._neighbour_addresses = self._accept_ranks(timeout_s)
@@ -94,9 +96,14 @@ class Leader:
                 except ConnectionLost as lost:
                     self._abort(rank, lost)
 
-    def gather_packed(self) -> list[bytes]:
-        """The other ranks' parts of the snapshot that was packed last."""
-        return [queue.get() for queue in self._packed]
+    def gather(self) -> list[Any]:
+        """The other ranks' answers to the last call that has one."""
+        return [queue.get() for queue in self._answers]
+
+    @property
+    def count(self) -> int:
+        """Number of other ranks."""
+        return len(self._channels)
 
     def close(self) -> None:
         """End the other ranks and wait until they have ended."""
@@ -112,33 +119,38 @@ class Leader:
             channel.close()
 
     def _accept_ranks(self, timeout_s: float) -> tuple[list[Channel], list[tuple[str, int]]]:
-        """Listen until every other rank has connected and shown the token.
+        """Listen until every other rank has connected and proved that it belongs to the launch.
 
         Returns their connections, and the addresses where they listen for the rank before them.
         """
-        launch, found = self._launch, dict[int, tuple[Channel, int]]()
-        deadline = time.monotonic() + timeout_s
-        with _listen(launch.host, launch.port) as listener:
-            while len(found) < launch.ranks - 1:
+        launch, found = self._launch, dict[int, Arrival]()
+        wanted, deadline = set(range(1, launch.ranks)), time.monotonic() + timeout_s
+        with Reception(_listen(launch.host, launch.port), launch) as reception:
+            while wanted:
                 try:
-                    hello, channel = accept_rank(listener, launch, deadline)
+                    arrival = reception.next_rank(wanted, deadline)
                 except TimeoutError as error:
-                    missing = sorted(set(range(1, launch.ranks)) - set(found))
-                    for channel, _ in found.values():
-                        channel.close()
-                    raise GptOssError(
-                        f"rank {', '.join(map(str, missing))} did not connect to {launch.host}:{launch.port} within "
-                        f"{timeout_s:.0f} seconds; check that this address can be reached, and start all ranks again"
-                    ) from error
-                rank = hello["rank"]
-                if rank in found:
-                    channel.close()
-                else:
-                    found[rank] = channel, int(hello.get("port") or 0)
-                    channel.start_heartbeats(lambda lost, rank=rank: self._abort(rank, lost))  # type: ignore[misc]
-        channels = [found[rank][0] for rank in sorted(found)]
-        hosts = launch.hosts[1:] or [channel.remote_address for channel in channels]
-        return channels, [(host, found[rank][1]) for rank, host in enumerate(hosts, 1)]
+                    for arrival in found.values():
+                        arrival.channel.close()
+                    raise self._missing(wanted, reception.refused, timeout_s) from error
+                found[arrival.rank] = arrival
+                wanted.remove(arrival.rank)
+                arrival.channel.start_heartbeats(partial(self._abort, arrival.rank))
+        arrivals = [found[rank] for rank in sorted(found)]
+        hosts = launch.hosts[1:] or [arrival.channel.remote_address for arrival in arrivals]
+        ports = [arrival.port for arrival in arrivals]
+        return [arrival.channel for arrival in arrivals], list(zip(hosts, ports, strict=True))
+
+    def _missing(self, ranks: set[int], refused: set[int], timeout_s: float) -> GptOssError:
+        names, at = ", ".join(map(str, sorted(ranks))), f"{self._launch.host}:{self._launch.port}"
+        advice = "check that this address can be reached"
+        if refused & ranks:
+            advice = (
+                f"a process that has another secret or launch has tried: set the same {SECRET_VARIABLE} on all ranks"
+            )
+        return GptOssError(
+            f"rank {names} did not connect to {at} within {timeout_s:.0f} seconds; {advice}, and start all ranks again"
+        )
 
     def _send(self, rank: int, channel: Channel, message: Any) -> None:
         try:
@@ -157,8 +169,8 @@ class Leader:
             if "error" in message:
                 self._abort(rank, ConnectionLost(f"failed: {message['error']}"))
             channel.heartbeat_timeout_s = HEARTBEAT_TIMEOUT_S
-            if "packed" in message:
-                self._packed[rank - 1].put(bytes_from_json(message["packed"]))
+            if "answer" in message:
+                self._answers[rank - 1].put(message["answer"])
             else:
                 self._ready.release()
 
@@ -177,7 +189,7 @@ def _rank_lost(rank: int, lost: ConnectionLost) -> GptOssError:
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        return machine.listen(host, port, 64)
+        return machine.listen(host, port, BACKLOG)
     except OSError as error:
         raise GptOssError(
             f"rank 0 cannot listen on {host}:{port} for the other ranks ({error}); give the launcher another port"

@@ -13,8 +13,9 @@ from contextlib import suppress
 
 from .. import machine
 from ..errors import GptOssError
-from .launch import JOIN_TIMEOUT_S, Launch
-from .wire import HEARTBEAT_TIMEOUT_S, Channel, ConnectionLost, accept_rank
+from .handshake import BadGreeting, Reception, closing_on_error, introduce
+from .launch import BACKLOG, JOIN_TIMEOUT_S, Launch
+from .wire import HEARTBEAT_TIMEOUT_S, Channel, ConnectionLost
 
 
 class Neighbours:
@@ -30,7 +31,7 @@ class Neighbours:
         self._listener: socket.socket | None = None
         self.port: int = 0
         if launch.rank > 1:
-            self._listener = machine.listen(launch.hosts[launch.rank] if launch.hosts else host, 0, 4)
+            self._listener = machine.listen(launch.hosts[launch.rank] if launch.hosts else host, 0, BACKLOG)
             self.port = int(self._listener.getsockname()[1])
 
     def connect(self, next_address: Sequence[object] | None, on_lost: Callable[[int, ConnectionLost], None]) -> None:
@@ -43,13 +44,14 @@ class Neighbours:
         if next_address is not None:
             host, port = str(next_address[0]), int(str(next_address[1]))
             try:
-                self._channels[rank + 1] = Channel(socket.create_connection((host, port), timeout=JOIN_TIMEOUT_S))
-                self._channels[rank + 1].send({"token": self._launch.token, "rank": rank})
-            except (OSError, ConnectionLost) as error:
+                connection = socket.create_connection((host, port), timeout=JOIN_TIMEOUT_S)
+                with closing_on_error(connection):
+                    deadline = time.monotonic() + JOIN_TIMEOUT_S
+                    self._channels[rank + 1] = introduce(connection, self._launch, 0, deadline)
+            except (OSError, BadGreeting) as error:
                 raise GptOssError(f"cannot reach rank {rank + 1} at {host}:{port} ({error})") from error
         if self._listener is not None:
-            with self._listener:
-                self._channels[rank - 1] = self._accept_previous(self._listener)
+            self._channels[rank - 1] = self._accept_previous(self._listener)
         for other, channel in self._channels.items():
             channel.start_heartbeats(lambda error, other=other: on_lost(other, error))  # type: ignore[misc]
             threading.Thread(
@@ -74,17 +76,14 @@ class Neighbours:
             channel.close()
 
     def _accept_previous(self, listener: socket.socket) -> Channel:
-        previous, deadline = self._launch.rank - 1, time.monotonic() + JOIN_TIMEOUT_S
-        while True:
+        previous = self._launch.rank - 1
+        with Reception(listener, self._launch) as reception:
             try:
-                hello, channel = accept_rank(listener, self._launch, deadline)
+                return reception.next_rank({previous}, time.monotonic() + JOIN_TIMEOUT_S).channel
             except TimeoutError as error:
                 raise GptOssError(
                     f"rank {previous} did not connect to it within {JOIN_TIMEOUT_S:.0f} seconds"
                 ) from error
-            if hello["rank"] == previous:
-                return channel
-            channel.close()
 
     def _watch(self, other: int, channel: Channel, on_lost: Callable[[int, ConnectionLost], None]) -> None:
         try:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..backends.base import Limits, Pending, Row, Runner, Snapshot
 from ..config import ModelConfig
-from .wire import bytes_to_json, row_to_json
+from .wire import bytes_from_json, bytes_to_json, row_to_json
 
 PART_LENGTH = Struct("<Q")  # precedes each rank's part of a packed snapshot
 
@@ -53,7 +53,9 @@ class OtherRanks(Protocol):
 
     def broadcast(self, *messages: Any) -> None: ...
     def scatter(self, messages: Sequence[Sequence[Any]]) -> None: ...
-    def gather_packed(self) -> list[bytes]: ...
+    def gather(self) -> list[Any]: ...
+    @property
+    def count(self) -> int: ...
     def close(self) -> None: ...
 
 
@@ -99,14 +101,19 @@ class GroupRunner:
         """The parts of all ranks, each preceded by its length."""
         assert isinstance(snapshot, GroupSnapshot)
         self._broadcast("pack", snapshot.number)
-        parts = [self._local.pack(snapshot.local), *self._other_ranks.gather_packed()]
+        parts = [self._local.pack(snapshot.local), *map(bytes_from_json, self._other_ranks.gather())]
         return b"".join(PART_LENGTH.pack(len(part)) + part for part in parts)
 
     def unpack(self, start: int, end: int, data: bytes) -> GroupSnapshot:
-        local, *parts = _split_parts(data)
-        number = next(self._numbers)
-        self._other_ranks.scatter([[["unpack", start, end, number, bytes_to_json(part)]] for part in parts])
-        return self._group_snapshot(self._local.unpack(start, end, local), number)
+        """Also raises ValueError if another rank cannot use its part."""
+        own, *parts = _split_parts(data, 1 + self._other_ranks.count)
+        snapshot = self._group_snapshot(self._local.unpack(start, end, own), next(self._numbers))
+        messages = [[["unpack", start, end, snapshot.number, bytes_to_json(part)]] for part in parts]
+        self._other_ranks.scatter(messages)
+        damaged = [rank for rank, used in enumerate(self._other_ranks.gather(), 1) if not used]
+        if damaged:  # the others drop theirs with the snapshot
+            raise ValueError(f"rank {damaged[0]} cannot use its part of the packed snapshot")
+        return snapshot
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         self._broadcast("logits", list(ids))
@@ -129,8 +136,8 @@ class GroupRunner:
         return GroupSnapshot(local, number, ceil(local.nbytes * self._kv_ratio), self._dropped)
 
 
-def _split_parts(data: bytes) -> list[bytes]:
-    """The ranks' parts of a packed snapshot. Raises ValueError if one is truncated."""
+def _split_parts(data: bytes, count: int) -> list[bytes]:
+    """The parts of `count` ranks in a packed snapshot. Raises ValueError if one is truncated or missing."""
     parts, position = [], 0
     while position < len(data):
         if position + PART_LENGTH.size > len(data):
@@ -140,6 +147,8 @@ def _split_parts(data: bytes) -> list[bytes]:
         if position > len(data):
             raise ValueError("the packed snapshot is truncated")
         parts.append(data[start:position])
+    if len(parts) != count:
+        raise ValueError(f"the packed snapshot has the parts of {len(parts)} ranks, not {count}")
     return parts
 
 

@@ -1,25 +1,21 @@
-"""The protocol between two ranks: a hello line, then messages as lines of JSON, and an empty line every second as a
+"""What two ranks send each other after the handshake: messages as lines of JSON, and an empty line every second as a
 heartbeat."""
 
 from __future__ import annotations
 
-import hmac
 import json
 import socket
 import threading
-import time
 from base64 import b64decode, b64encode
 from collections.abc import Callable
 from typing import Any
 
 from ..backends.base import Row
 from ..sampling import Sampling
-from .launch import Launch
 
 HEARTBEAT_S = 1.0
 HEARTBEAT_TIMEOUT_S = 8.0  # a rank that sends nothing for this long is lost
 LOADING_HEARTBEAT_TIMEOUT_S = 60.0  # while loading: copying a large weight from a slow disk blocks all Python threads
-HELLO_TIMEOUT_S = 2.0  # how long a new connection may take to send its hello line
 
 
 class ConnectionLost(Exception):
@@ -58,8 +54,8 @@ class Channel:
         """The next message. Raises ConnectionLost if the connection ends, nothing arrives for heartbeat_timeout_s, or a
         line is not JSON."""
         while True:
+            timeout_s = self.heartbeat_timeout_s
             try:
-                timeout_s = self.heartbeat_timeout_s
                 self._socket.settimeout(timeout_s)
                 line = self._lines.readline()
             except TimeoutError as error:
@@ -73,7 +69,7 @@ class Channel:
             if line != b"\n":
                 try:
                     return json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ConnectionLost("sent a line that is not JSON") from error
 
     def send_heartbeat(self) -> None:
@@ -113,44 +109,6 @@ class Channel:
                 raise ConnectionLost(f"accepts no messages ({error})") from error
 
 
-def accept_rank(listener: socket.socket, launch: Launch, deadline: float) -> tuple[dict[str, Any], Channel]:
-    """The hello of the next rank that connects, and the connection. Other connections are closed.
-
-    deadline: in time.monotonic() seconds; TimeoutError is raised when it has passed.
-    """
-    while True:
-        listener.settimeout(max(0.01, deadline - time.monotonic()))
-        connection, _ = listener.accept()
-        hello = _read_hello(connection, launch)
-        if hello is not None:
-            return hello, Channel(connection)
-        connection.close()
-
-
-def _read_hello(connection: socket.socket, launch: Launch) -> dict[str, Any] | None:
-    """The hello that a rank of this launch sends first; None if it is malformed or the token is wrong."""
-    try:
-        hello = json.loads(_read_hello_line(connection))
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(hello, dict) or not isinstance(hello.get("token"), str):
-        return None
-    authorized = hmac.compare_digest(hello["token"].encode(errors="backslashreplace"), launch.token.encode())
-    return hello if authorized and hello.get("rank") in range(1, launch.ranks) else None
-
-
-def _read_hello_line(connection: socket.socket) -> bytes:
-    """The first line, at most 1000 bytes, within HELLO_TIMEOUT_S in all: no stranger may delay the other ranks."""
-    line, deadline = b"", time.monotonic() + HELLO_TIMEOUT_S
-    while not line.endswith(b"\n") and len(line) < 1000:
-        connection.settimeout(max(0.01, deadline - time.monotonic()))
-        piece = connection.recv(1)
-        if not piece:
-            break
-        line += piece
-    return line
-
-
 def bytes_to_json(data: bytes) -> str:
     return b64encode(data).decode()
 
@@ -180,4 +138,5 @@ def row_from_json(data: dict[str, Any]) -> Row:
         None if prompt is None else tuple(prompt),
         tuple(data["drafts"]),
         None if mask is None else bytes_from_json(mask),
+        data["stages"] and tuple(data["stages"]),
     )

@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import error_forms, ignored, llama_cpp, lm_studio
+from . import error_forms, ignored, llama_cpp, lm_studio, request_log
 from .anthropic import messages
 from .errors import ErrorBody, JsonResponse
 from .guard import LOCAL_ORIGIN, Guard
@@ -21,6 +21,7 @@ from .ollama import chat as ollama_chat
 from .ollama import generate as ollama_generate
 from .ollama import models as ollama_models
 from .openai import chat_completions, completions
+from .request_log import RequestLog
 from .responses import compaction, conversations, stored_responses
 from .responses import endpoint as responses
 from .rewrite import Rewrite
@@ -81,9 +82,9 @@ def build_app(service: Service) -> ASGIApp:
             allow_origin_regex=LOCAL_ORIGIN.pattern if service.gate.is_local else None,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
-            expose_headers=[ignored.HEADER],
+            expose_headers=[ignored.HEADER, request_log.HEADER],
         )
-    return Rewrite(_count_requests(guarded, service))
+    return Rewrite(RequestLog(_count_requests(guarded, service)))
 
 
 def _add_page(app: FastAPI) -> None:

@@ -1,4 +1,4 @@
-"""Timeouts against slow clients, on top of uvicorn's HTTP/1.1 protocol."""
+"""Timeouts against slow clients, and limits on heads and connections, on top of uvicorn's HTTP/1.1 protocol."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import h11
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .error_forms import error_response
+from .errors import ApiError
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,43 @@ class Timeouts:
     send_s: float = 60.0
 
 
+class HeadLimit(h11.Connection):
+    """Refuses a request whose head is too long even if it arrives at once. h11 itself looks at incomplete heads only.
+
+    refusal: why the last request was refused. path: of that request, if its head was too long.
+    """
+
+    def __init__(self, max_head_bytes: int) -> None:
+        super().__init__(h11.SERVER, max_head_bytes)
+        self._max_head_bytes = max_head_bytes
+        self.refusal: ApiError | None = None
+        self.path = ""
+
+    def next_event(self) -> Any:
+        try:
+            event = super().next_event()
+            if isinstance(event, h11.Request) and _head_bytes(event) > self._max_head_bytes:
+                self._refuse_head(event.target)
+        except h11.RemoteProtocolError as error:
+            if error.error_status_hint == 431 and self.refusal is None:  # the head is not complete yet
+                self._refuse_head([*bytes(self.trailing_data[0][:200]).split(b" ", 2), b""][1])
+            self.refusal = self.refusal or ApiError(400, "this is not an HTTP/1.1 request", code="invalid_http")
+            raise
+        return event
+
+    def _refuse_head(self, target: bytes) -> None:
+        message = f"request line and headers are longer than {self._max_head_bytes} bytes"
+        self.refusal = ApiError(431, message, code="headers_too_large")
+        self.path = target.partition(b"?")[0].decode("latin-1")
+        raise h11.RemoteProtocolError(message, error_status_hint=431)
+
+
+def _head_bytes(request: h11.Request) -> int:
+    """The size of a request line and headers, without white space that h11 has dropped."""
+    line = len(request.method) + len(request.target) + len(" HTTP/1.1\r\n") + 1
+    return line + sum(len(name) + len(value) + len(": \r\n") for name, value in request.headers) + 2
+
+
 def timeout_protocol(timeouts: Timeouts) -> type[H11Protocol]:
     """Return a protocol class that aborts a connection at the first missed timeout. That also ends its generation.
 
@@ -28,9 +69,38 @@ def timeout_protocol(timeouts: Timeouts) -> type[H11Protocol]:
     class TimeoutProtocol(H11Protocol):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
+            self.conn: HeadLimit = HeadLimit(self.config.h11_max_incomplete_event_size or 0)
+            self.limit_concurrency = None  # uvicorn's answer above the limit is plain text
             self._receive_timer: asyncio.TimerHandle | None = None
             self._receive_state: Any = None
             self._send_timer: asyncio.TimerHandle | None = None
+
+        @property
+        def app(self) -> ASGIApp:
+            """What answers the next request."""
+            limit = self.config.limit_concurrency
+            is_full = limit is not None and (len(self.connections) > limit or len(self.tasks) >= limit)
+            return _refuse if is_full else self._app
+
+        @app.setter
+        def app(self, app: ASGIApp) -> None:
+            self._app = app
+
+        def send_400_response(self, msg: str) -> None:
+            """Answer what is no request, or too long, in the form of its dialect, and close the connection."""
+            if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):  # within a response
+                self.transport.abort()
+                return
+            refusal = self.conn.refusal or ApiError(400, msg, code="invalid_http")
+            response = error_response(refusal, {"path": self.conn.path})
+            headers = [*response.raw_headers, (b"connection", b"close")]
+            for event in (
+                h11.Response(status_code=response.status_code, headers=headers),
+                h11.Data(data=bytes(response.body)),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+            self.transport.close()
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -84,3 +154,12 @@ def timeout_protocol(timeouts: Timeouts) -> type[H11Protocol]:
                 self._send_timer = None
 
     return TimeoutProtocol
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request above the limit of connections."""
+    headers = {"Retry-After": "1", "Connection": "close"}
+    error = ApiError(
+        503, "the server has as many connections as it takes; try again later", code="busy", headers=headers
+    )
+    await error_response(error, scope)(scope, receive, send)

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from ..errors import GptOssError
+from . import request_log
 from .anthropic import errors as anthropic_errors
 from .errors import ApiError, from_exception, from_validation
 from .ollama import errors as ollama_errors
@@ -27,6 +28,7 @@ FORMS: Mapping[str, Callable[[ApiError], Response]] = {
 
 def error_response(error: ApiError, scope: Scope) -> Response:
     """The response to a failed request, in the form of its dialect."""
+    request_log.note_error(error.code, error.status)
     path: str = scope["path"]
     for prefix, form in FORMS.items():
         if path == prefix or path.startswith(f"{prefix}/"):

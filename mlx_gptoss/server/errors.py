@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -15,10 +15,12 @@ from starlette.responses import Response
 
 from ..errors import Busy, DoesNotFit, GptOssError, InvalidRequest, ModelUnavailable
 from ..sampling import Sampling
+from . import request_log
 
 # Steps that pydantic adds to an error's location for the members of a union; they are not fields of the request.
-UNION_MEMBERS = {"str", "int"}
+UNION_MEMBERS = {"str", "int", "constrained-str"}
 MAX_MESSAGE_CHARS = 1000  # a message may quote what the client sent
+TOO_LARGE = ("schema_too_large", "too_many_fields")  # types of fields.py's own errors
 REQUEST_FIELDS = (
     "messages",
     "tools",
@@ -101,6 +103,12 @@ def invalid_field(param: str, message: str, code: str = "invalid_value") -> ApiE
 
 def from_exception(error: BaseException) -> ApiError:
     """Convert any exception into an error response. An unexpected one is logged, and its text is not sent."""
+    found = _converted(error)
+    request_log.note_error(found.code, found.status)
+    return found
+
+
+def _converted(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, (InvalidRequest, DoesNotFit)):
@@ -118,13 +126,20 @@ def from_exception(error: BaseException) -> ApiError:
     return ApiError(500, "internal server error; see the server's log", code="internal_error")
 
 
+def main_problem(problems: Sequence[Any]) -> Any:
+    """The problem of pydantic's that the client should hear of: for a union, that of its best matching member."""
+    return max(problems, key=lambda one: (one["type"] in TOO_LARGE, len(one["loc"])))
+
+
 def from_validation(error: RequestValidationError) -> ApiError:
     """Convert a validation error of the body or the query into a 400 that names one field."""
-    first = max(error.errors(), key=lambda one: len(one["loc"]))  # deepest: for a union, its best matching member
+    first = main_problem(error.errors())
     _, *path = first["loc"]
     param = _field_path(path)
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{param} is not supported: leave it out", param=param, code="unknown_parameter")
+    if first["type"] in TOO_LARGE:
+        return ApiError(400, f"{param or 'the body'} {first['msg']}", param=param or None, code=first["type"])
     if first["type"] == "missing" and not path:
         return ApiError(400, "the body is empty: send a JSON object with Content-Type: application/json")
     if first["type"] == "missing":

@@ -11,14 +11,28 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, get_args
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from ..harmony.messages import Effort
-from ..sampling import Sampling
+from ..sampling import MAX_STOP_CHARACTERS, MAX_STOPS, Sampling
 from .errors import ApiError, invalid_field
 
 MAX_SCHEMA_VALUES = 10_000  # in one JSON schema
 MAX_SCHEMA_DEPTH = 64
+MAX_SCHEMA_CHARACTERS = 2 << 20  # in one JSON schema, and in all tools together: more than the context holds
+MAX_NAME_CHARACTERS = 1024
+MAX_FIELDS = 1000  # of one object
+MAX_PARTS = 10_000  # of one message
+MAX_TOKEN_IDS = 1 << 17  # the longest context
 MAX_INT64 = 2**63 - 1
 MAX_MESSAGES = 10_000
 MAX_TOOLS = 1024
@@ -57,7 +71,11 @@ class RequestModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, fields: Any) -> Any:
-        return {name: value for name, value in fields.items() if value is not None} if type(fields) is dict else fields
+        if type(fields) is not dict:
+            return fields
+        if len(fields) > MAX_FIELDS:
+            raise PydanticCustomError("too_many_fields", f"has more than {MAX_FIELDS} fields")
+        return {name: value for name, value in fields.items() if value is not None}
 
     def ignored_fields(self) -> set[str]:
         """The paths of the fields that have no effect, such as "stream_options.include_obfuscation"."""
@@ -102,10 +120,66 @@ def _without_empty(value: Any) -> Any:
     return [text for text in value if text != ""] if isinstance(value, list) else value or None
 
 
+def check_schema(schema: Any, param: str) -> None:
+    """Raise ApiError if a JSON schema is too large or nested too deeply to be compiled. param: its field."""
+    if (problem := _schema_problem(schema)) is not None:
+        raise invalid_field(param, problem, "schema_too_large")
+
+
+def _schema_problem(schema: Any) -> str | None:
+    """What is wrong with the size of a JSON schema or any other value; None if it is within the limits."""
+    level, values, characters = [schema], 0, 0
+    for _ in range(MAX_SCHEMA_DEPTH):
+        characters += sum(map(_characters, level))
+        level = [inner for value in level for inner in _children(value)]
+        values += len(level)
+        if values > MAX_SCHEMA_VALUES:
+            return f"holds more than {MAX_SCHEMA_VALUES} values"
+        if characters > MAX_SCHEMA_CHARACTERS:
+            return f"holds more than {MAX_SCHEMA_CHARACTERS} characters"
+        if not level:
+            return None
+    return f"is nested more than {MAX_SCHEMA_DEPTH} levels deep"
+
+
+def _characters(value: Any) -> int:
+    """Number of characters of a string, or of the names in an object."""
+    if isinstance(value, Mapping):
+        return sum(map(len, value))
+    return len(value) if isinstance(value, str) else 0
+
+
+def _children(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    return value if isinstance(value, list) else []
+
+
+def _small_object(value: dict[str, Any]) -> dict[str, Any]:
+    if (problem := _schema_problem(value)) is not None:
+        raise PydanticCustomError("schema_too_large", problem)
+    return value
+
+
+def _small_together(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    level, characters = list(tools), 0
+    while level and characters <= MAX_SCHEMA_CHARACTERS:
+        characters += sum(map(_characters, level))
+        level = [inner for value in level for inner in _children(value)]
+    if characters > MAX_SCHEMA_CHARACTERS:
+        raise PydanticCustomError("schema_too_large", f"hold more than {MAX_SCHEMA_CHARACTERS} characters together")
+    return tools
+
+
 MaxTokens = Annotated[Annotated[int, Field(ge=1, le=MAX_INT64)] | None, BeforeValidator(_none_if_negative)]
-StopString = Annotated[str, Field(max_length=1024)]
+Name = Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)]  # of anything: a model, a user, a choice
+Metadata = Annotated[dict[Name, Annotated[str, Field(max_length=4096)]], Field(max_length=64)]
+TokenIds = Annotated[list[int], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)]
+Object = Annotated[dict[str, Any], AfterValidator(_small_object)]  # a JSON schema, or an object of options
+Tools = Annotated[list[Object], Field(max_length=MAX_TOOLS), AfterValidator(_small_together)]
+StopString = Annotated[str, Field(max_length=MAX_STOP_CHARACTERS)]
 StopStrings = Annotated[
-    StopString | Annotated[list[StopString], Field(max_length=16)] | None, BeforeValidator(_without_empty)
+    StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None, BeforeValidator(_without_empty)
 ]
 
 
@@ -131,7 +205,7 @@ class SamplingFields(RequestModel):
     )
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, float] | None = Field(None, max_length=1024)
+    logit_bias: dict[Name, float] | None = Field(None, max_length=1024)
     seed: Annotated[Annotated[int, Field(ge=0, le=MAX_INT64)] | None, BeforeValidator(_seed)] = None
     stop: StopStrings = None
 
@@ -178,25 +252,6 @@ def effort_of_thinking(thinking: Any) -> Effort | None:
 def with_choice_seed(sampling: Sampling, choice: int) -> Sampling:
     """The sampling of one of several choices. Each gets its own seed; with the same one all choices would be equal."""
     return sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + choice)
-
-
-def check_schema(schema: Any, param: str) -> None:
-    """Raise ApiError if a JSON schema has too many values or is nested too deeply to be compiled. param: its field."""
-    level, count = [schema], 0
-    for _ in range(MAX_SCHEMA_DEPTH):
-        level = [inner for value in level for inner in _children(value)]
-        count += len(level)
-        if count > MAX_SCHEMA_VALUES:
-            raise invalid_field(param, f"holds more than {MAX_SCHEMA_VALUES} values", "schema_too_large")
-        if not level:
-            return
-    raise invalid_field(param, f"is nested more than {MAX_SCHEMA_DEPTH} levels deep", "schema_too_large")
-
-
-def _children(value: Any) -> list[Any]:
-    if isinstance(value, Mapping):
-        return list(value.values())
-    return value if isinstance(value, list) else []
 
 
 def _token_id(text: str) -> int:

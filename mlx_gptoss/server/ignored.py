@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable
+from itertools import islice
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
@@ -16,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HEADER = "X-Ignored-Fields"
 MAX_HEADER_CHARACTERS = 1024
+MAX_NAMES = 100  # of one request
 MAX_LOGGED_NAMES = 1000  # names come from clients, and each is kept
 _UNSAFE = re.compile(r"[^\w.\[\]-]", re.ASCII)
 
@@ -25,7 +27,8 @@ _logged: set[str] = set()
 
 def ignore(request: Request, names: Iterable[str]) -> None:
     """Report fields of this request that have no effect. `names`: their paths, such as "messages[].mood"."""
-    request.scope.setdefault("ignored_fields", set()).update(_UNSAFE.sub("_", name)[:100] for name in names)
+    named: set[str] = request.scope.setdefault("ignored_fields", set())
+    named.update(_UNSAFE.sub("_", name[:100]) for name in islice(names, max(0, MAX_NAMES - len(named))))
 
 
 def log_ignored(names: Iterable[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
@@ -14,14 +13,17 @@ from ..harmony.messages import Effort
 from ..harmony.openai import unknown_fields
 from ..harmony.render import render
 from ..tokenizer import Tokenizer
-from .errors import JsonResponse, invalid_field
-from .fields import MAX_MESSAGES, MAX_TOOLS, RequestModel, check_schema, effort_of
+from .body import BodyRoute
+from .disconnect import on_thread
+from .errors import JsonResponse, dump_json, invalid_field
+from .fields import MAX_MESSAGES, Name, RequestModel, TokenIds, Tools, effort_of
 from .ignored import ignore
+from .models.named import ServedModel
 from .openai.chat_completions import MESSAGES_SCHEMA
 from .service import ServiceDep
 from .tool_kinds import check_tools
 
-router: APIRouter = APIRouter()
+router: APIRouter = APIRouter(route_class=BodyRoute)
 
 
 class TokenizeRequest(RequestModel):
@@ -33,17 +35,20 @@ class TokenizeRequest(RequestModel):
 
 
 class DetokenizeRequest(RequestModel):
-    tokens: list[int]
+    tokens: TokenIds
 
 
 class TemplateRequest(RequestModel):
     messages: Annotated[list[Any], WithJsonSchema(MESSAGES_SCHEMA)] = Field(max_length=MAX_MESSAGES)
-    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
-    reasoning_effort: str | None = None
+    tools: Tools | None = None
+    reasoning_effort: Name | None = None
 
     @property
     def effort(self) -> Effort:
         return effort_of(self.reasoning_effort, "reasoning_effort") or "medium"
+
+    def ignored_fields(self) -> set[str]:
+        return super().ignored_fields() | unknown_fields(self.messages)
 
 
 @router.get("/props")
@@ -87,40 +92,43 @@ async def slots(service: ServiceDep) -> Response:
 async def tokenize(body: TokenizeRequest, request: Request, service: ServiceDep) -> Response:
     """The token ids of a text."""
     ignore(request, body.ignored_fields())
-    tokenizer = service.model.tokenizer
-    encode = tokenizer.encode if body.parse_special is False else tokenizer.encode_with_specials
-    ids = await asyncio.to_thread(encode, body.content)
-    if not body.with_pieces:
-        return JsonResponse({"tokens": ids})
-    return JsonResponse({"tokens": [{"id": id, "piece": _piece(id, tokenizer)} for id in ids]})
+    return await on_thread(request, _tokens_response, body, service.model)
 
 
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, request: Request, service: ServiceDep) -> Response:
     """The text of token ids, special tokens included."""
     ignore(request, body.ignored_fields())
-    size = service.model.config.vocab_size
-    if any(not 0 <= id < size for id in body.tokens):
-        raise invalid_field("tokens", f"must be ids from 0 to {size - 1}")
-    return JsonResponse({"content": await asyncio.to_thread(_decode, body.tokens, service.model.tokenizer)})
+    return await on_thread(request, _text_response, body.tokens, service.model)
 
 
 @router.post("/apply-template")
 async def apply_template(body: TemplateRequest, request: Request, service: ServiceDep) -> Response:
     """The prompt that a chat request would give to the model, as text. /v1/completions can continue it."""
-    for index, tool in enumerate(body.tools or ()):
-        check_schema(tool, f"tools[{index}]")
-    ignore(request, body.ignored_fields() | unknown_fields(body.messages))
-    return JsonResponse({"prompt": await asyncio.to_thread(_prompt, body, service.model.tokenizer)})
+    ignore(request, await on_thread(request, body.ignored_fields))
+    return await on_thread(request, _prompt_response, body, service.model)
 
 
-def _prompt(body: TemplateRequest, tokenizer: Tokenizer) -> str:
+def _tokens_response(body: TokenizeRequest, model: ServedModel) -> Response:
+    tokenizer = model.tokenizer
+    ids = tokenizer.encode_within(model.max_context, body.content, specials=body.parse_special is not False)
+    if not body.with_pieces:
+        return JsonResponse({"tokens": ids})
+    pieces = [dump_json({"id": id, "piece": _piece(id, tokenizer)}) for id in ids]  # one call for all takes too long
+    return Response(b'{"tokens":[' + b",".join(pieces) + b"]}", media_type=JsonResponse.media_type)
+
+
+def _text_response(ids: list[int], model: ServedModel) -> Response:
+    size = model.config.vocab_size
+    if any(not 0 <= id < size for id in ids):
+        raise invalid_field("tokens", f"must be ids from 0 to {size - 1}")
+    return JsonResponse({"content": model.tokenizer.decode(ids, specials=True)})
+
+
+def _prompt_response(body: TemplateRequest, model: ServedModel) -> Response:
     conversation = as_conversation(body.messages, reasoning=body.effort, tools=check_tools(body.tools or ()))
-    return _decode(render(conversation, tokenizer), tokenizer)
-
-
-def _decode(ids: list[int], tokenizer: Tokenizer) -> str:
-    return tokenizer.decode(ids, specials=True)
+    ids = render(conversation, model.tokenizer, model.max_context)
+    return JsonResponse({"prompt": model.tokenizer.decode(ids, specials=True)})
 
 
 def _piece(id: int, tokenizer: Tokenizer) -> str | list[int]:

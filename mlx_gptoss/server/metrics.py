@@ -7,6 +7,7 @@ import time
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from ..chat.reply import Event, Finished
+from . import request_log
 
 TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 INTER_TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
@@ -57,10 +58,11 @@ class Metrics:
 
 
 class ReplyMetrics:
-    """Records one reply: give it each event as it arrives."""
+    """Records one reply, in the metrics and in the request log: give it each event as it arrives."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._request = request_log.current()
         self._last: float | None = None
 
     def record(self, event: Event) -> None:
@@ -73,3 +75,4 @@ class ReplyMetrics:
             self._metrics.cached_tokens.inc(event.usage.cached_tokens)
             self._metrics.completion_tokens.inc(event.usage.completion_tokens)
             self._metrics.time_to_first_token.observe(event.timings.ttft_s)
+            request_log.add_reply(self._request, event)

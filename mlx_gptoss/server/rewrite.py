@@ -28,9 +28,9 @@ class Rewrite:
         if scope["type"] == "http":
             changes: dict[str, Any] = {"path": _route_path(scope["path"])}
             if scope["method"] == "HEAD":
-                changes["method"] = "GET"
+                changes |= {"method": "GET", "original_method": "HEAD"}
             headers = Headers(scope=scope)
-            if "origin" not in headers and not _is_json(headers.get("content-type", "")):
+            if "origin" not in headers and not is_json(headers.get("content-type", "")):
                 others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
                 changes["headers"] = [*others, (b"content-type", b"application/json")]
             scope = {**scope, **changes}
@@ -46,5 +46,7 @@ def _route_path(path: str) -> str:
     return f"/v1{path}" if _MISSING_VERSION.match(path) else path
 
 
-def _is_json(content_type: str) -> bool:
-    return content_type.partition(";")[0].strip().lower() == "application/json"
+def is_json(content_type: str) -> bool:
+    """Whether a Content-Type is JSON's, or that of a format written in JSON."""
+    kind, _, subtype = content_type.partition(";")[0].strip().lower().partition("/")
+    return kind == "application" and (subtype == "json" or subtype.endswith("+json"))

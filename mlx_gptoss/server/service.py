@@ -14,6 +14,7 @@ from fastapi import Depends, Request
 from ..chat.stream import Events
 from ..engine import Status
 from ..errors import GptOssError, ModelUnavailable
+from . import request_log
 from .errors import ApiError
 from .event_queue import EventQueue
 from .guard import Gate
@@ -86,6 +87,7 @@ class Service:
         Raises ApiError 404 for an unknown name if the server is strict about them; otherwise it means the first model.
         """
         found = self.find(name)
+        request_log.note_model(found.id)
         if isinstance(found.model, RemoteModel):
             await found.model.read_tokenizer()
         return self.having(found)

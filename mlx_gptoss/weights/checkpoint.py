@@ -8,6 +8,7 @@ than its own copy.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ import numpy as np
 from ..config import ModelConfig, read_config, token_ids
 from ..errors import CheckpointError
 from ..tokenizer import Tokenizer
+from ..untrusted.tokenizer_file import MAX_BYTES as MAX_TOKENIZER_BYTES
 from . import codecs, gguf
-from .files import files_by_tensor, find_folder, find_gguf, gguf_parts, map_shards, read_json
+from .files import files_by_tensor, find_folder, find_gguf, gguf_parts, map_shards, read_bytes, read_json
 from .formats import Binding, bind, gguf_metadata
 from .formats.base import CheckpointHeaders, Source
 from .formats.modelopt import fake_quantized_note
@@ -132,10 +134,16 @@ class Checkpoint:
         """
         embedded = self.embedded_files()
         if embedded is None:
-            folder = self.tokenizer_folder
-            return Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
+            folder, name = self.tokenizer_folder, "tokenizer.json"
+            if not os.path.lexists(folder / name):
+                return None
+            return Tokenizer.from_bytes(read_bytes(folder, name, MAX_TOKENIZER_BYTES), str(folder / name))
         text = embedded.get("tokenizer.json")
-        return None if text is None else Tokenizer.from_text(text, f"of {self._files[0].path}")
+        return (
+            None
+            if text is None
+            else Tokenizer.from_bytes(text.encode("utf-8", "surrogatepass"), f"of {self._files[0].path}")
+        )
 
     def embedded_files(self) -> Mapping[str, str] | None:
         """The files (name -> text) that a GGUF file contains, such as tokenizer.json; None for other formats."""
@@ -281,7 +289,7 @@ def _check_layer_count(raw: Mapping[str, Any], tensors: int) -> None:
 
 def _read_generation_config(folder: Path) -> Mapping[str, Any]:
     """generation_config.json: where generation ends and the default sampling parameters; {} if the file is missing."""
-    data = read_json(folder, "generation_config.json") if (folder / "generation_config.json").is_file() else {}
+    data = read_json(folder, "generation_config.json") if os.path.lexists(folder / "generation_config.json") else {}
     if not isinstance(data, dict):
         raise CheckpointError(f"{folder / 'generation_config.json'} is not a JSON object; download it again")
     return data

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from .safetensors import INDEX, MappedFile, parse_json
+from ..untrusted.json_file import parse_json, read_file
+from .safetensors import INDEX, MAX_ITEMS, MappedFile
 
 MAX_JSON_BYTES = 16 * 2**20
 MAX_TENSORS = 100_000  # 120b with five tensors for each module of each expert has 70,000
@@ -112,14 +113,12 @@ def child(folder: Path, name: str) -> Path:
 
 def read_json(folder: Path, name: str) -> Any:
     """Parse a JSON file of a folder. Raises CheckpointError if it is missing, too large or not JSON."""
-    path = child(folder, name)
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path} has {size} bytes, more than the {name} of any checkpoint; download it again")
-        return parse_json(path.read_bytes(), str(path))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from error
+    return parse_json(read_bytes(folder, name, MAX_JSON_BYTES), str(folder / name), MAX_ITEMS)
+
+
+def read_bytes(folder: Path, name: str, max_bytes: int) -> bytes:
+    """The content of a file of a folder. Raises CheckpointError if it is missing, too large or leads elsewhere."""
+    return read_file(child(folder, name), max_bytes)
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:

@@ -6,7 +6,6 @@ the tensors' bytes without gaps. Only headers are read until the values of a ten
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
@@ -19,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import CheckpointError
+from ..untrusted.json_file import parse_json
 from .tensor import Array
 
 INDEX = "model.safetensors.index.json"  # of a checkpoint in several files: the file of each tensor
@@ -89,7 +89,7 @@ def read_header(path: Path) -> Header:
                 raise _damaged(path, "is truncated: it ends inside its header")
             if length > MAX_HEADER_BYTES:
                 raise _damaged(path, f"has a header of {length} bytes; no gpt-oss checkpoint needs {MAX_HEADER_BYTES}")
-            entries = parse_json(file.read(length), str(path.name))
+            entries = parse_json(file.read(length), str(path.name), MAX_ITEMS)
     except OSError as error:
         raise _damaged(path, f"cannot be read ({error.strerror})") from error
     if not isinstance(entries, dict):
@@ -157,30 +157,6 @@ def byte_bounds(array: Array) -> tuple[int, int]:
         start += min(0, (length - 1) * stride)
         stop += max(0, (length - 1) * stride)
     return start, stop + array.itemsize
-
-
-def parse_json(data: bytes, name: str) -> Any:
-    """Parse JSON. Raises CheckpointError if it is invalid, has a duplicate key or has more than MAX_ITEMS items.
-
-    name: the file's name, for the error.
-    """
-    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > MAX_ITEMS:
-        raise CheckpointError(f"{name} has more items than any gpt-oss checkpoint; it is damaged or malicious")
-
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set[str] = set()
-            duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise CheckpointError(f"{name} has the key {duplicate!r} twice; download the file again")
-        return found
-
-    try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=without_duplicates)
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{name} is not UTF-8 text; download the file again") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{name} is not valid JSON ({str(error)[:80]}); download the file again") from error
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:

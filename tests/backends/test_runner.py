@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_gptoss.backends import BACKENDS
-from mlx_gptoss.backends.base import Limits, Row
+from mlx_gptoss.backends.base import Limits, Row, stage_count
 from mlx_gptoss.sampling import Sampling
 from mlx_gptoss.weights import checkpoint as checkpoints
 
@@ -149,6 +149,39 @@ def test_feeding_the_last_token_again_samples_as_if_nothing_had_been_sampled_aft
 def test_a_prefill_chunk_samples_nothing(runner):
     assert runner.submit([Row(0, 0, (1, 2, 3))]).wait() == [None]
     runner.release(0)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_a_chunk_computed_in_pieces_is_bit_for_bit_the_same(runner, stages):
+    """A few stages at a time, with steps of another slot between them; with its snapshot, sampled token and logprobs.
+    The slot of a chunk that is given up serves the next sequence."""
+    prompt, other = prompt_of(300, 17), prompt_of(20, 18)
+    sampling = Sampling(temperature=0, logprobs=5)
+    total = stage_count(runner.config)
+    runner.submit([Row(0, 0, prompt[:200])]).wait()
+    expected_bytes = runner.pack(runner.save(0, 0, 200))
+    expected = [runner.submit([Row(0, 200, prompt[200:], sampling, prompt)]).wait()[0]]
+    expected += [runner.submit([Row(0, 300 + i, None, sampling)]).wait()[0] for i in range(3)]
+
+    runner.submit([Row(2, 0, other, GREEDY, other)]).wait()
+    runner.submit([Row(3, 0, prompt[50:150], stages=(0, 1))]).wait()
+    runner.release(3)
+    got, length = [], len(other)
+    for start, end in ((0, 200), (200, 300)):
+        for first in range(0, total, stages):
+            piece = (first, min(first + stages, total))
+            last = end == 300 and piece[1] == total
+            row = Row(3, start, prompt[start:end], sampling if last else None, prompt if last else None, stages=piece)
+            sampled = runner.submit([Row(2, length, None, GREEDY), row]).wait()[1]
+            length += 1
+            assert (sampled is not None) == last
+            got += [sampled] if last else []
+        if end == 200:
+            assert runner.pack(runner.save(3, 0, 200)) == expected_bytes
+    got += [runner.submit([Row(3, 300 + i, None, sampling)]).wait()[0] for i in range(3)]
+    assert got == expected
+    for slot in (0, 2, 3):
+        runner.release(slot)
 
 
 def test_logprobs_belong_to_the_logits(runner):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from mlx_gptoss.backends.base import Limits, Row, Sampled
+from mlx_gptoss.backends.base import Limits, Row, Sampled, stage_count
 from mlx_gptoss.config import TINY
 from mlx_gptoss.engine import Engine, Request, Stream
 from mlx_gptoss.sampling import Sampling
@@ -51,6 +51,7 @@ class Slot:
     drafted: int = 0  # drafts of the last row
     sampled_in: int = -2  # number of the step that sampled it
     has_sampled: bool = False
+    begun: tuple[int, tuple[int, ...], int] | None = None  # start, tokens and next stage of an unfinished chunk
 
 
 class Step:
@@ -127,6 +128,9 @@ class MockRunner:
 
     def feed(self, row: Row, number: int) -> Sampled | None:
         slot = self.slots[row.slot]
+        if not self.completes_chunk(slot, row):
+            self.check(row.sampling is None and row.start == len(slot.history), "sampled from an unfinished chunk")
+            return None
         if row.tokens is not None and slot.fresh is not None:  # from the host: the fresh token, or the one before it
             back = slot.fed - row.start if row.start < len(slot.history) else 0
             self.check(len(row.tokens) == 1 and back <= 1 + slot.drafted, "stepped back by more than one token")
@@ -163,6 +167,17 @@ class MockRunner:
             slot.history.append(slot.fresh)
         return replace(sampled[0], accepted=tuple(sampled[1:]))
 
+    def completes_chunk(self, slot: Slot, row: Row) -> bool:
+        """Whether the row computes the last stage."""
+        tokens, last = row.tokens or (), stage_count(self.config)
+        first, end = row.stages or (0, last)
+        self.check(row.stages is None or (len(tokens) > 1 and not row.drafts), "stages of another row than a chunk's")
+        self.check(0 <= first < end <= last, "stages out of order")
+        expected = (row.start, tokens, first) if first else None
+        self.check(slot.begun == expected, "a chunk that goes on at another stage, or another row before its end")
+        slot.begun = (row.start, tokens, end) if end < last else None
+        return end == last
+
     def wait(self, step: Step) -> list[Sampled | None]:
         self.check_thread()
         self.check(self.in_flight[0] is step, "waited out of order")
@@ -194,6 +209,17 @@ class MockRunner:
         history = [token for saved in chain for token in saved.span]
         self.check(tuple(history[-RING:]) == chain[-1].ring, "the rings of another position")
         self.slots[slot] = Slot(history)
+
+    def pack(self, snapshot: Saved) -> bytes:
+        self.check_thread()
+        return np.array([*snapshot.span, *snapshot.ring], np.int32).tobytes()
+
+    def unpack(self, start: int, end: int, data: bytes) -> Saved:
+        self.check_thread()
+        if len(data) != 4 * (end - start + min(end, RING)):
+            raise ValueError(f"a snapshot of the positions {start} to {end} has another size than {len(data)}")
+        tokens = tuple(np.frombuffer(data, np.int32).tolist())
+        return Saved(start, end, tokens[: end - start], tokens[end - start :])
 
     def logits(self, ids: Sequence[int]) -> Any:
         self.check_thread()

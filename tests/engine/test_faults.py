@@ -51,14 +51,17 @@ def test_an_error_in_submit_fails_only_the_streams_of_that_step() -> None:
 
 def test_an_error_in_wait_fails_the_streams_of_that_step_and_the_engine_goes_on() -> None:
     with mock_engine() as (engine, runner):
-        fuse = [5]
+        burnt = False
 
         def fail(rows: tuple[Row, ...]) -> Exception | None:
-            fuse[0] -= 1
-            return ValueError("the device is on fire") if fuse[0] == 0 else None
+            nonlocal burnt
+            if burnt or len(rows) < 3:  # all three streams have a row
+                return None
+            burnt = True
+            return ValueError("the device is on fire")
 
         runner.fail_wait = fail
-        streams = [engine.submit(request(max_tokens=20, seed=seed)) for seed in range(3)]
+        streams = [engine.submit(request(max_tokens=50, seed=seed)) for seed in range(3)]
         for stream in streams:
             with pytest.raises(ValueError, match="on fire"):
                 list(stream)

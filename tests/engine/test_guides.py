@@ -10,7 +10,8 @@ from mock_runner import VOCAB, expected, ids, mock_engine, next_id
 
 from mlx_gptoss.backends.base import Limits, Row, Sampled
 from mlx_gptoss.engine import Request
-from mlx_gptoss.engine.scheduler import Scheduler, Step
+from mlx_gptoss.engine.scheduler import Scheduler
+from mlx_gptoss.engine.sequence import Step
 from mlx_gptoss.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)

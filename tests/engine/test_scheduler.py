@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from mlx_gptoss.backends.base import Limits, Row, Sampled
 from mlx_gptoss.engine.request import Request
-from mlx_gptoss.engine.scheduler import Output, Scheduler, Step, max_new_tokens
+from mlx_gptoss.engine.scheduler import Scheduler, max_new_tokens
+from mlx_gptoss.engine.sequence import Output, Step
 from mlx_gptoss.errors import GptOssError, InvalidRequest
 from mlx_gptoss.sampling import Sampling
 

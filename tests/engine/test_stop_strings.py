@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import tracemalloc
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from mlx_gptoss.engine import StopStrings
 from mlx_gptoss.errors import InvalidRequest
+from mlx_gptoss.sampling import MAX_STOP_CHARACTERS, MAX_STOPS
 
 words = st.text("abc", min_size=1, max_size=5)
 
@@ -97,3 +99,20 @@ def test_adversarial_repetition_takes_linear_time() -> None:
     for _ in range(200):
         automaton.push("a" * 1000)
     assert time.thread_time() - begin < 2.0
+
+
+def test_memory_is_a_few_bytes_per_character() -> None:
+    stops = [chr(ord("a") + n) * MAX_STOP_CHARACTERS for n in range(MAX_STOPS)]
+    tracemalloc.start()
+    automaton = StopStrings(stops)
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert automaton.matched is None
+    assert kept < 10 * MAX_STOPS * MAX_STOP_CHARACTERS
+
+
+def test_a_long_stop_string_among_short_ones() -> None:
+    """A failure table of more than 65,535 entries has wider numbers."""
+    long = "ab" * 50_000 + "c"
+    assert run([long, "x"], ["ab" * 60_000, "cx"]) == ("ab" * 10_000, long)
+    assert run([long, "x"], ["ab" * 40_000, "cx"]) == ("ab" * 40_000 + "c", "x")

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from slow_network import DEVICE, SlowNetwork, Unavailable
 
+SECRET = {"MLX_GPTOSS_SECRET": "ranks of the tests"}  # needed beyond the loopback
+
 
 def free_ports(count: int) -> list[int]:
     """Consecutive free ports, followed by another free one."""
@@ -41,7 +43,7 @@ class Ranks:
         self.processes = [
             subprocess.Popen(
                 [*(network.command_prefix(rank) if network else []), sys.executable, *command],
-                env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(SECRET if network else {}), **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

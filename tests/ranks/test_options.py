@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from answer import ENDLESS, PROMPT
 
 import mlx_gptoss
+from mlx_gptoss.ranks.runner import PART_LENGTH, _split_parts
 
 SCRIPT = str(Path(__file__).parent / "answer.py")
 OPTIONS = {"path_or_repo_id": None, "backend": "mlx", "max_context": 1024}
@@ -51,6 +53,29 @@ def test_the_prompt_cache_survives_the_launch(ring, torchrun, tmp_path, backend)
     whole = run_alone(**options)
     assert whole.usage.cached_tokens == 0
     assert_same(first, whole)
+
+
+def shorten_last_part(parts):
+    return [*parts[:-1], parts[-1][:-64]]
+
+
+def leave_out_last_part(parts):
+    return parts[:-1]
+
+
+@pytest.mark.parametrize("damage", [shorten_last_part, leave_out_last_part])
+def test_a_damaged_prompt_cache_is_computed_again(ring, tmp_path, damage):
+    """The digest matches, and rank 0's part is whole. Both ranks go on, and the next launch finds new files."""
+    options = {"prefix_cache": 1 << 30, "prompt_cache": str(tmp_path)}
+    first = run_on_two_ranks(ring, **options)
+    for path in tmp_path.rglob("*.kv"):
+        line, _, data = path.read_bytes().partition(b"\n")
+        data = b"".join(PART_LENGTH.pack(len(part)) + part for part in damage(_split_parts(data, 2)))
+        header = {**json.loads(line), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        path.write_bytes(json.dumps(header).encode() + b"\n" + data)
+    second, third = (run_on_two_ranks(ring, **options) for _ in range(2))
+    assert [run.pop("cached_tokens") for run in (first, second, third)] == [0, 0, 256]
+    assert first == second == third
 
 
 def test_a_rank_short_of_memory(ring):

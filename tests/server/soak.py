@@ -208,7 +208,7 @@ class Soak:
                 name = "server" if pid == self.pid else names.get(pid, f"process {len(found)}")
                 found[name] = {
                     "rss": memory.rss,
-                    "pss": memory.pss,
+                    "private": memory.uss,  # the shared part changes with the number of processes
                     "descriptors": process.num_fds(),
                     "threads": process.num_threads(),
                 }
@@ -370,7 +370,7 @@ def judge_growth(soak: Soak) -> dict[str, Any]:
     if len({len(sample) for sample in later}) > 1:
         soak.fail(f"the number of processes changes: {report['processes']}")
     for name in steady:
-        for what in ("rss", "pss"):
+        for what in ("rss", "private"):
             values = [sample[name][what] for sample in later]
             half, middle = len(values) // 2, statistics.median(values)
             by_slope = slope(values) * (len(values) - 1) / middle
@@ -433,7 +433,7 @@ async def report_progress(soak: Soak) -> None:
         await asyncio.sleep(10)
         done, load = sum(soak.ended.values()), os.getloadavg()[0]
         seconds = time.monotonic() - soak.started
-        memory = sum(one["pss"] for one in soak.samples[-1].values()) / 1e6 if soak.samples else 0
+        memory = sum(one["private"] for one in soak.samples[-1].values()) / 1e6 if soak.samples else 0
         print(
             f"{seconds:.0f} s: {done} requests, {max(0, soak.behind_s):.0f} s behind, {soak.checked} conversations "
             f"checked, {len(soak.suspects)} to ask again, {memory:.0f} MB, {len(soak.failures)} failures, "

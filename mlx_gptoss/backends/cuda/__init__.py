@@ -45,15 +45,19 @@ def load(
         torch.cuda.set_device(where)  # of this thread, which is the runner's: Triton launches there
         torch.cuda.reset_peak_memory_stats(where)
     ops = _fused(checkpoint) if kernels else TorchOperations(torch.get_num_threads() if where.type == "cpu" else 1)
-    ranks = None if shard is None else Ranks.join(shard, where)
-    with torch.inference_mode():
-        model = load_model(checkpoint, DTYPES[dtype_name(device, dtype)], where, ops, ranks)
-    if kernels and any(len(block.mlp.experts.gate_up.matrices) > 1 for block in model.blocks):
-        raise CheckpointError(
-            "gate and up of some experts are stored differently, and the CUDA kernels take them as one matrix; use "
-            "--device cpu, or --quantize mlx-4bit"
-        )
-    return CudaRunner(model, limits, where, kernels=kernels)
+    try:
+        ranks = None if shard is None else Ranks.join(shard, where)
+        with torch.inference_mode():
+            model = load_model(checkpoint, DTYPES[dtype_name(device, dtype)], where, ops, ranks)
+        if kernels and any(len(block.mlp.experts.gate_up.matrices) > 1 for block in model.blocks):
+            raise CheckpointError(
+                "gate and up of some experts are stored differently, and the CUDA kernels take them as one matrix; use "
+                "--device cpu, or --quantize mlx-4bit"
+            )
+        return CudaRunner(model, limits, where, kernels=kernels)
+    except BaseException:
+        ops.close()
+        raise
 
 
 def _fused(checkpoint: Weights) -> Operations:

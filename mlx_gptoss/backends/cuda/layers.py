@@ -122,6 +122,10 @@ class Operations(Protocol):
         those -> [T, D]. Experts of other ranks are left out."""
         ...
 
+    def close(self) -> None:
+        """End its threads, after the last operation."""
+        ...
+
 
 @dataclass(frozen=True)
 class Linear:

@@ -98,8 +98,12 @@ class Block:
     mlp_norm: Norm
     mlp: MixtureOfExperts
 
-    def __call__(self, x: Tensor, cache: LayerCache, span: Span, rotation: Rotation) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cache, span, rotation)
+    def attend(self, x: Tensor, cache: LayerCache, span: Span, rotation: Rotation) -> Tensor:
+        """x [B, L, D] -> the same shape"""
+        return x + self.attention(self.attention_norm(x), cache, span, rotation)
+
+    def mix(self, x: Tensor) -> Tensor:
+        """x [B, L, D] -> the same shape, through the experts"""
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -118,10 +122,18 @@ class GptOss:
 
     def __call__(self, ids: Tensor, cache: Cache, span: Span) -> Tensor:
         """ids [B, L] -> hidden states before the final norm, [B, L, D]"""
-        x = self.embed.at(ids).decode(self.dtype)
+        return self.run(range(2 * len(self.blocks)), self.embedded(ids), cache, span)
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """ids [B, L] -> [B, L, D], the input of the first stage"""
+        return self.embed.at(ids).decode(self.dtype)
+
+    def run(self, stages: range, x: Tensor, cache: Cache, span: Span) -> Tensor:
+        """x [B, L, D] through consecutive stages: stage 2 n is the attention of layer n, stage 2 n + 1 its experts."""
         rotation = self.rotary.rotation(span.positions)
-        for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
-            x = block(x, layer_cache, span, rotation)
+        for stage in stages:
+            block, layer_cache = self.blocks[stage // 2], cache.layers[stage // 2]
+            x = block.mix(x) if stage % 2 else block.attend(x, layer_cache, span, rotation)
         return x
 
     def logits(self, x: Tensor) -> Tensor:

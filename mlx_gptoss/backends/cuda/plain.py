@@ -125,6 +125,10 @@ class TorchOperations:
             start += count
         return y.to(x.dtype)
 
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+
 
 def clamped_swiglu(gate: Tensor, up: Tensor, limit: float, alpha: float) -> Tensor:
     """gate * sigmoid(alpha * gate) * (up + 1), gate clamped from above and up on both sides."""

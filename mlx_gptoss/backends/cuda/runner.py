@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...config import ModelConfig
 from ...sampling import Sampling
-from ..base import Limits, Row, Sampled, Snapshot
+from ..base import Limits, Row, Sampled, Snapshot, stage_count
 from .cache import Cache, SlotSnapshot, Span
 from .model import GptOss
 from .sample import SamplerOutput, SamplerState, noise_keys, sample_tokens
@@ -66,6 +66,7 @@ class CudaRunner:
             self._last = torch.zeros(limits.slots, dtype=torch.int64, device=device)  # the last token of each slot
             self._decoder = self._make_decoder() if kernels else None
         self._states: dict[int, SamplerState] = {}
+        self._hidden: dict[int, Tensor] = {}  # slot -> hidden states of an unfinished chunk, [1, L, D]
 
     @torch.inference_mode()
     def submit(self, rows: Sequence[Row]) -> Step:
@@ -85,6 +86,7 @@ class CudaRunner:
 
     def release(self, slot: int) -> None:
         self._states.pop(slot, None)
+        self._hidden.pop(slot, None)
 
     @torch.inference_mode()
     def save(self, slot: int, start: int, end: int) -> SlotSnapshot:
@@ -123,8 +125,10 @@ class CudaRunner:
 
     def close(self) -> None:
         self._model.ranks.leave()
+        self._model.lm_head.ops.close()
         del self._model, self._cache, self._last, self._decoder
         self._states.clear()
+        self._hidden.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -146,11 +150,23 @@ class CudaRunner:
         """Run either any number of one-token rows, or one row of several tokens, through model.py."""
         ids = torch.cat([self._tokens(row) for row in rows])  # [B, L]
         span = Span.of([row.slot for row in rows], [row.start for row in rows], ids.shape[1], self._device)
-        hidden = self._model(ids, self._cache, span)
+        if rows[0].stages is None:
+            hidden = self._model(ids, self._cache, span)
+        else:
+            hidden = self._run_stages(rows[0].slot, rows[0].stages, ids, span)
         wanted = [b for b, row in enumerate(rows) if row.sampling is not None]
         if wanted:
             last = hidden[:, -1] if len(wanted) == len(rows) else hidden[wanted, -1]
             self._choose(self._model.logits(last), wanted, rows, places, results)
+
+    def _run_stages(self, slot: int, stages: tuple[int, int], ids: Tensor, span: Span) -> Tensor:
+        """Run some stages of a chunk, ids [1, L]. Hidden states [1, L, D]."""
+        first, end = stages
+        x = self._hidden.pop(slot) if first else self._model.embedded(ids)
+        x = self._model.run(range(first, end), x, self._cache, span)
+        if end < stage_count(self.config):
+            self._hidden[slot] = x
+        return x
 
     def _decode(
         self,

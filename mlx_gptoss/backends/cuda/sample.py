@@ -183,7 +183,7 @@ def _top(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     top_p."""
     vocabulary = logits.shape[-1]
     ranked, order = logits.sort(dim=-1, descending=True, stable=True)
-    top_k = torch.tensor([[s.top_k or vocabulary] for s in samplings], device=logits.device)
+    top_k = torch.tensor([[min(s.top_k or vocabulary, vocabulary)] for s in samplings], device=logits.device)
     ranked = ranked.masked_fill(torch.arange(vocabulary, device=logits.device) >= top_k, -torch.inf)
     probabilities = ranked.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities

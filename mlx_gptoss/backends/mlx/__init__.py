@@ -15,6 +15,7 @@ from .elementwise import UNCOMPILED, compiled
 from .load import load_model
 from .ranks import Ranks
 from .runner import MlxRunner
+from .streams import CpuStreams, check_process
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 # Attention scores at once where MLX does not fuse attention with sinks: 2 MB on a CPU, some twenty times over.
@@ -26,22 +27,27 @@ def load(
 ) -> MlxRunner:
     """Load onto `device` ("cpu", "gpu" or None for MLX's default) with activations of `dtype`. shard: the part of the
     model that `checkpoint` holds, while other ranks load the others; None is the whole model."""
-    where = pick_device(device)
-    with mx.stream(where):
-        gpu = _on_gpu(device)
-        max_scores = None if gpu and mx.metal.is_available() else MAX_SCORES_GPU if gpu else MAX_SCORES_CPU
-        elementwise = compiled() if gpu else UNCOMPILED
-        model = load_model(
-            checkpoint,
-            DTYPES[dtype_name(device, dtype)],
-            elementwise,
-            max_scores,
-            limits.resident_vocab,
-            upcast=limits.upcast,
-            on_cpu=not gpu,
-            ranks=None if shard is None else Ranks.join(shard),
-        )
-        return MlxRunner(model, limits, where)
+    check_process()
+    gpu, streams = _on_gpu(device), CpuStreams()
+    where = pick_device(device) if gpu else streams.make_default()
+    max_scores = None if gpu and mx.metal.is_available() else MAX_SCORES_GPU if gpu else MAX_SCORES_CPU
+    try:
+        with mx.stream(where):
+            model = load_model(
+                checkpoint,
+                DTYPES[dtype_name(device, dtype)],
+                compiled() if gpu else UNCOMPILED,
+                max_scores,
+                limits.resident_vocab,
+                upcast=limits.upcast,
+                on_cpu=not gpu,
+                ranks=None if shard is None else Ranks.join(shard),
+                streams=streams,
+            )
+            return MlxRunner(model, limits, where, streams)
+    except BaseException:
+        streams.close()
+        raise
 
 
 def dtype_name(device: str | None, dtype: str | None) -> str:

@@ -28,6 +28,7 @@ Floats = NDArray[np.float32]
 MIN_FLOPS_FOR_BLAS = 1 << 20  # multiply-adds from which a product is worth waiting for its input
 MIN_ROWS_PER_EXPERT = 10  # rows per expert from which decoding it once is faster; MLX's kernel decodes for every row
 MAX_SCORES = 1 << 20  # attention scores at once, 4 MB
+MIN_EXPONENT = -87.0  # below it exp() is no normal float32, and products with such numbers take up to 40 times as long
 MAX_DECODED = 1 << 21  # weights decoded at once, 8 MB; with fewer, BLAS starts its threads too often
 
 
@@ -115,7 +116,9 @@ def attend(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, sink
         elif seen is not None:
             np.copyto(scores, -np.inf, where=~seen[b, start : start + rows])
         top = np.maximum(scores.max(axis=-1, keepdims=True), sink[head])
-        np.exp(np.subtract(scores, top, out=scores), out=scores)
+        np.subtract(scores, top, out=scores)
+        np.copyto(scores, -np.inf, where=scores < MIN_EXPONENT)
+        np.exp(scores, out=scores)
         total = scores.sum(axis=-1, keepdims=True) + np.exp(sink[head] - top)
         found = (scores.reshape(-1, last) @ values[b, head, :last]).reshape(H // K, rows, D)
         np.divide(found, total, out=out[b, head, :, start : start + rows])

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import cached_property
 from itertools import accumulate, pairwise
 
 import mlx.core as mx
@@ -35,6 +34,7 @@ from .elementwise import Elementwise
 from .layers import MODES, DenseMatrix, ExpertLinear, Linear, MappedRows, Matrix, QuantizedMatrix, fused
 from .model import Attention, Block, GptOss, MixtureOfExperts, Rotary
 from .ranks import Ranks
+from .streams import CpuStreams
 
 UNIT_E8M0 = 127  # the e8m0 byte for 2^0
 MIN_PAIRS_TO_SORT = 64  # token-expert pairs from which sorting by expert is faster: each expert is then read once
@@ -51,14 +51,15 @@ def load_model(
     upcast: bool = False,
     on_cpu: bool = False,
     ranks: Ranks | None = None,
+    streams: CpuStreams | None = None,
 ) -> GptOss:
     """Load the whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight.
 
     elementwise, max_scores: as in model.py. resident_vocab, upcast: as in Limits. on_cpu: split large matrices over
-    one stream per core. ranks: the ranks that share the model, if the checkpoint is one rank's part of it."""
+    one of the `streams` per core. ranks: the ranks that share the model, if the checkpoint is one rank's part of it."""
     config = checkpoint.config
     ranks = ranks or Ranks(RankShard.of(config, 0, 1), None)
-    loader = _WeightLoader(checkpoint, dtype, elementwise, max_scores, ranks, upcast, on_cpu)
+    loader = _WeightLoader(checkpoint, dtype, elementwise, max_scores, ranks, upcast, on_cpu, streams or CpuStreams())
     # The two largest weights come first, while there is memory for a weight and its copy.
     if resident_vocab is None:
         embed: Matrix | MappedRows = loader.matrix("embed.weight")
@@ -127,12 +128,14 @@ class _WeightLoader:
         ranks: Ranks,
         upcast: bool,
         on_cpu: bool,
+        streams: CpuStreams,
     ) -> None:
         self.elementwise = elementwise
         self.ranks = ranks
         # On a CPU a rank always sorts: waiting for the router costs nothing there, computing other ranks' pairs does.
         self.min_pairs_to_sort = MIN_PAIRS_TO_SORT if ranks.alone or not on_cpu else 1
         self._upcast = upcast
+        self._cpu_streams = streams
         self._on_cpu = on_cpu
         self._by_host = host.enabled(on_cpu=on_cpu, dtype=dtype)
         self.attend = host.attend if self._by_host else fused
@@ -180,10 +183,9 @@ class _WeightLoader:
         large = any(isinstance(m, DenseMatrix) and m.weight.nbytes >= MIN_BYTES_TO_SPLIT for m in matrices)
         return self._streams[:1] * len(matrices) if self._by_host and large else ()
 
-    @cached_property
+    @property
     def _streams(self) -> tuple[mx.Stream, ...]:
-        """Created when first needed, because MLX starts a thread for each stream and never ends it."""
-        return tuple(mx.new_stream(mx.cpu) for _ in range(cores()))
+        return self._cpu_streams.first(cores())
 
     def _dense(self, name: str) -> Array:
         weight = self._checkpoint.read(name)

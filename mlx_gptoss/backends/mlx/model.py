@@ -222,11 +222,14 @@ class Block:
     mlp_norm: mx.array
     mlp: MixtureOfExperts
 
-    def __call__(self, x: mx.array, cache: LayerCache, span: Span, last: int) -> mx.array:
+    def attend(self, x: mx.array, cache: LayerCache, span: Span, last: int) -> mx.array:
         """x [B, L, D] -> [B, last, D], of the last positions"""
-        eps = self.config.rms_norm_eps
-        x = self.attention(mx.fast.rms_norm(x, self.attention_norm, eps), x, cache, span)[:, -last:]
-        return self.mlp(mx.fast.rms_norm(x, self.mlp_norm, eps), x, span)
+        normed = mx.fast.rms_norm(x, self.attention_norm, self.config.rms_norm_eps)
+        return self.attention(normed, x, cache, span)[:, -last:]
+
+    def mix(self, x: mx.array, span: Span) -> mx.array:
+        """x [B, L, D] -> the same shape, through the experts"""
+        return self.mlp(mx.fast.rms_norm(x, self.mlp_norm, self.config.rms_norm_eps), x, span)
 
 
 @dataclass(frozen=True)
@@ -247,9 +250,17 @@ class GptOss:
     def __call__(self, ids: mx.array, cache: Cache, span: Span, last: int) -> mx.array:
         """ids [B, L] -> hidden states before the final norm, [B, last, D]. The last layer computes only the last
         positions."""
-        x = self.embed.rows(ids, self.dtype)
-        for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
-            x = block(x, layer_cache, span, last if block is self.blocks[-1] else span.length)
+        return self.run(range(2 * len(self.blocks)), self.embed.rows(ids, self.dtype), cache, span, last)
+
+    def run(self, stages: range, x: mx.array, cache: Cache, span: Span, last: int) -> mx.array:
+        """x [B, L, D] through consecutive stages: stage 2 n is the attention of layer n, stage 2 n + 1 its experts.
+        Returns [B, L, D], or [B, last, D] after the last layer."""
+        for stage in stages:
+            block, layer_cache = self.blocks[stage // 2], cache.layers[stage // 2]
+            if stage % 2:
+                x = block.mix(x, span)
+            else:
+                x = block.attend(x, layer_cache, span, last if block is self.blocks[-1] else span.length)
         return x
 
     def logits(self, x: mx.array) -> mx.array:

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from ...config import ModelConfig
 from ...sampling import Sampling
-from ..base import Limits, Row, Sampled, Snapshot, working_space
+from ..base import Limits, Row, Sampled, Snapshot, stage_count, working_space
 from .cache import Cache, SlotSnapshot, Span
 from .model import GptOss
 from .sample import SamplerOutput, SamplerState, sample_tokens
+from .streams import CpuStreams
 
 LOGITS_CHUNK = 256  # positions whose logits are on the device at once in logits()
 CLEAR_CACHE_STEPS = 512  # steps between emptying MLX's buffer cache, which otherwise grows with every new length
@@ -67,15 +68,20 @@ class MlxRunner:
     """The Runner of the mlx backend. `submit` builds a step's graph and starts it; only `Step.wait` and `logits` wait
     for the device."""
 
-    def __init__(self, model: GptOss, limits: Limits, device: mx.Device) -> None:
+    def __init__(
+        self, model: GptOss, limits: Limits, where: mx.Device | mx.Stream, streams: CpuStreams | None = None
+    ) -> None:
+        """where: the device or the stream that computes. streams: closed with the runner."""
         self.config: ModelConfig = model.config
         self.limits = limits
         self._model = model
         self._elementwise = model.elementwise
         self._vocabulary = min(limits.resident_vocab or model.config.vocab_size, model.config.vocab_size)
-        self._device = device
+        self._where = where
+        self._streams = streams
         self._cache = Cache(model.config, limits.slots, limits.max_context, model.dtype, limits.kv_bits, limits.drafts)
         self._last: dict[int, mx.array] = {}  # slot -> the token it sampled last, int32 [1]
+        self._hidden: dict[int, mx.array] = {}  # slot -> hidden states of an unfinished chunk, [1, L, D]
         self._states: dict[int, SamplerState] = {}
         self._steps = 0
         # MLX keeps freed buffers for reuse, up to this limit: what the memory plan counts for one prefill step.
@@ -83,7 +89,7 @@ class MlxRunner:
         self._previous_cache_limit = mx.set_cache_limit(cache_limit)
 
     def submit(self, rows: Sequence[Row]) -> Step:
-        with mx.stream(self._device):
+        with mx.stream(self._where):
             step = self.build(rows)
             mx.async_eval(step.last, step.arrays)  # type: ignore[no-untyped-call]
             self._steps += 1
@@ -100,7 +106,9 @@ class MlxRunner:
         groups += [[i] for i in range(len(rows)) if i not in set(single)]
         for group in groups:
             last = self._forward([rows[i] for i in group], group, results)
-            if not self._model.ranks.alone:  # all ranks must run their sums in the same order: group by group
+            # All ranks must run their sums in the same order: group by group. And while a group is not begun, it holds
+            # the cache, which the next one would have to copy to write into it.
+            if not self._model.ranks.alone or len(groups) > 1:
                 mx.async_eval(last, self._cache.arrays)  # type: ignore[no-untyped-call]
         outputs = {id(drawn.output): drawn.output for drawn in results if drawn is not None}
         arrays = [a for output in outputs.values() for a in vars(output).values() if a is not None]
@@ -109,14 +117,15 @@ class MlxRunner:
 
     def release(self, slot: int) -> None:
         self._last.pop(slot, None)
+        self._hidden.pop(slot, None)
         self._states.pop(slot, None)
 
     def save(self, slot: int, start: int, end: int) -> SlotSnapshot:
-        with mx.stream(self._device):
+        with mx.stream(self._where):
             return self._cache.save(slot, start, end)
 
     def restore(self, slot: int, chain: Sequence[Snapshot]) -> None:
-        with mx.stream(self._device):
+        with mx.stream(self._where):
             self._cache.restore(slot, [saved for saved in chain if isinstance(saved, SlotSnapshot)])
             mx.async_eval(self._cache.arrays)  # type: ignore[no-untyped-call]
 
@@ -125,11 +134,11 @@ class MlxRunner:
         return b"".join(np.array(array.view(mx.uint8)).tobytes() for array in snapshot.arrays)
 
     def unpack(self, start: int, end: int, data: bytes) -> SlotSnapshot:
-        with mx.stream(self._device):
+        with mx.stream(self._where):
             return self._cache.unpack(start, end, data)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        with mx.stream(self._device):
+        with mx.stream(self._where):
             cache = Cache(self.config, 1, len(ids), self._model.dtype, self.limits.kv_bits)
             out = np.empty((len(ids), self.config.vocab_size), dtype=np.float32)
             step = min(self.limits.chunk, LOGITS_CHUNK)
@@ -145,7 +154,10 @@ class MlxRunner:
     def close(self) -> None:
         del self._model, self._cache
         self._last.clear()
+        self._hidden.clear()
         self._states.clear()
+        if self._streams is not None:
+            self._streams.close()
         mx.clear_cache()
         mx.set_cache_limit(self._previous_cache_limit)
 
@@ -155,7 +167,10 @@ class MlxRunner:
         starts = [row.start for row in rows]
         span = Span.of(self.config, [row.slot for row in rows], starts, ids.shape[1], self.limits.drafts)
         samples = 1 + len(rows[0].drafts)  # per row
-        hidden = self._model(ids, self._cache, span, samples)  # [B, samples, D]
+        if rows[0].stages is None:
+            hidden = self._model(ids, self._cache, span, samples)  # [B, samples, D]
+        else:
+            hidden = self._run_stages(rows[0].slot, rows[0].stages, ids, span)
         wanted = [(b, row, row.sampling) for b, row in enumerate(rows) if row.sampling is not None]
         if not wanted:
             return hidden
@@ -175,6 +190,15 @@ class MlxRunner:
                 self._last[row.slot] = output.tokens[n : n + 1]
             results[places[b]] = SampledRow(output, n * samples, sampling, row.drafts)
         return output.tokens
+
+    def _run_stages(self, slot: int, stages: tuple[int, int], ids: mx.array, span: Span) -> mx.array:
+        """Run some stages of a chunk, ids [1, L]. Hidden states [1, L, D], or [1, 1, D] after the last stage."""
+        first, end = stages
+        x = self._hidden.pop(slot) if first else self._model.embed.rows(ids, self._model.dtype)
+        x = self._model.run(range(first, end), x, self._cache, span, 1)
+        if end < stage_count(self.config):
+            self._hidden[slot] = x
+        return x
 
     def _tokens(self, row: Row) -> mx.array:
         """The ids that the row feeds, int32 [L]"""

@@ -138,7 +138,7 @@ def _top(logits: mx.array, samplings: Sequence[Sampling]) -> mx.array:
     vocabulary = logits.shape[-1]
     order = mx.argsort(-logits, axis=-1)
     ranked = mx.take_along_axis(logits, order, axis=-1)
-    top_k = mx.array([[s.top_k or vocabulary] for s in samplings])
+    top_k = mx.array([[min(s.top_k or vocabulary, vocabulary)] for s in samplings])
     ranked = mx.where(mx.arange(vocabulary) < top_k, ranked, -mx.inf)
     probabilities = mx.softmax(_scaled(ranked, samplings), axis=-1)
     before = mx.cumsum(probabilities, axis=-1) - probabilities

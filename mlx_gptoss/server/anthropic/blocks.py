@@ -23,6 +23,7 @@ from .signature import omitted_thinking
 # Lines for Anthropic's servers, which some clients put into the system prompt. They differ from request to request, so
 # with them no prompt would begin like the one before it, and the prefix cache could not help.
 _TRANSPORT_LINE = re.compile(r"^x-anthropic-.*(\n|\Z)", re.M | re.I)
+_SEARCHED = 1 << 16  # characters at the beginning of a text: a search holds the interpreter's lock
 _FIELDS = {  # block type -> the fields that are read, or that say nothing more
     "text": {"text"},
     "thinking": {"thinking", "signature"},
@@ -54,7 +55,7 @@ class BlockReader:
     def add_system(self, content: Any, where: str) -> None:
         """Take in a system prompt. One that follows other messages stays where it is."""
         texts = [self._text(block, at) for block, at in self._blocks(content, where, "system")]
-        kept = [text for text in (_TRANSPORT_LINE.sub("", text) for text in texts) if text]
+        kept = [text for text in map(_without_transport, texts) if text]
         if not self.messages:
             self.instructions += kept
         elif kept:
@@ -176,6 +177,12 @@ class BlockReader:
         if text is None:
             raise InvalidRequest(f"{where} is a block of type {block['type']!r:.100}: the model reads only text")
         return text
+
+
+def _without_transport(text: str) -> str:
+    """The text without the lines that are for Anthropic's servers. They are at the beginning of a system prompt."""
+    end = len(text) if len(text) <= _SEARCHED else text.rfind("\n", 0, _SEARCHED) + 1 or _SEARCHED
+    return _TRANSPORT_LINE.sub("", text[:end]) + text[end:]
 
 
 def _readable(block: Block, where: str) -> str | None:

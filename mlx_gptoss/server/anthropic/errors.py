@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from .. import request_log
 from ..errors import ApiError, JsonResponse
 
 REQUEST_ID = "request-id"  # the response header that Anthropic's clients show in their errors
@@ -34,8 +35,9 @@ class ErrorBody(BaseModel):
 
 
 def new_request_id() -> str:
-    """A random id for one request."""
-    return f"req_{secrets.token_hex(12)}"
+    """The id of the request in hand, as in the log; outside of one, a random id."""
+    record = request_log.current()
+    return f"req_{secrets.token_hex(12)}" if record is None else record.request_id
 
 
 def error_body(error: ApiError, request_id: str) -> dict[str, Any]:

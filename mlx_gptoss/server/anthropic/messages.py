@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import datetime
 from collections.abc import AsyncIterator
 from functools import cached_property, partial
@@ -16,17 +15,20 @@ from ...chat.stream import Events
 from ...harmony.messages import Conversation, Effort, ResponseFormat, without_old_reasoning
 from ...harmony.names import ToolNames
 from ...harmony.render import render
-from ..disconnect import cancel_on_disconnect
+from ..body import BodyRoute
+from ..disconnect import cancel_on_disconnect, on_thread
 from ..errors import JsonResponse, from_exception, invalid_field
 from ..event_queue import EventQueue
 from ..fields import (
     MAX_MESSAGES,
-    MAX_TOOLS,
+    MAX_PARTS,
     MaxTokens,
+    Name,
+    Object,
     RequestModel,
     SamplingFields,
     StopStrings,
-    check_schema,
+    Tools,
     effort_of,
     effort_of_thinking,
 )
@@ -57,14 +59,16 @@ class MessageStream(EventStream):
     keep_alive: ClassVar[bytes | None] = encode_event({"type": "ping"}, "ping")
 
 
-router: APIRouter = APIRouter(responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}})
+router: APIRouter = APIRouter(
+    route_class=BodyRoute, responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+)
 
 
 class OutputConfig(RequestModel):
     """effort: of the reasoning. format: {"type": "json_schema", "schema"}, enforced on the answer."""
 
-    effort: str | None = None
-    format: dict[str, Any] | None = None
+    effort: Name | None = None
+    format: Object | None = None
 
 
 class MessagesRequest(SamplingFields):
@@ -73,24 +77,23 @@ class MessagesRequest(SamplingFields):
     max_tokens: without it, what the context leaves. output_format: an earlier place of output_config.format.
     """
 
-    model: str | None = None
+    model: Name | None = None
     messages: Annotated[list[Any], WithJsonSchema(MESSAGES_SCHEMA)] = Field(min_length=1, max_length=MAX_MESSAGES)
-    system: Annotated[str | list[Any] | None, WithJsonSchema(CONTENT_SCHEMA)] = None
+    system: Annotated[
+        str | Annotated[list[Any], Field(max_length=MAX_PARTS)] | None, WithJsonSchema(CONTENT_SCHEMA)
+    ] = None
     stream: bool | None = None
     max_tokens: MaxTokens = None
     stop: StopStrings = Field(None, validation_alias=AliasChoices("stop_sequences", "stop"))
-    thinking: dict[str, Any] | None = None
+    thinking: Object | None = None
     output_config: OutputConfig | None = None
-    output_format: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
+    output_format: Object | None = None
+    tools: Tools | None = None
     tool_choice: ToolChoice | None = None
 
     def check(self) -> None:
-        """Raise ApiError for what cannot be honoured, and for schemas over the limits."""
+        """Raise ApiError for what cannot be honoured."""
         self.check_rejected()
-        for index, tool in enumerate(self.tools or ()):
-            check_schema(tool, f"tools[{index}]")
-        check_schema(self._format, "output_config.format")
 
     @property
     def _format(self) -> dict[str, Any] | None:
@@ -133,9 +136,9 @@ class MessagesRequest(SamplingFields):
 async def create(body: MessagesRequest, request: Request, service: ServiceDep) -> Response:
     """Generate the assistant's next message."""
     service = await service.select(body.model)
-    message = _Message(body, service)
+    message = await on_thread(request, _Message, body, service)
     queue = await cancel_on_disconnect(request, service.start(message.submit))
-    ignore(request, message.ignored)
+    ignore(request, await on_thread(request, message.ignored))
     headers = {REQUEST_ID: message.request_id}
     if body.stream:
         close = partial(service.finish, queue)
@@ -147,9 +150,9 @@ async def create(body: MessagesRequest, request: Request, service: ServiceDep) -
 async def count_tokens(body: MessagesRequest, request: Request, service: ServiceDep) -> Response:
     """Count the tokens of the prompt that /v1/messages would make of this request."""
     service = await service.select(body.model)
-    message = _Message(body, service)
-    count = await asyncio.to_thread(message.count_tokens)
-    ignore(request, message.ignored)
+    message = await on_thread(request, _Message, body, service)
+    count = await on_thread(request, message.count_tokens)
+    ignore(request, await on_thread(request, message.ignored))
     return JsonResponse({"input_tokens": count}, headers={REQUEST_ID: message.request_id})
 
 
@@ -184,7 +187,6 @@ class _Message:
             date=datetime.date.today().isoformat(),
         )
 
-    @property
     def ignored(self) -> set[str]:
         """The paths of what has no effect, once the conversation has been read."""
         return self._body.ignored_fields() | self._reader.ignored | ignored_tools(self._body.tools or ())

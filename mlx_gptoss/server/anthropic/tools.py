@@ -9,7 +9,7 @@ from ...errors import InvalidRequest
 from ...harmony.checks import boolean, string, tool_name
 from ...harmony.messages import Function
 from ...harmony.openai_tools import functions_from_tools
-from ..fields import RequestModel
+from ..fields import Name, RequestModel
 from ..tool_kinds import check_tools, split_tools
 
 _FIELDS = {"type", "name", "description", "input_schema", "strict"}
@@ -19,7 +19,7 @@ class ToolChoice(RequestModel):
     """Whether the model calls a tool. name: which one, for the type "tool"."""
 
     type: Literal["auto", "any", "tool", "none"]
-    name: str | None = None
+    name: Name | None = None
     disable_parallel_tool_use: bool | None = None
 
     @property

@@ -18,9 +18,11 @@ from ...loading.plan import LoadRequest
 
 @dataclass(frozen=True)
 class Load:
-    """Plan this request, and load it after Proceed."""
+    """Plan this request, and load it after Proceed. log_level, log_format: as of log_output.configure_logging."""
 
     request: LoadRequest
+    log_level: str
+    log_format: str
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from ...errors import Busy, ModelUnavailable
-from .process import ModelProcess
+from .process import LogOptions, ModelProcess
 from .remote import RemoteModel
 
 WAIT_FOR_MEMORY_S = 120.0  # how long a request waits for the end of those that keep its model's memory
@@ -23,11 +23,19 @@ class ModelPool:
     One model loads at a time. Before it does, those that have been without requests for longest are unloaded until the
     memory plans of all fit the memory that was there when none was loaded.
 
-    idle_unload_s: a model is unloaded after this many seconds without a request; None keeps it.
+    idle_unload_s: a model is unloaded after this many seconds without a request; None keeps it. log: the level and the
+    format of the processes' logs.
     """
 
-    def __init__(self, models: Sequence[RemoteModel], *, idle_unload_s: float | None = None) -> None:
+    def __init__(
+        self,
+        models: Sequence[RemoteModel],
+        *,
+        idle_unload_s: float | None = None,
+        log: LogOptions = ("warning", "text"),
+    ) -> None:
         self.models = tuple(models)
+        self._log = log
         self.idle_unload_s = idle_unload_s
         self._loading = asyncio.Lock()
         self._tasks: dict[RemoteModel, asyncio.Task[None]] = {}  # loads in progress
@@ -113,7 +121,7 @@ class ModelPool:
                 return
             model.state, process = "loading", None
             try:
-                process = await asyncio.to_thread(ModelProcess, model.name, self._process_exited)
+                process = await asyncio.to_thread(ModelProcess, model.name, self._process_exited, self._log)
                 model.process = process
                 await self._load_in(process, model)
             except BaseException as error:

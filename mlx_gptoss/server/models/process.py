@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import socket
 import subprocess
@@ -11,7 +10,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, TimeoutError
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -22,25 +21,28 @@ from ...chat.stream import Events
 from ...errors import ModelUnavailable
 from ...loading.memory import MemoryPlan
 from ...loading.plan import LoadRequest
+from ...untrusted.cancel import check_cancelled
 from .messages import Arrived, Cancel, Failed, FromModel, FromServer, Load, Loaded, Planned, Proceed, Start, Started
 
 WORKER = "mlx_gptoss.server.models.worker"
+CHECK_S = 0.05  # between two looks at whether anybody waits for a reply that starts
 CLOSE_TIMEOUT_S = 10.0  # for the step in progress and for writing the prompt cache
 
 Answer = TypeVar("Answer", Planned, Loaded)
-_log = logging.getLogger(__name__)
+LogOptions = tuple[str, str]
 
 
 class ModelProcess:
     """A process that loads one model and runs its replies: plan(), load(), then start() for each reply.
 
-    name: for messages. on_exit: called on a thread of its own when the process has ended by itself, with the reason.
+    name: for messages. log: the level and the format of its log. on_exit: called on a thread of its own when the
+    process has ended by itself.
     prefix_bytes: device memory held by the prefix cache. memory: the plan of the loaded model.
 
     Any thread may call any method.
     """
 
-    def __init__(self, name: str, on_exit: Callable[[ModelProcess], None]) -> None:
+    def __init__(self, name: str, on_exit: Callable[[ModelProcess], None], log: LogOptions) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -57,6 +59,7 @@ class ModelProcess:
         self._socket = ours
         self._connection = Connection(os.dup(ours.fileno()))
         self._on_exit = on_exit
+        self._log = log
         self._closing = False
         self._ended = False
         self._failure: Exception | None = None
@@ -73,7 +76,7 @@ class ModelProcess:
 
     def plan(self, request: LoadRequest) -> MemoryPlan:
         """The memory that the model takes by itself. Raises what planning raised, and ModelUnavailable."""
-        self._send(Load(request))
+        self._send(Load(request, *self._log))
         return self._answer(Planned).memory
 
     def load(self, available_bytes: int) -> Loaded:
@@ -94,9 +97,9 @@ class ModelProcess:
             self._starting[id], self._replies[id] = started, events
         try:
             self._send(Start(id, kind, prompt, options))
-            events.started(started.result())
+            events.started(_result(started))
         except BaseException:
-            self.forget(id)
+            self.cancel(id)
             raise
         return events
 
@@ -267,6 +270,14 @@ class RemoteEvents(Events):
         if isinstance(item[-1], Finished):
             self._closed = True
         return item
+
+
+def _result(started: Future[int]) -> int:
+    """What the process answers. Raises Cancelled if nobody waits for it any more."""
+    while True:
+        check_cancelled()
+        with suppress(TimeoutError):
+            return started.result(CHECK_S)
 
 
 def _exit_reason(status: int | None) -> str:

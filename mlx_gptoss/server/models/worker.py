@@ -21,10 +21,11 @@ from ...errors import GptOssError
 from ...harmony import grammar
 from ...loading.plan import open_source, plan_load
 from ...model import Model
+from ...untrusted.cancel import cancellable
+from ..log_output import configure_logging
 from .messages import Arrived, Cancel, Failed, FromModel, FromServer, Load, Loaded, Planned, Proceed, Start, Started
 
 STARTING_THREADS = 8  # render and tokenize prompts side by side
-LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
 
 _log = logging.getLogger(__name__)
 
@@ -37,7 +38,6 @@ def main(connection: Connection) -> int:
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    logging.basicConfig(format=LOG_FORMAT, level=logging.WARNING)
     try:
         model = _load(connection)
     except (EOFError, BrokenPipeError):
@@ -54,6 +54,7 @@ def _load(connection: Connection) -> Model:
     """Plan and load the model that the server names. Raises EOFError if the server gives it up."""
     message: FromServer = connection.recv()
     assert isinstance(message, Load)
+    configure_logging(message.log_level, message.log_format)
     request = message.request
     connection.send(Planned(plan_load(request, open_source(request)).memory))
     proceed: FromServer = connection.recv()
@@ -76,7 +77,7 @@ class Worker:
         self._connection = connection
         self._send_lock = threading.Lock()
         self._replies: dict[int, Events] = {}
-        self._starting: dict[int, bool] = {}  # replies that have not started yet -> whether they are cancelled
+        self._starting: dict[int, threading.Event] = {}  # replies that have not started yet -> set if cancelled
         self._lock = threading.Lock()  # of the two above
         self._arrivals: SimpleQueue[int | None] = SimpleQueue()  # ids of replies with new events; None at the end
 
@@ -92,7 +93,7 @@ class Worker:
                     message: FromServer = self._connection.recv()
                     if isinstance(message, Start):
                         with self._lock:
-                            self._starting[message.id] = False
+                            self._starting[message.id] = threading.Event()
                         threads.submit(self._start, message)
                     elif isinstance(message, Cancel):
                         self._cancel(message.id)
@@ -103,20 +104,17 @@ class Worker:
         return 0
 
     def _start(self, message: Start) -> None:
-        with self._lock:
-            if self._starting[message.id]:
-                del self._starting[message.id]
-                return
+        stream = self._model.stream if message.kind == "stream" else self._model.stream_raw
         try:
-            stream = self._model.stream if message.kind == "stream" else self._model.stream_raw
-            events = stream(message.prompt, **message.options)
+            with cancellable(self._starting[message.id]):
+                events = stream(message.prompt, **message.options)
         except Exception as error:
             with self._lock:
                 del self._starting[message.id]
             self._send(Failed(message.id, sendable(error)))
             return
         with self._lock:
-            cancelled = self._starting.pop(message.id)
+            cancelled = self._starting.pop(message.id).is_set()
             if not cancelled:
                 self._replies[message.id] = events
         if cancelled:
@@ -128,7 +126,7 @@ class Worker:
     def _cancel(self, id: int) -> None:
         with self._lock:
             if id in self._starting:
-                self._starting[id] = True
+                self._starting[id].set()
             events = self._replies.pop(id, None)
         if events is not None:
             events.close()

@@ -11,7 +11,8 @@ from starlette.responses import Response
 
 from ...chat.stream import Events, as_conversation
 from ...harmony.openai import unknown_fields
-from ..fields import MAX_MESSAGES, MAX_TOOLS, check_schema
+from ..body import BodyRoute
+from ..fields import MAX_MESSAGES, Tools
 from ..responses.truncation import truncated
 from ..service import Service, ServiceDep
 from ..tool_kinds import check_tools, split_tools
@@ -37,7 +38,7 @@ MESSAGES_SCHEMA: dict[str, Any] = {  # for OpenAPI; messages.py and harmony.open
     },
 }
 
-router: APIRouter = APIRouter(responses=ERROR_RESPONSES)
+router: APIRouter = APIRouter(route_class=BodyRoute, responses=ERROR_RESPONSES)
 
 
 class ChatRequest(GenerationFields):
@@ -47,13 +48,8 @@ class ChatRequest(GenerationFields):
     """
 
     messages: Annotated[list[Any] | None, WithJsonSchema(MESSAGES_SCHEMA)] = Field(None, max_length=MAX_MESSAGES)
-    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
+    tools: Tools | None = None
     truncate: bool | None = None
-
-    def check(self) -> None:
-        super().check()
-        for index, tool in enumerate(self.tools or ()):
-            check_schema(tool, f"tools[{index}]")
 
     def ignored_fields(self) -> set[str]:
         kinds = {f"tools[].{kind}" for kind in split_tools(self.tools or ())[1]}

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from ...harmony.messages import Effort
 from ...sampling import MAX_LOGPROBS, Sampling
 from ..errors import invalid_field
-from ..fields import MAX_INT64, RequestModel, SamplingFields, check_schema, effort_of
+from ..fields import MAX_INT64, Name, Object, RequestModel, SamplingFields, effort_of
 
 _INTEGERS = ("num_predict", "seed", "top_k")  # options that clients may write as 40.0
 _ZERO_DURATION = re.compile(r"[+-]?(0+(\.0*)?(ns|us|µs|ms|s|m|h)?)+")  # in the syntax of Go
@@ -44,21 +44,20 @@ class GenerationFields(RequestModel):
     stays loaded for as long as the server decides; with 0 and nothing to generate, it is unloaded.
     """
 
-    model: str | None = None
+    model: Name | None = None
     stream: bool | None = None
-    think: bool | str | None = None
-    format: str | dict[str, Any] | None = None
+    think: bool | Name | None = None
+    format: Name | Object | None = None
     options: Options = Field(default_factory=lambda: Options.model_validate({}))
     keep_alive: float | Annotated[str, Field(max_length=64)] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
     def check(self) -> None:
-        """Raise ApiError for what cannot be honoured, and for a schema over the limits."""
+        """Raise ApiError for what cannot be honoured."""
         self.check_rejected()
         if isinstance(self.format, str) and self.format not in ("", "json"):
             raise invalid_field("format", f'is {self.format!r:.100}: use "json" or a JSON schema')
-        check_schema(self.format, "format")
 
     @property
     def streamed(self) -> bool:

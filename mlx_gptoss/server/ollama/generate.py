@@ -6,17 +6,20 @@ from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
+from pydantic import Field
 from starlette.responses import Response
 
 from ...chat.stream import Events
+from ..body import BodyRoute
 from ..errors import invalid_field
+from ..fields import MAX_PARTS
 from ..service import Service, ServiceDep
 from .errors import ERROR_RESPONSES
 from .fields import GenerationFields
 from .ndjson import STREAMING_RESPONSES
 from .reply import Piece, Reply
 
-router: APIRouter = APIRouter(responses=ERROR_RESPONSES)
+router: APIRouter = APIRouter(route_class=BodyRoute, responses=ERROR_RESPONSES)
 
 
 class GenerateRequest(GenerationFields):
@@ -28,7 +31,7 @@ class GenerateRequest(GenerationFields):
     prompt: str | None = None
     system: str | None = None
     raw: bool | None = None
-    images: list[Any] | None = None
+    images: list[Any] | None = Field(None, max_length=MAX_PARTS)
 
     def check(self) -> None:
         super().check()
@@ -66,7 +69,7 @@ def _answer(prompt: str, body: GenerateRequest, service: Service) -> Events:
 def _continue_raw(prompt: str, body: GenerateRequest, service: Service) -> Events:
     """Tokenize and submit the prompt; special tokens in it are recognized. Runs on a worker thread."""
     model = service.model
-    ids = model.tokenizer.encode_with_specials(prompt)
+    ids = model.tokenizer.encode_within(model.max_context, prompt, specials=True)
     return model.stream_raw(ids, sampling=body.sampling(model.default_sampling), max_tokens=body.max_tokens)
 
 

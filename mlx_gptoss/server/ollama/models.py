@@ -10,8 +10,9 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ..about import file_format, parameter_count, parameter_size, quantization, size_bytes
+from ..body import BodyRoute
 from ..errors import ApiError, JsonResponse
-from ..fields import RequestModel
+from ..fields import Name, RequestModel
 from ..ignored import ignore
 from ..models.remote import RemoteModel
 from ..service import Service, ServiceDep
@@ -42,14 +43,14 @@ REFUSED = {  # method and path -> why
     ("POST", "/api/blobs/{digest}"): MANAGED,
 }
 
-router: APIRouter = APIRouter(responses=ERROR_RESPONSES)
+router: APIRouter = APIRouter(route_class=BodyRoute, responses=ERROR_RESPONSES)
 
 
 class ModelRequest(RequestModel):
     """The name of a model. `name` is the older spelling of `model`."""
 
-    model: str | None = None
-    name: str | None = None
+    model: Name | None = None
+    name: Name | None = None
 
 
 class PullRequest(ModelRequest):

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from ...chat.reply import Event, Finished, ReasoningDelta, TextDelta, ToolCall
 from ...chat.stream import Events
 from ...errors import GptOssError
-from ..disconnect import cancel_on_disconnect
+from ..disconnect import cancel_on_disconnect, on_thread
 from ..errors import JsonResponse, from_exception
 from ..event_queue import EventQueue
 from ..ignored import ignore
@@ -64,7 +64,7 @@ class Reply:
 
     async def respond(self, request: Request, start: partial[Events]) -> Response:
         """Submit `start` to the engine and answer with lines, or with one object if the request says so."""
-        ignore(request, self._body.ignored_fields())
+        ignore(request, await on_thread(request, self._body.ignored_fields))
         queue = await cancel_on_disconnect(request, self._service.start(start))
         if self._body.streamed:
             return LineStream(self.stream(queue), partial(self._service.finish, queue))

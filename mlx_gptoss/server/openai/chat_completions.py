@@ -19,15 +19,18 @@ from ...harmony.messages import Effort
 from ...harmony.openai import unknown_fields
 from ...sampling import MAX_LOGPROBS
 from ...tokenizer import Tokenizer
+from ..body import BodyRoute
+from ..disconnect import on_thread
 from ..errors import from_exception, invalid_field
 from ..event_queue import EventQueue
 from ..fields import (
     MAX_MESSAGES,
-    MAX_TOOLS,
     MaxTokens,
+    Name,
+    Object,
     SamplingFields,
     StreamOptions,
-    check_schema,
+    Tools,
     effort_of,
     effort_of_thinking,
     with_choice_seed,
@@ -58,7 +61,7 @@ MESSAGES_SCHEMA: dict[str, Any] = {  # for OpenAPI; harmony.openai checks the me
     },
 }
 
-router: APIRouter = APIRouter()
+router: APIRouter = APIRouter(route_class=BodyRoute)
 
 
 class ChatRequest(SamplingFields):
@@ -69,7 +72,7 @@ class ChatRequest(SamplingFields):
     tools: functions; tools of other kinds are left out if there are functions.
     """
 
-    model: str | None = None
+    model: Name | None = None
     messages: Annotated[list[Any], WithJsonSchema(MESSAGES_SCHEMA)] = Field(max_length=MAX_MESSAGES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -78,33 +81,28 @@ class ChatRequest(SamplingFields):
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
-    tool_choice: str | dict[str, Any] | None = None
+    tools: Tools | None = None
+    tool_choice: Name | Object | None = None
     parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = None
-    guided_json: dict[str, Any] | None = None
+    response_format: Object | None = None
+    guided_json: Object | None = None
     stop_token_ids: list[int] | None = Field(None, max_length=MAX_STOP_IDS)
-    json_schema: dict[str, Any] | None = None
-    reasoning_effort: str | None = None
-    reasoning: dict[str, Any] | None = None
-    think: bool | str | None = None
-    thinking: dict[str, Any] | bool | str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    json_schema: Object | None = None
+    reasoning_effort: Name | None = None
+    reasoning: Object | None = None
+    think: bool | Name | None = None
+    thinking: Object | bool | Name | None = None
+    chat_template_kwargs: Object | None = None
     include_reasoning: bool | None = None
-    modalities: list[str] | None = None
+    modalities: Annotated[list[Name], Field(max_length=16)] | None = None
 
     def check(self) -> None:
-        """Raise ApiError for what cannot be honoured, and for schemas over the limits."""
+        """Raise ApiError for what cannot be honoured."""
         self.check_rejected()
         if self.top_logprobs and not self.logprobs:
             raise invalid_field("top_logprobs", "needs logprobs: true")
         if self.modalities is not None and "text" not in self.modalities:
             raise invalid_field("modalities", "must contain text, the only kind of reply")
-        for index, tool in enumerate(self.tools or ()):
-            check_schema(tool, f"tools[{index}]")
-        check_schema(self.response_format, "response_format")
-        check_schema(self.guided_json, "guided_json")
-        check_schema(self.json_schema, "json_schema")
 
     @property
     def format(self) -> dict[str, Any] | None:
@@ -142,8 +140,8 @@ class ChatRequest(SamplingFields):
 async def create(body: ChatRequest, request: Request, service: ServiceDep) -> Response:
     """Generate the assistant's next message."""
     service = await service.select(body.model)
-    completion = _Completion(body, service)
-    ignore(request, body.ignored_fields())
+    completion = await on_thread(request, _Completion, body, service)
+    ignore(request, completion.ignored)
     return await respond(completion, request, service, stream=bool(body.stream))
 
 
@@ -161,6 +159,7 @@ class _Completion:
         body.check()
         self._body = body
         self._service = service
+        self.ignored: set[str] = body.ignored_fields()
         self._functions = check_tools(body.tools or ())
         choice = partial(_Choice, tokenizer=service.model.tokenizer, logprobs=bool(body.logprobs))
         self._choices = [choice(index, reasoning=body.include_reasoning is not False) for index in range(body.n or 1)]

@@ -17,9 +17,11 @@ from ...chat.stream import Events
 from ...engine import Token
 from ...sampling import Sampling
 from ...tokenizer import Tokenizer
+from ..body import BodyRoute
+from ..disconnect import on_thread
 from ..errors import from_exception, invalid_field
 from ..event_queue import EventQueue
-from ..fields import MaxTokens, SamplingFields, StreamOptions, with_choice_seed
+from ..fields import MaxTokens, Name, SamplingFields, StreamOptions, TokenIds, with_choice_seed
 from ..ignored import ignore
 from ..service import Service, ServiceDep
 from ..sse import DONE, STREAMING_RESPONSES, encode_event, encode_events
@@ -28,9 +30,11 @@ from .respond import respond
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
-Ids = Annotated[list[int], Field(min_length=1)]
+MAX_ECHO_CHARACTERS = 4 << 20  # of all choices together
 
-router: APIRouter = APIRouter()
+Ids = Annotated[TokenIds, Field(min_length=1)]
+
+router: APIRouter = APIRouter(route_class=BodyRoute)
 
 
 class CompletionRequest(SamplingFields):
@@ -40,7 +44,7 @@ class CompletionRequest(SamplingFields):
     echo: put the prompt before the completion. logprobs: number of alternatives per token.
     """
 
-    model: str | None = None
+    model: Name | None = None
     prompt: str | Ids | Annotated[list[str | Ids], Field(min_length=1, max_length=MAX_CHOICES)]
     max_tokens: MaxTokens = None
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
@@ -68,8 +72,8 @@ class CompletionRequest(SamplingFields):
 async def create(body: CompletionRequest, request: Request, service: ServiceDep) -> Response:
     """Continue a text."""
     service = await service.select(body.model)
-    completion = _Completion(body, service)
-    ignore(request, body.ignored_fields())
+    completion = await on_thread(request, _Completion, body, service)
+    ignore(request, completion.ignored)
     return await respond(completion, request, service, stream=bool(body.stream))
 
 
@@ -88,6 +92,7 @@ class _Completion:
 
     def __init__(self, body: CompletionRequest, service: Service) -> None:
         body.check()
+        self.ignored: set[str] = body.ignored_fields()
         self._body = body
         self._service = service
         self._choices = [
@@ -111,11 +116,14 @@ class _Completion:
         """Tokenize the prompt of one choice and submit it. Runs on a worker thread, since a prompt may be long."""
         model, (prompt_index, choice_of_prompt) = self._service.model, divmod(choice.index, self._body.n or 1)
         prompt = self._body.prompts[prompt_index]
-        ids = model.tokenizer.encode_with_specials(prompt) if isinstance(prompt, str) else prompt
+        if isinstance(prompt, str):
+            prompt = model.tokenizer.encode_within(model.max_context, prompt, specials=True)
         if self._body.echo:
-            choice.echo_text = model.tokenizer.decode(ids, specials=True)
+            choice.echo_text = model.tokenizer.decode(prompt, specials=True)
+            if sum(len(choice.echo_text) for choice in self._choices) > MAX_ECHO_CHARACTERS:
+                raise invalid_field("echo", f"would return more than {MAX_ECHO_CHARACTERS} characters: leave it out")
         max_tokens = self._body.max_tokens or DEFAULT_MAX_TOKENS
-        return model.stream_raw(ids, max_tokens=max_tokens, sampling=with_choice_seed(sampling, choice_of_prompt))
+        return model.stream_raw(prompt, max_tokens=max_tokens, sampling=with_choice_seed(sampling, choice_of_prompt))
 
     async def chunks(self, queue: EventQueue) -> AsyncIterator[list[dict[str, Any]]]:
         """Yield batches of entries for a chunk's `choices`, echoed prompts first."""

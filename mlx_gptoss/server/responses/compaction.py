@@ -13,7 +13,8 @@ from starlette.responses import Response
 from ...chat.reply import Finished, ReasoningDelta, TextDelta
 from ...harmony.messages import Message
 from ...harmony.render import instructions_text
-from ..disconnect import cancel_on_disconnect
+from ..body import BodyRoute
+from ..disconnect import cancel_on_disconnect, on_thread
 from ..errors import JsonResponse
 from ..event_queue import EventQueue
 from ..ignored import ignore
@@ -31,7 +32,7 @@ Summarize this conversation for a model that will continue it without seeing it.
 has been done and found out, the names, numbers, files and commands that matter, and what remains to be done. Do not \
 answer and do not call a tool; write only the summary."""
 
-router: APIRouter = APIRouter()
+router: APIRouter = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/v1/responses/compact")
@@ -41,7 +42,7 @@ async def compact(body: ContextRequest, request: Request, service: ServiceDep) -
     The summary leaves out the oldest turns if the context cannot hold them.
     """
     service = await service.select(body.model)
-    context = read_context(body, service)
+    context = await on_thread(request, read_context, body, service)
     ignore(request, context.ignored)
     limit = min(MAX_SUMMARY_TOKENS, service.model.max_context // 4)
     ask = Message("developer", instructions_text(PROMPT))  # not the user's, so that a cut keeps the turn before it

@@ -11,28 +11,30 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
+from ..body import BodyRoute
+from ..disconnect import on_thread
 from ..errors import ApiError, JsonResponse, dump_json, invalid_field
-from ..fields import MAX_MESSAGES, RequestModel
+from ..fields import MAX_MESSAGES, Metadata, RequestModel
 from ..ignored import ignore
 from ..service import Service, ServiceDep
 from .items import Item, ItemReference, item_objects, new_id
-from .pages import PageFields, PageQuery, list_object
+from .pages import PageFields, PageQuery, list_response
 from .store import StoredConversation
 
-router: APIRouter = APIRouter()
+router: APIRouter = APIRouter(route_class=BodyRoute)
 
 
 class ConversationRequest(RequestModel):
     """metadata: kept with the conversation. items: its first items."""
 
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
     items: list[Item] | None = Field(default=None, max_length=MAX_MESSAGES)
 
 
 class MetadataRequest(RequestModel):
     """metadata: takes the place of the conversation's."""
 
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
 
 
 class ItemsRequest(RequestModel):
@@ -45,10 +47,9 @@ class ItemsRequest(RequestModel):
 async def create(request: Request, service: ServiceDep, body: ConversationRequest | None = None) -> Response:
     """Begin a conversation."""
     body = body or ConversationRequest()
-    ignore(request, body.ignored_fields())
-    id = new_id("conv")
-    new = StoredConversation(int(time.time()), body.metadata or {}, _stored_items(body.items or []))
-    return _put(service, id, new)
+    ignore(request, await on_thread(request, body.ignored_fields))
+    items = await on_thread(request, _stored_items, body.items or [])
+    return _put(service, new_id("conv"), StoredConversation(int(time.time()), body.metadata or {}, items))
 
 
 @router.get("/v1/conversations/{id}")
@@ -79,17 +80,19 @@ async def list_items(
     page: PageQuery,
 ) -> Response:
     """List the items of a conversation, one page at a time."""
-    return JsonResponse(list_object(_found(service, id).items, page))
+    return list_response(_found(service, id).items, page)
 
 
 @router.post("/v1/conversations/{id}/items")
 async def add_items(id: str, body: ItemsRequest, request: Request, service: ServiceDep) -> Response:
     """Add items at the end of a conversation, and return them."""
-    conversation, added = _found(service, id), _stored_items(body.items)
-    ignore(request, body.ignored_fields())
+    added = await on_thread(request, _stored_items, body.items)
+    ignore(request, await on_thread(request, body.ignored_fields))
+    conversation = _found(service, id)
     if not (conversation.has_room(len(added)) and service.conversations.append(id, added)):
         raise _too_large()
-    return JsonResponse(list_object(added, PageFields.model_construct(limit=len(added), order="asc")))
+    page = PageFields.model_construct(limit=len(added), order="asc")
+    return list_response(added, page)
 
 
 @router.get("/v1/conversations/{id}/items/{item_id}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 from typing import Any
 
@@ -10,7 +9,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ...harmony.render import render
-from ..disconnect import cancel_on_disconnect
+from ..body import BodyRoute
+from ..disconnect import cancel_on_disconnect, on_thread
 from ..errors import JsonResponse
 from ..ignored import ignore
 from ..service import Service, ServiceDep
@@ -20,14 +20,14 @@ from .model_response import ModelResponse
 from .request import ContextRequest, ResponsesRequest
 from .truncation import truncated
 
-router: APIRouter = APIRouter()
+router: APIRouter = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/v1/responses", responses=STREAMING_RESPONSES)
 async def create(body: ResponsesRequest, request: Request, service: ServiceDep) -> Response:
     """Generate the next response, from input items and optionally a previous response or a conversation."""
     service = await service.select(body.model)
-    response = ModelResponse(body, service)
+    response = await on_thread(request, ModelResponse, body, service)
     ignore(request, response.context.ignored)
     queue = await cancel_on_disconnect(request, response.start())
     if body.background:
@@ -49,13 +49,13 @@ async def full_response(body: ResponsesRequest, service: Service) -> dict[str, A
 async def count_input_tokens(body: ContextRequest, request: Request, service: ServiceDep) -> Response:
     """Count the tokens of the prompt that POST /v1/responses would make of the same fields."""
     service = await service.select(body.model)
-    context = read_context(body, service)
+    context = await on_thread(request, read_context, body, service)
     ignore(request, context.ignored)
 
     def count() -> int:
         conversation = context.conversation
         if body.truncation == "auto":
             conversation = truncated(conversation, service.model, None)
-        return len(render(conversation, service.model.tokenizer))
+        return len(render(conversation, service.model.tokenizer, service.model.max_context))
 
-    return JsonResponse({"object": "response.input_tokens", "input_tokens": await asyncio.to_thread(count)})
+    return JsonResponse({"object": "response.input_tokens", "input_tokens": await on_thread(request, count)})

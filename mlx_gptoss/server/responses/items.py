@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from ...harmony.checks import MAX_TOOL_NAME_CHARACTERS
-from ..fields import RequestModel
+from ..fields import MAX_PARTS, MAX_TOKEN_IDS, Name, RequestModel
 from ..hosted.items import ID_PREFIXES as HOSTED_ID_PREFIXES
 
 TEXT_PARTS = ("input_text", "output_text", "text")
@@ -28,17 +28,16 @@ ID_PREFIXES: Mapping[str, str] = {
 }
 
 FunctionName = Annotated[str, Field(min_length=1, max_length=MAX_TOOL_NAME_CHARACTERS)]
-CallId = Annotated[str, Field(max_length=1024)]
 
 
 class Part(RequestModel):
     """A part of a message or of a tool's output. Annotations and logprobs are those of an output sent back."""
 
-    type: str
+    type: Name
     text: str | None = None
     refusal: str | None = None
-    annotations: list[Any] | None = None
-    logprobs: list[Any] | None = None
+    annotations: list[Any] | None = Field(None, max_length=MAX_PARTS)
+    logprobs: list[Any] | None = Field(None, max_length=MAX_TOKEN_IDS)
 
     def _ignored(self, prefix: str) -> Iterator[str]:
         if self.type in TEXT_PARTS or self.type == "refusal":
@@ -47,11 +46,14 @@ class Part(RequestModel):
             yield prefix + self.type
 
 
+Parts = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
+
+
 class BaseItem(RequestModel):
     """What all items may have. Neither has an effect on the reply."""
 
-    id: str | None = Field(default=None, max_length=1024)
-    status: str | None = None
+    id: Name | None = None
+    status: Name | None = None
 
 
 class MessageItem(BaseItem):
@@ -59,21 +61,24 @@ class MessageItem(BaseItem):
 
     type: Literal["message"] | None = None
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[Part] | None = None
-    phase: str | None = None
+    content: str | Parts | None = None
+    phase: Name | None = None
 
 
 class ReasoningPart(RequestModel):
-    type: str
+    type: Name
     text: str = ""
+
+
+ReasoningParts = Annotated[list[ReasoningPart], Field(max_length=MAX_PARTS, fail_fast=True)]
 
 
 class ReasoningItem(BaseItem):
     """Reasoning: its text in `content` or, if it is absent, packed in `encrypted_content`, or in `summary`."""
 
     type: Literal["reasoning"]
-    content: list[ReasoningPart] | None = None
-    summary: list[ReasoningPart] | None = None
+    content: ReasoningParts | None = None
+    summary: ReasoningParts | None = None
     encrypted_content: str | None = None
 
 
@@ -81,7 +86,7 @@ class FunctionCallItem(BaseItem):
     """A function call by the model. namespace: that of a tool of the type namespace."""
 
     type: Literal["function_call"]
-    call_id: CallId
+    call_id: Name
     name: FunctionName
     namespace: FunctionName | None = None
     arguments: str | dict[str, Any] | None = None
@@ -91,7 +96,7 @@ class CustomCallItem(BaseItem):
     """A call of a custom tool, whose input is any text."""
 
     type: Literal["custom_tool_call"]
-    call_id: CallId
+    call_id: Name
     name: FunctionName
     namespace: FunctionName | None = None
     input: str = ""
@@ -101,8 +106,8 @@ class CallOutputItem(BaseItem):
     """The result of a function or a custom tool."""
 
     type: Literal["function_call_output", "custom_tool_call_output"]
-    call_id: CallId
-    output: str | list[Part] | None = None
+    call_id: Name
+    output: str | Parts | None = None
 
 
 class CompactionItem(BaseItem):
@@ -116,13 +121,13 @@ class ItemReference(BaseItem):
     """Stands for an item that this server stores."""
 
     type: Literal["item_reference"] | None = None
-    id: str = Field(max_length=1024)
+    id: Name
 
 
 class OtherItem(BaseItem):
     """An item of any other type, such as local_shell_call."""
 
-    type: str
+    type: Name
 
     def _ignored(self, prefix: str) -> Iterator[str]:
         yield from ()  # the conversation says whether the item as a whole has an effect

@@ -108,7 +108,8 @@ class ModelResponse:
         finally:
             service.running_responses.pop(self._id, None)
             service.finish(queue)
-        self._store_response(last, log)
+        given = await asyncio.to_thread(lambda: _by_id(item_objects(self.context.items)))
+        self._store_response(last, given, log)
         yield [last]
 
     def run_in_background(self, queue: EventQueue) -> EventLog:
@@ -145,10 +146,13 @@ class ModelResponse:
             raise self.failure
         return self._writer.response
 
-    def _store_response(self, last: dict[str, Any], log: EventLog | None) -> None:
-        """Store the response unless the request says not to, and continue its conversation. `last`: its last event."""
+    def _store_response(self, last: dict[str, Any], given: dict[str, bytes], log: EventLog | None) -> None:
+        """Store the response unless the request says not to, and continue its conversation.
+
+        last: its last event. given: the items of its input.
+        """
         writer, body, service = self._writer, self._body, self._service
-        given, made = _by_id(item_objects(self.context.items)), _by_id(writer.response["output"])
+        made = _by_id(writer.response["output"])
         if body.conversation_id is not None and writer.finished is not None:
             service.conversations.append(body.conversation_id, {**given, **made})
             self._keep_session(body.conversation_id)

@@ -17,9 +17,13 @@ from ..fields import (
     MAX_MESSAGES,
     MAX_TOOLS,
     MaxTokens,
+    Metadata,
+    Name,
+    Object,
     RequestModel,
     SamplingFields,
     StreamOptions,
+    Tools,
     check_schema,
     effort_of,
 )
@@ -35,21 +39,21 @@ class Reasoning(RequestModel):
     generate_summary is OpenAI's earlier name of summary.
     """
 
-    effort: str | None = None
-    summary: str | None = None
-    generate_summary: str | None = None
+    effort: Name | None = None
+    summary: Name | None = None
+    generate_summary: Name | None = None
 
 
 class TextOptions(RequestModel):
     """format: text, json_object, or json_schema with a schema."""
 
-    format: dict[str, Any] | None = None
+    format: Object | None = None
 
 
 class ConversationReference(RequestModel):
     """A conversation of /v1/conversations."""
 
-    id: str = Field(max_length=1024)
+    id: Name
 
 
 class ContextRequest(RequestModel):
@@ -59,13 +63,13 @@ class ContextRequest(RequestModel):
     truncation: auto drops the oldest turns of a conversation that the context cannot hold.
     """
 
-    model: str | None = None
+    model: Name | None = None
     input: str | Annotated[list[Item], Field(max_length=MAX_MESSAGES)] | None = None
     instructions: str | None = None
-    previous_response_id: str | None = None
-    conversation: str | ConversationReference | None = None
-    tools: list[dict[str, Any]] | None = Field(None, max_length=MAX_TOOLS)
-    tool_choice: str | dict[str, Any] | None = None
+    previous_response_id: Name | None = None
+    conversation: Name | ConversationReference | None = None
+    tools: Tools | None = None
+    tool_choice: Name | Object | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: Reasoning | None = None
@@ -121,7 +125,6 @@ class ContextRequest(RequestModel):
             raise invalid_field("tools", f"has more than {MAX_TOOLS} tools, those in items included")
         for index, tool in enumerate(tools):
             check_schema(tool, f"tools[{index}]")
-        check_schema(self.format, "text.format")
 
     def _check_rejected(self) -> None:
         try:
@@ -139,14 +142,14 @@ class ResponsesRequest(ContextRequest, SamplingFields):
     background: the response is made without the client, which polls it.
     """
 
-    metadata: dict[str, str] | None = None
-    user: str | None = None
+    metadata: Metadata | None = None
+    user: Name | None = None
     store: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_output_tokens: MaxTokens = None
     max_tool_calls: int | None = Field(None, ge=0, le=MAX_INT64)
-    include: list[str] | None = Field(None, max_length=1000)
+    include: list[Name] | None = Field(None, max_length=1000)
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     background: bool | None = None
 

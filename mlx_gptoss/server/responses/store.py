@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from .conversation_items import ConversationItems
 MAX_RESPONSES = 1000
 MAX_CONVERSATIONS = 1000
 MAX_BYTES = 256 << 20  # of each of the two
-MAX_CONVERSATION_BYTES = 32 << 20  # a longer conversation is not continued: each request reads all of it
+MAX_CONVERSATION_BYTES = 16 << 20  # a longer conversation is not continued: each request reads all of it
 MAX_CONVERSATION_ITEMS = 10_000
 
 
@@ -29,9 +30,10 @@ E = TypeVar("E", bound=Entry)
 
 
 class BoundedStore(Generic[E]):
-    """A map from ids to entries, limited in number and in bytes. Finds the items in them, too."""
+    """A map from ids to entries, limited in number and in bytes. Finds the items in them, too. Threads may share it."""
 
     def __init__(self, max_entries: int, max_bytes: int) -> None:
+        self._lock = threading.RLock()
         self._max_entries = max_entries
         self._max_bytes = max_bytes
         self._entries: OrderedDict[str, tuple[E, int]] = OrderedDict()
@@ -43,43 +45,47 @@ class BoundedStore(Generic[E]):
 
     def get(self, id: str) -> E | None:
         """The entry, which becomes the most recently used; None if there is none."""
-        if id not in self._entries:
-            return None
-        self._entries.move_to_end(id)
-        return self._entries[id][0]
+        with self._lock:
+            if id not in self._entries:
+                return None
+            self._entries.move_to_end(id)
+            return self._entries[id][0]
 
     def put(self, id: str, entry: E) -> bool:
         """Store an entry, evicting others as needed. Returns False, without storing it, if it exceeds max_bytes."""
         size = entry.size()
         if size > self._max_bytes:
             return False
-        self.delete(id)
-        self._entries[id] = (entry, size)
-        self.bytes += size
-        for item in entry.items:
-            self._holders.setdefault(item, {})[id] = None
-        while len(self._entries) > self._max_entries or self.bytes > self._max_bytes:
-            self.delete(next(iter(self._entries)))
-        return True
+        with self._lock:
+            self.delete(id)
+            self._entries[id] = (entry, size)
+            self.bytes += size
+            for item in entry.items:
+                self._holders.setdefault(item, {})[id] = None
+            while len(self._entries) > self._max_entries or self.bytes > self._max_bytes:
+                self.delete(next(iter(self._entries)))
+            return True
 
     def delete(self, id: str) -> bool:
         """Remove an entry. Returns False if there was none."""
-        if id not in self._entries:
-            return False
-        entry, size = self._entries.pop(id)
-        self.bytes -= size
-        for item in entry.items:
-            del self._holders[item][id]
-            if not self._holders[item]:
-                del self._holders[item]
-        return True
+        with self._lock:
+            if id not in self._entries:
+                return False
+            entry, size = self._entries.pop(id)
+            self.bytes -= size
+            for item in entry.items:
+                del self._holders[item][id]
+                if not self._holders[item]:
+                    del self._holders[item]
+            return True
 
     def item(self, id: str) -> bytes | None:
         """The item of this id in any entry, as JSON; None if there is none. The entry counts as used."""
-        if id not in self._holders:
-            return None
-        entry = self.get(next(reversed(self._holders[id])))
-        return None if entry is None else entry.items[id]
+        with self._lock:
+            if id not in self._holders:
+                return None
+            entry = self.get(next(reversed(self._holders[id])))
+            return None if entry is None else entry.items[id]
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,16 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from starlette.responses import Response
 
+from ..body import BodyRoute
 from ..errors import ApiError, JsonResponse, invalid_field
 from ..fields import MAX_INT64
 from ..service import Service, ServiceDep
 from ..sse import STREAMING_RESPONSES, EventStream
-from .pages import PageQuery, list_object
+from .pages import PageQuery, list_response
 from .running import EventLog
 from .store import StoredResponse
 
-router: APIRouter = APIRouter()
+router: APIRouter = APIRouter(route_class=BodyRoute)
 
 
 @router.get("/v1/responses/{id}", responses=STREAMING_RESPONSES)
@@ -61,7 +62,7 @@ async def input_items(
     page: PageQuery,
 ) -> Response:
     """List the input items of a stored response, one page at a time."""
-    return JsonResponse(list_object(_stored(service, id).input, page))
+    return list_response(_stored(service, id).input, page)
 
 
 def _event_log(service: Service, id: str) -> EventLog:

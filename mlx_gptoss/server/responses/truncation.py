@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
+from ...errors import PromptTooLong
 from ...harmony.messages import Conversation, Message
 from ...harmony.render import render, render_message
 from ..models.named import ServedModel
 
 STEPS = 4  # per context
+MAX_CONTEXTS = 8  # in a conversation: all of it is encoded, to know where to cut
 
 
 def truncated(conversation: Conversation, model: ServedModel, max_tokens: int | None) -> Conversation:
@@ -23,11 +25,18 @@ def truncated(conversation: Conversation, model: ServedModel, max_tokens: int | 
 
     max_tokens: of the reply; by default an eighth of the context is kept free. Instructions stay, also those between
     turns. A call stays together with its result. If the last turn alone is too long, its oldest calls are dropped.
-    Returns the shortest conversation that this leaves if the context cannot hold even that.
+    Returns the shortest conversation that this leaves if the context cannot hold even that. Raises PromptTooLong for a
+    conversation of more than MAX_CONTEXTS times the context.
     """
     context, tokenizer = model.max_context, model.tokenizer
     limit = context - max(1, min(max_tokens or context // 8, context // 2))
-    excess = len(render(conversation, tokenizer)) - limit
+    try:
+        excess = len(render(conversation, tokenizer, MAX_CONTEXTS * context)) - limit
+    except PromptTooLong:
+        raise PromptTooLong(
+            f"the conversation has more than {MAX_CONTEXTS} times the {context} tokens that the context holds; send "
+            "its latest turns only"
+        ) from None
     if excess <= 0:
         return conversation
     messages = conversation.messages

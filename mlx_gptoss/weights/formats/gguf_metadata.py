@@ -10,22 +10,13 @@ import numpy as np
 
 from ...config import token_ids
 from ...errors import CheckpointError
+from ...untrusted.tokenizer_file import SPLIT_PATTERNS
 from ..gguf import StringArray, Value
 from ..safetensors import TensorInfo
 
 ARCHITECTURE = "gpt-oss"
 _STOP_TOKENS = ("<|return|>", "<|endoftext|>", "<|call|>")
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # token types
-# How o200k splits text before merging; llama.cpp calls this pre-tokenizer "gpt-4o"
-_SPLIT_PATTERNS = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-    r"\p{N}{1,3}",
-    r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-    r"\s*[\r\n]+",
-    r"\s+(?!\S)",
-    r"\s+",
-)
 
 
 def config_json(metadata: Mapping[str, Value], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
@@ -128,7 +119,7 @@ def _tokenizer_json(metadata: Mapping[str, Value]) -> dict[str, Any]:
         if kind in (_CONTROL, _USER_DEFINED)
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": "|".join(_SPLIT_PATTERNS)}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": "|".join(SPLIT_PATTERNS)}, "behavior": "Isolated", "invert": False}
     vocabulary = {text: id for text, id, _ in tokens}
     return {
         "version": "1.0",

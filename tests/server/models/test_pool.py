@@ -40,7 +40,7 @@ class PretendProcess:
     gate: threading.Event | None = None
     error: Exception | None = None
 
-    def __init__(self, name, on_exit):
+    def __init__(self, name, on_exit, log):
         self.name, self.on_exit = name, on_exit
 
     def plan(self, request):

@@ -18,7 +18,7 @@ import mlx_gptoss
         ("null", "JSON object"),
         ("", "body is empty"),
         ("{", "not JSON"),
-        ("[" * 100_000, "parsing the body"),
+        ("[" * 100_000, "nested too deeply"),
         ('{"messages": {}}', "messages"),
         ('{"messages": [1]}', "messages[0] must be a dict"),
         ('{"messages": [{"role": "robot", "content": "x"}]}', "messages[0] has the role"),

@@ -64,7 +64,7 @@ def test_a_server_that_is_strict_about_names(serve, model):
         client = ollama.Client(host=server.url)
         assert client.show("mlx-gptoss-nano:latest") and client.pull("mlx-gptoss-nano").status == "success"
         for call in (client.show, client.pull, client.generate, client.chat):
-            with pytest.raises(ollama.ResponseError, match="is not loaded: use 'mlx-gptoss-nano'") as refused:
+            with pytest.raises(ollama.ResponseError, match="is not here: use 'mlx-gptoss-nano'") as refused:
                 call(MODEL)
             assert refused.value.status_code == 404
 
@@ -75,10 +75,10 @@ def test_a_server_that_is_strict_about_names(serve, model):
         ("POST", "/api/embed", "embeddings"),
         ("POST", "/api/embeddings", "embeddings"),
         ("DELETE", "/api/delete", "mlx-gptoss serve --model"),
-        ("POST", "/api/create", "one model"),
-        ("POST", "/api/copy", "one model"),
-        ("POST", "/api/push", "one model"),
-        ("POST", "/api/blobs/sha256:0", "one model"),
+        ("POST", "/api/create", "cannot create"),
+        ("POST", "/api/copy", "cannot create"),
+        ("POST", "/api/push", "cannot create"),
+        ("POST", "/api/blobs/sha256:0", "cannot create"),
     ],
 )
 def test_what_is_not_served_says_why(http, method, path, words):
