@@ -73,6 +73,8 @@ class Soak:
     in_flight: int = 0
     behind_s: float = 0.0
     over: bool = False
+    started: float = field(default_factory=time.monotonic)  # the clients, without what quiet points took
+    seconds: float = 0.0
     cpu_s: float = 0.0
     samples: list[dict[str, dict[str, int]]] = field(default_factory=list)
     open_gate: asyncio.Event = field(default_factory=asyncio.Event)
