@@ -23,7 +23,8 @@ from .errors import main_problem
 from .rewrite import is_json
 
 SMALL_BODY = 16 << 10  # bytes that take less time than a thread
-MAX_C_VALUES = 50_000  # that json.loads reads in one call, names counted
+MAX_C_VALUES = 20_000  # that json.loads reads in one call, names counted
+MAX_NAMES = 20_000  # different ones in a body: to make and to free an object of 250,000 takes half a second
 
 
 class BodyRoute(APIRoute):
@@ -68,11 +69,21 @@ def _main_problem(error: ValidationError) -> dict[str, Any]:
     return {**problem, "loc": ("body", *problem["loc"])}
 
 
+class _Names(dict[str, str]):
+    """The names that a decoder has read. Raises ValueError for one more than MAX_NAMES."""
+
+    def setdefault(self, name: str, default: Any = None, /) -> Any:
+        if len(self) > MAX_NAMES:
+            raise ValueError(f"more than {MAX_NAMES} different names")
+        return super().setdefault(name, default)
+
+
 class PythonDecoder(json.JSONDecoder):
-    """json's decoder as it is without its C extension, but for strings."""
+    """json's decoder as it is without its C extension, but for strings. Raises ValueError for too many names."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.memo = _Names()
         self.parse_object = json.decoder.JSONObject  # type: ignore[attr-defined]
         self.parse_array = json.decoder.JSONArray  # type: ignore[attr-defined]
         self.scan_once = json.scanner.py_make_scanner(self)  # type: ignore[attr-defined]
@@ -95,7 +106,7 @@ def _validated(adapter: TypeAdapter[Any], body: bytes) -> Any:
         problem = {"type": "json_invalid", "loc": ("body", 0), "ctx": {"error": "it is not UTF-8"}}
         raise RequestValidationError([problem]) from None
     except (ValueError, RecursionError):
-        words = "it is nested too deeply, or has a number of thousands of digits"
+        words = f"it is nested too deeply, has a number of thousands of digits, or {MAX_NAMES} names"
         problem = {"type": "json_invalid", "loc": ("body", 0), "ctx": {"error": words}}
         raise RequestValidationError([problem]) from None
     try:

@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
 import uvicorn
@@ -20,6 +21,7 @@ from .guard import LOCAL_HOSTS, LOOPBACK
 from .service import Service
 
 DRAIN_TIMEOUT_S = 30.0
+THREADS = 32  # that read, render and tokenize requests; asyncio's default is six on two cores
 MAX_CONNECTIONS = 1024
 MAX_HEADER_BYTES = 32 << 10  # request line and headers
 
@@ -82,6 +84,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Called when the server starts. Begins to load the first model, if it has a process of its own."""
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "mlx-gptoss request"))
         if self.service.pool is not None:
             self.service.pool.start()
         await super().startup(sockets)

@@ -9,13 +9,14 @@ from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
+from ..body import BodyRoute
 from ..disconnect import cancel_on_disconnect
 from ..errors import JsonResponse
 from ..fields import RequestModel
 from ..ignored import ignore
 from ..service import Service, ServiceDep
 
-router: APIRouter = APIRouter()
+router: APIRouter = APIRouter(route_class=BodyRoute)
 
 
 class ModelRequest(RequestModel):
