@@ -9,7 +9,7 @@ killed. It fails if
 - a reply is not the one that its conversation gets when it is asked again alone. Each conversation asks to reverse a
   word of its own, so a text shows whose it is (soak_dialects.py);
 - GET /health, asked twenty times a second by a process of its own, or a steady stream had a gap of half a second. Time
-  that a thread of the server or the probe was ready to run and had no CPU does not count (soak_probes.py);
+  in which the threads on its way were ready to run and had no CPU does not count (soak_probes.py);
 - memory, descriptors or threads grew after the first quarter. They are taken at quiet points, twelve times in all,
   when every request has ended. glibc is told to return freed memory at once, so that memory is what the server holds;
 - a slot stays in use, a killed model does not come back, or the server does not end with 0 after SIGTERM.
@@ -73,6 +73,8 @@ class Soak:
     in_flight: int = 0
     behind_s: float = 0.0
     over: bool = False
+    started: float = field(default_factory=time.monotonic)  # the clients, without what quiet points took
+    seconds: float = 0.0
     cpu_s: float = 0.0
     samples: list[dict[str, dict[str, int]]] = field(default_factory=list)
     open_gate: asyncio.Event = field(default_factory=asyncio.Event)
@@ -140,7 +142,11 @@ class Soak:
         connection.close()
 
     async def run(self, minutes: float, requests: int, seed: int) -> None:
-        """Let the clients work, with quiet points at equal distances."""
+        """Let the clients work, with quiet points at equal distances. First, everything once: it needs most memory."""
+        connection = Connection(self.port)
+        for scenario, _ in SCENARIOS:
+            await scenario(self, connection, random.Random(seed))
+        connection.close()
         self.started = time.monotonic()
         self.open_gate.set()
         workers = [asyncio.create_task(self.work(worker, seed)) for worker in range(WORKERS)]
@@ -204,7 +210,7 @@ class Soak:
                 name = "server" if pid == self.pid else names.get(pid, f"process {len(found)}")
                 found[name] = {
                     "rss": memory.rss,
-                    "pss": memory.pss,
+                    "private": memory.uss,  # the shared part changes with the number of processes
                     "descriptors": process.num_fds(),
                     "threads": process.num_threads(),
                 }
@@ -366,7 +372,7 @@ def judge_growth(soak: Soak) -> dict[str, Any]:
     if len({len(sample) for sample in later}) > 1:
         soak.fail(f"the number of processes changes: {report['processes']}")
     for name in steady:
-        for what in ("rss", "pss"):
+        for what in ("rss", "private"):
             values = [sample[name][what] for sample in later]
             half, middle = len(values) // 2, statistics.median(values)
             by_slope = slope(values) * (len(values) - 1) / middle
@@ -429,7 +435,7 @@ async def report_progress(soak: Soak) -> None:
         await asyncio.sleep(10)
         done, load = sum(soak.ended.values()), os.getloadavg()[0]
         seconds = time.monotonic() - soak.started
-        memory = sum(one["pss"] for one in soak.samples[-1].values()) / 1e6 if soak.samples else 0
+        memory = sum(one["private"] for one in soak.samples[-1].values()) / 1e6 if soak.samples else 0
         print(
             f"{seconds:.0f} s: {done} requests, {max(0, soak.behind_s):.0f} s behind, {soak.checked} conversations "
             f"checked, {len(soak.suspects)} to ask again, {memory:.0f} MB, {len(soak.failures)} failures, "

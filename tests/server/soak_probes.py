@@ -3,7 +3,9 @@
 health: the time that GET /health takes, twenty times a second. stream: the time between the chunks of one stream after
 another, with as long a pause after each, so that the clients get their share. sleep: how much later than asked a
 sleeping process wakes, which tells a busy machine from a server that stalls. PID is the server: for every long gap, the
-probe reads from /proc how long a thread of the server, or the probe itself, was ready to run in it but had no CPU.
+probe reads from /proc how long the threads that the answer came through were ready to run in it but had no CPU: those
+of the server, of the model's process and of the probe. These waits follow each other, so they are summed up; together
+they are at most the gap. Where the machine has CPUs to spare they are next to nothing.
 
 Writes a JSON object per gap of interest to stdout, and one with the totals when stdin closes.
 """
@@ -48,7 +50,8 @@ class Waits:
         """Nanoseconds by thread so far."""
         if time.monotonic() >= self._next_tree:
             self._next_tree = time.monotonic() + TREE_PERIOD_S
-            processes = [*descendants(self.pid), os.getpid()]
+            below = descendants(self.pid)[1:]
+            processes = [self.pid, *sorted(below)[:1], os.getpid()]  # the first model is loaded first, and stays
             self._files = [path for one in processes for path in Path(f"/proc/{one}/task").glob("*/schedstat")]
         found = {}
         for path in self._files:
@@ -58,9 +61,9 @@ class Waits:
                 continue
         return found
 
-    def longest(self, before: dict[Path, int]) -> float:
-        """Seconds that one thread has waited since then, at most."""
-        return max((now - before[path] for path, now in self.read().items() if path in before), default=0) / 1e9
+    def since(self, before: dict[Path, int]) -> float:
+        """Seconds that the threads have waited since then, one after the other."""
+        return sum(now - before[path] for path, now in self.read().items() if path in before) / 1e9
 
 
 class Gaps:
@@ -80,7 +83,7 @@ class Gaps:
         self.count += 1
         self.longest = max(self.longest, seconds)
         if seconds >= LONG_S:
-            waited = min(seconds, self.waits.longest(before))
+            waited = min(seconds, self.waits.since(before))
             print(json.dumps({"probe": self.probe, "at": started, "seconds": seconds, "waited": waited}), flush=True)
         return now
 
@@ -135,6 +138,7 @@ def probe_stream(gaps: Gaps, port: int, ended: threading.Event, model: str) -> N
                         gaps.failures.append(f"the steady stream: {line[:200]!r}")
                     last = gaps.add(last, before) if last else time.monotonic()
                     before = gaps.waits.read()
+            connection.close()  # the server would close it in the pause
             ended.wait(time.monotonic() - began)
         except (OSError, http.client.HTTPException) as error:
             gaps.failures.append(f"the steady stream: {error!r}")

@@ -106,7 +106,7 @@ def test_an_error_in_a_stream_is_seen():
 
 def some_soak(**samples: list[int]) -> Soak:
     soak = Soak(0, 0, ["a", "b"], completions(""), 1)
-    steady = {"rss": [100] * 12, "pss": [100] * 12, "descriptors": [9] * 12, "threads": [5] * 12} | samples
+    steady = {"rss": [100] * 12, "private": [100] * 12, "descriptors": [9] * 12, "threads": [5] * 12} | samples
     soak.samples = [{"server": {name: values[point] for name, values in steady.items()}} for point in range(12)]
     return soak
 
@@ -117,7 +117,7 @@ def test_growth_is_seen():
     assert not steady.failures
     for name, values in {
         "rss": [*range(100, 112)],
-        "pss": [*[100] * 11, 120],
+        "private": [*[100] * 11, 120],
         "descriptors": [*range(9, 21)],
         "threads": [*[5] * 9, 8, 8, 8],
     }.items():
