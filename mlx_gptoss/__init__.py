@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from .chat.reply import TextDelta as TextDelta
     from .chat.reply import ToolCall as ToolCall
     from .chat.reply import ToolCallDelta as ToolCallDelta
+    from .chat.result import Completion as Completion
+    from .chat.result import Reply as Reply
+    from .chat.tool import Tool as Tool
     from .config import ModelConfig as ModelConfig
     from .errors import GptOssError as GptOssError
     from .harmony.messages import Conversation as Conversation
@@ -32,19 +35,17 @@ if TYPE_CHECKING:
     from .measure.evaluation import Divergence as Divergence
     from .measure.evaluation import Evaluation as Evaluation
     from .measure.evaluation import evaluate as evaluate
-    from .model import Completion as Completion
     from .model import Model as Model
-    from .model import Reply as Reply
     from .sampling import Sampling as Sampling
-    from .tools import Tool as Tool
     from .tools import ToolResult as ToolResult
+    from .tools import aanswer as aanswer
     from .tools import answer as answer
     from .tools import load_tools as load_tools
 
 _HOME = {
-    "Completion": "model",
+    "Completion": "chat.result",
     "Model": "model",
-    "Reply": "model",
+    "Reply": "chat.result",
     "convert": "api",
     "describe": "api",
     "load": "api",
@@ -63,8 +64,9 @@ _HOME = {
     "Function": "harmony.messages",
     "Message": "harmony.messages",
     "Sampling": "sampling",
-    "Tool": "tools",
+    "Tool": "chat.tool",
     "ToolResult": "tools",
+    "aanswer": "tools",
     "answer": "tools",
     "load_tools": "tools",
 }

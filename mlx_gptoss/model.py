@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from operator import index
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from .chat.reply import FinishReason, Timings, ToolCall, Usage, fold
-from .chat.stream import Events, Prompt, as_conversation, stream_chat, stream_raw, with_reply
+from .chat.event_queue import AsyncEvents
+from .chat.result import Completion, Reply, completion_of, reply_of
+from .chat.stream import Events, Prompt, as_conversation, stream_chat, stream_raw
 from .config import ModelConfig
-from .engine import Engine, Status, Token
+from .engine import Engine, Status
 from .errors import CheckpointError, InvalidRequest
-from .harmony.messages import Conversation
 from .loading.memory import MemoryPlan
-from .options import GenerationOptions
-from .options.check import kind, shown
+from .options import GenerationOptions, RawOptions
+from .options.check import shown
 from .options.declare import takes
 from .sampling import Sampling, default_sampling
 from .tokenizer import Tokenizer
@@ -25,43 +24,6 @@ from .weights.checkpoint import Checkpoint
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A raw continuation.
-
-    ids: the tokens produced, with the stop id if one ended it. logprobs: their natural log-probabilities under the raw
-    logits. top: for each token the likeliest (id, logprob) alternatives, as many as Sampling.logprobs says.
-    finish_reason: "stop" or "length".
-    """
-
-    ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    top: tuple[tuple[tuple[int, float], ...], ...]
-    text: str
-    finish_reason: FinishReason
-    usage: Usage
-    timings: Timings
-
-
-@dataclass(frozen=True)
-class Reply:
-    """One assistant turn.
-
-    text: the answer. reasoning: the analysis before it. finish_reason: "stop", "length" or "tool_calls". ids, logprobs:
-    all tokens produced, Harmony's special tokens included. conversation: the prompt with this turn appended.
-    """
-
-    text: str
-    reasoning: str
-    tool_calls: tuple[ToolCall, ...]
-    finish_reason: FinishReason
-    usage: Usage
-    timings: Timings
-    ids: tuple[int, ...] = field(repr=False)
-    logprobs: tuple[Token, ...] = field(repr=False)
-    conversation: Conversation = field(repr=False)
 
 
 class Model:
@@ -93,6 +55,9 @@ class Model:
         self._stop_ids = frozenset(checkpoint.stop_ids)
         self.default_sampling: Sampling = default_sampling(checkpoint.generation_config)
 
+    def __repr__(self) -> str:
+        return f"Model({self.name!r}, {self.format} on {self.backend}, context {self.max_context})"
+
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises CheckpointError if the checkpoint has none, as OpenAI's `original/` folder alone."""
@@ -117,36 +82,32 @@ class Model:
             raise InvalidRequest(f"{len(ids)} tokens exceed the context of {self._engine.limits.max_context}")
         return self._engine.call(lambda runner: runner.logits(ids))
 
-    def complete(self, ids: Sequence[int], *, max_tokens: int, sampling: Sampling | None = None) -> Completion:
+    @takes(RawOptions)
+    def complete(self, ids: Sequence[int], options: RawOptions) -> Completion:
         """Continue raw token ids without a chat format, up to and including a stop id of the checkpoint.
 
         Raises InvalidRequest for a prompt that leaves no room in the context.
         """
-        _, text, _, finished = fold(self.stream_raw(ids, max_tokens=max_tokens, sampling=sampling))
-        tokens = finished.tokens
-        return Completion(
-            ids=tuple(t.id for t in tokens),
-            logprobs=tuple(t.logprob for t in tokens),
-            top=tuple(t.top for t in tokens),
-            text=text,
-            finish_reason=finished.finish_reason,
-            usage=finished.usage,
-            timings=finished.timings,
-        )
+        return completion_of(self._raw_events(ids, options))
 
-    def stream_raw(
-        self, ids: Sequence[int], *, max_tokens: int | None = None, sampling: Sampling | None = None
-    ) -> Events:
-        """complete() as it arrives: TextDelta events, then one Finished. max_tokens None: until the context is full."""
-        kind("sampling", sampling, (Sampling, type(None)), "a Sampling or None")
-        return stream_raw(
-            self._engine,
-            self._tokenizer,
-            self._checked(ids),
-            stop_ids=self._stop_ids,
-            sampling=sampling or self.default_sampling,
-            max_tokens=max_tokens,
-        )
+    @takes(RawOptions)
+    async def acomplete(self, ids: Sequence[int], options: RawOptions) -> Completion:
+        """complete() for a coroutine: the event loop stays free. Cancelling the task ends it within one step.
+
+        Raises as complete() does.
+        """
+        async with AsyncEvents(lambda: self._raw_events(ids, options)) as events:
+            return completion_of([event async for event in events])
+
+    @takes(RawOptions)
+    def stream_raw(self, ids: Sequence[int], options: RawOptions) -> Events:
+        """complete() as it arrives: TextDelta events, then one Finished. Raises as complete() does, at once."""
+        return self._raw_events(ids, options)
+
+    @takes(RawOptions)
+    def astream_raw(self, ids: Sequence[int], options: RawOptions) -> AsyncEvents:
+        """stream_raw() for `async for`: the event loop stays free. Raises as complete() does, on the first event."""
+        return AsyncEvents(lambda: self._raw_events(ids, options))
 
     @takes(GenerationOptions)
     def generate(self, prompt: Prompt, options: GenerationOptions) -> Reply:
@@ -156,22 +117,21 @@ class Model:
             which has its own reasoning, system message and tools.
 
         The Reply has the answer's text, the reasoning, tool calls, why it ended ("stop", "length" or "tool_calls"),
-        token counts, timings and the conversation to continue with. Raises InvalidRequest for a prompt that leaves no
-        room in the context, and for an option that cannot be honoured.
+        token counts, timings, the conversation to continue with and, with a response_format, the answer's value.
+        Raises InvalidRequest for a prompt that leaves no room in the context, and for an option that cannot be
+        honoured.
         """
-        conversation = _conversation(prompt, options)
-        reasoning, text, calls, finished = fold(self._events(conversation, options))
-        return Reply(
-            text=text,
-            reasoning=reasoning,
-            tool_calls=calls,
-            finish_reason=finished.finish_reason,
-            usage=finished.usage,
-            timings=finished.timings,
-            ids=tuple(t.id for t in finished.tokens),
-            logprobs=finished.tokens,
-            conversation=with_reply(conversation, finished.messages),
-        )
+        return reply_of(self._events(prompt, options), options.response_format)
+
+    @takes(GenerationOptions)
+    async def agenerate(self, prompt: Prompt, options: GenerationOptions) -> Reply:
+        """generate() for a coroutine: the event loop stays free. Cancelling the task ends the generation within one
+        step.
+
+        prompt: as of generate(). Raises as generate() does.
+        """
+        async with AsyncEvents(lambda: self._events(prompt, options)) as events:
+            return reply_of([event async for event in events], options.response_format)
 
     @takes(GenerationOptions)
     def stream(self, prompt: Prompt, options: GenerationOptions) -> Events:
@@ -184,11 +144,38 @@ class Model:
         Closing the iterator ends the generation within one step. Raises InvalidRequest, at once and not on the first
         event, for a prompt that leaves no room in the context, and for an option that cannot be honoured.
         """
-        return self._events(_conversation(prompt, options), options)
+        return self._events(prompt, options)
 
-    def _events(self, conversation: Conversation, options: GenerationOptions) -> Events:
-        options = replace(options, sampling=options.sampling or self.default_sampling)
-        return stream_chat(self._engine, self.tokenizer, conversation, options, stop_ids=self._stop_ids)
+    @takes(GenerationOptions)
+    def astream(self, prompt: Prompt, options: GenerationOptions) -> AsyncEvents:
+        """stream() for `async for`: the event loop stays free, and any number of replies may stream at once.
+
+        prompt: as of stream(). It is read on a worker thread when the first event is awaited; do not change it before.
+
+        Leaving the loop, cancelling the task or aclose() ends the generation within one step. Raises as stream() does,
+        for a wrong option at once and for a prompt on the first event.
+        """
+        return AsyncEvents(lambda: self._events(prompt, options))
+
+    def _events(self, prompt: Prompt, options: GenerationOptions) -> Events:
+        return stream_chat(
+            self._engine,
+            self.tokenizer,
+            as_conversation(prompt, reasoning=options.reasoning, system=options.system, tools=options.tools),
+            options,
+            sampling=options.resolve(self.default_sampling),
+            stop_ids=self._stop_ids,
+        )
+
+    def _raw_events(self, ids: Sequence[int], options: RawOptions) -> Events:
+        return stream_raw(
+            self._engine,
+            self._tokenizer,
+            self._checked(ids),
+            stop_ids=self._stop_ids,
+            sampling=options.resolve(self.default_sampling),
+            max_tokens=options.max_tokens,
+        )
 
     @property
     def failure(self) -> BaseException | None:
@@ -224,13 +211,10 @@ class Model:
         try:
             checked = tuple(map(index, ids))  # any type of integer, numpy's too
         except TypeError:
-            raise InvalidRequest(f"token ids must be a list of integers, not {shown(ids)}") from None
+            remedy = "; model.tokenizer.encode(text) makes them" if isinstance(ids, str) else ""
+            raise InvalidRequest(f"token ids must be a list of integers, not {shown(ids)}{remedy}") from None
         if not checked:
             raise InvalidRequest("the prompt is empty; give at least one token id")
         if any(not 0 <= i < self.config.vocab_size for i in checked):
             raise InvalidRequest(f"token ids must be from 0 to {self.config.vocab_size - 1}")
         return checked
-
-
-def _conversation(prompt: Prompt, options: GenerationOptions) -> Conversation:
-    return as_conversation(prompt, reasoning=options.reasoning, system=options.system, tools=options.tools)

@@ -8,7 +8,8 @@ from typing import Any
 
 from .errors import CheckpointError, InvalidRequest
 from .options.check import integer, kind, number
-from .options.declare import Flag, documented, option
+from .options.declare import documented, option
+from .options.sampling import told
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
@@ -26,29 +27,17 @@ class Sampling:
     Log-probabilities are reported under the raw logits. Raises InvalidRequest for a value out of range.
     """
 
-    temperature: float = option(
-        1.0, "0 to 2; 0 always takes the likeliest token. Default: the model's own, 1 for gpt-oss.", Flag("T")
-    )
-    top_p: float = option(
-        1.0, "Keep the smallest set of likeliest tokens whose probabilities add up to top_p, above 0 to 1.", Flag("P")
-    )
-    top_k: int = option(0, "Keep the k likeliest tokens; 0 keeps all.", Flag("K"))
-    min_p: float = option(0.0, "Drop tokens less likely than min_p times the likeliest, 0 to below 1.", Flag("P"))
-    repetition_penalty: float = option(
-        1.0,
-        "Positive logits of tokens in prompt or output are divided by it, negative ones multiplied (Keskar et al. "
-        "2019); above 0 to 10, 1 is off.",
-    )
-    presence_penalty: float = option(0.0, "Subtracted once from the logits of tokens in the output, -2 to 2.")
-    frequency_penalty: float = option(0.0, "Subtracted for each occurrence of a token in the output, -2 to 2.")
-    logit_bias: Mapping[int, float] | None = option(None, "Token id to addend, -100 to 100.")
-    seed: int | None = option(
-        None, "The same seed gives the same text, whatever runs at the same time. Default: a new one.", Flag("S")
-    )
-    stop: tuple[str, ...] = option(
-        (), "Up to 16 strings of at most 1024 characters that end the text and are not part of it."
-    )
-    logprobs: int = option(0, "Report this many likeliest alternatives per token, 0 to 20.")
+    temperature: float = option(1.0, *told("temperature"))
+    top_p: float = option(1.0, *told("top_p"))
+    top_k: int = option(0, *told("top_k"))
+    min_p: float = option(0.0, *told("min_p"))
+    repetition_penalty: float = option(1.0, *told("repetition_penalty"))
+    presence_penalty: float = option(0.0, *told("presence_penalty"))
+    frequency_penalty: float = option(0.0, *told("frequency_penalty"))
+    logit_bias: Mapping[int, float] | None = option(None, *told("logit_bias"))
+    seed: int | None = option(None, *told("seed"))
+    stop: tuple[str, ...] = option((), *told("stop"))
+    logprobs: int = option(0, *told("logprobs"))
 
     def __post_init__(self) -> None:
         number("temperature", self.temperature, 0.0, 2.0)

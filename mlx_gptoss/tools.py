@@ -1,67 +1,32 @@
-"""Python functions as tools: their schemas for the model, and a turn in which its calls are carried out.
-
-The schema of a tool's arguments is enforced (harmony/guide.py), so a function gets the types of its hints.
-"""
+"""A turn in which the model's calls of Python functions are carried out: answer(), and aanswer() for coroutines."""
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import importlib.util
 import inspect
 import json
-import types
-import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .chat.reply import Event, Finished, ToolCall
-from .chat.stream import with_reply
+from .chat.stream import Prompt, as_conversation
+from .chat.tool import Tool, as_tool
 from .errors import InvalidRequest
-from .harmony.messages import Conversation, Function, Message
+from .harmony.messages import Conversation, Message
 
 if TYPE_CHECKING:
     from .model import Model
 
+__all__ = ["Tool", "ToolResult", "aanswer", "answer", "load_tools"]
+
 MAX_ROUNDS = 8  # replies with calls in one turn; the reply after them cannot call
-_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean", types.NoneType: "null"}
-
-
-@dataclass(frozen=True)
-class Tool:
-    """A Python function that the model may call. function: what the model is told. call: what is run."""
-
-    function: Function
-    call: Callable[..., Any]
-
-    @staticmethod
-    def of(call: Callable[..., Any]) -> Tool:
-        """A tool made from a plain function. Its docstring is the description.
-
-        Each parameter needs a type hint: str, int, float, bool, None, list, dict with str keys, Literal, a union of
-        these, or Any. Annotated[hint, "..."] adds a description. Raises InvalidRequest for anything else.
-        """
-        name = call.__name__
-        if inspect.iscoroutinefunction(call):
-            raise InvalidRequest(f"the tool {name} is async; make it a plain function")
-        try:
-            hints = typing.get_type_hints(call, include_extras=True)
-        except Exception as error:  # hints are arbitrary code
-            raise InvalidRequest(f"the type hints of the tool {name} cannot be read: {error!r}") from error
-        properties, required = {}, []
-        for parameter in inspect.signature(call).parameters.values():
-            where = f"the parameter {parameter.name!r} of the tool {name}"
-            if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                raise InvalidRequest(f"{where} cannot be passed by name; make it an ordinary parameter")
-            if parameter.name not in hints:
-                raise InvalidRequest(f"{where} has no type hint; give it one, such as str")
-            properties[parameter.name] = _schema(hints[parameter.name], where)
-            if parameter.default is parameter.empty:
-                required.append(parameter.name)
-            elif isinstance(parameter.default, (str, int, float, bool)):
-                properties[parameter.name]["default"] = parameter.default
-        schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
-        return Tool(Function(name, inspect.getdoc(call) or "", schema, strict=True), call)
+MAX_PARALLEL = 16  # calls of one reply that run at once
 
 
 @dataclass(frozen=True)
@@ -97,71 +62,175 @@ def load_tools(path: str | Path) -> tuple[Tool, ...]:
 
 
 def answer(
-    model: Model, conversation: Conversation, tools: Sequence[Tool], *, rounds: int = MAX_ROUNDS, **options: Any
+    model: Model, prompt: Prompt, tools: Sequence[Callable[..., Any]], *, rounds: int = MAX_ROUNDS, **options: Any
 ) -> Iterator[Event | ToolResult]:
     """Generate the assistant's next turn and carry out its calls: yields the events of each reply and a ToolResult for
     each call, until a reply has no call. After `rounds` replies with calls, the next one may not call.
 
+    prompt: as of Model.generate. tools: functions with type hints, or Tools. One call runs on this thread; several
+        calls of a reply run at once, on threads of their own. An asynchronous function runs in an event loop of its
+        own; aanswer() runs it in yours.
+    options: those of Model.stream, except tools and tool_choice.
+
     Only the last reply's Finished is yielded, with the messages of the whole turn, results included. An exception in a
-    function becomes its result. options: those of Model.stream, except reasoning, system and tools, which the
-    conversation has. Raises InvalidRequest if two tools have the same name.
+    function becomes its result. Raises InvalidRequest if two tools have the same name.
     """
-    by_name = {tool.function.name: tool for tool in tools}
-    if len(by_name) < len(tools):
-        raise InvalidRequest("two tools have the same name: give each function its own")
-    conversation = replace(conversation, functions=(*conversation.functions, *(tool.function for tool in tools)))
-    messages: tuple[Message, ...] = ()
-    for left in range(rounds, -1, -1):
-        calls: list[ToolCall] = []
-        for event in model.stream(conversation, tool_choice="auto" if left else "none", **options):
-            if isinstance(event, Finished):
-                conversation, messages = with_reply(conversation, event.messages), messages + event.messages
-                if not calls or not left:
-                    yield replace(event, messages=messages)
-                    return
-            else:
-                calls += [event] if isinstance(event, ToolCall) else []
-                yield event
-        for call in calls:
-            result = ToolResult(call, _run(call, by_name))
+    turn, options = _begin(prompt, tools, rounds, options)
+    while True:
+        for event in model.stream(turn.conversation, tool_choice=turn.tool_choice, **options):
+            if (shown := turn.read(event)) is not None:
+                yield shown
+        if turn.ended:
+            return
+        for result in _run_all(turn.calls, turn.tools):
+            turn.add(result)
             yield result
-            conversation = conversation.with_result(call.name, result.text)
-            messages += conversation.messages[-1:]
 
 
-def _run(call: ToolCall, tools: Mapping[str, Tool]) -> str:
-    """The result as text: a string unchanged, anything else as JSON."""
+async def aanswer(
+    model: Model, prompt: Prompt, tools: Sequence[Callable[..., Any]], *, rounds: int = MAX_ROUNDS, **options: Any
+) -> AsyncIterator[Event | ToolResult]:
+    """answer() for `async for`: the event loop stays free. Asynchronous functions run in it, others on worker threads;
+    the calls of one reply run at once.
+
+    Cancelling the task ends the generation within one step, and cancels asynchronous functions. Raises as answer()
+    does.
+    """
+    turn, options = await asyncio.to_thread(_begin, prompt, tools, rounds, options)
+    while True:
+        async with model.astream(turn.conversation, tool_choice=turn.tool_choice, **options) as events:
+            async for event in events:
+                if (shown := turn.read(event)) is not None:
+                    yield shown
+        if turn.ended:
+            return
+        tasks = [asyncio.ensure_future(_arun(call, turn.tools)) for call in turn.calls]
+        try:
+            for task in tasks:
+                result = await task
+                turn.add(result)
+                yield result
+        finally:  # of those that still run
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@dataclass
+class _Turn:
+    """A turn in progress. left: replies that may still call. calls: of the last reply. ended: no reply follows."""
+
+    conversation: Conversation
+    tools: Mapping[str, Tool]
+    left: int
+    calls: list[ToolCall] = field(default_factory=list)
+    messages: tuple[Message, ...] = ()
+    ended: bool = False
+
+    @property
+    def tool_choice(self) -> str:
+        return "auto" if self.left else "none"
+
+    def read(self, event: Event) -> Event | None:
+        """Take in an event of a reply. Returns what the caller of answer() gets."""
+        if not isinstance(event, Finished):
+            self.calls += [event] if isinstance(event, ToolCall) else []
+            return event
+        self.conversation = self.conversation.append(*event.messages)
+        self.messages += event.messages
+        self.ended = not self.calls or not self.left
+        return replace(event, messages=self.messages, conversation=self.conversation) if self.ended else None
+
+    def add(self, result: ToolResult) -> None:
+        """Take in the result of a call; after the last one the next reply begins."""
+        self.conversation = self.conversation.with_result(result.call.name, result.text)
+        self.messages += self.conversation.messages[-1:]
+        self.calls = [call for call in self.calls if call is not result.call]
+        self.left -= not self.calls
+
+
+def _begin(
+    prompt: Prompt, tools: Sequence[Callable[..., Any]], rounds: int, options: dict[str, Any]
+) -> tuple[_Turn, dict[str, Any]]:
+    """The turn before its first reply, and the options of its replies. Raises InvalidRequest."""
+    if wrong := [name for name in ("tools", "tool_choice") if name in options]:
+        raise InvalidRequest(f"answer() sets {wrong[0]} itself; leave it out")
+    if callable(tools):
+        raise InvalidRequest("tools must be a list of functions: put it in brackets, [...]")
+    made = [as_tool(tool) for tool in tools]
+    by_name = {tool.function.name: tool for tool in made}
+    if len(by_name) < len(made):
+        raise InvalidRequest("two tools have the same name: give each function its own")
+    options = dict(options)
+    opening = {name: options.pop(name, None) for name in ("reasoning", "system")}
+    conversation = as_conversation(prompt, **opening)
+    others = (function for function in conversation.functions if function.name not in by_name)
+    functions = (*others, *(tool.function for tool in made))
+    return _Turn(replace(conversation, functions=functions), by_name, rounds), options
+
+
+def _run_all(calls: Sequence[ToolCall], tools: Mapping[str, Tool]) -> Iterator[ToolResult]:
+    """Run the calls, several at once, and yield their results in the order of the calls."""
+    if len(calls) == 1:
+        yield _run(calls[0], tools)
+        return
+    threads = ThreadPoolExecutor(min(len(calls), MAX_PARALLEL), "mlx-gptoss tool")
+    try:
+        for result in [threads.submit(copy_context().run, _run, call, tools) for call in calls]:
+            yield result.result()
+    finally:  # after Ctrl-C, do not wait for the others
+        threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _run(call: ToolCall, tools: Mapping[str, Tool]) -> ToolResult:
+    """Run a call on this thread. An exception of the tool, which is arbitrary code, is the result: the model sees it
+    and may try again."""
+    try:
+        value = _invoke(call, tools)
+        return ToolResult(call, _text(_finish(value) if inspect.isawaitable(value) else value))
+    except Exception as error:
+        return ToolResult(call, f"error: {type(error).__name__}: {error}")
+
+
+async def _arun(call: ToolCall, tools: Mapping[str, Tool]) -> ToolResult:
+    """As _run(), for the event loop."""
+    try:
+        if call.name in tools and inspect.iscoroutinefunction(tools[call.name].call):
+            value = _invoke(call, tools)
+        else:
+            value = await asyncio.to_thread(_invoke, call, tools)
+        return ToolResult(call, _text(await value if inspect.isawaitable(value) else value))
+    except Exception as error:
+        return ToolResult(call, f"error: {type(error).__name__}: {error}")
+
+
+def _invoke(call: ToolCall, tools: Mapping[str, Tool]) -> Any:
     if call.name not in tools:
         return f"error: there is no tool {call.name}"
+    return tools[call.name].call(**json.loads(call.arguments))
+
+
+def _finish(value: Awaitable[Any]) -> Any:
+    """Await a value in an event loop of its own: on another thread where this one runs a loop, as in a notebook."""
+
+    async def wait() -> Any:
+        return await value
+
     try:
-        value = tools[call.name].call(**json.loads(call.arguments))
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    except Exception as error:  # a tool is arbitrary code; the model sees the error and may try again
-        return f"error: {type(error).__name__}: {error}"
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(wait())
+    with ThreadPoolExecutor(1, "mlx-gptoss tool") as thread:
+        return thread.submit(copy_context().run, asyncio.run, wait()).result()
 
 
-def _schema(hint: Any, where: str) -> dict[str, Any]:
-    """The JSON schema of a type hint."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return {}
-    if hint in _NAMES:
-        return {"type": _NAMES[hint]}
-    if origin is typing.Annotated:
-        texts = [note for note in arguments[1:] if isinstance(note, str)]
-        return _schema(arguments[0], where) | ({"description": texts[0]} if texts else {})
-    if origin is typing.Literal:
-        kind = {"type": "string"} if all(isinstance(value, str) for value in arguments) else {}
-        return kind | {"enum": list(arguments)}
-    if origin in (typing.Union, types.UnionType):
-        if all(argument in _NAMES for argument in arguments):
-            return {"type": [_NAMES[argument] for argument in arguments]}
-        return {"anyOf": [_schema(argument, where) for argument in arguments]}
-    if list in (hint, origin):
-        return {"type": "array"} | ({"items": _schema(arguments[0], where)} if arguments else {})
-    if dict in (hint, origin) and (not arguments or arguments[0] is str):
-        return {"type": "object"} | ({"additionalProperties": _schema(arguments[1], where)} if arguments else {})
-    raise InvalidRequest(
-        f"{where} has the type hint {hint!r}; use str, int, float, bool, None, list, dict[str, ...], Literal or a "
-        "union of them"
-    )
+def _text(value: Any) -> str:
+    """The result as text: a string unchanged, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold in place of a value that it cannot."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return value.model_dump(mode="json") if hasattr(value, "model_dump") else str(value)

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, Union
 
 import pytest
 
 import mlx_gptoss
-from mlx_gptoss import Conversation, Finished, Message, Sampling, Tool, ToolCall, ToolResult, answer, load_tools
+from mlx_gptoss import (
+    Conversation,
+    Finished,
+    Message,
+    Sampling,
+    Tool,
+    ToolCall,
+    ToolResult,
+    aanswer,
+    answer,
+    load_tools,
+)
 from mlx_gptoss.api import NANO
+from mlx_gptoss.chat.event_queue import AsyncEvents
 from mlx_gptoss.chat.reply import Timings, Usage
 from mlx_gptoss.chat.stream import as_conversation, with_reply
 from mlx_gptoss.errors import InvalidRequest
@@ -85,7 +99,6 @@ def odd_hint(a: set[str]): ...
 def odd_keys(a: dict[int, str]): ...
 def unknown_hint(a: Nowhere): ...  # noqa: F821
 def many(*a: str): ...
-async def later(a: str): ...
 
 
 @pytest.mark.parametrize(
@@ -96,7 +109,8 @@ async def later(a: str): ...
         (odd_keys, "type hint dict"),
         (unknown_hint, "cannot be read: NameError"),
         (many, "cannot be passed by name"),
-        (later, "is async"),
+        (str, "must be a function"),
+        ("double", "must be a function, not 'double'"),
     ],
 )
 def test_functions_that_are_no_tools(function: Any, complaint: str) -> None:
@@ -211,6 +225,159 @@ def test_ctrl_c_within_a_tool_is_not_a_result() -> None:
     interrupted.__name__ = "double"
     with pytest.raises(KeyboardInterrupt):
         results(interrupted)
+
+
+async def halve(n: int) -> int:
+    await asyncio.sleep(0)
+    return n // 2
+
+
+async def fails_later(n: int) -> int:
+    raise ValueError("too late")
+
+
+class AsyncCaller(Caller):
+    """The same for coroutines, with several calls in a reply."""
+
+    def __init__(self, *calls: tuple[str, str]) -> None:
+        super().__init__()
+        self.calls = [ToolCall(f"call_{i}", name, arguments) for i, (name, arguments) in enumerate(calls)]
+
+    def stream(self, conversation: Conversation, *, tool_choice: str) -> Iterator[Any]:
+        self.asked.append((conversation, tool_choice))
+        said = [Message("assistant", c.arguments, "commentary", f"functions.{c.name}") for c in self.calls]
+        if len(self.asked) == 1:
+            yield from self.calls
+        else:
+            said = [Message("assistant", "done", "final")]
+        yield Finished("stop", Usage(1, 1), Timings(0, 0, 0), (), tuple(said))
+
+    def astream(self, conversation: Conversation, *, tool_choice: str) -> AsyncEvents:
+        events = self.stream(conversation, tool_choice=tool_choice)
+
+        class Ready:
+            async def __aenter__(self) -> AsyncIterator[Any]:
+                async def each() -> AsyncIterator[Any]:
+                    for event in events:
+                        yield event
+
+                return each()
+
+            async def __aexit__(self, *error: object) -> None: ...
+
+        return Ready()  # type: ignore[return-value]
+
+
+async def all_of(events: AsyncIterator[Any]) -> list[Any]:
+    return [event async for event in events]
+
+
+@pytest.mark.parametrize("in_a_loop", [False, True], ids=["plain", "in a notebook"])
+def test_answer_runs_asynchronous_functions(in_a_loop: bool) -> None:
+    def run() -> list[str]:
+        return [e.text for e in answer(caller, "Hi", [double, halve]) if isinstance(e, ToolResult)]  # type: ignore[arg-type]
+
+    async def within() -> list[str]:
+        return run()
+
+    caller = AsyncCaller(("halve", '{"n": 4}'))
+    assert (asyncio.run(within()) if in_a_loop else run()) == ["2"]
+
+
+def test_calls_of_one_reply_run_at_once_and_keep_their_order() -> None:
+    """Each waits for the other."""
+    barrier = threading.Barrier(2)
+
+    def wait(n: int) -> int:
+        barrier.wait(60)
+        return n
+
+    calls = [("wait", '{"n": 1}'), ("wait", '{"n": 2}')]
+    *events, last = answer(AsyncCaller(*calls), "Hi", [wait])  # type: ignore[arg-type]
+    assert [event.text for event in events if isinstance(event, ToolResult)] == ["1", "2"]
+    assert isinstance(last, Finished) and [m.role for m in last.messages[:4]] == ["assistant"] * 2 + ["tool"] * 2
+    events = asyncio.run(all_of(aanswer(AsyncCaller(*calls), "Hi", [wait])))  # type: ignore[arg-type]
+    assert [event.text for event in events if isinstance(event, ToolResult)] == ["1", "2"]
+
+
+def test_aanswer_runs_functions_of_both_kinds_and_errors_are_results() -> None:
+    calls = ("double", '{"n": 4}'), ("halve", '{"n": 4}'), ("fails_later", '{"n": 4}'), ("nothing", "{}")
+    caller = AsyncCaller(*calls)
+    events = asyncio.run(all_of(aanswer(caller, "Hi", [double, halve, fails_later])))  # type: ignore[arg-type]
+    texts = [event.text for event in events if isinstance(event, ToolResult)]
+    assert texts == ["8", "2", "error: ValueError: too late", "error: there is no tool nothing"]
+    assert isinstance(events[-1], Finished) and events[-1].conversation.messages[-1].content == "done"
+    assert [m.content for m in caller.asked[1][0].messages if m.role == "tool"] == texts
+
+
+def test_cancelling_aanswer_cancels_what_it_runs() -> None:
+    began, ended = asyncio.Event(), []
+
+    async def endless(n: int) -> None:
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(n)
+
+    async def run() -> None:
+        caller = AsyncCaller(("endless", '{"n": 1}'), ("endless", '{"n": 2}'))
+        task = asyncio.create_task(all_of(aanswer(caller, "Hi", [endless])))  # type: ignore[arg-type]
+        await began.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())
+    assert sorted(ended) == [1, 2]
+
+
+def test_results_of_dataclasses_and_pydantic_classes_are_json() -> None:
+    pydantic = pytest.importorskip("pydantic")
+    shape = pydantic.create_model("Shape", sides=(int, 3))
+    caller = AsyncCaller(("double", '{"n": 4}'))
+
+    def run(value: Any) -> str:
+        def double(n: int) -> Any:
+            return {"value": value}
+
+        caller.asked.clear()
+        (result,) = [e for e in answer(caller, "Hi", [double]) if isinstance(e, ToolResult)]  # type: ignore[arg-type]
+        return result.text
+
+    assert run(shape()) == '{"value": {"sides": 3}}'
+    assert run(Usage(1, 2)) == '{"value": {"prompt_tokens": 1, "completion_tokens": 2, "cached_tokens": 0}}'
+
+
+def test_functions_are_given_to_generate_stream_and_the_loops() -> None:
+    def get_weather(location: Annotated[str, "City name"]) -> dict[str, Any]:
+        """Get the current weather."""
+        return {"temperature": 18, "condition": "sunny"}
+
+    question = "What is the weather in Paris?"
+    with mlx_gptoss.load(max_context=1024) as model:
+        (call,) = model.generate(question, tools=[get_weather], temperature=0).tool_calls
+        assert (call.name, json.loads(call.arguments)) == ("get_weather", {"location": "Paris"})
+        events = list(model.stream(question, tools=[Tool.of(get_weather)], temperature=0))
+        assert [event.arguments for event in events if isinstance(event, ToolCall)] == [call.arguments]
+        *_, last = answer(model, question, [get_weather], temperature=0)
+        *_, alast = asyncio.run(all_of(aanswer(model, question, [get_weather], temperature=0)))
+        assert isinstance(last, Finished) and isinstance(alast, Finished)
+        assert last.conversation == alast.conversation
+        assert last.conversation.messages[-1].content == "It is 18 degrees and sunny in Paris."
+        *_, last = answer(model, last.conversation.append("What is 12 + 30?"), [get_weather], temperature=0)
+        assert isinstance(last, Finished) and last.messages[-1].content == "12 + 30 = 42"
+        assert [function.name for function in last.conversation.functions] == ["get_weather"]
+
+
+def test_wrong_arguments_of_answer_name_the_remedy() -> None:
+    for tools, options, message in [
+        (double, {}, "brackets"),
+        ([double], {"tools": []}, "leave it out"),
+        ([double], {"tool_choice": "auto"}, "leave it out"),
+    ]:
+        with pytest.raises(InvalidRequest, match=message):
+            next(answer(Caller(), "Hi", tools, **options))  # type: ignore[arg-type]
 
 
 def test_two_tools_of_one_name_are_refused() -> None:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import secrets
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from .. import engine as engines
 from ..engine import Token
 from ..engine.stop import StopStrings
 from ..errors import GptOssError
-from ..harmony.messages import Message
+from ..harmony.messages import Conversation, Message
 from ..harmony.names import ToolNames
 from ..harmony.parse import Delta, Parser
 from ..tokenizer import IncrementalDecoder, Tokenizer
 
 FinishReason = Literal["stop", "length", "tool_calls"]
+_EMPTY = Conversation()
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class Usage:
     completion_tokens: int
     cached_tokens: int = 0
 
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of prompt and reply together."""
+        return self.prompt_tokens + self.completion_tokens
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -84,17 +90,19 @@ class Finished:
     tokens: all tokens produced, Harmony's special tokens included. messages: the same, parsed, to be appended to the
     conversation. reasoning_tokens: tokens of the analysis channel without headers. drafted, accepted: tokens that
     speculation proposed, and those that were right. stop_string: the stop string that ended the text.
+    conversation: the prompt with this turn appended, to continue with; empty for a raw continuation, which has none.
     """
 
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
-    tokens: tuple[Token, ...]
+    tokens: tuple[Token, ...] = field(repr=False)
     messages: tuple[Message, ...] = ()
     reasoning_tokens: int = 0
     drafted: int = 0
     accepted: int = 0
     stop_string: str | None = None
+    conversation: Conversation = field(default=_EMPTY, repr=False)
 
 
 Event = ReasoningDelta | TextDelta | ToolCallDelta | ToolCall | Finished
@@ -152,12 +160,16 @@ class TextTokens:
 
 @dataclass
 class ReplyReader:
-    """Reads one Harmony reply: each parsed piece becomes reasoning, text or part of a tool call."""
+    """Reads one Harmony reply: each parsed piece becomes reasoning, text or part of a tool call.
+
+    asked: what it replies to.
+    """
 
     tokenizer: Tokenizer
     parser: Parser
     stops: StopStrings
     names: ToolNames
+    asked: Conversation = _EMPTY
     tokens: list[Token] = field(default_factory=list)
     text_tokens: TextTokens = field(default_factory=TextTokens)
     reasoning_tokens: int = 0
@@ -185,7 +197,13 @@ class ReplyReader:
         if self.called and reason == "stop":
             reason = "tool_calls"
         messages = tuple(self.parser.messages)
-        yield _finished(end, self.tokens, reason, self.stops.matched, messages, self.reasoning_tokens)
+        finished = _finished(end, self.tokens, reason, self.stops.matched)
+        yield replace(
+            finished,
+            messages=messages,
+            reasoning_tokens=self.reasoning_tokens,
+            conversation=self.asked.append(*messages),
+        )
 
     def _route(self, deltas: list[Delta]) -> Iterator[Event]:
         for delta in deltas:
@@ -252,8 +270,6 @@ def _finished(
     tokens: list[Token],
     reason: FinishReason,
     stop_string: str | None,
-    messages: tuple[Message, ...] = (),
-    reasoning_tokens: int = 0,
 ) -> Finished:
     computed = end.prompt_tokens - end.cached_tokens
     return Finished(
@@ -266,8 +282,6 @@ def _finished(
             queue_s=end.queue_s,
         ),
         tokens=tuple(tokens),
-        messages=messages,
-        reasoning_tokens=reasoning_tokens,
         drafted=end.drafted,
         accepted=end.accepted,
         stop_string=stop_string,

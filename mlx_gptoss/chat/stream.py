@@ -6,6 +6,7 @@ It knows the engine (ids), the tokenizer (text) and Harmony (what the text means
 from __future__ import annotations
 
 import datetime
+import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from ..errors import GptOssError, InvalidRequest
 from ..harmony.guide import guide_for
 from ..harmony.messages import Conversation, Effort, Message, without_old_reasoning
 from ..harmony.openai import from_chat
-from ..harmony.openai_tools import response_format_of, tool_choice_of
+from ..harmony.openai_tools import tool_choice_of
 from ..harmony.parse import Parser
 from ..harmony.render import prefill_ids, render
 from ..options import GenerationOptions
@@ -25,6 +26,8 @@ from ..options.check import shown
 from ..sampling import Sampling
 from ..tokenizer import CALL, END, RETURN, Tokenizer
 from .reply import Event, RawReader, Reader, ReplyReader
+from .structured import as_response_format
+from .tool import AnyTool, functions_of
 
 MAX_STOP_IDS = 64
 
@@ -36,7 +39,7 @@ def as_conversation(
     *,
     reasoning: Effort | None = None,
     system: str | None = None,
-    tools: Sequence[Mapping[str, Any]] = (),
+    tools: Sequence[AnyTool] = (),
 ) -> Conversation:
     """The prompt as a Conversation, dated today and without the reasoning that led to earlier answers.
 
@@ -46,17 +49,38 @@ def as_conversation(
         if reasoning is not None or system is not None or tools:
             raise InvalidRequest("a Conversation has its own reasoning, instructions and functions; set them in it")
         return prompt
-    if isinstance(prompt, str) and not prompt.strip():
-        raise InvalidRequest("the prompt is empty; write a question")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     conversation = from_chat(
-        messages,
+        _messages(prompt),
         reasoning=reasoning or "medium",
         system=system,
-        tools=tools,
+        tools=functions_of(tools),
         date=datetime.date.today().isoformat(),
     )
     return replace(conversation, messages=without_old_reasoning(conversation.messages))
+
+
+def _messages(prompt: Any) -> Sequence[Mapping[str, Any]]:
+    """The messages of a prompt that is no Conversation; from_chat checks each. Raises InvalidRequest."""
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise InvalidRequest("the prompt is empty; write a question")
+        return [{"role": "user", "content": prompt}]
+    if inspect.iscoroutine(prompt):
+        prompt.close()  # without a warning that it was never awaited
+        raise InvalidRequest("the prompt is a coroutine: write await before the call that made it")
+    if isinstance(prompt, Mapping):
+        raise InvalidRequest("the prompt is one message, and must be a list of messages: put it in brackets, [{...}]")
+    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
+        raise InvalidRequest(
+            f"the prompt must be a question, a list of messages or a Conversation, not {shown(prompt)}"
+        )
+    for index, message in enumerate(prompt):
+        if isinstance(message, str):
+            remedy = f'write {{"role": "user", "content": {shown(message)}}}, or give the question without the list'
+            raise InvalidRequest(f"messages[{index}] must be a dict, not a string; {remedy}")
+        if isinstance(message, Message):
+            raise InvalidRequest(f"messages[{index}] is a Message; give Conversation().append(*messages)")
+    return prompt
 
 
 def stream_chat(
@@ -65,12 +89,13 @@ def stream_chat(
     conversation: Conversation,
     options: GenerationOptions,
     *,
+    sampling: Sampling,
     stop_ids: frozenset[int],
 ) -> Events:
     """Generate the assistant's next turn.
 
     options: without reasoning, system and tools, which the conversation has. A response_format replaces the
-        conversation's own. It is enforced (harmony/guide.py), as are tool_choice and what functions take.
+        conversation's own for this turn. It is enforced (harmony/guide.py), as are tool_choice and what functions take.
     stop_ids: token ids that end the turn, beside <|return|> and <|call|>.
 
     Raises InvalidRequest at once, not on the first next(), for an empty conversation, one longer than the context, and
@@ -78,11 +103,11 @@ def stream_chat(
     """
     if not conversation.messages:
         raise InvalidRequest("the conversation is empty; give at least one message")
+    asked = conversation
     if options.response_format is not None:
-        conversation = replace(conversation, response_format=response_format_of(options.response_format))
+        conversation = replace(conversation, response_format=as_response_format(options.response_format))
     choice = tool_choice_of(options.tool_choice, conversation.functions)
     guide = guide_for(conversation, tokenizer, choice)
-    sampling = options.sampling or Sampling()
     stop_ids = stop_ids | {tokenizer.special(RETURN), tokenizer.special(CALL), *_checked_stop_ids(options, engine)}
     ends = frozenset(tokenizer.special(name) for name in (END, RETURN, CALL))
     prompt = tuple(render(conversation, tokenizer, engine.limits.max_context))
@@ -93,7 +118,7 @@ def stream_chat(
         if guide is not None:
             _accept_prefill(guide, id)
     stream = engine.submit(request)
-    return Events(stream, ReplyReader(tokenizer, parser, StopStrings(sampling.stop), conversation.names))
+    return Events(stream, ReplyReader(tokenizer, parser, StopStrings(sampling.stop), asked.names, asked))
 
 
 def stream_raw(
@@ -201,4 +226,4 @@ class Events(Iterator[Event]):
 
 def with_reply(conversation: Conversation, reply: tuple[Message, ...]) -> Conversation:
     """The conversation with a reply appended, ready for the next turn. Reasoning that led to an answer is dropped."""
-    return replace(conversation, messages=without_old_reasoning(conversation.messages + reply))
+    return conversation.append(*reply)

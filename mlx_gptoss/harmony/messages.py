@@ -6,10 +6,11 @@ Plain frozen dataclasses. This module knows no tokenizer and no model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
+from ..errors import InvalidRequest
 from .names import ToolNames
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
@@ -97,7 +98,7 @@ class ToolChoice:
     names: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Conversation:
     """Everything that the model sees: the fields of the system and developer messages, then the turns.
 
@@ -131,6 +132,46 @@ class Conversation:
     def names(self) -> ToolNames:
         """How the functions' names are spelled in Harmony's headers."""
         return ToolNames(function.name for function in self.functions)
+
+    def __repr__(self) -> str:
+        """The fields that differ from their defaults."""
+        given = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+        return f"Conversation({', '.join(f'{name}={getattr(self, name)!r}' for name in given)})"
+
+    def append(self, *messages: Message | Mapping[str, Any] | str) -> Conversation:
+        """Return the conversation with messages appended; this one stays as it is.
+
+        messages: Messages, dicts as OpenAI's API has them, or strings, which are the user's. Reasoning that led to an
+            answer is dropped. Raises InvalidRequest for anything else.
+        """
+        added = tuple(message for one in messages for message in self._read(one))
+        return replace(self, messages=without_old_reasoning(self.messages + added))
+
+    def _read(self, message: Message | Mapping[str, Any] | str) -> tuple[Message, ...]:
+        if isinstance(message, Message):
+            return (message,)
+        if isinstance(message, str):
+            return (Message("user", message),)
+        from .openai import from_chat  # which imports this module
+
+        if not isinstance(message, Mapping):
+            kind = type(message).__name__
+            raise InvalidRequest(f"a conversation takes messages, dicts and strings, not {kind}: append(reply.text)")
+        before = {"role": "user", "content": ""}  # a system message at the beginning would become the instructions
+        return from_chat([before, message], tools=self.functions).messages[1:]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the conversation as plain JSON data, which from_dict() reads."""
+        from .saved import to_dict  # which imports this module
+
+        return to_dict(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Conversation:
+        """Return the conversation of to_dict(). Raises InvalidRequest for data that is none, or of a later version."""
+        from .saved import from_dict
+
+        return from_dict(data)
 
     def with_user(self, text: str) -> Conversation:
         """Return the conversation with one more user message."""

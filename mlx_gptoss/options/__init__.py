@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .generation import GenerationOptions
+from .generation import GenerationOptions, RawOptions
 from .load import LoadOptions
 
-__all__ = ["GenerationOptions", "LoadOptions"]
+__all__ = ["GenerationOptions", "LoadOptions", "RawOptions"]

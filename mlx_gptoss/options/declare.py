@@ -7,12 +7,14 @@ signature, type and documentation come from the dataclass. The command line make
 
 from __future__ import annotations
 
+import difflib
 import inspect
+import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from functools import update_wrapper
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 Options = TypeVar("Options")
 Fields = ParamSpec("Fields")
@@ -56,18 +58,35 @@ def documented(options: type[Options]) -> type[Options]:
 def takes(
     options: Callable[Fields, Options],
 ) -> Callable[[Callable[[Owner, First, Options], Result]], Callable[Concatenate[Owner, First, Fields], Result]]:
-    """A decorator for a method with one argument before its options."""
+    """A decorator for a method with one argument before its options. That argument may be given by its name, too."""
 
     def decorate(
         method: Callable[[Owner, First, Options], Result],
     ) -> Callable[Concatenate[Owner, First, Fields], Result]:
-        def call(owner: Owner, first: First, /, *args: Fields.args, **named: Fields.kwargs) -> Result:
-            return method(owner, first, options(*args, **named))
+        def call(owner: Owner, *first: Any, **named: Any) -> Result:
+            check_names(call, named)
+            argument = list(inspect.signature(method).parameters)[1]
+            if len(first) > 1 or (first and argument in named):
+                raise TypeError(f"{call.__name__}() takes one {argument}; give options by name, such as max_tokens=100")
+            if not first and argument not in named:
+                raise TypeError(f"{call.__name__}() needs a {argument}")
+            value = first[0] if first else named.pop(argument)
+            return method(owner, value, cast("Callable[..., Options]", options)(**named))
 
         spell_out(call, method, options)
-        return call
+        return cast("Callable[Concatenate[Owner, First, Fields], Result]", call)
 
     return decorate
+
+
+def check_names(function: Callable[..., Any], named: Iterable[str]) -> None:
+    """Raise TypeError for a name that the function's signature does not have; it suggests the nearest one."""
+    known = list(inspect.signature(function).parameters)
+    for name in named:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"help({function.__qualname__}) lists them"
+            raise TypeError(f"{function.__name__}() has no option {name!r}; {remedy}")
 
 
 def spell_out(call: Callable[..., Any], function: Callable[..., Any], options: Callable[..., Any]) -> None:
@@ -80,3 +99,5 @@ def spell_out(call: Callable[..., Any], function: Callable[..., Any], options: C
     call.__signature__ = signature.replace(parameters=[*leading, *named])  # type: ignore[attr-defined]
     call.__doc__ = f"{inspect.getdoc(function)}\n\nOptions:\n{textwrap.indent(documentation(options), '    ')}"
     del call.__wrapped__  # type: ignore[attr-defined] # it has no names in its signature
+    if inspect.iscoroutinefunction(function) and sys.version_info >= (3, 12):
+        inspect.markcoroutinefunction(call)

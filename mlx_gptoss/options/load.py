@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
 
 from . import check
-from .declare import Flag, Options, documented, option, spell_out
+from .declare import Flag, Options, check_names, documented, option, spell_out
 
 MAX_SLOTS = 4096
 
@@ -106,6 +106,7 @@ def loads(
 
     def decorate(function: Callable[[str | Path | None, Options], Loaded]) -> Loads[Fields, Loaded]:
         def call(path_or_repo_id: str | Path | None = None, *args: Fields.args, **named: Fields.kwargs) -> Loaded:
+            check_names(call, named)
             check.kind("path_or_repo_id", path_or_repo_id, (str, Path, type(None)), "a path, a hub id or None")
             return function(path_or_repo_id, options(*args, **named))
 

@@ -11,6 +11,7 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
+from ..chat.event_queue import start_replies
 from ..chat.stream import Events
 from ..engine import Status
 from ..errors import GptOssError, ModelUnavailable
@@ -127,7 +128,7 @@ class Service:
             held = await self._acquire()
             process = None if held is None else held.process
             try:
-                queue = EventQueue(await _in_thread(replies))
+                queue = EventQueue(await start_replies(replies))
             except BaseException as error:
                 self._release(held)
                 if not isinstance(error, ModelUnavailable) or attempt + 1 == MAX_ATTEMPTS:
@@ -186,36 +187,6 @@ def _status(model: ServedModel) -> Status | None:
         return model.status
     except GptOssError:
         return None
-
-
-async def _in_thread(replies: Sequence[Callable[[], Events]]) -> list[Events]:
-    """_start_all() on a worker thread. If the caller is cancelled meanwhile, so are the replies, once they have
-    started."""
-    starting = asyncio.ensure_future(asyncio.to_thread(_start_all, replies))
-    try:
-        return await asyncio.shield(starting)
-    except asyncio.CancelledError:
-        starting.add_done_callback(_close_started)
-        raise
-
-
-def _close_started(starting: asyncio.Future[list[Events]]) -> None:
-    if not starting.cancelled() and starting.exception() is None:
-        for events in starting.result():
-            events.close()
-
-
-def _start_all(replies: Sequence[Callable[[], Events]]) -> list[Events]:
-    """Submit all replies, or none: if one cannot be submitted, the others are cancelled."""
-    started: list[Events] = []
-    try:
-        for reply in replies:
-            started.append(reply())
-    except BaseException:
-        for events in started:
-            events.close()
-        raise
-    return started
 
 
 def _get_service(request: Request) -> Service:

@@ -98,7 +98,7 @@ class HostedReply(EventQueue):
         self._drop_queue()
         self._session.release()
 
-    def stop(self, reason: ApiError) -> None:
+    def stop(self, reason: Exception) -> None:
         """Make batches() raise `reason`, also while a tool runs."""
         super().stop(reason)
         if self._queue is not None:
