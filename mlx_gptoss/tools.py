@@ -70,7 +70,7 @@ def answer(
     prompt: as of Model.generate. tools: functions with type hints, or Tools. One call runs on this thread; several
         calls of a reply run at once, on threads of their own. An asynchronous function runs in an event loop of its
         own; aanswer() runs it in yours.
-    options: those of Model.stream, except tools and tool_choice.
+    options: those of Model.stream, except tool_choice.
 
     Only the last reply's Finished is yielded, with the messages of the whole turn, results included. An exception in a
     function becomes its result. Raises InvalidRequest if two tools have the same name.
@@ -153,8 +153,8 @@ def _begin(
     prompt: Prompt, tools: Sequence[Callable[..., Any]], rounds: int, options: dict[str, Any]
 ) -> tuple[_Turn, dict[str, Any]]:
     """The turn before its first reply, and the options of its replies. Raises InvalidRequest."""
-    if wrong := [name for name in ("tools", "tool_choice") if name in options]:
-        raise InvalidRequest(f"answer() sets {wrong[0]} itself; leave it out")
+    if "tool_choice" in options:
+        raise InvalidRequest("answer() chooses when the model may call; leave tool_choice out, or use generate()")
     if callable(tools):
         raise InvalidRequest("tools must be a list of functions: put it in brackets, [...]")
     made = [as_tool(tool) for tool in tools]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 from dataclasses import replace
@@ -113,13 +114,85 @@ def test_an_abandoned_stream_frees_its_slot(model):
         (lambda m: m.generate(mlx_gptoss.Conversation(messages=(Message("user", "x"),)), system="y"), "Conversation"),
         (lambda m: m.complete([], max_tokens=1), "empty"),
         (lambda m: m.complete([10**6], max_tokens=1), "token ids"),
+        (lambda m: m.complete("abc"), "tokenizer.encode"),
         (lambda m: m.logits([-1]), "token ids"),
+        (lambda m: m.generate(None), "a question, a list of messages or a Conversation"),
+        (lambda m: m.generate(b"x"), "a question, a list of messages or a Conversation"),
+        (lambda m: m.generate({"role": "user", "content": "x"}), "put it in brackets"),
+        (lambda m: m.generate(["Hi"]), r"messages\[0\] must be a dict.*or give the question without the list"),
+        (lambda m: m.generate([Message("user", "x")]), "append"),
+        (lambda m: m.generate(m.agenerate("x")), "write await"),
+        (lambda m: m.generate("x", temperature="hot"), r"temperature must be a number in \[0, 2\], not 'hot'"),
+        (lambda m: m.generate("x", sampling=0), "sampling must be a Sampling"),
+        (lambda m: m.generate("x", sampling=SEEDED, top_p=0.5), "sampling and top_p are both given"),
+        (lambda m: m.complete([1], sampling=SEEDED, seed=3), "sampling and seed are both given"),
+        (lambda m: m.generate("x", tools=print), "put it in brackets"),
+        (lambda m: m.generate("x", tools=["print"]), "a tool must be a function"),
+        (lambda m: m.generate("x", response_format="json"), "a pydantic class"),
+        (lambda m: m.generate("x", response_format=int), "a pydantic class"),
+        (lambda m: m.generate("x", response_format={"type": "xml"}), "json_schema"),
         (lambda m: m.logits([1] * 513), "context"),
     ],
 )
 def test_bad_requests_are_refused(model, call, message):
     with pytest.raises(InvalidRequest, match=message):
         call(model)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.generate(promt="x"), r"generate\(\) has no option 'promt'; did you mean 'prompt'\?"),
+        (lambda m: m.stream("x", temprature=0), r"stream\(\) has no option 'temprature'; did you mean 'temperature'\?"),
+        (lambda m: m.generate(), r"generate\(\) needs prompt"),
+        (lambda m: m.generate("x", "y"), "give options by name"),
+        (lambda m: m.generate("x", prompt="y"), "one prompt"),
+        (lambda m: m.acomplete(), r"acomplete\(\) needs ids"),
+    ],
+)
+def test_wrong_names_suggest_the_right_ones(model, call, message):
+    with pytest.raises(TypeError, match=message):
+        call(model)
+
+
+def test_the_prompt_may_be_named(model):
+    assert model.generate(prompt="Hi", temperature=0, max_tokens=3).ids == greedy_ids(model, 3)
+
+
+def test_sampling_fields_by_name(model, monkeypatch):
+    assert model.generate("Hi", temperature=0, max_tokens=9).ids == greedy_ids(model, 9)
+    seeded = model.complete((1, 2), seed=5, max_tokens=9, logprobs=2)
+    assert seeded.ids == model.complete((1, 2), sampling=SEEDED, max_tokens=9).ids
+    assert {len(top) for top in seeded.top} == {2}
+    monkeypatch.setattr(model, "default_sampling", Sampling(temperature=0))
+    assert model.generate("Hi", seed=1, max_tokens=9).ids == greedy_ids(model, 9)
+
+
+def greedy_ids(model, count):
+    return model.generate("Hi", sampling=Sampling(temperature=0), max_tokens=count).ids
+
+
+def test_reprs_are_short(model):
+    assert re.fullmatch(r"Model\('.*mxfp4', mxfp4 on mlx, context 512\)", repr(model))
+    reply = model.generate("Hi", temperature=0, max_tokens=30)
+    assert len(repr(reply)) < 1000 and "Token(" not in repr(reply)
+    assert repr(Message("user", "x")) == "Message(role='user', content='x')"
+    asked = mlx_gptoss.Conversation(reasoning="high").append("x")
+    assert eval(repr(asked), vars(mlx_gptoss) | {"Message": Message, "Conversation": mlx_gptoss.Conversation}) == asked
+
+
+def test_total_tokens(model):
+    usage = model.generate("Hi", max_tokens=3).usage
+    assert usage.total_tokens == usage.prompt_tokens + 3
+
+
+def test_finished_has_the_conversation_of_the_reply(model):
+    reply = model.generate("Hi", temperature=0, max_tokens=30)
+    *_, last = model.stream("Hi", temperature=0, max_tokens=30)
+    assert last.conversation == reply.conversation
+    assert last.conversation.messages[0] == Message("user", "Hi")
+    *_, raw = model.stream_raw((1, 2), max_tokens=3)
+    assert raw.conversation == mlx_gptoss.Conversation()
 
 
 def test_streaming_refuses_before_the_first_event(model):

@@ -373,8 +373,8 @@ def test_functions_are_given_to_generate_stream_and_the_loops() -> None:
 def test_wrong_arguments_of_answer_name_the_remedy() -> None:
     for tools, options, message in [
         (double, {}, "brackets"),
-        ([double], {"tools": []}, "leave it out"),
-        ([double], {"tool_choice": "auto"}, "leave it out"),
+        ([double], {"tool_choice": "auto"}, "leave tool_choice out"),
+        (["double"], {}, "must be a function"),
     ]:
         with pytest.raises(InvalidRequest, match=message):
             next(answer(Caller(), "Hi", tools, **options))  # type: ignore[arg-type]

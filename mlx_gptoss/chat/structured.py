@@ -24,11 +24,7 @@ def as_response_format(value: Any) -> ResponseFormat | None:
     if is_model_class(value):
         return ResponseFormat(value.model_json_schema(), value.__name__)
     if not isinstance(value, Mapping):
-        instance = is_model_class(type(value))
-        remedy = (
-            f"give the class itself, {type(value).__name__}" if instance else "give a JSON schema or a pydantic class"
-        )
-        raise InvalidRequest(f"response_format cannot be {shown(value)}; {remedy}")
+        raise InvalidRequest(f"response_format cannot be {shown(value)}; give a JSON schema or a pydantic class")
     kind = value.get("type")
     bare = kind in _JSON_TYPES if isinstance(kind, str) else any(keyword in value for keyword in _SCHEMA_KEYWORDS)
     if not bare and not isinstance(kind, list):

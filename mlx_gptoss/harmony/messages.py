@@ -22,7 +22,7 @@ IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
 KNOWLEDGE_CUTOFF = "2024-06"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Message:
     """One message with Harmony's header fields. Every header field but `role` may be None.
 
@@ -41,6 +41,9 @@ class Message:
     recipient: str | None = None
     content_type: str | None = None
     name: str | None = None
+
+    def __repr__(self) -> str:
+        return _short_repr(self)
 
 
 @dataclass(frozen=True)
@@ -134,9 +137,7 @@ class Conversation:
         return ToolNames(function.name for function in self.functions)
 
     def __repr__(self) -> str:
-        """The fields that differ from their defaults."""
-        given = [each.name for each in fields(self) if getattr(self, each.name) != each.default]
-        return f"Conversation({', '.join(f'{name}={getattr(self, name)!r}' for name in given)})"
+        return _short_repr(self)
 
     def append(self, *messages: Message | Mapping[str, Any] | str) -> Conversation:
         """Return the conversation with messages appended; this one stays as it is.
@@ -205,3 +206,11 @@ def without_old_reasoning(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     last = finals[-1] if finals else 0
     old = [message for message in messages[:last] if message.channel != "analysis"]
     return (*old, *messages[last:])
+
+
+def _short_repr(value: Message | Conversation) -> str:
+    """The repr of a dataclass without the fields that have their default values."""
+    given = [
+        (each.name, getattr(value, each.name)) for each in fields(value) if getattr(value, each.name) != each.default
+    ]
+    return f"{type(value).__name__}({', '.join(f'{name}={field!r}' for name, field in given)})"

@@ -69,7 +69,7 @@ def takes(
             if len(first) > 1 or (first and argument in named):
                 raise TypeError(f"{call.__name__}() takes one {argument}; give options by name, such as max_tokens=100")
             if not first and argument not in named:
-                raise TypeError(f"{call.__name__}() needs a {argument}")
+                raise TypeError(f"{call.__name__}() needs {argument}")
             value = first[0] if first else named.pop(argument)
             return method(owner, value, cast("Callable[..., Options]", options)(**named))
 

@@ -71,7 +71,8 @@ class GenerationOptions(RawOptions):
             check.one_of("reasoning", self.reasoning, ("low", "medium", "high"))
         check.kind("system", self.system, (str, type(None)), "a string or None")
         check.kind("tools", self.tools, (list, tuple), "a list of functions: put it in brackets, [...]")
-        check.kind("response_format", self.response_format, (Mapping, type, type(None)), "a class, a schema or None")
+        kinds = "a pydantic class (not an instance of it), a JSON schema or None"
+        check.kind("response_format", self.response_format, (Mapping, type, type(None)), kinds)
         check.kind("tool_choice", self.tool_choice, (str, Mapping), "a string or an object")
         check.kind("stop_token_ids", self.stop_token_ids, (list, tuple), "a list of token ids")
         check.kind("parallel_tool_calls", self.parallel_tool_calls, bool, "True or False")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import fields
 
 import click
@@ -11,8 +12,10 @@ from mlx_gptoss_cli.main import COMMANDS, group
 from mlx_gptoss_cli.options import declared
 
 import mlx_gptoss
-from mlx_gptoss.options import GenerationOptions, LoadOptions
+from mlx_gptoss.errors import InvalidRequest
+from mlx_gptoss.options import GenerationOptions, LoadOptions, RawOptions
 from mlx_gptoss.options.declare import Flag
+from mlx_gptoss.options.sampling import SamplingOptions
 from mlx_gptoss.weights.formats import WRITERS
 
 # Of a text; names of tools; files of functions.
@@ -33,8 +36,14 @@ def defaults(options):
         (mlx_gptoss.load, LoadOptions),
         (mlx_gptoss.Model.generate, GenerationOptions),
         (mlx_gptoss.Model.stream, GenerationOptions),
+        (mlx_gptoss.Model.agenerate, GenerationOptions),
+        (mlx_gptoss.Model.astream, GenerationOptions),
+        (mlx_gptoss.Model.complete, RawOptions),
+        (mlx_gptoss.Model.acomplete, RawOptions),
+        (mlx_gptoss.Model.stream_raw, RawOptions),
+        (mlx_gptoss.Model.astream_raw, RawOptions),
     ],
-    ids=["load", "generate", "stream"],
+    ids=lambda each: each.__name__,
 )
 def test_signature_and_help_name_every_option(function, options):
     assert parameters(function) == defaults(options)
@@ -54,9 +63,35 @@ def test_convert_names_every_format_it_writes():
     assert all(f'"{name}"' in inspect.getdoc(mlx_gptoss.convert) for name in WRITERS)
 
 
-def test_an_unknown_option_is_a_type_error():
-    with pytest.raises(TypeError, match="temprature"):
-        mlx_gptoss.load(temprature=1)
+def test_an_unknown_option_is_a_type_error_that_names_the_nearest():
+    with pytest.raises(TypeError, match=r"load\(\) has no option 'max_contxt'; did you mean 'max_context'\?"):
+        mlx_gptoss.load(max_contxt=1)
+    with pytest.raises(TypeError, match=r"load\(\) has no option 'zzz'; help\(load\) lists them"):
+        mlx_gptoss.load(zzz=1)
+
+
+def test_coroutine_functions_are_known_as_such():
+    if sys.version_info >= (3, 12):  # before, nothing but `async def` is
+        assert inspect.iscoroutinefunction(mlx_gptoss.Model.agenerate)
+    assert not inspect.iscoroutinefunction(mlx_gptoss.Model.generate)
+
+
+def test_the_fields_of_sampling_are_options_of_the_same_names_and_texts():
+    names = {each.name: each.metadata["help"] for each in fields(mlx_gptoss.Sampling)}
+    options = {each.name: each.metadata["help"] for each in fields(SamplingOptions) if each.name != "sampling"}
+    assert options == names
+
+
+def test_sampling_by_name_changes_only_what_is_named():
+    default = mlx_gptoss.Sampling(temperature=0.5, top_p=0.9, stop=("x",))
+    assert RawOptions().resolve(default) == default
+    assert RawOptions(temperature=1.0).resolve(default) == mlx_gptoss.Sampling(temperature=1.0, top_p=0.9, stop=("x",))
+    assert RawOptions(stop=(), top_k=3).resolve(default) == mlx_gptoss.Sampling(temperature=0.5, top_p=0.9, top_k=3)
+    assert RawOptions(stop="y").resolve(default).stop == ("y",)
+    chosen = mlx_gptoss.Sampling(seed=4)
+    assert RawOptions(sampling=chosen).resolve(default) == chosen
+    with pytest.raises(InvalidRequest, match="sampling and temperature, seed are both given"):
+        GenerationOptions(sampling=chosen, temperature=0, seed=1)
 
 
 def test_no_command_declares_an_option_of_its_own_that_stands_in_a_dataclass():
