@@ -1,7 +1,5 @@
 """An answer in JSON that obeys a schema: print it, and the value that this program reads from it."""
 
-import json
-
 import mlx_gptoss
 
 SCHEMA = {
@@ -12,7 +10,6 @@ SCHEMA = {
 }
 
 with mlx_gptoss.load() as model:
-    form = {"type": "json_schema", "json_schema": {"name": "sum", "schema": SCHEMA}}
-    reply = model.generate("What is 12 + 30?", response_format=form)
+    reply = model.generate("What is 12 + 30?", response_format=SCHEMA, temperature=0)
     print(reply.text)
-    print("The sum is", json.loads(reply.text)["sum"])
+    print("The sum is", reply.parsed["sum"])

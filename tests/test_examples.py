@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import mlx_gptoss
 from mlx_gptoss.weights import checkpoint, codecs
 from mlx_gptoss.weights.synthetic import Synthetic, preset
 
@@ -23,6 +28,12 @@ TOOLS = EXAMPLES / "tools"
         ("conversation.py", [], ["123", "128", "elppa"]),
         ("weather_tool.py", [], ["get_weather", "Paris", "18", "sunny"]),
         ("structured_output.py", [], ["The sum is 42\n"]),
+        (
+            "tool_agent.py",
+            [],
+            ['get_weather({"location": "Paris"}) -> {"temp', "It is 18 degrees and sunny"],
+        ),
+        ("batch_scorer.py", [], ["%  What is 12 + 30?  12 + 30 = 42\n", "%  Reverse the word apple.  elppa\n"]),
         ("second_turn.py", ["300"], [" 0 of them cached", "323 of them cached", "times as fast"]),
     ],
 )
@@ -33,6 +44,81 @@ def test_example(name, words, expected):
         assert text in out.stdout
 
 
+def test_the_terminal_chat_goes_on_where_it_ended(tmp_path):
+    def say(text):
+        words = [sys.executable, EXAMPLES / "terminal_chat.py", tmp_path / "chat.json"]
+        out = subprocess.run(words, input=text, capture_output=True, text=True, timeout=300)
+        assert out.returncode == 0, out.stderr
+        return out.stdout
+
+    assert "> 12 + 30 = 42\n> " in say("What is 12 + 30?\n\n")
+    assert "> 42 + 5 = 47\n> " in say("Add 5 to that.\n")
+    saved = mlx_gptoss.Conversation.from_dict(json.loads((tmp_path / "chat.json").read_text()))
+    assert [message.role for message in saved.messages] == ["user", "assistant"] * 2
+
+
+@pytest.fixture(scope="module")
+def web_app():
+    """The address of the FastAPI app."""
+    pytest.importorskip("fastapi")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    app = subprocess.Popen([sys.executable, EXAMPLES / "fastapi_app.py", str(port)], stderr=subprocess.PIPE, text=True)
+    try:
+        for line in app.stderr:
+            if "running on" in line:
+                break
+        else:
+            pytest.fail("the app did not start")
+        threading.Thread(target=app.stderr.read, daemon=True).start()
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        app.terminate()
+        app.wait(60)
+
+
+def test_the_web_app_answers_many_at_once_and_outlives_clients_that_leave(web_app):
+    httpx = pytest.importorskip("httpx")
+    with httpx.Client(base_url=web_app, timeout=120) as client:
+
+        def answer(number):
+            return client.get("/answer", params={"question": f"What is {number} + 30?"}).json()["answer"]
+
+        with ThreadPoolExecutor(8) as threads:
+            assert list(threads.map(answer, range(12, 20))) == [f"{n} + 30 = {n + 30}" for n in range(12, 20)]
+        for _ in range(6):  # more than there are slots
+            with client.stream("GET", "/ask", params={"question": "What is 12 + 30?"}) as response:
+                assert response.headers["content-type"].startswith("text/event-stream")
+                next(response.iter_bytes())
+        text = client.get("/ask", params={"question": "Reverse the word apple."}).text
+        pieces = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line]
+        assert "".join(pieces) == "elppa"
+
+
+def test_the_notebook_runs():
+    nbclient = pytest.importorskip("nbclient", reason="needs nbclient and ipykernel")
+    pytest.importorskip("ipykernel", reason="needs nbclient and ipykernel")
+    nbformat = pytest.importorskip("nbformat")
+    notebook = nbformat.read(EXAMPLES / "notebook.ipynb", as_version=4)
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    shown = [output.get("text") or output["data"].get("text/plain") for output in outputs]
+    assert "context 2048" in shown[0]
+    assert "The capital of France is Paris." in outputs[1]["data"]["text/markdown"]
+    assert shown[2:] == [
+        "128 + 256 = 384",
+        "['12 + 30 = 42', 'elppa', '7 + 8 = 15']",
+        "{'sum': 42}",
+        "'It is 18 degrees and sunny in Paris.'",
+    ]
+
+
+def test_the_notebook_is_kept_without_outputs():
+    cells = json.loads((EXAMPLES / "notebook.ipynb").read_text())["cells"]
+    assert not [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")]
+
+
 def test_examples_are_short():
     for path in EXAMPLES.glob("*.py"):  # those that users read
         if "nano" not in path.name:
@@ -41,7 +127,7 @@ def test_examples_are_short():
 
 def test_every_example_and_tool_has_a_line_in_the_readme():
     readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    for path in EXAMPLES.rglob("*.py"):
+    for path in [*EXAMPLES.rglob("*.py"), *EXAMPLES.glob("*.ipynb")]:
         assert f"`{path.name}`" in readme, path.name
 
 
