@@ -106,8 +106,8 @@ def test_the_notebook_runs():
     shown = [output.get("text") or output["data"].get("text/plain") for output in outputs]
     assert "context 2048" in shown[0]
     assert "The capital of France is Paris." in outputs[1]["data"]["text/markdown"]
-    assert shown[2:] == [
-        "128 + 256 = 384",
+    assert "".join(shown[2:-3]) == "128 + 256 = 384"  # a stream comes in pieces
+    assert shown[-3:] == [
         "['12 + 30 = 42', 'elppa', '7 + 8 = 15']",
         "{'sum': 42}",
         "'It is 18 degrees and sunny in Paris.'",
