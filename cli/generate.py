@@ -109,7 +109,7 @@ def _report(model: Model, events: Events) -> dict[str, Any]:
         "usage": vars(finished.usage),
         "timings": {
             "load_s": model.load_s,
-            **vars(finished.timings),
+            **{name: value for name, value in vars(finished.timings).items() if name != "queue_s"},
             "peak_memory_bytes": model.peak_memory(),
         },
         "model": model.name,

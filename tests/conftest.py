@@ -85,6 +85,16 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """Restores how SIGINT and SIGTERM are handled: a rank ignores them, and so would the processes of later tests."""
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in before:
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
 def no_hang(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test that hangs prints the stack of every thread and fails, and the run goes on.
 

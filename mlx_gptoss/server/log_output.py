@@ -65,6 +65,9 @@ def configure_logging(level: str, form: str, stream: TextIO | None = None) -> Ba
     handler = BackgroundHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     root = logging.getLogger()
+    for earlier in [each for each in root.handlers if isinstance(each, BackgroundHandler)]:
+        root.removeHandler(earlier)
+        earlier.close()
     root.addHandler(handler)
     root.setLevel(logging.ERROR if level == "error" else logging.WARNING)
     logging.getLogger("mlx_gptoss").setLevel(level.upper())

@@ -242,10 +242,10 @@ def test_only_declared_recipients_may_be_called(nano: Tokenizer) -> None:
 def test_headers_of_1024_functions_are_built_once_and_fast(nano: Tokenizer) -> None:
     functions = tuple(Function(f"mcp__server_{n % 30}__do_{n}", "", CLOSED) for n in range(1024))
     first = guided(nano, functions=functions)
-    started = time.process_time()
+    started = time.thread_time()
     guide = guided(nano, functions=functions)
     assert guide._tries is first._tries
-    assert time.process_time() - started < 0.5  # CPU seconds; usually a twentieth of it
+    assert time.thread_time() - started < 0.5  # CPU seconds of this thread; usually a twentieth of it
     advanced(guide, nano, "<|channel|>commentary to=functions.mcp__server_3__do_1023<|message|>{")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -46,6 +47,8 @@ def main(connection: Connection) -> int:
         _log.debug("loading failed", exc_info=error)
         connection.send(Failed(None, sendable(error)))
         return 1
+    gc.collect()
+    gc.freeze()  # a collection of all that was loaded takes 50 ms, and every stream would wait for it
     with model:
         return Worker(model, connection).run()
 

@@ -94,22 +94,24 @@ class ModelResponse:
         recorder = service.metrics.track_reply()
         service.running_responses[self._id] = RunningResponse(writer.response, queue, log)
         try:
-            yield writer.begin()
-            async for batch in queue.batches():
-                events: list[dict[str, Any]] = writer.start()
-                for _, event in batch:
-                    recorder.record(event)
-                    events += writer.write(event)
-                yield events
-            last = writer.end()
-        except Exception as error:
-            self.failure = from_exception(error)
-            last = writer.fail(self.failure)
+            try:
+                yield writer.begin()
+                async for batch in queue.batches():
+                    events: list[dict[str, Any]] = writer.start()
+                    for _, event in batch:
+                        recorder.record(event)
+                        events += writer.write(event)
+                    yield events
+                last = writer.end()
+            except Exception as error:
+                self.failure = from_exception(error)
+                last = writer.fail(self.failure)
+            finally:
+                service.finish(queue)
+            given = await asyncio.to_thread(lambda: _by_id(item_objects(self.context.items)))
+            self._store_response(last, given, log)
         finally:
-            service.running_responses.pop(self._id, None)
-            service.finish(queue)
-        given = await asyncio.to_thread(lambda: _by_id(item_objects(self.context.items)))
-        self._store_response(last, given, log)
+            service.running_responses.pop(self._id, None)  # only now, so that a client finds it at any time
         yield [last]
 
     def run_in_background(self, queue: EventQueue) -> EventLog:
