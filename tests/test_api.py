@@ -119,7 +119,7 @@ def test_an_abandoned_stream_frees_its_slot(model):
         (lambda m: m.generate(None), "a question, a list of messages or a Conversation"),
         (lambda m: m.generate(b"x"), "a question, a list of messages or a Conversation"),
         (lambda m: m.generate({"role": "user", "content": "x"}), "put it in brackets"),
-        (lambda m: m.generate(["Hi"]), r"messages\[0\] must be a dict.*or give the question without the list"),
+        (lambda m: m.generate(["Hi"]), r'messages\[0\] must be a dict such as {"role": "user", .*, not \'Hi\''),
         (lambda m: m.generate([Message("user", "x")]), "append"),
         (lambda m: m.generate(m.agenerate("x")), "write await"),
         (lambda m: m.generate("x", temperature="hot"), r"temperature must be a number in \[0, 2\], not 'hot'"),

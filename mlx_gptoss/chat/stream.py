@@ -75,9 +75,6 @@ def _messages(prompt: Any) -> Sequence[Mapping[str, Any]]:
             f"the prompt must be a question, a list of messages or a Conversation, not {shown(prompt)}"
         )
     for index, message in enumerate(prompt):
-        if isinstance(message, str):
-            remedy = f'write {{"role": "user", "content": {shown(message)}}}, or give the question without the list'
-            raise InvalidRequest(f"messages[{index}] must be a dict, not a string; {remedy}")
         if isinstance(message, Message):
             raise InvalidRequest(f"messages[{index}] is a Message; give Conversation().append(*messages)")
     return prompt

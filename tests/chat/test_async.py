@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -283,3 +284,28 @@ def test_a_dropped_queue_does_not_keep_its_reply(model, handles):
             gc.enable()
 
     asyncio.run(run())
+
+
+def test_a_client_of_a_fastapi_app_that_leaves_ends_its_generation(model, handles):
+    fastapi, uvicorn, httpx = (pytest.importorskip(name) for name in ("fastapi", "uvicorn", "httpx"))
+    app = fastapi.FastAPI()
+
+    @app.get("/endless")
+    async def endless():
+        events = model.astream_raw((1, 2), **ENDLESS)
+        text = (event.text async for event in events if isinstance(event, TextDelta))
+        return fastapi.responses.StreamingResponse(text)
+
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{listening.getsockname()[1]}/endless"
+            with httpx.stream("GET", url, timeout=WAIT_S) as response:
+                assert next(response.iter_raw())
+            assert end_of(handles[0]).reason == "cancelled"
+        finally:
+            server.should_exit = True
+            thread.join(WAIT_S)
