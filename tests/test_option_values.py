@@ -94,13 +94,20 @@ def expect_error(name: str, use: Callable[[], object]) -> None:
 
 def test_the_tables_have_every_option():
     assert SAMPLING.keys() | {"stop"} == {field.name for field in fields(Sampling)}
-    assert GENERATION.keys() == {field.name for field in fields(GenerationOptions)}
+    assert GENERATION.keys() | SAMPLING.keys() | {"stop"} == {field.name for field in fields(GenerationOptions)}
     assert LOAD.keys() == {field.name for field in fields(LoadOptions)}
 
 
 @pytest.mark.parametrize(("name", "value"), refused(SAMPLING))
 def test_sampling_refuses(model, name, value):
     expect_error(name, lambda: model.complete([1, 2], max_tokens=1, sampling=Sampling(**{name: value})))
+
+
+@pytest.mark.parametrize(("name", "value"), [case for case in refused(SAMPLING) if case.values[1] is not None])
+def test_sampling_by_name_refuses_the_same(model, name, value):
+    """But for None, which leaves a field as the model has it."""
+    expect_error(name, lambda: model.complete([1, 2], max_tokens=1, **{name: value}))
+    expect_error(name, lambda: model.stream("Hi", max_tokens=1, **{name: value}))
 
 
 @pytest.mark.parametrize(("name", "value"), accepted(SAMPLING))
