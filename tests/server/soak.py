@@ -82,6 +82,7 @@ class Soak:
     def fail(self, what: str) -> None:
         if len(self.failures) < 1000:
             self.failures.append(what[:500])
+            print(f"failure: {what[:500]}", file=sys.stderr, flush=True)
 
     def choose_model(self, r: random.Random) -> str:
         return self.models[0] if r.random() < 0.7 else self.models[-1]
