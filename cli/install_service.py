@@ -153,7 +153,7 @@ def _check(ctx: click.Context, installed: bool) -> None:
     names = ctx.params["model_names"] or [model.name for model in library.installed_models()][:1]
     found = []
     for name in names:
-        path = library.NANO if name in (library.NANO_ALIAS, library.NANO_NAME) else hub.resolve(name)
+        path = hub.resolve(name)
         request = LoadRequest(model=str(path), **vars(options))
         plan_load(request, open_source(request))
         found.append(NamedModel(RemoteModel(name, path, options), *model_names(name)))
@@ -225,10 +225,10 @@ def _environment(variables: Mapping[str, str], names: Container[str]) -> dict[st
 
 def _absolute(option: str, value: str) -> str:
     """The value of an option, a path in it made absolute: a service has its own working folder."""
-    from mlx_gptoss.loading.library import NANO_ALIAS
+    from mlx_gptoss.loading.library import NANO_ALIAS, NANO_NAME
 
     path = Path(value).expanduser()
-    is_path = option in PATHS or (option in MODEL and value != NANO_ALIAS and path.exists())
+    is_path = option in PATHS or (option in MODEL and value not in (NANO_ALIAS, NANO_NAME) and path.exists())
     return os.path.abspath(path) if is_path else value
 
 

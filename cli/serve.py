@@ -180,7 +180,7 @@ def _open_models(
     if find_launch() is not None:
         raise click.UsageError("a model that is split over ranks is served alone: give one --model, no --idle-unload")
     options = LoadOptions(**given)
-    chosen = [(name, library.NANO if name == library.NANO_ALIAS else hub.resolve(name)) for name in names] or found
+    chosen = [(name, hub.resolve(name)) for name in names] or found
     models = [RemoteModel(name, path, options) for name, path in chosen]
     named = [NamedModel(model, *model_names(name)) for model, (name, _) in zip(models, chosen, strict=True)]
     yield _named(named, aliases), ModelPool(models, idle_unload_s=idle_unload, log=log)

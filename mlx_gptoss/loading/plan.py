@@ -18,11 +18,11 @@ from ..weights.split import RankShard, RankWeights
 from ..weights.synthetic import Synthetic, preset
 from ..weights.tensor import Dense, Weights
 from . import hub
+from .hub import NANO as NANO
+from .hub import NANO_ALIAS as NANO_ALIAS
 from .memory import MemoryPlan, plan_memory
 from .recommend import derived_bytes, mappable_bytes, units_by_format, upcastable_bytes, used_vocabulary
 
-NANO = Path(__file__).parents[1] / "nano"  # the bundled model
-NANO_ALIAS = "nano"  # its name; a folder of this name is ./nano
 MAX_DRAFTS = 3  # plus the token before them: 4 queries, the maximum of Metal's attention kernel for decoding
 LIBRARIES = {"mlx": "mlx", "cuda": "torch"}  # the library that computes; another version may round differently
 ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -100,7 +100,7 @@ def open_source(request: LoadRequest) -> CheckpointLike:
 
 def open_checkpoint(path_or_repo_id: str | Path | None) -> Checkpoint:
     """Open a checkpoint; None and "nano" are the bundled model. Reads headers only. Raises CheckpointError."""
-    return checkpoints.open(NANO if path_or_repo_id in (None, NANO_ALIAS) else hub.resolve(path_or_repo_id or NANO))
+    return checkpoints.open(NANO if path_or_repo_id is None else hub.resolve(path_or_repo_id))
 
 
 def plan_load(
