@@ -32,7 +32,16 @@ OURS = ("install_service", "remove_service", "api_key")  # options that the serv
 PATHS = ("tools_config", "prompt_cache")  # options whose value is a path
 KEPT_PREFIXES = ("MLX_", "HF_", "HUGGINGFACE_", "CUDA_", "NVIDIA_", "TRITON_", "PYTORCH_")
 KEPT = (
-    *("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "XDG_CACHE_HOME", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"),
+    *(
+        "PATH",
+        "PYTHONPATH",
+        "LD_LIBRARY_PATH",
+        "XDG_CACHE_HOME",
+        "XDG_CONFIG_HOME",
+        "SSL_CERT_FILE",
+        "SSL_CERT_DIR",
+        "REQUESTS_CA_BUNDLE",
+    ),
     *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy"),
 )
 DROPPED = ("MLX_GPTOSS_INSTALL_SERVICE", "MLX_GPTOSS_REMOVE_SERVICE", LAUNCHD)

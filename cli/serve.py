@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,25 +15,30 @@ import click
 from mlx_gptoss.options import LoadOptions
 
 from .install_service import SERVICE_OPTIONS, install
-from .options import CACHE_OPTIONS, DEVICE_OPTIONS, RUN_OPTIONS, declared, load, options, serve_extra
+from .options import (
+    CACHE_OPTIONS,
+    DEVICE_OPTIONS,
+    MODEL_VARIABLE,
+    RUN_OPTIONS,
+    ModelName,
+    declared,
+    load,
+    options,
+    serve_extra,
+)
 
 if TYPE_CHECKING:
     from mlx_gptoss.server.models.named import NamedModel
     from mlx_gptoss.server.models.pool import ModelPool
 
 
-class ModelName(click.types.StringParamType):
-    """A --model. In the environment variable, os.pathsep stands between several."""
-
-    envvar_list_splitter = os.pathsep
-
-
 MODELS_OPTION = click.option(
+    "-m",
     "--model",
     "model_names",
     multiple=True,
     type=ModelName(),
-    envvar="MLX_GPTOSS_MODEL",
+    envvar=MODEL_VARIABLE,
     metavar="PATH|REPO",
     help="A folder, a hub id such as openai/gpt-oss-20b, or nano. Repeatable: requests choose by name, and the first "
     "answers the others. Default: all models on this machine, nano first.",
