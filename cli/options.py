@@ -138,6 +138,9 @@ GENERATION_OPTIONS = (
     STOP_OPTION,
 )
 HIDE_REASONING_OPTION = click.option("--hide-reasoning", is_flag=True, help="Show only the answer.")
+VERBOSE_OPTION = click.option(
+    "-v", "--verbose", is_flag=True, help="Show tokens per second while the answer streams, and --stats after it."
+)
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 TOOL_OPTION = click.option(
     "--tool",
@@ -226,10 +229,19 @@ def load_tools(files: tuple[str, ...]) -> tuple[Tool, ...]:
 
 
 def load(model: str | None, **options: Any) -> Model:
-    """The model, with a spinner on a terminal's stderr while it loads. options: LoadOptions' fields."""
-    import mlx_gptoss
+    """The model, with a bar on a terminal's stderr while it loads. options: LoadOptions' fields."""
+    from mlx_gptoss import api
+    from mlx_gptoss.loading.plan import LoadRequest
 
     from .terminal import new_console
 
-    with new_console(stderr=True).status(f"Loading {model or 'the bundled model'}"):
-        return mlx_gptoss.load(model, **options)
+    request = LoadRequest(model=model, **options)
+    console = new_console(stderr=True)
+    if not console.is_terminal:
+        return api.load_request(request)
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(f"Loading {request.name}", total=None)  # moves to and fro until the first weight is read
+        return api.load_request(request, lambda done, total: bar.update(task, completed=done, total=total))

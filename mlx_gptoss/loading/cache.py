@@ -154,7 +154,7 @@ def _continue_file(download: Download, file: RemoteFile, progress: Callable[[int
     """Download the rest of a large file."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils._headers import build_hf_headers
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined, unused-ignore]
 
     url = hf_hub_url(download.repo, file.name, revision=download.commit)
     headers = build_hf_headers()
@@ -195,7 +195,7 @@ class _Counted:
 @contextmanager
 def _lock(folder: Path, digest: str) -> Iterator[None]:
     """huggingface_hub's own lock on a blob, so that two programs do not write to it at once."""
-    from huggingface_hub.utils._fixes import WeakFileLock
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined, unused-ignore]
 
     path = folder.parent / ".locks" / folder.name / f"{digest}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
