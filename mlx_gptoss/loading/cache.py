@@ -12,7 +12,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,7 +108,7 @@ def plan_download(name: str) -> Download:
     files = tuple(
         RemoteFile(each.path, each.size, each.lfs.sha256 if each.lfs else each.blob_id, each.lfs is not None)
         for each in entries
-        if isinstance(each, RepoFile) and any(fnmatch(each.path, pattern) for pattern in hub.MODEL_FILES)
+        if isinstance(each, RepoFile) and hub.is_needed(each.path)
     )
     if not any(file.name.endswith(".safetensors") for file in files):
         raise hub.without_weights(repo, revision)

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,13 @@ def cached_repositories() -> list[CachedRepository]:
             if (chosen.snapshot_path / "config.json").exists():
                 found.append(CachedRepository(repo.repo_id, chosen.snapshot_path, repo.size_on_disk))
     return found
+
+
+def is_needed(name: str) -> bool:
+    """Whether loading needs this file of a repository."""
+    return any(fnmatch(name, pattern) for pattern in MODEL_FILES) and not any(
+        fnmatch(name, pattern) for pattern in IGNORED_FILES
+    )
 
 
 def home_folders() -> list[Path]:

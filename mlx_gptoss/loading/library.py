@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -57,28 +59,52 @@ def installed_models() -> list[InstalledModel]:
 
     Reads the headers of what may be a model and leaves out all else, such as models of other architectures.
     """
-    return [model for model, _ in _open_models()]
+    found: dict[str, InstalledModel] = {}
+    for model in _candidates():
+        if model.name not in found and _opened(model) is not None:
+            found[model.name] = model
+    return list(found.values())
 
 
 def model_facts(backend: str = "auto") -> list[ModelFacts]:
     """The installed models with their sizes, and whether each fits into the memory of the backend's device."""
     module, name = find_backend(backend)
-    found = []
-    for model, checkpoint in _open_models():
-        read_at = model.path if model.path.is_file() else checkpoint.tokenizer_folder / "tokenizer.json"
-        found.append(
-            ModelFacts(
-                name=NANO_ALIAS if model.place == "bundled" else model.name,
-                path=model.path,
-                place=model.place,
-                format=checkpoint.format,
-                parameters=sum(param.size for param in checkpoint.params),
-                size_bytes=_size(model.path) if model.size_bytes is None else model.size_bytes,
-                used_at=(read_at if read_at.exists() else model.path).stat().st_atime,
-                memory=memory_plan(checkpoint, module, as_stored=name == "mlx"),
+    found: list[ModelFacts] = []
+    for model in _candidates():
+        with _unread(_read_when_used(model.path)) as used_at:
+            checkpoint = _opened(model)
+            if checkpoint is None or model.name in {facts.name for facts in found}:
+                continue
+            found.append(
+                ModelFacts(
+                    name=NANO_ALIAS if model.place == "bundled" else model.name,
+                    path=model.path,
+                    place=model.place,
+                    format=checkpoint.format,
+                    parameters=sum(param.size for param in checkpoint.params),
+                    size_bytes=_size(model.path) if model.size_bytes is None else model.size_bytes,
+                    used_at=used_at,
+                    memory=memory_plan(checkpoint, module, as_stored=name == "mlx"),
+                )
             )
-        )
     return found
+
+
+def _read_when_used(path: Path) -> Path:
+    """A file that loading a model reads: its tokenizer, or else its only file."""
+    tokenizer = path / "tokenizer.json"
+    return tokenizer if tokenizer.exists() else path
+
+
+@contextmanager
+def _unread(file: Path) -> Iterator[float]:
+    """Gives the time when the file was last read, and keeps it whatever is read of it now: listing is no use."""
+    before = file.stat()
+    try:
+        yield before.st_atime
+    finally:
+        with suppress(OSError):  # it belongs to another user
+            os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def model_names() -> list[str]:
@@ -87,16 +113,12 @@ def model_names() -> list[str]:
     return list(dict.fromkeys([NANO_ALIAS, *names]))
 
 
-def _open_models() -> Iterator[tuple[InstalledModel, Checkpoint]]:
-    names = set()
-    for model in _candidates():
-        if model.name not in names:
-            try:
-                checkpoint = checkpoints.open(model.path)
-            except CheckpointError:
-                continue
-            names.add(model.name)
-            yield model, checkpoint
+def _opened(model: InstalledModel) -> Checkpoint | None:
+    """The checkpoint; None if it cannot be opened."""
+    try:
+        return checkpoints.open(model.path)
+    except CheckpointError:
+        return None
 
 
 def _candidates() -> Iterator[InstalledModel]:

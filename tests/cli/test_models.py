@@ -171,7 +171,9 @@ def test_rm_touches_nothing_outside_the_cache(run, tmp_path):
 
 
 def test_rm_asks_on_a_terminal(run, environment, tmp_path):
-    folder = Path(run("pull", "org/nano").stdout.strip())
+    pulled = run("pull", "org/nano")
+    assert pulled.returncode == 0, pulled.stderr
+    folder = Path(pulled.stdout.strip())
     for reply, code in ((b"n\n", 1), (b"y\n", 0)):
         child, terminal = pty.fork()
         if child == 0:

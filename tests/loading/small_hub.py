@@ -73,7 +73,7 @@ class Handler(BaseHTTPRequestHandler):
             entries: Any = [
                 {"type": "file", "path": name, "size": len(data), "oid": blob_id(data), **large(name, data)}
                 for name, data in files.items()
-                if "recursive" in self.path or "/" not in name
+                if "recursive=true" in self.path.lower() or "/" not in name
             ]
         else:
             entries = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
