@@ -148,7 +148,10 @@ def test_a_long_prompt_has_a_bar_that_goes_away(monkeypatch):
     assert bars and "/7" in bars[-1] and not any("Reading" in line for line in seen[-1])
 
 
-def test_verbose_shows_the_speed_on_the_bottom_line_while_it_streams(mini):
+def test_verbose_shows_the_speed_on_the_bottom_line_while_it_streams(monkeypatch, mini):
+    """Here with every token, since a fast machine is done before the next look at the clock."""
+    code = "import mlx_gptoss_cli.progress as p, mlx_gptoss_cli.main as m; p.REFRESH_S = 0; m.main()"
+    monkeypatch.setitem(globals(), "CLI", [sys.executable, "-c", code])
     words = ("Count.", "--raw", "-t", "0", "-m", str(mini / "mxfp4"), "-v")
     seen = screens(*words, "--max-context", "1024")
     speeds = [screen[-1] for screen in seen if "tok/s" in screen[-1] and screen[-1].split()[1].startswith("tokens")]
