@@ -66,6 +66,9 @@ def bench(
     """
     if choices["quantize"] and choices["against"] in AGAINST[:2]:
         raise click.UsageError("--against loads the checkpoint as it is: convert it first and leave out --quantize")
+    source = click.get_current_context().get_parameter_source("model")
+    if choices["synthetic"] and source is not click.core.ParameterSource.COMMANDLINE:
+        choices["model"] = None  # the default of the environment or of the config file
     if choices["model"] and choices["synthetic"]:
         raise click.UsageError("give --model or --synthetic, not both")
     if (choices["format_name"] or choices["layers"]) and not choices["synthetic"]:

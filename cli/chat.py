@@ -16,14 +16,18 @@ from .options import (
     LOAD_OPTIONS,
     SAMPLING_OPTIONS,
     TOOL_OPTION,
+    fill_in,
     load,
     load_tools,
     options,
     split_sampling,
+    system_text,
 )
 from .terminal import no_codes
 
 if TYPE_CHECKING:
+    from typing import TextIO
+
     from mlx_gptoss import Conversation, Model, Sampling, Tool
     from mlx_gptoss.harmony.messages import Effort
 
@@ -45,12 +49,15 @@ def chat(
     max_tokens: int | None,
     reasoning: Effort | None,
     system: str | None,
+    system_file: TextIO | None,
+    variables: tuple[str, ...],
     hide_reasoning: bool,
     tools: tuple[str, ...],
     stats: bool,
     **given: Any,
 ) -> None:
     """Chat with the model. /help lists the commands inside."""
+    (system,) = fill_in(variables, system_text(system, system_file))
     offered, chosen = load_tools(tools), split_sampling(given)
     with load(**given) as loaded:
         sampling = replace(loaded.default_sampling, **chosen)

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
+
+from .options import ModelName
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+
+def _formats(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """The values of --to that begin so."""
+    from click.shell_completion import CompletionItem
+
+    from mlx_gptoss.weights.formats import WRITERS
+
+    return [CompletionItem(name) for name in WRITERS if name.startswith(incomplete)]
 
 
 @click.command()
-@click.argument("source")
-@click.argument("destination", metavar="DEST")
+@click.argument("source", type=ModelName())
+@click.argument("destination", metavar="DEST", type=click.Path())
 @click.option(
-    "--to", required=True, metavar="NAME", help="The format to write: mxfp4, bf16, mlx-4bit, mlx-mxfp4-q8, ..."
+    "--to",
+    required=True,
+    shell_complete=_formats,
+    metavar="NAME",
+    help="The format to write: mxfp4, bf16, mlx-4bit, mlx-mxfp4-q8, ...",
 )
 @click.option(
     "--search",
@@ -18,7 +38,7 @@ import click
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing DEST.")
 def convert(source: str, destination: str, to: str, search: str | None, overwrite: bool) -> None:
-    """Write SOURCE (a folder or a hub id) to the folder DEST in another format.
+    """Write SOURCE (a folder, a hub id or nano) to the folder DEST in another format.
 
     Streams: at most one layer is in memory. DEST appears when it is complete and verified, or not at all. After an
     interruption the same command continues after the last complete shard (2 GB), kept in a hidden folder next to DEST.

@@ -10,15 +10,17 @@ import click
 
 from mlx_gptoss.options import LoadOptions
 
-from .options import DEVICE_OPTIONS, declared, options
+from .options import DEVICE_OPTIONS, MODEL_VARIABLE, ModelName, declared, options
 
 if TYPE_CHECKING:
     from mlx_gptoss.measure.evaluation import Divergence, Evaluation
 
 
 @click.command()
-@click.argument("models", metavar="[MODEL]...", nargs=-1)
-@click.option("--against", multiple=True, metavar="MODEL", help="A reference to compare with. Repeatable.")
+@click.argument("models", metavar="[MODEL]...", nargs=-1, type=ModelName(), envvar=MODEL_VARIABLE)
+@click.option(
+    "--against", multiple=True, type=ModelName(), metavar="MODEL", help="A reference to compare with. Repeatable."
+)
 @click.option("--text", type=Path, metavar="FILE", help="A UTF-8 file; special tokens in it count.")
 @click.option(
     "--score",

@@ -32,7 +32,16 @@ OURS = ("install_service", "remove_service", "api_key")  # options that the serv
 PATHS = ("tools_config", "prompt_cache")  # options whose value is a path
 KEPT_PREFIXES = ("MLX_", "HF_", "HUGGINGFACE_", "CUDA_", "NVIDIA_", "TRITON_", "PYTORCH_")
 KEPT = (
-    *("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "XDG_CACHE_HOME", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE"),
+    *(
+        "PATH",
+        "PYTHONPATH",
+        "LD_LIBRARY_PATH",
+        "XDG_CACHE_HOME",
+        "XDG_CONFIG_HOME",
+        "SSL_CERT_FILE",
+        "SSL_CERT_DIR",
+        "REQUESTS_CA_BUNDLE",
+    ),
     *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy", "no_proxy"),
 )
 DROPPED = ("MLX_GPTOSS_INSTALL_SERVICE", "MLX_GPTOSS_REMOVE_SERVICE", LAUNCHD)
@@ -153,7 +162,7 @@ def _check(ctx: click.Context, installed: bool) -> None:
     names = ctx.params["model_names"] or [model.name for model in library.installed_models()][:1]
     found = []
     for name in names:
-        path = library.NANO if name in (library.NANO_ALIAS, library.NANO_NAME) else hub.resolve(name)
+        path = hub.resolve(name)
         request = LoadRequest(model=str(path), **vars(options))
         plan_load(request, open_source(request))
         found.append(NamedModel(RemoteModel(name, path, options), *model_names(name)))
@@ -225,10 +234,10 @@ def _environment(variables: Mapping[str, str], names: Container[str]) -> dict[st
 
 def _absolute(option: str, value: str) -> str:
     """The value of an option, a path in it made absolute: a service has its own working folder."""
-    from mlx_gptoss.loading.library import NANO_ALIAS
+    from mlx_gptoss.loading.library import NANO_ALIAS, NANO_NAME
 
     path = Path(value).expanduser()
-    is_path = option in PATHS or (option in MODEL and value != NANO_ALIAS and path.exists())
+    is_path = option in PATHS or (option in MODEL and value not in (NANO_ALIAS, NANO_NAME) and path.exists())
     return os.path.abspath(path) if is_path else value
 
 

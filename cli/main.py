@@ -23,7 +23,33 @@ COMMANDS = {
     "show": "Show format, sizes and memory plan of a checkpoint.",
     "bench": "Measure prefill and decode speed.",
     "eval": "Measure perplexity and the divergence from another checkpoint.",
+    "list": "List the models on this machine.",
+    "pull": "Download a model.",
+    "rm": "Remove a downloaded model.",
+    "ps": "Show what a running server does.",
+    "config": "Show or change the defaults of options.",
 }
+OTHER_NAMES = {
+    "ls": "list",
+    "models": "list",
+    "tags": "list",
+    "download": "pull",
+    "get": "pull",
+    "remove": "rm",
+    "delete": "rm",
+    "run": "chat",
+    "ask": "generate",
+    "complete": "generate",
+    "info": "show",
+    "quantize": "convert",
+    "start": "serve",
+    "server": "serve",
+    "benchmark": "bench",
+    "perplexity": "eval",
+    "status": "ps",
+    "set": "config",
+}  # what other programs call it
+MODULES = {"list": "list_"}  # modules and functions that Python does not let have the command's name
 
 
 class Commands(click.Group):
@@ -35,9 +61,21 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command = getattr(import_module(f".{cmd_name}", __package__), cmd_name)
+        module = import_module(f".{MODULES.get(cmd_name, cmd_name)}", __package__)
+        command = getattr(module, MODULES.get(cmd_name, cmd_name))
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, *rest = args
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            raise click.UsageError(f"there is no command {name!r}{_like(name)}", ctx)
+        found = super().resolve_command(ctx, args)
+        if found[1] is not None and name != "config" and not ctx.resilient_parsing:
+            ctx.default_map = {name: _defaults(name, found[1], rest)}
+        return found
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         try:
@@ -54,6 +92,28 @@ class Commands(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
+
+
+def _like(name: str) -> str:
+    """The commands that a wrong name may mean."""
+    import difflib
+
+    near = [OTHER_NAMES[name]] if name in OTHER_NAMES else difflib.get_close_matches(name, COMMANDS, 3)
+    return f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(COMMANDS)}"
+
+
+def _defaults(name: str, command: click.Command, args: list[str]) -> dict[str, Any]:
+    """What the config file says of a command's options. --help is answered whatever the file contains."""
+    from mlx_gptoss.errors import GptOssError
+
+    from . import config_file
+
+    try:
+        return config_file.defaults_for(name, command, config_file.read())
+    except GptOssError:
+        if {"-h", "--help"} & set(args):
+            return {}
+        raise
 
 
 def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -84,7 +144,7 @@ def _set_ranks_secret_file(ctx: click.Context, param: click.Parameter, value: st
 def group() -> None:
     """Run OpenAI's gpt-oss models on this machine.
 
-    Without --model, commands use the small bundled model.
+    Without --model, commands use MLX_GPTOSS_MODEL, or the model of the config file, or the small bundled one, nano.
     """
 
 

@@ -3,7 +3,9 @@ mlx_gptoss/options and mlx_gptoss/sampling.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,11 +17,17 @@ from mlx_gptoss.options.declare import Flag
 from mlx_gptoss.sampling import Sampling
 
 if TYPE_CHECKING:
+    from typing import TextIO
+
+    from click.shell_completion import CompletionItem
+
     from mlx_gptoss import Model, Tool
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Option = Callable[[Command], Command]
 SERVE_PACKAGES = ("fastapi", "starlette", "pydantic", "uvicorn", "h11", "prometheus_client")
+MODEL_VARIABLE = "MLX_GPTOSS_MODEL"
+SHORT = {"temperature": "-t", "system": "-s"}
 TYPES = {"int": int, "float": float, "str": str}
 
 
@@ -38,6 +46,7 @@ def _option(declaration: Any, default: Any) -> Option[Any]:
     help = declaration.metadata["help"].replace('"', "")
     if declaration.type == "bool":
         return click.option(name, is_flag=True, help=help)
+    names = [SHORT[declaration.name], name] if declaration.name in SHORT else [name]
     of = TYPES.get(declaration.type.partition(" ")[0], str)
     kind: Any = of
     if flag.choices:
@@ -50,7 +59,7 @@ def _option(declaration: Any, default: Any) -> Option[Any]:
         return value if value is None or flag.unit == 1 else value * flag.unit
 
     return click.option(
-        name,
+        *names,
         type=kind,
         default=default,
         show_default=default is not None,
@@ -60,10 +69,47 @@ def _option(declaration: Any, default: Any) -> Option[Any]:
     )
 
 
+class ModelName(click.types.StringParamType):
+    """A model's name. In the environment variable, os.pathsep stands between several."""
+
+    envvar_list_splitter = os.pathsep
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The models on this machine; folders and files for what begins like a path."""
+        from click.shell_completion import CompletionItem
+
+        if incomplete.startswith((".", "/", "~")):
+            return [CompletionItem(incomplete, type="file")]
+        from mlx_gptoss.loading.library import model_names
+
+        return [CompletionItem(name) for name in model_names() if name.startswith(incomplete)]
+
+
+class _OneModel(click.Parameter):
+    """A parameter for one model. Of several in the environment variable, which are for serve, it takes the first."""
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        value = super().resolve_envvar_value(ctx)
+        return value and next(filter(None, value.split(os.pathsep)), None)
+
+
+class ModelOption(_OneModel, click.Option):
+    """An option for one model."""
+
+
+class ModelArgument(_OneModel, click.Argument):
+    """An argument for one model."""
+
+
 MODEL_OPTION = click.option(
+    "-m",
     "--model",
+    cls=ModelOption,
+    type=ModelName(),
+    envvar=MODEL_VARIABLE,
     metavar="PATH|REPO",
-    help="A folder, or a hub id such as openai/gpt-oss-20b. Default: the bundled model.",
+    help="A folder, a hub id such as openai/gpt-oss-20b, or a name that `list` shows. Default: MLX_GPTOSS_MODEL, or "
+    "the config file's model, or nano, the bundled one.",
 )
 DEVICE_OPTIONS = declared(LoadOptions, "backend", "device", "dtype")
 RUN_OPTIONS = declared(LoadOptions, "max_context", "quantize", "kv_bits", "speculate")
@@ -71,8 +117,30 @@ LOAD_OPTIONS = (MODEL_OPTION, *DEVICE_OPTIONS, *RUN_OPTIONS)
 CACHE_OPTIONS = declared(LoadOptions, "prefix_cache", "prompt_cache")
 SAMPLING_NAMES = ("temperature", "top_p", "top_k", "min_p", "seed")
 SAMPLING_OPTIONS = declared(Sampling, **dict.fromkeys(SAMPLING_NAMES))
-GENERATION_OPTIONS = declared(GenerationOptions, "max_tokens", "reasoning", "system")
+STOP_OPTION = click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT. Repeatable.")
+SYSTEM_FILE_OPTION = click.option(
+    "--system-file",
+    type=click.File(encoding="utf-8"),
+    metavar="FILE",
+    help="Read the instructions of --system from this file.",
+)
+VAR_OPTION = click.option(
+    "--var",
+    "variables",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Put VALUE in place of {NAME} in the prompt and the instructions. Other braces stay. Repeatable.",
+)
+GENERATION_OPTIONS = (
+    *declared(GenerationOptions, "max_tokens", "reasoning", "system"),
+    SYSTEM_FILE_OPTION,
+    VAR_OPTION,
+    STOP_OPTION,
+)
 HIDE_REASONING_OPTION = click.option("--hide-reasoning", is_flag=True, help="Show only the answer.")
+VERBOSE_OPTION = click.option(
+    "-v", "--verbose", is_flag=True, help="Show tokens per second while the answer streams, and --stats after it."
+)
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 TOOL_OPTION = click.option(
     "--tool",
@@ -110,7 +178,42 @@ def serve_extra() -> Iterator[None]:
 def split_sampling(given: dict[str, Any]) -> dict[str, Any]:
     """The sampling options among `given`, taken out of it. Those that were not given are left out."""
     taken = {name: given.pop(name) for name in SAMPLING_NAMES}
-    return {name: value for name, value in taken.items() if value is not None}
+    stop = given.pop("stop", ())
+    return {name: value for name, value in taken.items() if value is not None} | ({"stop": stop} if stop else {})
+
+
+def system_text(system: str | None, file: TextIO | None) -> str | None:
+    """The instructions of --system or of --system-file, which comes before a --system that the config file sets.
+
+    Raises UsageError if both were given.
+    """
+    if file is None:
+        return system
+    source = click.get_current_context().get_parameter_source("system")
+    if system is not None and source is click.core.ParameterSource.COMMANDLINE:
+        raise click.UsageError("give --system or --system-file, not both")
+    try:
+        return file.read()
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"{file.name} is not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def fill_in(variables: Sequence[str], *texts: str | None) -> list[str | None]:
+    """The texts with VALUE in place of every {NAME} of the --var options NAME=VALUE. Other braces stay, also those in
+    a VALUE. Raises UsageError for a --var of another form, and for one whose {NAME} is in none of the texts."""
+    values: dict[str, str] = {}
+    for variable in variables:
+        name, equals, value = variable.partition("=")
+        if not equals or not name.isidentifier():
+            raise click.UsageError(f"--var {variable!r} must be NAME=VALUE, where NAME is a word")
+        values[name] = value
+    unused = [name for name in values if not any(text and f"{{{name}}}" in text for text in texts)]
+    if unused:
+        raise click.UsageError(f"--var {unused[0]}: neither the prompt nor the instructions have {{{unused[0]}}}")
+    if not values:
+        return list(texts)
+    pattern = re.compile("{(" + "|".join(map(re.escape, values)) + ")}")
+    return [text and pattern.sub(lambda match: values[match[1]], text) for text in texts]
 
 
 def load_tools(files: tuple[str, ...]) -> tuple[Tool, ...]:
@@ -126,10 +229,19 @@ def load_tools(files: tuple[str, ...]) -> tuple[Tool, ...]:
 
 
 def load(model: str | None, **options: Any) -> Model:
-    """The model, with a spinner on a terminal's stderr while it loads. options: LoadOptions' fields."""
-    import mlx_gptoss
+    """The model, with a bar on a terminal's stderr while it loads. options: LoadOptions' fields."""
+    from mlx_gptoss import api
+    from mlx_gptoss.loading.plan import LoadRequest
 
     from .terminal import new_console
 
-    with new_console(stderr=True).status(f"Loading {model or 'the bundled model'}"):
-        return mlx_gptoss.load(model, **options)
+    request = LoadRequest(model=model, **options)
+    console = new_console(stderr=True)
+    if not console.is_terminal:
+        return api.load_request(request)
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(f"Loading {request.name}", total=None)  # moves to and fro until the first weight is read
+        return api.load_request(request, lambda done, total: bar.update(task, completed=done, total=total))

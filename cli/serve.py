@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,25 +15,30 @@ import click
 from mlx_gptoss.options import LoadOptions
 
 from .install_service import SERVICE_OPTIONS, install
-from .options import CACHE_OPTIONS, DEVICE_OPTIONS, RUN_OPTIONS, declared, load, options, serve_extra
+from .options import (
+    CACHE_OPTIONS,
+    DEVICE_OPTIONS,
+    MODEL_VARIABLE,
+    RUN_OPTIONS,
+    ModelName,
+    declared,
+    load,
+    options,
+    serve_extra,
+)
 
 if TYPE_CHECKING:
     from mlx_gptoss.server.models.named import NamedModel
     from mlx_gptoss.server.models.pool import ModelPool
 
 
-class ModelName(click.types.StringParamType):
-    """A --model. In the environment variable, os.pathsep stands between several."""
-
-    envvar_list_splitter = os.pathsep
-
-
 MODELS_OPTION = click.option(
+    "-m",
     "--model",
     "model_names",
     multiple=True,
     type=ModelName(),
-    envvar="MLX_GPTOSS_MODEL",
+    envvar=MODEL_VARIABLE,
     metavar="PATH|REPO",
     help="A folder, a hub id such as openai/gpt-oss-20b, or nano. Repeatable: requests choose by name, and the first "
     "answers the others. Default: all models on this machine, nano first.",
@@ -180,7 +184,7 @@ def _open_models(
     if find_launch() is not None:
         raise click.UsageError("a model that is split over ranks is served alone: give one --model, no --idle-unload")
     options = LoadOptions(**given)
-    chosen = [(name, library.NANO if name == library.NANO_ALIAS else hub.resolve(name)) for name in names] or found
+    chosen = [(name, hub.resolve(name)) for name in names] or found
     models = [RemoteModel(name, path, options) for name, path in chosen]
     named = [NamedModel(model, *model_names(name)) for model, (name, _) in zip(models, chosen, strict=True)]
     yield _named(named, aliases), ModelPool(models, idle_unload_s=idle_unload, log=log)

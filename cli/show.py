@@ -10,7 +10,7 @@ import click
 
 from mlx_gptoss.options import LoadOptions
 
-from .options import DEVICE_OPTIONS, JSON_OPTION, declared, options
+from .options import DEVICE_OPTIONS, JSON_OPTION, MODEL_VARIABLE, ModelArgument, ModelName, declared, options
 
 if TYPE_CHECKING:
     from mlx_gptoss.loading.memory import MemoryPlan
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model", required=False)
+@click.argument("model", required=False, cls=ModelArgument, type=ModelName(), envvar=MODEL_VARIABLE)
 @click.option(
     "--context", type=click.IntRange(min=1), metavar="N", help="Plan for N tokens. Default: the model's maximum."
 )
@@ -36,7 +36,7 @@ def show(
 ) -> None:
     """Format, sizes and bits per weight of MODEL (a folder or a hub id), and the memory it needs here.
 
-    Reads headers and a few rows. Without MODEL it shows the bundled one.
+    Reads headers and a few rows. Without MODEL it shows the one that other commands take without --model.
     """
     from mlx_gptoss import api
     from mlx_gptoss.backends import find_backend

@@ -43,6 +43,42 @@ def no_codes() -> bool:
     return bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
 
 
+class StatusLine:
+    """The bottom line of a terminal, kept free of what scrolls above it, as apt does for its progress.
+
+    Only the thread that prints may use it. It writes to stderr; without a terminal there, or where no escape code may
+    be written, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.active = sys.stderr.isatty() and not no_codes()
+        self._rows = 0  # of the terminal when the line was set up
+
+    def show(self, text: str) -> None:
+        """Replace the line. Follows the terminal's size."""
+        if not self.active:
+            return
+        columns, rows = os.get_terminal_size(sys.stderr.fileno())
+        if rows < 3:
+            return
+        if rows != self._rows:
+            # Index (ESC D) makes room at the bottom and keeps the column. Setting the region moves the cursor.
+            self._write(f"\x1bD\x1b[A\x1b7\x1b[1;{rows - 1}r\x1b8")
+            self._rows = rows
+        self._write(f"\x1b7\x1b[{rows};1H\x1b[2K\x1b[2m{text[: columns - 1]}\x1b[m\x1b8")
+
+    def clear(self) -> None:
+        """Give the line back."""
+        if self._rows:
+            self._write(f"\x1b7\x1b[{self._rows};1H\x1b[2K\x1b[r\x1b8")
+            self._rows = 0
+
+    def _write(self, codes: str) -> None:
+        sys.stdout.flush()
+        sys.stderr.write(codes)
+        sys.stderr.flush()
+
+
 def new_console(**options: Any) -> Console:
     """A rich console. Where no escape code may be written it is like one on a file, so it has no spinner either."""
     from rich.console import Console

@@ -12,7 +12,7 @@ from .loading import hub
 from .loading.distributed import coordinate, serve_rank
 from .loading.memory import require_fit
 from .loading.plan import NANO as NANO
-from .loading.plan import LoadPlan, LoadRequest, open_source, plan_load
+from .loading.plan import LoadPlan, LoadRequest, Progress, open_source, plan_load
 from .loading.plan import memory_plan as memory_plan
 from .loading.plan import open_checkpoint as open_checkpoint
 from .loading.plan import sizes_in_other_formats as sizes_in_other_formats
@@ -41,8 +41,9 @@ def load(path_or_repo_id: str | Path | None, options: LoadOptions) -> Model:
     return load_request(LoadRequest(model=None if path_or_repo_id is None else str(path_or_repo_id), **named))
 
 
-def load_request(request: LoadRequest) -> Model:
-    """load(), as one value says it that can be sent to another process."""
+def load_request(request: LoadRequest, progress: Progress | None = None) -> Model:
+    """load(), as one value says it that can be sent to another process. progress: called on the loading thread as
+    progress(bytes of weights read, bytes in all)."""
     started = time.perf_counter()
     launch = find_launch()
     if launch is not None and launch.rank:
@@ -50,11 +51,11 @@ def load_request(request: LoadRequest) -> Model:
         sys.exit(0)
     if launch is not None:
         plan, start = coordinate(request, launch)
-        make_runner = partial(start, partial(plan.load, plan.limits()))
+        make_runner = partial(start, partial(plan.load, plan.limits(), progress))
     else:
         plan = plan_load(request, open_source(request))
         _require_fit(plan)
-        make_runner = partial(plan.load, plan.limits())
+        make_runner = partial(plan.load, plan.limits(), progress)
     files = PrefixFiles(Path(request.prompt_cache), _fingerprint(plan)) if request.prompt_cache else None
     checkpoint = plan.source
     assert isinstance(checkpoint, Checkpoint)

@@ -20,6 +20,9 @@ from mlx_gptoss.errors import BackendUnavailable
 if not any(path.exists() for path in NVIDIA_DRIVER):
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: its kernels then run on the CPU
 
+os.environ["MLX_GPTOSS_CONFIG"] = ""  # a developer's own defaults do not count
+os.environ.pop("MLX_GPTOSS_MODEL", None)
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in background jobs and xdist's workers; children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -57,7 +57,7 @@ ONLY_IN = {  # outside packages -> the only modules that may import them
     "mlx": ("backends.mlx",),
     "torch": ("backends.cuda",),
     "triton": ("backends.cuda",),
-    "huggingface_hub": ("loading.hub",),
+    "huggingface_hub": ("loading.hub", "loading.cache"),
     "tokenizers": ("tokenizer",),
     "llguidance": ("harmony.grammar",),
     "matplotlib": ("measure.plot",),

@@ -144,7 +144,17 @@ class Loop:
             if self._closed:
                 raise self.closed_error()
             running, waiting = self._scheduler.counts
-            return Status(self._runner.limits.slots, running, waiting, self._prefix.nbytes if self._prefix else 0)
+            sequences = list(self._handles)
+            prompts = [each for each in sequences if not each.delivered]
+            return Status(
+                self._runner.limits.slots,
+                running,
+                waiting,
+                self._prefix.nbytes if self._prefix else 0,
+                sum(len(each.request.prompt) for each in prompts),
+                sum(each.prefilled for each in prompts),
+                sum(each.delivered for each in sequences),
+            )
 
     def run(self, make_runner: Callable[[], Runner], ready: Future[Runner]) -> None:
         """Body of the engine thread: create the runner, run steps until close(), close the runner.

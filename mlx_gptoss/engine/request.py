@@ -79,13 +79,18 @@ class Status:
     """Load of an engine.
 
     slots: sequences that can run at once. running: sequences that have a slot. waiting: sequences queued for one.
-    prefix_bytes: device memory held by the prefix cache.
+    prefix_bytes: device memory held by the prefix cache. prompt_tokens: of the requests that have no token yet;
+    prefilled_tokens: how many of these are computed, or came from the prefix cache. completion_tokens: generated so far
+    by the requests that have not ended.
     """
 
     slots: int
     running: int
     waiting: int
     prefix_bytes: int
+    prompt_tokens: int = 0
+    prefilled_tokens: int = 0
+    completion_tokens: int = 0
 
 
 @dataclass(frozen=True)

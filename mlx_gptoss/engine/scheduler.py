@@ -147,6 +147,9 @@ class Scheduler:
         outputs = []
         for sequence, row, result in zip(step.sequences, step.rows, results, strict=True):
             sequence.in_flight -= 1
+            if row.tokens and not sequence.delivered:
+                complete = row.stages is None or row.stages[1] == self._stages
+                sequence.prefilled = row.start + (len(row.tokens) if complete else 0)
             if sequence.ended:
                 self._free_slot(sequence)
             elif row.sampling is not None:

@@ -25,6 +25,7 @@ class Sequence:
     cached_tokens: prompt tokens taken from the prefix cache.
     slot: its slot; -1 without one.
     length: tokens in its slot after all planned rows.
+    prefilled: tokens of the prompt that are computed; those in flight are not.
     stage: the next stage of its chunk; 0 unless a part of the chunk has been planned.
     planned: tokens that the planned rows sample.
     delivered: sampled tokens that have been read and belong to the request.
@@ -44,6 +45,7 @@ class Sequence:
     cached_tokens: int = 0
     slot: int = -1
     length: int = 0
+    prefilled: int = 0
     stage: int = 0
     planned: int = 0
     delivered: int = 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import re
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,11 @@ MODEL_FILES = (
 )
 IGNORED_FILES = ("*/*",)  # folders: original/ and metal/ contain the same weights again
 
+NANO = Path(__file__).parents[1] / "nano"  # the bundled model
+NANO_ALIAS = "nano"  # its name; a folder of this name is ./nano
+NANO_NAME = "mlx-gptoss-nano"  # its name in the server's API
+HOME_VARIABLE = "MLX_GPTOSS_HOME"  # folders of models, which os.pathsep divides
+
 RETRY_ADVICE = "run the same command again; finished files are kept"
 REPO_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?", re.ASCII)
 
@@ -31,7 +38,8 @@ REPO_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^@\s]+))?", re.A
 def resolve(path_or_repo_id: str | os.PathLike[str], *, progress: bool = True) -> Path:
     """The local folder (or .gguf file) of a model, downloaded first if necessary.
 
-    Returns an existing folder or .gguf file unchanged. Looks up `org/name` or `org/name@revision` on the Hugging Face
+    "nano" is the bundled model. Returns an existing folder or .gguf file unchanged, and takes a plain name from the
+    folders of MLX_GPTOSS_HOME. Looks up `org/name` or `org/name@revision` on the Hugging Face
     hub: files in its cache are not downloaded again, an interrupted download is resumed, and without a network the
     cached copy is used. Progress bars go to stderr if it is a terminal.
 
@@ -39,6 +47,8 @@ def resolve(path_or_repo_id: str | os.PathLike[str], *, progress: bool = True) -
     """
     if not path_or_repo_id:
         raise CheckpointError("the model's name is empty; give a folder or a hub id such as openai/gpt-oss-20b")
+    if path_or_repo_id in (NANO_ALIAS, NANO_NAME):
+        return NANO
     path = Path(path_or_repo_id).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
@@ -47,6 +57,8 @@ def resolve(path_or_repo_id: str | os.PathLike[str], *, progress: bool = True) -
     name = path_or_repo_id
     if not isinstance(name, str) or _looks_like_a_path(name):
         raise CheckpointError(f"there is no folder or .gguf file {str(name)!r}; check the path")
+    if "/" not in name and (at_home := _at_home(name)) is not None:
+        return at_home
     match = REPO_ID.fullmatch(name)
     if match is None:
         raise CheckpointError(
@@ -56,13 +68,23 @@ def resolve(path_or_repo_id: str | os.PathLike[str], *, progress: bool = True) -
     return _download(match["repo"], match["revision"], progress)
 
 
-def cached_repositories() -> list[tuple[str, Path]]:
-    """The hub ids in the cache that may be models, each with the folder of its main revision, or else of the latest."""
-    from huggingface_hub import constants, scan_cache_dir
+@dataclass(frozen=True)
+class CachedRepository:
+    """A repository in the hub's cache. path: of its main revision, or else of the latest. size_bytes: of all of them
+    on the disk."""
+
+    name: str
+    path: Path
+    size_bytes: int
+
+
+def cached_repositories() -> list[CachedRepository]:
+    """The repositories in the cache that may be models."""
+    from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
+        repos = scan_cache_dir(cache_folder()).repos
     except (CacheNotFound, OSError):
         return []
     found = []
@@ -70,8 +92,26 @@ def cached_repositories() -> list[tuple[str, Path]]:
         if repo.repo_type == "model" and repo.revisions:
             chosen = max(repo.revisions, key=lambda revision: ("main" in revision.refs, revision.last_modified))
             if (chosen.snapshot_path / "config.json").exists():
-                found.append((repo.repo_id, chosen.snapshot_path))
+                found.append(CachedRepository(repo.repo_id, chosen.snapshot_path, repo.size_on_disk))
     return found
+
+
+def is_needed(name: str) -> bool:
+    """Whether loading needs this file of a repository."""
+    return any(fnmatch(name, pattern) for pattern in MODEL_FILES) and not any(
+        fnmatch(name, pattern) for pattern in IGNORED_FILES
+    )
+
+
+def home_folders() -> list[Path]:
+    """The folders that MLX_GPTOSS_HOME names."""
+    return [Path(name).expanduser() for name in filter(None, os.environ.get(HOME_VARIABLE, "").split(os.pathsep))]
+
+
+def _at_home(name: str) -> Path | None:
+    """The model of this name in the folders of MLX_GPTOSS_HOME; the first one counts."""
+    paths = (folder / name for folder in home_folders())
+    return next((path for path in paths if (path / "config.json").is_file() or path.suffix == ".gguf"), None)
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -90,10 +130,10 @@ def _download(repo: str, revision: str | None, progress: bool) -> Path:
             tqdm_class=None if progress else _silent_bars(),
         )
     except Exception as error:  # from the hub, the network or the disk: each is the user's to mend
-        raise GptOssError(_explain(repo, revision, error)) from error
+        raise GptOssError(explain(repo, revision, error)) from error
     path = Path(folder)
     if not path.is_dir() or not any(path.glob("*.safetensors")):
-        raise _without_weights(repo, revision)
+        raise without_weights(repo, revision)
     return path
 
 
@@ -107,13 +147,13 @@ def _silent_bars() -> type[Any]:
     return Silent
 
 
-def _explain(repo: str, revision: str | None, error: Exception) -> str:
+def explain(repo: str, revision: str | None, error: Exception) -> str:
     """One line: why the download failed, and what to do."""
     from huggingface_hub import errors
 
     status = getattr(getattr(error, "response", None), "status_code", None)
     if _disk_is_full(error):
-        folder = _cache()
+        folder = cache_folder()
         return (
             f"the disk is full: {repo} does not fit into {folder}; free some space there or set HF_HOME, and "
             f"{RETRY_ADVICE}"
@@ -138,7 +178,7 @@ def _explain(repo: str, revision: str | None, error: Exception) -> str:
 
 def _unreachable(repo: str, error: BaseException) -> str:
     return (
-        f"{repo} is not, or not completely, in the cache at {_cache()}, and the hub cannot be reached "
+        f"{repo} is not, or not completely, in the cache at {cache_folder()}, and the hub cannot be reached "
         f"({_first_line(error)}); check the connection and HF_HUB_OFFLINE, and {RETRY_ADVICE}"
     )
 
@@ -154,7 +194,7 @@ def _disk_is_full(error: BaseException | None) -> bool:
     return False
 
 
-def _without_weights(repo: str, revision: str | None) -> GptOssError:
+def without_weights(repo: str, revision: str | None) -> GptOssError:
     """The error for a repository without *.safetensors files at its top level."""
     import huggingface_hub
 
@@ -183,11 +223,11 @@ def _page(repo: str) -> str:
     return f"{constants.ENDPOINT}/{repo}"
 
 
-def _cache() -> str:
+def cache_folder() -> Path:
     """The folder with the downloaded files."""
     from huggingface_hub import constants
 
-    return str(constants.HF_HUB_CACHE)
+    return Path(constants.HF_HUB_CACHE)
 
 
 def _first_line(error: BaseException) -> str:

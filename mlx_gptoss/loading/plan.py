@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -16,15 +17,16 @@ from ..weights.checkpoint import Checkpoint, CheckpointLike
 from ..weights.requantize import Requantized
 from ..weights.split import RankShard, RankWeights
 from ..weights.synthetic import Synthetic, preset
-from ..weights.tensor import Dense, Weights
+from ..weights.tensor import Dense, Weight, Weights
 from . import hub
+from .hub import NANO as NANO
+from .hub import NANO_ALIAS as NANO_ALIAS
 from .memory import MemoryPlan, plan_memory
 from .recommend import derived_bytes, mappable_bytes, units_by_format, upcastable_bytes, used_vocabulary
 
-NANO = Path(__file__).parents[1] / "nano"  # the bundled model
-NANO_ALIAS = "nano"  # its name; a folder of this name is ./nano
 MAX_DRAFTS = 3  # plus the token before them: 4 queries, the maximum of Metal's attention kernel for decoding
 LIBRARIES = {"mlx": "mlx", "cuda": "torch"}  # the library that computes; another version may round differently
+Progress = Callable[[int, int], None]
 ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -44,6 +46,24 @@ class LoadRequest(LoadOptions):
     @property
     def name(self) -> str:
         return f"synthetic {self.synthetic[0]}" if self.synthetic else self.model or "the bundled model"
+
+
+class Counted:
+    """Weights that report, whenever one is read, progress(bytes read so far, bytes in all)."""
+
+    def __init__(self, weights: Weights, total: int, progress: Progress) -> None:
+        self.config = weights.config
+        self._weights, self._total, self._progress = weights, total, progress
+        self._done = 0
+
+    def read(self, name: str) -> Weight:
+        weight = self._weights.read(name)
+        self._done += weight.nbytes
+        self._progress(min(self._done, self._total), self._total)
+        return weight
+
+    def release(self) -> None:
+        self._weights.release()
 
 
 @dataclass(frozen=True)
@@ -80,10 +100,11 @@ class LoadPlan:
             upcast=self.memory.upcast_bytes > 0,
         )
 
-    def load(self, limits: Limits) -> Runner:
+    def load(self, limits: Limits, progress: Progress | None = None) -> Runner:
         """Load the weights. Call it on the thread that will own the runner."""
         device, dtype = self.request.device, self.request.dtype
-        return self.module.load(self.weights, device=device, dtype=dtype, limits=limits, shard=self.shard)
+        weights = Counted(self.weights, self.memory.weights_bytes, progress) if progress else self.weights
+        return self.module.load(weights, device=device, dtype=dtype, limits=limits, shard=self.shard)
 
     def versions(self) -> list[list[str]]:
         """Name and version of each program that the numbers depend on."""
@@ -100,7 +121,7 @@ def open_source(request: LoadRequest) -> CheckpointLike:
 
 def open_checkpoint(path_or_repo_id: str | Path | None) -> Checkpoint:
     """Open a checkpoint; None and "nano" are the bundled model. Reads headers only. Raises CheckpointError."""
-    return checkpoints.open(NANO if path_or_repo_id in (None, NANO_ALIAS) else hub.resolve(path_or_repo_id or NANO))
+    return checkpoints.open(NANO if path_or_repo_id is None else hub.resolve(path_or_repo_id))
 
 
 def plan_load(

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
+from small_hub import COMMIT, Hub, small_hub
 
 from mlx_gptoss.errors import CheckpointError
 from mlx_gptoss.loading.hub import resolve
 
 ROOT = Path(__file__).parents[2]
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WANTED = {
     "config.json": b'{"model_type": "gpt_oss"}',
     "generation_config.json": b'{"eos_token_id": 1}',
@@ -43,104 +38,10 @@ UNWANTED = {
 }
 
 
-@dataclass
-class Hub:
-    """The files that the server has, and the requests that it received."""
-
-    repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    gated: set[str] = field(default_factory=set)
-    breaks: dict[str, int] = field(default_factory=dict)  # file -> bytes after which its connection breaks, once
-    broken: set[str] = field(default_factory=set)  # files that answer 500
-    down: bool = False
-    log: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, Range
-    url: str = ""
-
-    def fetched(self) -> list[str]:
-        """Files whose content was requested, with the offset if it is not 0."""
-        names = []
-        for method, path, span in self.log:
-            if method == "GET" and "/resolve/" in path:
-                names.append(path.split("/", 5)[5] + (f" {span}" if span else ""))
-        return sorted(names)
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    hub: Hub
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.answer()
-
-    def do_GET(self) -> None:
-        self.answer()
-
-    def answer(self) -> None:
-        path = self.path.split("?")[0]
-        self.hub.log.append((self.command, path, self.headers.get("Range")))
-        parts = path.strip("/").split("/")
-        if self.hub.down:
-            return self.send(503, b"maintenance")
-        repo = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
-        if repo in self.hub.gated:
-            return self.send(403, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
-        if repo not in self.hub.repos:
-            return self.send(404, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
-        files = self.hub.repos[repo]
-        if parts[0] == "api":
-            return self.api(repo, files, parts[4:])
-        return self.content("/".join(parts[4:]), files)
-
-    def api(self, repo: str, files: dict[str, bytes], rest: list[str]) -> None:
-        if rest and rest[1] not in ("main", "v2", COMMIT):
-            return self.send(404, b"", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
-        if rest and rest[0] == "tree":
-            entries: Any = [
-                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                for name, data in files.items()
-            ]
-        else:
-            entries = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]}
-        return self.send(200, json.dumps(entries).encode(), {"Content-Type": "application/json"})
-
-    def content(self, name: str, files: dict[str, bytes]) -> None:
-        data = files[name]
-        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        if name in self.hub.broken and self.command == "GET":
-            return self.send(500, b"out of order")
-        span = self.headers.get("Range")
-        if span:
-            start = int(span.removeprefix("bytes=").rstrip("-"))
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            return self.send(206, data[start:], headers)
-        cut = self.hub.breaks.pop(name, None) if self.command == "GET" else None
-        return self.send(200, data, headers, cut)
-
-    def send(self, status: int, body: bytes, headers: dict[str, str] | None = None, cut: int | None = None) -> None:
-        self.send_response(status)
-        for key, value in (headers or {}).items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body if cut is None else body[:cut])
-        if cut is not None:
-            self.close_connection = True
-
-
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    state = Hub(repos={"org/mini": {**WANTED, **UNWANTED}})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": state}))
-    state.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield state
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with small_hub({"org/mini": {**WANTED, **UNWANTED}}) as running:
+        yield running
 
 
 def run_resolve(
