@@ -66,7 +66,7 @@ def test_generate_json_is_one_object_with_the_promised_fields(run):
     }  # fmt: skip
     assert set(report["usage"]) == {"prompt_tokens", "completion_tokens", "cached_tokens"}
     assert set(report["timings"]) == {
-        "load_s", "ttft_s", "queue_s", "prefill_tok_s", "decode_tok_s", "peak_memory_bytes",
+        "load_s", "ttft_s", "prefill_tok_s", "decode_tok_s", "peak_memory_bytes",
     }  # fmt: skip
     assert (report["finish_reason"], report["backend"], report["format"]) == ("length", "mlx", "mxfp4")
     assert len(report["ids"]) == 12
