@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..backends import find_backend
 from ..backends.base import Backend, Limits, Runner
+from ..config import ModelConfig
 from ..errors import InvalidRequest
 from ..options import LoadOptions
 from ..weights import checkpoint as checkpoints
@@ -52,7 +53,7 @@ class Counted:
     """Weights that report, whenever one is read, progress(bytes read so far, bytes in all)."""
 
     def __init__(self, weights: Weights, total: int, progress: Progress) -> None:
-        self.config = weights.config
+        self.config: ModelConfig = weights.config
         self._weights, self._total, self._progress = weights, total, progress
         self._done = 0
 

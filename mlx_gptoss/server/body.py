@@ -83,10 +83,10 @@ class PythonDecoder(json.JSONDecoder):
 
     def __init__(self) -> None:
         super().__init__()
-        self.memo = _Names()
-        self.parse_object = json.decoder.JSONObject  # type: ignore[attr-defined]
-        self.parse_array = json.decoder.JSONArray  # type: ignore[attr-defined]
-        self.scan_once = json.scanner.py_make_scanner(self)  # type: ignore[attr-defined]
+        self.memo: dict[str, str] = _Names()
+        self.parse_object: Any = json.decoder.JSONObject  # type: ignore[attr-defined]
+        self.parse_array: Any = json.decoder.JSONArray  # type: ignore[attr-defined]
+        self.scan_once: Any = json.scanner.py_make_scanner(self)  # type: ignore[attr-defined]
 
 
 def _count_values(body: bytes) -> int:

@@ -35,7 +35,7 @@ class HeadLimit(h11.Connection):
         super().__init__(h11.SERVER, max_head_bytes)
         self._max_head_bytes = max_head_bytes
         self.refusal: ApiError | None = None
-        self.path = ""
+        self.path: str = ""
 
     def next_event(self) -> Any:
         try:

@@ -34,7 +34,7 @@ class ModelPool:
         idle_unload_s: float | None = None,
         log: LogOptions = ("warning", "text"),
     ) -> None:
-        self.models = tuple(models)
+        self.models: tuple[RemoteModel, ...] = tuple(models)
         self._log = log
         self.idle_unload_s = idle_unload_s
         self._loading = asyncio.Lock()

@@ -54,7 +54,7 @@ class ModelProcess:
             )
         self.name = name
         self.pid: int = self._process.pid
-        self.prefix_bytes = 0
+        self.prefix_bytes: int = 0
         self.memory: MemoryPlan | None = None
         self._socket = ours
         self._connection = Connection(os.dup(ours.fileno()))

@@ -42,22 +42,22 @@ class RemoteModel:
     def __init__(self, name: str, path: Path, options: LoadOptions) -> None:
         checkpoint = checkpoints.open(path)
         named = {**vars(options), "prompt_cache": options.prompt_cache and str(Path(options.prompt_cache).resolve())}
-        self.request = LoadRequest(model=str(path.resolve()), **named)
+        self.request: LoadRequest = LoadRequest(model=str(path.resolve()), **named)
         self.name = name
         self.config: ModelConfig = checkpoint.config
         self.format: str = self.request.quantize or checkpoint.format
         self.size_bytes: int = checkpoint.size_bytes
         self.default_sampling: Sampling = default_sampling(checkpoint.generation_config)
-        self.backend = ""
+        self.backend: str = ""
         self.plan: MemoryPlan | None = None
         self.process: ModelProcess | None = None
         self.state: State = "unloaded"
         self.load_error: Exception | None = None
-        self.waiting = 0
-        self.in_use = 0
-        self.used_at = time.monotonic()
-        self.loads = 0
-        self.crashes = 0
+        self.waiting: int = 0
+        self.in_use: int = 0
+        self.used_at: float = time.monotonic()
+        self.loads: int = 0
+        self.crashes: int = 0
         self._checkpoint = checkpoint
         self._tokenizer_lock = threading.Lock()
 
