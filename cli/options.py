@@ -46,6 +46,8 @@ def _option(declaration: Any, default: Any) -> Option[Any]:
     help = declaration.metadata["help"].replace('"', "")
     if declaration.type == "bool":
         return click.option(name, is_flag=True, help=help)
+    if flag.repeatable:
+        return click.option(name, multiple=True, metavar=flag.metavar, help=help)
     names = [SHORT[declaration.name], name] if declaration.name in SHORT else [name]
     of = TYPES.get(declaration.type.partition(" ")[0], str)
     kind: Any = of
@@ -117,7 +119,7 @@ LOAD_OPTIONS = (MODEL_OPTION, *DEVICE_OPTIONS, *RUN_OPTIONS)
 CACHE_OPTIONS = declared(LoadOptions, "prefix_cache", "prompt_cache")
 SAMPLING_NAMES = ("temperature", "top_p", "top_k", "min_p", "seed")
 SAMPLING_OPTIONS = declared(Sampling, **dict.fromkeys(SAMPLING_NAMES))
-STOP_OPTION = click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before TEXT. Repeatable.")
+STOP_OPTIONS = declared(Sampling, "stop")
 SYSTEM_FILE_OPTION = click.option(
     "--system-file",
     type=click.File(encoding="utf-8"),
@@ -135,7 +137,7 @@ GENERATION_OPTIONS = (
     *declared(GenerationOptions, "max_tokens", "reasoning", "system"),
     SYSTEM_FILE_OPTION,
     VAR_OPTION,
-    STOP_OPTION,
+    *STOP_OPTIONS,
 )
 HIDE_REASONING_OPTION = click.option("--hide-reasoning", is_flag=True, help="Show only the answer.")
 VERBOSE_OPTION = click.option(

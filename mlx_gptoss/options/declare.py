@@ -30,12 +30,14 @@ class Flag:
 
     metavar: its placeholder in --help. choices: the values allowed, as text. minimum: of a number.
     unit: what one unit on the command line is worth in Python, such as 10**6 for megabytes that Python takes in bytes.
+    repeatable: whether it may be given more than once.
     """
 
     metavar: str | None = None
     choices: tuple[str, ...] = ()
     minimum: int | None = None
     unit: int = 1
+    repeatable: bool = False
 
 
 def option(default: Value, help: str, flag: Flag | None = None) -> Value:

@@ -45,7 +45,9 @@ class SamplingOptions:
         None, "The same seed gives the same text, whatever runs at the same time. Default: a new one.", Flag("S")
     )
     stop: str | Sequence[str] | None = option(
-        None, "Up to 16 strings of at most 1024 characters that end the text and are not part of it."
+        None,
+        "Up to 16 strings of at most 1024 characters that end the text and are not part of it.",
+        Flag("TEXT", repeatable=True),
     )
     logprobs: int | None = option(None, "Report this many likeliest alternatives per token, 0 to 20.")
 

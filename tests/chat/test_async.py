@@ -298,6 +298,7 @@ def test_a_client_of_a_fastapi_app_that_leaves_ends_its_generation(model, handle
 
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
+        listening.listen()  # the client may come before the server does
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         thread = threading.Thread(target=server.run, args=([listening],))
         thread.start()

@@ -74,7 +74,7 @@ def test_a_long_body_is_read_on_another_thread(http, monkeypatch) -> None:
     monkeypatch.setattr(body, "_validated", spy)
     for size in (10, body.SMALL_BODY):
         assert http.post("/tokenize", json={"content": "a " * (size // 2)}).status_code in (200, 400)
-    assert threads[0] != threads[1] and threads[1].startswith("asyncio")
+    assert threads[0] != threads[1] and threads[1].startswith("mlx-gptoss request")
 
 
 @pytest.mark.parametrize(
