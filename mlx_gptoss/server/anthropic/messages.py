@@ -138,7 +138,7 @@ async def create(body: MessagesRequest, request: Request, service: ServiceDep) -
     service = await service.select(body.model)
     message = await on_thread(request, _Message, body, service)
     queue = await cancel_on_disconnect(request, service.start(message.submit))
-    ignore(request, await on_thread(request, message.ignored))
+    ignore(request, message.ignored)
     headers = {REQUEST_ID: message.request_id}
     if body.stream:
         close = partial(service.finish, queue)
@@ -152,7 +152,7 @@ async def count_tokens(body: MessagesRequest, request: Request, service: Service
     service = await service.select(body.model)
     message = await on_thread(request, _Message, body, service)
     count = await on_thread(request, message.count_tokens)
-    ignore(request, await on_thread(request, message.ignored))
+    ignore(request, message.ignored)
     return JsonResponse({"input_tokens": count}, headers={REQUEST_ID: message.request_id})
 
 
@@ -168,6 +168,7 @@ class _Message:
         # The name that was asked for: Claude Code drops the thinking of messages that another model wrote.
         self._writer = MessageWriter(body.model or service.model_id, body.shown_thinking)
         self._prompt_tokens = 0
+        self.ignored: set[str] = set()  # the paths of what has no effect, once the conversation has been read
         self.request_id: str = new_request_id()
 
     @cached_property
@@ -177,6 +178,7 @@ class _Message:
         if body.system is not None:
             reader.add_system(body.system, "system")
         reader.add_messages(body.messages)
+        self.ignored = body.ignored_fields() | reader.ignored | ignored_tools(body.tools or ())
         return Conversation(
             messages=without_old_reasoning(tuple(reader.messages)),
             reasoning=body.effort,
@@ -186,10 +188,6 @@ class _Message:
             prefill=reader.prefill,
             date=datetime.date.today().isoformat(),
         )
-
-    def ignored(self) -> set[str]:
-        """The paths of what has no effect, once the conversation has been read."""
-        return self._body.ignored_fields() | self._reader.ignored | ignored_tools(self._body.tools or ())
 
     def submit(self) -> Events:
         """Submit the request to the engine. It runs on a worker thread."""
