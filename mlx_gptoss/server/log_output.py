@@ -33,7 +33,7 @@ class BackgroundHandler(logging.Handler):
             self._lines.put_nowait(self.format(record))
         except queue.Full:
             self._dropped += 1
-        except Exception:
+        except Exception:  # as in logging's own handlers: a record that cannot be formatted is reported on stderr
             self.handleError(record)
 
     def close(self) -> None:

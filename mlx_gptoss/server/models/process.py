@@ -216,6 +216,7 @@ class RemoteEvents(Events):
         self._prompt_tokens = 0
         self._pending: deque[Event] = deque()
         self._closed = False
+        self._failed: Exception | None = None  # why the reply failed; every further call raises it
 
     def started(self, prompt_tokens: int) -> None:
         """The engine has the reply."""
@@ -236,13 +237,10 @@ class RemoteEvents(Events):
     def ready(self) -> list[Event]:
         events = list(self._pending)
         self._pending.clear()
-        while not self._closed and not self._arrived.empty():
-            try:
-                events += self._next_item()
-            except Exception:
-                if not events:
-                    raise
-                break
+        while not self._closed and not self._failed and not self._arrived.empty():
+            events += self._next_item()
+        if self._failed and not events:
+            raise self._failed
         return events
 
     def on_arrival(self, notify: Callable[[], None]) -> None:
@@ -258,15 +256,17 @@ class RemoteEvents(Events):
         while not self._pending:
             if self._closed:
                 raise StopIteration
+            if self._failed:
+                raise self._failed
             self._pending.extend(self._next_item())
         return self._pending.popleft()
 
     def _next_item(self) -> list[Event]:
-        """The next events. Waits for them. Raises the error that failed the reply, every time."""
+        """Wait for the next events and return them; none if the reply has failed."""
         item = self._arrived.get()
         if isinstance(item, Exception):
-            self._arrived.put(item)
-            raise item
+            self._failed = item
+            return []
         if isinstance(item[-1], Finished):
             self._closed = True
         return item
