@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .options import ModelName
+from .progress import byte_bar
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -43,36 +44,15 @@ def convert(source: str, destination: str, to: str, search: str | None, overwrit
     Streams: at most one layer is in memory. DEST appears when it is complete and verified, or not at all. After an
     interruption the same command continues after the last complete shard (2 GB), kept in a hidden folder next to DEST.
     """
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
     from mlx_gptoss import api
     from mlx_gptoss.loading.memory import gigabytes
 
-    from .terminal import new_console
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = new_console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("Converting", total=None)
-        try:
-            report = api.convert(
-                source,
-                destination,
-                to,
-                search=search,
-                overwrite=overwrite,
-                progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=what),
-            )
-        except KeyboardInterrupt as stop:
-            bar.stop()
-            click.echo(f"interrupted; {stop or 'nothing was written'}", err=True)
-            raise SystemExit(130) from None
+    try:
+        with byte_bar("Converting") as update:
+            report = api.convert(source, destination, to, search=search, overwrite=overwrite, progress=update)
+    except KeyboardInterrupt as stop:
+        click.echo(f"interrupted; {stop or 'nothing was written'}", err=True)
+        raise SystemExit(130) from None
     resumed = f" after {gigabytes(report.resumed_bytes)} of an earlier run" if report.resumed_bytes else ""
     click.echo(
         f"{report.source_format} -> {report.format}: {gigabytes(report.bytes)} in {report.seconds:.1f} s{resumed}, "

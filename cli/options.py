@@ -235,15 +235,9 @@ def load(model: str | None, **options: Any) -> Model:
     from mlx_gptoss import api
     from mlx_gptoss.loading.plan import LoadRequest
 
-    from .terminal import new_console
+    from .progress import byte_bar
 
     request = LoadRequest(model=model, **options)
-    console = new_console(stderr=True)
-    if not console.is_terminal:
-        return api.load_request(request)
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(f"Loading {request.name}", total=None)  # moves to and fro until the first weight is read
-        return api.load_request(request, lambda done, total: bar.update(task, completed=done, total=total))
+    loading = f"Loading {request.name}"
+    with byte_bar(loading) as update:
+        return api.load_request(request, lambda done, total: update(done, total, loading))

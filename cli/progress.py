@@ -1,10 +1,11 @@
-"""What happens while a reply is generated, on stderr: how much of the prompt is read, tokens per second."""
+"""Progress on a terminal's stderr: bytes loaded, downloaded or written; prompt tokens read; tokens per second."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlx_gptoss.errors import GptOssError
@@ -19,6 +20,24 @@ T = TypeVar("T")
 
 PREFILL_AFTER_S = 2.0  # a prompt that takes longer gets a bar
 REFRESH_S = 0.25
+
+
+@contextmanager
+def byte_bar(description: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Show a bar of bytes. Yields the function that updates it: update(bytes done, bytes in all, description)."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    console = new_console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=None)  # moves to and fro until the first update
+        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
 
 
 def with_prefill_bar(events: Iterator[T], model: Model) -> Iterator[T]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
 
 from .options import ModelName
+from .progress import byte_bar
 
 if TYPE_CHECKING:
     from mlx_gptoss.loading.cache import Download
@@ -33,10 +32,10 @@ def pull(repo: str, dry_run: bool) -> None:
         return
     cache.require_space(download)
     try:
-        with _bar("Downloading") as progress:
-            folder = cache.fetch(download, progress)
-        with _bar("Checking") as progress:
-            cache.verify(download, progress)
+        with byte_bar("Downloading") as update:
+            folder = cache.fetch(download, lambda done, total, name: update(done, total, f"Downloading {name}"))
+        with byte_bar("Checking") as update:
+            cache.verify(download, lambda done, total, name: update(done, total, f"Checking {name}"))
     except KeyboardInterrupt:
         click.echo("interrupted; the same command continues where it stopped", err=True)
         raise SystemExit(130) from None
@@ -56,23 +55,3 @@ def _plan(download: Download) -> str:
         f"{len(missing)} of {len(download.files)} files; {gigabytes(download.free_bytes)} are free in "
         f"{download.folder.parent}"
     )
-
-
-@contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on a terminal's stderr; yields the function that updates it."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    from .terminal import new_console
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = new_console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=f"{what} {name}")

@@ -66,7 +66,7 @@ class Supervisor(Protocol):
 
 
 class Systemd:
-    """A unit of the user's systemd. Its variables are in a file beside it, mode 0600."""
+    """A systemd user unit. Its environment variables are in a separate file with mode 0600."""
 
     program = "systemctl"
     logs = f"journalctl --user -u {NAME} -f"
@@ -129,7 +129,7 @@ WantedBy=default.target
 
 
 class Launchd:
-    """A LaunchAgent, whose file has mode 0600."""
+    """A LaunchAgent, in a file with mode 0600."""
 
     program = "launchctl"
     other_files: tuple[Path, ...] = ()
