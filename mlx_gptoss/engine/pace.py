@@ -1,13 +1,14 @@
-"""How much of a prompt a step computes beside sequences that decode, so that their tokens do not stall.
+"""Decides how much of a prompt a step computes while other sequences decode, so that their tokens do not stall.
 
-A chunk of a prompt is computed a few stages at a time (backends.base.stage_count), each time in one step with the
-decoding sequences. Stages cut a chunk between layers, so its results are bit for bit those of a chunk that runs alone.
+A chunk of a prompt is computed a few stages at a time (backends.base.stage_count); each group of stages shares a step
+with the decoding sequences. Stages cut a chunk between layers, so its results are bit for bit those of a chunk that
+runs alone.
 
-A step takes stages that cost as much time as its decoding rows, and one at least: a decoding sequence waits for no more
-than twice its own step, or its step and one stage. Where one stage costs more than a step, steps without a prompt
-follow, until decoding has had as much time as the prompt. So each side gets about half of the time.
+A step takes at least one stage, and otherwise as many as cost no more time than its decoding rows: a token waits for at
+most two decoding steps, or for one step and one stage. If one stage costs more than a decoding step, steps without a
+prompt follow until decoding has had as much time as the prompt. Each side gets about half of the time.
 
-The costs are those of earlier steps. Plain Python over numbers: who measures them is not known here.
+Estimates come from the measured cost of earlier steps. Plain Python over numbers; the caller measures.
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ class Pace:
         self._since_measured = 0  # steps with pieces since the last step that only decoded
 
     def begin_step(self, decoding: int, ready: int) -> float | None:
-        """Seconds of prefill for the next step beside `decoding` sequences, of which `ready` have a row in it. None if
-        it has only these rows."""
+        """The budget for prefill in the next step, in seconds; None if the step should only decode.
+
+        decoding: number of sequences that decode. ready: how many of them have a row in this step.
+        """
         limit = REMEASURE if decoding in self._decode_s else MEASURE
         if self._owed_s > 0 or self._since_measured >= limit:
             if ready:  # otherwise they wait for a result, and get their step when it has been read
@@ -55,9 +58,10 @@ class Pace:
         return self._decoding_s(decoding)
 
     def fit(self, tokens: int, first: int, budget_s: float, at_least_one: bool) -> tuple[Piece, float] | None:
-        """The stages from `first` on, of a chunk of `tokens`, that cost no more than budget_s, and their cost.
+        """Return the stages of a chunk of `tokens`, from `first` on, that fit into budget_s, and their estimated cost.
 
-        The first one is taken in any case with at_least_one. None if none fits. A chunk of one token is not cut.
+        at_least_one: take the first stage even if it does not fit. Returns None if no stage fits. A chunk of one token
+        is not cut.
         """
         end, total = first, 0.0
         while end < self._stages:
@@ -70,11 +74,11 @@ class Pace:
         return None if end == first else (Piece(tokens, first, end), total)
 
     def spend(self, decoding: int, seconds: float) -> None:
-        """Count pieces of this cost, which were planned beside `decoding` sequences."""
+        """Record that pieces of this estimated cost were planned in a step with `decoding` sequences."""
         self._owed_s = max(0.0, seconds - self._decoding_s(decoding))
 
     def record(self, rows: int, pieces: Iterable[Piece], seconds: float) -> None:
-        """Learn from a step of this many decoding rows and these pieces that took `seconds`."""
+        """Update the estimates from a step with `rows` decoding rows and these pieces, which took `seconds`."""
         pieces = tuple(pieces)
         if pieces:
             self._record_pieces(pieces, max(seconds - self._decoding_s(rows), seconds / 10))
@@ -82,7 +86,7 @@ class Pace:
             self._decode_s[rows] = _moved(self._decode_s.get(rows, 0.0), seconds)
 
     def _record_pieces(self, pieces: tuple[Piece, ...], seconds: float) -> None:
-        """Scale the estimates of the stages by what they were wrong, all alike."""
+        """Scale the estimates of the stages by their common error."""
         weights = [0.0] * self._stages
         for piece in pieces:
             for stage in range(piece.first, piece.end):

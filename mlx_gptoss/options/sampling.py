@@ -52,7 +52,7 @@ class SamplingOptions:
     logprobs: int | None = option(None, "Report this many likeliest alternatives per token, 0 to 20.")
 
     def __post_init__(self) -> None:
-        """Raise InvalidRequest for a value of another type or out of range, and for a Sampling beside its fields."""
+        """Raise InvalidRequest for values of the wrong type or out of range, and for a Sampling given with fields."""
         from ..sampling import Sampling  # which imports this module
 
         check.kind("sampling", self.sampling, (Sampling, type(None)), "a Sampling or None")

@@ -29,8 +29,9 @@ class Launch:
     rank, ranks: this process's rank and the number of ranks.
     host, port: where rank 0 listens for the other ranks; on the loopback if all are on one machine.
     ranks_on_host: number of ranks on this machine.
-    key: what ranks prove to each other that they know (handshake.py). It is derived from the launch and the secret;
-        without a secret, which only a launch on one machine may lack, whoever knows the launch can derive it.
+    key: shared by all ranks, which prove to each other that they know it (handshake.py). It is derived from the launch
+        and the secret. The secret is optional if all ranks are on one machine; without one, anyone who knows the
+        launch can derive the key.
     hosts: address of each rank, as the rank before it reaches it; empty if the launcher does not give them.
     """
 
