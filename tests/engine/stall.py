@@ -1,7 +1,7 @@
-"""What a long prompt costs the streams beside it: `python tests/engine/stall.py [--model M] [--backend B]`.
+"""Measures what a long prompt costs other streams: `python tests/engine/stall.py [--model M] [--backend B]`.
 
 Loads a model (the bundled one by default) and measures, on one engine: streams that decode alone; one prompt alone,
-large and small; the same streams with the prompt beside them; and with two such prompts at once. Prints the gaps
+large and small; the same streams during the prompt, and during two such prompts at once. Prints the gaps
 between tokens of the streams (median, 99th percentile, maximum), the time to first token of the prompts, and the tokens
 per second of all together. The prompts differ, so that none is found in the prefix cache. The times are those at which
 the engine delivers; HTTP is not in them.
@@ -84,7 +84,7 @@ def time_prompt(engine: Engine, length: int, seed: int, after: tuple[int, ...] =
 
 
 def time_beside(engine: Engine, streams: list[Gaps], lengths: list[int], seed: int) -> Phase:
-    """Run prompts of these lengths beside the streams, until each has its first token; none: for QUIET_S."""
+    """Run prompts of these lengths while streams go on, until each has its first token; without prompts, for QUIET_S."""
     started, finished = time.perf_counter(), []
     before = sum(len(stream.times) for stream in streams)
     if not lengths:
@@ -111,9 +111,9 @@ def measure(engine: Engine, streams: int, length: int) -> dict[str, Phase | floa
     while any(len(reader.times) < 20 for reader in readers):
         time.sleep(0.05)
     figures["streams alone"] = time_beside(engine, readers, [], 0)
-    figures["beside one prompt"] = time_beside(engine, readers, [length], 20)
-    figures["beside two prompts"] = time_beside(engine, readers, [length, length], 30)
-    figures["beside a short one, too"] = time_beside(engine, readers, [length, SMALL], 40)
+    figures["with one prompt"] = time_beside(engine, readers, [length], 20)
+    figures["with two prompts"] = time_beside(engine, readers, [length, length], 30)
+    figures["with one long and one short prompt"] = time_beside(engine, readers, [length, SMALL], 40)
     for reader in readers:
         reader.stream.cancel()
     for thread in threads:

@@ -1,5 +1,5 @@
-"""A long prompt beside streams, on the bundled model: what the streams get meanwhile, and that the prompt's result is
-that of the prompt alone. Counted, not timed, except for the benchmark at the end."""
+"""A long prompt while other streams decode, on the bundled model: what the streams get meanwhile, and that the prompt's
+result is that of the prompt alone. Counted, not timed, except for the benchmark at the end."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_other_ranks_are_told_the_stages() -> None:
 def test_the_gaps_of_streams_beside_a_prompt() -> None:
     with mlx_gptoss.load(slots=5, max_context=16384) as model:
         figures = measure(model._engine, streams=3, length=6000)
-    alone, beside, two = (figures[name] for name in ("streams alone", "beside one prompt", "beside two prompts"))
+    alone, beside, two = (figures[name] for name in ("streams alone", "with one prompt", "with two prompts"))
     small = next(figure for name, figure in figures.items() if "in the prefix cache" in name)
     assert isinstance(alone, Phase) and isinstance(beside, Phase) and isinstance(two, Phase)
     assert isinstance(small, float) and isinstance(figures["prompt alone"], float)

@@ -19,6 +19,7 @@ from mlx_gptoss.harmony.grammar import Grammar
 from mlx_gptoss.harmony.messages import Message
 from mlx_gptoss.harmony.parse import Delta, Parser
 from mlx_gptoss.tokenizer import CALL, SPECIALS, Tokenizer
+from mlx_gptoss.untrusted.tokenizer_file import SPLIT_PATTERNS
 
 VOCABULARY = Path(__file__).parents[2] / ".." / "shared" / "o200k_base.tiktoken"
 PUBLISHED_IDS = {
@@ -38,17 +39,7 @@ PUBLISHED_IDS = {
     "<|reserved_200011|>": 200011,
     "<|call|>": 200012,
 }
-SPLIT_PATTERN = "|".join(
-    [
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    ]
-)
+SPLIT_PATTERN = "|".join(SPLIT_PATTERNS)
 
 
 def byte_alphabet() -> list[str]:

@@ -6,31 +6,23 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rank_sockets import SECRET, free_ports
 from slow_network import DEVICE, SlowNetwork, Unavailable
 
-SECRET = {"MLX_GPTOSS_SECRET": "ranks of the tests"}  # needed beyond the loopback
+from mlx_gptoss.ranks.launch import Launch
 
 
-def free_ports(count: int) -> list[int]:
-    """Consecutive free ports, followed by another free one."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            first = probe.getsockname()[1]
-        try:
-            for port in range(first, first + count + 1):
-                with socket.socket() as other:
-                    other.bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        return list(range(first, first + count))
+@pytest.fixture
+def launches() -> list[Launch]:
+    """Both ranks of a launch of two, on a free port."""
+    (port,) = free_ports(1)
+    return [Launch("mlx", rank, 2, "127.0.0.1", port, 2, "the key") for rank in range(2)]
 
 
 class Ranks:

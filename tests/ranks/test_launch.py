@@ -10,12 +10,13 @@ from dataclasses import replace
 from queue import SimpleQueue
 
 import pytest
+from rank_sockets import connect
 
 from mlx_gptoss.backends.base import Row
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.loading.distributed import _require_same
 from mlx_gptoss.ranks import Follower, Leader, find_launch, leader, neighbours, wire
-from mlx_gptoss.ranks.launch import SECRET_FILE_VARIABLE, SECRET_VARIABLE, Launch
+from mlx_gptoss.ranks.launch import SECRET_FILE_VARIABLE, SECRET_VARIABLE
 from mlx_gptoss.ranks.neighbours import Neighbours
 from mlx_gptoss.ranks.runner import PART_LENGTH, GroupRunner
 from mlx_gptoss.ranks.wire import Channel, ConnectionLost, bytes_from_json, bytes_to_json, row_from_json, row_to_json
@@ -103,25 +104,6 @@ def test_malformed_hostfiles(tmp_path, text):
         return
     with pytest.raises(GptOssError, match="ranks with mlx"):
         find_launch({"MLX_RANK": "0", "MLX_HOSTFILE": str(path)})
-
-
-@pytest.fixture
-def launches():
-    """Both ranks of a launch of two, on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [Launch("mlx", rank, 2, "127.0.0.1", port, 2, "secret") for rank in range(2)]
-
-
-def connect(port):
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        try:
-            return socket.create_connection(("127.0.0.1", port), timeout=60)
-        except ConnectionRefusedError:
-            time.sleep(0.01)
-    raise AssertionError("rank 0 does not listen")
 
 
 def test_a_rank_that_does_not_connect(launches, monkeypatch):

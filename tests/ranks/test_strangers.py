@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from conftest import SECRET
+from rank_sockets import SECRET, connect
 
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.ranks import Follower, Leader, follower, handshake
@@ -61,15 +61,6 @@ GARBAGE = [
 ]
 
 
-@pytest.fixture
-def launches() -> list[Launch]:
-    """Both ranks of a launch of two, on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [Launch("mlx", rank, 2, "127.0.0.1", port, 2, "the key") for rank in range(2)]
-
-
 @contextlib.contextmanager
 def leading(launch: Launch) -> Iterator[list[Leader]]:
     """A Leader that accepts ranks on a thread; the list has it once all have connected."""
@@ -81,16 +72,6 @@ def leading(launch: Launch) -> Iterator[list[Leader]]:
     thread.join(60)
     assert leaders, "rank 0 does not start"
     leaders[0].close()
-
-
-def connect(port: int) -> socket.socket:
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        try:
-            return socket.create_connection(("127.0.0.1", port), timeout=60)
-        except ConnectionRefusedError:
-            time.sleep(0.01)
-    raise AssertionError("rank 0 does not listen")
 
 
 def join(launch: Launch) -> float:

@@ -16,7 +16,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from conftest import free_ports
+from rank_sockets import free_ports
 
 PROGRAM = """
 import mlx_gptoss

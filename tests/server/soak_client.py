@@ -1,5 +1,5 @@
-"""A small HTTP/1.1 client for soak.py: several thousand requests a minute from one process beside the server, bodies
-read as slowly as a test likes, and connections dropped at any point."""
+"""A small HTTP/1.1 client for soak.py: several thousand requests a minute from one process, bodies read as slowly as a
+test likes, and connections dropped at any point."""
 
 from __future__ import annotations
 

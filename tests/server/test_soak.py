@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from soak import Soak, judge_gaps, judge_growth
+from soak import Soak
 from soak_client import Connection
 from soak_dialects import Said, StreamError, ask, completions, is_beginning, new_word, read_event, spelled
+from soak_judges import judge_gaps, judge_growth
 from soak_scenarios import GENERATING, SCENARIOS
 
 SCRIPT = Path(__file__).with_name("soak.py")

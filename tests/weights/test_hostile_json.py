@@ -1,4 +1,4 @@
-"""The JSON files beside the weights come from anywhere: size, links, nesting, types and time are bounded."""
+"""The JSON files next to the weights come from anywhere: size, links, nesting, types and time are bounded."""
 
 from __future__ import annotations
 
