@@ -217,7 +217,7 @@ class Scheduler:
         """The sequences that prefill in this step, each with the piece of its chunk that it computes. decoding: number
         of sequences that decode; ready: of those with a row in this step.
 
-        Beside sequences that decode, these are the pieces that the pace allows; otherwise as many whole chunks as fit
+        While others decode, these are the pieces that the pace allows; otherwise as many whole chunks as fit
         into Limits.chunk. A chunk is never shortened to fill a step, and a piece ends between two layers, so what a
         prompt computes depends on the prompt alone, not on what else is running. The first one in the queue always
         fits, so no sequence starves.

@@ -84,7 +84,7 @@ def time_prompt(engine: Engine, length: int, seed: int, after: tuple[int, ...] =
 
 
 def time_beside(engine: Engine, streams: list[Gaps], lengths: list[int], seed: int) -> Phase:
-    """Run prompts of these lengths while streams go on, until each has its first token; without prompts, for QUIET_S."""
+    """Run prompts of these lengths while streams go on, until each has its first token; without any, for QUIET_S."""
     started, finished = time.perf_counter(), []
     before = sum(len(stream.times) for stream in streams)
     if not lengths:
