@@ -17,7 +17,7 @@ from ...errors import CheckpointError
 from ...weights.codecs import contiguous_rows
 from ...weights.split import RankShard
 from ...weights.tensor import Array, Dense, Quantized, Weight, Weights, same_storage
-from ..rope import yarn_concentration, yarn_frequencies
+from ..rope import yarn_frequencies
 from .layers import DenseMatrix, ExpertLinear, Experts, Linear, Matrix, Operations, QuantizedMatrix
 from .model import Attention, Block, GptOss, MixtureOfExperts, Norm, Rotary
 from .ranks import Ranks
@@ -35,7 +35,7 @@ def load_model(
     embed = loader.matrix("embed.weight")
     lm_head = Linear((loader.matrix("lm_head.weight"),), None, ops)
     frequencies = torch.from_numpy(yarn_frequencies(config.yarn, config.head_dim)).to(device)
-    rotary = Rotary(frequencies, config.head_dim**-0.5 * yarn_concentration(config.yarn) ** 2)
+    rotary = Rotary(frequencies, config.head_dim**-0.5 * config.yarn.concentration**2)
     blocks = tuple(_block(loader, config, layer, rotary.score_scale) for layer in range(config.num_hidden_layers))
     return GptOss(config, dtype, embed, rotary, blocks, loader.norm("norm.weight", config), lm_head, loader.ranks)
 

@@ -28,7 +28,7 @@ from ...weights.tensor import (
     Weights,
     same_storage,
 )
-from ..rope import yarn_concentration, yarn_frequencies
+from ..rope import yarn_frequencies
 from . import host
 from .elementwise import Elementwise
 from .layers import MODES, DenseMatrix, ExpertLinear, Linear, MappedRows, Matrix, QuantizedMatrix, fused
@@ -69,7 +69,7 @@ def load_model(
         lm_head, rest = _split_lm_head(checkpoint.read("lm_head.weight"), resident_vocab)
         checkpoint.release()
     frequencies = mx.array((1.0 / yarn_frequencies(config.yarn, config.head_dim)).astype(np.float32))
-    rotary = Rotary(frequencies, config.head_dim**-0.5 * yarn_concentration(config.yarn) ** 2)
+    rotary = Rotary(frequencies, config.head_dim**-0.5 * config.yarn.concentration**2)
     blocks = tuple(_block(loader, config, layer, rotary) for layer in range(config.num_hidden_layers))
     return GptOss(config, dtype, embed, blocks, loader.vector("norm.weight"), lm_head, rest, elementwise, loader.ranks)
 
