@@ -88,10 +88,9 @@ def refuse_what_changes_numbers(data: Mapping[str, Any], config: ModelConfig) ->
         value = data.get(name)
         if value is None or value in NEUTRAL.get(name, ()) or (name in same and value == same[name]):
             continue
-        text = repr(value)
         raise CheckpointError(
-            f"config.json: {name} is {text[:80]}, which changes the model's numbers and is not supported: this is not "
-            "a gpt-oss model, or its config.json was edited"
+            f"config.json: {name} is {repr(value)[:80]}, which changes the model's numbers and is not supported: "
+            "this is not a gpt-oss model, or its config.json was edited"
         )
 
 

@@ -57,7 +57,7 @@ def _block(loader: _WeightLoader, config: ModelConfig, layer: int, scale: float)
         active=config.num_experts_per_tok,
         limit=config.swiglu_limit,
         alpha=config.swiglu_alpha,
-        local_experts=loader.ranks.shard.experts,
+        local_experts=loader.ranks.shard.of_experts(config.experts[layer]),
     )
     mlp = MixtureOfExperts(loader.ops, loader.ranks, loader.linear([f"{prefix}.router"]), experts)
     attention_norm = loader.norm(f"{prefix}.attention_norm.weight", config)

@@ -103,6 +103,7 @@ def _block(loader: _WeightLoader, config: ModelConfig, layer: int, rotary: Rotar
         gate_up=loader.experts([f"{prefix}.experts.gate", f"{prefix}.experts.up"]),
         down=loader.experts([f"{prefix}.experts.down"]),
         bias=loader.vectors([f"{prefix}.experts.{part}.bias" for part in ("gate", "up", "down")]),
+        own=loader.ranks.shard.of_experts(config.experts[layer]),
         elementwise=loader.elementwise,
         ranks=loader.ranks,
         min_pairs_to_sort=loader.min_pairs_to_sort,

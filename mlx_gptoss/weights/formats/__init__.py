@@ -110,6 +110,9 @@ def _left_out(param: Param, headers: CheckpointHeaders) -> Source | None:
         if source is None or not headers.has(*(expected.name for expected in source.expected)):
             zeros = np.zeros(param.shape, np.float32)
             return Source(HF_DENSE, None, (), lambda get: Dense(zeros))
+        raise CheckpointError(
+            f"{source.expected[0].name} is stored, but config.json's attention_bias is false: one of the two was edited"
+        )
     return None
 
 
