@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from markdown_it import MarkdownIt
@@ -47,7 +48,7 @@ class MarkdownWriter:
         tokens = _parser().parse(self._tail)
         starts = [token.map[0] for token in tokens if token.level == 0 and token.map and token.nesting >= 0]
         lines = self._tail.splitlines(keepends=True)
-        for first, end in zip(starts, starts[1:], strict=False):
+        for first, end in pairwise(starts):
             self._print("".join(lines[first:end]))
         if len(starts) > 1:
             self._tail = "".join(lines[starts[-1] :])
