@@ -41,7 +41,8 @@ def show(
     from mlx_gptoss import api
     from mlx_gptoss.backends import find_backend
     from mlx_gptoss.loading.plan import LoadRequest, plan_load
-    from mlx_gptoss.loading.recommend import mappable_by_format, recommend
+    from mlx_gptoss.loading.recommend import mappable_by_format, recommend, run_otherwise
+    from mlx_gptoss.weights.checkpoint import storage_name
 
     checkpoint = api.open_checkpoint(model)
     module, name = find_backend(given.pop("backend"))
@@ -49,15 +50,18 @@ def show(
     may_stay = mappable_by_format(checkpoint) if name == "mlx" else None
     best = recommend(checkpoint, plan, api.sizes_in_other_formats(checkpoint), context, may_stay)
     summary = checkpoint.summary()
+    wider = {storage_name(stored): storage_name(ran) for stored, ran in run_otherwise(checkpoint, name).items()}
     parts: list[LoadPlan] = []
     if ranks is not None:
         request = LoadRequest(model=model, backend=name, max_context=context, prefix_cache=0, **given)
         parts = [plan_load(request, checkpoint, rank, ranks) for rank in range(ranks)]
     if as_json:
-        report = _report(summary, plan, best)
+        report = _report(summary, plan, best) | {"backend": name, "runs_as": wider}
         click.echo(json.dumps(report | {"ranks": [_part_report(part) for part in parts]} if parts else report))
     else:
         _print(model or "the bundled nano model", summary, plan)
+        for stored, ran in wider.items():
+            click.echo(f"The {name} backend has no kernel for {stored}: it runs as {ran}, with the same values.")
         click.echo(_advice(best, model or "MODEL"))
         if parts:
             _print_parts(parts)

@@ -8,7 +8,7 @@ which returns numpy for evaluation.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..config import ModelConfig
 from ..sampling import Sampling
+from ..weights.tensor import AFFINE_BITS, Spec
 
 if TYPE_CHECKING:
     from ..weights.split import RankShard
@@ -177,6 +178,8 @@ class Runner(Protocol):
 class Backend(Protocol):
     """The functions of a backend's module. `device` None is the best device, `dtype` None the backend's default."""
 
+    NAME: str  # as in BACKENDS
+
     def load(
         self,
         checkpoint: Weights,
@@ -211,6 +214,17 @@ class Backend(Protocol):
 
         Measured by this call, in well under a second, before a model is loaded; its buffers are freed."""
         ...
+
+
+AFFINE_KERNELS = {"mlx": AFFINE_BITS, "cuda": (4, 8)}  # the bits per code that a backend's kernels read
+
+
+def run_as(backend: str, spec: Spec) -> Spec:
+    """The storage in which a backend computes with a weight: its own, or the next wider affine codes, which have the
+    same values. The one table for `show`, the memory plan and loading."""
+    if spec.element != "uint":
+        return spec
+    return replace(spec, bits=next(bits for bits in AFFINE_KERNELS[backend] if bits >= spec.bits))
 
 
 def working_space(config: ModelConfig, chunk: int, slots: int, activation_bytes: int) -> int:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 from ..backends import find_backend
-from ..backends.base import Backend, Limits, Runner
+from ..backends.base import Backend, Limits, Runner, run_as
 from ..config import ModelConfig
 from ..errors import InvalidRequest
 from ..options import LoadOptions
@@ -140,7 +141,7 @@ def plan_load(
     memory = memory_plan(
         part,
         module,
-        None if request.quantize is None else weights.size_bytes,
+        _bytes_in_memory(weights, backend) if isinstance(weights, Requantized) else None,
         device=request.device,
         dtype=request.dtype,
         max_context=request.max_context,
@@ -152,6 +153,10 @@ def plan_load(
         available_bytes=request.available_bytes,
     )
     return LoadPlan(request, source, part, weights, module, backend, memory, shard)
+
+
+def _bytes_in_memory(weights: Requantized, backend: str) -> int:
+    return weights.size_bytes + weights.added_bytes(partial(run_as, backend))
 
 
 def _check_options(backend: str, kv_bits: int | None, speculate: bool) -> None:
@@ -195,7 +200,7 @@ def memory_plan(
     may_upcast = as_stored and backend.device_name(device) == "cpu"
     return plan_memory(
         config,
-        checkpoint.size_bytes + derived_bytes(checkpoint) if weights_bytes is None else weights_bytes,
+        checkpoint.size_bytes + derived_bytes(checkpoint, backend.NAME) if weights_bytes is None else weights_bytes,
         (backend.available_memory(device) if available_bytes is None else available_bytes) // ranks_on_host,
         activation_bytes=activation_bytes,
         context=max_context,

@@ -19,13 +19,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..backends.base import run_as
 from ..errors import CheckpointError
 from ..weights import codecs, quantization
 from ..weights.checkpoint import Checkpoint, CheckpointLike
 from ..weights.formats import WRITERS
 from ..weights.formats.base import Unit
 from ..weights.params import MATRIX_ROLES, Role
-from ..weights.tensor import MXFP4, Dense
+from ..weights.tensor import MXFP4, Dense, Spec
 from .memory import MIN_CONTEXT, PREFERRED_CONTEXT, MemoryPlan
 
 _PREFERRED: Mapping[str, Sequence[str]] = {
@@ -147,9 +148,25 @@ def upcastable_bytes(weights: CheckpointLike, activation_bytes: int) -> int:
     return extra
 
 
-def derived_bytes(weights: CheckpointLike) -> int:
-    """Bytes of biases that are not stored but computed while loading: int4-autoround and GGUF's Q8_0 imply them."""
-    extra = 0
+def run_otherwise(weights: CheckpointLike, backend: str) -> dict[Spec, Spec]:
+    """The storages for which the backend has no kernel, each with the one in which it computes."""
+    stored = {weights.stored_as(param.name)[0] for param in weights.params if param.is_matrix}
+    return {spec: ran for spec in stored if spec is not None and (ran := run_as(backend, spec)) != spec}
+
+
+def _widening_bytes(weights: CheckpointLike, backend: str) -> int:
+    found = 0
+    for param in weights.params:
+        spec, _ = weights.stored_as(param.name)
+        if spec is not None and param.is_matrix:
+            found += param.size * (run_as(backend, spec).bits - spec.bits) // 8
+    return found
+
+
+def derived_bytes(weights: CheckpointLike, backend: str | None = None) -> int:
+    """Bytes that loading adds to those stored: biases that int4-autoround and GGUF's Q8_0 imply, and wider codes where
+    the backend has no kernel for the stored ones (None: it has all)."""
+    extra = 0 if backend is None else _widening_bytes(weights, backend)
     for role in MATRIX_ROLES:
         matrices = [param for param in weights.params if param.role == role and param.is_matrix]
         in_memory = 0

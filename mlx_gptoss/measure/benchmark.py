@@ -124,7 +124,7 @@ def load(
     activation_bytes = ACTIVATION_BYTES[target.dtype]
     derived = upcastable = 0
     if not isinstance(model.weights, Requantized):
-        derived = derived_bytes(model.weights)
+        derived = derived_bytes(model.weights, target.backend)
         if target.backend == "mlx" and target.name == "cpu":
             upcastable = upcastable_bytes(model.weights, activation_bytes)
     plan = plan_memory(

@@ -239,7 +239,7 @@ class Checkpoint:
 
     def _role_summary(self, role: Role) -> dict[str, Any]:
         sources = [self._binding.sources[param.name] for param in self._matrices(role)]
-        names = sorted({_storage_name(source.spec, self.tensors[source.expected[0].name]) for source in sources})
+        names = sorted({_stored_as(source, self.tensors) for source in sources})
         count = sum(param.size for param in self._matrices(role))
         return {"format": "+".join(names), "bits": 8 * self.matrix_bytes(role) / count}
 
@@ -321,8 +321,10 @@ _STORAGE_NAMES = {
 }
 
 
-def _storage_name(spec: Spec | None, tensor: TensorInfo) -> str:
-    """A short name of how numbers are stored: bf16, mxfp4, affine4-g64. tensor: gives the dtype of dense values."""
-    if spec is None:
-        return tensor.dtype.lower()
+def _stored_as(source: Source, tensors: Mapping[str, TensorInfo]) -> str:
+    return tensors[source.expected[0].name].dtype.lower() if source.spec is None else storage_name(source.spec)
+
+
+def storage_name(spec: Spec) -> str:
+    """A short name of how numbers are stored: mxfp4, affine4-g64."""
     return _STORAGE_NAMES.get((spec.element, spec.scale)) or f"affine{spec.bits}-g{spec.group}"

@@ -8,6 +8,7 @@ Microscaling v1.0.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import reduce
 from itertools import product
 from operator import getitem
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError
-from .tensor import Array, Dense, Element, ScaleKind, Weight
+from .tensor import Array, Dense, Element, ScaleKind, Spec, Weight
 
 Floats = NDArray[Any]  # float32
 Bytes = NDArray[Any]  # uint8
@@ -51,19 +52,42 @@ _SCALES: Mapping[ScaleKind, Callable[[Array], Floats]] = {
 
 
 def unpack(codes: Bytes, bits: int) -> Bytes:
-    """One code per byte, [..., n] -> [..., n * 8 / bits], low nibble first. bits: 4 or 8."""
+    """One code per byte, [..., n] -> [..., n * 8 / bits], lowest bits first. n: a multiple of `bits`, unless bits is 4
+    or 8."""
     if bits == 8:
         return codes
-    return np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
+    if bits == 4:
+        return np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
+    words = np.zeros((codes.size // bits, 8), np.uint8)  # eight codes each, in `bits` bytes
+    words[:, :bits] = codes.reshape(-1, bits)
+    shifts = np.arange(8, dtype=np.uint64) * np.uint64(bits)
+    eight: Bytes = (words.view("<u8") >> shifts & np.uint64(2**bits - 1)).astype(np.uint8)
+    return eight.reshape(*codes.shape[:-1], -1)
 
 
 def pack(codes: Bytes, bits: int) -> Bytes:
-    """The inverse of `unpack`: [..., n] -> [..., n * bits / 8], n even."""
+    """The inverse of `unpack`: [..., n] -> [..., n * bits / 8]. n: even, or a multiple of 8 unless bits is 4 or 8."""
     if bits == 8:
         return codes
-    pair = np.ascontiguousarray(codes).view("<u2")
-    packed: Bytes = (pair | pair >> 4).astype(np.uint8)
-    return packed
+    if bits == 4:
+        pair = np.ascontiguousarray(codes).view("<u2")
+        packed: Bytes = (pair | pair >> 4).astype(np.uint8)
+        return packed
+    shifts = np.arange(8, dtype=np.uint64) * np.uint64(bits)
+    words = np.bitwise_or.reduce(codes.reshape(-1, 8).astype(np.uint64) << shifts, axis=1).astype("<u8")
+    return np.ascontiguousarray(words.view(np.uint8).reshape(-1, 8)[:, :bits]).reshape(*codes.shape[:-1], -1)
+
+
+def widen(weight: Weight, spec: Spec) -> Weight:
+    """The same values with codes of more bits, for a kernel that reads those. spec: as the weight's, but for bits."""
+    if isinstance(weight, Dense) or weight.spec == spec:
+        return weight
+    out = np.empty((*weight.codes.shape[:-1], weight.shape[-1] * spec.bits // 8), np.uint8)
+    rows, wide = weight.codes.reshape(-1, weight.codes.shape[-1]), out.reshape(-1, out.shape[-1])
+    step = max(1, BLOCK_VALUES // weight.shape[-1])
+    for start in range(0, len(rows), step):
+        wide[start : start + step] = pack(unpack(rows[start : start + step], weight.spec.bits), spec.bits)
+    return replace(weight, spec=spec, codes=out)
 
 
 def dequantize(weight: Weight, out: Floats | None = None) -> Floats:
@@ -132,9 +156,11 @@ def decode_block(weight: Weight, out: Floats | None = None) -> Floats:
         values[...] = contiguous_rows(weight.values)
         return values
     spec = weight.spec
-    table = _VALUES[spec.element, spec.bits]
-    # A byte is never out of range. With mode="clip" numpy skips that check and writes straight into `out`.
-    np.take(table, np.ascontiguousarray(weight.codes), out=values.view(table.dtype), mode="clip")
+    table = _VALUES.get((spec.element, spec.bits))
+    if table is None:
+        values[...] = unpack(np.ascontiguousarray(weight.codes), spec.bits)
+    else:  # A byte is never out of range. With mode="clip" numpy skips that check and writes straight into `out`.
+        np.take(table, np.ascontiguousarray(weight.codes), out=values.view(table.dtype), mode="clip")
     if weight.scale is not None:
         grouped = values.reshape(*values.shape[:-1], -1, spec.group)
         grouped *= _SCALES[spec.scale](weight.scale)[..., None]

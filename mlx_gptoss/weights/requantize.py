@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
 
 from ..config import ModelConfig
@@ -49,6 +50,12 @@ class Requantized:
                     bits = 16 if spec is None else spec.bits + 2 * 16 / spec.group
                     size += int(param.size * bits) // 8
         return size
+
+    def added_bytes(self, run_as: Callable[[Spec], Spec]) -> int:
+        """Bytes that a backend adds which computes in wider codes. run_as: from a storage to the one it computes in."""
+        params = [param for param in self._checkpoint.params if param.is_matrix]
+        specs = [(param.size, self._spec(param)) for param in params]
+        return sum(size * (run_as(spec).bits - spec.bits) // 8 for size, spec in specs if spec is not None)
 
     def read(self, name: str) -> Weight:
         """The weight of a parameter by its canonical name, quantized block by block."""

@@ -18,7 +18,7 @@ from ..config import ModelConfig
 from ..errors import CheckpointError, InvalidRequest
 from .checkpoint import CheckpointLike
 from .params import MATRIX_ROLES, Param, Role
-from .tensor import Array, Dense, Quantized, Spec, Weight
+from .tensor import Dense, Quantized, Spec, Weight
 
 
 @dataclass(frozen=True)
@@ -162,14 +162,10 @@ def _columns(weight: Weight, columns: range, name: str) -> Weight:
         return replace(weight, values=weight.values[..., columns.start : columns.stop])
     spec = weight.spec
 
-    def cut(array: Array | None, columns_per_item: int) -> Array | None:
-        if array is None:
-            return None
-        return array[..., columns.start // columns_per_item : columns.stop // columns_per_item]
-
-    group = max(spec.group, 8 // spec.bits)
+    group = spec.group or 8 // spec.bits
     if columns.start % group or columns.stop % group:
         raise CheckpointError(f"{name} cannot be split between heads: its scales span {group} columns; use one rank")
-    codes = cut(weight.codes, 8 // spec.bits)
-    assert codes is not None
-    return Quantized(spec, codes, cut(weight.scale, spec.group or 1), cut(weight.bias, spec.group or 1), weight.outer)
+    codes = weight.codes[..., columns.start * spec.bits // 8 : columns.stop * spec.bits // 8]
+    groups = slice(columns.start // group, columns.stop // group)
+    scale, bias = (None if array is None else array[..., groups] for array in (weight.scale, weight.bias))
+    return Quantized(spec, codes, scale, bias, weight.outer)

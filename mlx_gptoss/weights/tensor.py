@@ -25,7 +25,7 @@ class Spec:
     """How the numbers of a quantized weight are stored.
 
     element: what a code means: e2m1 (FP4), e4m3 (FP8), or an unsigned integer.
-    bits: bits per code, 4 or 8.
+    bits: bits per code; 2, 3, 4, 5, 6 or 8 for unsigned integers, else 4 or 8.
     group: number of consecutive elements along K that share a scale; 0 if there is no scale (`scale` is "none").
     scale: e8m0 (a power of two in one byte), e4m3 (one byte), "float" (bf16, f16 or f32 as stored), or "none".
     """
@@ -40,9 +40,9 @@ MXFP4 = Spec("e2m1", 4, 32, "e8m0")
 NVFP4 = Spec("e2m1", 4, 16, "e4m3")
 MXFP8 = Spec("e4m3", 8, 32, "e8m0")
 FP8_ROW = Spec("e4m3", 8, 0, "none")
-AFFINE4 = Spec("uint", 4, 64, "float")
-AFFINE8 = Spec("uint", 8, 64, "float")
-AFFINE8_G32 = Spec("uint", 8, 32, "float")
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+AFFINE = {(bits, group): Spec("uint", bits, group, "float") for bits in AFFINE_BITS for group in (32, 64, 128)}
+AFFINE4, AFFINE8, AFFINE8_G32 = AFFINE[4, 64], AFFINE[8, 64], AFFINE[8, 32]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Dense:
 class Quantized:
     """Codes, scales and what else the formula needs.
 
-    codes: uint8 [..., N, K * bits / 8], K-major, low nibble first.
+    codes: uint8 [..., N, K * bits / 8], K-major, lowest bits first. Codes of 3, 5 and 6 bits cross bytes.
     scale: [..., N, K / group]: uint8 bit patterns for e8m0 and e4m3, a float dtype for "float"; None if there is none.
     bias: shape and dtype of a float scale; None means 0.
     outer: float32 or as stored, broadcastable to [..., N, 1]: [] per tensor, [E, 1, 1] per expert, [..., N, 1] per row;

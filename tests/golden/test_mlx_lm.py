@@ -75,7 +75,7 @@ def test_mlx_lm_loads_what_we_write_and_agrees_once_we_round_too(mini, tmp_path,
     assert relative_error(our_logits(tmp_path / "out", prompt), theirs) < 1e-4
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
 def test_we_load_what_mlx_lm_writes_and_agree(mini, tmp_path, prompt, relative_error, bits):
     run(CONVERT, mini / "mxfp4", tmp_path / "theirs", bits)
     truncate(tmp_path / "theirs")

@@ -17,6 +17,7 @@ from mlx_gptoss.weights.formats import WRITERS, recipe_of
 from mlx_gptoss.weights.tensor import FP8_ROW, Dense, Quantized
 
 MLX = ["mlx-4bit", "mlx-8bit", "mlx-mxfp8", "mlx-nvfp4", "mlx-mxfp4", "mlx-mxfp4-q8", "mlx-mxfp4-q4"]
+MLX += ["mlx-3bit", "mlx-6bit"]
 TARGETS = ["mxfp4", "bf16", *MLX]
 ALL_FORMATS = [*TARGETS, "fp8-dynamic", "int4-autoround", "nvfp4"]
 

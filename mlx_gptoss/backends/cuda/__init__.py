@@ -23,6 +23,7 @@ from .plain import TorchOperations
 from .ranks import Ranks
 from .runner import CudaRunner
 
+NAME = "cuda"
 GPU_CHUNK, CPU_CHUNK = 4096, 1024
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ...config import ModelConfig
 from ...errors import CheckpointError
-from ...weights.codecs import contiguous_rows
+from ...weights.codecs import contiguous_rows, widen
 from ...weights.split import RankShard
 from ...weights.tensor import Array, Dense, Quantized, Weight, Weights, same_storage
+from ..base import run_as
 from ..rope import yarn_frequencies
 from .layers import DenseMatrix, ExpertLinear, Experts, Linear, Matrix, Operations, QuantizedMatrix
 from .model import Attention, Block, GptOss, MixtureOfExperts, Norm, Rotary
@@ -104,11 +105,16 @@ class _WeightLoader:
         return weight.values
 
     def _matrices(self, names: Sequence[str]) -> tuple[Matrix, ...]:
-        weights = [self._checkpoint.read(name) for name in names]
+        weights = [_runnable(self._checkpoint.read(name)) for name in names]
         groups = [weights] if same_storage(weights) else [[weight] for weight in weights]
         matrices = tuple(fuse(group, self._device) for group in groups)
         self._checkpoint.release()
         return matrices
+
+
+def _runnable(weight: Weight) -> Weight:
+    """The weight in a storage that the kernels read."""
+    return weight if isinstance(weight, Dense) else widen(weight, run_as("cuda", weight.spec))
 
 
 def fuse(weights: Sequence[Weight], device: torch.device) -> Matrix:

@@ -17,6 +17,7 @@ from .ranks import Ranks
 from .runner import MlxRunner
 from .streams import CpuStreams, check_process
 
+NAME = "mlx"
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 # Attention scores at once where MLX does not fuse attention with sinks: 2 MB on a CPU, some twenty times over.
 MAX_SCORES_GPU, MAX_SCORES_CPU = 1 << 28, 1 << 19

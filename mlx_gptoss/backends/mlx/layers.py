@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ...weights.tensor import AFFINE4, AFFINE8, AFFINE8_G32, MXFP4, MXFP8, NVFP4, Spec, Weight
+from ...weights.tensor import AFFINE, MXFP4, MXFP8, NVFP4, Spec, Weight
 
 # Elements of a dense matrix upcast at once. 8 MB in float32 come from memory that is still mapped and cached, which
 # on a CPU makes the product 2.5 times as fast as with the whole matrix upcast first, and as fast as a float32 one.
@@ -27,9 +27,7 @@ MODES: dict[Spec, str] = {  # what MLX calls them
     MXFP4: "mxfp4",
     NVFP4: "nvfp4",
     MXFP8: "mxfp8",
-    AFFINE4: "affine",
-    AFFINE8: "affine",
-    AFFINE8_G32: "affine",
+    **dict.fromkeys(AFFINE.values(), "affine"),
 }
 
 

@@ -16,7 +16,7 @@ from ...errors import CheckpointError
 from .. import quantization, search
 from ..params import Param
 from ..safetensors import DTYPES, TensorInfo
-from ..tensor import AFFINE4, AFFINE8, MXFP4, MXFP8, NVFP4, Quantized, Spec, Weight
+from ..tensor import AFFINE, AFFINE4, AFFINE8, MXFP4, MXFP8, NVFP4, Quantized, Spec, Weight
 from .base import (
     FLOATS,
     CheckpointHeaders,
@@ -35,7 +35,7 @@ from .hf_layout import HF_DENSE, dense_unit, hf_name
 
 FAMILY = "mlx"
 _MODES: Mapping[str, tuple[Spec, ...]] = {
-    "affine": tuple(Spec("uint", bits, group, "float") for bits in (4, 8) for group in (32, 64, 128)),
+    "affine": tuple(AFFINE.values()),
     "mxfp4": (MXFP4,),
     "nvfp4": (NVFP4,),
     "mxfp8": (MXFP8,),
@@ -54,7 +54,9 @@ class Mlx(Format):
     family = FAMILY
     writes = True
     recipes: Mapping[str, Recipe] = {
+        "mlx-3bit": matrix_recipe(FAMILY, AFFINE[3, 64], router=(FAMILY, AFFINE8)),
         "mlx-4bit": matrix_recipe(FAMILY, AFFINE4, router=(FAMILY, AFFINE8)),
+        "mlx-6bit": matrix_recipe(FAMILY, AFFINE[6, 64], router=(FAMILY, AFFINE8)),
         "mlx-8bit": matrix_recipe(FAMILY, AFFINE8),
         "mlx-mxfp8": matrix_recipe(FAMILY, MXFP8, router=(FAMILY, AFFINE8)),
         "mlx-nvfp4": matrix_recipe(FAMILY, NVFP4, router=(FAMILY, AFFINE8)),
@@ -165,8 +167,8 @@ def _infer_spec(module: str, param: Param, headers: CheckpointHeaders) -> Spec:
     kind = "affine" if affine else "floating-point"
     raise CheckpointError(
         f"{module} is quantized to {bits} bits in {kind} groups of {group}, which is not supported. Supported are "
-        "affine 4 and 8 bits in groups of 32, 64 or 128, mxfp4, mxfp8 and nvfp4; convert the original checkpoint to "
-        "one of these"
+        "affine 2, 3, 4, 5, 6 and 8 bits in groups of 32, 64 or 128, mxfp4, mxfp8 and nvfp4; convert the original "
+        "checkpoint to one of these"
     )
 
 
@@ -178,7 +180,8 @@ def _check_config(module: str, spec: Spec, raw: Mapping[str, Any]) -> None:
     entry = block.get(module, True)
     if entry is True:
         entry = {"mode": "affine", **{key: block[key] for key in ("group_size", "bits", "mode") if key in block}}
-    stated = dict(entry) if isinstance(entry, Mapping) else {}
+    # A size of null is the mode's default, which the tensors have, too.
+    stated = {k: v for k, v in entry.items() if v is not None} if isinstance(entry, Mapping) else {}
     actual = _config_entry(spec)
     # An entry without a mode is affine, whatever the default mode is.
     if any(stated.get(key, "affine" if key == "mode" else actual[key]) != actual[key] for key in actual):
