@@ -4,6 +4,7 @@ the answer."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import click
 
@@ -12,40 +13,68 @@ from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.tools import ToolResult
 
 
-def show_events(events: Iterator[Event | ToolResult], *, reasoning: bool, shown: list[str] | None = None) -> Finished:
+class Writer(Protocol):
+    """Shows an answer's text as it arrives. end(): the text is complete, or something else follows; more may come."""
+
+    def write(self, text: str) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class PlainText:
+    """Writes the text to stdout as it is."""
+
+    def write(self, text: str) -> None:
+        click.echo(text, nl=False)
+
+    def end(self) -> None:
+        click.echo()
+
+
+def show_events(
+    events: Iterator[Event | ToolResult],
+    *,
+    reasoning: bool,
+    shown: list[str] | None = None,
+    writer: Writer | None = None,
+) -> Finished:
     """Print a reply while it is generated and return its last event.
 
-    shown: receives the text piece by piece, so that it is not lost if the reply is interrupted.
+    shown: receives the text piece by piece, so that it is not lost if the reply is interrupted. writer: shows the
+    text; PlainText by default.
     """
+    writer = writer or PlainText()
     last = ""  # the kind of text before the cursor
     try:
         for event in events:
             match event:
                 case ReasoningDelta() if reasoning:
-                    last = _switch(last, "reasoning")
+                    last = _switch(last, "reasoning", writer)
                     click.secho(event.text, nl=False, dim=True, err=True)
                 case TextDelta():
-                    last = _switch(last, "text")
-                    click.echo(event.text, nl=False)
+                    last = _switch(last, "text", writer)
                     if shown is not None:
                         shown.append(event.text)
+                    writer.write(event.text)
                 case ToolCall():
-                    last = _switch(last, "call")
+                    last = _switch(last, "call", writer)
                     click.secho(f"{event.name}({event.arguments})", nl=False, dim=True, err=True)
                 case ToolResult():
-                    last = _switch(last, "result")
+                    last = _switch(last, "result", writer)
                     click.secho(event.text, nl=False, dim=True, err=True)
                 case Finished():
                     return event
     finally:
-        _switch(last, "")
+        _switch(last, "", writer)
     raise GptOssError("the stream ended early: its engine was closed")
 
 
-def _switch(last: str, to: str) -> str:
-    """Print a line break where one kind of text ends and another begins."""
-    if last and last != to:
-        click.echo(err=last != "text")
+def _switch(last: str, to: str, writer: Writer) -> str:
+    """End the line where one kind of text ends and another begins."""
+    if last == "text" and to != "text":
+        writer.end()
+    elif last and last != to:
+        click.echo(err=True)
     return to
 
 

@@ -1,0 +1,132 @@
+"""Markdown on a terminal while it streams: finished blocks are printed once, only the last, open one is redrawn."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from markdown_it import MarkdownIt
+from rich.live import Live
+from rich.markdown import Markdown
+from rich.segment import Segment
+
+from .terminal import new_console
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+REFRESH_S = 0.05
+SHARE = 0.1  # of the time that drawing may take
+CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)))  # the model may not write escape codes
+
+
+class MarkdownWriter:
+    """Shows one text after another on stdout, which is a terminal. It follows the terminal's size."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or new_console()
+        self._parser = MarkdownIt().enable(["strikethrough", "table"])  # as rich parses it
+        self._live: Live | None = None
+        self._open = ""  # text of the blocks that may still change
+        self._printed = 0  # lines of the open block that have scrolled out of the redrawn part
+        self._above = False  # whether there is a block above
+        self._next = 0.0  # when to draw again
+
+    def write(self, text: str) -> None:
+        """Take in more text, and draw it if the last drawing is long enough ago."""
+        self._open += text.translate(CONTROLS)
+        started = time.monotonic()
+        if started < self._next:
+            return
+        self._draw()
+        ended = time.monotonic()
+        self._next = ended + max(REFRESH_S, (ended - started) / SHARE)
+
+    def end(self) -> None:
+        """Draw what is left; the next text begins anew."""
+        self._finish(self._blocks(self._open))
+        self._above, self._next = False, 0.0
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _draw(self) -> None:
+        if self._live is None:
+            self._live = Live(
+                console=self._console,
+                auto_refresh=False,
+                transient=True,
+                redirect_stdout=False,
+                redirect_stderr=False,
+                vertical_overflow="visible",
+            )
+            self._live.start()
+        # A line that is not complete decides nothing: "2" may become "2." and go on with a list.
+        self._finish(self._blocks(self._open[: self._open.rfind("\n") + 1])[:-1])
+        lines = self._lines(self._open)
+        room = max(1, self._console.height - 2)
+        if len(lines) > room:
+            self._print(lines[: len(lines) - room])
+            self._printed += len(lines) - room
+            lines = lines[-room:]
+        self._live.update(_Lines(lines), refresh=True)
+
+    def _blocks(self, text: str) -> list[str]:
+        """The text, cut where its paragraphs, lists, tables and so on begin."""
+        starts = sorted({token.map[0] for token in self._parser.parse(text) if token.map and token.level == 0})
+        lines = text.split("\n")
+        ends = [*starts[1:], len(lines)]
+        parts = ["\n".join([*lines[start:end], ""]) for start, end in zip([0, *starts[1:]], ends, strict=True)]
+        parts[-1] = parts[-1][:-1]
+        return parts
+
+    def _finish(self, blocks: list[str]) -> None:
+        """Print blocks, with which the open text begins, for good."""
+        for block in blocks:
+            lines = self._lines(block)
+            self._open = self._open[len(block) :]
+            if self._live is not None:
+                self._live.update(_Lines([]))
+            self._print(lines)
+            self._above |= bool(lines) or self._printed > 0
+            self._printed = 0
+
+    def _lines(self, text: str) -> list[list[Segment]]:
+        """The rendered text, without the lines that are already printed: spaces at line ends and empty lines around it
+        are left out, one that parts it from the block above is added."""
+        width = self._console.width
+        markdown = Markdown(text, code_theme="ansi_dark", hyperlinks=False)
+        options = self._console.options.update(width=width)
+        lines = [_stripped(line) for line in self._console.render_lines(markdown, options, pad=False)]
+        while lines and not lines[-1]:
+            lines.pop()
+        while lines and not lines[0]:
+            lines.pop(0)
+        return ([[], *lines] if lines and self._above else lines)[self._printed :]
+
+    def _print(self, lines: list[list[Segment]]) -> None:
+        if lines:
+            self._console.print(_Lines(lines), end="")
+
+
+class _Lines:
+    """Rendered lines. None is wider than the terminal, whose last column stays free of a line break of its own."""
+
+    def __init__(self, lines: list[list[Segment]]) -> None:
+        self._lines = lines
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in self._lines:
+            yield from Segment.adjust_line_length(line, min(options.max_width, Segment.get_line_length(line)))
+            yield Segment.line()
+
+
+def _stripped(line: Iterable[Segment]) -> list[Segment]:
+    """The line without spaces at its end."""
+    kept = [segment for segment in line if not segment.control]
+    while kept and not kept[-1].text.rstrip():
+        kept.pop()
+    if kept:
+        kept[-1] = Segment(kept[-1].text.rstrip(), kept[-1].style)
+    return kept
