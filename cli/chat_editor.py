@@ -20,7 +20,7 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 
-from .chat_input import HISTORY_VARIABLE, PROMPT, QUOTES, is_open, printable, without_quotes
+from .chat_input import HISTORY_VARIABLE, PROMPT, is_open, printable, without_quotes
 
 if TYPE_CHECKING:
     from .chat_commands import Command
@@ -122,7 +122,7 @@ class _History(FileHistory):
         try:
             super().store_string(printable(string))
         except OSError as error:
-            click.echo(f"the history {os.fspath(self.filename)} cannot be written: {error.strerror}", err=True)
+            click.echo(f"the history {self.filename!s} cannot be written: {error.strerror}", err=True)
 
 
 def history_file() -> Path | None:

@@ -37,10 +37,12 @@ def is_open(text: str) -> bool:
 
 
 def without_quotes(text: str) -> str:
-    """The text without the quotation marks around it, if it has them, and without white space around it."""
+    """The line that says the same without quotation marks around it, and without white space around it. What was
+    between the marks is a message, even if it begins with a slash."""
     text = text.strip()
     if text.startswith(QUOTES) and not is_open(text):
         text = text[len(QUOTES) : -len(QUOTES)].strip()
+        return f"/{text}" if text.startswith("/") else text
     return text
 
 

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pexpect
@@ -14,7 +14,8 @@ import pyte
 
 UP, ENTER, TAB, ESCAPE, CTRL_C, CTRL_D, CTRL_J, CTRL_R = "\x1b[A", "\r", "\t", "\x1b", "\x03", "\x04", "\n", "\x12"
 PROMPT = "> "
-PATIENCE_S = 120.0  # a machine may be busy; nothing waits this long otherwise
+PACED = (sys.executable, str(Path(__file__).with_name("paced_chat.py")))
+PATIENCE_S = 10.0  # a machine may be busy; nothing waits this long otherwise
 
 
 class _Screen(pyte.HistoryScreen):
@@ -35,14 +36,19 @@ class Terminal:
         columns: int = 80,
         rows: int = 24,
         cwd: Path | None = None,
-        program: tuple[str, ...] = (sys.executable, "-m", "mlx_gptoss_cli", "chat", "--model", "nano"),
+        program: Sequence[str] = (sys.executable, "-m", "mlx_gptoss_cli"),
         **environment: str | None,
     ) -> None:
         changed = {"TERM": "xterm-256color", "NO_COLOR": None, "COLUMNS": None, "LINES": None, **environment}
         kept = {**os.environ, **{name: value for name, value in changed.items() if value is not None}}
         env = {name: value for name, value in kept.items() if name not in changed or changed[name] is not None}
         self.program = pexpect.spawn(
-            program[0], [*program[1:], *map(str, words)], dimensions=(rows, columns), env=env, cwd=cwd, timeout=PATIENCE_S
+            program[0],
+            [*program[1:], "chat", "--model", "nano", *map(str, words)],
+            dimensions=(rows, columns),
+            env=env,
+            cwd=cwd,
+            timeout=PATIENCE_S,
         )
         self.program.delaybeforesend = None
         self.screen = _Screen(columns, rows, history=100_000, ratio=0.5)
@@ -54,6 +60,9 @@ class Terminal:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         self.program.close(force=True)
 
     @property
