@@ -114,6 +114,8 @@ class Session:
         while True:
             try:
                 line = self._read_line()
+                interrupted = False
+                self._carry_out(line)
             except EOFError:
                 return
             except KeyboardInterrupt as error:
@@ -121,12 +123,6 @@ class Session:
                     raise
                 interrupted = True
                 click.echo("Ctrl-C again leaves." if self.editor else "\nCtrl-C again leaves.", err=True)
-                continue
-            interrupted = False
-            try:
-                self._carry_out(line)
-            except EOFError:
-                return
 
     @property
     def model_line(self) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from markdown_it import MarkdownIt
@@ -22,7 +25,10 @@ CONTROLS = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)))  # the m
 
 
 class MarkdownWriter:
-    """Shows one text after another on stdout, which is a terminal. It follows the terminal's size."""
+    """Shows one text after another on stdout, which is a terminal. It follows the terminal's size.
+
+    A thread of its own draws, so that all of the text is there when no more comes for a while.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or new_console()
@@ -31,27 +37,55 @@ class MarkdownWriter:
         self._open = ""  # text of the blocks that may still change
         self._printed = 0  # lines of the open block that have scrolled out of the redrawn part
         self._above = False  # whether there is a block above
-        self._next = 0.0  # when to draw again
+        self._arrived: deque[str] = deque()
+        self._more, self._ended = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None  # that ended the thread
 
     def write(self, text: str) -> None:
-        """Take in more text, and draw it if the last drawing is long enough ago."""
-        self._open += text.translate(CONTROLS)
-        started = time.monotonic()
-        if started < self._next:
-            return
-        self._draw()
-        ended = time.monotonic()
-        self._next = ended + max(REFRESH_S, (ended - started) / SHARE)
+        """Take in more text. Raises what an earlier drawing raised, such as PipeClosed."""
+        if self._error is not None:
+            raise self._error
+        self._arrived.append(text.translate(CONTROLS))
+        self._more.set()
+        if self._thread is None:
+            self._ended.clear()
+            self._thread = threading.Thread(target=self._run, name="markdown", daemon=True)
+            self._thread.start()
 
     def end(self) -> None:
         """Draw what is left; the next text begins anew."""
-        self._finish(self._blocks(self._open))
-        self._above, self._next = False, 0.0
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        try:
+            if self._thread is not None:
+                self._ended.set()
+                self._more.set()
+                self._thread.join()
+                self._take()
+                self._finish(self._blocks(self._open))
+        finally:
+            if self._live is not None:
+                self._live.stop()
+            self._live = self._thread = None
+            self._open, self._above, self._printed = "", False, 0
+
+    def _run(self) -> None:
+        try:
+            while not self._ended.is_set():
+                self._more.clear()
+                started = time.monotonic()
+                self._draw()
+                self._ended.wait(max(REFRESH_S, (time.monotonic() - started) / SHARE))
+                self._more.wait()
+        except Exception as error:
+            self._error = error
+
+    def _take(self) -> None:
+        with suppress(IndexError):
+            while True:
+                self._open += self._arrived.popleft()
 
     def _draw(self) -> None:
+        self._take()
         if self._live is None:
             self._live = Live(
                 console=self._console,

@@ -74,7 +74,7 @@ def test_markdown_is_rendered(scripted, rows):
     terminal = scripted(ANSWER, rows=rows)
     terminal.prompt()
     terminal.send("Hi", ENTER)
-    terminal.wait("last one.\n>")
+    terminal.wait(lambda: "last one." in terminal.text and terminal.line == ">")
     heading, _, rest = terminal.text.partition("The heading\n\n")
     assert heading.splitlines()[-1].isspace() and rest == RENDERED
     assert b"\x1b[1mbold\x1b[0m" in terminal.bytes
@@ -84,7 +84,7 @@ def test_plain_prints_it_as_it_is(scripted):
     terminal = scripted(ANSWER, "--plain")
     terminal.prompt()
     terminal.send("Hi", ENTER)
-    terminal.wait("last one.\n>")
+    terminal.wait(lambda: "last one." in terminal.text and terminal.line == ">")
     assert ANSWER in terminal.text + "\n" and "\x1b[1m" not in terminal.bytes.decode()
 
 
@@ -131,7 +131,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_text_so_far(chat, tmp_path, words)
     terminal.wait("stopped")
     assert "messages written" in terminal.ask("/save kept.json")
     question, answer = json.loads((tmp_path / "kept.json").read_text())["messages"]
-    assert question["content"] == "What can you do?" and "I can add numbers up to 999,".startswith(answer["content"])
+    assert question["content"] == "What can you do?" and answer["content"].startswith("I can add numbers")
     assert answer["channel"] == "final" and answer["content"]
     terminal.send(CTRL_C)  # one at the prompt does not leave: that one was for the answer
     terminal.wait("again leaves")
@@ -159,7 +159,7 @@ def test_no_escape_codes(scripted, tmp_path, environment):
     terminal = scripted(ANSWER, **environment)
     terminal.prompt()
     terminal.send('"""\n', "/quit\n", 'second"""\n')
-    terminal.wait("last one.\n>")
+    terminal.wait(lambda: "last one." in terminal.text and terminal.line == ">")
     assert ANSWER.replace("\n\n", "\n") in terminal.text.replace("\n\n", "\n") + "\n"
     terminal.send("/save kept.json\n")
     terminal.wait("messages written")
