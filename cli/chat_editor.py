@@ -169,8 +169,10 @@ def _shorten(file: Path) -> None:
 
 @contextmanager
 def keys_kept() -> Iterator[None]:
-    """While an answer streams: what is typed is not shown, and goes into the next line. Ctrl-C interrupts."""
+    """While an answer streams: what is typed or pasted is not shown, and goes into the next line. Ctrl-C interrupts."""
     import termios
+
+    terminal = sys.stdout if sys.stdout.isatty() else sys.stderr
 
     number = sys.stdin.fileno()
     before = termios.tcgetattr(number)
@@ -178,7 +180,9 @@ def keys_kept() -> Iterator[None]:
     quiet[0] &= ~termios.ICRNL  # Enter stays apart from a pasted line break
     quiet[3] &= ~(termios.ECHO | termios.ICANON)
     termios.tcsetattr(number, termios.TCSADRAIN, quiet)
+    click.echo("\x1b[?2004h", file=terminal, nl=False)  # bracketed paste
     try:
         yield
     finally:
+        click.echo("\x1b[?2004l", file=terminal, nl=False)
         termios.tcsetattr(number, termios.TCSADRAIN, before)

@@ -235,8 +235,8 @@ def test_another_model(chat, mini):
     tokens = terminal.ask("/tokens")
     assert "nano (mxfp4, mlx)" in terminal.ask("/model")
     assert "error: " in terminal.ask("/model /nowhere/at/all") and terminal.ask("/tokens") == tokens
-    said = terminal.ask(f"/model {mini / 'mlx-8bit'}")
-    assert "(mlx-8bit, mlx)" in said.replace("\n", "")
+    said = terminal.ask(f"/model {mini / 'mlx-4bit'}")
+    assert "(mlx-4bit, mlx)" in said.replace("\n", "")
     assert "nano (mxfp4, mlx)" in terminal.ask("/model nano") and terminal.ask("/tokens") == tokens
     assert "12 + 30 = 42" in terminal.ask("/retry")
 
