@@ -15,7 +15,7 @@ import pyte
 UP, ENTER, TAB, ESCAPE, CTRL_C, CTRL_D, CTRL_J, CTRL_R = "\x1b[A", "\r", "\t", "\x1b", "\x03", "\x04", "\n", "\x12"
 PROMPT = "> "
 PACED = (sys.executable, str(Path(__file__).with_name("paced_chat.py")))
-PATIENCE_S = 10.0  # a machine may be busy; nothing waits this long otherwise
+PATIENCE_S = 120.0  # a machine may be busy; nothing waits this long otherwise
 
 
 class _Screen(pyte.HistoryScreen):

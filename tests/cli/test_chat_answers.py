@@ -80,7 +80,7 @@ def test_markdown_is_rendered(scripted, rows):
     assert b"\x1b[1mbold\x1b[0m" in terminal.bytes
 
 
-def test_a_long_prompt_has_a_bar(chat):
+def test_a_long_prompt_has_a_bar_and_can_be_stopped(chat):
     """Here it appears at once, since a fast machine reads the prompt within the usual two seconds."""
     code = "import mlx_gptoss_cli.progress as p, mlx_gptoss_cli.main as m; p.PREFILL_AFTER_S = 0; m.main()"
     words = ("--max-tokens", "2", "--max-context", "8192", "--device", "cpu")
@@ -90,7 +90,10 @@ def test_a_long_prompt_has_a_bar(chat):
     terminal.wait("word word")
     terminal.send(ENTER)
     terminal.wait("Reading the prompt, tokens")
-    terminal.wait(lambda: "Reading" not in terminal.text and terminal.line == ">")
+    terminal.send(CTRL_C)
+    terminal.wait("stopped before the answer began")
+    terminal.prompt()
+    assert "Reading" not in terminal.text and "0 messages" in terminal.ask("/save kept.json")
 
 
 def test_plain_prints_it_as_it_is(scripted):
