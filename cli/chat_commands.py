@@ -58,9 +58,16 @@ def find_command(name: str) -> Command:
     name = name if name in COMMANDS else OTHER_NAMES.get(name, name)
     if name in COMMANDS:
         return COMMANDS[name]
-    near = difflib.get_close_matches(name, [*COMMANDS, *OTHER_NAMES], 1)
-    meant = f"did you mean /{near[0]}? " if near else ""
+    near = _nearest(name, [*COMMANDS, *OTHER_NAMES])
+    meant = f"did you mean /{near}? " if near else ""
     raise InvalidRequest(f"no such command: /{name:.80}. {meant}/help lists them; // sends a line that begins with /")
+
+
+def _nearest(name: str, names: Iterable[str]) -> str | None:
+    """The name that a wrong one abbreviates or misspells."""
+    names = list(names)
+    longer = [each for each in names if name and each.startswith(name)]
+    return next(iter(longer or difflib.get_close_matches(name, names, 1)), None)
 
 
 def values_after(line: str) -> Iterable[str] | None:
@@ -108,8 +115,8 @@ def _set(session: Session, argument: str) -> None:
     name, _, value = argument.partition(" ")
     name, value = name.lstrip("-").replace("-", "_"), value.strip()
     if name and name not in SETTINGS:
-        near = difflib.get_close_matches(name, SETTINGS, 1)
-        remedy = f"did you mean {near[0]}?" if near else f"there are {', '.join(SETTINGS)}"
+        near = _nearest(name, SETTINGS)
+        remedy = f"did you mean {near}?" if near else f"there are {', '.join(SETTINGS)}"
         raise InvalidRequest(f"there is no setting {name!r:.80}; {remedy}")
     if value == DEFAULT:
         session.settings.pop(name, None)

@@ -49,7 +49,13 @@ def test_messages_that_begin_with_a_slash_or_quotation_marks():
 
 
 def test_wrong_names_suggest_the_right_one():
-    for wrong, right in (("hlep", "help"), ("tokns", "tokens"), ("reser", "reset"), ("quti", "quit")):
+    for wrong, right in (
+        ("hlep", "help"),
+        ("tokns", "tokens"),
+        ("reser", "reset"),
+        ("quti", "quit"),
+        ("reas", "reasoning"),
+    ):
         with pytest.raises(InvalidRequest, match=f"did you mean /{right}"):
             find_command(wrong)
     with pytest.raises(InvalidRequest, match="/help lists them"):
@@ -81,6 +87,7 @@ def test_settings(chat):
         ("/set seed x", "error: seed cannot be 'x'"),
         ("/set max_tokens 0", "error: max_tokens must be"),
         ("/set temprature 1", "did you mean temperature?"),
+        ("/set temp 1", "did you mean temperature?"),
         ("/set max-tokens 1", "max_tokens = 1"),
     ):
         assert said in terminal.ask(command)
