@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from .chat_commands import run_command, split_command
 from .options import (
     CACHE_OPTIONS,
     GENERATION_OPTIONS,
@@ -24,15 +24,14 @@ from .options import (
     split_sampling,
     system_text,
 )
-from .terminal import no_codes
 
 if TYPE_CHECKING:
     from typing import TextIO
 
-    from mlx_gptoss import Conversation, Model, Sampling, Tool
+    from mlx_gptoss import Conversation, Model, Tool
     from mlx_gptoss.harmony.messages import Effort
 
-    from .printer import AnswerWriter
+    from .chat_editor import Editor
 
 
 @click.command()
@@ -51,121 +50,204 @@ def chat(
     plain: bool,
     **given: Any,
 ) -> None:
-    """Chat with the model. /help lists the commands and keys inside."""
+    """Chat with the model. /help lists the commands inside.
+
+    Without a terminal on stdin, every line of it is a message, and stdout gets only the answers.
+    """
+    from mlx_gptoss.chat.stream import as_conversation
+
     (system,) = fill_in(variables, system_text(system, system_file))
-    offered, chosen = load_tools(tools), split_sampling(given)
-    session = Session(given, chosen, max_tokens, reasoning, system, offered)
-    session.show_reasoning, session.stats, session.plain = not hide_reasoning, stats, plain
-    try:
+    offered, settings = load_tools(tools), split_sampling(given)
+    settings |= {} if max_tokens is None else {"max_tokens": max_tokens}
+    opening = replace(as_conversation("-", reasoning=reasoning, system=system), messages=())
+    session = Session(load(**given), given, opening, settings, offered, not hide_reasoning, stats, plain)
+    with closing(session):
         session.run()
-    finally:
-        session.model.close()
 
 
 class Session:
-    """A conversation, its settings, and the model that answers.
+    """A conversation and its settings.
 
-    max_tokens: of an answer. show_reasoning, stats, plain: what is shown, as the options say. left: whether to leave.
+    given: the options that models are loaded with. settings: options of Model.stream(). unanswered: the last question,
+    if it failed or was stopped before its answer began, and so is not in the conversation. editor: None where lines are
+    read as they are.
     """
 
     def __init__(
         self,
-        load_options: Mapping[str, Any],
-        chosen: Mapping[str, Any],
-        max_tokens: int | None,
-        reasoning: Effort | None,
-        system: str | None,
+        model: Model,
+        given: dict[str, Any],
+        conversation: Conversation,
+        settings: dict[str, Any],
         tools: Sequence[Tool],
+        show_reasoning: bool,
+        stats: bool,
+        plain: bool,
     ) -> None:
-        from mlx_gptoss.chat.stream import as_conversation
+        from .chat_input import has_editor
 
-        self._load_options = dict(load_options)
-        self.model: Model = load(**self._load_options)
-        self.chosen = dict(chosen)  # sampling fields that are not the model's own
-        self.max_tokens = max_tokens
+        self.model = model
+        self.given = given
+        self.conversation = conversation
+        self.settings = settings
         self.tools = tools
-        self.show_reasoning, self.stats, self.plain, self.left = True, False, False, False
-        opening = as_conversation("-", reasoning=reasoning, system=system)
-        self.conversation: Conversation = replace(opening, messages=())
+        self.show_reasoning = show_reasoning
+        self.stats = stats
+        self.unanswered: str | None = None
+        self.terminal = sys.stdin.isatty()
+        self.editor: Editor | None = None
+        if has_editor():
+            from .chat_commands import COMMANDS, values_after
+            from .chat_editor import Editor
 
-    @property
-    def sampling(self) -> Sampling:
-        return replace(self.model.default_sampling, **self.chosen)
+            self.editor = Editor(COMMANDS, values_after)
+        self.markdown = self.editor is not None and sys.stdout.isatty() and not plain
+
+    def close(self) -> None:
+        self.model.close()
 
     def run(self) -> None:
-        """Read and answer until the user leaves."""
-        if sys.stdin.isatty():
-            name, stored, backend = self.model.name, self.model.format, self.model.backend
-            click.echo(f"{name} ({stored}, {backend}). /help lists commands and keys.", err=True)
-        for text in _lines(self):
-            split = split_command(text)
-            if split is not None:
-                run_command(self, *split)
-            elif text:
-                self.ask(text[1:] if text.startswith("//") else text)
-            if self.left:
+        """Carry out lines until the end of input, /quit, or Ctrl-C twice (KeyboardInterrupt)."""
+        if self.terminal:
+            click.echo(f"{self.model_line}. /help lists commands and keys.", err=True)
+        interrupted = False
+        while True:
+            try:
+                line = self._read_line()
+                interrupted = False
+                self._carry_out(line)
+            except EOFError:
                 return
+            except KeyboardInterrupt as error:
+                if not self.terminal or (interrupted and not error.args):
+                    raise
+                interrupted = True
+                click.echo("Ctrl-C again leaves." if self.editor else "\nCtrl-C again leaves.", err=True)
 
-    def ask(self, text: str) -> None:
-        """Answer one question. If that fails, the question is not kept in the conversation."""
+    @property
+    def model_line(self) -> str:
+        return f"{self.model.name} ({self.model.format}, {self.model.backend})"
+
+    @property
+    def last_question(self) -> str | None:
+        users = [message.content for message in self.conversation.messages if message.role == "user"]
+        return users[-1] if users else None
+
+    @property
+    def last_answer(self) -> str:
+        """The text of the last answer. Raises InvalidRequest if there is none."""
+        from mlx_gptoss.errors import InvalidRequest
+
+        answers = [message.content for message in self.conversation.messages if message.channel == "final"]
+        if not answers:
+            raise InvalidRequest("there is no answer yet")
+        return answers[-1]
+
+    def drop_turn(self) -> str:
+        """Take the last question and all after it out of the conversation, and return it. Raises InvalidRequest if
+        there is none."""
+        from mlx_gptoss.errors import InvalidRequest
+
+        messages = self.conversation.messages
+        asked = [index for index, message in enumerate(messages) if message.role == "user"]
+        if not asked:
+            raise InvalidRequest("there is no question yet")
+        self.conversation = replace(self.conversation, messages=messages[: asked[-1]])
+        return messages[asked[-1]].content
+
+    def ask(self, question: str) -> None:
+        """Answer one question. If that fails, the question is not kept in the conversation; Ctrl-C keeps it with the
+        text so far, if there is any."""
         from mlx_gptoss import GptOssError, Message, answer
         from mlx_gptoss.chat.stream import with_reply
 
-        from .printer import show_events, stats_line
+        from .printer import PlainText, Writer, show_events, stats_line
         from .progress import with_prefill_bar
 
-        asked = self.conversation.with_user(text)
+        writer: Writer = PlainText()
+        quiet: Any = nullcontext()
+        if self.editor is not None:
+            from .chat_editor import keys_kept
+
+            quiet = keys_kept()
+        if self.markdown:
+            from .markdown import MarkdownWriter
+
+            writer = MarkdownWriter()
+        asked, self.unanswered = self.conversation.with_user(question), question
         shown: list[str] = []
         try:
-            events = answer(self.model, asked, self.tools, sampling=self.sampling, max_tokens=self.max_tokens)
-            finished = show_events(
-                with_prefill_bar(events, self.model),
-                reasoning=self.show_reasoning,
-                shown=shown,
-                answer=self._answer_writer(),
-            )
+            with quiet:
+                events = with_prefill_bar(answer(self.model, asked, self.tools, **self.settings), self.model)
+                finished = show_events(events, reasoning=self.show_reasoning, shown=shown, writer=writer)
         except GptOssError as error:
             click.echo(f"error: {error}", err=True)
             return
         except KeyboardInterrupt:
-            click.echo(err=True)  # after the ^C that the terminal shows
-            self.conversation = with_reply(asked, (Message("assistant", "".join(shown), channel="final"),))
-            return
-        self.conversation = with_reply(asked, finished.messages)
-        if self.stats:
-            click.echo(stats_line(finished, self.model.load_s), err=True)
+            if not shown:
+                click.echo("stopped before the answer began; /retry asks again", err=True)
+                return
+            click.echo("stopped", err=True)
+            reply: tuple[Message, ...] = (Message("assistant", "".join(shown), channel="final"),)
+        else:
+            reply = finished.messages
+            if self.stats:
+                click.echo(stats_line(finished, self.model.load_s), err=True)
+        self.conversation, self.unanswered = with_reply(asked, reply), None
 
     def change_model(self, name: str) -> None:
-        """Answer with another model from now on. If it cannot be loaded, the present one stays. Raises GptOssError."""
-        from mlx_gptoss import GptOssError, api
+        """Go on with another model. If it cannot be loaded, the present one stays (GptOssError). Where memory does not
+        hold both, the present one is closed first, and loaded again if need be."""
+        from mlx_gptoss.errors import DoesNotFit, InvalidRequest
+        from mlx_gptoss.ranks import find_launch
 
-        api.open_checkpoint(name)  # most mistakes show here, while the present model is still loaded
-        self.model.close()
+        if find_launch() is not None:
+            raise InvalidRequest("a model that is split over several processes cannot be changed; start chat anew")
+        wanted, before = {**self.given, "model": name}, self.model
         try:
-            self.model = load(**{**self._load_options, "model": name})
-        except (GptOssError, OSError, KeyboardInterrupt):
-            self.model = load(**self._load_options)
-            raise
-        self._load_options["model"] = name
+            loaded = _load_with_tokenizer(wanted)
+        except DoesNotFit:
+            before.close()
+            try:
+                loaded = _load_with_tokenizer(wanted)
+            except BaseException:
+                self.model = load(**self.given)
+                raise
+        before.close()
+        self.model, self.given = loaded, wanted
 
-    def _answer_writer(self) -> AnswerWriter | None:
-        if self.plain or not sys.stdout.isatty() or no_codes():
-            return None
-        from .markdown import MarkdownWriter
+    def _read_line(self) -> str:
+        from .chat_input import read_plain
 
-        return MarkdownWriter()
+        return read_plain(self.terminal) if self.editor is None else self.editor.read()
 
+    def _carry_out(self, line: str) -> None:
+        """A command or a message. Raises EOFError to leave."""
+        from mlx_gptoss import GptOssError
 
-def _lines(session: Session) -> Iterator[str]:
-    """What the user says, stripped, until the end of input. Line editing needs a terminal that takes escape codes."""
-    if sys.stdin.isatty() and sys.stdout.isatty() and not no_codes():
-        from .chat_editor import edited_messages
+        from .chat_commands import COMMANDS, OTHER_NAMES, find_command
+        from .chat_input import message_of, split_command
 
-        yield from edited_messages(session)
-        return
-    while True:
+        command = split_command(line, {*COMMANDS, *OTHER_NAMES})
+        if command is None:
+            return self.ask(message_of(line)) if line else None
         try:
-            text = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        yield text
+            find_command(command[0]).run(self, command[1])
+        except BrokenPipeError:
+            raise  # the reader of the output has gone
+        except (GptOssError, OSError, click.ClickException) as error:
+            message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+            click.echo(f"error: {' '.join(message.split())}", err=True)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("\nstopped", err=True)
+
+
+def _load_with_tokenizer(given: dict[str, Any]) -> Model:
+    """The model. Raises CheckpointError for one without a tokenizer, which cannot chat."""
+    model = load(**given)
+    try:
+        assert model.tokenizer
+    except BaseException:
+        model.close()
+        raise
+    return model

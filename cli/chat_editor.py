@@ -1,151 +1,188 @@
-"""The line editor of chat: several lines, history across sessions, completion."""
+"""The line editor of `chat`: keys, history, completion, and what is typed while an answer streams."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 from prompt_toolkit import PromptSession
+from prompt_toolkit.application import get_app
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.enums import DEFAULT_BUFFER
-from prompt_toolkit.filters import has_focus
-from prompt_toolkit.formatted_text import StyleAndTextTuples
+from prompt_toolkit.filters import Condition, has_focus
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import create_output
 
-from .chat_commands import COMMANDS, settings
+from .chat_input import HISTORY_VARIABLE, PROMPT, is_open, printable, without_quotes
 
 if TYPE_CHECKING:
-    from .chat import Session
+    from .chat_commands import Command
 
-HISTORY_VARIABLE = "MLX_GPTOSS_HISTORY"  # another file; empty for none
-MAX_HISTORY_BYTES = 1 << 20
-FENCE = '"""'
-
-
-def edited_messages(session: Session) -> Iterator[str]:
-    """What the user enters, stripped, until Ctrl-D or two Ctrl-C in a row."""
-    prompt: PromptSession[str] = PromptSession(
-        history=open_history(),
-        completer=ChatCompleter(),
-        complete_while_typing=False,
-        key_bindings=_keys(),
-        prompt_continuation=_continuation,
-        enable_open_in_editor=False,
-    )
-    cancelled = False  # whether the last key was Ctrl-C on an empty line
-    while True:
-        try:
-            text = prompt.prompt("> ")
-        except KeyboardInterrupt:
-            if cancelled and not prompt.default_buffer.text:
-                return
-            cancelled = True
-            click.echo("Ctrl-C once more, or Ctrl-D, leaves.", err=True)
-            continue
-        except EOFError:
-            return
-        cancelled = False
-        yield _without_fences(text).strip()
+MAX_HISTORY_BYTES = 1_000_000  # the older half is dropped beyond that
+MAX_ENTRY = 50_000  # characters; a longer message is not kept
 
 
-def _without_fences(text: str) -> str:
-    stripped = text.strip()
-    if len(stripped) >= 2 * len(FENCE) and stripped.startswith(FENCE) and stripped.endswith(FENCE):
-        return stripped[len(FENCE) : -len(FENCE)]
-    return text
+class Editor:
+    """Reads messages and commands from a terminal."""
 
+    def __init__(self, commands: dict[str, Command], names_after: Callable[[str], Iterable[str] | None]) -> None:
+        """names_after: the values of a command's argument, None where it is a path."""
+        self._session: PromptSession[str] = PromptSession(
+            multiline=True,
+            key_bindings=_keys(),
+            history=_history(),
+            completer=_Completions(commands, names_after),
+            complete_while_typing=Condition(_in_command_name),
+            prompt_continuation=lambda width, line, wraps: " " * width if wraps else "... ",
+            reserve_space_for_menu=6,
+            output=create_output(always_prefer_tty=True),
+        )
 
-def _is_open(text: str) -> bool:
-    """Whether the text begins with three quotes and lacks those that end it."""
-    stripped = text.strip()
-    return stripped.startswith(FENCE) and (len(stripped) < 2 * len(FENCE) or not stripped.endswith(FENCE))
+    def read(self) -> str:
+        """The next message. Raises KeyboardInterrupt for Ctrl-C, with an argument if it cancelled some text, and
+        EOFError for Ctrl-D on an empty line."""
+        return printable(without_quotes(self._session.prompt(PROMPT)))
 
 
 def _keys() -> KeyBindings:
-    keys, typing = KeyBindings(), has_focus(DEFAULT_BUFFER)  # and not searching the history
+    keys = KeyBindings()
 
-    @keys.add("enter", filter=typing)
+    @keys.add("enter", filter=has_focus(DEFAULT_BUFFER))
     def _(event: KeyPressEvent) -> None:
-        buffer = event.current_buffer
-        if _is_open(buffer.text):
-            buffer.insert_text("\n")
+        if is_open(event.current_buffer.text):
+            event.current_buffer.newline(copy_margin=False)
         else:
-            buffer.validate_and_handle()
+            event.current_buffer.validate_and_handle()
 
-    @keys.add("escape", "enter", filter=typing)
-    @keys.add("c-j", filter=typing)
+    @keys.add("escape", "enter", filter=has_focus(DEFAULT_BUFFER))
+    @keys.add("c-j", filter=has_focus(DEFAULT_BUFFER))
     def _(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
+        event.current_buffer.newline(copy_margin=False)
+
+    @keys.add("c-c", filter=has_focus(DEFAULT_BUFFER))
+    def _(event: KeyPressEvent) -> None:
+        cancelled = ("a line",) if event.current_buffer.text else ()
+        event.app.exit(exception=KeyboardInterrupt(*cancelled), style="class:aborting")
 
     return keys
 
 
-def _continuation(width: int, line_number: int, wraps: int) -> StyleAndTextTuples:
-    """The beginning of each line but the first, and none where a line goes on because it was too wide."""
-    return [] if wraps else [("", ". ".rjust(width))]
+def _in_command_name() -> bool:
+    text = get_app().current_buffer.text
+    return text.startswith("/") and not any(mark in text[1:] for mark in " /\n")
 
 
-def open_history() -> History:
-    """The messages of earlier sessions. Where the file cannot be used, those of this one."""
+class _Completions(Completer):
+    """Commands after a slash, their arguments, and paths elsewhere."""
+
+    def __init__(self, commands: dict[str, Command], names_after: Callable[[str], Iterable[str] | None]) -> None:
+        self._commands, self._names_after = commands, names_after
+        self._paths = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
+        before = document.text_before_cursor
+        name, space, argument = before.partition(" ")
+        if name.startswith("/") and name[1:] in self._commands and space:
+            values = self._names_after(before)
+            if values is None:
+                yield from self._path(argument.lstrip(), complete_event)
+                return
+            word = argument.rpartition(" ")[2]
+            for value in values:
+                if value.startswith(word):
+                    yield Completion(value, -len(word))
+            return
+        if before.startswith("/") and not space:
+            for command, what in self._commands.items():
+                if command.startswith(before[1:]):
+                    yield Completion(f"/{command}", -len(before), display_meta=what.help)
+            if "/" not in before[1:]:
+                return
+        word = document.get_word_before_cursor(WORD=True)
+        if complete_event.completion_requested and "/" in word:
+            yield from self._path(word, complete_event)
+
+    def _path(self, word: str, event: CompleteEvent) -> Iterable[Completion]:
+        return self._paths.get_completions(Document(word), event) if event.completion_requested else ()
+
+
+class _History(FileHistory):
+    """The file, as far as it can be written: a full disk does not end the chat."""
+
+    def store_string(self, string: str) -> None:
+        if len(string) > MAX_ENTRY:
+            return
+        try:
+            super().store_string(printable(string))
+        except OSError as error:
+            click.echo(f"the history {self.filename!s} cannot be written: {error.strerror}", err=True)
+
+
+def history_file() -> Path | None:
+    """Where the history is kept: MLX_GPTOSS_HISTORY, or the user's folder for state; None if that is empty."""
     named = os.environ.get(HISTORY_VARIABLE)
-    if named == "":
+    if named is not None:
+        return Path(named).expanduser() if named else None
+    from platformdirs import user_state_path
+
+    return user_state_path("mlx-gptoss", appauthor=False) / "chat_history"
+
+
+def _history() -> History:
+    """The history of all sessions, in a file that only the user can read. Without one, this session's alone."""
+    file = history_file()
+    if file is None:
         return InMemoryHistory()
-    base = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state")
-    state = base if base.is_absolute() else Path("~/.local/state").expanduser()
-    file = Path(named) if named else state / "mlx-gptoss" / "chat_history"
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))  # only its owner reads it
-        if file.stat().st_size > MAX_HISTORY_BYTES:
+        os.close(os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600))
+        if file.is_file():
+            file.chmod(0o600)
             _shorten(file)
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
-        click.echo(f"no history across sessions: {error}", err=True)
+    except OSError as error:
+        click.echo(f"no history: {file} cannot be used ({error.strerror}); set {HISTORY_VARIABLE}", err=True)
         return InMemoryHistory()
-    return FileHistory(str(file))
+    return _History(file)
 
 
 def _shorten(file: Path) -> None:
-    """Keep the second half of the history. An entry begins with a line that begins with #."""
-    data = file.read_bytes()
-    _, mark, rest = data[-MAX_HISTORY_BYTES // 2 :].partition(b"\n# ")
-    temporary = file.with_name(f"{file.name}.{os.getpid()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as shortened:
-        shortened.write(mark + rest)
-    os.replace(temporary, file)
+    """Drop the older half of a file that has become too long, at the beginning of an entry."""
+    size = file.stat().st_size
+    if size <= MAX_HISTORY_BYTES:
+        return
+    with file.open("rb") as source:
+        source.seek(size - MAX_HISTORY_BYTES // 2)
+        kept = source.read()
+    begin = kept.find(b"\n# ")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as target:
+        target.write(kept[begin:] if begin >= 0 else b"")
+    temporary.replace(file.resolve())
 
 
-class ChatCompleter(Completer):
-    """Commands, the values of their arguments, and paths."""
+@contextmanager
+def keys_kept() -> Iterator[None]:
+    """While an answer streams: what is typed or pasted is not shown, and goes into the next line. Ctrl-C interrupts."""
+    import termios
 
-    def __init__(self) -> None:
-        self._paths = PathCompleter(expanduser=True)
+    terminal = sys.stdout if sys.stdout.isatty() else sys.stderr
 
-    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
-        text = document.text_before_cursor
-        name, space, argument = text[1:].partition(" ")
-        if text.startswith("/") and "/" not in name and not space:
-            yield from (Completion(f"/{each}", -len(text)) for each in COMMANDS if each.startswith(name))
-        elif text.startswith("/") and name in COMMANDS:
-            yield from self._values(COMMANDS[name].complete, argument, complete_event)
-        else:
-            word = document.get_word_before_cursor(WORD=True)
-            if word.startswith(("./", "../", "/", "~")):
-                yield from self._paths.get_completions(Document(word), complete_event)
-
-    def _values(self, kind: tuple[str, ...] | str, argument: str, event: CompleteEvent) -> Iterable[Completion]:
-        if kind == "path":
-            yield from self._paths.get_completions(Document(argument), event)
-            return
-        if kind == "model":
-            from mlx_gptoss.loading.library import model_names
-
-            names: Iterable[str] = model_names()
-        else:
-            names = settings() if kind == "setting" else kind
-        yield from (Completion(each, -len(argument)) for each in names if each.startswith(argument))
+    number = sys.stdin.fileno()
+    before = termios.tcgetattr(number)
+    quiet = termios.tcgetattr(number)
+    quiet[0] &= ~termios.ICRNL  # Enter stays apart from a pasted line break
+    quiet[3] &= ~(termios.ECHO | termios.ICANON)
+    termios.tcsetattr(number, termios.TCSADRAIN, quiet)
+    click.echo("\x1b[?2004h", file=terminal, nl=False)  # bracketed paste
+    try:
+        yield
+    finally:
+        click.echo("\x1b[?2004l", file=terminal, nl=False)
+        termios.tcsetattr(number, termios.TCSADRAIN, before)

@@ -13,20 +13,21 @@ from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.tools import ToolResult
 
 
-class AnswerWriter(Protocol):
-    """Writes the text of an answer to stdout."""
+class Writer(Protocol):
+    """Shows an answer's text as it arrives. end(): the text is complete, or something else follows; more may come."""
 
     def write(self, text: str) -> None: ...
 
-    def close(self) -> None:
-        """End the text, with a line break."""
+    def end(self) -> None: ...
 
 
-class _PlainWriter:
+class PlainText:
+    """Writes the text to stdout as it is."""
+
     def write(self, text: str) -> None:
         click.echo(text, nl=False)
 
-    def close(self) -> None:
+    def end(self) -> None:
         click.echo()
 
 
@@ -35,49 +36,46 @@ def show_events(
     *,
     reasoning: bool,
     shown: list[str] | None = None,
-    answer: AnswerWriter | None = None,
+    writer: Writer | None = None,
 ) -> Finished:
     """Print a reply while it is generated and return its last event.
 
-    shown: receives the text piece by piece, so that it is not lost if the reply is interrupted.
-    answer: writes the text; None prints it as it is.
+    shown: receives the text piece by piece, so that it is not lost if the reply is interrupted. writer: shows the
+    text; PlainText by default.
     """
+    writer = writer or PlainText()
     last = ""  # the kind of text before the cursor
-    writer = answer or _PlainWriter()
-
-    def switch(to: str) -> None:
-        """End the text before the cursor if another kind begins."""
-        nonlocal last
-        ended, last = last, to
-        if ended == to:
-            return
-        if ended == "text":
-            writer.close()
-        elif ended:
-            click.echo(err=True)
-
     try:
         for event in events:
             match event:
                 case ReasoningDelta() if reasoning:
-                    switch("reasoning")
+                    last = _switch(last, "reasoning", writer)
                     click.secho(event.text, nl=False, dim=True, err=True)
                 case TextDelta():
-                    switch("text")
-                    writer.write(event.text)
+                    last = _switch(last, "text", writer)
                     if shown is not None:
                         shown.append(event.text)
+                    writer.write(event.text)
                 case ToolCall():
-                    switch("call")
+                    last = _switch(last, "call", writer)
                     click.secho(f"{event.name}({event.arguments})", nl=False, dim=True, err=True)
                 case ToolResult():
-                    switch("result")
+                    last = _switch(last, "result", writer)
                     click.secho(event.text, nl=False, dim=True, err=True)
                 case Finished():
                     return event
     finally:
-        switch("")
+        _switch(last, "", writer)
     raise GptOssError("the stream ended early: its engine was closed")
+
+
+def _switch(last: str, to: str, writer: Writer) -> str:
+    """End the line where one kind of text ends and another begins."""
+    if last == "text" and to != "text":
+        writer.end()
+    elif last and last != to:
+        click.echo(err=True)
+    return to
 
 
 def stats_line(finished: Finished, load_s: float) -> str:

@@ -74,6 +74,8 @@ ONLY_IN = {  # outside packages -> the only modules that may import them
     "tomli": ("server.hosted.settings",),
     "click": (),
     "rich": (),
+    "prompt_toolkit": (),
+    "platformdirs": (),
     "mlx_lm": (),
     "transformers": (),
     "pickle": (),

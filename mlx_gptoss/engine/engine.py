@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from functools import partial
+from queue import Empty
 from types import TracebackType
 from typing import TypeVar, cast
 
@@ -22,6 +23,7 @@ from .scheduler import max_new_tokens
 T = TypeVar("T")
 
 EXIT_GRACE_S = 5.0  # an engine that was never closed delays the end of the process by at most this
+WAKE_S = 0.2
 
 
 class Engine:
@@ -153,7 +155,7 @@ class Stream(Iterator[Token]):
 
     def __next__(self) -> Token:
         self._engine.check_process()
-        item = self._handle.queue.get()
+        item = self._wait()
         if isinstance(item, Token):
             return item
         self._handle.queue.put(item)  # keep it for further calls, from this thread or another
@@ -161,6 +163,14 @@ class Stream(Iterator[Token]):
             raise item
         self.finished = item
         raise StopIteration
+
+    def _wait(self) -> Token | Finished | BaseException:
+        while True:
+            try:
+                # SIGINT may be delivered to another thread, which does not wake this one: it looks by itself.
+                return self._handle.queue.get(timeout=WAKE_S)
+            except Empty:
+                continue
 
     @property
     def prompt_tokens(self) -> int:

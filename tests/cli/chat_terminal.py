@@ -1,93 +1,139 @@
-"""A real pseudo-terminal with `mlx-gptoss chat` in it, and what a person would see there."""
+"""`mlx-gptoss chat` in a real pseudo-terminal, as a person sees it: what pyte makes of what the program writes."""
 
 from __future__ import annotations
 
 import os
-import re
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pexpect
 import pyte
 
-WAIT_S = 20  # beside other programs
-ENTER, ALT_ENTER, TAB, UP = "\r", "\x1b\r", "\t", "\x1b[A"
-CTRL_C, CTRL_D, CTRL_J, CTRL_R = "\x03", "\x04", "\n", "\x12"
+UP, ENTER, TAB, ESCAPE, CTRL_C, CTRL_D, CTRL_J, CTRL_R = "\x1b[A", "\r", "\t", "\x1b", "\x03", "\x04", "\n", "\x12"
+PROMPT = "> "
+PACED = (sys.executable, str(Path(__file__).with_name("paced_chat.py")))
+PATIENCE_S = 120.0  # a machine may be busy; nothing waits this long otherwise
 
 
-def pasted(text: str) -> str:
-    """What a terminal sends for a paste (bracketed)."""
-    return f"\x1b[200~{text}\x1b[201~"
+class _Screen(pyte.HistoryScreen):
+    """A screen that answers the program's questions, such as where the cursor is."""
+
+    answer: Callable[[str], object]
+
+    def write_process_input(self, data: str) -> None:
+        self.answer(data)
 
 
 class Terminal:
-    """chat at its first prompt."""
+    """A chat. environment: variables to set, or to unset where None."""
 
-    def __init__(self, *options: str, columns: int = 80, rows: int = 30, **environment: str) -> None:
-        self._screen = pyte.HistoryScreen(columns, rows, history=5000)
-        self._stream = pyte.ByteStream(self._screen)
-        self.output = b""
-        self.process = pexpect.spawn(
-            sys.executable,
-            ["-m", "mlx_gptoss_cli", "chat", "-m", "nano", "-t", "0", "--hide-reasoning", *options],
+    def __init__(
+        self,
+        *words: str | Path,
+        columns: int = 80,
+        rows: int = 24,
+        cwd: Path | None = None,
+        program: Sequence[str] = (sys.executable, "-m", "mlx_gptoss_cli"),
+        **environment: str | None,
+    ) -> None:
+        changed = {"TERM": "xterm-256color", "NO_COLOR": None, "COLUMNS": None, "LINES": None, **environment}
+        kept = {**os.environ, **{name: value for name, value in changed.items() if value is not None}}
+        env = {name: value for name, value in kept.items() if name not in changed or changed[name] is not None}
+        self.program = pexpect.spawn(
+            program[0],
+            [*program[1:], "chat", "--model", "nano", *map(str, words)],
             dimensions=(rows, columns),
-            env={**os.environ, "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", "NO_COLOR": "", **environment},
+            env=env,
+            cwd=cwd,
+            timeout=PATIENCE_S,
         )
-        self.process.delaybeforesend = None
-        self.see("/help lists")
-        self.see("\n>")
+        self.program.delaybeforesend = None
+        self.screen = _Screen(columns, rows, history=100_000, ratio=0.5)
+        self.screen.answer = self.program.send
+        self.bytes = bytearray()
+        self._stream = pyte.ByteStream(self.screen)
 
-    def type(self, keys: str) -> None:
-        self.process.send(keys)
+    def __enter__(self) -> Terminal:
+        return self
 
-    def enter(self, text: str) -> None:
-        """Type a line and wait until it is on the screen, then send it: a slow terminal would take it for a paste."""
-        self.type(text)
-        self.see(text[-20:])
-        self.type(ENTER)
-
-    def text(self) -> str:
-        """The screen and what has scrolled off it."""
-        above = ["".join(line[x].data for x in range(self._screen.columns)) for line in self._screen.history.top]
-        return "\n".join(line.rstrip() for line in [*above, *self._screen.display]).rstrip()
-
-    def see(self, text: str | Callable[[str], bool]) -> str:
-        """Wait until the text (or what the function wants) is there, and return everything."""
-        wanted = (lambda all: text in all) if isinstance(text, str) else text
-        end = time.monotonic() + WAIT_S
-        while not wanted(self.text()):
-            assert time.monotonic() < end, f"{text!r} never appeared:\n{self.text()}"
-            assert self._read(), f"chat ended before {text!r}:\n{self.text()}"
-        return self.text()
-
-    def see_prompts(self, count: int) -> str:
-        """Wait until there are that many prompts, the last of them empty."""
-        return self.see(lambda all: len(re.findall(r"^>", all, re.M)) >= count and all.splitlines()[-1].strip() == ">")
-
-    def resize(self, columns: int, rows: int = 30) -> None:
-        self._screen.resize(rows, columns)
-        self.process.setwinsize(rows, columns)
-
-    def end(self) -> int:
-        """Wait for chat to end, and return its exit code."""
-        end = time.monotonic() + WAIT_S
-        while self._read():
-            assert time.monotonic() < end, self.text()
-        self.process.close()
-        return int(self.process.exitstatus)
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
-        self.process.close(force=True)
+        self.program.close(force=True)
 
-    def _read(self) -> bool:
-        """Take what has arrived; False after the end."""
+    @property
+    def text(self) -> str:
+        """All lines, those scrolled away first, without trailing spaces."""
+        scrolled = ["".join(line[x].data for x in range(self.screen.columns)) for line in self.screen.history.top]
+        return "\n".join(line.rstrip() for line in (*scrolled, *self.screen.display)).rstrip()
+
+    def send(self, *keys: str) -> None:
+        for key in keys:
+            self.program.send(key)
+
+    def paste(self, text: str) -> None:
+        """Paste as a terminal does that the program has asked for bracketed paste."""
+        assert b"\x1b[?2004h" in self.bytes
+        self.send(f"\x1b[200~{text}\x1b[201~")
+
+    def wait(self, wanted: str | Callable[[], bool]) -> str:
+        """Read until the text is there, or the condition holds. Returns all text."""
+        end = time.monotonic() + PATIENCE_S
+        while not (wanted() if callable(wanted) else wanted in self.text):
+            assert time.monotonic() < end, f"no {wanted!r} in\n{self.text}"
+            self.read()
+        return self.text
+
+    def read(self, timeout: float = 0.2) -> bool:
+        """Take in what there is; False if there was nothing. Fails at the end of the program."""
         try:
-            piece = self.process.read_nonblocking(1 << 16, timeout=0.1)
+            piece = self.program.read_nonblocking(1 << 16, timeout=timeout)
         except pexpect.TIMEOUT:
-            return True
-        except pexpect.EOF:
             return False
-        self.output += piece
+        except pexpect.EOF:
+            raise AssertionError(f"the program has ended:\n{self.text}") from None
+        self.bytes += piece
         self._stream.feed(piece)
         return True
+
+    def prompt(self) -> None:
+        """Wait until the cursor stands behind an empty prompt."""
+        self.wait(lambda: self.line == PROMPT.rstrip() and self.screen.cursor.x == len(PROMPT))
+
+    @property
+    def line(self) -> str:
+        """The line that the cursor is in."""
+        return self.screen.display[self.screen.cursor.y].rstrip()
+
+    def ask(self, text: str) -> str:
+        """Enter a line and wait for the next prompt. Returns what was written between the two."""
+        self.prompt()
+        before = len(self.text)
+        self.send(text)
+        self.wait(lambda: len(self.text) > before)
+        self.send(ENTER)
+        self.wait(lambda: self.line != PROMPT + text)
+        self.prompt()
+        return self.text[before:].removesuffix(PROMPT.rstrip()).partition("\n")[2].strip()
+
+    def resize(self, rows: int, columns: int) -> None:
+        self.screen.resize(rows, columns)
+        self.program.setwinsize(rows, columns)
+
+    def interrupt(self) -> None:
+        """Ctrl-C where the program does not read keys."""
+        self.program.kill(signal.SIGINT)
+
+    def end(self) -> int:
+        """Read to the end of the program and return its exit code."""
+        while True:
+            try:
+                self.read(PATIENCE_S)
+            except AssertionError:
+                break
+        self.program.wait()
+        return self.program.exitstatus if self.program.exitstatus is not None else -self.program.signalstatus
