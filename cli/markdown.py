@@ -32,7 +32,8 @@ class MarkdownWriter:
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or new_console()
-        self._parser = MarkdownIt().enable(["strikethrough", "table"])  # as rich parses it
+        # As rich parses it, but HTML is text: rich would leave it out.
+        self._parser = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
         self._live: Live | None = None
         self._open = ""  # text of the blocks that may still change
         self._printed = 0  # lines of the open block that have scrolled out of the redrawn part
@@ -130,7 +131,8 @@ class MarkdownWriter:
         """The rendered text, without the lines that are already printed: spaces at line ends and empty lines around it
         are left out, one that parts it from the block above is added."""
         width = self._console.width
-        markdown = Markdown(text, code_theme="ansi_dark", hyperlinks=False)
+        markdown = Markdown("", code_theme="ansi_dark", hyperlinks=False)
+        markdown.parsed = self._parser.parse(text)
         options = self._console.options.update(width=width)
         lines = [_stripped(line) for line in self._console.render_lines(markdown, options, pad=False)]
         while lines and not lines[-1]:
