@@ -22,7 +22,6 @@ from ..weights.tensor import MXFP4, MXFP8, NVFP4, Array, Dense, Quantized, Spec,
 
 Floats = NDArray[np.float32]
 SCALE_ONE = {"e8m0": 127, "e4m3": 56}  # the codes of 1.0
-E4M3_NAN = (127, 255)
 
 
 def storage_name(spec: Spec | None) -> str:
@@ -40,11 +39,14 @@ def random_weight(spec: Spec | None, shape: tuple[int, ...], seed: int) -> Weigh
     rng = np.random.default_rng(seed)
     size = shape[-1] ** -0.5
     if spec is None:
-        table = (np.linspace(-1.7, 1.7, 1 << 16) * size).astype(codecs.BFLOAT16)
-        return Dense(table.take(_bits(rng, shape, np.uint16)))
+        exponent = round(np.log2(size / 1.5)) + 127  # of all values: they are from 1 to 2 times a power of two
+        bits = _bits(rng, shape, np.uint16)
+        bits &= np.uint16(0x807F)
+        bits |= np.uint16(exponent << 7)
+        return Dense(bits.view(codecs.BFLOAT16))
     codes = _bits(rng, (*shape[:-1], shape[-1] * spec.bits // 8), np.uint8)
     if spec.element == "e4m3":
-        codes[np.isin(codes, E4M3_NAN)] = 0
+        codes[(codes & 127) == 127] = 0  # the codes of NaN
     values = codecs.dequantize(Quantized(spec, codes.reshape(-1, codes.shape[-1])[:8], *_unit_scales(spec, 8, shape)))
     step = size / float(np.sqrt(np.mean(np.square(values - values.mean(), dtype=np.float64))))
     if spec.scale == "none":
@@ -74,8 +76,9 @@ def _unit_scales(spec: Spec, rows: int, shape: tuple[int, ...]) -> tuple[Array |
 
 
 def _bits(rng: np.random.Generator, shape: tuple[int, ...], dtype: type[np.unsignedinteger]) -> Array:
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return np.frombuffer(bytearray(rng.bytes(size)), dtype).reshape(shape)
+    count = int(np.prod(shape))
+    words = np.random.SFC64(rng.integers(1 << 63)).random_raw(-(-count * np.dtype(dtype).itemsize // 8))
+    return words.view(dtype)[:count].reshape(shape)
 
 
 def product(x: Floats, weight: Weight) -> Floats:
@@ -175,10 +178,11 @@ class AttentionCase:
         return np.ascontiguousarray(joined).reshape(*joined.shape[:2], -1)
 
 
-def attention(case: AttentionCase) -> Floats:
-    """Softmax attention with a sink as one more score of each head -> [B, L, H * 64]"""
+def attention(case: AttentionCase) -> tuple[Floats, Floats]:
+    """Softmax attention with a sink as one more score of each head, and the same means of the absolute values, which
+    roundings are relative to where values cancel -> [B, L, H * 64] each"""
     (B, H, L, dim), K = case.q.shape, case.k.shape[1]
-    out = np.empty((B, L, H, dim), np.float32)
+    out = np.empty((2, B, L, H, dim), np.float32)
     for row, start in enumerate(case.starts):
         positions = range(start, start + L)
         keys = np.concatenate([case.past_keys[row, :, :start], rotated(case.k[row], positions, case.yarn)], axis=1)
@@ -191,6 +195,9 @@ def attention(case: AttentionCase) -> Floats:
         sinks = case.sinks[:, None, None]
         top = np.maximum(scores.max(axis=-1, keepdims=True), sinks)
         weights = np.exp(scores - top)
-        y = (weights.reshape(K, H // K * L, -1) @ values).reshape(H, L, dim)
-        out[row] = (y / (weights.sum(axis=-1, keepdims=True) + np.exp(sinks - top))).swapaxes(0, 1)
-    return out.reshape(B, L, H * dim)
+        both = np.concatenate([values, np.abs(values)], axis=-1)
+        y = (weights.reshape(K, H // K * L, -1) @ both).reshape(H, L, 2 * dim)
+        y /= weights.sum(axis=-1, keepdims=True) + np.exp(sinks - top)
+        out[:, row] = y.reshape(H, L, 2, dim).transpose(2, 1, 0, 3)
+    exact, size = out.reshape(2, B, L, H * dim)
+    return exact, size

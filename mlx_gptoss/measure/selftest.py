@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib import import_module
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +26,9 @@ from ..sampling import Sampling
 from ..weights.tensor import Spec, Weight
 
 Floats = NDArray[np.float32]
-# The largest error relative to the RMS of the exact result. Narrow types: 16 roundings of the largest values, 2^-8 and
-# 2^-11 each; kernels round a few times, and the largest of many values is four to five times their RMS. float32: sums of
-# 2880 terms in another order differ by about 1e-6; a reduced precision such as TF32 (1e-3) fails.
+# The largest error relative to the RMS of the exact result. Narrow types: 16 roundings, 2^-8 and 2^-11 each, since
+# kernels round a few times, and the largest of many values is four to five times their RMS. float32: sums of 2880 terms
+# in another order differ by about 1e-6; a reduced precision such as TF32 (1e-3) fails.
 LIMITS = {"float32": 1e-4, "bfloat16": 16 * 2.0**-8, "float16": 16 * 2.0**-11}
 REPORT = "report it with the output of `mlx-gptoss selftest --json`"
 
@@ -146,7 +146,9 @@ class Result:
 
 
 def _severity(case: Compared) -> float:
-    return math.inf if math.isnan(case.error) else case.error / case.limit
+    if case.ok:
+        return case.error / case.limit if case.limit else 0.0
+    return case.error / case.limit if case.limit and case.error == case.error else math.inf
 
 
 @dataclass(frozen=True)
@@ -184,8 +186,9 @@ def plan(backend: str, device: str | None, dtype: str | None, only: Sequence[str
     from . import selftest_kernels, selftest_model
 
     module, name = find_backend(backend)
-    kernels: Kernels = import_module(f"{module.__name__}.selftest").Kernels(GPT_OSS_20B, device, dtype)  # type: ignore[attr-defined]
-    machine = Machine(cast(Backend, module), name, kernels, device, dtype)
+    code = import_module(f".{name}.selftest", "mlx_gptoss.backends")
+    kernels: Kernels = code.Kernels(GPT_OSS_20B, device, dtype)
+    machine = Machine(module, name, kernels, device, dtype)
     checks = [*selftest_kernels.checks(machine), *selftest_model.checks(machine)]
     chosen = tuple(check for check in checks if not only or any(_matches(check.name, pattern) for pattern in only))
     if not chosen:
@@ -223,14 +226,16 @@ def run(check: Check) -> Result:
     )
 
 
-def relative_error(found: Floats, wanted: Floats) -> float:
-    """The largest error divided by the RMS of what is wanted; infinite if anything is not a number. Raises ValueError
-    for another shape."""
+def relative_error(found: Floats, wanted: Floats, size: Floats | None = None) -> float:
+    """The largest error divided by the RMS of `size`, or of what is wanted; infinite if anything is not a number.
+
+    Raises ValueError for another shape."""
     if found.shape != wanted.shape:
         raise ValueError(f"the result has the shape {found.shape}, not {wanted.shape}")
     if not np.isfinite(found).all():
         return math.inf
-    return float(np.abs(found - wanted).max() / np.sqrt(np.mean(np.square(wanted, dtype=np.float64))))
+    scale = np.sqrt(np.mean(np.square(wanted if size is None else size, dtype=np.float64)))
+    return float(np.abs(found - wanted).max() / scale)
 
 
 def rounded(values: NDArray[Any], dtype: str) -> Floats:

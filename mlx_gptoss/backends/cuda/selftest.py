@@ -3,13 +3,12 @@
 Nothing is computed here in another way than the model does: weights go through load.py, attention and the experts are
 the model's own objects or launches, with projections whose output is given.
 
-Legend: T tokens, D in, N out, E experts, I intermediate, B rows, L tokens a row, P past tokens, H query heads, K key and
-value heads, V vocabulary.
+Legend: T tokens, D in, N out, E experts, I intermediate, B rows, L tokens a row, P past tokens, H query heads, K KV
+heads, V vocabulary.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +48,7 @@ from .sample import SamplerState, noise_keys, sample_tokens
 Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Named:
     """Weights by name, as load.py reads them."""
 
@@ -91,9 +90,7 @@ class Kernels:
     specs: tuple[Spec | None, ...] = (MXFP4, AFFINE4, NVFP4, MXFP8, AFFINE8, AFFINE8_G32, FP8_ROW, None)
     packs_kv = False
 
-    def __init__(
-        self, config: ModelConfig, device: str | None, dtype: str | None, kernels: bool | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, device: str | None, dtype: str | None, kernels: bool | None = None) -> None:
         """kernels: as in load()."""
         self.config = config
         self.dtype = dtype_name(device, dtype)
@@ -105,7 +102,7 @@ class Kernels:
         if self.on_gpu:
             torch.cuda.set_device(self._device)
         threads = torch.get_num_threads() if not self.on_gpu else 1
-        self._ops: Operations = _fused(config) if self.fused else TorchOperations(threads)
+        self._ops: Operations = _fused(Named(config, {})) if self.fused else TorchOperations(threads)
         self._ranks = Ranks(RankShard.of(config, 0, 1))
         frequencies = torch.from_numpy(yarn_frequencies(config.yarn, config.head_dim)).to(self._device)
         self._rotary = Rotary(frequencies, config.head_dim**-0.5 * config.yarn.concentration**2)
@@ -158,7 +155,11 @@ class Kernels:
         def run(x: Floats, scores: Floats, way: str) -> Floats:
             rows, given = self._tensor(x), torch.from_numpy(scores).to(self._device)
             return self._run(
-                lambda: self._decode_experts(rows, given, layer) if way == "decode" else self._ops.mixture(rows, given, layer)
+                lambda: (
+                    self._decode_experts(rows, given, layer)
+                    if way == "decode"
+                    else self._ops.mixture(rows, given, layer)
+                )
             )
 
         return run
@@ -281,13 +282,15 @@ class Kernels:
         """As decode.py: a step of T rows."""
         from .kernels import moe, routing
 
-        (T, D), pairs, I = x.shape, len(x) * experts.active, experts.down.matrices[0].shape[-1]
-        hidden, out = x.new_empty((pairs, I)), torch.zeros_like(x)
+        (T, D), pairs = x.shape, len(x) * experts.active
+        hidden, out = x.new_empty((pairs, experts.down.matrices[0].shape[-1])), torch.zeros_like(x)
         if T == 1:
             ones = torch.ones(D, dtype=self._dtype, device=self._device)
-            raw = x.clone()  # normalized by the kernel, whose result is added to its input
-            moe.forward_one_token(raw, scores, experts, hidden, ones, self.config.rms_norm_eps)
-            return raw.float() - x.float()
+            # The kernel normalizes its input, whatever its size, and adds its result to it.
+            small = x / 64
+            out.copy_(small)
+            moe.forward_one_token(out, scores, experts, hidden, ones, 0.0)
+            return out.float() - small.float()
         places = torch.arange(T, dtype=torch.int32, device=self._device)
         groups = routing.Groups(
             torch.empty(pairs, dtype=torch.int32, device=self._device),

@@ -3,8 +3,8 @@
 Nothing is computed here in another way than the model does: weights go through load.py, and attention and the experts
 are the model's own objects, with projections whose output is given.
 
-Legend: T tokens, D in, N out, E experts, I intermediate, B rows, L tokens a row, P past tokens, H query heads, K key and
-value heads, V vocabulary.
+Legend: T tokens, D in, N out, E experts, I intermediate, B rows, L tokens a row, P past tokens, H query heads, K KV
+heads, V vocabulary.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Identity(Linear):
         return x
 
 
-@dataclass(frozen=True)
+@dataclass
 class Named:
     """Weights by name, as load.py reads them."""
 
@@ -92,6 +92,8 @@ class Kernels:
         self._device = where
         self._where = where if self.on_gpu else self._streams.make_default()
         self._elementwise = compiled() if self.on_gpu else UNCOMPILED
+        fused = self.on_gpu and mx.metal.is_available()
+        self._max_scores = None if fused else MAX_SCORES_GPU if self.on_gpu else MAX_SCORES_CPU
         self._ranks = Ranks(RankShard.of(config, 0, 1), None)
         self._rotary = Rotary(
             mx.array((1.0 / yarn_frequencies(config.yarn, config.head_dim)).astype(np.float32)),
@@ -168,7 +170,8 @@ class Kernels:
                 cache = RingCache(shape, self._dtype, window, slack=0)
             for row, start in enumerate(starts):
                 if start:
-                    kv = self._array(np.stack([past_keys[row : row + 1, :, :start], past_values[row : row + 1, :, :start]]))
+                    past = [a[row : row + 1, :, :start] for a in (past_keys, past_values)]
+                    kv = self._array(np.stack(past))
                     span = Span.of(self.config, [row], [0], start)
                     if isinstance(cache, RingCache) and start > 1:
                         cache.extend(kv, span)
@@ -233,12 +236,11 @@ class Kernels:
         mx.clear_cache()
 
     def _loader(self, weights: Mapping[str, Weight]) -> _WeightLoader:
-        max_scores = None if self.on_gpu and mx.metal.is_available() else MAX_SCORES_GPU if self.on_gpu else MAX_SCORES_CPU
         return _WeightLoader(
             Named(self.config, weights),
             self._dtype,
             self._elementwise,
-            max_scores,
+            self._max_scores,
             self._ranks,
             upcast=False,
             on_cpu=not self.on_gpu,
