@@ -34,11 +34,13 @@ from .selftest import (
 ROWS = (1, 4, 16, 128)
 EXPERTS = 8  # of the layers checked; all 32 of gpt-oss-20b for MXFP4 on a GPU
 QUERIES, KEYS = (1, 4, 8, 9), (127, 1023, 1024, 4096, 8192)
+PROMPTS = (127, 300)  # without a past, within a window and across its end
 POSITIONS = (0, 4096, 100_000, 131_008)
 # A position's angle, up to a radian each, has a relative error of 2^-24 in float32; the largest values are some four
 # times their RMS, and the sine of a large angle is less exact on some devices.
 ANGLE_ERROR = 8 * 2.0**-24
 PACKED_KV = 0.08  # keys and values in 8 bits: steps of 1/40 of their RMS, by up to two of which a value is off
+LM_HEAD_ROWS = 4096  # compared in each of three places
 MANY_WORDS = 4 << 30  # bytes of free memory for a vocabulary's matrix in bfloat16
 DRAWS, LIKELY = 1024, 8
 WEIGHTS_ADVICE = f"do not use formats with this storage on this machine (`show MODEL` names them); {REPORT}"
@@ -135,7 +137,7 @@ def _attention(k: Kernels, window: int | None, kv_bits: int | None) -> Iterator[
         for length in QUERIES:
             case = _case(k, [keys - length], length, window, kv_bits)
             yield _attend(k, f"{length} of {keys} keys", case, LIMITS[k.dtype])
-    for length in (127, 300):  # whole prompts, across a window's end
+    for length in PROMPTS:
         yield _attend(k, f"{length} of {length} keys", _case(k, [0], length, window, kv_bits), LIMITS[k.dtype])
 
 
@@ -152,7 +154,7 @@ def _packed(k: Kernels) -> Iterator[Outcome]:
         yield Skipped("all", "this backend keeps keys and values as they are computed")
         return
     limit = LIMITS[k.dtype] + PACKED_KV
-    for keys, length in ((1, 1), (4, 4), (9, 9), (127, 1), (1024, 4), (1024, 9), (4096, 1)):
+    for keys, length in ((1, 1), (4, 4), (9, 9), *((keys, length) for keys in KEYS for length in (1, 4, 9))):
         case = _case(k, [keys - length], length, None, kv_bits=8)
         yield _attend(k, f"{length} of {keys} keys", case, limit)
 
@@ -190,7 +192,7 @@ def _experts(k: Kernels, spec: Spec | None) -> Iterator[Outcome]:
 
 
 def _lm_head(k: Kernels, spec: Spec | None) -> Iterator[Outcome]:
-    """All 201,088 rows, compared in three places."""
+    """The whole vocabulary, compared in three places."""
     c = k.config
     if spec is None and system_available() < MANY_WORDS:
         yield Skipped("all", f"it takes {MANY_WORDS >> 30} GB of free memory")
@@ -198,7 +200,8 @@ def _lm_head(k: Kernels, spec: Spec | None) -> Iterator[Outcome]:
     weight = random_weight(spec, (c.vocab_size, c.hidden_size), 15)
     multiply = k.linear(weight)
     x = _unit_rows(k, 16, 4, c.hidden_size)
-    places = [slice(start, start + 4096) for start in (0, c.vocab_size // 2, c.vocab_size - 4096)]
+    n = LM_HEAD_ROWS
+    places = [slice(start, start + n) for start in (0, (c.vocab_size - n) // 2, c.vocab_size - n)]
     wanted = np.concatenate([reference.product(x, weight[place]) for place in places], axis=1)
     for count in (1, 4):
         y = multiply(x[:count])
