@@ -62,8 +62,8 @@ def selftest(*, only: tuple[str, ...], list_only: bool, as_json: bool, **where: 
     failed = [result for result in results if not result.ok]
     if failed:
         raise GptOssError(
-            f"{len(failed)} of {len(results)} checks failed ({', '.join(result.name for result in failed[:3])}"
-            f"{', ...' * (len(failed) > 3)}): this machine computes wrongly there; the advice is above"
+            f"{len(failed)} of {len(results)} checks failed ({'; '.join(result.name for result in failed[:3])}"
+            f"{'; ...' * (len(failed) > 3)}): this machine computes wrongly there; the advice is above"
             if not as_json
             else f"{len(failed)} of {len(results)} checks failed: see `checks` in the output"
         )

@@ -22,8 +22,8 @@ LINUX = {
     "hub_cache": {"path": "~/hub", "free_bytes": 100 << 30},
 }
 MAC = {
-    **LINUX, "os": "macOS 26.1", "architecture": "arm64", "chip": "Apple M5", "device": {"metal": True}, "rosetta": False,
-    "packages": {"mlx": "0.32.4"}, "iogpu.wired_limit_mb": 0,
+    **LINUX, "os": "macOS 26.1", "architecture": "arm64", "chip": "Apple M5", "device": {"metal": True},
+    "rosetta": False, "packages": {"mlx": "0.32.4"}, "iogpu.wired_limit_mb": 0,
 }  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def test_a_machine_in_order_gets_no_advice():
         ),
         (LINUX, {"dtype": "bfloat16"}, ("bfloat16 on a CPU", "leave out --dtype")),
         ({**MAC, "packages": {"mlx": "0.32.0"}}, {"on_gpu": True, "dtype": "bfloat16"}, ("M5", "mlx>=0.32.4")),
-        ({**MAC, "rosetta": True, "architecture": "x86_64"}, {}, ("cannot use Metal", "arm64")),
+        ({**MAC, "rosetta": True, "architecture": "x86_64", "chip": "Apple M1"}, {}, ("cannot use Metal", "arm64")),
         (MAC, {"on_gpu": True}, ("TF32", "MLX_ENABLE_TF32=0")),
         (
             {**MAC, "iogpu.wired_limit_mb": 32000},
