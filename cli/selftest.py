@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,7 +80,7 @@ def _run(chosen: Plan, as_json: bool) -> list[Result]:
             result = next(checks)
             results.append(result)
             begin(None)
-            if not as_json or click.get_text_stream("stderr").isatty():
+            if not as_json or sys.stderr.isatty():
                 click.echo(_line(result), err=as_json)
     return results
 

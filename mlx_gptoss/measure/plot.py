@@ -38,8 +38,8 @@ class Theme:
     colors: tuple[str, ...]
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """For matplotlib."""
+    def settings(self) -> Any:
+        """For matplotlib's rc_context."""
         text = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor")
         page = ("figure.facecolor", "axes.facecolor", "savefig.facecolor")
         return dict.fromkeys(text, self.ink) | dict.fromkeys(page, self.page) | {"legend.labelcolor": self.ink}
@@ -106,6 +106,7 @@ def draw_divergences(drawn: Sequence[Line], theme: Theme, size: tuple[float, flo
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, dpi=150, layout="constrained")
+    figure.get_layout_engine().set(wspace=0.05)  # type: ignore[union-attr]
     several = len(drawn) > 1
     left, right = figure.subplots(1, 2, sharey=not several, width_ratios=(1, 1) if several else (2, 1))
     _by_position(left, drawn, theme)
@@ -184,7 +185,7 @@ def _by_position(axes: Axes, drawn: Sequence[Line], theme: Theme) -> None:
     axes.set_yscale("log")
     axes.set_ylabel("KL(reference || model), nats")
     if len(drawn) == 1 and drawn[0].differs:
-        axes.legend(fontsize=FONT, frameon=False, loc="lower left", ncols=2, markerscale=2)
+        axes.legend(fontsize=FONT, framealpha=0.85, edgecolor=theme.page, loc="lower left", ncols=2, markerscale=2)
 
 
 def _distribution(axes: Axes, line: Line, theme: Theme) -> None:
@@ -203,7 +204,7 @@ def _distribution(axes: Axes, line: Line, theme: Theme) -> None:
         if value <= KL_FLOOR:
             continue
         at = 100 * float(np.mean(values <= value))
-        axes.plot(at, value, "o", color=theme.page, mec=color, mew=1.4, ms=5.5, zorder=3)
+        axes.plot(at, value, "o", color=theme.page, mec=color, mew=1.4, ms=5.5, zorder=3, clip_on=False)
         axes.annotate(
             f"{name} {value:.2g}", (at, value), (-GAP, GAP), textcoords="offset points", fontsize=FONT + 1,
             ha="right", va="bottom", color=theme.ink,
@@ -347,7 +348,9 @@ def _by_case(axes: Axes, results: Sequence[Measurement], x: str, theme: Theme) -
     _style_axes(axes, title, "context, tokens" if one else "batch, sequences", theme)
     axes.set_ylabel("tokens per second")
     if len(lines) > 1:
-        axes.legend(fontsize=FONT, frameon=False, loc="best")
+        axes.legend(
+            fontsize=FONT, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=min(3, len(engines)),
+        )  # fmt: skip
 
 
 def _by_engine(axes: Axes, results: Sequence[Measurement], what: str, theme: Theme) -> None:
