@@ -34,7 +34,7 @@ def selftest(*, only: tuple[str, ...], list_only: bool, as_json: bool, **where: 
     """Check every kernel of this machine against float32 on the CPU, at the widths of gpt-oss.
 
     Every way in which weights are stored, attention, rotations, experts, the sampler, the caches, and whole steps; then
-    the memory's bandwidth and a decode step. Downloads nothing, needs 6 GB of memory and a minute or two, and ends with
+    the memory's bandwidth and a decode step. Downloads nothing, needs 3 GB of memory and a minute or two, and ends with
     exit code 1 if a check fails. Bug reports want the output of --json.
     """
     from mlx_gptoss.errors import GptOssError

@@ -104,9 +104,9 @@ def plot_divergences(results: Sequence[Evaluation], path: Path, style: str = "li
 def draw_divergences(drawn: Sequence[Line], theme: Theme, size: tuple[float, float] = WIDE) -> Figure:
     """One comparison: KL by position, and its distribution. Several: KL by position, and by bits per weight."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
-    figure.get_layout_engine().set(wspace=0.05)  # type: ignore[union-attr]
+    figure = Figure(figsize=size, dpi=150, layout=ConstrainedLayoutEngine(wspace=0.05))
     several = len(drawn) > 1
     left, right = figure.subplots(1, 2, sharey=not several, width_ratios=(1, 1) if several else (2, 1))
     _by_position(left, drawn, theme)
