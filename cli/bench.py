@@ -15,7 +15,7 @@ import click
 
 from mlx_gptoss.options import LoadOptions
 
-from .options import DEVICE_OPTIONS, JSON_OPTION, MODEL_OPTION, declared, options
+from .options import DEVICE_OPTIONS, JSON_OPTION, MODEL_OPTION, PLOT_STYLE_OPTION, declared, options
 
 if TYPE_CHECKING:
     from mlx_gptoss.measure.benchmark import Report, Target
@@ -46,6 +46,7 @@ AGAINST = ["mlx-lm", "transformers", "mlx", "cuda"]
 @click.option("--against-dtype", metavar="NAME", help="Data type for --against. Default: its own.")
 @options(DEVICE_OPTIONS, declared(LoadOptions, "quantize"))
 @click.option("--plot", type=Path, metavar="FILE.png", help="Plot speed by context and by batch.")
+@options((PLOT_STYLE_OPTION,))
 @options((JSON_OPTION,))
 def bench(
     *,
@@ -55,6 +56,7 @@ def bench(
     generate: int,
     repeat: int,
     plot: Path | None,
+    plot_style: str,
     as_json: bool,
     **choices: Any,
 ) -> None:
@@ -91,7 +93,7 @@ def bench(
     if plot:
         from mlx_gptoss.measure.plot import plot_speeds
 
-        plot_speeds(report.results, plot)
+        plot_speeds(report.results, plot, plot_style)
 
 
 def _bench(cases: list[Case], repeat: int, log: Callable[[str], None], **choices: Any) -> Report:

@@ -10,7 +10,7 @@ import click
 
 from mlx_gptoss.options import LoadOptions
 
-from .options import DEVICE_OPTIONS, MODEL_VARIABLE, ModelName, declared, options
+from .options import DEVICE_OPTIONS, MODEL_VARIABLE, PLOT_STYLE_OPTION, ModelName, declared, options
 
 if TYPE_CHECKING:
     from mlx_gptoss.measure.evaluation import Divergence, Evaluation
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 @click.option("--context", type=click.IntRange(min=1), metavar="N", help="Maximum tokens before a prediction.")
 @click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Stop after N predictions.")
 @click.option("--plot", type=Path, metavar="FILE.png", help="Plot KL by position and, for several models, by format.")
+@options((PLOT_STYLE_OPTION,))
 @options(DEVICE_OPTIONS, declared(LoadOptions, "kv_bits"))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, or a list for several comparisons.")
 def eval(
@@ -40,6 +41,7 @@ def eval(
     context: int | None,
     max_tokens: int | None,
     plot: Path | None,
+    plot_style: str,
     as_json: bool,
     kv_bits: int | None,
     **where: str | None,
@@ -75,7 +77,7 @@ def eval(
     if plot:
         from mlx_gptoss.measure.plot import plot_divergences
 
-        plot_divergences(results, plot)
+        plot_divergences(results, plot, plot_style)
 
 
 def _read(file: Path) -> str:

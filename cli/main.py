@@ -23,6 +23,7 @@ COMMANDS = {
     "show": "Show format, sizes and memory plan of a checkpoint.",
     "bench": "Measure prefill and decode speed.",
     "eval": "Measure perplexity and the divergence from another checkpoint.",
+    "selftest": "Check that this machine computes correctly.",
     "list": "List the models on this machine.",
     "pull": "Download a model.",
     "rm": "Remove a downloaded model.",
@@ -47,6 +48,9 @@ OTHER_NAMES = {
     "benchmark": "bench",
     "perplexity": "eval",
     "status": "ps",
+    "doctor": "selftest",
+    "self-test": "selftest",
+    "check": "selftest",
     "set": "config",
 }  # what other programs call it
 MODULES = {"list": "list_"}  # modules and functions that Python does not let have the command's name

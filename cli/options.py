@@ -143,6 +143,13 @@ HIDE_REASONING_OPTION = click.option("--hide-reasoning", is_flag=True, help="Sho
 VERBOSE_OPTION = click.option(
     "-v", "--verbose", is_flag=True, help="Show tokens per second while the answer streams, and --stats after it."
 )
+PLOT_STYLE_OPTION = click.option(
+    "--plot-style",
+    type=click.Choice(["light", "dark"]),
+    default="light",
+    show_default=True,
+    help="Colors of the plot, for a light or a dark page.",
+)
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 TOOL_OPTION = click.option(
     "--tool",

@@ -72,8 +72,17 @@ class FirstLayers:
 def with_cpu_float32(
     module: Backend, source: Weights, backend: str, device: str | None, dtype: str, batches: Sequence[int]
 ) -> Agreement:
+    """compare_with_cpu over the first layers. Raises GptOssError if they differ by more than rounding explains."""
+    found = compare_with_cpu(module, source, backend, device, dtype, batches)
+    _require(found, dtype)
+    return found
+
+
+def compare_with_cpu(
+    module: Backend, source: Weights, backend: str, device: str | None, dtype: str, batches: Sequence[int]
+) -> Agreement:
     """Compare a backend on `device` in `dtype` with the same backend on the CPU in float32: a prompt's logits, and
-    tokens decoded in batches of each size. Raises GptOssError if they differ by more than rounding explains."""
+    tokens decoded in batches of each size, over the first layers."""
     first = FirstLayers(source, LAYERS)
     rng = np.random.default_rng(0)
     # One sequence is longer than the window; the others are short, and neighbours have different lengths.
@@ -95,9 +104,7 @@ def with_cpu_float32(
         found = compare(ours, oracle.logits(prompts[0]), f"{backend} on the CPU in float32", first.config)
     finally:
         oracle.close()
-    found = replace(found, decode_error=float(np.max(errors)))
-    _require(found, dtype)
-    return found
+    return replace(found, decode_error=float(np.max(errors)))
 
 
 def with_other_engine(ours: HasLogits, other: Other, dtype: str, config: ModelConfig, *, require: bool) -> Agreement:

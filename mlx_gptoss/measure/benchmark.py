@@ -43,7 +43,7 @@ class Measurement:
         `batch` tokens use in expectation, one embedding row per token, and the keys and values of the context.
     bytes_per_token: the same per token. fraction_of_bound: decode_tok_s * bytes_per_token / copy bandwidth.
     load_s: seconds; for synthetic weights, generating them is included. ratio: our speeds divided by the other
-        engine's. None means unknown or not requested.
+        engine's. None means unknown or not requested. prefill_runs, decode_runs: the speed of each repetition.
     """
 
     engine: str
@@ -63,6 +63,8 @@ class Measurement:
     bandwidth_gb_s: float | None = None
     fraction_of_bound: float | None = None
     ratio: dict[str, float] | None = None
+    prefill_runs: tuple[float, ...] = ()
+    decode_runs: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -295,6 +297,8 @@ def _measurement(engine: TimedEngine, prefills: list[float], decodes: list[float
         prefill_tok_s=case.batch * case.prompt / median(prefills),
         decode_tok_s=case.batch * case.generate / median(decodes),
         peak_memory_bytes=engine.peak_memory(),
+        prefill_runs=tuple(case.batch * case.prompt / seconds for seconds in prefills),
+        decode_runs=tuple(case.batch * case.generate / seconds for seconds in decodes),
     )
 
 

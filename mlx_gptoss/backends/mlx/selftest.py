@@ -1,0 +1,255 @@
+"""What measure/selftest.py calls: the functions of model.py, cache.py and sample.py, with numpy arrays in and out.
+
+Nothing is computed here in another way than the model does: weights go through load.py, and attention and the experts
+are the model's own objects, with projections whose output is given.
+
+Legend: T tokens, D in, N out, E experts, I intermediate, B rows, L tokens a row, P past tokens, H query heads, K KV
+heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from ...config import ModelConfig
+from ...sampling import Sampling
+from ...weights.split import RankShard
+from ...weights.tensor import FP8_ROW, Dense, Spec, Weight
+from ..rope import yarn_frequencies
+from . import DTYPES, MAX_SCORES_CPU, MAX_SCORES_GPU, dtype_name, pick_device
+from .cache import FullCache, RingCache, Span
+from .elementwise import UNCOMPILED, compiled
+from .layers import MODES, Linear
+from .load import MIN_PAIRS_TO_SORT, _WeightLoader
+from .model import Attention, MixtureOfExperts, Rotary
+from .ranks import Ranks
+from .sample import SamplerState, sample_tokens
+from .streams import CpuStreams, check_process
+
+Floats = NDArray[np.float32]
+NEVER = 1 << 30
+
+
+class Given(Linear):
+    """A layer whose output is given, as its bias."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        assert self.bias is not None
+        return self.bias
+
+
+class Identity(Linear):
+    """A layer that returns its input."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x
+
+
+@dataclass
+class Named:
+    """Weights by name, as load.py reads them."""
+
+    config: ModelConfig
+    weights: Mapping[str, Weight]
+
+    def read(self, name: str) -> Weight:
+        return self.weights[name]
+
+    def release(self) -> None:
+        """Do nothing: no file is mapped."""
+
+
+class Kernels:
+    """The kernels of this backend on one device.
+
+    dtype: of the activations. specs: what matrices may be stored as; None is bfloat16. ways: through the experts, each
+    with the most rows that it is given; None is any number. counts_memory: whether peak_memory() sees what a step
+    allocates. packs_kv: whether a cache may be in 8 bits.
+    """
+
+    specs: tuple[Spec | None, ...] = (*MODES, FP8_ROW, None)
+    counts_memory = True
+    packs_kv = True
+
+    def __init__(self, config: ModelConfig, device: str | None, dtype: str | None) -> None:
+        check_process()
+        self.config = config
+        self.dtype = dtype_name(device, dtype)
+        where = pick_device(device)
+        self.on_gpu = bool(where.type == mx.gpu)
+        # On a CPU unsorted pairs are decoded one by one, and the model sorts so many.
+        most = None if self.on_gpu else (MIN_PAIRS_TO_SORT - 1) // config.num_experts_per_tok
+        self.ways: dict[str, int | None] = {"unsorted": most, "sorted": None}
+        self._dtype = DTYPES[self.dtype]
+        self._streams = CpuStreams()
+        self._device = where
+        self._where = where if self.on_gpu else self._streams.make_default()
+        self._elementwise = compiled() if self.on_gpu else UNCOMPILED
+        fused = self.on_gpu and mx.metal.is_available()
+        self._max_scores = None if fused else MAX_SCORES_GPU if self.on_gpu else MAX_SCORES_CPU
+        self._ranks = Ranks(RankShard.of(config, 0, 1), None)
+        self._rotary = Rotary(
+            mx.array((1.0 / yarn_frequencies(config.yarn, config.head_dim)).astype(np.float32)),
+            config.head_dim**-0.5 * config.yarn.concentration**2,
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What MLX says of the device."""
+        return {"metal": mx.metal.is_available(), "device": str(self._device), **mx.device_info(self._device)}
+
+    def linear(self, weight: Weight) -> Callable[[Floats], Floats]:
+        """The product with a stored matrix [N, D]: x [T, D] -> [T, N]"""
+        layer = self._loader({"matrix.weight": weight}).linear(["matrix"], biased=False)
+        return lambda x: self._run(lambda: layer(self._array(x)))
+
+    def experts(self, gate: Weight, up: Weight, down: Weight, bias: Floats) -> Callable[[Floats, Floats, str], Floats]:
+        """A layer's experts; bias [E, 2 I + D]. The function takes x [T, D], the router's scores [T, E] and one of
+        `ways`, and returns [T, D]."""
+        loader = self._loader({"gate.weight": gate, "up.weight": up, "down.weight": down, "bias": Dense(bias)})
+        gate_up, down_ = loader.experts(["gate", "up"]), loader.experts(["down"])
+        vectors = loader.vector("bias")
+
+        def run(x: Floats, scores: Floats, way: str) -> Floats:
+            layer = MixtureOfExperts(
+                self.config,
+                Given((), self._array(scores)),
+                gate_up,
+                down_,
+                vectors,
+                range(scores.shape[1]),
+                self._elementwise,
+                self._ranks,
+                min_pairs_to_sort=1 if way == "sorted" else NEVER,
+            )
+            span = Span.of(self.config, [0], [0], len(x))
+            tokens = self._array(x)[None]
+            return self._run(lambda: layer(tokens, mx.zeros_like(tokens), span)[0])
+
+        return run
+
+    def rows(self, weight: Weight, ids: Sequence[int]) -> Floats:
+        """Rows of an embedding matrix [V, D] -> [T, D]"""
+        matrix = self._loader({"matrix": weight}).matrix("matrix")
+        return self._run(lambda: matrix.rows(mx.array(list(ids)), self._dtype))
+
+    def norm(self, x: Floats, weight: Floats) -> Floats:
+        """RMSNorm of x [T, D], weight [D]"""
+        return self._run(lambda: mx.fast.rms_norm(self._array(x), self._array(weight), self.config.rms_norm_eps))
+
+    def rotate(self, x: Floats, start: int) -> Floats:
+        """x [heads, L, 64], rotated from position `start` on"""
+        return self._run(lambda: self._rotary(self._array(x)[None], mx.array([start]))[0])
+
+    def attention(
+        self,
+        starts: Sequence[int],
+        past_keys: Floats,
+        past_values: Floats,
+        qkv: Floats,
+        sinks: Floats,
+        window: int | None,
+        kv_bits: int | None,
+    ) -> Floats:
+        """One step of B rows with L new tokens, qkv [B, L, (H + 2 K) * 64], each after its own number of past ones,
+        keys (rotated) and values [B, K, P, 64], in a cache -> [B, L, H * 64]"""
+        B, L, _ = qkv.shape
+        shape = (B, self.config.num_key_value_heads, self.config.head_dim)
+        capacity = max(starts) + L
+        with mx.stream(self._where):
+            cache: FullCache | RingCache
+            if window is None:
+                cache = FullCache(shape, self._dtype, capacity, packed=kv_bits == 8)
+            else:
+                cache = RingCache(shape, self._dtype, window, slack=0)
+            for row, start in enumerate(starts):
+                if start:
+                    past = [a[row : row + 1, :, :start] for a in (past_keys, past_values)]
+                    kv = self._array(np.stack(past))
+                    span = Span.of(self.config, [row], [0], start)
+                    if isinstance(cache, RingCache) and start > 1:
+                        cache.extend(kv, span)
+                    else:
+                        cache.update(kv, span)
+            loader = self._loader({})
+            layer = Attention(
+                self.config,
+                Given((), self._array(qkv)),
+                Identity((), mx.zeros(self.config.q_size, dtype=self._dtype)),
+                self._array(sinks),
+                self._rotary,
+                self._elementwise,
+                self._ranks,
+                loader.attend,
+                loader.max_scores,
+            )
+            residual = mx.zeros((B, L, self.config.q_size), dtype=self._dtype)
+            span = Span.of(self.config, range(B), starts, L)
+        return self._run(lambda: layer(residual, residual, cache, span))
+
+    def sample(
+        self,
+        logits: Floats,
+        samplings: Sequence[Sampling],
+        prompts: Sequence[Sequence[int]],
+        positions: Sequence[int],
+        masks: Sequence[bytes | None] = (),
+    ) -> tuple[list[int], list[float]]:
+        """Tokens and log-probabilities [B] drawn from logits [B, V], by each Sampling's seed."""
+        with mx.stream(self._where):
+            states = [
+                SamplerState.begin(sampling, prompt, sampling.seed or 0, logits.shape[1])
+                for sampling, prompt in zip(samplings, prompts, strict=True)
+            ]
+            found = sample_tokens(mx.array(logits), samplings, states, positions, masks, self._elementwise)
+            return np.array(found.tokens).tolist(), np.array(found.logprobs).tolist()
+
+    def launch_seconds(self, count: int) -> float:
+        """Seconds of one of `count` small operations, each of which depends on the one before it."""
+        with mx.stream(self._where):
+            x = mx.zeros(1024)
+            mx.eval(x)
+            started = time.perf_counter()
+            for _ in range(count):
+                x = x + 1
+            mx.eval(x)
+        return (time.perf_counter() - started) / count
+
+    def reset_peak_memory(self) -> int:
+        """Bytes in use now; peak_memory() counts from here."""
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        return int(mx.get_active_memory())
+
+    def peak_memory(self) -> int:
+        """Most bytes in use at once since reset_peak_memory()."""
+        return int(mx.get_peak_memory())
+
+    def close(self) -> None:
+        self._streams.close()
+        mx.clear_cache()
+
+    def _loader(self, weights: Mapping[str, Weight]) -> _WeightLoader:
+        return _WeightLoader(
+            Named(self.config, weights),
+            self._dtype,
+            self._elementwise,
+            self._max_scores,
+            self._ranks,
+            upcast=False,
+            on_cpu=not self.on_gpu,
+            streams=self._streams,
+        )
+
+    def _array(self, values: Floats) -> mx.array:
+        return mx.array(values).astype(self._dtype)
+
+    def _run(self, compute: Callable[[], mx.array]) -> Floats:
+        with mx.stream(self._where):
+            return np.array(compute().astype(mx.float32))

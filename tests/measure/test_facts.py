@@ -1,0 +1,75 @@
+"""What selftest advises about a machine, from the facts of machines that are not here."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from mlx_gptoss.measure.facts import findings
+from mlx_gptoss.measure.selftest import Measured, Result
+
+LINUX = {
+    "packages": {"mlx": "0.32.4", "torch": "2.13.0", "triton": "3.9.0"},
+    "os": "Linux-6.1",
+    "architecture": "x86_64",
+    "chip": "Intel Xeon",
+    "cores": 8,
+    "memory_bytes": 32 << 30,
+    "device": {},
+    "variables": {},
+    "open_files": {"soft": 4096, "hard": None},
+    "hub_cache": {"path": "~/hub", "free_bytes": 100 << 30},
+}
+MAC = {
+    **LINUX, "os": "macOS 26.1", "architecture": "arm64", "chip": "Apple M5", "device": {"metal": True},
+    "rosetta": False, "packages": {"mlx": "0.32.4"}, "iogpu.wired_limit_mb": 0,
+}  # fmt: skip
+
+
+def advice(facts, *, backend="mlx", on_gpu=False, dtype="float32", results=()):
+    machine = SimpleNamespace(backend=backend, kernels=SimpleNamespace(on_gpu=on_gpu, dtype=dtype))
+    return [f"{finding.what}: {finding.do}" for finding in findings(facts, machine, results)]
+
+
+def test_a_machine_in_order_gets_no_advice():
+    assert advice(LINUX) == []
+    assert advice(MAC, on_gpu=True, dtype="bfloat16") == []
+
+
+@pytest.mark.parametrize(
+    ("facts", "where", "words"),
+    [
+        ({**LINUX, "open_files": {"soft": 256, "hard": None}}, {}, ("limited to 256", "ulimit -n 4096")),
+        ({**LINUX, "hub_cache": {"path": "~/hub", "free_bytes": 5 << 30}}, {}, ("5.4 GB free", "HF_HUB_CACHE")),
+        ({**LINUX, "nvidia_driver": "NVRM", "packages": {"mlx": "1"}}, {}, ("NVIDIA driver", "mlx-gptoss[cuda]")),
+        ({**LINUX, "nvidia_driver": "NVRM"}, {"backend": "cuda"}, ("ran on the CPU", "pytorch.org")),
+        ({**LINUX, "variables": {"OMP_NUM_THREADS": "1"}}, {}, ("1 of 8 cores", "unset")),
+        ({**LINUX, "variables": {"TRITON_INTERPRET": "1"}}, {}, ("run in Python", "unset")),
+        (
+            {**LINUX, "packages": {"triton": "3.6.0"}, "device": {"compute capability": "9.0"}},
+            {"backend": "cuda", "on_gpu": True, "dtype": "bfloat16"},
+            ("race on H100", "triton>=3.9"),
+        ),
+        (LINUX, {"dtype": "bfloat16"}, ("bfloat16 on a CPU", "leave out --dtype")),
+        ({**MAC, "packages": {"mlx": "0.32.0"}}, {"on_gpu": True, "dtype": "bfloat16"}, ("M5", "mlx>=0.32.4")),
+        ({**MAC, "rosetta": True, "architecture": "x86_64", "chip": "Apple M1"}, {}, ("cannot use Metal", "arm64")),
+        (MAC, {"on_gpu": True}, ("TF32", "MLX_ENABLE_TF32=0")),
+        (
+            {**MAC, "iogpu.wired_limit_mb": 32000},
+            {"on_gpu": True, "dtype": "bfloat16"},
+            ("less than 4 GB", "wired_limit_mb=28672"),
+        ),
+    ],
+)
+def test_each_finding_says_what_to_do(facts, where, words):
+    (found,) = advice(facts, **where)
+    for word in words:
+        assert word in found
+
+
+def test_a_slow_gpu_is_noticed():
+    slow = Result("speed, a decode step", 1.0, measured=(Measured("share of the bound by bytes", 12.0, "%"),))
+    (found,) = advice(MAC, on_gpu=True, dtype="bfloat16", results=[slow])
+    assert "12%" in found and "power mode" in found
+    assert advice(LINUX, results=[slow]) == []  # a CPU is bound by its arithmetic
