@@ -35,6 +35,7 @@ class Span:
         they produce, uint32 [T, A]; both count up from 0.
     seen: bool [B, 1, 1, end], the positions visible to each of several rows of unequal length; None is all.
         seen_in_ring: the same for the filled part of a ring, bool [B, 1, L, min(end, R)].
+    adapters: of the rows: each one's index, and bool [B], the rows that use it; None if all do.
     """
 
     slots: tuple[int, ...]
@@ -49,9 +50,17 @@ class Span:
     pairs: mx.array
     seen: mx.array | None
     seen_in_ring: mx.array | None
+    adapters: tuple[tuple[int, mx.array | None], ...] = ()
 
     @staticmethod
-    def of(config: ModelConfig, slots: Sequence[int], starts: Sequence[int], length: int, slack: int = 0) -> Span:
+    def of(
+        config: ModelConfig,
+        slots: Sequence[int],
+        starts: Sequence[int],
+        length: int,
+        slack: int = 0,
+        adapters: Sequence[tuple[int, list[bool] | None]] = (),
+    ) -> Span:
         kv_heads, ring = config.num_key_value_heads, config.sliding_window + slack
         positions = np.add.outer(starts, np.arange(length))  # [B, L]
         rows, offsets = mx.array(np.array([slots, starts], np.int32))
@@ -69,6 +78,7 @@ class Span:
             pairs=_count_up(len(slots) * length, config.num_experts_per_tok),
             seen=_causal_mask(offsets, max(starts) + length) if len(set(starts)) > 1 else None,
             seen_in_ring=_in_window(positions, config.sliding_window, ring) if length <= slack + 1 else None,
+            adapters=tuple((index, None if uses is None else mx.array(uses)) for index, uses in adapters),
         )
 
     @property
