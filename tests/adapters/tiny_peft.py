@@ -62,7 +62,7 @@ def make_adapter(model: Any, folder: Path, seed: int = 2, **options: Any) -> Any
     with torch.no_grad():
         for name, values in wrapped.named_parameters():
             if "lora_" in name:
-                values.copy_(torch.randn(values.shape) * 0.2)
+                values.copy_(torch.randn(values.shape) * 0.1)
     wrapped.save_pretrained(folder)
     return wrapped
 
