@@ -29,12 +29,13 @@ def runner(tiny, made_by_peft):
     )
 
 
-@pytest.mark.parametrize("case", ["both", "rank_pattern", "router"])
+@pytest.mark.parametrize("case", ["both", *(pytest.param(case, marks=pytest.mark.slow) for case in ("rank_pattern", "router"))])
 def test_prefill(runner, made_by_peft, ids, relative_error, case):
-    expected = made_by_peft(case)[1][:20]
-    assert relative_error(runner.logits(ids[:20], list(CASES).index(case)), expected) < 1e-5
+    expected = made_by_peft(case)[1][:10]
+    assert relative_error(runner.logits(ids[:10], list(CASES).index(case)), expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_decoding_a_batch_of_several_adapters(runner, ids):
     """Steps of one row and of four, with one adapter, with several and with none."""
     mixed_batch(runner, ids, exact=True)
@@ -45,8 +46,8 @@ def test_one_row(runner, ids):
     from test_peft import drive
 
     for adapter in (None, list(CASES).index("both")):
-        prompt = tuple(ids[:9])
-        (got,) = drive(runner, [(prompt, adapter)], tokens=3)
+        prompt = tuple(ids[:4])
+        (got,) = drive(runner, [(prompt, adapter)], tokens=2)
         logits = runner.logits([*prompt, *(token for token, _ in got[:-1])], adapter)[len(prompt) - 1 :]
         assert [token for token, _ in got] == logits.argmax(axis=-1).tolist()
         assert np.isfinite([logprob for _, logprob in got]).all()

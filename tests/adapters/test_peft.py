@@ -66,11 +66,11 @@ def mixed_batch(runner, ids, *, exact):
 
 def test_a_batch_of_several_adapters(runner_of, ids):
     """torch multiplies all tokens of an expert at once, and its rounding depends on their number."""
-    mixed_batch(runner_of, ids, exact="mlx" in type(runner_of).__module__)
+    mixed_batch(runner_of, ids, exact="backends.mlx" in type(runner_of).__module__)
 
 
 def test_rows_without_an_adapter_are_bit_for_bit_as_before(runner_of, backend_module, device_of, tiny, ids):
-    name = "mlx" if "mlx" in type(runner_of).__module__ else "cuda"
+    name = "mlx" if "backends.mlx" in type(runner_of).__module__ else "cuda"
     checkpoint = checkpoints.open(tiny)
     plain = backend_module(name).load(checkpoint, device=device_of(name), dtype="float32", limits=LIMITS)
     assert np.array_equal(plain.logits(ids), runner_of.logits(ids))
