@@ -4,6 +4,7 @@ the answer."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import click
 
@@ -12,41 +13,71 @@ from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.tools import ToolResult
 
 
-def show_events(events: Iterator[Event | ToolResult], *, reasoning: bool, shown: list[str] | None = None) -> Finished:
+class AnswerWriter(Protocol):
+    """Writes the text of an answer to stdout."""
+
+    def write(self, text: str) -> None: ...
+
+    def close(self) -> None:
+        """End the text, with a line break."""
+
+
+class _PlainWriter:
+    def write(self, text: str) -> None:
+        click.echo(text, nl=False)
+
+    def close(self) -> None:
+        click.echo()
+
+
+def show_events(
+    events: Iterator[Event | ToolResult],
+    *,
+    reasoning: bool,
+    shown: list[str] | None = None,
+    answer: AnswerWriter | None = None,
+) -> Finished:
     """Print a reply while it is generated and return its last event.
 
     shown: receives the text piece by piece, so that it is not lost if the reply is interrupted.
+    answer: writes the text; None prints it as it is.
     """
     last = ""  # the kind of text before the cursor
+    writer = answer or _PlainWriter()
+
+    def switch(to: str) -> None:
+        """End the text before the cursor if another kind begins."""
+        nonlocal last
+        ended, last = last, to
+        if ended == to:
+            return
+        if ended == "text":
+            writer.close()
+        elif ended:
+            click.echo(err=True)
+
     try:
         for event in events:
             match event:
                 case ReasoningDelta() if reasoning:
-                    last = _switch(last, "reasoning")
+                    switch("reasoning")
                     click.secho(event.text, nl=False, dim=True, err=True)
                 case TextDelta():
-                    last = _switch(last, "text")
-                    click.echo(event.text, nl=False)
+                    switch("text")
+                    writer.write(event.text)
                     if shown is not None:
                         shown.append(event.text)
                 case ToolCall():
-                    last = _switch(last, "call")
+                    switch("call")
                     click.secho(f"{event.name}({event.arguments})", nl=False, dim=True, err=True)
                 case ToolResult():
-                    last = _switch(last, "result")
+                    switch("result")
                     click.secho(event.text, nl=False, dim=True, err=True)
                 case Finished():
                     return event
     finally:
-        _switch(last, "")
+        switch("")
     raise GptOssError("the stream ended early: its engine was closed")
-
-
-def _switch(last: str, to: str) -> str:
-    """Print a line break where one kind of text ends and another begins."""
-    if last and last != to:
-        click.echo(err=last != "text")
-    return to
 
 
 def stats_line(finished: Finished, load_s: float) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mlx_gptoss.config import GPT_OSS_20B, GPT_OSS_120B, PRESETS, published, read_config
+from mlx_gptoss.config import GPT_OSS_20B, GPT_OSS_120B, PRESETS
 from mlx_gptoss.errors import CheckpointError
+from mlx_gptoss.weights.config_json import published, read_config
 
 
 @pytest.mark.parametrize("name", PRESETS)

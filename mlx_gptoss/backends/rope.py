@@ -24,11 +24,6 @@ def yarn_frequencies(yarn: Yarn, head_dim: int) -> NDArray[np.float64]:
     return np.asarray(base / yarn.factor * ramp + base * (1.0 - ramp))
 
 
-def yarn_concentration(yarn: Yarn) -> float:
-    """The factor on cos and sin, and so its square on attention scores: 0.1 ln(factor) + 1."""
-    return 0.1 * math.log(yarn.factor) + 1.0 if yarn.factor > 1.0 else 1.0
-
-
 def _correction_range(yarn: Yarn, head_dim: int) -> tuple[float, float]:
     """The pairs between which frequencies go from kept (they turn beta_fast times within the original context)
     to divided by `factor` (beta_slow times)."""

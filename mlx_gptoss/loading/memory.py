@@ -116,7 +116,7 @@ def plan_memory(
         weights_bytes=weights_bytes,
         kv_bytes_per_token=stored * config.full_layers,
         layer_bytes_per_token=entry if config.full_layers else 0,
-        ring_bytes=entry * config.sliding_layers * config.sliding_window,
+        ring_bytes=entry * sum(window for window in config.windows if window is not None),
         step_bytes=RUNTIME_BYTES + working_space(config, chunk, slots, activation_bytes),
         available_bytes=available_bytes,
         prefix_bytes=prefix_bytes or 0,

@@ -59,8 +59,7 @@ class FirstLayers:
     """The same model with only its first `count` layers."""
 
     def __init__(self, source: Weights, count: int) -> None:
-        kinds = source.config.layer_types[:count]
-        self.config: ModelConfig = replace(source.config, num_hidden_layers=len(kinds), layer_types=kinds)
+        self.config: ModelConfig = source.config.first_layers(count)
         self._source = source
 
     def read(self, name: str) -> Weight:

@@ -15,7 +15,7 @@ from statistics import geometric_mean, median
 
 from ..backends import find_backend
 from ..backends.base import Backend, Limits
-from ..config import FULL, PRESETS, ModelConfig
+from ..config import PRESETS, ModelConfig
 from ..errors import InvalidRequest
 from ..loading.distributed import coordinate
 from ..loading.memory import plan_memory, require_fit
@@ -319,14 +319,14 @@ def step_bytes(sizes: dict[str, int], config: ModelConfig, batch: int, context: 
 
     Experts are assumed to be chosen at random: `batch` tokens use E (1 - (1 - A/E)^batch) of E experts in expectation.
     """
-    E, A = config.num_local_experts, config.num_experts_per_tok
-    touched = 1 - (1 - A / E) ** batch  # of the experts
 
     def read(param: Param) -> float:
         if param.role == "embed":
             return batch * sizes[param.name] / config.vocab_size
-        return sizes[param.name] * (touched if param.role == "experts" else 1)
+        if param.role == "experts":
+            return sizes[param.name] * (1 - (1 - config.num_experts_per_tok / param.shape[0]) ** batch)
+        return sizes[param.name]
 
-    windows = (context if kind == FULL else min(context, config.sliding_window) for kind in config.layer_types)
-    cache = batch * sum(windows) * 2 * config.kv_size * activation_bytes
+    seen = (context if window is None else min(context, window) for window in config.windows)
+    cache = batch * sum(seen) * 2 * config.kv_size * activation_bytes
     return sum(read(param) for param in parameters(config)) + cache

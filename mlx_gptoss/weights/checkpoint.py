@@ -16,11 +16,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..config import ModelConfig, read_config, token_ids
+from ..config import ModelConfig
 from ..errors import CheckpointError
 from ..tokenizer import Tokenizer
 from ..untrusted.tokenizer_file import MAX_BYTES as MAX_TOKENIZER_BYTES
 from . import codecs, gguf
+from .config_json import read_config, remarks, token_ids
 from .files import files_by_tensor, find_folder, find_gguf, gguf_parts, map_shards, read_bytes, read_json
 from .formats import Binding, bind, gguf_metadata
 from .formats.base import CheckpointHeaders, Source
@@ -28,6 +29,8 @@ from .formats.modelopt import fake_quantized_note
 from .params import MATRIX_ROLES, Param, Role, parameters
 from .safetensors import MappedFile, TensorInfo
 from .tensor import Array, Spec, Weight, Weights
+
+PREFIXES = ("language_model.", "base_model.model.", "module.")  # of multimodal wrappers, PEFT, and data parallelism
 
 
 @dataclass(frozen=True)
@@ -107,10 +110,13 @@ class Checkpoint:
         self.config = config
         self._embedded_files = embedded_files
         self._files = tuple(files)
-        self._file_of = files_by_tensor(self._files)
-        self.tensors: Mapping[str, TensorInfo] = {n: f.header.tensors[n] for n, f in self._file_of.items()}
+        stored = files_by_tensor(self._files)
+        prefix = _common_prefix(stored)
+        self._file_of = {name[len(prefix) :]: (file, name) for name, file in stored.items()}
+        self.tensors: Mapping[str, TensorInfo] = {n: f.header.tensors[s] for n, (f, s) in self._file_of.items()}
         self.params: tuple[Param, ...] = parameters(config)
         self._binding: Binding = bind(CheckpointHeaders(self.tensors, config, raw_config), self.params)
+        self._remarks = remarks(raw_config)
         self.format: str = self._binding.name
         self.size_bytes: int = sum(info.nbytes for info in self.tensors.values())
         self.generation_config: Mapping[str, Any] = (
@@ -223,8 +229,13 @@ class Checkpoint:
             size_bytes=self.size_bytes,
             bits_per_weight=8 * self.size_bytes / count,
             roles={role: self._role_summary(role) for role in MATRIX_ROLES},
-            note=self._binding.note or fake_quantized_note(self.format, self.folder),
+            note="; ".join(filter(None, (fake_quantized_note(self.format, self.folder), *self.notes))),
         )
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know about how the files were read, one line each."""
+        return [*filter(None, [self._binding.note]), *self._remarks]
 
     def _role_summary(self, role: Role) -> dict[str, Any]:
         sources = [self._binding.sources[param.name] for param in self._matrices(role)]
@@ -240,10 +251,17 @@ class Checkpoint:
         for expected in source.expected:
             stored = self._get(expected.name)
             if not any(np.may_share_memory(stored, array) for array in weight.arrays):
-                self._file_of[expected.name].release_array(stored)
+                self._file_of[expected.name][0].release_array(stored)
 
     def _get(self, name: str) -> Array:
-        return self._file_of[name].get(name)
+        file, stored_name = self._file_of[name]
+        return file.get(stored_name)
+
+
+def _common_prefix(names: Iterable[str]) -> str:
+    """The first of PREFIXES that begins every name, or "". Tools put one before models that they wrap."""
+    names = list(names)
+    return next((prefix for prefix in PREFIXES if names and all(name.startswith(prefix) for name in names)), "")
 
 
 def _open_folder(folder: Path) -> Checkpoint:

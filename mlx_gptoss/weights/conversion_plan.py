@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..config import SWIGLU_ALPHA, published
 from . import codecs
 from .checkpoint import CheckpointLike
+from .config_json import published
 from .formats import recipe_of
 from .formats.base import Recipe, Unit
 from .safetensors import TensorInfo
@@ -60,8 +60,6 @@ def plan_conversion(checkpoint: CheckpointLike, to: str, search: str | None = No
     content = published(config) | target_format.config_entries(to, checkpoint.params)
     if not config.eos_token_id:
         del content["eos_token_id"]
-    if config.swiglu_alpha != SWIGLU_ALPHA:
-        content["swiglu_alpha"] = config.swiglu_alpha
     dtypes = _vector_dtypes(checkpoint) | _scale_dtypes(checkpoint, recipe)
     units = target_format.units(to, checkpoint.params, dtypes)
     extra_files = target_format.extra_files(to, checkpoint.params)

@@ -55,7 +55,7 @@ def parameters(config: ModelConfig) -> tuple[Param, ...]:
 
 
 def _layer_parameters(layer: int, config: ModelConfig) -> list[Param]:
-    hidden, intermediate, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
+    hidden, intermediate, experts = config.hidden_size, config.intermediate_size, config.experts[layer]
     q, kv = config.q_size, config.kv_size
 
     def linear(name: str, role: Role, shape: tuple[int, ...]) -> list[Param]:

@@ -25,6 +25,8 @@ from .tensor import Array, Dense, Quantized, Spec, Weight
 class RankShard:
     """What one of several ranks holds: contiguous ranges of query heads, KV heads, experts and token ids.
 
+    experts: of a layer with config.num_local_experts of them; of_experts gives those of any layer.
+
     With more ranks than KV heads, several ranks hold the same KV head, and each of them a part of its query heads.
     """
 
@@ -38,7 +40,7 @@ class RankShard:
     @staticmethod
     def of(config: ModelConfig, rank: int, ranks: int) -> RankShard:
         """The shard of one rank. Raises InvalidRequest for more ranks than query heads or experts."""
-        max_ranks = min(config.num_attention_heads, config.num_local_experts)
+        max_ranks = min(config.num_attention_heads, *config.experts)
         if not 1 <= ranks <= max_ranks:
             raise InvalidRequest(f"this model can be split over 1 to {max_ranks} ranks, not {ranks}")
         query_heads, kv_heads = _heads(config, rank, ranks)
@@ -46,6 +48,10 @@ class RankShard:
         block = -(-config.vocab_size // ranks)  # equal blocks, as a gather needs them; the last one is padded
         vocabulary = range(min(rank * block, config.vocab_size), min((rank + 1) * block, config.vocab_size))
         return RankShard(rank, ranks, query_heads, kv_heads, experts, vocabulary)
+
+    def of_experts(self, count: int) -> range:
+        """The experts of a layer with `count` of them."""
+        return rank_range(count, self.rank, self.ranks)
 
 
 def rank_range(count: int, rank: int, ranks: int) -> range:
@@ -137,7 +143,7 @@ def split_of(param: Param, config: ModelConfig, shard: RankShard) -> tuple[int, 
         "attention.v": (0, kv_rows),
         "attention.o.weight": (1, query_rows),
         "attention.sinks": (0, shard.query_heads),
-        "experts": (0, shard.experts),
+        "experts": (0, shard.of_experts(param.shape[0])),
         "lm_head": (0, shard.vocabulary),
     }
     return next((split for kind, split in splits.items() if f"{param.kind}.".startswith(f"{kind}.")), None)

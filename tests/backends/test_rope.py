@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from mlx_gptoss.backends.rope import _correction_range, yarn_concentration, yarn_frequencies
+from mlx_gptoss.backends.rope import _correction_range, yarn_frequencies
 from mlx_gptoss.config import Yarn
 
 
@@ -31,8 +31,8 @@ def test_rounding_the_range_is_a_large_error():
 
 
 def test_concentration():
-    assert math.isclose(yarn_concentration(Yarn()), 0.1 * math.log(32) + 1)
-    assert yarn_concentration(Yarn(factor=1.0)) == 1.0
+    assert math.isclose(Yarn().concentration, 0.1 * math.log(32) + 1)
+    assert Yarn(factor=1.0).concentration == 1.0
 
 
 def test_factor_one_is_plain_rope():

@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import family
 import pytest
 from answer import ENDLESS, PROMPT
 
@@ -40,6 +41,18 @@ def test_options(ring, options):
     assert_same(split, whole, 5e-3 if "kv_bits" in options else 1e-4)
     assert (split["drafted"], split["accepted"]) == (whole.drafted, whole.accepted)
     assert (whole.drafted > 0) == ("speculate" in options)
+
+
+@pytest.mark.parametrize("backend", ["mlx", pytest.param("cuda", marks=pytest.mark.slow)])
+def test_layers_that_differ(ring, torchrun, tmp_path, backend):
+    """Each rank holds its part of each layer's experts, whose numbers differ."""
+    experts, windows = [8, 3, 5], [8, None, 24]
+    config = family.CONFIG | {"num_hidden_layers": 3, "num_local_experts": experts, "sliding_window": windows}
+    tensors = family.random_tensors(experts, vocab=342)  # the prompt's ids, and those that ENDLESS holds back
+    folder = family.write_checkpoint(tmp_path / "model", config | {"vocab_size": 342}, tensors)
+    options = {"path_or_repo_id": str(folder), "backend": backend, "device": "cpu"}
+    split, whole = run_on_two_ranks(ring if backend == "mlx" else torchrun, **options), run_alone(**options)
+    assert_same(split, whole)
 
 
 @pytest.mark.parametrize("backend", ["mlx", pytest.param("cuda", marks=pytest.mark.slow)])

@@ -12,7 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mlx_gptoss.config import ModelConfig, published
+from mlx_gptoss.config import ModelConfig
+from mlx_gptoss.weights.config_json import published
 from mlx_gptoss.weights.formats import recipe_of
 from mlx_gptoss.weights.params import parameters
 from mlx_gptoss.weights.safetensors import DTYPES

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from mlx_gptoss.config import ModelConfig, published
+from mlx_gptoss.config import ModelConfig
 from mlx_gptoss.weights import checkpoint, codecs
+from mlx_gptoss.weights.config_json import published
 from mlx_gptoss.weights.convert import convert
 from mlx_gptoss.weights.formats import recipe_of
 from mlx_gptoss.weights.params import parameters
@@ -45,6 +46,7 @@ import sys, numpy as np, mlx.core as mx
 from pathlib import Path
 from mlx_lm.utils import load_model, dequantize_model
 from mlx.utils import tree_flatten
+from mlx_gptoss.weights.config_json import published
 mx.set_default_device(mx.cpu)
 model, _ = load_model(Path(sys.argv[1]))
 model = dequantize_model(model)

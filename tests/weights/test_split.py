@@ -79,7 +79,7 @@ def test_a_rank_does_not_read_the_other_parts(mini, tmp_path, name):
     damaged = open_checkpoint(folder)
     parameter = "layers.0.experts.down.weight"
     stored = [tensor for tensor in damaged._binding.sources[parameter].expected if "scale" in tensor.name][-1].name
-    file = damaged._file_of[stored]
+    file, _ = damaged._file_of[stored]
     info, start = file.header.tensors[stored], file.header.offsets[stored]
     with file.path.open("r+b") as opened:
         opened.seek(start + info.nbytes - 2)

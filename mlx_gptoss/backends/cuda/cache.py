@@ -15,7 +15,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ...config import FULL, ModelConfig
+from ...config import ModelConfig
 
 GROWTH = 256  # full layers grow by multiples of this many tokens
 
@@ -208,9 +208,9 @@ class Cache:
         heads, dim = config.num_key_value_heads, config.head_dim
         self.layers: list[LayerCache] = [
             FullCache(slots, heads, dim, max_context, max_context if whole else 0, dtype, device)
-            if kind == FULL
-            else RingCache(slots, heads, dim, config.sliding_window, dtype, device)
-            for kind in config.layer_types
+            if window is None
+            else RingCache(slots, heads, dim, window, dtype, device)
+            for window in config.windows
         ]
 
     def save(self, slot: int, start: int, end: int) -> SlotSnapshot:

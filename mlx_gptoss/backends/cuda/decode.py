@@ -10,6 +10,7 @@ Legend: B rows (a power of two; those without a request are idle, at position -1
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -69,6 +70,14 @@ class Inputs:
             part[: len(rows)] = torch.tensor(values, dtype=part.dtype)
 
 
+@dataclass(frozen=True)
+class Route:
+    """Where the tokens go in a layer of E experts. scores: the router's, float32 [B, E]."""
+
+    scores: Tensor
+    groups: routing.Groups
+
+
 class Buffers:
     """All buffers between a step's inputs and its outputs, for B rows.
 
@@ -98,12 +107,11 @@ class Buffers:
         self.q, self.y = new(rows, c.num_attention_heads, c.head_dim), new(rows, c.q_size)
         heads = c.num_attention_heads, c.num_key_value_heads
         self.attention: Tensor = attention.decode_scratch(rows, *heads, capacity, model.dtype, device)
-        self.scores: Tensor = new(rows, c.num_local_experts, dtype=torch.float32)
-        self.groups: routing.Groups = routing.Groups(
-            new(pairs, dtype=torch.int32),
-            new(c.num_local_experts + 1, dtype=torch.int32),
-            new(pairs, dtype=torch.float32),
-        )
+        order, weights = new(pairs, dtype=torch.int32), new(pairs, dtype=torch.float32)
+        self.routes: dict[int, Route] = {
+            E: Route(new(rows, E, dtype=torch.float32), routing.Groups(order, new(E + 1, dtype=torch.int32), weights))
+            for E in set(c.experts)
+        }
         self.hidden, self.parts = new(pairs, c.intermediate_size), new(pairs, D)
         if not model.ranks.alone:
             self.share = new(rows, D)  # this rank's part of a sum
@@ -223,19 +231,20 @@ class Decoder:
     def _mixture(self, b: Buffers, block: Block, uses: Uses) -> None:
         router, experts = block.mlp.router, block.mlp.experts
         x, gain, eps = self._normed(b, block.mlp_norm, uses)
-        routing.router(x, router.matrices[0], router.bias, b.scores, norm=gain, eps=eps)
+        route = b.routes[router.matrices[0].shape[0]]
+        routing.router(x, router.matrices[0], router.bias, route.scores, norm=gain, eps=eps)
         if (delta := _delta(x, block.mlp.router_adapters, uses)) is not None:
-            b.scores += delta
+            route.scores += delta
         adapters = tuple(expert_adapters(block.mlp.gate_up_adapters, block.mlp.down_adapters, uses))
         if gain is not None:
-            moe.forward_one_token(b.x, b.scores, experts, b.hidden, gain, eps)
+            moe.forward_one_token(b.x, route.scores, experts, b.hidden, gain, eps)
         else:
-            routing.sort_pairs(b.scores, b.inputs.positions, experts.active, b.groups)
+            routing.sort_pairs(route.scores, b.inputs.positions, experts.active, route.groups)
             if self._model.ranks.alone:
-                moe.forward_grouped(b.x, x, b.groups, experts, b.hidden, b.parts, b.x, b.inputs.positions, adapters)
+                moe.forward_grouped(b.x, x, route.groups, experts, b.hidden, b.parts, b.x, b.inputs.positions, adapters)
             else:
                 b.parts.zero_()  # the other ranks' experts add nothing
-                groups = b.groups.of_experts(experts.local_experts)
+                groups = route.groups.of_experts(experts.local_experts)
                 moe.forward_grouped(None, x, groups, experts, b.hidden, b.parts, b.share, b.inputs.positions, adapters)
                 b.x += self._model.ranks.sum(b.share)
 

@@ -18,7 +18,7 @@ from ...weights.adapters import Adapter
 from ...weights.codecs import contiguous_rows
 from ...weights.split import RankShard
 from ...weights.tensor import Array, Dense, Quantized, Weight, Weights, same_storage
-from ..rope import yarn_concentration, yarn_frequencies
+from ..rope import yarn_frequencies
 from .adapters import LowRank
 from .layers import DenseMatrix, ExpertLinear, Experts, Linear, Matrix, Operations, QuantizedMatrix
 from .model import Attention, Block, GptOss, MixtureOfExperts, Norm, Rotary
@@ -43,7 +43,7 @@ def load_model(
     embed = loader.matrix("embed.weight")
     lm_head = Linear((loader.matrix("lm_head.weight"),), None, ops)
     frequencies = torch.from_numpy(yarn_frequencies(config.yarn, config.head_dim)).to(device)
-    rotary = Rotary(frequencies, config.head_dim**-0.5 * yarn_concentration(config.yarn) ** 2)
+    rotary = Rotary(frequencies, config.head_dim**-0.5 * config.yarn.concentration**2)
     blocks = tuple(_block(loader, config, layer, rotary.score_scale) for layer in range(config.num_hidden_layers))
     return GptOss(config, dtype, embed, rotary, blocks, loader.norm("norm.weight", config), lm_head, loader.ranks)
 
@@ -67,7 +67,7 @@ def _block(loader: _WeightLoader, config: ModelConfig, layer: int, scale: float)
         active=config.num_experts_per_tok,
         limit=config.swiglu_limit,
         alpha=config.swiglu_alpha,
-        local_experts=loader.ranks.shard.experts,
+        local_experts=loader.ranks.shard.of_experts(config.experts[layer]),
     )
     mlp = MixtureOfExperts(
         loader.ops,

@@ -75,9 +75,8 @@ class TorchOperations:
 
     def attend_causal(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float) -> Tensor:
         """A block of queries at a time, each over the keys up to its end."""
-        _, H, L, _ = q.shape
-        C = keys.shape[2]
-        size = max(1, (CPU_SCORES if q.device.type == "cpu" else GPU_SCORES) // (H * C))
+        L, C = q.shape[2], keys.shape[2]
+        size = _queries_at_a_time(q, C)
         parts = []
         for start in range(0, L, size):
             block = q[:, :, start : start + size]
@@ -88,25 +87,26 @@ class TorchOperations:
         return _merge_heads(torch.cat(parts, dim=2), q.dtype)
 
     def attend_sliding(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float, past: int) -> Tensor:
-        """S = min(L, W) queries at a time. Work per token does not grow with L: block n of S queries sees only the keys
-        [n S, n S + W + S)."""
+        """Work per token does not grow with L: of more than W queries, block n of W sees only the keys
+        [n W, n W + 2 W)."""
         dtype, L = q.dtype, q.shape[2]
         W = keys.shape[2] - L
-        S = min(L, W)
-        n = -(-L // S)
-        if n > 1:
-            pad = (0, 0, 0, n * S - L)
-            q = _blocks(F.pad(q, pad), S)  # [n, H, S, 64]
-            k, v = (_blocks(F.pad(a, pad), S) for a in (keys, values))  # [n + 1, K, S, 64], as S = W
-            keys, values = (torch.cat([a[:-1], a[1:]], dim=2) for a in (k, v))  # [n, K, W + S, 64]
+        if L <= W:
+            seen = slice(W - past, None)
+            return _merge_heads(_within_window(q, keys[:, :, seen], values[:, :, seen], sinks, scale, W), dtype)
+        n = -(-L // W)
+        pad = (0, 0, 0, n * W - L)
+        q = _blocks(F.pad(q, pad), W)  # [n, H, W, 64]
+        k, v = (_blocks(F.pad(a, pad), W) for a in (keys, values))  # [n + 1, K, W, 64]
+        keys, values = (torch.cat([a[:-1], a[1:]], dim=2) for a in (k, v))  # [n, K, 2 W, 64]
         # Query i is at index W + i of its block's keys and sees the W keys up to itself.
-        i, j = torch.arange(S, device=q.device)[:, None], torch.arange(W + S, device=q.device)[None, :]
-        mask = ((j > i) & (j <= i + W)).expand(n, 1, S, W + S)
+        i, j = torch.arange(W, device=q.device)[:, None], torch.arange(2 * W, device=q.device)[None, :]
+        mask = ((j > i) & (j <= i + W)).expand(n, 1, W, 2 * W)
         if past < W:  # the first block's oldest keys are before position 0
             exists = (torch.arange(n, device=q.device)[:, None] > 0) | (j >= W - past)
             mask = mask & exists[:, None, None, :]
-        y = _attend(q, keys, values, mask, sinks, scale)  # [n, H, S, 64]
-        return _merge_heads(y.transpose(0, 1).reshape(1, y.shape[1], n * S, y.shape[3])[:, :, :L], dtype)
+        y = _attend(q, keys, values, mask, sinks, scale)  # [n, H, W, 64]
+        return _merge_heads(y.transpose(0, 1).reshape(1, y.shape[1], n * W, y.shape[3])[:, :, :L], dtype)
 
     def mixture(
         self, x: Tensor, scores: Tensor, experts: Experts, adapters: Sequence[ExpertAdapter] = ()
@@ -172,6 +172,27 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor,
     total = weights.sum(dim=-1, keepdim=True) + (sinks - top).exp()
     y = weights.view(B, K, H // K * L, C) @ v.float()
     return y.view(B, H, L, dim) / total
+
+
+def _queries_at_a_time(q: Tensor, keys: int) -> int:
+    """How many of the queries [B, H, L, 64] attend to `keys` keys at once, so that their scores stay small."""
+    return max(1, (CPU_SCORES if q.device.type == "cpu" else GPU_SCORES) // (q.shape[1] * keys))
+
+
+def _within_window(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, scale: float, window: int) -> Tensor:
+    """Sliding attention of at most W queries [1, H, L, 64] over P past keys and their own, [1, K, P + L, 64], a part of
+    the queries at a time: a window may be long (8192 in gpt-oss-puzzle)."""
+    L = q.shape[2]
+    P, size = k.shape[2] - L, _queries_at_a_time(q, k.shape[2])
+    parts = []
+    for first in range(0, L, size):
+        end = min(first + size, L)
+        start = max(0, P + first - window + 1)  # the oldest key that any of these queries sees
+        i = torch.arange(P + first, P + end, device=q.device)[:, None]
+        j = torch.arange(start, P + end, device=q.device)[None, :]
+        mask, seen = (j > i - window) & (j <= i), slice(start, P + end)
+        parts.append(_attend(q[:, :, first:end], k[:, :, seen], v[:, :, seen], mask, sinks, scale))
+    return torch.cat(parts, dim=2)
 
 
 def _merge_heads(y: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ positions are absolute from 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -16,9 +16,29 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from ...config import FULL, ModelConfig
+from ...config import ModelConfig
 
 GROWTH = 256  # full layers hold multiples of this many tokens
+
+
+@dataclass(frozen=True)
+class RingSpan:
+    """Where a pass writes in the rings of one window, and what it sees there.
+
+    size: R, the window plus the slack. places: in the ring, of each row's token or of one row's L tokens, int32
+    [B or L]. seen: bool [B, 1, L, min(end, R)], the filled places that each query sees; None is all.
+    """
+
+    size: int
+    places: mx.array
+    seen: mx.array | None
+
+    @staticmethod
+    def of(positions: NDArray[np.int64], window: int, slack: int) -> RingSpan:
+        """positions: [B, L]"""
+        size = window + slack
+        places = mx.array((positions % size).ravel().astype(np.int32))
+        return RingSpan(size, places, _in_window(positions, window, size) if positions.shape[1] <= slack + 1 else None)
 
 
 @dataclass(frozen=True)
@@ -26,30 +46,26 @@ class Span:
     """Where this forward pass writes, either one slot and any number of tokens, or B slots and one token each, with
     the index arrays that every layer needs, made once on the host.
 
-    slots, starts: [B] host integers, ascending slots. length: tokens per row. ring: W plus the slack.
-    rows, offsets: slots and starts on the device, int32 [B]. places: in the ring, of each row's token or of one row's
-        L tokens, int32 [B or L].
+    slots, starts: [B] host integers, ascending slots. length: tokens per row. rings: by window.
+    rows, offsets: slots and starts on the device, int32 [B].
     rotations: by how many positions each head of a one-token row's queries, keys and values is rotated, int32
         [B * (H + 2 K)]; a value by 0, which leaves it unchanged.
     tokens, pairs: indices of the activation rows that each token's experts read, uint32 [T, 1], and of the rows that
         they produce, uint32 [T, A]; both count up from 0.
     seen: bool [B, 1, 1, end], the positions visible to each of several rows of unequal length; None is all.
-        seen_in_ring: the same for the filled part of a ring, bool [B, 1, L, min(end, R)].
     adapters: of the rows: each one's index, and bool [B], the rows that use it; None if all do.
     """
 
     slots: tuple[int, ...]
     starts: tuple[int, ...]
     length: int
-    ring: int
+    rings: Mapping[int, RingSpan]
     rows: mx.array
     offsets: mx.array
-    places: mx.array
     rotations: mx.array
     tokens: mx.array
     pairs: mx.array
     seen: mx.array | None
-    seen_in_ring: mx.array | None
     adapters: tuple[tuple[int, mx.array | None], ...] = ()
 
     @staticmethod
@@ -61,7 +77,7 @@ class Span:
         slack: int = 0,
         adapters: Sequence[tuple[int, list[bool] | None]] = (),
     ) -> Span:
-        kv_heads, ring = config.num_key_value_heads, config.sliding_window + slack
+        kv_heads = config.num_key_value_heads
         positions = np.add.outer(starts, np.arange(length))  # [B, L]
         rows, offsets = mx.array(np.array([slots, starts], np.int32))
         turned = [1] * (config.num_attention_heads + kv_heads) + [0] * kv_heads
@@ -69,15 +85,13 @@ class Span:
             slots=tuple(slots),
             starts=tuple(starts),
             length=length,
-            ring=ring,
+            rings={w: RingSpan.of(positions, w, slack) for w in set(config.windows) if w is not None},
             rows=rows,
             offsets=offsets,
-            places=mx.array((positions % ring).ravel().astype(np.int32)),
             rotations=mx.array(np.outer(starts, turned).ravel().astype(np.int32)),
             tokens=_count_up(len(slots) * length, 1),
             pairs=_count_up(len(slots) * length, config.num_experts_per_tok),
             seen=_causal_mask(offsets, max(starts) + length) if len(set(starts)) > 1 else None,
-            seen_in_ring=_in_window(positions, config.sliding_window, ring) if length <= slack + 1 else None,
             adapters=tuple((index, None if uses is None else mx.array(uses)) for index, uses in adapters),
         )
 
@@ -220,19 +234,20 @@ class RingCache:
     def update(self, kv: mx.array, span: Span) -> tuple[mx.array, mx.array]:
         """Store kv [2, B, K, L, 64], one token per row, or up to 1 + slack of one slot, and return the ring's contents,
         [B, K, min(end, R), 64] each. Their order does not matter to softmax."""
-        place = span.starts[0] % span.ring
-        if place + span.length > span.ring:  # one slot's tokens around the ring's end
+        ring = span.rings[self.window]
+        place = span.starts[0] % ring.size
+        if place + span.length > ring.size:  # one slot's tokens around the ring's end
             slot = span.slots[0]
-            self._kv[:, slot : slot + 1, :, span.places] = kv
+            self._kv[:, slot : slot + 1, :, ring.places] = kv
         else:
-            self._kv = _write(self._kv, kv, span, place, span.places)
-        rows, filled = _slot_index(span), min(span.end, span.ring)
+            self._kv = _write(self._kv, kv, span, place, ring.places)
+        rows, filled = _slot_index(span), min(span.end, ring.size)
         return self._kv[0, rows, :, :filled], self._kv[1, rows, :, :filled]
 
     def extend(self, kv: mx.array, span: Span) -> tuple[mx.array, mx.array]:
         """Store one slot's next L tokens, kv [2, 1, K, L, 64], and return keys and values after the W positions
         before them: [1, K, W + L, 64] each. Positions before 0 are zeros, to be masked."""
-        slot, ring = span.slots[0], span.ring
+        slot, ring = span.slots[0], self.window + self.slack
         # Rolled so that the oldest position, start - R, comes first.
         past = mx.roll(self._kv[:, slot : slot + 1], -(span.starts[0] % ring), 3)
         joined = mx.concatenate([past, kv], axis=3)
@@ -257,12 +272,12 @@ class Cache:
         slack: int = 0,
     ) -> None:
         shape = (slots, config.num_key_value_heads, config.head_dim)
-        full = [layer for layer, kind in enumerate(config.layer_types) if kind == FULL]
+        full = [layer for layer, window in enumerate(config.windows) if window is None]
         self.layers: list[LayerCache] = [
             FullCache(shape, dtype, max_context, full.index(layer) / len(full), packed=kv_bits == 8)
-            if kind == FULL
-            else RingCache(shape, dtype, config.sliding_window, slack)
-            for layer, kind in enumerate(config.layer_types)
+            if window is None
+            else RingCache(shape, dtype, window, slack)
+            for layer, window in enumerate(config.windows)
         ]
 
     @property

@@ -29,7 +29,7 @@ from ...weights.tensor import (
     Weights,
     same_storage,
 )
-from ..rope import yarn_concentration, yarn_frequencies
+from ..rope import yarn_frequencies
 from . import host
 from .adapters import LowRank
 from .elementwise import Elementwise
@@ -75,7 +75,7 @@ def load_model(
         lm_head, rest = _split_lm_head(checkpoint.read("lm_head.weight"), resident_vocab)
         checkpoint.release()
     frequencies = mx.array((1.0 / yarn_frequencies(config.yarn, config.head_dim)).astype(np.float32))
-    rotary = Rotary(frequencies, config.head_dim**-0.5 * yarn_concentration(config.yarn) ** 2)
+    rotary = Rotary(frequencies, config.head_dim**-0.5 * config.yarn.concentration**2)
     blocks = tuple(_block(loader, config, layer, rotary) for layer in range(config.num_hidden_layers))
     return GptOss(config, dtype, embed, blocks, loader.vector("norm.weight"), lm_head, rest, elementwise, loader.ranks)
 
@@ -111,6 +111,7 @@ def _block(loader: _WeightLoader, config: ModelConfig, layer: int, rotary: Rotar
         gate_up=loader.experts([f"{prefix}.experts.gate", f"{prefix}.experts.up"]),
         down=loader.experts([f"{prefix}.experts.down"]),
         bias=loader.vectors([f"{prefix}.experts.{part}.bias" for part in ("gate", "up", "down")]),
+        own=loader.ranks.shard.of_experts(config.experts[layer]),
         elementwise=loader.elementwise,
         ranks=loader.ranks,
         min_pairs_to_sort=loader.min_pairs_to_sort,

@@ -67,7 +67,7 @@ class Attention:
         if isinstance(cache, RingCache) and 1 + cache.slack < L:
             y = self._sliding(q, *cache.extend(kv, span), past=min(span.starts[0], cache.window))
         else:
-            mask = span.seen if isinstance(cache, FullCache) else span.seen_in_ring
+            mask = span.seen if isinstance(cache, FullCache) else span.rings[cache.window].seen
             cached = cache.update(kv, span)
             if isinstance(cached, QuantizedKV):
                 y = self._attend_quantized(q, cached, mask)
@@ -91,31 +91,43 @@ class Attention:
         return qk[:, :H], mx.stack([qk[:, H:], x[:, H + K :]])
 
     def _sliding(self, q: mx.array, keys: mx.array, values: mx.array, past: int) -> mx.array:
-        """Sliding attention of one slot's L new queries over W past and L new keys, S = min(L, W) queries at a time.
+        """Sliding attention of one slot's L new queries over W past and L new keys, of which `past` past ones exist.
 
-        Work per token does not grow with L: block n of S queries sees only the keys [n S, n S + W + S). past: how many
-        of the W past keys exist; a single block omits the others.
+        Work per token does not grow with L: of more than W queries, block n of W sees only the keys [n W, n W + 2 W).
         """
         L = q.shape[2]
         W = keys.shape[2] - L
-        S = min(L, W)
-        n, P = -(-L // S), W
-        if n == 1:
-            P = past
-            keys, values = keys[:, :, W - P :], values[:, :, W - P :]
-        else:
-            pad = [(0, 0), (0, 0), (0, n * S - L), (0, 0)]
-            q = _blocks(mx.pad(q, pad), S)  # [n, H, S, 64]
-            k, v = (_blocks(mx.pad(a, pad), S) for a in (keys, values))  # [n + 1, K, S, 64], as S = W
-            keys, values = (mx.concatenate([a[:-1], a[1:]], axis=2) for a in (k, v))  # [n, K, W + S, 64]
-        # Query i is at index P + i of its block's keys and sees the W keys up to itself.
-        i, j = mx.arange(S)[:, None], mx.arange(P + S)[None, :]
-        mask = mx.broadcast_to((j > i + P - W) & (j <= i + P), (n, 1, S, P + S))
-        if past < P:  # the first block's oldest keys are before position 0
+        if L <= W:
+            return self._within_window(q, keys[:, :, W - past :], values[:, :, W - past :], W)
+        n = -(-L // W)
+        pad = [(0, 0), (0, 0), (0, n * W - L), (0, 0)]
+        q = _blocks(mx.pad(q, pad), W)  # [n, H, W, 64]
+        k, v = (_blocks(mx.pad(a, pad), W) for a in (keys, values))  # [n + 1, K, W, 64]
+        keys, values = (mx.concatenate([a[:-1], a[1:]], axis=2) for a in (k, v))  # [n, K, 2 W, 64]
+        # Query i is at index W + i of its block's keys and sees the W keys up to itself.
+        i, j = mx.arange(W)[:, None], mx.arange(2 * W)[None, :]
+        mask = mx.broadcast_to((j > i) & (j <= i + W), (n, 1, W, 2 * W))
+        if past < W:  # the first block's oldest keys are before position 0
             exists = (mx.arange(n)[:, None] > 0) | (j >= W - past)
             mask = mask & exists[:, None, None, :]
-        y = self._attend(q, keys, values, mask)  # [n, H, S, 64]
-        return y.swapaxes(0, 1).reshape(1, y.shape[1], n * S, y.shape[3])[:, :, :L]
+        y = self._attend(q, keys, values, mask)  # [n, H, W, 64]
+        return y.swapaxes(0, 1).reshape(1, y.shape[1], n * W, y.shape[3])[:, :, :L]
+
+    def _within_window(self, q: mx.array, keys: mx.array, values: mx.array, window: int) -> mx.array:
+        """Sliding attention of at most W queries over P past keys and their own, with as many queries at a time as
+        max_scores allows: a window may be long (8192 in gpt-oss-puzzle)."""
+        _, H, L, _ = q.shape
+        P = keys.shape[2] - L
+        rows = L if self.max_scores is None else max(1, self.max_scores // (H * keys.shape[2]))
+        parts = []
+        for first in range(0, L, rows):
+            end = min(first + rows, L)
+            start = max(0, P + first - window + 1)  # the oldest key that any of these queries sees
+            i, j = mx.arange(P + first, P + end)[:, None], mx.arange(start, P + end)[None, :]
+            mask = ((j > i - window) & (j <= i))[None, None]
+            seen = slice(start, P + end)
+            parts.append(self._attend(q[:, :, first:end], keys[:, :, seen], values[:, :, seen], mask))
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
 
     def _causal(self, q: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         """Causal attention of one slot's last L positions, with as many queries at a time as max_scores allows."""
@@ -157,15 +169,16 @@ class Attention:
 @dataclass(frozen=True)
 class MixtureOfExperts:
     """router: D -> E; gate_up: D -> 2 I per expert, gate rows first; down: I -> D per expert.
-    bias [E, 2 I + D]: of both, so that those of a token's experts are fetched at once. The experts are those of this
-    rank; the router covers all. min_pairs_to_sort: token-expert pairs from which sorting them by expert is faster.
-    router_adapters, gate_up_adapters, down_adapters: what each adapter adds to them."""
+    bias [E, 2 I + D]: of both, so that those of a token's experts are fetched at once. own: the router's numbers of
+    this rank's experts, which are those held here. min_pairs_to_sort: token-expert pairs from which sorting them by
+    expert is faster. router_adapters, gate_up_adapters, down_adapters: what each adapter adds to them."""
 
     config: ModelConfig
     router: Linear
     gate_up: ExpertLinear
     down: ExpertLinear
     bias: mx.array
+    own: range
     elementwise: Elementwise
     ranks: Ranks
     min_pairs_to_sort: int
@@ -178,7 +191,7 @@ class MixtureOfExperts:
         shape, D = x.shape, x.shape[-1]
         x = x.reshape(-1, D)
         chosen, weights = self._route(x, span)  # [T, A] each
-        experts, weights = self.ranks.local_experts(chosen, weights)
+        experts, weights = self.ranks.local_experts(chosen, weights, self.own)
         if chosen.size >= self.min_pairs_to_sort:
             y, bias = self._sorted(x, chosen, span), self.bias[:, -D:][experts]  # [T, A, D] each
         else:
@@ -209,10 +222,10 @@ class MixtureOfExperts:
         """The experts' outputs without biases, [T, A, D], computed with the T * A pairs sorted by expert, so that each
         expert's rows are adjacent. Zeros where another rank has the expert."""
         (T, A), pairs = chosen.shape, chosen.flatten()
-        order = self.ranks.local_pairs(mx.argsort(pairs), pairs)
+        order = self.ranks.local_pairs(mx.argsort(pairs), pairs, self.own)
         if not order.size:
             return mx.zeros((T, A, x.shape[-1]), dtype=x.dtype)
-        experts = pairs[order] - self.ranks.shard.experts.start
+        experts = pairs[order] - self.own.start
         rows = order // A
         each = x[rows][:, None]
         y = self.gate_up(each, experts, None)  # [pairs, 1, 2 I]

@@ -57,21 +57,19 @@ class Ranks:
         parts = mx.distributed.all_gather(padded[None], group=self.group)  # [ranks, ..., block]
         return mx.moveaxis(parts, 0, -2).reshape(*rows, -1)[..., :size]
 
-    def local_experts(self, experts: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+    def local_experts(self, experts: mx.array, weights: mx.array, own: range) -> tuple[mx.array, mx.array]:
         """Each token's experts and weights, [T, A] each, with experts numbered from this rank's first. An expert of
         another rank gets weight 0, and the number of an expert that the token reads on this rank anyway."""
         if self.group is None:
             return experts, weights
-        own = self.shard.experts
         is_local = (experts >= own.start) & (experts < own.stop)
         local = mx.where(is_local, experts - own.start, 0)
         return mx.where(is_local, local, local.max(axis=-1, keepdims=True)), mx.where(is_local, weights, 0)
 
-    def local_pairs(self, order: mx.array, experts: mx.array) -> mx.array:
+    def local_pairs(self, order: mx.array, experts: mx.array, own: range) -> mx.array:
         """The part of `order`, which sorts token-expert pairs by `experts`, with this rank's experts. This waits for
         the router's result; otherwise the rank would have to compute all pairs."""
         if self.group is None:
             return order
-        own = self.shard.experts
         start, stop = np.array(mx.stack([(experts < end).sum() for end in (own.start, own.stop)])).tolist()
         return order[start:stop]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from ...errors import CheckpointError
 from ..params import Param
 from ..safetensors import TensorInfo
+from ..tensor import Dense
 from . import autoround, bf16, fp8, gguf, mlx, modelopt, mxfp4, original
 from .base import CheckpointHeaders, ExpectedTensor, Format, Recipe, Source
 from .hf_layout import HF_DENSE, hf_name
@@ -26,6 +29,8 @@ FORMATS: tuple[Format, ...] = (
 )
 WRITERS: Mapping[str, Format] = {name: fmt for fmt in FORMATS if fmt.writes for name in fmt.recipes}
 
+_UNUSED_NAMES = (".rotary_emb.inv_freq", ".k_scale", ".v_scale", ".q_scale")  # frequencies, and scales of FP8 caches
+_UNUSED_MODULES = ("v_head.", "value_head.", "score.")  # heads that trainers put on top
 _REFUSED_NAMES = (  # (what a tensor name ends in, why the checkpoint is refused)
     (
         "$",
@@ -58,11 +63,13 @@ def bind(headers: CheckpointHeaders, params: Sequence[Param]) -> Binding:
         names = [name for name in headers.tensors if name.endswith(ending)]
         if names:
             raise CheckpointError(f"{_first_names(names)}: {why}")
+    unused = {n for n in headers.tensors if n.endswith(_UNUSED_NAMES) or n.startswith(_UNUSED_MODULES)}
+    headers = replace(headers, tensors={name: t for name, t in headers.tensors.items() if name not in unused})
     sources: dict[str, Source] = {}
     problems: dict[str, list[str]] = {"missing": [], "of a wrong shape": [], "of a wrong dtype": [], "unknown": []}
     used: set[str] = set()
     for param in params:
-        source = next(filter(None, (fmt.find(param, headers) for fmt in FORMATS)), None)
+        source = _left_out(param, headers) or _find(param, headers)
         if source is None:
             problems["missing"].append(hf_name(param))
             continue
@@ -80,7 +87,33 @@ def bind(headers: CheckpointHeaders, params: Sequence[Param]) -> Binding:
         listed = "; ".join(f"{len(names)} {kind}: {_first_names(names)}" for kind, names in problems.items() if names)
         raise CheckpointError(f"the tensors do not match a gpt-oss model of the sizes in config.json: {listed}")
     note = "; ".join(sorted({source.note for source in sources.values()} - {""}))
+    heads = sorted(name for name in unused if name.startswith(_UNUSED_MODULES))
+    if heads:
+        note = "; ".join(filter(None, (note, f"not used, as they are no part of gpt-oss: {_first_names(heads)}")))
     return Binding(_format_name(sources, params), sources, note)
+
+
+def _find(param: Param, headers: CheckpointHeaders) -> Source | None:
+    """Where a parameter is stored, or None."""
+    return next(filter(None, (fmt.find(param, headers) for fmt in FORMATS)), None)
+
+
+def _left_out(param: Param, headers: CheckpointHeaders) -> Source | None:
+    """The source of a parameter that config.json says is not stored: lm_head with tie_word_embeddings, which is the
+    embedding table, and the biases of attention with `attention_bias: false`, which are zero. None if it is stored."""
+    if param.role == "lm_head" and headers.raw.get("tie_word_embeddings") is True:
+        source = _find(param, headers)
+        if source is None or not headers.has(*(expected.name for expected in source.expected)):
+            return _find(replace(param, name="embed.weight", role="embed"), headers)
+    if param.role == "attention" and param.kind.endswith(".bias") and headers.raw.get("attention_bias") is False:
+        source = _find(param, headers)
+        if source is None or not headers.has(*(expected.name for expected in source.expected)):
+            zeros = np.zeros(param.shape, np.float32)
+            return Source(HF_DENSE, None, (), lambda get: Dense(zeros))
+        raise CheckpointError(
+            f"{source.expected[0].name} is stored, but config.json's attention_bias is false: one of the two was edited"
+        )
+    return None
 
 
 def recipe_of(name: str, search: str | None = None) -> tuple[Format, Recipe]:

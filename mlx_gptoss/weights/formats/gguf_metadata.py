@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ...config import token_ids
 from ...errors import CheckpointError
 from ...untrusted.tokenizer_file import SPLIT_PATTERNS
+from ..config_json import token_ids
 from ..gguf import StringArray, Value
 from ..safetensors import TensorInfo
 

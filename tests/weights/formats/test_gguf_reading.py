@@ -16,9 +16,9 @@ from safetensors.numpy import load_file as load_numpy
 import mlx_gptoss
 from mlx_gptoss.backends import mlx as backend
 from mlx_gptoss.backends.base import Limits
-from mlx_gptoss.config import read_config
 from mlx_gptoss.tokenizer import Tokenizer
 from mlx_gptoss.weights import checkpoint, codecs, gguf
+from mlx_gptoss.weights.config_json import read_config
 from mlx_gptoss.weights.formats import gguf as gguf_format
 from mlx_gptoss.weights.tensor import AFFINE8_G32, MXFP4
 
