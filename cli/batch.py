@@ -36,7 +36,7 @@ def batch(requests: Path, answers: Path, model: str | None, retry: bool, as_json
     with serve_extra():
         from mlx_gptoss.server.batch import Batch
         from mlx_gptoss.server.guard import Gate
-        from mlx_gptoss.server.models.named import NamedModel, model_names
+        from mlx_gptoss.server.models.named import NamedModel, model_names, with_adapters
         from mlx_gptoss.server.responses.store import ResponseStore
         from mlx_gptoss.server.service import Service
 
@@ -44,9 +44,9 @@ def batch(requests: Path, answers: Path, model: str | None, retry: bool, as_json
     with Batch(requests, answers, retry=retry) as work:
         try:
             if work.done < work.total:
-                with load(model, **given) as loaded, _bar(work) as progress:
-                    named = NamedModel(loaded, *model_names(model))
-                    work.run(Service([named], Gate(), store=ResponseStore(max_bytes=0)), progress)
+                with load(model, several_adapters=True, **given) as loaded, _bar(work) as progress:
+                    named = with_adapters(NamedModel(loaded, *model_names(model)), loaded.adapters)
+                    work.run(Service(named, Gate(), store=ResponseStore(max_bytes=0)), progress)
         except KeyboardInterrupt:
             click.echo(
                 f"interrupted; {work.done} of {work.total} lines are answered; the same command continues after them",

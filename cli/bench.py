@@ -15,7 +15,15 @@ import click
 
 from mlx_gptoss.options import LoadOptions
 
-from .options import DEVICE_OPTIONS, JSON_OPTION, MODEL_OPTION, PLOT_STYLE_OPTION, declared, options
+from .options import (
+    ADAPTER_OPTION,
+    DEVICE_OPTIONS,
+    JSON_OPTION,
+    MODEL_OPTION,
+    PLOT_STYLE_OPTION,
+    declared,
+    options,
+)
 
 if TYPE_CHECKING:
     from mlx_gptoss.measure.benchmark import Report, Target
@@ -44,7 +52,7 @@ AGAINST = ["mlx-lm", "transformers", "mlx", "cuda"]
 @click.option("--repeat", type=COUNT, default=3, show_default=True, metavar="R", help="Report the median of R runs.")
 @click.option("--against", type=click.Choice(AGAINST), help="Time this engine or our other backend as well, in turns.")
 @click.option("--against-dtype", metavar="NAME", help="Data type for --against. Default: its own.")
-@options(DEVICE_OPTIONS, declared(LoadOptions, "quantize"))
+@options(DEVICE_OPTIONS, declared(LoadOptions, "quantize"), (ADAPTER_OPTION,))
 @click.option("--plot", type=Path, metavar="FILE.png", help="Plot speed by context and by batch.")
 @options((PLOT_STYLE_OPTION,))
 @options((JSON_OPTION,))
@@ -68,6 +76,8 @@ def bench(
     """
     if choices["quantize"] and choices["against"] in AGAINST[:2]:
         raise click.UsageError("--against loads the checkpoint as it is: convert it first and leave out --quantize")
+    if choices["adapters"] and (choices["against"] or len(choices["adapters"]) > 1):
+        raise click.UsageError("give one --adapter, and leave out --against")
     source = click.get_current_context().get_parameter_source("model")
     if choices["synthetic"] and source is not click.core.ParameterSource.COMMANDLINE:
         choices["model"] = None  # the default of the environment or of the config file
@@ -113,7 +123,12 @@ def _bench(cases: list[Case], repeat: int, log: Callable[[str], None], **choices
         source, folder = _source(stack, log, **choices)
         synthetic = (choices["synthetic"], choices["layers"], source.format) if choices["synthetic"] else None
         request = LoadRequest(
-            model=choices["model"], synthetic=synthetic, backend=choices["backend"], quantize=quantize, prefix_cache=0
+            model=choices["model"],
+            synthetic=synthetic,
+            backend=choices["backend"],
+            quantize=quantize,
+            prefix_cache=0,
+            adapters=choices["adapters"],
         )
         model = BenchModel(source, source.size_bytes, source.format, request)
         if quantize:

@@ -10,7 +10,15 @@ import click
 
 from mlx_gptoss.options import LoadOptions
 
-from .options import DEVICE_OPTIONS, MODEL_VARIABLE, PLOT_STYLE_OPTION, ModelName, declared, options
+from .options import (
+    ADAPTER_OPTION,
+    DEVICE_OPTIONS,
+    MODEL_VARIABLE,
+    PLOT_STYLE_OPTION,
+    ModelName,
+    declared,
+    options,
+)
 
 if TYPE_CHECKING:
     from mlx_gptoss.measure.evaluation import Divergence, Evaluation
@@ -31,7 +39,7 @@ if TYPE_CHECKING:
 @click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Stop after N predictions.")
 @click.option("--plot", type=Path, metavar="FILE.png", help="Plot KL by position and, for several models, by format.")
 @options((PLOT_STYLE_OPTION,))
-@options(DEVICE_OPTIONS, declared(LoadOptions, "kv_bits"))
+@options(DEVICE_OPTIONS, declared(LoadOptions, "kv_bits"), (ADAPTER_OPTION,))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, or a list for several comparisons.")
 def eval(
     models: tuple[str, ...],
@@ -44,6 +52,7 @@ def eval(
     plot_style: str,
     as_json: bool,
     kv_bits: int | None,
+    adapters: dict[str, str] | None,
     **where: str | None,
 ) -> None:
     """Perplexity of each MODEL on a text and, with --against, the distance of its predictions from a reference's:
@@ -51,8 +60,10 @@ def eval(
 
     `<|endoftext|>` in the text ends a document. The default text is a sample of what the bundled model was trained on,
     which says little about other models. A reference's logits are kept on disk: 4 bytes per token and vocabulary entry.
-    With --kv-bits, the references still keep their K/V cache as computed.
+    With --kv-bits, the references still keep their K/V cache as computed, and with --adapter they are without it.
     """
+    if adapters and len(adapters) > 1:
+        raise click.UsageError("give one --adapter")
     if plot and not against:
         raise click.UsageError("--plot shows the divergence from a reference: give one with --against")
     if plot:
@@ -67,6 +78,7 @@ def eval(
         context=context,
         max_tokens=max_tokens,
         kv_bits=kv_bits,
+        adapter=next(iter(adapters.values())) if adapters else None,
         **where,
     )
     if as_json:

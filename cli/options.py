@@ -114,7 +114,34 @@ MODEL_OPTION = click.option(
     "the config file's model, or nano, the bundled one.",
 )
 DEVICE_OPTIONS = declared(LoadOptions, "backend", "device", "dtype")
-RUN_OPTIONS = declared(LoadOptions, "max_context", "quantize", "kv_bits", "speculate")
+
+
+def _adapters(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> dict[str, str] | None:
+    """The --adapter options as LoadOptions takes them. Without NAME= an adapter has the name of its folder."""
+    from mlx_gptoss.options.load import ADAPTER_NAME
+
+    found: dict[str, str] = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals or not ADAPTER_NAME.fullmatch(name):
+            name, path = os.path.basename(os.path.abspath(value.partition("@")[0])), value
+        if not path or name in found:
+            reason = "names a second adapter so; write NAME=PATH" if path else "has no path; write NAME=PATH"
+            raise click.UsageError(f"--adapter {value} {reason}")
+        found[name] = path
+    return found or None
+
+
+ADAPTER_OPTION = click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="NAME=PATH",
+    callback=_adapters,
+    help="A LoRA adapter of PEFT or mlx-lm, a folder or a hub id, that runs beside the weights. PATH alone: its folder "
+    "is its name. serve and batch take several; requests choose by the model's name.",
+)
+RUN_OPTIONS = (*declared(LoadOptions, "max_context", "quantize", "kv_bits", "speculate"), ADAPTER_OPTION)
 LOAD_OPTIONS = (MODEL_OPTION, *DEVICE_OPTIONS, *RUN_OPTIONS)
 CACHE_OPTIONS = declared(LoadOptions, "prefix_cache", "prompt_cache")
 SAMPLING_NAMES = ("temperature", "top_p", "top_k", "min_p", "seed")
@@ -237,8 +264,14 @@ def load_tools(files: tuple[str, ...]) -> tuple[Tool, ...]:
     return tools
 
 
-def load(model: str | None, **options: Any) -> Model:
-    """The model, with a bar on a terminal's stderr while it loads. options: LoadOptions' fields."""
+def load(model: str | None, *, several_adapters: bool = False, **options: Any) -> Model:
+    """The model, with a bar on a terminal's stderr while it loads. options: LoadOptions' fields.
+
+    The only adapter is used where a request names none. Several are refused, unless requests can choose.
+    """
+    adapters = options.get("adapters") or {}
+    if len(adapters) > 1 and not several_adapters:
+        raise click.UsageError("give one --adapter; serve and batch take several")
     from mlx_gptoss import api
     from mlx_gptoss.loading.plan import LoadRequest
 
@@ -247,4 +280,6 @@ def load(model: str | None, **options: Any) -> Model:
     request = LoadRequest(model=model, **options)
     loading = f"Loading {request.name}"
     with byte_bar(loading) as update:
-        return api.load_request(request, lambda done, total: update(done, total, loading))
+        loaded = api.load_request(request, lambda done, total: update(done, total, loading))
+    loaded.default_adapter = next(iter(adapters)) if len(adapters) == 1 else None
+    return loaded

@@ -118,7 +118,8 @@ def serve(
     """Serve models to programs that speak to OpenAI, Anthropic or Ollama, and a chat page at /.
 
     One model is loaded at once and stays. Several, or one with --idle-unload, have processes of their own: a model is
-    loaded by the first request for it, and unloaded again when another one needs its memory.
+    loaded by the first request for it, and unloaded again when another one needs its memory. An --adapter is for the
+    first model; requests name it as their model.
 
     The first SIGTERM or Ctrl-C lets running requests finish; the second one does not wait. Every option can be set by
     an environment variable as well: --max-context by MLX_GPTOSS_MAX_CONTEXT.
@@ -169,24 +170,27 @@ def _open_models(
     from mlx_gptoss.harmony import grammar
     from mlx_gptoss.loading import hub, library
     from mlx_gptoss.ranks import find_launch
-    from mlx_gptoss.server.models.named import NamedModel, model_names
+    from mlx_gptoss.server.models.named import NamedModel, model_names, with_adapters
     from mlx_gptoss.server.models.pool import ModelPool
     from mlx_gptoss.server.models.remote import RemoteModel
 
     found = [(model.name, model.path) for model in library.installed_models()] if not names else []
     if len(names) <= 1 and len(found) <= 1 and idle_unload is None:
         name = names[0] if names else None
-        with load(name, **given) as loaded:
+        with load(name, several_adapters=True, **given) as loaded:
+            loaded.default_adapter = None  # the model's own name means the model as it is
             if loaded.has_tokenizer:
                 grammar.warm_up(loaded.tokenizer)
-            yield _named([NamedModel(loaded, *model_names(name))], aliases), None
+            yield _named(with_adapters(NamedModel(loaded, *model_names(name)), loaded.adapters), aliases), None
         return
     if find_launch() is not None:
         raise click.UsageError("a model that is split over ranks is served alone: give one --model, no --idle-unload")
     options = LoadOptions(**given)
     chosen = [(name, hub.resolve(name)) for name in names] or found
-    models = [RemoteModel(name, path, options) for name, path in chosen]
+    others = replace(options, adapters=None)
+    models = [RemoteModel(name, path, others if at else options) for at, (name, path) in enumerate(chosen)]
     named = [NamedModel(model, *model_names(name)) for model, (name, _) in zip(models, chosen, strict=True)]
+    named[:1] = with_adapters(named[0], tuple(options.adapters or ()))
     yield _named(named, aliases), ModelPool(models, idle_unload_s=idle_unload, log=log)
 
 
@@ -207,7 +211,9 @@ def _named(models: list[NamedModel], aliases: Iterable[str]) -> list[NamedModel]
     """
     ids = [model.id for model in models]
     if twice := next((id for id in ids if ids.count(id) > 1), None):
-        raise click.UsageError(f"--model has {twice!r} twice: requests could not choose; rename one of the folders")
+        raise click.UsageError(
+            f"--model or --adapter has {twice!r} twice: requests could not choose; give another name"
+        )
     for alias in aliases:
         name, equals, target = alias.partition("=")
         place = next((place for place, model in enumerate(models) if equals and model.has_name(target)), None)

@@ -7,7 +7,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from .engine import Engine, PrefixFiles
+from .engine import Engine, LoadedAdapter, PrefixFiles
 from .loading import hub
 from .loading.distributed import coordinate, serve_rank
 from .loading.memory import require_fit
@@ -37,8 +37,7 @@ def load(path_or_repo_id: str | Path | None, options: LoadOptions) -> Model:
 
     Raises CheckpointError, DoesNotFit (before any weight is read), BackendUnavailable or InvalidRequest.
     """
-    named = {**vars(options), "prompt_cache": options.prompt_cache and str(options.prompt_cache)}
-    return load_request(LoadRequest(model=None if path_or_repo_id is None else str(path_or_repo_id), **named))
+    return load_request(LoadRequest.of(None if path_or_repo_id is None else str(path_or_repo_id), options))
 
 
 def load_request(request: LoadRequest, progress: Progress | None = None) -> Model:
@@ -72,6 +71,9 @@ def load_request(request: LoadRequest, progress: Progress | None = None) -> Mode
         plan.memory,
         request.name,
         load_s=time.perf_counter() - started,
+        adapters={
+            name: LoadedAdapter(index, adapter.digest) for index, (name, adapter) in enumerate(plan.adapters.items())
+        },
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import index
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from .chat.event_queue import AsyncEvents
 from .chat.result import Completion, Reply, completion_of, reply_of
 from .chat.stream import Events, Prompt, as_conversation, stream_chat, stream_raw
 from .config import ModelConfig
-from .engine import Engine, Status
+from .engine import Engine, LoadedAdapter, Status
 from .errors import CheckpointError, InvalidRequest
 from .loading.memory import MemoryPlan
 from .options import GenerationOptions, RawOptions
@@ -31,6 +31,8 @@ class Model:
 
     config: its sizes. backend: "mlx" or "cuda". format: the name of the checkpoint's format. plan: its memory plan.
     name: as given to load(). load_s: seconds that loading took. default_sampling: from generation_config.json.
+    adapters: names of the loaded adapters. default_adapter: the one that requests without a name use; None is the model
+    as it is.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Model:
         plan: MemoryPlan,
         name: str,
         load_s: float,
+        adapters: Mapping[str, LoadedAdapter] | None = None,
     ) -> None:
         self.config: ModelConfig = checkpoint.config
         self._tokenizer = tokenizer
@@ -52,6 +55,9 @@ class Model:
         self.name = name
         self.load_s = load_s
         self._engine = engine
+        self._adapters = dict(adapters or {})
+        self.adapters: tuple[str, ...] = tuple(self._adapters)
+        self.default_adapter: str | None = None
         self._stop_ids = frozenset(checkpoint.stop_ids)
         self.default_sampling: Sampling = default_sampling(checkpoint.generation_config)
 
@@ -72,15 +78,18 @@ class Model:
         """Whether the checkpoint has a tokenizer."""
         return self._tokenizer is not None
 
-    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+    def logits(self, ids: Sequence[int], adapter: str | None = None) -> NDArray[np.float32]:
         """Teacher-forced logits, float32 [T, V], of one sequence of T token ids. No cache is kept.
 
-        Raises InvalidRequest for ids outside the vocabulary, and for more than the context holds.
+        adapter: as of generate(). Raises InvalidRequest for ids outside the vocabulary, for more than the context
+        holds, and for an adapter that is not loaded.
         """
+        chosen = self._adapter(adapter)
+        index = None if chosen is None else chosen.index
         ids = self._checked(ids)
         if len(ids) > self._engine.limits.max_context:
             raise InvalidRequest(f"{len(ids)} tokens exceed the context of {self._engine.limits.max_context}")
-        return self._engine.call(lambda runner: runner.logits(ids))
+        return self._engine.call(lambda runner: runner.logits(ids, index))
 
     @takes(RawOptions)
     def complete(self, ids: Sequence[int], options: RawOptions) -> Completion:
@@ -165,6 +174,7 @@ class Model:
             options,
             sampling=options.resolve(self.default_sampling),
             stop_ids=self._stop_ids,
+            adapter=self._adapter(options.adapter),
         )
 
     def _raw_events(self, ids: Sequence[int], options: RawOptions) -> Events:
@@ -175,7 +185,18 @@ class Model:
             stop_ids=self._stop_ids,
             sampling=options.resolve(self.default_sampling),
             max_tokens=options.max_tokens,
+            adapter=self._adapter(options.adapter),
         )
+
+    def _adapter(self, name: str | None) -> LoadedAdapter | None:
+        """Raises InvalidRequest for a name that is not loaded."""
+        name = name or self.default_adapter
+        if name is None:
+            return None
+        if name not in self._adapters:
+            known = ", ".join(map(repr, self.adapters[:10])) or "none; give them to load(adapters={...})"
+            raise InvalidRequest(f"the adapter {shown(name)} is not loaded; loaded are {known}")
+        return self._adapters[name]
 
     @property
     def failure(self) -> BaseException | None:

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LEVEL_0 = {"config", "errors", "sampling", "tokenizer", "machine", "untrusted"}
 SEAM = {"backends.base", "backends.rope"}
-BACKEND = LEVEL_0 | SEAM | {"weights.tensor", "weights.codecs", "weights.split"}
+BACKEND = LEVEL_0 | SEAM | {"weights.tensor", "weights.codecs", "weights.split", "weights.adapters"}
 MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it may import, besides its own package
     # 0: the shared vocabulary
     "errors": set(),
@@ -31,7 +31,7 @@ MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it ma
     "weights": LEVEL_0,
     "harmony": LEVEL_0,
     "backends": {"errors"},
-    "backends.base": LEVEL_0 | {"weights.split", "weights.tensor"},
+    "backends.base": LEVEL_0 | {"weights.adapters", "weights.split", "weights.tensor"},
     "backends.rope": {"config"},
     # 2
     "backends.mlx": BACKEND,

@@ -19,6 +19,7 @@ from ..sampling import Sampling
 from ..weights.tensor import AFFINE_BITS, Spec
 
 if TYPE_CHECKING:
+    from ..weights.adapters import Adapter
     from ..weights.split import RankShard
     from ..weights.tensor import Weights
 
@@ -45,6 +46,8 @@ class Row:
         tokens without drafts. The rows of one chunk have the same start and tokens, each begins at the stage where the
         one before it ended, and other slots may run in between. The last of them samples, and completes the chunk:
         until then it does not count towards the slot's length. The result is bit for bit that of one row.
+    adapter: the index of the adapter that the row's products use, in Backend.load's order; None is the model as it is.
+        All rows of a sequence have the same one. Rows without an adapter compute what they would without the others.
     """
 
     slot: int
@@ -55,11 +58,19 @@ class Row:
     drafts: tuple[int, ...] = ()
     mask: bytes | None = None
     stages: tuple[int, int] | None = None
+    adapter: int | None = None
 
 
 def stage_count(config: ModelConfig) -> int:
     """Number of stages of a forward pass: every layer's attention, and after it the layer's experts."""
     return 2 * config.num_hidden_layers
+
+
+def used_adapters(rows: Sequence[Row]) -> list[tuple[int, list[bool] | None]]:
+    """The adapters that a group of rows uses, each with the rows that use it; None if all do."""
+    found = sorted({row.adapter for row in rows if row.adapter is not None})
+    uses = [(index, [row.adapter == index for row in rows]) for index in found]
+    return [(index, None if all(mask) else mask) for index, mask in uses]
 
 
 def allowed_tokens(masks: Sequence[bytes | None], vocabulary: int) -> NDArray[np.bool_]:
@@ -164,8 +175,8 @@ class Runner(Protocol):
         """The snapshot from its bytes. Raises ValueError if they are not a snapshot of these positions."""
         ...
 
-    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Teacher-forced logits [T, V] of one sequence; no slot is touched."""
+    def logits(self, ids: Sequence[int], adapter: int | None = None) -> NDArray[np.float32]:
+        """Teacher-forced logits [T, V] of one sequence; no slot is touched. adapter: as in Row."""
         ...
 
     def peak_memory(self) -> int:
@@ -188,9 +199,12 @@ class Backend(Protocol):
         dtype: str | None,
         limits: Limits,
         shard: RankShard | None = None,
+        adapters: Sequence[Adapter] = (),
     ) -> Runner:
         """The whole model on the device; or a rank's share of it, where `checkpoint` is that part (weights/split.py)
-        and the other ranks load theirs at the same time. Those then have to be called alike, in the same order."""
+        and the other ranks load theirs at the same time. Those then have to be called alike, in the same order.
+
+        adapters: those that rows may use, of a rank's part the parts."""
         ...
 
     def dtype_name(self, device: str | None, dtype: str | None) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..engine import Engine, Guide, Request, Stream, Token
+from ..engine import Engine, Guide, LoadedAdapter, Request, Stream, Token
 from ..engine.stop import StopStrings
 from ..errors import GptOssError, InvalidRequest
 from ..harmony.guide import guide_for
@@ -88,12 +88,13 @@ def stream_chat(
     *,
     sampling: Sampling,
     stop_ids: frozenset[int],
+    adapter: LoadedAdapter | None = None,
 ) -> Events:
     """Generate the assistant's next turn.
 
     options: without reasoning, system and tools, which the conversation has. A response_format replaces the
         conversation's own for this turn. It is enforced (harmony/guide.py), as are tool_choice and what functions take.
-    stop_ids: token ids that end the turn, beside <|return|> and <|call|>.
+    stop_ids: token ids that end the turn, beside <|return|> and <|call|>. adapter: of the engine's runner.
 
     Raises InvalidRequest at once, not on the first next(), for an empty conversation, one longer than the context, and
     for what cannot be enforced.
@@ -108,7 +109,8 @@ def stream_chat(
     stop_ids = stop_ids | {tokenizer.special(RETURN), tokenizer.special(CALL), *_checked_stop_ids(options, engine)}
     ends = frozenset(tokenizer.special(name) for name in (END, RETURN, CALL))
     prompt = tuple(render(conversation, tokenizer, engine.limits.max_context))
-    request = Request(prompt, _max_tokens(engine, options.max_tokens), sampling, stop_ids, guide, message_ends=ends)
+    max_tokens = _max_tokens(engine, options.max_tokens)
+    request = Request(prompt, max_tokens, sampling, stop_ids, guide, message_ends=ends, adapter=adapter)
     parser = Parser(tokenizer)
     for id in prefill_ids(conversation, tokenizer):
         parser.push(id)
@@ -126,6 +128,7 @@ def stream_raw(
     stop_ids: frozenset[int],
     sampling: Sampling | None = None,
     max_tokens: int | None = None,
+    adapter: LoadedAdapter | None = None,
 ) -> Events:
     """Continue token ids without a chat format: TextDelta events, special tokens left out, then Finished.
 
@@ -134,7 +137,7 @@ def stream_raw(
     sampling = sampling or Sampling()
     if tokenizer is None and sampling.stop:
         raise InvalidRequest("stop strings need a tokenizer, and this checkpoint has none; leave them out")
-    stream = engine.submit(Request(prompt, _max_tokens(engine, max_tokens), sampling, stop_ids))
+    stream = engine.submit(Request(prompt, _max_tokens(engine, max_tokens), sampling, stop_ids, adapter=adapter))
     decoder = None if tokenizer is None else tokenizer.decoder()
     return Events(stream, RawReader(decoder, StopStrings(sampling.stop)))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .engine import Engine, Stream
 from .prefix_files import PrefixFiles
-from .request import Finished, FinishReason, Guide, Request, Status, Token
+from .request import Finished, FinishReason, Guide, LoadedAdapter, Request, Status, Token
 from .stop import StopStrings
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "FinishReason",
     "Finished",
     "Guide",
+    "LoadedAdapter",
     "PrefixFiles",
     "Request",
     "Status",

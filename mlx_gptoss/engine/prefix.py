@@ -54,9 +54,9 @@ class SnapshotRunner(Protocol):
 class Node:
     """One chunk of a prompt.
 
-    span: its tokens. end: position in the prompt where it ends. parent: the previous chunk; None for the root.
+    span: its tokens; a root's are none. end: position in the prompt where it ends. parent: the previous chunk; None for the root.
     snapshot: of the span; None if it is only in a file. stored: its file, if there is one.
-    last_used: time of last use on the cache's own clock, a counter. children: the next chunks, by their span.
+    last_used: time of last use on the cache's own clock, a counter. adapter: of a root, the digest. children: the next chunks, by their span.
     """
 
     span: Span
@@ -65,6 +65,7 @@ class Node:
     snapshot: Snapshot | None = None
     stored: StoredSpan | None = None
     last_used: int = 0
+    adapter: str | None = None
     children: dict[Span, Node] = field(default_factory=dict)
 
     @property
@@ -89,16 +90,25 @@ class PrefixCache:
     """
 
     def __init__(self, max_bytes: int, runner: SnapshotRunner, files: PrefixFiles | None = None) -> None:
-        self.root: Node = Node((), 0, None)
+        self._roots: dict[str | None, Node] = {}  # by the adapter's digest; None for the model as it is
         self.nbytes: int = 0
         self._max_bytes = max_bytes
         self._runner = runner
         self._files = files
         self._clock = 0
-        self._stored: dict[str | None, Node] = {None: self.root}  # nodes that have a file, by its name
+        self._stored: dict[str, Node] = {}  # nodes that have a file, by its name
         if files is not None:
             self._add_stored(files, files.scan())
             self._trim_files()
+
+    @property
+    def root(self) -> Node:
+        """The root of the prompts without an adapter."""
+        return self.root_of(None)
+
+    def root_of(self, adapter: str | None) -> Node:
+        """The root of the prompts that an adapter computes, by its digest; None is the model as it is."""
+        return self._roots.setdefault(adapter, Node((), 0, None, adapter=adapter))
 
     def child(self, node: Node, span: Span) -> Node | None:
         """The child of `node` with this span, its snapshot in memory; None if it is not cached."""
@@ -163,18 +173,25 @@ class PrefixCache:
             age[stored.name] = self._clock
         for stored in sorted(found, key=lambda stored: stored.end):
             if not self._add_node(stored, age[stored.name]):
-                if stored.parent in self._stored:
+                if self._parent_of(stored) is not None:
                     files.report_damage("does not follow the one before it")
                 files.remove(stored)
 
     def _add_node(self, stored: StoredSpan, last_used: int) -> bool:
         """Add a node for a stored chunk, or give its file to the node there is. False if its prefix is not stored."""
-        parent = self._stored.get(stored.parent)
+        parent = self._parent_of(stored)
         if parent is None or parent.end + len(stored.span) != stored.end:
             return False
         node = parent.children.setdefault(stored.span, Node(stored.span, stored.end, parent, last_used=last_used))
         self._set_stored(node, stored)
         return True
+
+    def _parent_of(self, stored: StoredSpan) -> Node | None:
+        """The node before a stored chunk; None if that is not stored. Before a first chunk it is the root of its
+        adapter, whether the adapter is loaded or not."""
+        if stored.parent is None or stored.end == len(stored.span):
+            return self.root_of(stored.parent)
+        return self._stored.get(stored.parent)
 
     def _apply_changes(self) -> None:
         """Take over what other processes have written to the folder and removed from it, and what could not be
@@ -209,11 +226,13 @@ class PrefixCache:
     def _store(self, node: Node) -> None:
         """Queue a node's snapshot for writing, unless the previous chunk has no file."""
         assert node.snapshot is not None and node.parent is not None
-        previous = node.parent.stored
-        if self._files is None or not self._files.accepts_writes or (previous is None and node.parent is not self.root):
+        parent = node.parent
+        is_root, previous = parent.parent is None, parent.stored
+        if self._files is None or not self._files.accepts_writes or (previous is None and not is_root):
             return
         packed = self._runner.pack(node.snapshot)
-        self._set_stored(node, self._files.write(previous, node.span, node.end, packed))
+        name = previous.name if previous is not None else parent.adapter
+        self._set_stored(node, self._files.write(name, node.span, node.end, packed))
 
     def _load(self, node: Node) -> None:
         """Load a node's snapshot from its file. A node whose file is damaged or missing is dropped."""
@@ -235,7 +254,7 @@ class PrefixCache:
     def _trim_files(self) -> None:
         """Remove the least recently used files until the rest fits into files.max_bytes."""
         while self._files is not None and self._files.nbytes > self._files.max_bytes:
-            stored = [node for node in _subtree(self.root) if node.stored is not None]
+            stored = [node for node in self._nodes() if node.stored is not None]
             leaves = [node for node in stored if all(child.stored is None for child in node.children.values())]
             if not leaves:
                 return
@@ -282,7 +301,7 @@ class PrefixCache:
 
     def _evictable(self) -> Iterator[Node]:
         """Nodes with a snapshot in memory whose children have none."""
-        for node in _subtree(self.root):
+        for node in self._nodes():
             if node.snapshot is not None and all(child.snapshot is None for child in node.children.values()):
                 yield node
 
@@ -292,7 +311,12 @@ class PrefixCache:
             if node.parent.children.get(node.span) is not node:
                 return False
             node = node.parent
-        return node is self.root
+        return node is self._roots.get(node.adapter)
+
+    def _nodes(self) -> Iterator[Node]:
+        """All nodes but the roots."""
+        for root in list(self._roots.values()):
+            yield from _subtree(root)
 
 
 def _subtree(node: Node) -> Iterator[Node]:

@@ -124,15 +124,14 @@ class PrefixFiles:
         """Whether a file of about this size can be added without removing others."""
         return self.nbytes + nbytes + MAX_HEADER_BYTES <= self.max_bytes
 
-    def write(self, parent: StoredSpan | None, span: tuple[int, ...], end: int, data: bytes) -> StoredSpan | None:
+    def write(self, parent: str | None, span: tuple[int, ...], end: int, data: bytes) -> StoredSpan | None:
         """Queue a packed snapshot for writing. Returns its file, or None if it is not accepted.
 
-        parent: the previous chunk's file; None for the first chunk.
+        parent: the name of the previous chunk's file; of the first chunk, the adapter's digest or None.
         """
         if not self.accepts_writes or not self._start_writer():
             return None
-        parent_name = None if parent is None else parent.name
-        stored = span_file.describe(self._fingerprint, parent_name, span, end, len(data))
+        stored = span_file.describe(self._fingerprint, parent, span, end, len(data))
         self.add(stored)
         self._unwritten[stored.name] = data
         self._jobs.put((stored, data))

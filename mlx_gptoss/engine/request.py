@@ -36,6 +36,15 @@ class Guide(Protocol):
 
 
 @dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter of the runner. index: as in backends.base.Row. digest: of what its numbers depend on; prompts with
+    different ones share no prefix."""
+
+    index: int
+    digest: str
+
+
+@dataclass(frozen=True)
 class Request:
     """One sequence to generate.
 
@@ -44,6 +53,7 @@ class Request:
     sampling: how tokens are drawn.
     stop_ids: generation ends at the first of these ids; that token is reported like any other.
     guide: constrains the generated tokens; None allows all tokens.
+    adapter: which adapter computes it; None is the model as it is.
     message_ends: ids that end a message in the prompt. The prefix cache prefers to split prompts there (prefix.py).
     Raises InvalidRequest for an empty prompt or max_tokens that is not an integer of at least 1.
     """
@@ -54,6 +64,12 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     guide: Guide | None = None
     message_ends: frozenset[int] = frozenset()
+    adapter: LoadedAdapter | None = None
+
+    @property
+    def adapter_index(self) -> int | None:
+        """As in backends.base.Row."""
+        return None if self.adapter is None else self.adapter.index
 
     def __post_init__(self) -> None:
         if not self.prompt:

@@ -86,7 +86,7 @@ class Scheduler:
         ends = chunk_ends(request.prompt, request.message_ends, self._max_chunk)
         sequence = Sequence(request, limit, ends, lookup=PromptLookup(request.prompt) if drafting else None)
         if self._prefix is not None:
-            sequence.node = self._prefix.root
+            sequence.node = self._prefix.root_of(None if request.adapter is None else request.adapter.digest)
         if request.guide is not None:
             sequence.mask = request.guide.mask()
         self._waiting.append(sequence)
@@ -310,16 +310,24 @@ class Scheduler:
         stages = None if (piece.first, piece.end) == (0, self._stages) else (piece.first, piece.end)
         if piece.end < self._stages:
             sequence.stage = piece.end
-            return Row(sequence.slot, start, tokens, stages=stages)
+            return Row(sequence.slot, start, tokens, stages=stages, adapter=request.adapter_index)
         sequence.stage = 0
         sequence.length += len(tokens)
         if sequence.prefills:
-            return Row(sequence.slot, start, tokens, stages=stages)
+            return Row(sequence.slot, start, tokens, stages=stages, adapter=request.adapter_index)
         sequence.planned = 1
         if sequence.planned < sequence.max_new_tokens:
             self._decoding.append(sequence)
-        mask = sequence.mask
-        return Row(sequence.slot, start, tokens, request.sampling, prompt=request.prompt, mask=mask, stages=stages)
+        return Row(
+            sequence.slot,
+            start,
+            tokens,
+            request.sampling,
+            prompt=request.prompt,
+            mask=sequence.mask,
+            stages=stages,
+            adapter=request.adapter_index,
+        )
 
     def _decode_row(self, sequence: Sequence) -> Row:
         """The row that feeds the last sampled token and samples the next one, or several with drafts."""
@@ -329,12 +337,18 @@ class Scheduler:
             most = min(self._limits.drafts, sequence.max_new_tokens - sequence.delivered - 1)
             drafts = () if sequence.mask is not None else sequence.lookup.propose(most)
             return Row(
-                sequence.slot, start, (sequence.last_token,), request.sampling, drafts=drafts, mask=sequence.mask
+                sequence.slot,
+                start,
+                (sequence.last_token,),
+                request.sampling,
+                drafts=drafts,
+                mask=sequence.mask,
+                adapter=request.adapter_index,
             )
         sequence.planned += 1
         # A guide's token that was read is given: the device may hold one that was dropped.
         given = None if request.guide is None or sequence.in_flight else (sequence.last_token,)
-        return Row(sequence.slot, start, given, request.sampling, mask=sequence.mask)
+        return Row(sequence.slot, start, given, request.sampling, mask=sequence.mask, adapter=request.adapter_index)
 
     def _free_slot(self, sequence: Sequence) -> None:
         """Release the slot, unless a step in flight uses it."""

@@ -32,7 +32,8 @@ class Damaged(ValueError):
 class StoredSpan:
     """One file.
 
-    name: digest of the fingerprint and all tokens up to `end`. parent: name of the previous chunk; None for the first.
+    name: digest of the fingerprint and all tokens up to `end`. parent: name of the previous chunk; of the first, its
+    adapter's digest, or None for the model as it is.
     span: the chunk's tokens. end: position in the prompt where it ends. nbytes: size of the file.
     last_used: when it was last read or written, in seconds since the epoch.
     """

@@ -100,6 +100,7 @@ def _summary(plan: LoadPlan) -> dict[str, Any]:
     return {
         "versions": plan.versions(),
         "checkpoint": identity(plan.source),
+        "adapters": [adapter.digest for adapter in plan.adapters.values()],
         "dtype": plan.module.dtype_name(request.device, request.dtype),
         "kv_heads": len(shard.kv_heads),
         "memory": asdict(plan.memory),
@@ -117,5 +118,7 @@ def _require_same(rank: int, own: dict[str, Any], other: dict[str, Any]) -> None
         raise GptOssError(
             f"rank {rank} has another checkpoint than rank 0 under that name; copy the same files to all machines"
         )
+    if own["adapters"] != other["adapters"]:
+        raise GptOssError(f"rank {rank} has other adapters than rank 0; copy the same files to all machines")
     if own["dtype"] != other["dtype"]:
         raise GptOssError(f"rank {rank} computes in {other['dtype']}, rank 0 in {own['dtype']}; give a --dtype")

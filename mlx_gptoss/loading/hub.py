@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -24,6 +25,7 @@ MODEL_FILES = (
     "chat_template*",
     "*.tiktoken",
 )
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapters.safetensors")
 IGNORED_FILES = ("*/*",)  # folders: original/ and metal/ contain the same weights again
 
 NANO = Path(__file__).parents[1] / "nano"  # the bundled model
@@ -66,6 +68,19 @@ def resolve(path_or_repo_id: str | os.PathLike[str], *, progress: bool = True) -
             "for example openai/gpt-oss-20b"
         )
     return _download(match["repo"], match["revision"], progress)
+
+
+def resolve_adapter(path_or_repo_id: str | os.PathLike[str]) -> Path:
+    """The local folder of a LoRA adapter, a folder or a hub id, downloaded first if necessary. Raises as resolve()."""
+    path = Path(path_or_repo_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path} is a file; give the folder with adapter_config.json")
+    match = REPO_ID.fullmatch(str(path_or_repo_id))
+    if match is None or _looks_like_a_path(str(path_or_repo_id)):
+        raise CheckpointError(f"there is no folder {str(path_or_repo_id)!r}; give an adapter's folder or its hub id")
+    return _download(match["repo"], match["revision"], True, ADAPTER_FILES)
 
 
 @dataclass(frozen=True)
@@ -118,14 +133,14 @@ def _looks_like_a_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or "\\" in name or name.split("@")[0].count("/") > 1
 
 
-def _download(repo: str, revision: str | None, progress: bool) -> Path:
+def _download(repo: str, revision: str | None, progress: bool, patterns: Sequence[str] = MODEL_FILES) -> Path:
     import huggingface_hub
 
     try:
         folder = huggingface_hub.snapshot_download(
             repo,
             revision=revision,
-            allow_patterns=list(MODEL_FILES),
+            allow_patterns=list(patterns),
             ignore_patterns=list(IGNORED_FILES),
             tqdm_class=None if progress else _silent_bars(),
         )

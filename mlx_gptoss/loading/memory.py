@@ -32,6 +32,7 @@ class MemoryPlan:
     mapped_bytes: weights that stay in the mapped file because memory is short (Limits.resident_vocab), else 0.
     upcast_bytes: additional bytes of dense matrices upcast to the activations' dtype (Limits.upcast), else 0.
     prefix_bytes: maximum size of the prefix cache.
+    adapter_bytes: factors of the LoRA adapters.
     available_bytes: Metal's recommended working set, or the free memory on other devices.
     """
 
@@ -47,12 +48,14 @@ class MemoryPlan:
     mapped_bytes: int = 0
     upcast_bytes: int = 0
     prefix_bytes: int = 0
+    adapter_bytes: int = 0
 
     @property
     def working_bytes(self) -> int:
         """Everything except the weights as stored and the slots' caches."""
         return (
             self.prefix_bytes
+            + self.adapter_bytes
             + self.upcast_bytes
             + self.step_bytes
             + self.slots * self.context * self.layer_bytes_per_token
@@ -70,7 +73,7 @@ class MemoryPlan:
     @property
     def largest_context(self) -> int:
         """The longest context that fits, a multiple of 256 tokens; 0 if none fits."""
-        resident = self.weights_bytes - self.mapped_bytes + self.upcast_bytes + self.prefix_bytes
+        resident = self.weights_bytes - self.mapped_bytes + self.upcast_bytes + self.prefix_bytes + self.adapter_bytes
         spare = self.available_bytes - resident - self.step_bytes - self.slots * self.ring_bytes
         bytes_per_token = self.slots * (self.kv_bytes_per_token + self.layer_bytes_per_token)
         return max(0, spare // max(bytes_per_token, 1) // 256 * 256)
@@ -89,6 +92,7 @@ def plan_memory(
     mappable_bytes: int = 0,
     upcastable_bytes: int = 0,
     prefix_bytes: int | None = 0,
+    adapter_bytes: int = 0,
 ) -> MemoryPlan:
     """The memory plan for `context` tokens per slot.
 
@@ -99,6 +103,7 @@ def plan_memory(
     kv_bits: 8 stores keys and values of the full-attention layers in 8 bits, with two float32 per 64 values.
     mappable_bytes: weights that may stay in the mapped file. They do if PREFERRED_CONTEXT does not fit otherwise.
     upcastable_bytes: additional bytes if dense matrices are upcast. They are if the plan still fits.
+    adapter_bytes: size of the LoRA adapters' factors.
     prefix_bytes: size of the prefix cache; None gives it half of the spare memory, PREFIX_BYTES at most.
     """
     entry = 2 * config.kv_size * activation_bytes  # one key and one value, all heads
@@ -115,6 +120,7 @@ def plan_memory(
         step_bytes=RUNTIME_BYTES + working_space(config, chunk, slots, activation_bytes),
         available_bytes=available_bytes,
         prefix_bytes=prefix_bytes or 0,
+        adapter_bytes=adapter_bytes,
     )
     steps = [RUNTIME_BYTES + working_space(config, size, slots, activation_bytes) for size in _chunks(chunk)]
     choices = [replace(plan, chunk=size, step_bytes=step) for size, step in zip(_chunks(chunk), steps, strict=True)]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +15,7 @@ from ..config import ModelConfig
 from ..errors import InvalidRequest
 from ..options import LoadOptions
 from ..weights import checkpoint as checkpoints
+from ..weights.adapters import Adapter, open_adapter
 from ..weights.checkpoint import Checkpoint, CheckpointLike
 from ..weights.requantize import Requantized
 from ..weights.split import RankShard, RankWeights
@@ -45,6 +46,14 @@ class LoadRequest(LoadOptions):
     synthetic: tuple[str, int | None, str] | None = None
     available_bytes: int | None = None
 
+    @staticmethod
+    def of(model: str | None, options: LoadOptions) -> LoadRequest:
+        """The request with these options, its folders as text."""
+        named = {each.name: getattr(options, each.name) for each in fields(LoadOptions)}
+        named["prompt_cache"] = options.prompt_cache and str(options.prompt_cache)
+        named["adapters"] = options.adapters and {name: str(path) for name, path in options.adapters.items()}
+        return LoadRequest(model=model, **named)
+
     @property
     def name(self) -> str:
         return f"synthetic {self.synthetic[0]}" if self.synthetic else self.model or "the bundled model"
@@ -74,7 +83,7 @@ class LoadPlan:
 
     source: the whole checkpoint. part: this rank's part of it. weights: the weights to load: `part`, or `part`
     quantized while loading. module, backend: the backend and its name. shard: this rank's heads, experts and token ids;
-    None for a single process.
+    None for a single process. adapters: by name, this rank's parts.
     """
 
     request: LoadRequest
@@ -85,6 +94,7 @@ class LoadPlan:
     backend: str
     memory: MemoryPlan
     shard: RankShard | None
+    adapters: Mapping[str, Adapter]
 
     def limits(self) -> Limits:
         """The limits of the runner."""
@@ -106,7 +116,8 @@ class LoadPlan:
         """Load the weights. Call it on the thread that will own the runner."""
         device, dtype = self.request.device, self.request.dtype
         weights = Counted(self.weights, self.memory.weights_bytes, progress) if progress else self.weights
-        return self.module.load(weights, device=device, dtype=dtype, limits=limits, shard=self.shard)
+        adapters = tuple(self.adapters.values())
+        return self.module.load(weights, device=device, dtype=dtype, limits=limits, shard=self.shard, adapters=adapters)
 
     def versions(self) -> list[list[str]]:
         """Name and version of each program that the numbers depend on."""
@@ -138,6 +149,9 @@ def plan_load(
     weights = part if request.quantize is None else Requantized(part, request.quantize)
     module, backend = find_backend(request.backend)
     _check_options(backend, request.kv_bits, request.speculate)
+    adapters = open_adapters(request.adapters or {}, source.config)
+    if shard is not None:
+        adapters = {name: adapter.part(source.params, shard) for name, adapter in adapters.items()}
     memory = memory_plan(
         part,
         module,
@@ -151,8 +165,14 @@ def plan_load(
         prefix_bytes=request.prefix_cache,
         ranks_on_host=ranks_on_host,
         available_bytes=request.available_bytes,
+        adapters=tuple(adapters.values()),
     )
-    return LoadPlan(request, source, part, weights, module, backend, memory, shard)
+    return LoadPlan(request, source, part, weights, module, backend, memory, shard, adapters)
+
+
+def open_adapters(paths: Mapping[str, str | Path], config: ModelConfig) -> dict[str, Adapter]:
+    """The adapters in these folders or of these hub ids, by name. Raises CheckpointError."""
+    return {name: open_adapter(hub.resolve_adapter(path), config, name) for name, path in paths.items()}
 
 
 def _bytes_in_memory(weights: Requantized, backend: str) -> int:
@@ -181,6 +201,7 @@ def memory_plan(
     prefix_bytes: int | None = 0,
     ranks_on_host: int = 1,
     available_bytes: int | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> MemoryPlan:
     """The memory plan of a checkpoint on the backend's device.
 
@@ -188,7 +209,7 @@ def memory_plan(
     as_stored: the backend (mlx) may leave the embeddings in the mapped file if memory is short and, on a CPU, upcast
         dense matrices if there is enough.
     prefix_bytes: as in plan_memory. ranks_on_host: processes that share the device's memory equally. available_bytes:
-        that memory; None asks the device.
+        that memory; None asks the device. adapters: that are loaded with it.
     Raises InvalidRequest for a context or kv_bits that the model does not allow.
     """
     config = checkpoint.config
@@ -210,6 +231,7 @@ def memory_plan(
         mappable_bytes=mappable(checkpoint) if as_stored else 0,
         upcastable_bytes=upcastable_bytes(checkpoint, activation_bytes) if may_upcast else 0,
         prefix_bytes=prefix_bytes,
+        adapter_bytes=sum(adapter.nbytes(activation_bytes) for adapter in adapters),
     )
 
 

@@ -19,7 +19,7 @@ from ..config import PRESETS, ModelConfig
 from ..errors import InvalidRequest
 from ..loading.distributed import coordinate
 from ..loading.memory import plan_memory, require_fit
-from ..loading.plan import ACTIVATION_BYTES, LoadRequest
+from ..loading.plan import ACTIVATION_BYTES, LoadRequest, open_adapters
 from ..loading.recommend import derived_bytes, upcastable_bytes
 from ..ranks import Launch, find_launch
 from ..weights.checkpoint import CheckpointLike
@@ -122,6 +122,7 @@ def load(
     launch = find_launch()
     if launch is not None:
         return _load_split(model, replace(model.request, max_context=context, slots=_slots(cases)), launch, target, log)
+    adapters = tuple(open_adapters(model.request.adapters or {}, config).values())
     limits = Limits(_slots(cases), context, module.prefill_chunk(target.device))
     activation_bytes = ACTIVATION_BYTES[target.dtype]
     derived = upcastable = 0
@@ -138,13 +139,16 @@ def load(
         slots=limits.slots,
         chunk=limits.chunk,
         upcastable_bytes=upcastable,
+        adapter_bytes=sum(adapter.nbytes(activation_bytes) for adapter in adapters),
     )
     require_fit(plan, "this benchmark", {})
     log(f"loading onto {target.name}, backend {target.backend}")
     limits = replace(limits, upcast=plan.upcast_bytes > 0)
     counted, started = CountedWeights(model.weights), time.perf_counter()
-    runner = module.load(counted, device=target.device, dtype=target.dtype, limits=limits)
-    return OurEngine(runner, target.backend, target.name, model.format_name, time.perf_counter() - started), counted
+    runner = module.load(counted, device=target.device, dtype=target.dtype, limits=limits, adapters=adapters)
+    engine = OurEngine(runner, target.backend, target.name, model.format_name, time.perf_counter() - started)
+    engine.adapter = 0 if adapters else None
+    return engine, counted
 
 
 def _load_split(

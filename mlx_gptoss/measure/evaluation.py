@@ -111,6 +111,7 @@ def evaluate(
     device: str | None = None,
     dtype: str | None = None,
     kv_bits: int | None = None,
+    adapter: str | Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[Evaluation, ...]:
     """Perplexity of each model on a text and, with `against`, its divergence from each reference.
@@ -122,7 +123,8 @@ def evaluate(
         assistant's messages after the last message of another role in each document, and needs a text in Harmony.
     context: tokens; the default is the largest power of two, up to 2048, that keeps a window's logits under 1 GB.
     max_tokens: stop after this many predictions.
-    backend, device, dtype: as for load(). kv_bits: as for load(), for the models but not for the references.
+    backend, device, dtype: as for load(). kv_bits: as for load(), for the models but not for the references. adapter: a
+        LoRA adapter that the models run with, but not the references.
     progress: called as progress(predictions done, predictions in total, name of the running model).
 
     Runs each reference once, then each model once. Raises InvalidRequest for a text with nothing to predict or
@@ -130,7 +132,7 @@ def evaluate(
     """
     if max_tokens is not None and max_tokens < 1:
         raise InvalidRequest(f"max_tokens must be at least 1, not {max_tokens}")
-    candidates = [_Candidate.open(model, kv_bits) for model in models or (None,)]
+    candidates = [_Candidate.open(model, kv_bits, adapter) for model in models or (None,)]
     references = [_Candidate.open(one) for one in ([against] if isinstance(against, (str, Path)) else against)]
     _require_one_vocabulary([*references, *candidates])
     config = candidates[0].checkpoint.config
@@ -170,14 +172,15 @@ class _Candidate:
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     kv_bits: int | None
+    adapter: str | Path | None
 
     @classmethod
-    def open(cls, source: Source, kv_bits: int | None = None) -> _Candidate:
+    def open(cls, source: Source, kv_bits: int | None = None, adapter: str | Path | None = None) -> _Candidate:
         checkpoint = api.open_checkpoint(source)
         tokenizer = checkpoint.tokenizer()
         if tokenizer is None:
             raise CheckpointError(f"{source} has no tokenizer.json: copy it there from the model's repository")
-        return cls(source, checkpoint, tokenizer, kv_bits)
+        return cls(source, checkpoint, tokenizer, kv_bits, adapter)
 
     @property
     def name(self) -> str:
@@ -291,9 +294,12 @@ class _Evaluator:
         rows_at_once = max(1, MAX_FLOAT64_VALUES // self._vocab)
         start = 0
         report(start)
-        with api.load(candidate.source, max_context=self._context, kv_bits=candidate.kv_bits, **self._options) as model:
+        options = {"max_context": self._context, "kv_bits": candidate.kv_bits, **self._options}
+        chosen = None if candidate.adapter is None else "adapter"
+        adapters = None if candidate.adapter is None else {"adapter": candidate.adapter}
+        with api.load(candidate.source, adapters=adapters, **options) as model:
             for window in self._windows:
-                logits = model.logits(window.inputs)[-len(window.targets) :]
+                logits = model.logits(window.inputs, chosen)[-len(window.targets) :]
                 if not np.isfinite(logits).all():
                     raise GptOssError(
                         f"{candidate.name} gives logits that are not finite: try --dtype float32, or download the "

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -69,7 +69,7 @@ class TimedEngine(Protocol):
 
 
 class OurEngine:
-    """Our model behind the TimedEngine interface. Use it from one thread."""
+    """Our model behind the TimedEngine interface. Use it from one thread. adapter: that all rows use, as in Row."""
 
     backend: str
     device: str
@@ -81,6 +81,7 @@ class OurEngine:
     ) -> None:
         self.engine = engine
         self.backend, self.device, self.format, self.load_s = backend, device, format_name, load_s
+        self.adapter: int | None = None
         self._runner = runner
         self._case = Case(0, 0, 0, 0)
         self._tokens: list[tuple[int, ...]] = []
@@ -121,12 +122,15 @@ class OurEngine:
     def _feed(self, end: int) -> None:
         """Feed every sequence's tokens up to `end` and sample the next one."""
         if end > self._length:
-            run(self._runner, prefill_steps(self._tokens, self._length, end, self._runner.limits.chunk))
+            steps = prefill_steps(self._tokens, self._length, end, self._runner.limits.chunk)
+            run(self._runner, ([replace(row, adapter=self.adapter) for row in rows] for rows in steps))
             self._length = end
 
     def _decode(self, steps: int) -> None:
         slots, start = range(len(self._tokens)), self._length
-        run(self._runner, ([Row(s, start + n, None, GREEDY) for s in slots] for n in range(steps)))
+        run(
+            self._runner, ([Row(s, start + n, None, GREEDY, adapter=self.adapter) for s in slots] for n in range(steps))
+        )
         self._length += steps
 
 

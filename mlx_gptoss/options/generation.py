@@ -25,9 +25,12 @@ class RawOptions(SamplingOptions):
         Flag("N", minimum=1),
     )
 
+    adapter: str | None = option(None, "The adapter to use, by its name in load(). Default: the model as it is.")
+
     def __post_init__(self) -> None:
         """Raise InvalidRequest for a value of another type or out of range."""
         super().__post_init__()
+        check.name_or_none("adapter", self.adapter)
         if self.max_tokens is not None:
             check.integer("max_tokens", self.max_tokens, 1)
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec, Protocol, TypeVar
 
+from ..errors import InvalidRequest
 from . import check
 from .declare import Flag, Options, check_names, documented, option, spell_out
 
 MAX_SLOTS = 4096
+MAX_ADAPTERS = 64
+ADAPTER_NAME = re.compile(r"[\w.@+-]{1,100}", re.ASCII)
 
 Fields = ParamSpec("Fields")
 Loaded = TypeVar("Loaded", covariant=True)
@@ -75,6 +79,12 @@ class LoadOptions:
         None, "A folder that keeps the prefix cache in files, for the next start.", Flag("DIR")
     )
 
+    adapters: Mapping[str, str | Path] | None = option(
+        None,
+        "LoRA adapters of PEFT or mlx-lm, by the names that requests choose them by: folders or hub ids. They run beside "
+        "the weights, which stay as they are stored.",
+    )
+
     def __post_init__(self) -> None:
         """Raise InvalidRequest for a value of another type or out of range. Names are checked where they are looked
         up."""
@@ -88,7 +98,20 @@ class LoadOptions:
         if self.kv_bits is not None:
             check.one_of("kv_bits", self.kv_bits, (8,))
         check.kind("speculate", self.speculate, bool, "True or False")
+        _check_adapters(self.adapters)
         check.kind("prompt_cache", self.prompt_cache, (str, Path, type(None)), "a folder or None")
+
+
+def _check_adapters(adapters: object) -> None:
+    check.kind("adapters", adapters, (Mapping, type(None)), 'a dict, {"name": "folder or hub id"}')
+    if not isinstance(adapters, Mapping):
+        return
+    if len(adapters) > MAX_ADAPTERS:
+        raise InvalidRequest(f"adapters has {len(adapters)} entries; at most {MAX_ADAPTERS} can be loaded")
+    for name, path in adapters.items():
+        if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name):
+            raise InvalidRequest(f"an adapter's name is made of letters, digits and . _ @ + -, not {check.shown(name)}")
+        check.kind(f"adapters[{name!r}]", path, (str, Path), "a folder or a hub id")
 
 
 class Loads(Protocol[Fields, Loaded]):

@@ -96,8 +96,8 @@ class Follower:
                 case ["drop", numbers]:
                     for number in numbers:
                         saved.pop(number, None)  # this rank's part may have been damaged
-                case ["logits", ids]:
-                    runner.logits(ids)
+                case ["logits", ids, adapter]:
+                    runner.logits(ids, adapter)
                 case _:
                     raise GptOssError(f"rank 0 sent the call {message[:1]}, which this version does not know")
         if last is not None:

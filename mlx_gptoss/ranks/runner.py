@@ -115,9 +115,9 @@ class GroupRunner:
             raise ValueError(f"rank {damaged[0]} cannot use its part of the packed snapshot")
         return snapshot
 
-    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        self._broadcast("logits", list(ids))
-        return self._local.logits(ids)
+    def logits(self, ids: Sequence[int], adapter: int | None = None) -> NDArray[np.float32]:
+        self._broadcast("logits", list(ids), adapter)
+        return self._local.logits(ids, adapter)
 
     def peak_memory(self) -> int:
         """Peak memory of this rank, in bytes."""

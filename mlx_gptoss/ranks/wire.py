@@ -139,4 +139,5 @@ def row_from_json(data: dict[str, Any]) -> Row:
         tuple(data["drafts"]),
         None if mask is None else bytes_from_json(mask),
         data["stages"] and tuple(data["stages"]),
+        data["adapter"],
     )

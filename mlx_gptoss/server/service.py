@@ -7,7 +7,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
@@ -117,6 +117,18 @@ class Service:
         """This server once for each model."""
         return [self.having(model) for model in self.models]
 
+    def stream(self, prompt: Any, **options: Any) -> Events:
+        """stream() of the selected model, with its adapter."""
+        return self.model.stream(prompt, **options, **self._adapter)
+
+    def stream_raw(self, ids: Any, **options: Any) -> Events:
+        """stream_raw() of the selected model, with its adapter."""
+        return self.model.stream_raw(ids, **options, **self._adapter)
+
+    @property
+    def _adapter(self) -> dict[str, str]:
+        return {} if self.selected.adapter is None else {"adapter": self.selected.adapter}
+
     async def start(self, *replies: Callable[[], Events]) -> EventQueue:
         """Load the selected model if necessary, submit one reply per callable, and return the queue of their events.
         Pass it to finish() in the end.
@@ -173,7 +185,8 @@ class Service:
 
     def render_metrics(self) -> bytes:
         """The current metrics in the text format of Prometheus."""
-        statuses = [status for named in self.models if (status := _status(named.model)) is not None]
+        models = [named.model for named in self.models if named.adapter is None]
+        statuses = [status for model in models if (status := _status(model)) is not None]
         self.metrics.up.set(len(statuses) > 0)
         self.metrics.running.set(sum(status.running for status in statuses))
         self.metrics.waiting.set(sum(status.waiting for status in statuses))

@@ -16,6 +16,7 @@ from ..errors import CheckpointError
 from ..untrusted.json_file import parse_json, read_file
 from .safetensors import INDEX, MAX_ITEMS, MappedFile
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # of an adapter, not a checkpoint
 MAX_JSON_BYTES = 16 * 2**20
 MAX_TENSORS = 100_000  # 120b with five tensors for each module of each expert has 70,000
 
@@ -54,6 +55,11 @@ def find_folder(path: Path) -> Path:
         what = "is a file; give its folder, or a .gguf file" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {what}")
     path = path.resolve()
+    if not (path / "config.json").exists() and any((path / name).exists() for name in ADAPTER_FILES):
+        raise CheckpointError(
+            f"{path} is a LoRA adapter: load the model it was trained on, and the adapter with --adapter NAME={path} or "
+            "load(model, adapters={...})"
+        )
     for folder in (path, path / "original"):
         if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
             return folder

@@ -91,7 +91,7 @@ class RankWeights:
         self.format: str = checkpoint.format
         self.stop_ids: tuple[int, ...] = checkpoint.stop_ids
         self.source = checkpoint
-        self._splits = {param.name: _split(param, full, shard) for param in checkpoint.params}
+        self._splits = {param.name: split_of(param, full, shard) for param in checkpoint.params}
         self.params: tuple[Param, ...] = tuple(replace(p, shape=self._shape(p)) for p in checkpoint.params)
         others = sum(checkpoint.matrix_bytes(role) - self.matrix_bytes(role) for role in MATRIX_ROLES)
         self.size_bytes: int = checkpoint.size_bytes - others
@@ -132,7 +132,7 @@ class RankWeights:
         return (*param.shape[:axis], len(part), *param.shape[axis + 1 :])
 
 
-def _split(param: Param, config: ModelConfig, shard: RankShard) -> tuple[int, range] | None:
+def split_of(param: Param, config: ModelConfig, shard: RankShard) -> tuple[int, range] | None:
     """The axis along which a parameter is split, and the rank's part of it; None if every rank holds all of it."""
     dim = config.head_dim
     query_rows = range(shard.query_heads.start * dim, shard.query_heads.stop * dim)

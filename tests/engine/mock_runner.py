@@ -221,7 +221,7 @@ class MockRunner:
         tokens = tuple(np.frombuffer(data, np.int32).tolist())
         return Saved(start, end, tokens[: end - start], tokens[end - start :])
 
-    def logits(self, ids: Sequence[int]) -> Any:
+    def logits(self, ids: Sequence[int], adapter: int | None = None) -> Any:
         self.check_thread()
         return np.zeros((len(ids), VOCAB), np.float32)
 

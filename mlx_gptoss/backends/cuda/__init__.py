@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Sequence
 
 # Read by OpenMP when torch is loaded: threads that wait asleep. Those that spin wait for each other's turn on a busy
 # machine, where a small model was 6 times as slow.
@@ -14,6 +15,7 @@ import torch
 
 from ...errors import BackendUnavailable, CheckpointError, InvalidRequest
 from ...machine import ram_copy_bandwidth, system_available
+from ...weights.adapters import Adapter
 from ...weights.split import RankShard
 from ...weights.tensor import Weights
 from ..base import Limits
@@ -35,11 +37,12 @@ def load(
     dtype: str | None,
     limits: Limits,
     shard: RankShard | None = None,
+    adapters: Sequence[Adapter] = (),
     kernels: bool | None = None,
 ) -> CudaRunner:
     """Load onto `device` ("cpu", "cuda", "cuda:1" or None for a GPU where there is one) with activations of `dtype`;
     both as below. shard: of the model that `checkpoint` is a part of, whose other parts other ranks load at the same
-    time; None is all. kernels: whether Triton's kernels compute (None: on a GPU), or torch alone, their oracle."""
+    time; None is all. adapters: those that rows may use. kernels: whether Triton's kernels compute (None: on a GPU), or torch alone, their oracle."""
     where = pick_device(device)
     kernels = where.type == "cuda" if kernels is None else kernels
     if where.type == "cuda":
@@ -49,7 +52,7 @@ def load(
     try:
         ranks = None if shard is None else Ranks.join(shard, where)
         with torch.inference_mode():
-            model = load_model(checkpoint, DTYPES[dtype_name(device, dtype)], where, ops, ranks)
+            model = load_model(checkpoint, DTYPES[dtype_name(device, dtype)], where, ops, ranks, adapters)
         if kernels and any(len(block.mlp.experts.gate_up.matrices) > 1 for block in model.blocks):
             raise CheckpointError(
                 "gate and up of some experts are stored differently, and the CUDA kernels take them as one matrix; use "

@@ -25,16 +25,26 @@ class Span:
     """Where this forward pass writes: either one slot and any number of tokens, or B slots and one token each.
 
     slots, starts: [B] host integers, ascending slots. length: tokens per row. offsets: starts on the device, int64 [B].
+    adapters: of the rows: each one's index, and bool [B], the rows that use it; None if all do.
     """
 
     slots: tuple[int, ...]
     starts: tuple[int, ...]
     length: int
     offsets: Tensor
+    adapters: tuple[tuple[int, Tensor | None], ...] = ()
 
     @staticmethod
-    def of(slots: Sequence[int], starts: Sequence[int], length: int, device: torch.device) -> Span:
-        return Span(tuple(slots), tuple(starts), length, torch.tensor(starts, dtype=torch.int64, device=device))
+    def of(
+        slots: Sequence[int],
+        starts: Sequence[int],
+        length: int,
+        device: torch.device,
+        adapters: Sequence[tuple[int, list[bool] | None]] = (),
+    ) -> Span:
+        offsets = torch.tensor(starts, dtype=torch.int64, device=device)
+        uses = [(index, None if rows is None else torch.tensor(rows, device=device)) for index, rows in adapters]
+        return Span(tuple(slots), tuple(starts), length, offsets, tuple(uses))
 
     @property
     def end(self) -> int:

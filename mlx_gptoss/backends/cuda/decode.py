@@ -16,40 +16,44 @@ import torch
 from torch import Tensor
 
 from ..base import Row
+from .adapters import LowRank, Uses, expert_adapters
 from .cache import Cache, RingCache
 from .kernels import attention, linear, moe, qkv, routing, sample
 from .model import Block, GptOss, Norm
 
 IDLE = -1
 FEED_BACK = -1
+NO_ADAPTER = -1
 
 
 class Inputs:
     """The host's inputs of each row in one piece of memory, which one copy brings to the device.
 
     given int64: the token, or FEED_BACK for the one that the slot sampled last. keys int64: the start of the row's
-    noise. slots, positions int32. temperatures float32: 0 is greedy.
+    noise. slots, positions int32. adapters int32: -1 is none. temperatures float32: 0 is greedy.
     """
 
     given: Tensor
     keys: Tensor
     slots: Tensor
     positions: Tensor
+    adapters: Tensor
 
     def __init__(self, rows: int, memory: Tensor) -> None:
-        """memory: uint8 [28 * rows]"""
+        """memory: uint8 [32 * rows]"""
         wide, narrow = memory[: 16 * rows].view(torch.int64), memory[16 * rows :]
         self.given, self.keys = wide[:rows], wide[rows:]
-        ints = narrow[: 8 * rows].view(torch.int32)
-        self.slots, self.positions = ints[:rows], ints[rows:]
-        self.temperatures: Tensor = narrow[8 * rows :].view(torch.float32)
+        ints = narrow[: 12 * rows].view(torch.int32)
+        self.slots, self.positions, self.adapters = ints[:rows], ints[rows : 2 * rows], ints[2 * rows :]
+        self.temperatures: Tensor = narrow[12 * rows :].view(torch.float32)
         self.memory = memory
 
     @staticmethod
     def empty(rows: int, device: torch.device, *, pinned: bool = False) -> Inputs:
         """With every row idle."""
-        inputs = Inputs(rows, torch.zeros(28 * rows, dtype=torch.uint8, device=device, pin_memory=pinned))
+        inputs = Inputs(rows, torch.zeros(32 * rows, dtype=torch.uint8, device=device, pin_memory=pinned))
         inputs.positions.fill_(IDLE)
+        inputs.adapters.fill_(NO_ADAPTER)
         return inputs
 
     def fill(self, rows: Sequence[Row], keys: Sequence[int], temperatures: Sequence[float]) -> None:
@@ -60,6 +64,7 @@ class Inputs:
             (self.keys, keys),
             (self.slots, [row.slot for row in rows]),
             (self.positions, [row.start for row in rows]),
+            (self.adapters, [NO_ADAPTER if row.adapter is None else row.adapter for row in rows]),
             (self.temperatures, temperatures),
         ):
             part[: len(rows)] = torch.tensor(values, dtype=part.dtype)
@@ -117,7 +122,11 @@ class Buffers:
 
 
 class Decoder:
-    """Steps of one model over one cache. last: int64 [S], what each slot sampled last, read and written here."""
+    """Steps of one model over one cache. last: int64 [S], what each slot sampled last, read and written here.
+
+    Steps with adapters have graphs of their own: for each adapter, and one with all of them for rows that differ. Steps
+    without are what they are without any adapter loaded.
+    """
 
     def __init__(self, model: GptOss, cache: Cache, last: Tensor, max_context: int) -> None:
         self._model = model
@@ -129,56 +138,62 @@ class Decoder:
         rotation = model.rotary.rotation(positions[None])
         self._table = (rotation.cos[0, 0].contiguous(), rotation.sin[0, 0].contiguous())  # [max_context, 32] each
         self._buffers: dict[int, Buffers] = {}
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, tuple[int, ...]], torch.cuda.CUDAGraph] = {}
+        self._adapters = range(len(model.blocks[0].attention.qkv_adapters))
 
     def prepare(self, rows: int) -> None:
         """Compile and capture steps of up to `rows` rows now, instead of at the first such step."""
         for power in range(_bucket(rows).bit_length()):
-            self._ready(1 << power)
+            for used in [(), *((index,) for index in self._adapters)]:
+                self._ready(1 << power, used)
 
     def step(self, rows: Sequence[Row], keys: Sequence[int], temperatures: Sequence[float]) -> Buffers:
         """Start a step of at most 64 rows of one token each. Row i of the buffers is rows[i]'s until the next
         step of as many."""
         count = _bucket(len(rows))
-        buffers = self._ready(count)
+        found = tuple(sorted({row.adapter for row in rows if row.adapter is not None}))
+        used = found if len(found) < 2 else tuple(self._adapters)
+        buffers = self._ready(count, used)
         on_gpu = self._device.type == "cuda"
         staged = Inputs.empty(count, torch.device("cpu"), pinned=on_gpu)
         staged.fill(rows, keys, temperatures)
         buffers.inputs.memory.copy_(staged.memory, non_blocking=on_gpu)
         if on_gpu:
-            self._graphs[count].replay()
+            self._graphs[count, used].replay()
         else:
-            self._run(buffers)
+            self._run(buffers, used)
         return buffers
 
-    def _ready(self, rows: int) -> Buffers:
+    def _ready(self, rows: int, used: tuple[int, ...] = ()) -> Buffers:
+        """The buffers of a step, and on a GPU its graph. used: the adapters that the step computes."""
         if rows not in self._buffers:
-            buffers = Buffers(self._model, rows, self._capacity, self._device)
-            if self._device.type == "cuda":
-                self._graphs[rows] = self._capture(buffers)
-            self._buffers[rows] = buffers
+            self._buffers[rows] = Buffers(self._model, rows, self._capacity, self._device)
+        if self._device.type == "cuda" and (rows, used) not in self._graphs:
+            self._graphs[rows, used] = self._capture(self._buffers[rows], used)
         return self._buffers[rows]
 
-    def _capture(self, buffers: Buffers) -> torch.cuda.CUDAGraph:
-        """Every row is idle until a step fills the inputs, so neither the warm-up nor the capture changes the cache."""
+    def _capture(self, buffers: Buffers, used: tuple[int, ...]) -> torch.cuda.CUDAGraph:
+        """Every row is idle meanwhile, so neither the warm-up nor the capture changes the cache."""
+        buffers.inputs.positions.fill_(IDLE)
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
-            self._run(buffers)
+            self._run(buffers, used)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device meanwhile
-            self._run(buffers)
+            self._run(buffers, used)
         return graph
 
-    def _run(self, b: Buffers) -> None:
-        """The step itself: launches only, the same for all inputs."""
+    def _run(self, b: Buffers, used: tuple[int, ...]) -> None:
+        """The step itself: launches only, the same for all inputs that use these adapters."""
         model, i = self._model, b.inputs
+        uses = [(index, i.adapters == index) for index in used]
         linear.embed(i.given, self._last, i.slots, i.positions, model.embed, b.x)
         for block, layer in zip(model.blocks, self._cache.layers, strict=True):
             ring = isinstance(layer, RingCache)
             at = block.attention
-            x, gain, eps = self._normed(b, block.attention_norm)
+            x, gain, eps = self._normed(b, block.attention_norm, uses)
             qkv.project_qkv(
                 x,
                 at.qkv.matrices,
@@ -192,47 +207,60 @@ class Decoder:
                 ring=ring,
                 norm=gain,
                 eps=eps,
+                delta=_delta(x, at.qkv_adapters, uses),
             )
             attention.decode_attention(
                 b.q, layer.keys, layer.values, i.slots, i.positions, at.sinks, at.scale, b.y, b.attention, ring=ring
             )
+            delta = _delta(b.y, at.out_adapters, uses)
             if model.ranks.alone:
                 linear.linear(b.y, at.out.matrices[0], b.x, bias=at.out.bias, residual=b.x)
+                if delta is not None:
+                    b.x += delta
             else:
-                linear.linear(b.y, at.out.matrices[0], b.share, bias=at.out.bias)
+                linear.linear(b.y, at.out.matrices[0], b.share, bias=at.out.bias, residual=delta)
                 b.x += model.ranks.sum(b.share)
-            self._mixture(b, block)
-        x, gain, eps = self._normed(b, model.norm)
+            self._mixture(b, block, uses)
+        x, gain, eps = self._normed(b, model.norm, ())
         own = b.logits if model.ranks.alone else b.own_logits
         linear.linear(x, model.lm_head.matrices[0], own, norm=gain, eps=eps)
         if not model.ranks.alone:
             b.logits.copy_(model.ranks.gather(own, b.logits.shape[-1]))
         sample.draw(b.logits, i.temperatures, i.keys, i.slots, i.positions, b.tokens, b.logprobs, self._last, b.draw)
 
-    def _mixture(self, b: Buffers, block: Block) -> None:
+    def _mixture(self, b: Buffers, block: Block, uses: Uses) -> None:
         router, experts = block.mlp.router, block.mlp.experts
-        x, gain, eps = self._normed(b, block.mlp_norm)
+        x, gain, eps = self._normed(b, block.mlp_norm, uses)
         route = b.routes[router.matrices[0].shape[0]]
         routing.router(x, router.matrices[0], router.bias, route.scores, norm=gain, eps=eps)
+        if (delta := _delta(x, block.mlp.router_adapters, uses)) is not None:
+            route.scores += delta
+        adapters = tuple(expert_adapters(block.mlp.gate_up_adapters, block.mlp.down_adapters, uses))
         if gain is not None:
             moe.forward_one_token(b.x, route.scores, experts, b.hidden, gain, eps)
         else:
             routing.sort_pairs(route.scores, b.inputs.positions, experts.active, route.groups)
             if self._model.ranks.alone:
-                moe.forward_grouped(b.x, x, route.groups, experts, b.hidden, b.parts, b.x, b.inputs.positions)
+                moe.forward_grouped(b.x, x, route.groups, experts, b.hidden, b.parts, b.x, b.inputs.positions, adapters)
             else:
                 b.parts.zero_()  # the other ranks' experts add nothing
                 groups = route.groups.of_experts(experts.local_experts)
-                moe.forward_grouped(None, x, groups, experts, b.hidden, b.parts, b.share, b.inputs.positions)
+                moe.forward_grouped(None, x, groups, experts, b.hidden, b.parts, b.share, b.inputs.positions, adapters)
                 b.x += self._model.ranks.sum(b.share)
 
-    def _normed(self, b: Buffers, norm: Norm) -> tuple[Tensor, Tensor | None, float]:
+    def _normed(self, b: Buffers, norm: Norm, uses: Uses) -> tuple[Tensor, Tensor | None, float]:
         """The input of the next products, and the norm that they still have to apply. For one row the norm is folded
-        into them; for several rows, and with several ranks, it is a separate kernel."""
-        if len(b.x) == 1 and self._model.ranks.alone:
+        into them; for several rows, with several ranks and with adapters it is a separate kernel."""
+        if len(b.x) == 1 and self._model.ranks.alone and not uses:
             return b.x, norm.weight, norm.eps
         linear.rms_norm(b.x, norm.weight, norm.eps, b.normed)
         return b.normed, None, 0.0
+
+
+def _delta(x: Tensor, adapters: Sequence[LowRank | None], uses: Uses) -> Tensor | None:
+    """What the adapters add to a product with x [B, D], [B, N]; None if they add nothing."""
+    found = [low_rank.delta(x, rows) for index, rows in uses if (low_rank := adapters[index]) is not None]
+    return sum(found[1:], start=found[0]) if found else None
 
 
 def _bucket(rows: int) -> int:

@@ -8,6 +8,7 @@ Legend: D in, N out, E experts, A active experts, T tokens, B rows, L tokens a r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Protocol
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ...weights.codecs import E2M1, E4M3, E8M0
 from ...weights.tensor import Element, ScaleKind, Spec
+from .adapters import ExpertAdapter
 
 Index = int | slice | Tensor
 
@@ -117,9 +119,9 @@ class Operations(Protocol):
         query sees W of them up to its own. The first W - past keys do not exist."""
         ...
 
-    def mixture(self, x: Tensor, scores: Tensor, experts: Experts) -> Tensor:
+    def mixture(self, x: Tensor, scores: Tensor, experts: Experts, adapters: Sequence[ExpertAdapter] = ()) -> Tensor:
         """x [T, D] through each token's A likeliest experts by scores, float32 [T, E], weighted by the softmax over
-        those -> [T, D]. Experts of other ranks are left out."""
+        those -> [T, D]. Experts of other ranks are left out. adapters: what is added to the experts' products."""
         ...
 
     def close(self) -> None:

@@ -14,23 +14,31 @@ from torch import Tensor
 
 from ...config import ModelConfig
 from ...errors import CheckpointError
+from ...weights.adapters import Adapter
 from ...weights.codecs import contiguous_rows, widen
 from ...weights.split import RankShard
 from ...weights.tensor import Array, Dense, Quantized, Weight, Weights, same_storage
 from ..base import run_as
 from ..rope import yarn_frequencies
+from .adapters import LowRank
 from .layers import DenseMatrix, ExpertLinear, Experts, Linear, Matrix, Operations, QuantizedMatrix
 from .model import Attention, Block, GptOss, MixtureOfExperts, Norm, Rotary
 from .ranks import Ranks
 
 
 def load_model(
-    checkpoint: Weights, dtype: torch.dtype, device: torch.device, ops: Operations, ranks: Ranks | None = None
+    checkpoint: Weights,
+    dtype: torch.dtype,
+    device: torch.device,
+    ops: Operations,
+    ranks: Ranks | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> GptOss:
     """Load the whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight.
 
-    ranks: the ranks that share the model, if the checkpoint is one rank's part of it."""
-    loader = _WeightLoader(checkpoint, dtype, device, ops, ranks or Ranks(RankShard.of(checkpoint.config, 0, 1)))
+    ranks: the ranks that share the model, if the checkpoint is one rank's part of it. adapters: as of Backend.load."""
+    ranks = ranks or Ranks(RankShard.of(checkpoint.config, 0, 1))
+    loader = _WeightLoader(checkpoint, dtype, device, ops, ranks, adapters)
     config = checkpoint.config
     # The two largest weights come first, while there is memory for a weight and its copy.
     embed = loader.matrix("embed.weight")
@@ -51,6 +59,8 @@ def _block(loader: _WeightLoader, config: ModelConfig, layer: int, scale: float)
         out=loader.linear([f"{prefix}.attention.o"], biased=loader.ranks.first),
         sinks=loader.vector(f"{prefix}.attention.sinks").float(),
         scale=scale,
+        qkv_adapters=loader.low_rank([f"{prefix}.attention.{part}" for part in "qkv"]),
+        out_adapters=loader.low_rank([f"{prefix}.attention.o"]),
     )
     experts = Experts(
         gate_up=loader.experts([f"{prefix}.experts.gate", f"{prefix}.experts.up"]),
@@ -60,7 +70,15 @@ def _block(loader: _WeightLoader, config: ModelConfig, layer: int, scale: float)
         alpha=config.swiglu_alpha,
         local_experts=loader.ranks.shard.of_experts(config.experts[layer]),
     )
-    mlp = MixtureOfExperts(loader.ops, loader.ranks, loader.linear([f"{prefix}.router"]), experts)
+    mlp = MixtureOfExperts(
+        loader.ops,
+        loader.ranks,
+        loader.linear([f"{prefix}.router"]),
+        experts,
+        router_adapters=loader.low_rank([f"{prefix}.router"]),
+        gate_up_adapters=loader.low_rank([f"{prefix}.experts.gate", f"{prefix}.experts.up"]),
+        down_adapters=loader.low_rank([f"{prefix}.experts.down"]),
+    )
     attention_norm = loader.norm(f"{prefix}.attention_norm.weight", config)
     return Block(attention_norm, attention, loader.norm(f"{prefix}.mlp_norm.weight", config), mlp)
 
@@ -69,8 +87,15 @@ class _WeightLoader:
     """Reads weights by their canonical names and copies them to the device."""
 
     def __init__(
-        self, checkpoint: Weights, dtype: torch.dtype, device: torch.device, ops: Operations, ranks: Ranks
+        self,
+        checkpoint: Weights,
+        dtype: torch.dtype,
+        device: torch.device,
+        ops: Operations,
+        ranks: Ranks,
+        adapters: Sequence[Adapter],
     ) -> None:
+        self._adapters = adapters
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
@@ -94,6 +119,16 @@ class _WeightLoader:
     def experts(self, names: Sequence[str]) -> ExpertLinear:
         bias = self._vectors([f"{n}.bias" for n in names])
         return ExpertLinear(self._matrices([f"{n}.weight" for n in names]), bias)
+
+    def low_rank(self, names: Sequence[str]) -> tuple[LowRank | None, ...]:
+        """What each adapter adds to the fused matrix of these parameters."""
+        return tuple(self._low_rank(adapter, names) for adapter in self._adapters)
+
+    def _low_rank(self, adapter: Adapter, names: Sequence[str]) -> LowRank | None:
+        factors = adapter.stacked(names)
+        if factors is None:
+            return None
+        return LowRank(*(_tensor([values], -1, self._device).to(self._dtype) for values in (factors.a, factors.b)))
 
     def _vectors(self, names: Sequence[str]) -> Tensor:
         return _tensor([self._dense(name) for name in names], -1, self._device).to(self._dtype)

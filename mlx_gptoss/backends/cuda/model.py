@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...config import ModelConfig
+from .adapters import LowRank, add_linear, expert_adapters
 from .cache import Cache, FullCache, LayerCache, Span
 from .layers import Experts, Linear, Matrix, Operations, Rotation
 from .plain import heads_of
@@ -37,7 +38,7 @@ class Rotary:
 @dataclass(frozen=True)
 class Attention:
     """qkv: D -> (H + 2 K) * 64; out: H * 64 -> D; sinks float32 [H]. H and K are this rank's; only the first
-    rank has out's bias."""
+    rank has out's bias. qkv_adapters, out_adapters: what each adapter adds to them."""
 
     config: ModelConfig
     ops: Operations
@@ -46,10 +47,13 @@ class Attention:
     out: Linear
     sinks: Tensor
     scale: float
+    qkv_adapters: tuple[LowRank | None, ...] = ()
+    out_adapters: tuple[LowRank | None, ...] = ()
 
     def __call__(self, x: Tensor, cache: LayerCache, span: Span, rotation: Rotation) -> Tensor:
         c = self.config
-        qk, v = torch.split(self.qkv(x), [c.q_size + c.kv_size, c.kv_size], dim=-1)
+        qkv = add_linear(self.qkv(x), x, self.qkv_adapters, span.adapters)
+        qk, v = torch.split(qkv, [c.q_size + c.kv_size, c.kv_size], dim=-1)
         rotated = self.ops.rotate(qk, rotation)  # [B, H + K, L, 64]
         q, k = rotated[:, : c.num_attention_heads], rotated[:, c.num_attention_heads :]
         v = heads_of(v, c.head_dim)  # [B, K, L, 64]
@@ -61,22 +65,27 @@ class Attention:
         else:
             past = min(span.starts[0], cache.window)
             y = self.ops.attend_sliding(q, *cache.extend(k, v, span), self.sinks, self.scale, past)
-        return self.ranks.sum(self.out(y))
+        return self.ranks.sum(add_linear(self.out(y), y, self.out_adapters, span.adapters))
 
 
 @dataclass(frozen=True)
 class MixtureOfExperts:
-    """router: D -> E. experts: those that this rank holds."""
+    """router: D -> E. experts: those that this rank holds. The adapters: what each one adds to them."""
 
     ops: Operations
     ranks: Ranks
     router: Linear
     experts: Experts
+    router_adapters: tuple[LowRank | None, ...] = ()
+    gate_up_adapters: tuple[LowRank | None, ...] = ()
+    down_adapters: tuple[LowRank | None, ...] = ()
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, span: Span) -> Tensor:
         """x [B, L, D] -> [B, L, D]"""
-        tokens = x.view(-1, x.shape[-1])  # [T, D]
-        return self.ranks.sum(self.ops.mixture(tokens, self.router(tokens).float(), self.experts)).view(x.shape)
+        tokens = x.view(-1, x.shape[-1])  # [T, D]; several rows have one token each
+        scores = add_linear(self.router(tokens), tokens, self.router_adapters, span.adapters).float()
+        adapters = tuple(expert_adapters(self.gate_up_adapters, self.down_adapters, span.adapters))
+        return self.ranks.sum(self.ops.mixture(tokens, scores, self.experts, adapters)).view(x.shape)
 
 
 @dataclass(frozen=True)
@@ -102,9 +111,9 @@ class Block:
         """x [B, L, D] -> the same shape"""
         return x + self.attention(self.attention_norm(x), cache, span, rotation)
 
-    def mix(self, x: Tensor) -> Tensor:
+    def mix(self, x: Tensor, span: Span) -> Tensor:
         """x [B, L, D] -> the same shape, through the experts"""
-        return x + self.mlp(self.mlp_norm(x))
+        return x + self.mlp(self.mlp_norm(x), span)
 
 
 @dataclass(frozen=True)
@@ -133,7 +142,7 @@ class GptOss:
         rotation = self.rotary.rotation(span.positions)
         for stage in stages:
             block, layer_cache = self.blocks[stage // 2], cache.layers[stage // 2]
-            x = block.mix(x) if stage % 2 else block.attend(x, layer_cache, span, rotation)
+            x = block.mix(x, span) if stage % 2 else block.attend(x, layer_cache, span, rotation)
         return x
 
     def logits(self, x: Tensor) -> Tensor:

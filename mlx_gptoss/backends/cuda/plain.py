@@ -8,6 +8,7 @@ Legend: as in layers.py; C keys, W window.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .adapters import ExpertAdapter, LowRank, add_linear
 from .layers import DenseMatrix, Experts, Matrix, Rotation
 
 # Elements decoded at once. On a CPU the block stays in the cache until the product reads it.
@@ -106,7 +108,7 @@ class TorchOperations:
         y = _attend(q, keys, values, mask, sinks, scale)  # [n, H, W, 64]
         return _merge_heads(y.transpose(0, 1).reshape(1, y.shape[1], n * W, y.shape[3])[:, :, :L], dtype)
 
-    def mixture(self, x: Tensor, scores: Tensor, experts: Experts) -> Tensor:
+    def mixture(self, x: Tensor, scores: Tensor, experts: Experts, adapters: Sequence[ExpertAdapter] = ()) -> Tensor:
         """Each expert in use is decoded once, for all tokens that chose it."""
         best, chosen = scores.topk(experts.active, dim=-1)  # [T, A]
         weights = best.softmax(dim=-1).flatten()
@@ -119,8 +121,13 @@ class TorchOperations:
                 index = expert - experts.local_experts.start
                 pairs = order[start : start + count]
                 tokens = pairs // experts.active
-                gate, up = experts.gate_up.expert(index, self)(x[tokens]).chunk(2, dim=-1)
-                out = experts.down.expert(index, self)(clamped_swiglu(gate, up, experts.limit, experts.alpha))
+                added = [(_expert(each.gate_up, index), _expert(each.down, index), each.tokens) for each in adapters]
+                uses = [(i, None if rows is None else rows[tokens]) for i, (_, _, rows) in enumerate(added)]
+                gate_up = experts.gate_up.expert(index, self)(x[tokens])
+                gate_up = add_linear(gate_up, x[tokens], [low_rank for low_rank, _, _ in added], uses)
+                hidden = clamped_swiglu(*gate_up.chunk(2, dim=-1), experts.limit, experts.alpha)
+                out = experts.down.expert(index, self)(hidden)
+                out = add_linear(out, hidden, [low_rank for _, low_rank, _ in added], uses)
                 y.index_add_(0, tokens, out.float() * weights[pairs, None])
             start += count
         return y.to(x.dtype)
@@ -128,6 +135,10 @@ class TorchOperations:
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown()
+
+
+def _expert(bank: LowRank | None, index: int) -> LowRank | None:
+    return None if bank is None else LowRank(bank.a[index], bank.b[index])
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor, limit: float, alpha: float) -> Tensor:

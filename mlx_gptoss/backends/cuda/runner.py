@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...config import ModelConfig
 from ...sampling import Sampling
-from ..base import Limits, Row, Sampled, Snapshot, stage_count
+from ..base import Limits, Row, Sampled, Snapshot, stage_count, used_adapters
 from .cache import Cache, SlotSnapshot, Span
 from .model import GptOss
 from .sample import SamplerOutput, SamplerState, noise_keys, sample_tokens
@@ -106,13 +106,14 @@ class CudaRunner:
         return self._cache.unpack(start, end, data)
 
     @torch.inference_mode()
-    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+    def logits(self, ids: Sequence[int], adapter: int | None = None) -> NDArray[np.float32]:
         cache = Cache(self.config, 1, len(ids), self._model.dtype, self._device)
         out = np.empty((len(ids), self.config.vocab_size), dtype=np.float32)
         step = min(self.limits.chunk, LOGITS_CHUNK)
         for start in range(0, len(ids), step):
             piece = self._ids([ids[start : start + step]])
-            hidden = self._model(piece, cache, Span.of([0], [start], piece.shape[1], self._device))
+            uses = [] if adapter is None else [(adapter, None)]
+            hidden = self._model(piece, cache, Span.of([0], [start], piece.shape[1], self._device, uses))
             out[start : start + step] = self._model.logits(hidden[0]).cpu().numpy()
         return out
 
@@ -149,7 +150,8 @@ class CudaRunner:
     ) -> None:
         """Run either any number of one-token rows, or one row of several tokens, through model.py."""
         ids = torch.cat([self._tokens(row) for row in rows])  # [B, L]
-        span = Span.of([row.slot for row in rows], [row.start for row in rows], ids.shape[1], self._device)
+        slots, starts = [row.slot for row in rows], [row.start for row in rows]
+        span = Span.of(slots, starts, ids.shape[1], self._device, used_adapters(rows))
         if rows[0].stages is None:
             hidden = self._model(ids, self._cache, span)
         else:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import mlx.core as mx
 
 from ...errors import BackendUnavailable, InvalidRequest
 from ...machine import ram_copy_bandwidth, system_available
+from ...weights.adapters import Adapter
 from ...weights.split import RankShard
 from ...weights.tensor import Weights
 from ..base import Limits
@@ -24,10 +26,17 @@ MAX_SCORES_GPU, MAX_SCORES_CPU = 1 << 28, 1 << 19
 
 
 def load(
-    checkpoint: Weights, *, device: str | None, dtype: str | None, limits: Limits, shard: RankShard | None = None
+    checkpoint: Weights,
+    *,
+    device: str | None,
+    dtype: str | None,
+    limits: Limits,
+    shard: RankShard | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> MlxRunner:
     """Load onto `device` ("cpu", "gpu" or None for MLX's default) with activations of `dtype`. shard: the part of the
-    model that `checkpoint` holds, while other ranks load the others; None is the whole model."""
+    model that `checkpoint` holds, while other ranks load the others; None is the whole model. adapters: those that rows
+    may use."""
     check_process()
     gpu, streams = _on_gpu(device), CpuStreams()
     where = pick_device(device) if gpu else streams.make_default()
@@ -44,6 +53,7 @@ def load(
                 on_cpu=not gpu,
                 ranks=None if shard is None else Ranks.join(shard),
                 streams=streams,
+                adapters=adapters,
             )
             return MlxRunner(model, limits, where, streams)
     except BaseException:

@@ -53,6 +53,7 @@ class Span:
     tokens, pairs: indices of the activation rows that each token's experts read, uint32 [T, 1], and of the rows that
         they produce, uint32 [T, A]; both count up from 0.
     seen: bool [B, 1, 1, end], the positions visible to each of several rows of unequal length; None is all.
+    adapters: of the rows: each one's index, and bool [B], the rows that use it; None if all do.
     """
 
     slots: tuple[int, ...]
@@ -65,9 +66,17 @@ class Span:
     tokens: mx.array
     pairs: mx.array
     seen: mx.array | None
+    adapters: tuple[tuple[int, mx.array | None], ...] = ()
 
     @staticmethod
-    def of(config: ModelConfig, slots: Sequence[int], starts: Sequence[int], length: int, slack: int = 0) -> Span:
+    def of(
+        config: ModelConfig,
+        slots: Sequence[int],
+        starts: Sequence[int],
+        length: int,
+        slack: int = 0,
+        adapters: Sequence[tuple[int, list[bool] | None]] = (),
+    ) -> Span:
         kv_heads = config.num_key_value_heads
         positions = np.add.outer(starts, np.arange(length))  # [B, L]
         rows, offsets = mx.array(np.array([slots, starts], np.int32))
@@ -83,6 +92,7 @@ class Span:
             tokens=_count_up(len(slots) * length, 1),
             pairs=_count_up(len(slots) * length, config.num_experts_per_tok),
             seen=_causal_mask(offsets, max(starts) + length) if len(set(starts)) > 1 else None,
+            adapters=tuple((index, None if uses is None else mx.array(uses)) for index, uses in adapters),
         )
 
     @property

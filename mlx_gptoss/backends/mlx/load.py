@@ -17,6 +17,7 @@ import numpy as np
 from ...config import ModelConfig
 from ...errors import CheckpointError
 from ...machine import cores
+from ...weights.adapters import Adapter
 from ...weights.split import RankShard
 from ...weights.tensor import (
     FP8_ROW,
@@ -30,6 +31,7 @@ from ...weights.tensor import (
 )
 from ..rope import yarn_frequencies
 from . import host
+from .adapters import LowRank
 from .elementwise import Elementwise
 from .layers import MODES, DenseMatrix, ExpertLinear, Linear, MappedRows, Matrix, QuantizedMatrix, fused
 from .model import Attention, Block, GptOss, MixtureOfExperts, Rotary
@@ -52,14 +54,18 @@ def load_model(
     on_cpu: bool = False,
     ranks: Ranks | None = None,
     streams: CpuStreams | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> GptOss:
     """Load the whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight.
 
     elementwise, max_scores: as in model.py. resident_vocab, upcast: as in Limits. on_cpu: split large matrices over
-    one of the `streams` per core. ranks: the ranks that share the model, if the checkpoint is one rank's part of it."""
+    one of the `streams` per core. ranks: the ranks that share the model, if the checkpoint is one rank's part of it.
+    adapters: as of Backend.load."""
     config = checkpoint.config
     ranks = ranks or Ranks(RankShard.of(config, 0, 1), None)
-    loader = _WeightLoader(checkpoint, dtype, elementwise, max_scores, ranks, upcast, on_cpu, streams or CpuStreams())
+    loader = _WeightLoader(
+        checkpoint, dtype, elementwise, max_scores, ranks, upcast, on_cpu, streams or CpuStreams(), adapters
+    )
     # The two largest weights come first, while there is memory for a weight and its copy.
     if resident_vocab is None:
         embed: Matrix | MappedRows = loader.matrix("embed.weight")
@@ -96,6 +102,8 @@ def _block(loader: _WeightLoader, config: ModelConfig, layer: int, rotary: Rotar
         ranks=loader.ranks,
         attend=loader.attend,
         max_scores=loader.max_scores,
+        qkv_adapters=loader.low_rank([f"{prefix}.attention.{part}" for part in "qkv"]),
+        out_adapters=loader.low_rank([f"{prefix}.attention.o"]),
     )
     mlp = MixtureOfExperts(
         config,
@@ -107,6 +115,9 @@ def _block(loader: _WeightLoader, config: ModelConfig, layer: int, rotary: Rotar
         elementwise=loader.elementwise,
         ranks=loader.ranks,
         min_pairs_to_sort=loader.min_pairs_to_sort,
+        router_adapters=loader.low_rank([f"{prefix}.router"]),
+        gate_up_adapters=loader.low_rank([f"{prefix}.experts.gate", f"{prefix}.experts.up"]),
+        down_adapters=loader.low_rank([f"{prefix}.experts.down"]),
     )
     return Block(
         config,
@@ -130,7 +141,9 @@ class _WeightLoader:
         upcast: bool,
         on_cpu: bool,
         streams: CpuStreams,
+        adapters: Sequence[Adapter],
     ) -> None:
+        self._adapters = adapters
         self.elementwise = elementwise
         self.ranks = ranks
         # On a CPU a rank always sorts: waiting for the router costs nothing there, computing other ranks' pairs does.
@@ -166,6 +179,19 @@ class _WeightLoader:
     def experts(self, names: Sequence[str]) -> ExpertLinear:
         kind = host.HostExperts if self._by_host else ExpertLinear
         return kind(*self._split_matrices([f"{n}.weight" for n in names]))
+
+    def low_rank(self, names: Sequence[str]) -> tuple[LowRank | None, ...]:
+        """What each adapter adds to the fused matrix of these parameters."""
+        return tuple(self._low_rank(adapter, names) for adapter in self._adapters)
+
+    def _low_rank(self, adapter: Adapter, names: Sequence[str]) -> LowRank | None:
+        factors = adapter.stacked(names)
+        if factors is None:
+            return None
+        kind = host.HostMatrix if self._by_host else DenseMatrix
+        a, b = (mx.array(values).astype(self._dtype) for values in (factors.a, factors.b))
+        mx.eval(a, b)
+        return LowRank(kind(a), kind(b))
 
     def _split_matrices(self, names: Sequence[str]) -> tuple[tuple[Matrix, ...], tuple[mx.Stream, ...]]:
         """The matrices and their streams. A large matrix is split by rows into one part per stream."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from ...config import ModelConfig
+from .adapters import LowRank, add_linear, add_experts
 from .cache import Cache, FullCache, LayerCache, QuantizedKV, RingCache, Span
 from .elementwise import Elementwise
 from .layers import Attend, ExpertLinear, Linear, MappedRows, Matrix
@@ -44,6 +45,7 @@ class Attention:
 
     attend: layers.fused, or a function that replaces it. max_scores: maximum attention scores, H * queries * keys,
     that a full-attention layer computes at once; None if the memory of `attend` does not depend on their number.
+    qkv_adapters, out_adapters: what each adapter adds to qkv and out.
     """
 
     config: ModelConfig
@@ -55,11 +57,13 @@ class Attention:
     ranks: Ranks
     attend: Attend
     max_scores: int | None
+    qkv_adapters: tuple[LowRank | None, ...] = ()
+    out_adapters: tuple[LowRank | None, ...] = ()
 
     def __call__(self, x: mx.array, residual: mx.array, cache: LayerCache, span: Span) -> mx.array:
         """x, residual [B, L, D] -> residual + attention of x, [B, L, D]"""
         B, L, _ = x.shape
-        q, kv = self._rotated(self.qkv(x), span)
+        q, kv = self._rotated(add_linear(self.qkv(x), x, self.qkv_adapters, span), span)
         if isinstance(cache, RingCache) and 1 + cache.slack < L:
             y = self._sliding(q, *cache.extend(kv, span), past=min(span.starts[0], cache.window))
         else:
@@ -71,7 +75,8 @@ class Attention:
                 y = self._causal(q, *cached)
             else:
                 y = self._attend(q, *cached, mask)
-        y = replace(self.out, bias=None)(y.swapaxes(1, 2).reshape(B, L, self.config.q_size))
+        heads = y.swapaxes(1, 2).reshape(B, L, self.config.q_size)
+        y = add_linear(replace(self.out, bias=None)(heads), heads, self.out_adapters, span)
         return self.elementwise.add(self.ranks.sum(y), self.out.bias, residual)
 
     def _rotated(self, x: mx.array, span: Span) -> tuple[mx.array, mx.array]:
@@ -166,7 +171,7 @@ class MixtureOfExperts:
     """router: D -> E; gate_up: D -> 2 I per expert, gate rows first; down: I -> D per expert.
     bias [E, 2 I + D]: of both, so that those of a token's experts are fetched at once. own: the router's numbers of
     this rank's experts, which are those held here. min_pairs_to_sort: token-expert pairs from which sorting them by
-    expert is faster."""
+    expert is faster. router_adapters, gate_up_adapters, down_adapters: what each adapter adds to them."""
 
     config: ModelConfig
     router: Linear
@@ -177,20 +182,27 @@ class MixtureOfExperts:
     elementwise: Elementwise
     ranks: Ranks
     min_pairs_to_sort: int
+    router_adapters: tuple[LowRank | None, ...] = ()
+    gate_up_adapters: tuple[LowRank | None, ...] = ()
+    down_adapters: tuple[LowRank | None, ...] = ()
 
     def __call__(self, x: mx.array, residual: mx.array, span: Span) -> mx.array:
         """x, residual [B, L, D] -> residual + the experts' outputs for x, [B, L, D]"""
         shape, D = x.shape, x.shape[-1]
         x = x.reshape(-1, D)
-        chosen, weights = self._route(x)  # [T, A] each
+        chosen, weights = self._route(x, span)  # [T, A] each
         experts, weights = self.ranks.local_experts(chosen, weights, self.own)
         if chosen.size >= self.min_pairs_to_sort:
-            y, bias = self._sorted(x, chosen), self.bias[:, -D:][experts]  # [T, A, D] each
+            y, bias = self._sorted(x, chosen, span), self.bias[:, -D:][experts]  # [T, A, D] each
         else:
             bias = self.bias[experts]
-            T = len(x)
-            hidden = self._swiglu(self.gate_up(x[:, None, None], experts, span.tokens[:T]), bias[..., None, :-D])
-            y, bias = self.down(hidden, experts, span.pairs[:T]).squeeze(-2), bias[..., -D:]
+            tokens, pairs, each = span.tokens[: len(x)], span.pairs[: len(x)], x[:, None, None]
+            y = self.gate_up(each, experts, tokens)
+            y = add_experts(y, each, self.gate_up_adapters, span, experts, tokens, pairs)
+            hidden = self._swiglu(y, bias[..., None, :-D])
+            y = self.down(hidden, experts, pairs)
+            y = add_experts(y, hidden, self.down_adapters, span, experts, pairs, pairs).squeeze(-2)
+            bias = bias[..., -D:]
         parts = [[a[:, i] for i in range(a.shape[1])] for a in (y, bias, weights[..., None])]
         residual = residual.reshape(-1, D)
         if self.ranks.alone:
@@ -198,15 +210,15 @@ class MixtureOfExperts:
         y = self.ranks.sum(self.elementwise.combine(mx.zeros_like(residual), *parts))
         return (residual + y).reshape(shape)
 
-    def _route(self, x: mx.array) -> tuple[mx.array, mx.array]:
+    def _route(self, x: mx.array, span: Span) -> tuple[mx.array, mx.array]:
         """Softmax over the A largest router logits, in float32."""
         active = self.config.num_experts_per_tok
-        logits = self.router(x)  # [T, E]
+        logits = add_linear(self.router(x), x, self.router_adapters, span)  # [T, E]
         experts = mx.argpartition(logits, kth=-active, axis=-1)[..., -active:]
         weights = mx.softmax(mx.take_along_axis(logits, experts, axis=-1), axis=-1, precise=True)
         return experts, weights
 
-    def _sorted(self, x: mx.array, chosen: mx.array) -> mx.array:
+    def _sorted(self, x: mx.array, chosen: mx.array, span: Span) -> mx.array:
         """The experts' outputs without biases, [T, A, D], computed with the T * A pairs sorted by expert, so that each
         expert's rows are adjacent. Zeros where another rank has the expert."""
         (T, A), pairs = chosen.shape, chosen.flatten()
@@ -214,8 +226,12 @@ class MixtureOfExperts:
         if not order.size:
             return mx.zeros((T, A, x.shape[-1]), dtype=x.dtype)
         experts = pairs[order] - self.own.start
-        y = self.gate_up(x[order // A][:, None], experts, None)  # [pairs, 1, 2 I]
-        y = self.down(self._swiglu(y, self.bias[:, : -x.shape[-1]][experts][:, None]), experts, None)
+        rows = order // A
+        each = x[rows][:, None]
+        y = self.gate_up(each, experts, None)  # [pairs, 1, 2 I]
+        y = add_experts(y, each, self.gate_up_adapters, span, experts, rows=rows)
+        hidden = self._swiglu(y, self.bias[:, : -x.shape[-1]][experts][:, None])
+        y = add_experts(self.down(hidden, experts, None), hidden, self.down_adapters, span, experts, rows=rows)
         if self.ranks.alone:
             return y[mx.argsort(order)].reshape(T, A, -1)
         return mx.zeros((T * A, x.shape[-1]), dtype=x.dtype).at[order].add(y[:, 0]).reshape(T, A, -1)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ...config import ModelConfig
 from ...sampling import Sampling
-from ..base import Limits, Row, Sampled, Snapshot, stage_count, working_space
+from ..base import Limits, Row, Sampled, Snapshot, stage_count, used_adapters, working_space
 from .cache import Cache, SlotSnapshot, Span
 from .model import GptOss
 from .sample import SamplerOutput, SamplerState, sample_tokens
@@ -137,14 +137,16 @@ class MlxRunner:
         with mx.stream(self._where):
             return self._cache.unpack(start, end, data)
 
-    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+    def logits(self, ids: Sequence[int], adapter: int | None = None) -> NDArray[np.float32]:
         with mx.stream(self._where):
             cache = Cache(self.config, 1, len(ids), self._model.dtype, self.limits.kv_bits)
             out = np.empty((len(ids), self.config.vocab_size), dtype=np.float32)
             step = min(self.limits.chunk, LOGITS_CHUNK)
             for start in range(0, len(ids), step):
                 piece = mx.array(list(ids[start : start + step]))[None]
-                hidden = self._model(piece, cache, Span.of(self.config, [0], [start], piece.shape[1]), len(piece[0]))
+                uses = [] if adapter is None else [(adapter, None)]
+                span = Span.of(self.config, [0], [start], piece.shape[1], adapters=uses)
+                hidden = self._model(piece, cache, span, len(piece[0]))
                 out[start : start + step] = np.array(self._model.all_logits(hidden[0]))
             return out
 
@@ -165,7 +167,8 @@ class MlxRunner:
         """Run either any number of one-token rows, or one row of several tokens. Returns the array computed last."""
         ids = mx.stack([self._tokens(row) for row in rows])  # [B, L]
         starts = [row.start for row in rows]
-        span = Span.of(self.config, [row.slot for row in rows], starts, ids.shape[1], self.limits.drafts)
+        slots, adapters = [row.slot for row in rows], used_adapters(rows)
+        span = Span.of(self.config, slots, starts, ids.shape[1], self.limits.drafts, adapters)
         samples = 1 + len(rows[0].drafts)  # per row
         if rows[0].stages is None:
             hidden = self._model(ids, self._cache, span, samples)  # [B, samples, D]

@@ -199,7 +199,7 @@ class _Message:
             "tool_choice": choice.value if choice is not None else "auto",
             "parallel_tool_calls": choice is None or not choice.disable_parallel_tool_use,
         }
-        events = model.stream(self.conversation, **options)
+        events = self._service.stream(self.conversation, **options)
         self._prompt_tokens = events.prompt_tokens
         return events
 

@@ -22,7 +22,7 @@ class ModelsCollector(Collector):
         loaded = GaugeMetricFamily(f"{prefix}_loaded", "1 while the model is loaded", labels=["model"])
         loads = CounterMetricFamily(f"{prefix}_loads", "How often its process has loaded it", labels=["model"])
         crashes = CounterMetricFamily(f"{prefix}_crashes", "How often its process has failed", labels=["model"])
-        for named in self._models:
+        for named in (each for each in self._models if each.adapter is None):
             loaded.add_metric([named.id], float(named.state == "loaded"))
             if isinstance(named.model, RemoteModel):
                 loads.add_metric([named.id], named.model.loads)

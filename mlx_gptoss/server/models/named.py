@@ -18,13 +18,14 @@ class NamedModel:
     """A model and its names.
 
     id: the model's name in responses. aliases: other names of it, which /v1/models lists, too. other_names: more names
-    that requests may use.
+    that requests may use. adapter: the name of the model's adapter that answers; None is the model as it is.
     """
 
     model: ServedModel
     id: str
     other_names: Sequence[str] = ()
     aliases: Sequence[str] = ()
+    adapter: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -48,6 +49,13 @@ class NamedModel:
         """Whether a request's `name` means this model. Ollama's clients put ":latest" behind a name without a tag."""
         known = {*self.names, *self.other_names}
         return not known.isdisjoint((name, name.removesuffix(":latest")))
+
+
+def with_adapters(named: NamedModel, adapters: Sequence[str]) -> list[NamedModel]:
+    """The model, and after it each of its adapters: by its own name and as MODEL:NAME."""
+    bases = (*named.names, *named.other_names)
+    others = [NamedModel(named.model, name, [f"{base}:{name}" for base in bases], adapter=name) for name in adapters]
+    return [named, *others]
 
 
 def model_names(model: str | None) -> tuple[str, tuple[str, ...]]:

@@ -14,6 +14,7 @@ from ...chat.stream import Events
 from ...config import ModelConfig
 from ...engine import Status
 from ...errors import CheckpointError, ModelUnavailable
+from ...loading import hub
 from ...loading.memory import MemoryPlan
 from ...loading.plan import LoadRequest
 from ...options import LoadOptions
@@ -41,8 +42,10 @@ class RemoteModel:
 
     def __init__(self, name: str, path: Path, options: LoadOptions) -> None:
         checkpoint = checkpoints.open(path)
-        named = {**vars(options), "prompt_cache": options.prompt_cache and str(Path(options.prompt_cache).resolve())}
-        self.request: LoadRequest = LoadRequest(model=str(path.resolve()), **named)
+        cache = options.prompt_cache and Path(options.prompt_cache).resolve()
+        adapters = options.adapters and {name: hub.resolve_adapter(each) for name, each in options.adapters.items()}
+        options = replace(options, prompt_cache=cache, adapters=adapters)
+        self.request: LoadRequest = LoadRequest.of(str(path.resolve()), options)
         self.name = name
         self.config: ModelConfig = checkpoint.config
         self.format: str = self.request.quantize or checkpoint.format

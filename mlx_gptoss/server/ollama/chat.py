@@ -72,7 +72,7 @@ def _submit(messages: list[Any], body: ChatRequest, service: Service) -> Events:
     conversation = as_conversation(messages, reasoning=body.effort, tools=check_tools(body.tools or ()))
     if body.truncate:
         conversation = truncated(conversation, service.model, body.max_tokens)
-    return service.model.stream(
+    return service.stream(
         conversation,
         sampling=body.sampling(service.model.default_sampling),
         max_tokens=body.max_tokens,

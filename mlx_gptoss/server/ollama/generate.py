@@ -56,7 +56,7 @@ async def generate(body: GenerateRequest, request: Request, service: ServiceDep)
 
 
 def _answer(prompt: str, body: GenerateRequest, service: Service) -> Events:
-    return service.model.stream(
+    return service.stream(
         [{"role": "user", "content": prompt}],
         system=body.system or None,
         sampling=body.sampling(service.model.default_sampling),
@@ -70,7 +70,7 @@ def _continue_raw(prompt: str, body: GenerateRequest, service: Service) -> Event
     """Tokenize and submit the prompt; special tokens in it are recognized. Runs on a worker thread."""
     model = service.model
     ids = model.tokenizer.encode_within(model.max_context, prompt, specials=True)
-    return model.stream_raw(ids, sampling=body.sampling(model.default_sampling), max_tokens=body.max_tokens)
+    return service.stream_raw(ids, sampling=body.sampling(model.default_sampling), max_tokens=body.max_tokens)
 
 
 def _response(piece: Piece) -> dict[str, Any]:

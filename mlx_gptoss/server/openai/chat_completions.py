@@ -183,7 +183,7 @@ class _Completion:
             "parallel_tool_calls": body.parallel_tool_calls is not False,
         }
         return [
-            partial(model.stream, body.messages, sampling=with_choice_seed(sampling, choice.index), **options)
+            partial(self._service.stream, body.messages, sampling=with_choice_seed(sampling, choice.index), **options)
             for choice in self._choices
         ]
 

@@ -123,7 +123,9 @@ class _Completion:
             if sum(len(choice.echo_text) for choice in self._choices) > MAX_ECHO_CHARACTERS:
                 raise invalid_field("echo", f"would return more than {MAX_ECHO_CHARACTERS} characters: leave it out")
         max_tokens = self._body.max_tokens or DEFAULT_MAX_TOKENS
-        return model.stream_raw(prompt, max_tokens=max_tokens, sampling=with_choice_seed(sampling, choice_of_prompt))
+        return self._service.stream_raw(
+            prompt, max_tokens=max_tokens, sampling=with_choice_seed(sampling, choice_of_prompt)
+        )
 
     async def chunks(self, queue: EventQueue) -> AsyncIterator[list[dict[str, Any]]]:
         """Yield batches of entries for a chunk's `choices`, echoed prompts first."""

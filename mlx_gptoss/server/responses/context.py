@@ -87,7 +87,7 @@ def submitter(service: Service, conversation: Conversation, *, truncate: bool, *
     def submit() -> Events:
         try:
             fitting = truncated(conversation, service.model, options.get("max_tokens")) if truncate else conversation
-            return service.model.stream(fitting, **options)
+            return service.stream(fitting, **options)
         except InvalidRequest as error:
             raise request_error(error) from error
 

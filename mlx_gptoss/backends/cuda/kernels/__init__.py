@@ -13,6 +13,7 @@
 | moe.py         | `_gate_up_one_token_kernel`, `_down_one_token_kernel`                   | decode.py            |
 |                | `_gate_up_grouped_kernel`, `_down_grouped_kernel`,                      | decode.py, fused.py  |
 |                | `_sum_experts_kernel`: several tokens, grouped by expert                |                      |
+| lora.py        | `_expert_factor_kernel`: an adapter's thin products with experts        | moe.py               |
 | sample.py      | `_draw_blocks_kernel`, `_draw_rows_kernel`: sample a token for each row | decode.py            |
 
 The other files have no kernels. dequant.py: device functions that decode weights. tiles.py: the tile of every product.

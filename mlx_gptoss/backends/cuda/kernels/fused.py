@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ....config import ModelConfig
 from ....errors import CheckpointError
+from ..adapters import ExpertAdapter
 from ..layers import Experts, Matrix, Rotation
 from ..plain import TorchOperations
 from . import attention, linear, moe, qkv, routing
@@ -55,7 +58,7 @@ class Fused(TorchOperations):
         W = keys.shape[2] - q.shape[2]
         return _attend(q, keys, values, sinks, scale, window=W, first=W - past)
 
-    def mixture(self, x: Tensor, scores: Tensor, experts: Experts) -> Tensor:
+    def mixture(self, x: Tensor, scores: Tensor, experts: Experts, adapters: Sequence[ExpertAdapter] = ()) -> Tensor:
         """x [T, D] through each token's best experts by scores, float32 [T, E] -> [T, D], as a sum over the experts
         that this rank has."""
         (T, D), A = x.shape, experts.active
@@ -65,7 +68,7 @@ class Fused(TorchOperations):
         if len(experts.local_experts) < scores.shape[1]:
             parts.zero_()  # the other ranks' experts add nothing
             groups = groups.of_experts(experts.local_experts)
-        moe.forward_grouped(None, x, groups, experts, hidden, parts, out)
+        moe.forward_grouped(None, x, groups, experts, hidden, parts, out, adapters=adapters)
         return out
 
 

@@ -11,12 +11,15 @@ tiles.py, BE as in routing.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..adapters import ExpertAdapter
 from ..layers import Experts
-from . import tiles
+from . import lora, tiles
 from .dequant import load_rows, outer_factor, weight_args, weight_tile
 from .interpreter import dot
 from .launch import launch
@@ -188,6 +191,7 @@ def _gate_up_grouped_kernel(
     order,
     starts,
     bias,
+    delta,
     out,
     w,
     w_scale,
@@ -211,7 +215,7 @@ def _gate_up_grouped_kernel(
     """out = swiglu(x @ w[expert]^T + bias[expert]): BN / 2 columns of up to BT pairs of one expert for each program.
     program_id(0): which block of pairs; program_id(1): which columns.
 
-    x: [T, K]. order, starts: see Groups. bias: [E, 2 I]. out: [P, I]
+    x: [T, K]. order, starts: see Groups. bias: [E, 2 I]. delta: [P, 2 I], added to the product, or None. out: [P, I]
     w, ..., OUTER: the matrix [E, 2 I, K], see `weight_args`
     """
     expert, start, end = find_block(starts, tl.program_id(0), E, BE, BT)
@@ -226,6 +230,9 @@ def _gate_up_grouped_kernel(
     )
     acc *= outer_factor(w_outer, rows, row_mask, OUTER, BN)[:, None]
     acc += load_rows(bias, rows, row_mask).to(tl.float32)[:, None]
+    if delta is not None:
+        offsets = pairs[None, :] * (2 * I) + (rows - expert.to(tl.int64) * (2 * I))[:, None]
+        acc += tl.load(delta + offsets, mask=row_mask[:, None] & pair_mask[None, :], other=0).to(tl.float32)
     hidden = _swiglu(acc, limit, alpha, BN, BT)
     column = (tl.program_id(1) * (BN // 2) + tl.arange(0, BN // 2))[:, None]
     mask = (column < I) & pair_mask[None, :]
@@ -309,11 +316,13 @@ def forward_grouped(
     parts: Tensor,
     out: Tensor,
     positions: Tensor | None = None,
+    adapters: Sequence[ExpertAdapter] = (),
 ) -> None:
     """out [T, D] = x (or 0) + the weighted sum of each token's experts applied to normed [T, D].
 
     hidden [P, I] and parts [P, D] are scratch; the parts of pairs that are not in `groups` are added as they are.
-    positions: int32 [T]; rows at -1 are idle and left as they are. `out` may be x.
+    positions: int32 [T]; rows at -1 are idle and left as they are. `out` may be x. adapters: what is added to the
+    products.
     """
     (T, D), (P, I) = out.shape, hidden.shape
     A, E = P // T, len(experts.down.bias)
@@ -321,11 +330,12 @@ def forward_grouped(
     BT = tiles.grouped_token_block(T, out.dtype)
     blocks = min(E, P) + P // BT if BT < T else min(E, P)  # the most that find_block can count
     shared = {"E": E, "BE": triton.next_power_of_2(E), "BT": BT}
+    delta = _gate_up_delta(normed, groups, adapters, A, parts.new_zeros((P, 2 * I))) if adapters else None
     tile = tiles.grouped_tile(T, gate_up, out.dtype)
     launch(
         _gate_up_grouped_kernel,
         (blocks, triton.cdiv(2 * I, tile.BN)),
-        *(normed, groups.order, groups.starts, experts.gate_up.bias, hidden),
+        *(normed, groups.order, groups.starts, experts.gate_up.bias, delta, hidden),
         limit=experts.limit,
         alpha=experts.alpha,
         I=I,
@@ -346,6 +356,19 @@ def forward_grouped(
         **tile.options(),
         **weight_args(down),
     )
+    for each in adapters:
+        if each.down is not None:
+            lora.add_low_rank(hidden, each.down, groups, each.tokens, A, parts, per_row=1)
     BLOCK = min(1024, triton.next_power_of_2(D))
     grid = (T, triton.cdiv(D, BLOCK))
     launch(_sum_experts_kernel, grid, x, parts, groups.weights, positions, out, D=D, A=A, BLOCK=BLOCK, num_warps=4)
+
+
+def _gate_up_delta(
+    normed: Tensor, groups: Groups, adapters: Sequence[ExpertAdapter], active: int, delta: Tensor
+) -> Tensor:
+    """delta [P, 2 I], zeros, with what the adapters add to gate and up."""
+    for each in adapters:
+        if each.gate_up is not None:
+            lora.add_low_rank(normed, each.gate_up, groups, each.tokens, active, delta, per_row=active)
+    return delta

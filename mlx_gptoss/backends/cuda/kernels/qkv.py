@@ -22,6 +22,7 @@ def _qkv_kernel(
     x,
     norm,
     bias,
+    delta,
     cos,
     sin,
     slots,
@@ -51,7 +52,8 @@ def _qkv_kernel(
 ):
     """BN / 2 pairs of one head for BT tokens: projected, rotated, and written to q, keys or values.
 
-    x: [T, K]. norm: [K] or None. bias: [(H + 2 KV) * 64]. cos, sin: float32 [positions, 32]
+    x: [T, K]. norm: [K] or None. bias: [(H + 2 KV) * 64]. delta: [T, (H + 2 KV) * 64], added to the product, or None
+    cos, sin: float32 [positions, 32]
     slots, positions: int32 [T]. q: [T, H, 64]. keys, values: [S, KV, C, 64]; position p is entry p, or p % C with RING
     w, ..., OUTER: a matrix of whole heads [heads * 64, K], see `weight_args`; head0: its first head among all of them
 
@@ -81,6 +83,9 @@ def _qkv_kernel(
     )
     acc *= outer_factor(w_outer, rows, None, OUTER, BN)[:, None]
     acc += load_rows(bias + head0 * 64, rows, None).to(tl.float32)[:, None]
+    if delta is not None:
+        offsets = tokens[None, :] * ((H + 2 * KV) * 64) + (head0 * 64 + rows)[:, None]
+        acc += tl.load(delta + offsets, mask=token_mask[None, :], other=0).to(tl.float32)
     head += head0
     position = tl.load(positions + t, mask=token_mask, other=-1)
     busy = (position >= 0)[None, :]
@@ -124,6 +129,7 @@ def project_qkv(
     ring: bool,
     norm: Tensor | None = None,
     eps: float = 0.0,
+    delta: Tensor | None = None,
 ) -> None:
     """Compute the queries of one token a row, and write its keys and values to the cache; one kernel for each matrix.
 
@@ -131,6 +137,7 @@ def project_qkv(
     matrices: (H + 2 KV) * 64 rows together, whole heads in each; one matrix if q, k and v are stored alike
     bias: [(H + 2 KV) * 64]. table: cos and sin, float32 [positions, 32]
     slots, positions: int32 [B]; a row at position -1 is idle and writes nothing
+    delta: [B, (H + 2 KV) * 64], added to the projection, or None
     q: [B, H, 64], written. keys, values: [S, KV, C, 64]; with `ring`, position p is entry p % C
     """
     (B, H, _), (_, KV, C, _) = q.shape, keys.shape
@@ -140,7 +147,7 @@ def project_qkv(
         launch(
             _qkv_kernel,
             (N // tile.BN, triton.cdiv(B, BT)),
-            *(x, norm, bias, *table, slots, positions, q, keys, values),
+            *(x, norm, bias, delta, *table, slots, positions, q, keys, values),
             T=B,
             eps=eps,
             head0=head0,
