@@ -234,7 +234,7 @@ class Decoder:
         route = b.routes[router.matrices[0].shape[0]]
         routing.router(x, router.matrices[0], router.bias, route.scores, norm=gain, eps=eps)
         if (delta := _delta(x, block.mlp.router_adapters, uses)) is not None:
-            route.scores += delta
+            route.scores.add_(delta)
         adapters = tuple(expert_adapters(block.mlp.gate_up_adapters, block.mlp.down_adapters, uses))
         if gain is not None:
             moe.forward_one_token(b.x, route.scores, experts, b.hidden, gain, eps)

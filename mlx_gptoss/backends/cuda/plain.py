@@ -125,7 +125,8 @@ class TorchOperations:
                 uses = [(i, None if rows is None else rows[tokens]) for i, (_, _, rows) in enumerate(added)]
                 gate_up = experts.gate_up.expert(index, self)(x[tokens])
                 gate_up = add_linear(gate_up, x[tokens], [low_rank for low_rank, _, _ in added], uses)
-                hidden = clamped_swiglu(*gate_up.chunk(2, dim=-1), experts.limit, experts.alpha)
+                gate, up = gate_up.chunk(2, dim=-1)
+                hidden = clamped_swiglu(gate, up, experts.limit, experts.alpha)
                 out = experts.down.expert(index, self)(hidden)
                 out = add_linear(out, hidden, [low_rank for _, low_rank, _ in added], uses)
                 y.index_add_(0, tokens, out.float() * weights[pairs, None])

@@ -326,7 +326,7 @@ class Kernels:
         return tokens.tolist(), logprobs.tolist()
 
     def _loader(self, weights: Mapping[str, Weight]) -> _WeightLoader:
-        return _WeightLoader(Named(self.config, weights), self._dtype, self._device, self._ops, self._ranks)
+        return _WeightLoader(Named(self.config, weights), self._dtype, self._device, self._ops, self._ranks, ())
 
     def _tensor(self, values: Floats) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._device, self._dtype)

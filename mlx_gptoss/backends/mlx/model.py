@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from ...config import ModelConfig
-from .adapters import LowRank, add_linear, add_experts
+from .adapters import LowRank, add_experts, add_linear
 from .cache import Cache, FullCache, LayerCache, QuantizedKV, RingCache, Span
 from .elementwise import Elementwise
 from .layers import Attend, ExpertLinear, Linear, MappedRows, Matrix

@@ -245,6 +245,7 @@ class Kernels:
             upcast=False,
             on_cpu=not self.on_gpu,
             streams=self._streams,
+            adapters=(),
         )
 
     def _array(self, values: Floats) -> mx.array:
