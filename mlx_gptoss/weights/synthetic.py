@@ -85,6 +85,10 @@ class Synthetic:
             return None, None
         return spec, ("F16" if self._is_symmetric else "BF16") if spec.scale in ("float", "none") else None
 
+    def unpacked_bytes(self, name: str) -> int:
+        """As Checkpoint.unpacked_bytes: none."""
+        return 0
+
     def matrix_bytes(self, role: Role) -> int:
         """As Checkpoint.matrix_bytes."""
         units = recipe_of(self.format)[0].units(self.format, self.params, {})

@@ -14,7 +14,7 @@ from ..config_json import token_ids
 from ..gguf import StringArray, Value
 from ..safetensors import TensorInfo
 
-ARCHITECTURE = "gpt-oss"
+ARCHITECTURE, OLLAMA = "gpt-oss", "gptoss"  # the latter in Ollama's first files
 _STOP_TOKENS = ("<|return|>", "<|endoftext|>", "<|call|>")
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # token types
 
@@ -22,17 +22,16 @@ _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # token types
 def config_json(metadata: Mapping[str, Value], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
     """The content of config.json, in the published dialect. Raises CheckpointError for another architecture."""
     architecture = metadata.get("general.architecture")
-    if architecture != ARCHITECTURE:
-        hint = " (Ollama's own files name and fuse tensors differently)" if architecture == "gptoss" else ""
+    if architecture not in (ARCHITECTURE, OLLAMA):
         raise CheckpointError(
-            f"the GGUF file's architecture is {architecture!r}{hint}; only {ARCHITECTURE!r} is supported: use a file "
-            "that llama.cpp made"
+            f"the GGUF file's architecture is {architecture!r}; only {ARCHITECTURE!r} is supported: use a file that "
+            "llama.cpp made from a gpt-oss model"
         )
 
     def get(key: str) -> Any:
-        value = metadata.get(f"{ARCHITECTURE}.{key}")
+        value = metadata.get(f"{architecture}.{key}")
         if not isinstance(value, (int, float, str, type(None))):
-            raise CheckpointError(f"the GGUF file's {ARCHITECTURE}.{key} is a list, not a number; download it again")
+            raise CheckpointError(f"the GGUF file's {architecture}.{key} is a list, not a number; download it again")
         # The file holds float32: 1e-05 must come out as 1e-05, not as 9.99999974e-06.
         return float(str(np.float32(value))) if isinstance(value, float) else value
 
@@ -62,10 +61,13 @@ def config_json(metadata: Mapping[str, Value], tensors: Mapping[str, TensorInfo]
 
 def _rope_scaling(get: Callable[[str], Any]) -> dict[str, Any] | None:
     """`rope_scaling`; None for plain RoPE. GGUF has no key for `truncate`, which is false for gpt-oss."""
-    if get("rope.scaling.type") in (None, "none"):
+    kind = get("rope.scaling.type")
+    if kind is None and get("rope.scaling.original_context_length"):
+        kind = "yarn"  # Ollama's first files do not name it
+    if kind in (None, "none"):
         return None
     content = {
-        "rope_type": get("rope.scaling.type"),
+        "rope_type": kind,
         "factor": get("rope.scaling.factor"),
         "original_max_position_embeddings": get("rope.scaling.original_context_length"),
         "beta_fast": get("rope.scaling.yarn_beta_fast"),
