@@ -225,8 +225,8 @@ def _q3_k(b: Bytes) -> Array:
 
 
 def _q6_k(b: Bytes) -> Array:
-    low = b[:, :128].reshape(len(b), 2, 1, 64)
-    low = np.concatenate([low & 15, low >> 4], axis=2).reshape(len(b), -1)
+    runs = b[:, :128].reshape(len(b), 2, 1, 64)
+    low = np.concatenate([runs & 15, runs >> 4], axis=2).reshape(len(b), -1)
     codes = (low | _crumbs(b[:, 128:192]) << 4).astype(np.int8) - 32
     return _by_16(codes, _f16(b[:, 208:210]) * np.ascontiguousarray(b[:, 192:208]).view(np.int8))
 

@@ -69,8 +69,8 @@ class Source:
     load: returns the Weight. It returns lazy views where the layout allows and never changes a value.
     scale_tensor: the name of the first scale tensor if the scales are floats, because a conversion keeps their dtype.
     note: one line that the user should know about weights stored this way, or "".
-    load_experts: returns the Weight of a range of the first axis (experts, or rows); None where slicing the whole Weight
-        is just as good.
+    load_experts: returns the Weight of a range of the first axis (experts, or rows); None where slicing the whole
+        Weight is just as good.
     memory_bits: bits per weight of what `load` returns, where it makes more than what is stored; else None.
     stored_name: how the numbers are stored, in the words of the format's tools, or "" for the spec's or dtype's name.
     """

@@ -1,26 +1,42 @@
 """`gguf`: llama.cpp's layout of the architecture `gpt-oss`. Gate, up and down are separate and output-major; a matrix
-has any of ggml's types that gguf_blocks.py knows. Read only. gguf_metadata.py reads config and tokenizer.
+has any of ggml's types that gguf_blocks.py knows. gguf_metadata.py reads and writes config and tokenizer.
+
+Written are MXFP4 experts, the router and vectors in float32, and the rest in Q8_0, float16 or bfloat16, as llama.cpp's
+converter does.
 
 Ollama's first files (architecture `gptoss`) have other names, and some fuse q, k and v, or gate and up (interleaved).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from ...errors import CheckpointError
 from .. import gguf_blocks
 from ..gguf_blocks import BY_NAME, RENUMBERED, BlockType
+from ..gguf_writing import block_tensor, to_floats, to_mxfp4, to_q8_0
 from ..params import Param
+from ..safetensors import TensorInfo
 from ..tensor import MXFP4, Array, Dense, Weight, storage_name
-from .base import FLOATS, CheckpointHeaders, ExpectedTensor, Format, GetTensor, Recipe, Source, Unit, matrix_recipe
+from .base import (
+    FLOATS,
+    CheckpointHeaders,
+    Encoder,
+    ExpectedTensor,
+    Format,
+    GetTensor,
+    Recipe,
+    Source,
+    Unit,
+    matrix_recipe,
+)
 
 FAMILY = "gguf"
-_READ_ONLY = "GGUF is read but not written; convert to mxfp4, which keeps the experts' bits, or to another format"
+_REST: Mapping[str, str] = {"gguf": "Q8_0", "gguf-f16": "F16", "gguf-bf16": "BF16"}  # of attention, embeddings, lm_head
 
 _NAMES = {
     "embed.weight": "token_embd.weight",
@@ -48,7 +64,7 @@ _SAME_VALUES = "the numbers of {} run as {} of the same values"
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a parameter is in the file: a tensor, its shape in values, and the part of an axis that is the parameter's."""
+    """Where a parameter is in the file: a tensor, its shape in values, and the parameter's part of an axis."""
 
     name: str
     shape: tuple[int, ...]
@@ -61,7 +77,7 @@ class _Place:
 
 class Gguf(Format):
     family = FAMILY
-    writes = False
+    writes = False  # as safetensors; GGUF_NAMES are written as GGUF files
     recipes: Mapping[str, Recipe] = {"gguf": matrix_recipe(FAMILY, None, experts=(FAMILY, MXFP4))}
 
     def find(self, param: Param, headers: CheckpointHeaders) -> Source | None:
@@ -75,10 +91,10 @@ class Gguf(Format):
         return _block_source(place, BY_NAME[info.blocks], param, headers)
 
     def units(self, target: str, params: Sequence[Param], dtypes: Mapping[str, str]) -> list[Unit]:
-        raise CheckpointError(_READ_ONLY)
+        return [_unit(param, _REST[target]) for param in params]
 
     def config_entries(self, target: str, params: Sequence[Param]) -> dict[str, Any]:
-        raise CheckpointError(_READ_ONLY)
+        return {}
 
 
 def tensor_name(param: Param) -> str:
@@ -142,4 +158,28 @@ def _block_source(place: _Place, kind: BlockType, param: Param, headers: Checkpo
     )
 
 
+def _unit(param: Param, rest: str) -> Unit:
+    """The tensor of a parameter. A matrix whose rows blocks do not divide is float16, as llama.cpp's converter does."""
+    name, kind = tensor_name(param), "F32"
+    if param.is_matrix and param.role != "router":
+        kind = "MXFP4" if param.role == "experts" else rest
+    if kind in BY_NAME and param.shape[-1] % BY_NAME[kind].values:
+        kind = "F16"
+    info = block_tensor(name, kind, param.shape) if kind in BY_NAME else TensorInfo(name, kind, param.shape)
+    convert: Callable[[Weight], Array] = {"MXFP4": to_mxfp4, "Q8_0": to_q8_0}.get(kind) or partial(
+        to_floats, dtype=kind
+    )
+
+    def encode(weights: Sequence[Weight]) -> Encoder:
+        return lambda start, stop: [(name, start, convert(weights[0][start:stop]))]
+
+    return Unit((param,), (info,), encode)
+
+
+def file_type(target: str) -> int:
+    """llama.cpp's number of a file's main type, in its metadata: mostly Q8_0, F16 or BF16."""
+    return {"Q8_0": 7, "F16": 1, "BF16": 32}[_REST[target]]
+
+
 FORMAT = Gguf()
+GGUF_NAMES = tuple(_REST)
