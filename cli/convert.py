@@ -17,9 +17,9 @@ def _formats(ctx: click.Context, param: click.Parameter, incomplete: str) -> lis
     """The values of --to that begin so."""
     from click.shell_completion import CompletionItem
 
-    from mlx_gptoss.weights.formats import WRITERS
+    from mlx_gptoss.weights.formats import CONVERTERS
 
-    return [CompletionItem(name) for name in WRITERS if name.startswith(incomplete)]
+    return [CompletionItem(name) for name in CONVERTERS if name.startswith(incomplete)]
 
 
 @click.command()
@@ -30,7 +30,7 @@ def _formats(ctx: click.Context, param: click.Parameter, incomplete: str) -> lis
     required=True,
     shell_complete=_formats,
     metavar="NAME",
-    help="The format to write: mxfp4, bf16, mlx-4bit, mlx-mxfp4-q8, ...",
+    help="The format to write: mxfp4, bf16, mlx-4bit, mlx-mxfp4-q8, gguf, ...",
 )
 @click.option(
     "--search",

@@ -42,7 +42,7 @@ def show(
     from mlx_gptoss.backends import find_backend
     from mlx_gptoss.loading.plan import LoadRequest, plan_load
     from mlx_gptoss.loading.recommend import mappable_by_format, recommend, run_otherwise
-    from mlx_gptoss.weights.checkpoint import storage_name
+    from mlx_gptoss.weights.tensor import storage_name
 
     checkpoint = api.open_checkpoint(model)
     module, name = find_backend(given.pop("backend"))

@@ -97,8 +97,8 @@ def convert(
     """Write a checkpoint in another format. Streams: a few chunks of one layer are in memory at a time.
 
     source: a folder or a hub id. destination: the folder to write; it appears complete and read back, or not at all.
-    to: "mxfp4", "bf16", "fp8-dynamic", "int4-autoround", "nvfp4", "mlx-4bit", "mlx-8bit", "mlx-mxfp8", "mlx-nvfp4",
-        "mlx-mxfp4", "mlx-mxfp4-q8" or "mlx-mxfp4-q4".
+    to: "mxfp4", "bf16", "fp8-dynamic", "int4-autoround", "nvfp4", "mlx-3bit", "mlx-4bit", "mlx-6bit", "mlx-8bit",
+        "mlx-mxfp8", "mlx-nvfp4", "mlx-mxfp4", "mlx-mxfp4-q8", "mlx-mxfp4-q4", "gguf", "gguf-f16" or "gguf-bf16".
     search: "mse" searches the scales with the least squared error for 4-bit affine weights, which takes about nine
         times as long; None rounds as mlx-lm does.
     overwrite: replace an existing destination once the new one is complete.

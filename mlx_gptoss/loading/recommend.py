@@ -164,17 +164,18 @@ def _widening_bytes(weights: CheckpointLike, backend: str) -> int:
 
 
 def derived_bytes(weights: CheckpointLike, backend: str | None = None) -> int:
-    """Bytes that loading adds to those stored: biases that int4-autoround and GGUF's Q8_0 imply, and wider codes where
-    the backend has no kernel for the stored ones (None: it has all)."""
+    """Bytes that loading adds to those stored: biases that int4-autoround and GGUF imply, values that GGUF's types are
+    decoded to, and wider codes where the backend has no kernel for the stored ones (None: it has all)."""
     extra = 0 if backend is None else _widening_bytes(weights, backend)
     for role in MATRIX_ROLES:
         matrices = [param for param in weights.params if param.role == role and param.is_matrix]
+        unpacked = sum(weights.unpacked_bytes(param.name) for param in matrices)
         in_memory = 0
-        for param in matrices:
+        for param in matrices if not unpacked else ():
             spec, dtype = weights.stored_as(param.name)
             if spec is None or spec.scale != "float":
                 break  # only float scales have biases, and all matrices of a role are stored the same way
             in_memory += param.size * spec.bits // 8 + 2 * param.size // spec.group * (4 if dtype == "F32" else 2)
         else:
-            extra += max(0, in_memory - weights.matrix_bytes(role))
+            extra += unpacked or max(0, in_memory - weights.matrix_bytes(role))
     return extra

@@ -26,9 +26,10 @@ from .files import files_by_tensor, find_folder, find_gguf, gguf_parts, map_shar
 from .formats import Binding, bind, gguf_metadata
 from .formats.base import CheckpointHeaders, Source
 from .formats.modelopt import fake_quantized_note
+from .gguf_blocks import BY_NAME
 from .params import MATRIX_ROLES, Param, Role, parameters
 from .safetensors import MappedFile, TensorInfo
-from .tensor import Array, Spec, Weight, Weights
+from .tensor import Array, Spec, Weight, Weights, storage_name
 
 PREFIXES = ("language_model.", "base_model.model.", "module.")  # of multimodal wrappers, PEFT, and data parallelism
 
@@ -66,6 +67,7 @@ class CheckpointLike(Weights, Protocol):
     def read(self, name: str, rows: range | None = None) -> Weight: ...
     def stored_as(self, name: str) -> tuple[Spec | None, str | None]: ...
     def matrix_bytes(self, role: Role) -> int: ...
+    def unpacked_bytes(self, name: str) -> int: ...
     def release(self, weight: Weight | None = None) -> None: ...
     def fingerprint(self) -> list[list[Any]]: ...
 
@@ -200,6 +202,16 @@ class Checkpoint:
         source = self._binding.sources[name]
         return source.spec, self.tensors[source.scale_tensor].dtype if source.scale_tensor else None
 
+    def unpacked_bytes(self, name: str) -> int:
+        """Bytes that a parameter takes in memory beyond those stored, where it is read in another storage."""
+        source = self._binding.sources[name]
+        if source.memory_bits is None:
+            return 0
+        stored = self.tensors[source.expected[0].name]
+        size = next(param.size for param in self.params if param.name == name)
+        kind = BY_NAME[stored.blocks]
+        return int(size * (source.memory_bits - 8 * kind.size / kind.values) / 8)
+
     def matrix_bytes(self, role: Role) -> int:
         """Size in bytes of all stored tensors that the matrices of a role are read from."""
         sources = [self._binding.sources[param.name] for param in self._matrices(role)]
@@ -313,18 +325,7 @@ def _read_generation_config(folder: Path) -> Mapping[str, Any]:
     return data
 
 
-_STORAGE_NAMES = {
-    ("e2m1", "e8m0"): "mxfp4",
-    ("e2m1", "e4m3"): "nvfp4",
-    ("e4m3", "e8m0"): "mxfp8",
-    ("e4m3", "none"): "fp8",
-}
-
-
 def _stored_as(source: Source, tensors: Mapping[str, TensorInfo]) -> str:
+    if source.stored_name:
+        return source.stored_name
     return tensors[source.expected[0].name].dtype.lower() if source.spec is None else storage_name(source.spec)
-
-
-def storage_name(spec: Spec) -> str:
-    """A short name of how numbers are stored: mxfp4, affine4-g64."""
-    return _STORAGE_NAMES.get((spec.element, spec.scale)) or f"affine{spec.bits}-g{spec.group}"

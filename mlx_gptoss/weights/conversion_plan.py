@@ -11,7 +11,7 @@ from typing import Any
 from . import codecs
 from .checkpoint import CheckpointLike
 from .config_json import published
-from .formats import recipe_of
+from .formats import gguf, gguf_metadata, recipe_of
 from .formats.base import Recipe, Unit
 from .safetensors import TensorInfo
 from .tensor import Dense
@@ -24,13 +24,15 @@ class ConversionPlan:
     units: the tensors, in groups that are written together.
     config: the content of config.json.
     extra_files: name -> content of the other JSON files.
-    metadata: that of each safetensors file.
+    metadata: that of each safetensors file; of a GGUF file "file_type" alone.
+    is_gguf: the result is one GGUF file, which has the config and the tokenizer inside.
     """
 
     units: tuple[Unit, ...]
     config: Mapping[str, Any]
     extra_files: Mapping[str, Any]
     metadata: Mapping[str, str]
+    is_gguf: bool = False
 
     @property
     def tensors(self) -> list[TensorInfo]:
@@ -63,6 +65,9 @@ def plan_conversion(checkpoint: CheckpointLike, to: str, search: str | None = No
     dtypes = _vector_dtypes(checkpoint) | _scale_dtypes(checkpoint, recipe)
     units = target_format.units(to, checkpoint.params, dtypes)
     extra_files = target_format.extra_files(to, checkpoint.params)
+    if to in gguf.GGUF_NAMES:
+        gguf_metadata.check_config(content, config)
+        return ConversionPlan(tuple(units), content, {}, {"file_type": str(gguf.file_type(to))}, True)
     metadata = {"format": "mlx" if target_format.family == "mlx" else "pt"}
     return ConversionPlan(tuple(units), content, extra_files, metadata)
 

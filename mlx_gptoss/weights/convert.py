@@ -28,10 +28,11 @@ from typing import Any
 from ..errors import CheckpointError, GptOssError
 from ..machine import cores
 from . import checkpoint as checkpoints
+from . import gguf_writing
 from .checkpoint import CheckpointLike
 from .conversion_plan import ConversionPlan, plan_conversion
 from .files import child
-from .formats import recipe_of
+from .formats import gguf_metadata, recipe_of
 from .formats.base import Encoder, Unit
 from .journal import Workspace, open_workspace, recover
 from .tensor import Weight
@@ -104,8 +105,8 @@ def convert(
     target = _check_destination(Path(source), Path(destination), overwrite)
     checkpoint = checkpoints.open(source)
     plan = plan_conversion(checkpoint, to, search)
-    write_companions = partial(_write_companions, checkpoint.tokenizer_folder, checkpoint.embedded_files())
-    resumed_bytes, working_bytes = _write(checkpoint, target, to, plan, search, progress, write_companions)
+    companions = _companions(checkpoint.tokenizer_folder, checkpoint.embedded_files())
+    resumed_bytes, working_bytes = _write(checkpoint, target, to, plan, search, progress, companions)
     return Report(
         source=checkpoint.folder,
         destination=target,
@@ -129,7 +130,7 @@ def write_checkpoint(source: CheckpointLike, destination: Path, to: str, *, prog
     if destination.exists():
         raise GptOssError(f"{destination} exists already; choose another destination")
     plan = plan_conversion(source, to)
-    _write(source, Path(os.path.abspath(destination)), to, plan, None, progress, lambda folder: None)
+    _write(source, Path(os.path.abspath(destination)), to, plan, None, progress, {})
 
 
 def _write(
@@ -139,19 +140,25 @@ def _write(
     plan: ConversionPlan,
     search: str | None,
     progress: Progress | None,
-    write_companions: Callable[[Path], None],
+    companions: Mapping[str, bytes],
 ) -> tuple[int, int]:
-    """Carry out a plan. write_companions: writes the tokenizer and the like into a folder.
+    """Carry out a plan. companions: the tokenizer and the like, name -> content.
 
     Returns (bytes that an earlier run had left, upper bound of the working memory in bytes).
     """
     with open_workspace(target, _identity(source, plan, search)) as workspace:
-        writer = Writer(workspace.folder, plan.tensors, plan.metadata, SHARD_BYTES, workspace)
+        gguf = None
+        if plan.is_gguf:
+            entries = gguf_metadata.entries(plan.config, companions, int(plan.metadata["file_type"]), target.name)
+            gguf = partial(gguf_writing.layout, entries)
+        writer = Writer(workspace.folder, plan.tensors, plan.metadata, SHARD_BYTES, workspace, gguf)
         _check_free_space(target.parent, plan.size_bytes - writer.resumed_bytes)
         working_bytes = _write_tensors(source, plan, writer, progress or (lambda done, total, what: None))
-        write_companions(workspace.folder)
-        for name, content in {**plan.extra_files, "config.json": plan.config}.items():
-            write_text(workspace.folder / name, json.dumps(content, indent=2) + "\n")
+        if not plan.is_gguf:
+            for name, data in companions.items():
+                write_text(workspace.folder / name, data)
+            for name, content in {**plan.extra_files, "config.json": plan.config}.items():
+                write_text(workspace.folder / name, json.dumps(content, indent=2) + "\n")
         _check_result(workspace, to, plan)
         workspace.install()
     return writer.resumed_bytes, working_bytes
@@ -234,18 +241,14 @@ def _run_jobs(pool: ThreadPoolExecutor, workers: int, jobs: Iterator[Callable[[]
         pending |= {pool.submit(job) for job in islice(jobs, len(finished))}
 
 
-def _write_companions(source: Path, embedded: Mapping[str, str] | None, folder: Path) -> None:
-    """Write the tokenizer and the other files that accompany weights.
+def _companions(source: Path, embedded: Mapping[str, str] | None) -> dict[str, bytes]:
+    """The tokenizer and the other files that accompany weights, name -> content.
 
-    They are copied from the folder `source`, unless a GGUF file has them inside: `embedded`, name -> text.
+    They are those of the folder `source`, unless a GGUF file has them inside: `embedded`, name -> text.
     """
     if embedded is not None:
-        for name, text in embedded.items():
-            write_text(folder / name, text)
-        return
-    for name in COMPANION_FILES:
-        if (source / name).exists():
-            (folder / name).write_bytes(child(source, name).read_bytes())
+        return {name: text.encode("utf-8", "surrogatepass") for name, text in embedded.items()}
+    return {name: child(source, name).read_bytes() for name in COMPANION_FILES if (source / name).exists()}
 
 
 def _check_destination(source: Path, destination: Path, overwrite: bool) -> Path:
@@ -263,7 +266,7 @@ def _check_destination(source: Path, destination: Path, overwrite: bool) -> Path
                 f"{destination} exists already; choose another destination, or replace it with --overwrite "
                 "(overwrite=True in Python)"
             )
-        if not (target / "config.json").exists():
+        if not (target / "config.json").exists() and not (target / "model.gguf").exists():
             raise GptOssError(f"{destination} is not a checkpoint, so it is not overwritten; remove it first")
     return target
 
@@ -280,7 +283,7 @@ def _check_free_space(parent: Path, needed_bytes: int) -> None:
 def _check_result(workspace: Workspace, to: str, plan: ConversionPlan) -> None:
     """Open the result as any reader would. Its bytes have been compared already."""
     found = checkpoints.open(workspace.folder)
-    if found.format != to or found.size_bytes != plan.size_bytes:
+    if found.format != ("gguf" if plan.is_gguf else to) or found.size_bytes != plan.size_bytes:
         raise CheckpointError(
             f"what was written as {to} reads back as {found.format}, {found.size_bytes} bytes; please report this"
         )

@@ -18,6 +18,7 @@ from .safetensors import INDEX, MAX_ITEMS, MappedFile
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # of an adapter, not a checkpoint
 MAX_JSON_BYTES = 16 * 2**20
+MAX_PARTS = 1000  # of a split GGUF model
 MAX_TENSORS = 100_000  # 120b with five tensors for each module of each expert has 70,000
 
 
@@ -43,6 +44,8 @@ def gguf_parts(path: Path) -> list[Path]:
     split = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", path.name)
     if not split or not int(split[2]):
         return [path]
+    if int(split[2]) > MAX_PARTS:
+        raise CheckpointError(f"{path} is one of {int(split[2])} parts; no gpt-oss model has more than {MAX_PARTS}")
     return [child(path.parent.resolve(), f"{split[1]}-{n + 1:05d}-of-{split[2]}.gguf") for n in range(int(split[2]))]
 
 

@@ -21,6 +21,7 @@ from typing import overload
 import numpy as np
 
 from ..errors import CheckpointError
+from .gguf_blocks import BLOCK_TYPES
 from .safetensors import Header, TensorInfo
 from .tensor import Array
 
@@ -35,19 +36,12 @@ _SCALARS = {
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
 
-# ggml's tensor types: (dtype of the tensor as this module returns it, values per block, bytes per block). Blocks stay
-# bytes: Q8_0 of shape [..., K] becomes U8 [..., K / 32, 34].
-TENSOR_TYPES: Mapping[int, tuple[str, int, int]] = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    8: ("U8", 32, 34),  # Q8_0: a float16 scale and 32 int8
-    30: ("BF16", 1, 2),
-    39: ("U8", 32, 17),  # MXFP4: an e8m0 scale and 16 bytes
-}
+# ggml's types of single values, as safetensors names them. Blocks (gguf_blocks.py) stay bytes: Q8_0 of shape [..., K]
+# becomes U8 [..., K / 32, 34].
+_FLOATS = {0: "F32", 1: "F16", 30: "BF16"}
 _OTHER_TYPES = {
-    2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K",
-    15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S",
-    23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4",
+    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S",
+    29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0",
 }  # fmt: skip
 
 
@@ -213,18 +207,18 @@ def _read_tensor(reader: _Reader) -> tuple[TensorInfo, int]:
         raise reader.error(f"has the tensor name {name[:80]!r}, which cannot be printed")
     shape = [reader.integer("<u8") for _ in range(rank)][::-1]
     kind, offset = reader.integer("<u4"), reader.integer("<u8")
-    if kind not in TENSOR_TYPES:
+    block = BLOCK_TYPES.get(kind)
+    if block is None and kind not in _FLOATS:
         known = _OTHER_TYPES.get(kind, f"of the unknown type {kind}")
         raise CheckpointError(
-            f"{reader.path}: {name[:80]} is {known}, which cannot be read; MXFP4, Q8_0, BF16, F16 and F32 can: "
-            "take the file whose name says MXFP4, F16 or BF16"
+            f"{reader.path}: {name[:80]} is {known}, which cannot be read; Q2_K to Q8_0, IQ4_NL, IQ4_XS, MXFP4, NVFP4, "
+            "BF16, F16 and F32 can: take the file whose name says one of these"
         )
-    dtype, block_values, block_bytes = TENSOR_TYPES[kind]
-    if not all(shape) or shape[-1] % block_values:
+    if not all(shape) or (block is not None and shape[-1] % block.values):
         raise reader.error(f"gives {name[:80]!r} the shape {shape}")
-    if block_values > 1:
-        shape[-1:] = [shape[-1] // block_values, block_bytes]
-    return TensorInfo(name, dtype, tuple(shape)), offset
+    if block is None:
+        return TensorInfo(name, _FLOATS[kind], tuple(shape)), offset
+    return TensorInfo(name, "U8", (*shape[:-1], shape[-1] // block.values, block.size), block.name), offset
 
 
 def _check_offsets(reader: _Reader, tensors: Sequence[tuple[TensorInfo, int]], data_start: int, alignment: int) -> None:

@@ -48,11 +48,13 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor's entry in a header. dtype: safetensors' name, a key of DTYPES."""
+    """A tensor's entry in a header. dtype: safetensors' name, a key of DTYPES. blocks: GGUF's name of the blocks that
+    the last axis of a U8 tensor is one of."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    blocks: str = ""
 
     @property
     def count(self) -> int:

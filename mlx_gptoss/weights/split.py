@@ -112,6 +112,11 @@ class RankWeights:
         """As Checkpoint.stored_as."""
         return self.source.stored_as(name)
 
+    def unpacked_bytes(self, name: str) -> int:
+        """This rank's share of Checkpoint.unpacked_bytes."""
+        own, full = (next(p.size for p in params if p.name == name) for params in (self.params, self.source.params))
+        return self.source.unpacked_bytes(name) * own // full
+
     def matrix_bytes(self, role: Role) -> int:
         """Size of this rank's matrices of a role, estimated from its share of their values."""
         own, full = (

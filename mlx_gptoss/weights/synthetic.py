@@ -26,7 +26,7 @@ from ..errors import InvalidRequest
 from ..machine import cores
 from . import codecs, quantization
 from .convert import Progress, write_checkpoint
-from .formats import recipe_of
+from .formats import WRITERS, recipe_of
 from .params import Param, Role, parameters
 from .tensor import Array, Dense, Quantized, Spec, Weight
 
@@ -59,7 +59,7 @@ class Synthetic:
     """
 
     def __init__(self, config: ModelConfig, name: str, seed: int = 0) -> None:
-        writer, recipe = recipe_of(name)
+        writer, recipe = recipe_of(name if name in WRITERS else f"synthetic {name}")
         self.config = config
         self.format = name
         self.params: tuple[Param, ...] = parameters(config)
@@ -84,6 +84,10 @@ class Synthetic:
         if spec is None:
             return None, None
         return spec, ("F16" if self._is_symmetric else "BF16") if spec.scale in ("float", "none") else None
+
+    def unpacked_bytes(self, name: str) -> int:
+        """As Checkpoint.unpacked_bytes: none."""
+        return 0
 
     def matrix_bytes(self, role: Role) -> int:
         """As Checkpoint.matrix_bytes."""

@@ -45,6 +45,19 @@ AFFINE = {(bits, group): Spec("uint", bits, group, "float") for bits in AFFINE_B
 AFFINE4, AFFINE8, AFFINE8_G32 = AFFINE[4, 64], AFFINE[8, 64], AFFINE[8, 32]
 
 
+_STORAGE_NAMES = {
+    ("e2m1", "e8m0"): "mxfp4",
+    ("e2m1", "e4m3"): "nvfp4",
+    ("e4m3", "e8m0"): "mxfp8",
+    ("e4m3", "none"): "fp8",
+}
+
+
+def storage_name(spec: Spec) -> str:
+    """A short name of how numbers are stored: mxfp4, affine4-g64."""
+    return _STORAGE_NAMES.get((spec.element, spec.scale)) or f"affine{spec.bits}-g{spec.group}"
+
+
 @dataclass(frozen=True)
 class Dense:
     """Values as stored: bfloat16 (ml_dtypes), float16 or float32. Matrices are [..., N, K]: output-major.

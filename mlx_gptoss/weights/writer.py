@@ -24,6 +24,7 @@ from .tensor import Array
 SHARD_BYTES = 2 * 10**9  # what an interruption can cost: one or two minutes of work
 _READ_BYTES = 2**20
 
+Layout = Callable[[Sequence[TensorInfo]], tuple[bytes, Mapping[str, int], int]]  # header, offsets, size of the file
 WrittenRange = tuple[int, int, int]  # bytes of a file that were written at once: offset, length, checksum
 
 
@@ -71,7 +72,9 @@ class Writer:
         metadata: Mapping[str, str],
         shard_bytes: int = SHARD_BYTES,
         journal: Journal | None = None,
+        gguf: Layout | None = None,
     ) -> None:
+        """gguf: lays the tensors out in one GGUF file instead."""
         self._folder = folder
         self._journal = journal
         self._lock = Lock()
@@ -79,23 +82,26 @@ class Writer:
         self._shards: list[_Shard] = []
         self.total_bytes: int = sum(info.nbytes for info in tensors)
         self.resumed_bytes: int = 0
+        if gguf is not None:
+            self._add_shard(folder / "model.gguf", tensors, *gguf(tensors))
+            return
         shards = split_shards(tensors, shard_bytes)
         for number, shard in enumerate(shards, 1):
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-            self._add_shard(folder / name, sorted(shard, key=lambda t: (-DTYPES[t.dtype].itemsize, t.name)), metadata)
+            ordered = sorted(shard, key=lambda t: (-DTYPES[t.dtype].itemsize, t.name))
+            self._add_shard(folder / name, ordered, *_layout(ordered, metadata))
 
-    def _add_shard(self, path: Path, tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> None:
-        header = encode_header(tensors, metadata)
+    def _add_shard(
+        self, path: Path, tensors: Sequence[TensorInfo], header: bytes, offsets: Mapping[str, int], size: int
+    ) -> None:
         content_bytes = sum(info.nbytes for info in tensors)
-        shard = _Shard(path, header, len(header) + content_bytes, content_bytes)
+        shard = _Shard(path, header, size, content_bytes)
         ranges = self._journal.complete_shards.get(path.name) if self._journal else None
         if ranges is not None and _is_complete(shard, ranges):
             shard.missing_bytes, shard.ranges = 0, list(ranges)
             self.resumed_bytes += content_bytes
-        offset = len(header)
         for info in tensors:
-            self._locations[info.name] = (info, shard, offset)
-            offset += info.nbytes
+            self._locations[info.name] = (info, shard, offsets[info.name])
         self._shards.append(shard)
 
     def is_written(self, names: Sequence[str]) -> bool:
@@ -179,6 +185,16 @@ def split_shards(tensors: Sequence[TensorInfo], shard_bytes: int) -> list[list[T
     return shards
 
 
+def _layout(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int], int]:
+    """The bytes before the data, each tensor's offset in the file, and the file's size."""
+    header = encode_header(tensors, metadata)
+    offsets, at = {}, len(header)
+    for info in tensors:
+        offsets[info.name] = at
+        at += info.nbytes
+    return header, offsets, at
+
+
 def encode_header(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> bytes:
     """The bytes before the data: the header's length and the header, padded with spaces to 8-align the data."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -191,10 +207,10 @@ def encode_header(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) ->
     return len(text).to_bytes(8, "little") + text
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str | bytes) -> None:
     """Write a small file that does not exist yet, and sync it to the disk."""
-    with path.open("x", encoding="utf-8") as file:
-        file.write(text)
+    with path.open("xb") as file:
+        file.write(text.encode() if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
 

@@ -16,7 +16,7 @@ from mlx_gptoss.errors import InvalidRequest
 from mlx_gptoss.options import GenerationOptions, LoadOptions, RawOptions
 from mlx_gptoss.options.declare import Flag
 from mlx_gptoss.options.sampling import SamplingOptions
-from mlx_gptoss.weights.formats import WRITERS
+from mlx_gptoss.weights.formats import CONVERTERS
 
 # Of a text; names of tools; files of functions.
 OTHER_MEANING = {("eval", "max_tokens"), ("serve", "tools"), ("generate", "tools"), ("chat", "tools")}
@@ -60,7 +60,7 @@ def test_classes_document_their_fields(options):
 
 
 def test_convert_names_every_format_it_writes():
-    assert all(f'"{name}"' in inspect.getdoc(mlx_gptoss.convert) for name in WRITERS)
+    assert all(f'"{name}"' in inspect.getdoc(mlx_gptoss.convert) for name in CONVERTERS)
 
 
 def test_an_unknown_option_is_a_type_error_that_names_the_nearest():

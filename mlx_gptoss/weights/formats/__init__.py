@@ -28,6 +28,7 @@ FORMATS: tuple[Format, ...] = (
     bf16.FORMAT,
 )
 WRITERS: Mapping[str, Format] = {name: fmt for fmt in FORMATS if fmt.writes for name in fmt.recipes}
+CONVERTERS: Mapping[str, Format] = {**WRITERS, **dict.fromkeys(gguf.GGUF_NAMES, gguf.FORMAT)}  # values of --to
 
 _UNUSED_NAMES = (".rotary_emb.inv_freq", ".k_scale", ".v_scale", ".q_scale")  # frequencies, and scales of FP8 caches
 _UNUSED_MODULES = ("v_head.", "value_head.", "score.")  # heads that trainers put on top
@@ -122,12 +123,13 @@ def recipe_of(name: str, search: str | None = None) -> tuple[Format, Recipe]:
     search: "mse" selects the writer that searches for better scales (search.py); None the ordinary one.
     Raises CheckpointError, with the valid names, for an unknown name or search.
     """
-    if name not in WRITERS:
+    if name not in CONVERTERS:
         read_only = any(name in fmt.recipes for fmt in FORMATS)
         why = "is read but not written" if read_only else "is not a format"
-        raise CheckpointError(f"{name!r} {why}; choose one of {', '.join(sorted(WRITERS))}")
+        raise CheckpointError(f"{name!r} {why}; choose one of {', '.join(sorted(CONVERTERS))}")
     if search is None:
-        return WRITERS[name], WRITERS[name].recipes[name]
+        writer = CONVERTERS[name]
+        return writer, writer.recipes.get(name, writer.recipes[next(iter(writer.recipes))])
     if search != "mse" or name not in mlx.SEARCHABLE:
         raise CheckpointError(
             f"search {search!r} is not available for {name}; search 'mse' is, for {' and '.join(mlx.SEARCHABLE)}"

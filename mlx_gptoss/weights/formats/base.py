@@ -69,7 +69,10 @@ class Source:
     load: returns the Weight. It returns lazy views where the layout allows and never changes a value.
     scale_tensor: the name of the first scale tensor if the scales are floats, because a conversion keeps their dtype.
     note: one line that the user should know about weights stored this way, or "".
-    load_experts: returns the Weight of a range of experts; None where slicing the whole Weight is just as good.
+    load_experts: returns the Weight of a range of the first axis (experts, or rows); None where slicing the whole
+        Weight is just as good.
+    memory_bits: bits per weight of what `load` returns, where it makes more than what is stored; else None.
+    stored_name: how the numbers are stored, in the words of the format's tools, or "" for the spec's or dtype's name.
     """
 
     family: str
@@ -79,6 +82,8 @@ class Source:
     scale_tensor: str | None = None
     note: str = ""
     load_experts: Callable[[GetTensor, range], Weight] | None = None
+    memory_bits: float | None = None
+    stored_name: str = ""
 
 
 @dataclass(frozen=True)

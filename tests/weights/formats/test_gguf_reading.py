@@ -17,9 +17,10 @@ import mlx_gptoss
 from mlx_gptoss.backends import mlx as backend
 from mlx_gptoss.backends.base import Limits
 from mlx_gptoss.tokenizer import Tokenizer
-from mlx_gptoss.weights import checkpoint, codecs, gguf
+from mlx_gptoss.weights import checkpoint, codecs, gguf, gguf_blocks
 from mlx_gptoss.weights.config_json import read_config
 from mlx_gptoss.weights.formats import gguf as gguf_format
+from mlx_gptoss.weights.gguf_blocks import BY_NAME
 from mlx_gptoss.weights.tensor import AFFINE8_G32, MXFP4
 
 MODELS = {"model.gguf": "reference", "model-q8_0.gguf": "gguf-q8_0.reference"}
@@ -48,11 +49,11 @@ def test_summary_by_role(mini):
     summary = mlx_gptoss.describe(mini / "gguf" / "model-q8_0.gguf")
     assert summary.format == "gguf"
     assert {role: kind["format"] for role, kind in summary.roles.items()} == {
-        "attention": "affine8-g32",
+        "attention": "q8_0",
         "experts": "mxfp4",
         "router": "f32",
-        "embed": "affine8-g32",
-        "lm_head": "affine8-g32",
+        "embed": "q8_0",
+        "lm_head": "q8_0",
     }
     assert summary.roles["experts"]["bits"] == 4.25 and summary.roles["embed"]["bits"] == 8.5
 
@@ -77,7 +78,7 @@ def test_the_gguf_package_decodes_the_same_values(mini, name):
 
 def test_repacking_mxfp4_moves_nibbles_and_changes_no_value():
     blocks = np.random.default_rng(0).integers(0, 256, (3, 5, 4, 17), dtype=np.uint8)
-    weight = gguf_format.repack_mxfp4(blocks)
+    weight = gguf_blocks.load(BY_NAME["MXFP4"], blocks)
     assert weight.spec == MXFP4
     for at in np.ndindex(3, 5):
         for group in range(4):
@@ -93,7 +94,7 @@ def test_repacking_q8_0_as_affine_changes_no_value(scale, dtype):
     values = np.arange(-128, 128, dtype=np.int8).reshape(2, 4, 32)
     scales = np.full((2, 4, 1), scale, np.float16)
     scales[1] *= -1
-    weight = gguf_format.repack_q8_0(np.concatenate([scales.view(np.uint8), values.view(np.uint8)], axis=-1))
+    weight = gguf_blocks.load(BY_NAME["Q8_0"], np.concatenate([scales.view(np.uint8), values.view(np.uint8)], axis=-1))
     assert weight.spec == AFFINE8_G32 and weight.scale.dtype == weight.bias.dtype == dtype
     expected = (values.astype(np.float64) * scales.astype(np.float64)).reshape(2, 128)
     np.testing.assert_array_equal(codecs.dequantize(weight), expected)

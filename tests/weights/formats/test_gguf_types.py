@@ -1,0 +1,195 @@
+"""Every block type that is read decodes to the gguf package's values and gives the logits of the decoded file.
+
+The files are mixtures, as dynamic quantization makes them: one type for the experts, others for the rest. Types that
+the package cannot quantize are made of random codes with sensible scales.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mlx_gptoss.backends import cuda, mlx
+from mlx_gptoss.backends.base import Limits, run_as
+from mlx_gptoss.errors import CheckpointError
+from mlx_gptoss.loading.recommend import derived_bytes
+from mlx_gptoss.weights import checkpoint, codecs, gguf_blocks
+from mlx_gptoss.weights.formats.gguf import tensor_name
+from mlx_gptoss.weights.gguf_blocks import BLOCK_TYPES, BY_NAME
+from mlx_gptoss.weights.params import parameters
+
+package = pytest.importorskip("gguf", reason="the gguf package is not installed")
+from gguf.quants import dequantize  # noqa: E402
+
+OLLAMAS = "MXFP4 (Ollama)"
+NUMBERS = {kind.name: number for number, kind in BLOCK_TYPES.items()}
+TYPES = sorted(set(NUMBERS) - {OLLAMAS})
+SCALES = {  # offset of each float16 of a block
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q4_1": (0, 2), "Q5_1": (0, 2),
+    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS"), (0,)),
+}  # fmt: skip
+SIZE = {"Q2_K": 60, "Q3_K": 90, "Q4_K": 400, "Q5_K": 800, "Q6_K": 2000, "IQ4_XS": 2000, "IQ4_NL": 80}  # of a value / d
+
+
+def blocks_of(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Random blocks whose values are about 0.05 in size."""
+    kind, chance = BY_NAME[name], np.random.default_rng(seed)
+    blocks = chance.integers(0, 256, (*shape[:-1], shape[-1] // kind.values, kind.size), dtype=np.uint8)
+    for offset in SCALES.get(name, ()):
+        scale = chance.uniform(0.5, 1.5, (*blocks.shape[:-1], 1)) * 0.05 / SIZE.get(name, 16)
+        blocks[..., offset : offset + 2] = scale.astype(np.float16).view(np.uint8)
+    if name.startswith("MXFP4"):
+        blocks[..., 0] = chance.integers(119, 122, blocks.shape[:-1])
+    if name == "NVFP4":
+        blocks[..., :4] = chance.integers(4, 16, (*blocks.shape[:-1], 4))
+    return blocks
+
+
+def values_of(name: str, blocks: np.ndarray) -> np.ndarray:
+    """As the gguf package decodes them."""
+    flat = blocks.reshape(*blocks.shape[:-2], -1)
+    return dequantize(flat, package.GGMLQuantizationType(NUMBERS[name]))
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_type_decodes_to_the_packages_values(name):
+    blocks = blocks_of(name, (3, 5, 512), 1)
+    weight = gguf_blocks.load(BY_NAME[name], blocks)
+    np.testing.assert_array_equal(codecs.dequantize(weight), values_of(name, blocks))
+    assert weight.nbytes == pytest.approx(3 * 5 * 512 * BY_NAME[name].bits_in_memory / 8)
+    codecs.check_scales(weight, name)
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_a_scale_that_is_not_a_number_is_refused(name):
+    for raw in (0x7E00, 0x7C00):
+        blocks = blocks_of(name, (3, 512))
+        at = SCALES[name][-1]
+        blocks[1, 0, at : at + 2] = np.array([raw], "<u2").view(np.uint8)
+        with pytest.raises(CheckpointError, match="not a number"):
+            codecs.check_scales(gguf_blocks.load(BY_NAME[name], blocks), name)
+
+
+@pytest.fixture(scope="module")
+def config(mini):
+    """The small model's, with sizes that blocks of 256 divide."""
+    return replace(checkpoint.open(mini / "mxfp4").config, hidden_size=256, intermediate_size=256)
+
+
+def write(path, mini, config, types, metadata=(), rename=lambda name: name):
+    """A GGUF file, and one with the same values in float32. types: by tensor name's ending, else float32."""
+    files = [package.GGUFWriter(path.with_suffix(end), "gpt-oss") for end in (".gguf", ".f32.gguf")]
+    reader = package.GGUFReader(mini / "gguf" / "model.gguf")
+    for file in files:
+        for key, field in reader.fields.items():
+            if key.startswith("gpt-oss."):
+                value = 256 if key.endswith(("embedding_length", "feed_forward_length")) else field.contents()
+                file.add_key_value(key, value, field.types[0])
+    chance = np.random.default_rng(3)
+    for seed, param in enumerate(parameters(config)):
+        name = tensor_name(param)
+        kind = next((kind for end, kind in types.items() if end in name), None) if param.is_matrix else None
+        if kind is None:
+            spread = 1.0 if "norm" in name else 0.05
+            values = (("norm" in name) + spread * 0.3 * chance.standard_normal(param.shape)).astype(np.float32)
+            for file in files:
+                file.add_tensor(name, values)
+        else:
+            blocks = blocks_of(kind, param.shape, seed)
+            flat = blocks.reshape(*blocks.shape[:-2], -1)
+            files[0].add_tensor(name, flat, raw_dtype=package.GGMLQuantizationType(NUMBERS[kind]))
+            files[1].add_tensor(name, values_of(kind, blocks))
+    for file in files:
+        file.write_header_to_file()
+        file.write_kv_data_to_file()
+        file.write_tensors_to_file()
+        file.close()
+    return path.with_suffix(".gguf"), path.with_suffix(".f32.gguf")
+
+
+MIXTURES = {
+    "Q2_K": {"ffn_down": "Q3_K", "_exps": "Q2_K", "attn_v": "Q5_0", "attn_output": "Q3_K", "attn": "Q4_0", "": "Q6_K"},
+    "Q4_K": {"ffn_down": "Q6_K", "_exps": "Q4_K", "attn_v": "Q5_1", "attn_output": "Q5_K", "attn": "Q4_1", "": "Q8_0"},
+    "IQ4": {"ffn_down": "NVFP4", "_exps": "IQ4_XS", "attn_v": "Q5_K", "attn": "IQ4_NL", "": "IQ4_XS"},
+    "Q5_1": {"ffn_down": "MXFP4", "_exps": "Q5_1", "attn_q": "Q5_0", "attn": "Q8_0", "": "Q5_K"},
+}
+
+
+@pytest.mark.parametrize("backend", [mlx, cuda], ids=["mlx", "cuda"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixture_gives_the_logits_of_the_decoded_file(mini, tmp_path, config, relative_error, name, backend):
+    mixture, decoded = write(tmp_path / "model", mini, config, MIXTURES[name])
+    limits, ids = Limits(1, 64, 32), list(range(40, 72))
+    logits = [
+        backend.load(checkpoint.open(path), device="cpu", dtype="float32", limits=limits).logits(ids)
+        for path in (mixture, decoded)
+    ]
+    assert np.abs(logits[1]).max() > 0.1
+    assert relative_error(logits[0], logits[1]) < 1e-4
+
+
+def test_the_plan_counts_what_loading_adds(mini, tmp_path, config):
+    opened = checkpoint.open(write(tmp_path / "model", mini, config, MIXTURES["Q4_K"])[0])
+    for backend in ("mlx", "cuda"):
+        loaded = 0
+        for _, weight in opened.weights():
+            loaded += sum(array.nbytes for array in weight.arrays)
+            spec = getattr(weight, "spec", None)
+            if spec is not None:
+                loaded += weight.codes.nbytes * (run_as(backend, spec).bits - spec.bits) // spec.bits
+        assert opened.size_bytes + derived_bytes(opened, backend) == pytest.approx(loaded, abs=1000)
+    summary = opened.summary()
+    assert summary.format == "gguf" and summary.roles["experts"]["format"] == "q4_k+q6_k"
+    assert "the numbers of Q6_K are decoded to float32 when loaded" in summary.note
+
+
+def test_ollamas_first_files_are_read(mini, tmp_path):
+    """Other names, q, k and v in one tensor, gate and up row by row, MXFP4 of type 4 with neighbours in a byte."""
+    source = checkpoint.open(mini / "mxfp4")
+    file = package.GGUFWriter(tmp_path / "model.gguf", "gptoss")
+    for key, field in package.GGUFReader(mini / "gguf" / "model.gguf").fields.items():
+        if key.startswith("gpt-oss.") and "yarn" not in key and not key.endswith("scaling.type"):
+            file.add_key_value(key.replace("gpt-oss", "gptoss"), field.contents(), field.types[0])
+
+    def ollamas(weight) -> np.ndarray:
+        """type 4: the scale, then the codes as OpenAI stores them"""
+        scale, codes = weight.scale[..., None], weight.codes.reshape(*weight.scale.shape, 16)
+        return np.concatenate([scale, codes], axis=-1).reshape(*weight.scale.shape[:-1], -1)
+
+    tensors: dict[str, np.ndarray] = {}
+    for param, weight in source.weights():
+        name = tensor_name(param).replace("attn_output.", "attn_out.").replace("attn_sinks.weight", "attn_sinks")
+        name = name.replace("post_attention_norm", "ffn_norm")
+        tensors[name] = codecs.dequantize(weight) if param.role != "experts" or not param.is_matrix else ollamas(weight)
+    for layer in range(source.config.num_hidden_layers):
+        for part in ("weight", "bias"):
+            own = [tensors.pop(f"blk.{layer}.attn_{x}.{part}") for x in "qkv"]
+            tensors[f"blk.{layer}.attn_qkv.{part}"] = np.concatenate(own)
+            both = [tensors.pop(f"blk.{layer}.ffn_{x}_exps.{part}") for x in ("gate", "up")]
+            rows = np.stack(both, axis=2)
+            shape = (rows.shape[0], 2 * rows.shape[1], *rows.shape[3:])
+            tensors[f"blk.{layer}.ffn_gate_up_exps.{part}"] = rows.reshape(shape)
+    for name, values in tensors.items():
+        file.add_tensor(name, values, raw_dtype=package.GGMLQuantizationType.MXFP4 if values.dtype == "u1" else None)
+    file.write_header_to_file()
+    file.write_kv_data_to_file()
+    file.write_tensors_to_file()
+    file.close()
+    data = bytearray((tmp_path / "model.gguf").read_bytes())
+    for name, values in tensors.items():
+        if values.dtype == "u1":
+            at = data.index(name.encode()) + len(name) + 4 + 8 * values.ndim
+            assert data[at] == 39
+            data[at] = 4
+    (tmp_path / "model.gguf").write_bytes(data)
+    opened = checkpoint.open(tmp_path / "model.gguf")
+    assert opened.format == "gguf"
+    assert opened.config.yarn == source.config.yarn
+    for param, weight in source.weights():
+        np.testing.assert_array_equal(codecs.dequantize(opened.read(param.name)), codecs.dequantize(weight), param.name)
+    half = opened.read("layers.1.experts.up.weight", range(2, 4))
+    np.testing.assert_array_equal(
+        codecs.dequantize(half), codecs.dequantize(source.read("layers.1.experts.up.weight"))[2:4]
+    )
