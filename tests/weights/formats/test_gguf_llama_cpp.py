@@ -89,9 +89,7 @@ def test_what_its_quantizer_writes_decodes_to_the_packages_values(mini, tmp_path
     _, source = write(tmp_path / "model", mini, config, {"": "Q8_0"})
     run(QUANTIZE, source, tmp_path / "out.gguf", TYPES[name])
     opened = checkpoint.open(tmp_path / "out.gguf")
-    theirs = {
-        t.name: dequantize(t.data, t.tensor_type) for t in package.GGUFReader(tmp_path / "out.gguf").tensors
-    }
+    theirs = {t.name: dequantize(t.data, t.tensor_type) for t in package.GGUFReader(tmp_path / "out.gguf").tensors}
     kinds = {info.blocks for info in opened.tensors.values()} - {""}
     assert name.removesuffix("_M") in kinds
     for param, weight in opened.weights():
