@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Option = Callable[[Command], Command]
-SERVE_PACKAGES = ("fastapi", "starlette", "pydantic", "uvicorn", "h11", "prometheus_client")
+SERVE_PACKAGES = (
+    *("fastapi", "starlette", "pydantic", "uvicorn", "h11", "prometheus_client"),
+    *("markdown_it", "mdit_py_plugins", "nh3", "pygments", "latex2mathml"),
+)
 MODEL_VARIABLE = "MLX_GPTOSS_MODEL"
 SHORT = {"temperature": "-t", "system": "-s"}
 TYPES = {"int": int, "float": float, "str": str}

@@ -66,6 +66,7 @@ ONLY_IN = {  # outside packages -> the only modules that may import them
     "pydantic": ("server",),
     "uvicorn": ("server",),
     "h11": ("server.connection",),
+    **dict.fromkeys(("markdown_it", "mdit_py_plugins", "nh3", "pygments", "latex2mathml"), ("server.markdown",)),
     "prometheus_client": ("server.metrics", "server.models.collector"),
     "httpx": ("server.hosted.fetch", "server.hosted.search"),
     "lxml": ("server.hosted.pages",),

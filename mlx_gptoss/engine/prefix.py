@@ -54,9 +54,11 @@ class SnapshotRunner(Protocol):
 class Node:
     """One chunk of a prompt.
 
-    span: its tokens; a root's are none. end: position in the prompt where it ends. parent: the previous chunk; None for the root.
+    span: its tokens; a root's are none. end: position in the prompt where it ends. parent: the previous chunk; None for
+        the root.
     snapshot: of the span; None if it is only in a file. stored: its file, if there is one.
-    last_used: time of last use on the cache's own clock, a counter. adapter: of a root, the digest. children: the next chunks, by their span.
+    last_used: time of last use on the cache's own clock, a counter. adapter: of a root, the digest. children: the next
+        chunks, by their span.
     """
 
     span: Span

@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from . import error_forms, ignored, llama_cpp, lm_studio, request_log
+from . import error_forms, ignored, llama_cpp, lm_studio, markdown, request_log
 from .anthropic import messages
 from .errors import ErrorBody, JsonResponse
 from .guard import LOCAL_ORIGIN, Guard
@@ -28,12 +28,20 @@ from .rewrite import Rewrite
 from .service import Service, ServiceDep
 
 PAGE_POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
-PAGE_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+PAGE_TYPES = {
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".css": "text/css",
+    ".svg": "image/svg+xml",
+    ".png": "image/png",
+    ".webmanifest": "application/manifest+json",
+}
 
 router: APIRouter = APIRouter()
 ROUTERS = (
     router,
     models.router,
+    markdown.router,
     chat_completions.router,
     responses.router,
     compaction.router,

@@ -62,6 +62,9 @@ class Gate:
     def check(self, scope: Scope) -> None:
         """Raise ApiError if the request is not allowed. Looks at the path and the headers only."""
         headers = Headers(scope=scope)
+        path: str = scope["path"]
+        if scope["method"] == "GET" and (path == "/" or path.startswith("/page/")):
+            return  # files of the program, the same for everyone; the page shows why its requests are refused
         host = headers.get("host", "")
         if not self._is_allowed_host(_host_name(host)):
             use = "http://127.0.0.1" if self.is_local else "this machine's address"
@@ -69,8 +72,7 @@ class Gate:
         origin = headers.get("origin")
         if origin is not None and not self._is_allowed_origin(origin, host):
             raise ApiError(403, f"the origin {origin!r} is not allowed: add it with --cors", code="origin")
-        path: str = scope["path"]
-        if self.api_key is not None and path not in PUBLIC_PATHS and not path.startswith("/page/"):
+        if self.api_key is not None and path not in PUBLIC_PATHS:
             self._check_key(headers)
         if self.draining and scope["method"] == "POST":
             raise ApiError(503, "the server is shutting down", code="draining", headers={"Retry-After": "10"})

@@ -75,17 +75,22 @@ async def props(service: ServiceDep) -> Response:
             "chat_template": "",
             "modalities": {"vision": False, "audio": False},
             "build_info": "mlx-gptoss",
+            **({"hosted_tools": service.hosted.requestable()} if service.hosted else {}),
         }
     )
 
 
 @router.get("/slots")
 async def slots(service: ServiceDep) -> Response:
-    """Whether each slot is in use."""
+    """Whether each slot is in use. The first has the prompts that are being read: their tokens, and those done."""
     status, context = service.model.status, service.model.max_context
-    return JsonResponse(
-        [{"id": index, "n_ctx": context, "is_processing": index < status.running} for index in range(status.slots)]
-    )
+    found: list[dict[str, Any]] = [
+        {"id": index, "n_ctx": context, "is_processing": index < status.running} for index in range(status.slots)
+    ]
+    if found and status.prompt_tokens:
+        found[0]["n_prompt_tokens"] = status.prompt_tokens
+        found[0]["n_prompt_tokens_processed"] = status.prefilled_tokens
+    return JsonResponse(found)
 
 
 @router.post("/tokenize")

@@ -126,7 +126,7 @@ class Service:
         return self.model.stream_raw(ids, **options, **self._adapter)
 
     @property
-    def _adapter(self) -> dict[str, str]:
+    def _adapter(self) -> dict[str, Any]:
         return {} if self.selected.adapter is None else {"adapter": self.selected.adapter}
 
     async def start(self, *replies: Callable[[], Events]) -> EventQueue:

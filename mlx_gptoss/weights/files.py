@@ -60,8 +60,8 @@ def find_folder(path: Path) -> Path:
     path = path.resolve()
     if not (path / "config.json").exists() and any((path / name).exists() for name in ADAPTER_FILES):
         raise CheckpointError(
-            f"{path} is a LoRA adapter: load the model it was trained on, and the adapter with --adapter NAME={path} or "
-            "load(model, adapters={...})"
+            f"{path} is a LoRA adapter: load the model it was trained on, and the adapter with --adapter NAME={path} "
+            "or load(model, adapters={...})"
         )
     for folder in (path, path / "original"):
         if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):

@@ -310,7 +310,7 @@ def test_too_little_disk_space_is_an_error_before_anything_is_loaded(mini, monke
 def test_logits_that_are_not_numbers_are_an_error(mini, monkeypatch):
     logits = api.Model.logits
 
-    def broken(model, ids):
+    def broken(model, ids, adapter=None):
         out = logits(model, ids)
         out[-1, 3] = np.nan
         return out

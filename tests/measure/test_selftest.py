@@ -274,7 +274,7 @@ def test_errors_are_relative_to_what_is_computed():
 
 
 def test_checks_by_name():
-    plan = selftest.plan("mlx", "cpu", None, ["RMS", "linear*4-bit"])
+    plan = selftest.plan("mlx", "cpu", None, ["RMS", "linear*4-bit*64"])
     try:
         assert [check.name for check in plan.checks] == ["RMSNorm", "linear, affine 4-bit, groups of 64"]
     finally:

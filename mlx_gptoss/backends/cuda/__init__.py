@@ -42,7 +42,8 @@ def load(
 ) -> CudaRunner:
     """Load onto `device` ("cpu", "cuda", "cuda:1" or None for a GPU where there is one) with activations of `dtype`;
     both as below. shard: of the model that `checkpoint` is a part of, whose other parts other ranks load at the same
-    time; None is all. adapters: those that rows may use. kernels: whether Triton's kernels compute (None: on a GPU), or torch alone, their oracle."""
+    time; None is all. adapters: those that rows may use. kernels: whether Triton's kernels compute (None: on a GPU),
+    or torch alone, their oracle."""
     where = pick_device(device)
     kernels = where.type == "cuda" if kernels is None else kernels
     if where.type == "cuda":

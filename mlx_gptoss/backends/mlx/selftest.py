@@ -21,17 +21,31 @@ from numpy.typing import NDArray
 from ...config import ModelConfig
 from ...sampling import Sampling
 from ...weights.split import RankShard
-from ...weights.tensor import FP8_ROW, Dense, Spec, Weight
+from ...weights.tensor import (
+    AFFINE,
+    AFFINE8_G32,
+    AFFINE_BITS,
+    FP8_ROW,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    Dense,
+    Spec,
+    Weight,
+)
 from ..rope import yarn_frequencies
 from . import DTYPES, MAX_SCORES_CPU, MAX_SCORES_GPU, dtype_name, pick_device
 from .cache import FullCache, RingCache, Span
 from .elementwise import UNCOMPILED, compiled
-from .layers import MODES, Linear
+from .layers import Linear
 from .load import MIN_PAIRS_TO_SORT, _WeightLoader
 from .model import Attention, MixtureOfExperts, Rotary
 from .ranks import Ranks
 from .sample import SamplerState, sample_tokens
 from .streams import CpuStreams, check_process
+
+# Groups of 128 do not divide rows of 2880.
+SPECS = (*(AFFINE[bits, 64] for bits in AFFINE_BITS), AFFINE[4, 32], AFFINE8_G32, MXFP4, NVFP4, MXFP8, FP8_ROW, None)
 
 Floats = NDArray[np.float32]
 NEVER = 1 << 30
@@ -74,7 +88,7 @@ class Kernels:
     allocates. packs_kv: whether a cache may be in 8 bits.
     """
 
-    specs: tuple[Spec | None, ...] = (*MODES, FP8_ROW, None)
+    specs: tuple[Spec | None, ...] = SPECS
     counts_memory = True
     packs_kv = True
 

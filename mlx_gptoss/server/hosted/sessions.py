@@ -65,6 +65,16 @@ class HostedTools:
         self._mcp = None if settings.mcp is None else McpServers(settings.mcp)
         self._closing: set[asyncio.Task[None]] = set()
 
+    def requestable(self) -> list[dict[str, Any]]:
+        """The tools as a request of the Responses endpoint names them, without a need for approval."""
+        found: list[dict[str, Any]] = []
+        if self.settings.browser is not None:
+            found.append({"type": "web_search"})
+        if self.settings.python is not None:
+            found.append({"type": "code_interpreter", "container": {"type": "auto"}})
+        servers = self.settings.mcp.servers if self.settings.mcp is not None else {}
+        return found + [{"type": "mcp", "server_label": label, "require_approval": "never"} for label in servers]
+
     async def session(
         self,
         selection: Selection,

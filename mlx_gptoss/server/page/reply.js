@@ -1,9 +1,14 @@
 // One reply of the model, during and after its stream: reasoning, text, function calls and statistics.
 
-import { createElement, renderMarkdown } from "./markdown.js";
+import { copyFrom, createButton, createElement } from "./elements.js";
+import { describeCall } from "./hosted.js";
+import { Markdown } from "./markdown.js";
 
 export class Reply {
-  constructor() {
+  /** key: returns the API key, for rendering. again: asks the question once more. */
+  constructor(key, again) {
+    this.key = key;
+    this.again = again;
     this.reasoning = "";
     this.text = "";
     this.calls = [];
@@ -17,8 +22,35 @@ export class Reply {
     this.element.setAttribute("aria-busy", "true");
   }
 
+  /** Returns a reply that ended earlier, from the message that was kept of it. */
+  static from(message, key, again) {
+    const reply = new Reply(key, again);
+    reply.text = message.content ?? "";
+    reply.reasoning = message.reasoning_content ?? message.reasoning ?? "";
+    reply.calls = (message.tool_calls ?? []).map(({ id, function: called }) => ({ id, ...called }));
+    reply.stats = message.stats;
+    reply.end();
+    return reply;
+  }
+
+  /** Shows how much of the prompt has been read. */
+  showProgress(done, total) {
+    if (this.firstAt !== null) return;
+    this.progress ??= this.#append(createElement("progress"));
+    this.progress.setAttribute("aria-label", "Reading the conversation");
+    this.progress.max = total;
+    this.progress.value = done;
+  }
+
+  #showHosted(item) {
+    const [title, details] = describeCall(item);
+    const box = createElement("details", "hosted", createElement("summary", "", title), createElement("pre", "", details));
+    this.element.insertBefore(box, this.body ?? null);
+  }
+
   /** Adds one chunk of the stream. */
   add(chunk) {
+    if (chunk.hosted) this.#showHosted(chunk.hosted);
     this.usage = chunk.usage ?? this.usage;
     const choice = chunk.choices?.[0];
     if (!choice) return;
@@ -27,6 +59,7 @@ export class Reply {
     if (!reasoning && !content && !calls?.length) return;
     this.lastAt = performance.now();
     this.firstAt ??= this.lastAt;
+    this.progress?.remove();
     if (reasoning) this.reasoning += reasoning;
     if (content || calls?.length) this.answerAt ??= this.lastAt;
     if (content) this.text += content;
@@ -54,7 +87,8 @@ export class Reply {
     if (this.reasoning) this.#renderReasoning();
     if (this.text) {
       this.body ??= this.#append(createElement("div", "text"));
-      renderMarkdown(this.body, this.text);
+      this.shown ??= new Markdown(this.body, this.key);
+      this.shown.update(this.text);
     }
     this.calls.forEach((call, index) => this.#renderCall(call, index));
     this.element.dispatchEvent(new CustomEvent("grown", { bubbles: true }));
@@ -73,14 +107,16 @@ export class Reply {
     }
     const [summary, text] = this.reasoningElement.children;
     const endedAt = this.answerAt ?? (this.ended ? this.lastAt : null);
-    summary.textContent = endedAt === null ? "Thinking" : `Thought for ${seconds(endedAt - this.firstAt)}`;
-    this.reasoningElement.classList.toggle("live", endedAt === null);
-    renderMarkdown(text, this.reasoning);
+    const thought = endedAt === null ? "Thoughts" : `Thought for ${seconds(endedAt - this.firstAt)}`;
+    summary.textContent = endedAt === null && !this.ended ? "Thinking" : thought;
+    this.reasoningElement.classList.toggle("live", endedAt === null && !this.ended);
+    this.shownReasoning ??= new Markdown(text, this.key);
+    this.shownReasoning.update(this.reasoning);
   }
 
   #renderCall(call, index) {
     if (!call.element) {
-      const heading = createElement("h3", "", "Calls ", createElement("code"));
+      const heading = createElement("h2", "", "Calls ", createElement("code"));
       call.element = this.#append(createElement("section", "call", heading, createElement("pre")));
     }
     const [heading, json] = call.element.children;
@@ -95,9 +131,17 @@ export class Reply {
     this.frame = null;
     this.#renderNow();
     this.element.removeAttribute("aria-busy");
+    this.progress?.remove();
     const length = this.finishReason === "length" ? "cut off at the token limit" : "";
-    const stats = [note || length, ...this.#stats()].filter(Boolean);
-    if (stats.length) this.#append(createElement("p", "stats", stats.join(" · ")));
+    this.stats ??= [note || length, ...this.#stats()].filter(Boolean).join(" · ");
+    if (this.stats) this.#append(createElement("p", "stats", this.stats));
+    if (this.text) this.#append(this.#actions());
+  }
+
+  #actions() {
+    const copy = createButton("Copy", () => copyFrom(copy, this.text), { label: "Copy answer", className: "plain small" });
+    const again = createButton("Regenerate", this.again, { className: "plain small" });
+    return createElement("p", "actions", copy, again);
   }
 
   #stats() {
@@ -121,7 +165,8 @@ export class Reply {
     return {
       role: "assistant",
       content: this.text || null,
-      ...(this.reasoning && calls.length && { reasoning_content: this.reasoning }),
+      ...(this.stats && { stats: this.stats }),
+      ...(this.reasoning && { [calls.length ? "reasoning_content" : "reasoning"]: this.reasoning }),
       ...(calls.length && {
         tool_calls: calls.map((call) => ({
           id: call.id,

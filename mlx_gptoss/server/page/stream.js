@@ -23,6 +23,10 @@ async function request(url, { key, ...options }) {
 
 async function errorOf(response, key) {
   const { status } = response;
+  if (status === 403) {
+    const body = await response.json().catch(() => null);
+    return new ApiError(`The server refuses this page: ${body?.error?.message ?? response.statusText}.`, status);
+  }
   if (status === 401) {
     return new ApiError(key ? "The server rejects this API key." : "This server needs an API key.", status);
   }
@@ -37,6 +41,12 @@ export async function getJson(url, options) {
   return (await request(url, options)).json();
 }
 
+/** Sends JSON in a POST request and returns the JSON of the response. */
+export async function postJson(url, body, options) {
+  const headers = { "Content-Type": "application/json" };
+  return (await request(url, { ...options, method: "POST", headers, body: JSON.stringify(body) })).json();
+}
+
 /** Sends a POST request and yields the JSON objects of its event stream as they arrive. Aborting `signal` ends it. */
 export async function* postStream(url, body, options) {
   const headers = { "Content-Type": "application/json" };
@@ -46,6 +56,7 @@ export async function* postStream(url, body, options) {
     const chunk = JSON.parse(data);
     if (chunk.error) throw new ApiError(chunk.error.message, response.status);
     yield chunk;
+    if (chunk.type === "response.completed" || chunk.type === "response.incomplete") return;
   }
   throw new ApiError("The reply was interrupted: the server closed the connection.");
 }

@@ -52,7 +52,8 @@ class Entry:
 
     def b(self) -> Array:
         """float32, with the scale. Raises CheckpointError if a value is not finite."""
-        return self._finite(self.read_b()) * np.float32(self.scale)
+        scaled: Array = self._finite(self.read_b()) * np.float32(self.scale)
+        return scaled
 
     def _finite(self, values: Array) -> Array:
         values = values.astype(np.float32)

@@ -149,7 +149,8 @@ def _parameter(files: AdapterFiles, layer: int, kind: str, layout: str, pair: Pa
 
     def expert_fastest() -> Array:  # B as [E, out, R]
         values = files.get(pair[1])
-        return values.reshape(values.shape[0], rank, experts).transpose(2, 0, 1)
+        major: Array = values.reshape(values.shape[0], rank, experts).transpose(2, 0, 1)
+        return major
 
     read_a: Callable[[], Array] = expert_major
     read_b: Callable[[], Array] = expert_fastest

@@ -3,82 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-
-playwright = pytest.importorskip("playwright.sync_api", reason="the page is tested through playwright")
-expect = playwright.expect
-expect.set_options(timeout=120_000)  # the machine may be busy
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-ARGUMENTS = ["no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"]
-ARGUMENTS += ["disable-component-update", "disable-sync"]
-COMPLETIONS = "**/v1/chat/completions"
-SUM, SUM_ANSWER = "What is 12 + 30?", "12 + 30 = 42"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium is installed")
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=[f"--{name}" for name in ARGUMENTS])
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def visit(browser: Any, server: Any) -> Iterator[Callable[..., Any]]:
-    """Opens the page; `page.bodies` are the bodies of its requests.
-
-    Afterwards the browser must not have contacted another host or logged an error: no script error, no violation of
-    the content security policy.
-    """
-    context: Any = None
-    hosts, errors = set(), []
-
-    def note(message: Any) -> None:
-        if message.type in ("error", "warning") and "Failed to load resource" not in message.text:
-            errors.append(message.text)
-
-    def note_request(request: Any) -> None:
-        hosts.add(request.url.split("/")[2].split(":")[0])
-        if request.method == "POST":
-            request.frame.page.bodies.append(request.post_data_json)
-
-    def opened(url: str = server.url, **options: Any) -> Any:
-        nonlocal context
-        context = browser.new_context(viewport={"width": 1000, "height": 800}, **options)
-        context.set_default_timeout(120_000)
-        page = context.new_page()
-        page.bodies = []
-        page.on("console", note)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("request", note_request)
-        page.goto(url)
-        return page
-
-    yield opened
-    context.close()
-    assert errors == []
-    assert hosts == {"127.0.0.1"}
-
-
-def ask(page: Any, question: str) -> None:
-    page.get_by_label("Your message").fill(question)
-    page.keyboard.press("Enter")
-
-
-def mock_replies(page: Any, status: int = 200, headers: dict[str, str] | None = None, **answer: Any) -> None:
-    """Answer the next requests from the test: with `deltas`, with an `error`, or with an empty stream."""
-    body = json.dumps({"error": {"message": answer["error"]}}) if "error" in answer else ""
-    for delta in answer.get("deltas", ()):
-        body += f"data: {json.dumps({'choices': [{'index': 0, 'delta': delta, 'finish_reason': None}]})}\n\n"
-    body += answer.get("end", "data: [DONE]\n\n") if "error" not in answer else ""
-    page.route(COMPLETIONS, lambda route: route.fulfill(status=status, headers=headers or {}, body=body))
+from page_helpers import COMPLETIONS, SUM, SUM_ANSWER, ask, expect, mock_replies
 
 
 def forbid_end(page: Any, server: Any) -> None:
@@ -94,7 +22,7 @@ def test_two_questions_and_a_new_chat(visit: Any) -> None:
     ask(page, SUM)
     replies = page.locator(".reply")
     expect(replies.locator(".text")).to_have_text(SUM_ANSWER)
-    expect(page.locator(".question")).to_have_text(SUM)
+    expect(page.locator(".question .said")).to_have_text(SUM)
     expect(page.get_by_text("What would you like to know?")).to_be_hidden()
     expect(replies.locator("summary")).to_contain_text("Thought for")
     expect(replies.locator(".reasoning-text")).to_be_hidden()
@@ -127,7 +55,7 @@ def test_reply_streams_until_it_is_stopped(visit: Any, server: Any, idle: Any, h
     expect(summary).to_have_text("Thinking")
     thoughts = page.locator(".reasoning-text")
     for _ in range(3):
-        seen = thoughts.text_content()
+        seen = thoughts.text_content().rstrip()
         expect(thoughts).not_to_have_text(seen)
         assert thoughts.text_content().startswith(seen) and server.service.open_queues
     expect(page.get_by_role("button", name="Send")).to_be_hidden()
@@ -172,7 +100,7 @@ def test_call_is_shown_and_its_result_sent(visit: Any, weather_tool: dict[str, A
     ask(page, "What is the weather in Oslo?")
     call, result = page.locator(".call"), page.get_by_label("Result of get_weather")
     expect(result).to_be_focused()
-    expect(call.locator("h3")).to_have_text("Calls get_weather")
+    expect(call.locator("h2")).to_have_text("Calls get_weather")
     assert json.loads(call.locator("pre").inner_text()) == {"location": "Oslo"}
     result.fill('{"temperature": 21, "sky": "sunny"}')
     page.get_by_role("button", name="Send result").click()
