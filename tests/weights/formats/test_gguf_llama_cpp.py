@@ -45,7 +45,7 @@ print(json.dumps(model.tokenize(sys.argv[4].encode(), add_bos=False, special=Tru
 ALL_F32 = 0
 TYPES = {  # llama_ftype
     "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15, "Q5_K_M": 17,
-    "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "IQ3_S": 26, "IQ3_XXS": 23,
+    "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "IQ3_S": 26,
 }  # fmt: skip
 
 
