@@ -102,7 +102,8 @@ def _seven_bit_signs(words: Array) -> Array:
     """Sign bytes [n, 32] of uint32 [n, 8]: four of 7 bits each, of which the eighth makes the parity even."""
     seven = (words[..., None] >> np.arange(0, 28, 7, dtype=np.uint32) & 127).astype(np.uint8)
     parity = np.unpackbits(seven[..., None], axis=-1).sum(axis=-1, dtype=np.uint8) & 1
-    return (seven | parity << 7).reshape(len(words), -1)
+    signs: Array = (seven | parity << 7).reshape(len(words), -1)
+    return signs
 
 
 def _nibbles(data: Array) -> Array:
