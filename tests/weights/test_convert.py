@@ -123,7 +123,9 @@ def assert_close(source: Path, result: Path, target: str) -> None:
         if before.format == target or is_kept or not (param.is_matrix or float16):
             assert np.array_equal(values, wanted), param.name
         else:
-            assert np.linalg.norm(values - wanted) < 0.13 * np.linalg.norm(wanted), param.name
+            # Affine steps are 15/7 as wide in 3 bits as in 4.
+            bound = 0.13 * (15 / 7 if isinstance(new, Quantized) and new.spec.bits == 3 else 1)
+            assert np.linalg.norm(values - wanted) < bound * np.linalg.norm(wanted), param.name
 
 
 @pytest.mark.parametrize("name", MLX)
