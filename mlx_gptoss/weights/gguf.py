@@ -40,8 +40,7 @@ _STRING, _ARRAY = 8, 9
 # becomes U8 [..., K / 32, 34].
 _FLOATS = {0: "F32", 1: "F16", 30: "BF16"}
 _OTHER_TYPES = {
-    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S",
-    29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0",
+    9: "Q8_1", 15: "Q8_K", 19: "IQ1_S", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0",
 }  # fmt: skip
 
 
@@ -211,7 +210,7 @@ def _read_tensor(reader: _Reader) -> tuple[TensorInfo, int]:
     if block is None and kind not in _FLOATS:
         known = _OTHER_TYPES.get(kind, f"of the unknown type {kind}")
         raise CheckpointError(
-            f"{reader.path}: {name[:80]} is {known}, which cannot be read; Q2_K to Q8_0, IQ4_NL, IQ4_XS, MXFP4, NVFP4, "
+            f"{reader.path}: {name[:80]} is {known}, which cannot be read; Q2_K to Q8_0, IQ2 to IQ4, MXFP4, NVFP4, "
             "BF16, F16 and F32 can: take the file whose name says one of these"
         )
     if not all(shape) or (block is not None and shape[-1] % block.values):

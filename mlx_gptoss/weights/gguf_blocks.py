@@ -1,8 +1,9 @@
 """llama.cpp's block types as weights. Most are affine codes in groups of 32 of the same values.
 
-Q4_0, Q4_1, Q5_0 and Q5_1 keep their codes. IQ4_NL and IQ4_XS, whose codes are indices of a table, become the table's
-8-bit integers. Q4_K and Q5_K keep their codes, with the products of their two scales in float32. Q2_K, Q3_K and Q6_K
-have a scale per 16 values, which no kernel reads: they are decoded to float32. Source: ggml-quants.c.
+Q4_0, Q4_1, Q5_0 and Q5_1 keep their codes. IQ4_NL, IQ4_XS, IQ3_S, IQ3_XXS and IQ2_XXS, whose codes are indices of a
+table, become the table's integers in 8 bits. Q4_K and Q5_K keep their codes, with the products of their two scales in
+float32. Q2_K, Q3_K, Q6_K, IQ2_XS and IQ2_S have a scale per 16 values, which no kernel reads: they are decoded to
+float32. Source: ggml-quants.c.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError
-from . import codecs
+from . import codecs, gguf_codebooks
 from .tensor import AFFINE, MXFP4, NVFP4, Array, Dense, Quantized, Spec, Weight
 
 _STEP_VALUES = 2**18  # unpacked at a time, so that the blocks and their copies stay in the processor's cache
@@ -61,14 +62,14 @@ def load(kind: BlockType, blocks: Array) -> Weight:
     """
     *lead, count, size = blocks.shape
     flat, shape = blocks.reshape(-1, size), (*lead, count * kind.values)
-    return _decode(kind, flat, shape) if kind.spec is None else _repack(kind, kind.spec, flat, shape)
+    with np.errstate(over="ignore", invalid="ignore"):  # of scales that are not numbers
+        return _decode(kind, flat, shape) if kind.spec is None else _repack(kind, kind.spec, flat, shape)
 
 
 def _steps(kind: BlockType, flat: Bytes) -> Iterator[tuple[slice, Any]]:
     step = max(1, _STEP_VALUES // kind.values)
     for start in range(0, len(flat), step):
-        with np.errstate(over="ignore", invalid="ignore"):  # of scales that are not numbers
-            yield slice(start, start + step), kind.unpack(np.ascontiguousarray(flat[start : start + step]))
+        yield slice(start, start + step), kind.unpack(np.ascontiguousarray(flat[start : start + step]))
 
 
 def _decode(kind: BlockType, flat: Bytes, shape: tuple[int, ...]) -> Dense:
@@ -244,10 +245,21 @@ BLOCK_TYPES: Mapping[int, BlockType] = {
     12: BlockType("Q4_K", 256, 144, _A4, _q4_k, FLOAT32),
     13: BlockType("Q5_K", 256, 176, _A5, _q5_k, FLOAT32),
     14: BlockType("Q6_K", 256, 210, None, _q6_k),
+    16: BlockType("IQ2_XXS", 256, 66, _A8, gguf_codebooks.iq2_xxs, FLOAT32),
+    17: BlockType("IQ2_XS", 256, 74, None, gguf_codebooks.iq2_xs),
+    18: BlockType("IQ3_XXS", 256, 98, _A8, gguf_codebooks.iq3_xxs, FLOAT32),
+    21: BlockType("IQ3_S", 256, 110, _A8, gguf_codebooks.iq3_s, FLOAT32),
+    22: BlockType("IQ2_S", 256, 82, None, gguf_codebooks.iq2_s),
     20: BlockType("IQ4_NL", 32, 18, _A8, _iq4_nl),
     23: BlockType("IQ4_XS", 256, 136, _A8, _iq4_xs, FLOAT32),
     39: BlockType("MXFP4", 32, 17, MXFP4, _mxfp4),
     40: BlockType("NVFP4", 64, 36, NVFP4, _nvfp4),
 }
 BY_NAME: Mapping[str, BlockType] = {kind.name: kind for kind in BLOCK_TYPES.values()}
-RENUMBERED = ("IQ4_NL", "IQ4_XS")  # the codes in memory are others than those of the file
+RENUMBERED = (
+    "IQ2_XXS",
+    "IQ3_XXS",
+    "IQ3_S",
+    "IQ4_NL",
+    "IQ4_XS",
+)  # the codes in memory are others than those of the file

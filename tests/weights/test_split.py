@@ -17,7 +17,16 @@ from mlx_gptoss.weights.split import RankShard, RankWeights
 from mlx_gptoss.weights.synthetic import Synthetic
 from mlx_gptoss.weights.tensor import Dense
 
-FORMATS = ["mxfp4", "mxfp4-original", "fp8-dynamic", "int4-autoround", "mlx-4bit", "mlx-mxfp4-all", "nvfp4"]
+FORMATS = [
+    "mxfp4",
+    "mxfp4-original",
+    "fp8-dynamic",
+    "int4-autoround",
+    "mlx-4bit",
+    "mlx-mxfp4-all",
+    "nvfp4",
+    "gguf/model-q8_0.gguf",
+]
 AXES = {"attention.o.weight": -1}
 
 

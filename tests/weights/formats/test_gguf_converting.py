@@ -109,3 +109,9 @@ def test_a_split_model_opens_by_any_of_its_files(mini, tmp_path, model):
     second.symlink_to(mini / "gguf" / "model.gguf")
     with pytest.raises(CheckpointError, match="is not a file of its folder"):
         checkpoint.open(first)
+
+
+def test_a_number_of_parts_that_no_model_has_is_refused(tmp_path, model):
+    path = write(tmp_path / "m-00001-of-99999.gguf", model)
+    with pytest.raises(CheckpointError, match="one of 99999 parts; no gpt-oss model has more than 1000"):
+        checkpoint.open(path)

@@ -6,6 +6,8 @@ the package cannot quantize are made of random codes with sensible scales.
 
 from __future__ import annotations
 
+import random
+import struct
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +17,7 @@ from mlx_gptoss.backends import cuda, mlx
 from mlx_gptoss.backends.base import Limits, run_as
 from mlx_gptoss.errors import CheckpointError
 from mlx_gptoss.loading.recommend import derived_bytes
-from mlx_gptoss.weights import checkpoint, codecs, gguf_blocks
+from mlx_gptoss.weights import checkpoint, codecs, gguf, gguf_blocks
 from mlx_gptoss.weights.formats.gguf import tensor_name
 from mlx_gptoss.weights.gguf_blocks import BLOCK_TYPES, BY_NAME
 from mlx_gptoss.weights.params import parameters
@@ -28,9 +30,13 @@ NUMBERS = {kind.name: number for number, kind in BLOCK_TYPES.items()}
 TYPES = sorted(set(NUMBERS) - {OLLAMAS})
 SCALES = {  # offset of each float16 of a block
     "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q4_1": (0, 2), "Q5_1": (0, 2),
-    **dict.fromkeys(("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "IQ4_XS"), (0,)),
+    "Q4_0": (0,), "Q5_0": (0,), "Q8_0": (0,), "IQ4_NL": (0,), "IQ4_XS": (0,), "IQ2_XXS": (0,), "IQ2_XS": (0,),
+    "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,),
 }  # fmt: skip
-SIZE = {"Q2_K": 60, "Q3_K": 90, "Q4_K": 400, "Q5_K": 800, "Q6_K": 2000, "IQ4_XS": 2000, "IQ4_NL": 80}  # of a value / d
+SIZE = {  # of a value over the block's scale
+    "Q2_K": 60, "Q3_K": 90, "Q4_K": 400, "Q5_K": 800, "Q6_K": 2000, "IQ4_XS": 2000, "IQ4_NL": 80, "IQ2_XXS": 80,
+    "IQ2_XS": 80, "IQ2_S": 80, "IQ3_XXS": 160, "IQ3_S": 120,
+}  # fmt: skip
 
 
 def blocks_of(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -113,6 +119,7 @@ MIXTURES = {
     "Q2_K": {"ffn_down": "Q3_K", "_exps": "Q2_K", "attn_v": "Q5_0", "attn_output": "Q3_K", "attn": "Q4_0", "": "Q6_K"},
     "Q4_K": {"ffn_down": "Q6_K", "_exps": "Q4_K", "attn_v": "Q5_1", "attn_output": "Q5_K", "attn": "Q4_1", "": "Q8_0"},
     "IQ4": {"ffn_down": "NVFP4", "_exps": "IQ4_XS", "attn_v": "Q5_K", "attn": "IQ4_NL", "": "IQ4_XS"},
+    "IQ2": {"ffn_down": "IQ3_S", "_exps": "IQ2_XXS", "attn_v": "IQ2_S", "attn": "IQ3_XXS", "": "IQ2_XS"},
     "Q5_1": {"ffn_down": "MXFP4", "_exps": "Q5_1", "attn_q": "Q5_0", "attn": "Q8_0", "": "Q5_K"},
 }
 
@@ -193,3 +200,42 @@ def test_ollamas_first_files_are_read(mini, tmp_path):
     np.testing.assert_array_equal(
         codecs.dequantize(half), codecs.dequantize(source.read("layers.1.experts.up.weight"))[2:4]
     )
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", MIXTURES)
+def test_random_damage_is_an_error_or_a_model(mini, tmp_path, config, name):
+    """Changed bytes anywhere in the header and the blocks raise CheckpointError, and nothing else."""
+    path, _ = write(tmp_path / "model", mini, config, MIXTURES[name])
+    whole, chance = path.read_bytes(), random.Random(name)
+    start = min(gguf.read_header(path).tensors.offsets.values())
+    refused = 0
+    for _ in range(20):
+        data = bytearray(whole[: chance.randrange(len(whole))] if chance.random() < 0.2 else whole)
+        for _ in range(4):
+            at = chance.randrange(min(start if chance.random() < 0.3 else len(data), len(data)))
+            data[at : at + 2] = chance.choice(
+                [b"\x00\x7c", b"\xff\xff", b"\x7f\x7e", bytes([chance.randrange(256)] * 2)]
+            )
+        path.write_bytes(data)
+        try:
+            for _, weight in checkpoint.open(path).weights():
+                assert weight.arrays
+        except CheckpointError:
+            refused += 1
+    assert refused
+
+
+def test_a_block_type_for_a_vector_and_rows_that_blocks_do_not_divide_are_refused(mini, tmp_path, config):
+    path, _ = write(tmp_path / "model", mini, config, {"_exps": "Q4_K"})
+    data = path.read_bytes()
+    name = b"blk.0.attn_q.bias"
+    at = data.index(name) + len(name) + 4 + 8
+    path.write_bytes(data[:at] + struct.pack("<I", NUMBERS["Q5_0"]) + data[at + 4 :])
+    with pytest.raises(CheckpointError, match=r"1 of a wrong shape: blk\.0\.attn_q\.bias"):
+        checkpoint.open(path)
+    name = b"blk.0.attn_q.weight"
+    at = data.index(name) + len(name) + 4
+    path.write_bytes(data[:at] + struct.pack("<QQI", 192, 256, NUMBERS["Q4_K"]) + data[at + 20 :])
+    with pytest.raises(CheckpointError, match=r"'blk\.0\.attn_q\.weight' the shape \[256, 192\]"):
+        checkpoint.open(path)
