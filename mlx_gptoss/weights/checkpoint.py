@@ -207,10 +207,12 @@ class Checkpoint:
         source = self._binding.sources[name]
         if source.memory_bits is None:
             return 0
-        stored = self.tensors[source.expected[0].name]
         size = next(param.size for param in self.params if param.name == name)
-        kind = BY_NAME[stored.blocks]
-        return int(size * (source.memory_bits - 8 * kind.size / kind.values) / 8)
+        bits = source.stored_bits
+        if bits is None:
+            kind = BY_NAME[self.tensors[source.expected[0].name].blocks]
+            bits = 8 * kind.size / kind.values
+        return int(size * (source.memory_bits - bits) / 8)
 
     def matrix_bytes(self, role: Role) -> int:
         """Size in bytes of all stored tensors that the matrices of a role are read from."""

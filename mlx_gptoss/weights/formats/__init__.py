@@ -11,7 +11,7 @@ from ...errors import CheckpointError
 from ..params import Param
 from ..safetensors import TensorInfo
 from ..tensor import Dense
-from . import autoround, bf16, fp8, gguf, mlx, modelopt, mxfp4, original
+from . import autoround, bf16, bitsandbytes, fp8, gguf, mlx, modelopt, mxfp4, original
 from .base import CheckpointHeaders, ExpectedTensor, Format, Recipe, Source
 from .hf_layout import HF_DENSE, hf_name
 
@@ -20,6 +20,7 @@ from .hf_layout import HF_DENSE, hf_name
 FORMATS: tuple[Format, ...] = (
     original.FORMAT,
     gguf.FORMAT,
+    bitsandbytes.FORMAT,
     autoround.FORMAT,
     fp8.FORMAT,
     mlx.FORMAT,
@@ -165,7 +166,7 @@ def _format_name(sources: Mapping[str, Source], params: Sequence[Param]) -> str:
             if all(_matches(sources[param.name], recipe, param) for param in matrices):
                 return name
     found = [sources[param.name] for param in matrices]
-    families = {source.family for source in found if source.spec is not None}
+    families = {source.family for source in found if source.spec is not None or source.stored_name}
     families = families or {source.family for source in found} - {HF_DENSE}
     return families.pop() if len(families) == 1 else "mixed"
 

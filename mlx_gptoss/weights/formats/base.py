@@ -72,6 +72,7 @@ class Source:
     load_experts: returns the Weight of a range of the first axis (experts, or rows); None where slicing the whole
         Weight is just as good.
     memory_bits: bits per weight of what `load` returns, where it makes more than what is stored; else None.
+    stored_bits: bits per weight as stored, where memory_bits is given; None for GGUF, whose blocks have it.
     stored_name: how the numbers are stored, in the words of the format's tools, or "" for the spec's or dtype's name.
     """
 
@@ -83,6 +84,7 @@ class Source:
     note: str = ""
     load_experts: Callable[[GetTensor, range], Weight] | None = None
     memory_bits: float | None = None
+    stored_bits: float | None = None
     stored_name: str = ""
 
 

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ...errors import CheckpointError
-from .. import quantization
+from .. import codecs, quantization
 from ..params import Param
-from ..tensor import FP8_ROW, MXFP4, NVFP4, Array, Quantized, Spec, Weight
+from ..tensor import FP8_ROW, MXFP4, NVFP4, Array, Dense, Quantized, Spec, Weight
 from .base import (
     FLOATS,
     CheckpointHeaders,
@@ -51,6 +52,7 @@ FAMILY = "fp8-dynamic"
 _VERSION = re.compile(r"(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?")
 _HALF_SPLIT_SINCE, _HALF_SPLIT_BEFORE = (0, 17, 1), (0, 19, 0)  # compressed-tensors releases; llm-compressor pins them
 _WRITTEN_VERSION = "0.19.0"
+BLOCK = 128  # rows and columns of a block of FP8_BLOCK
 
 
 class Fp8(Format):
@@ -175,11 +177,8 @@ def _fp8_source(modules: Modules, param: Param, headers: CheckpointHeaders) -> S
     rows, width = param.shape[-2:]
     scales = f"{modules.first}.weight_scale"
     shape = headers.shape(scales)
-    if len(shape) == 2 and shape[1] > 1:
-        raise CheckpointError(
-            f"{scales} has the shape {list(shape)}: FP8 with one scale per block is not supported, only one per row "
-            "(FP8_DYNAMIC); quantize the model with that scheme, or convert the original checkpoint"
-        )
+    if len(shape) == 2 and shape != (rows, 1):
+        return _block_source(modules, param, headers)
     expected = modules.expected("weight", ("F8_E4M3",), (rows, width))
     scale_shape = shape if shape in ((), (1,)) else (rows, 1)
     expected += modules.expected("weight_scale", same_float_dtype(headers, scales), scale_shape)
@@ -190,6 +189,35 @@ def _fp8_source(modules: Modules, param: Param, headers: CheckpointHeaders) -> S
         return Quantized(FP8_ROW, modules.read(get, "weight"), outer=outer)
 
     return modules_source(modules, FAMILY, FP8_ROW, expected, load, scales)
+
+
+def _block_source(modules: Modules, param: Param, headers: CheckpointHeaders) -> Source:
+    """FP8_BLOCK: `.weight_scale` [ceil(N / 128), ceil(K / 128)], a scale for each square block of a module.
+
+    No kernel reads such scales, as blocks do not divide rows of 2880: the values are decoded to float32.
+    """
+    rows, width = param.shape[-2:]
+    scales = f"{modules.first}.weight_scale"
+    expected = modules.expected("weight", ("F8_E4M3",), (rows, width))
+    expected += modules.expected(
+        "weight_scale", same_float_dtype(headers, scales), (-(-rows // BLOCK), -(-width // BLOCK))
+    )
+    expected += _activation_scales(modules, headers)
+
+    def load(get: GetTensor, modules: Modules) -> Weight:
+        scale = modules.read(get, "weight_scale", lambda each: np.repeat(each, BLOCK, axis=0)[:rows]).astype(np.float32)
+        if not np.isfinite(scale).all():
+            raise CheckpointError(
+                f"{scales} or a sibling is not a number; the checkpoint is damaged, download it again"
+            )
+        values = codecs.E4M3.take(modules.read(get, "weight").view(np.uint8))
+        for start in range(0, width, BLOCK):
+            values[..., start : start + BLOCK] *= scale[..., start // BLOCK, None]
+        return Dense(values)
+
+    source = modules_source(modules, "fp8-block", None, expected, load)
+    note = "FP8 with a scale per block is decoded to float32 when loaded"
+    return replace(source, note=note, memory_bits=32, stored_bits=8 + 16 / BLOCK**2, stored_name="fp8-block")
 
 
 def _fp4_source(modules: Modules, param: Param, headers: CheckpointHeaders) -> Source:

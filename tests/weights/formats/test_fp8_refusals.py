@@ -43,7 +43,7 @@ def as_packed_integers(tensors):
         (remove(GATE.format(4) + ".weight"), f"missing: {GATE.format(4)}.weight"),
         (remove(GATE.format(5) + ".bias"), f"missing: {GATE.format(5)}.bias"),
         (replace(f"{Q}.weight_scale", lambda scale: scale[:, 0]), "wrong shape: .*q_proj.weight_scale"),
-        (replace(f"{Q}.weight_scale", lambda scale: torch.ones(2, 2)), "one scale per block"),
+        (replace(f"{Q}.weight_scale", lambda scale: torch.ones(3, 3)), "of a wrong shape"),
         (replace(f"{Q}.weight_zero_point", lambda none: torch.zeros(256, 1)), "unknown: .*weight_zero_point"),
         (replace(GATE.format(6) + ".bias", lambda none: torch.zeros(64)), "unknown: .*experts.6.gate_proj.bias"),
         (replace(GATE.format(2) + ".weight", lambda weight: weight.float()), "wrong dtype: .*2.gate_proj.weight F32"),
