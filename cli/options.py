@@ -141,8 +141,7 @@ ADAPTER_OPTION = click.option(
     multiple=True,
     metavar="NAME=PATH",
     callback=_adapters,
-    help="A LoRA adapter of PEFT or mlx-lm, a folder or a hub id, that runs beside the weights. PATH alone: its folder "
-    "is its name. serve and batch take several; requests choose by the model's name.",
+    help=next(each.metadata["help"] for each in fields(LoadOptions) if each.name == "adapters"),
 )
 RUN_OPTIONS = (*declared(LoadOptions, "max_context", "quantize", "kv_bits", "speculate"), ADAPTER_OPTION)
 LOAD_OPTIONS = (MODEL_OPTION, *DEVICE_OPTIONS, *RUN_OPTIONS)

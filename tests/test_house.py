@@ -27,7 +27,7 @@ MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it ma
     "tokenizer": {"errors", "untrusted"},
     "nano": set(),
     # 1
-    "options": {"harmony.messages", "sampling"},
+    "options": {"errors", "harmony.messages", "sampling"},
     "weights": LEVEL_0,
     "harmony": LEVEL_0,
     "backends": {"errors"},

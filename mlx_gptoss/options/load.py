@@ -83,6 +83,7 @@ class LoadOptions:
         None,
         "LoRA adapters of PEFT or mlx-lm, by the names that requests choose them by: folders or hub ids. They run "
         "beside the weights, which stay as they are stored.",
+        Flag("NAME=PATH", repeatable=True),
     )
 
     def __post_init__(self) -> None:
