@@ -96,7 +96,8 @@ def read_header(path: Path) -> Header:
         raise _damaged(path, f"cannot be read ({error.strerror})") from error
     if not isinstance(entries, dict):
         raise _damaged(path, "has a header that is not a JSON object")
-    metadata = entries.pop("__metadata__", {})
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null where there is none
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _damaged(path, "has __metadata__ that is not a map of strings")
     spans = [_parse_entry(path, name, entry) for name, entry in entries.items()]
