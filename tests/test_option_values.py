@@ -51,12 +51,14 @@ GENERATION: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
         (1, "12", None, {1: 2}, True, [1.0], [True], ["1"], [-1], [NAN], [10**6], [LONGEST], [1] * 65, LOOP),
         ((), [1], (1, 2)),
     ),
+    "adapter": (NOT_TEXTS, (None,)),
     "parallel_tool_calls": ((1, 0, "no", None, NAN, []), (True, False)),
 }
 LOAD: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "backend": ((*NOT_TEXTS, None, "tpu", ""), ("mlx",)),
     "device": ((*NOT_TEXTS, "quantum", "", "cuda:-1", "cpu\0"), ("cpu",)),
     "dtype": ((*NOT_TEXTS, "int8", "", "FLOAT32"), (None, "float32")),
+    "adapters": ((1, "x", True, ["x"], {1: "x"}, {"": "x"}, {"x": 1}), (None, {})),
     "max_context": ((*NOT_INTEGERS, 0, -1, -LONGEST, 10**7, LONGEST), (None, 64)),
     "slots": ((*NOT_INTEGERS, None, 0, -1, HUGE, LONGEST), (1, 2)),
     "quantize": ((*NOT_TEXTS, "int3", "", "bf16"), (None,)),

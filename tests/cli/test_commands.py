@@ -117,7 +117,7 @@ def test_convert_then_generate(run, tmp_path):
         (("generate", "x", "--model", "MINI", "--backend", "abacus"), "backend"),
         (("generate", "x", "--model", "MINI", "--max-context", "4"), "context"),
         (("show", "./nowhere"), "nowhere"),
-        (("convert", "MINI", "out", "--to", "mlx-3bit"), "mlx-3bit"),
+        (("convert", "MINI", "out", "--to", "mlx-7bit"), "mlx-7bit"),
     ],
 )
 def test_errors_are_one_line_and_exit_with_1(run, words, message):

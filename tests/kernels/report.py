@@ -110,7 +110,7 @@ def record(preset: str, form: str, rows: list[int], dtype: torch.dtype = torch.b
         decoder = Decoder(model, cache, torch.zeros(max(rows), dtype=torch.int64, device=META), CONTEXT)
         for count in rows:
             what = f"{form}, {count} row{'s' * (count > 1)}"
-            decoder._run(decoder._ready(count))
+            decoder._run(decoder._ready(count), ())
         what = f"{form}, prefill"
         ids = torch.zeros((1, CHUNK), dtype=torch.int64, device=META)
         model(ids, cache, Span.of([0], [CHUNK], CHUNK, META))

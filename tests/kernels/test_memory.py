@@ -98,6 +98,6 @@ def test_mxfp4_takes_at_most_14_5_gb_with_8k_of_context(no_kernels):
     print(f"weights {weights}, cache {kv}, prefill {prefill.peak - held}, decoding {decode.peak}: {total}")
     assert 13.9e9 < total < 14.5e9
     no_kernels.clear()
-    decoder._run(decoder._ready(1))
+    decoder._run(decoder._ready(1), ())
     once = 4  # kernels outside the layers: embedding, lm_head, and two to draw
     assert (len(no_kernels) - once) * config.num_hidden_layers // 2 + once == 160  # kernels a token, as the README says

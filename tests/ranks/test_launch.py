@@ -291,7 +291,7 @@ def test_a_packed_snapshot_has_every_ranks_part():
 
 
 def test_ranks_that_would_compute_differently_are_rejected():
-    summary = {"versions": [["mlx-gptoss", "1"], ["mlx", "2"]], "checkpoint": "abc", "dtype": "float32"}
+    summary = {"versions": [["mlx-gptoss", "1"], ["mlx", "2"]], "checkpoint": "abc", "dtype": "float32", "adapters": []}
     _require_same(1, summary, dict(summary))
     for key, value, words in (
         (
@@ -301,6 +301,7 @@ def test_ranks_that_would_compute_differently_are_rejected():
         ),
         ("checkpoint", "abd", "another checkpoint"),
         ("dtype", "bfloat16", "computes in bfloat16"),
+        ("adapters", ["0a"], "rank 1 has other adapters"),
     ):
         with pytest.raises(GptOssError, match=words):
             _require_same(1, summary, summary | {key: value})

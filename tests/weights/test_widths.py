@@ -17,7 +17,7 @@ from mlx_gptoss.errors import CheckpointError
 from mlx_gptoss.weights import checkpoint as checkpoints
 from mlx_gptoss.weights import codecs, quantization
 from mlx_gptoss.weights.convert import convert, write_checkpoint
-from mlx_gptoss.weights.formats import WRITERS, mlx
+from mlx_gptoss.weights.formats import CONVERTERS, mlx
 from mlx_gptoss.weights.formats.base import matrix_recipe
 from mlx_gptoss.weights.formats.hf_layout import hf_name
 from mlx_gptoss.weights.split import RankShard, RankWeights
@@ -84,7 +84,7 @@ def written(dense, tmp_path, monkeypatch):
         others = {"lm_head": (8, 32), **others}  # else some are formats with a name of their own
         recipe = matrix_recipe("mlx", AFFINE[bits, group], **{role: ("mlx", AFFINE[at]) for role, at in others.items()})
         monkeypatch.setitem(mlx.Mlx.recipes, "mlx-test", recipe)
-        monkeypatch.setitem(WRITERS, "mlx-test", mlx.FORMAT)
+        monkeypatch.setitem(CONVERTERS, "mlx-test", mlx.FORMAT)
         convert(dense, tmp_path / "written", "mlx-test")
         return tmp_path / "written"
 
@@ -139,10 +139,11 @@ def test_a_mixed_recipe(written, tmp_path, logits, relative_error):
 def test_a_group_size_of_null_is_the_modes_default(written):
     folder = written(4, 64)
     config = json.loads((folder / "config.json").read_text())
-    config["quantization"] = config["quantization_config"] = {"group_size": None, "bits": 4, "mode": "affine"}
+    others = {"lm_head": {"group_size": 32, "bits": 8}}
+    config["quantization"] = config["quantization_config"] = {"group_size": None, "bits": 4, "mode": "affine", **others}
     (folder / "config.json").write_text(json.dumps(config))
     assert checkpoints.open(folder).summary().roles["experts"]["format"] == "affine4-g64"
-    config["quantization"] = config["quantization_config"] = {"group_size": 32, "bits": 4}
+    config["quantization"] = config["quantization_config"] = {"group_size": 32, "bits": 4, **others}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="says"):
         checkpoints.open(folder)
@@ -166,8 +167,8 @@ def test_show_and_the_plan_know_what_a_backend_widens(written):
     assert run_otherwise(source, "mlx") == {}
     assert run_otherwise(source, "cuda") == {AFFINE[3, 64]: AFFINE[4, 64]}
     sizes = {b: memory_plan(source, find_backend(b)[0], device="cpu").weights_bytes for b in ("mlx", "cuda")}
-    quantized = sum(p.size for p in source.params if p.is_matrix and source.stored_as(p.name)[0] is not None)
-    assert sizes["mlx"] == source.size_bytes and sizes["cuda"] == source.size_bytes + quantized // 8
+    in_3_bits = sum(p.size for p in source.params if source.stored_as(p.name)[0] == AFFINE[3, 64])
+    assert sizes["mlx"] == source.size_bytes and sizes["cuda"] == source.size_bytes + in_3_bits // 8
 
 
 def test_dense_weights_are_not_widened():
