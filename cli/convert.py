@@ -37,8 +37,9 @@ def _formats(ctx: click.Context, param: click.Parameter, incomplete: str) -> lis
     type=click.Choice(["mse"]),
     help="Search the 4-bit affine scales with the least squared error; slower.",
 )
+@click.option("--adapter", metavar="PATH", help="Merge this LoRA adapter into the weights; with --to bf16 alone.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing DEST.")
-def convert(source: str, destination: str, to: str, search: str | None, overwrite: bool) -> None:
+def convert(source: str, destination: str, to: str, search: str | None, adapter: str | None, overwrite: bool) -> None:
     """Write SOURCE (a folder, a hub id or nano) to the folder DEST in another format.
 
     Streams: at most one layer is in memory. DEST appears when it is complete and verified, or not at all. After an
@@ -49,7 +50,9 @@ def convert(source: str, destination: str, to: str, search: str | None, overwrit
 
     try:
         with byte_bar("Converting") as update:
-            report = api.convert(source, destination, to, search=search, overwrite=overwrite, progress=update)
+            report = api.convert(
+                source, destination, to, search=search, adapter=adapter, overwrite=overwrite, progress=update
+            )
     except KeyboardInterrupt as stop:
         click.echo(f"interrupted; {stop or 'nothing was written'}", err=True)
         raise SystemExit(130) from None

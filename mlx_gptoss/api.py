@@ -91,6 +91,7 @@ def convert(
     to: str = "mlx-4bit",
     *,
     search: str | None = None,
+    adapter: str | Path | None = None,
     overwrite: bool = False,
     progress: conversion.Progress | None = None,
 ) -> conversion.Report:
@@ -101,6 +102,7 @@ def convert(
         "mlx-mxfp8", "mlx-nvfp4", "mlx-mxfp4", "mlx-mxfp4-q8", "mlx-mxfp4-q4", "gguf", "gguf-f16" or "gguf-bf16".
     search: "mse" searches the scales with the least squared error for 4-bit affine weights, which takes about nine
         times as long; None rounds as mlx-lm does.
+    adapter: a LoRA adapter, a folder or a hub id, to merge into the weights; into bf16 alone.
     overwrite: replace an existing destination once the new one is complete.
     progress: called as progress(bytes done, bytes in all, what is being done).
 
@@ -108,8 +110,15 @@ def convert(
     of tensors, the time and the memory used. Raises CheckpointError for a source that cannot be read, and GptOssError
     for an unknown format, an existing destination or a full disk.
     """
+    merged = None if adapter is None else hub.resolve_adapter(adapter)
     return conversion.convert(
-        hub.resolve(source), Path(destination), to, search=search, overwrite=overwrite, progress=progress
+        hub.resolve(source),
+        Path(destination),
+        to,
+        search=search,
+        adapter=merged,
+        overwrite=overwrite,
+        progress=progress,
     )
 
 

@@ -25,10 +25,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, GptOssError
+from ..errors import CheckpointError, GptOssError, InvalidRequest
 from ..machine import cores
 from . import checkpoint as checkpoints
 from . import gguf_writing
+from .adapters import open_adapter
+from .adapters.merged import Merged
 from .checkpoint import CheckpointLike
 from .conversion_plan import ConversionPlan, plan_conversion
 from .files import child
@@ -85,6 +87,7 @@ def convert(
     to: str = "mlx-4bit",
     *,
     search: str | None = None,
+    adapter: Path | str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -95,6 +98,7 @@ def convert(
 
     search: None quantizes as the format's own tools do. "mse" searches for the scales and biases of the least squared
         error of 4-bit affine weights, in the same storage (search.py).
+    adapter: the folder of a LoRA adapter to merge, into bf16 alone.
     overwrite: replace an existing checkpoint, which stays in place until the new one is complete.
     progress: called in this thread with the bytes done, the bytes in total and "writing" or "verifying".
     Raises CheckpointError for a source that cannot be read or a format that cannot be written; GptOssError if the
@@ -102,11 +106,20 @@ def convert(
     """
     started = time.perf_counter()
     recipe_of(to, search)
+    if adapter is not None and to != "bf16":
+        raise InvalidRequest(
+            f"an adapter is merged into bf16 alone, not {to}: most of its changes are smaller than half a step of "
+            "quantized weights and would be lost. Run it beside the weights (--adapter of generate, serve, ...), or "
+            "merge it into bf16 and quantize that"
+        )
     target = _check_destination(Path(source), Path(destination), overwrite)
     checkpoint = checkpoints.open(source)
-    plan = plan_conversion(checkpoint, to, search)
+    weights: CheckpointLike = checkpoint
+    if adapter is not None:
+        weights = Merged(checkpoint, open_adapter(adapter, checkpoint.config))
+    plan = plan_conversion(weights, to, search)
     companions = _companions(checkpoint.tokenizer_folder, checkpoint.embedded_files())
-    resumed_bytes, working_bytes = _write(checkpoint, target, to, plan, search, progress, companions)
+    resumed_bytes, working_bytes = _write(weights, target, to, plan, search, progress, companions)
     return Report(
         source=checkpoint.folder,
         destination=target,

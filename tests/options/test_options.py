@@ -19,7 +19,13 @@ from mlx_gptoss.options.sampling import SamplingOptions
 from mlx_gptoss.weights.formats import CONVERTERS
 
 # Of a text; names of tools; files of functions.
-OTHER_MEANING = {("eval", "max_tokens"), ("serve", "tools"), ("generate", "tools"), ("chat", "tools")}
+OTHER_MEANING = {
+    ("convert", "adapter"),  # a folder, not a name
+    ("eval", "max_tokens"),
+    ("serve", "tools"),
+    ("generate", "tools"),
+    ("chat", "tools"),
+}
 
 
 def parameters(function):
