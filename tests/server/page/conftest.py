@@ -9,7 +9,7 @@ import pytest
 from page_helpers import ARGUMENTS, CHROMIUM, playwright
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # sync playwright keeps an event loop running in its thread until it is closed
 def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("no chromium is installed")
