@@ -185,6 +185,17 @@ def entries(content: Mapping[str, Any], files: Mapping[str, bytes], file_type: i
     return found
 
 
+def _check_split(tokenizer: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless text is split as gpt-oss's tokenizer splits it: GGUF has a name for that, "gpt-4o",
+    and no place for another pattern."""
+    steps = (tokenizer.get("pre_tokenizer") or {}).get("pretokenizers", [])
+    patterns = [step["pattern"] for step in steps if isinstance(step, dict) and step.get("type") == "Split"]
+    if patterns != [{"Regex": "|".join(SPLIT_PATTERNS)}]:
+        raise CheckpointError(
+            "the model's tokenizer splits text in its own way, which GGUF cannot say; convert to another format"
+        )
+
+
 def _config_entries(content: Mapping[str, Any]) -> dict[str, Any]:
     scaling = content["rope_scaling"]
     values = {
@@ -216,6 +227,7 @@ def _tokenizer_entries(data: bytes, content: Mapping[str, Any]) -> dict[str, Any
     """The tokens, one for each row of the embeddings, their types, the merges, and the ids of special tokens."""
     tokenizer_file.check(data, "tokenizer.json")
     file = json.loads(data)
+    _check_split(file)
     tokens = [f"[PAD{id}]" for id in range(content["vocab_size"])]
     types = np.full(len(tokens), _UNUSED, np.int32)
     added = file.get("added_tokens") or []

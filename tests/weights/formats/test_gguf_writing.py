@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from mlx_gptoss_cli.main import group
 
 from mlx_gptoss.errors import CheckpointError, GptOssError
+from mlx_gptoss.loading.plan import NANO
 from mlx_gptoss.weights import checkpoint, codecs, gguf
 from mlx_gptoss.weights.convert import convert
 from mlx_gptoss.weights.formats.gguf import GGUF_NAMES, tensor_name
@@ -118,3 +119,10 @@ def test_the_command_writes_and_replaces_a_gguf(mini, tmp_path):
         convert(mini / "mxfp4", tmp_path / "new", "gguf")
     convert(mini / "mxfp4", tmp_path / "new", "gguf-f16", overwrite=True)
     assert gguf.read_header(tmp_path / "new/model.gguf").metadata["general.file_type"] == 1
+
+
+def test_a_tokenizer_that_splits_in_its_own_way_is_refused(tmp_path):
+    """The bundled model's does: a GGUF file would be read with gpt-oss's pattern, and every prompt would differ."""
+    with pytest.raises(CheckpointError, match="splits text in its own way"):
+        convert(NANO, tmp_path / "out", "gguf")
+    assert not (tmp_path / "out").exists()
