@@ -1,25 +1,21 @@
-"""mlx-gptoss batch: the answers, errors for malformed lines, and continuing after an interruption."""
+"""mlx-gptoss batch: the answers, and errors for malformed lines and files."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
-import resource
-import signal
 import subprocess
 import sys
 import time
 import tracemalloc
-from contextlib import contextmanager
 
 import httpx
 import pytest
+from batch_requests import CHAT, COMPLETIONS, ONE, RESPONSES, question, request, steady
 
 import mlx_gptoss
-from mlx_gptoss.errors import GptOssError, InvalidRequest
-
-pytest.importorskip("fastapi", reason="batches need the serve extra")
+from mlx_gptoss.errors import InvalidRequest
 from mlx_gptoss.server import batch as server_batch
 from mlx_gptoss.server.app import build_app
 from mlx_gptoss.server.batch import Batch
@@ -28,128 +24,6 @@ from mlx_gptoss.server.guard import Gate
 from mlx_gptoss.server.models.named import NamedModel, model_names
 from mlx_gptoss.server.responses.store import ResponseStore
 from mlx_gptoss.server.service import Service
-
-CLI = [sys.executable, "-m", "mlx_gptoss_cli", "batch"]
-HERE = ["--backend", "mlx", "--device", "cpu"]
-CHAT, RESPONSES, COMPLETIONS = "/v1/chat/completions", "/v1/responses", "/v1/completions"
-CHANGING = {"id", "created", "created_at", "completed_at"}
-
-
-def question(number):
-    """A greedy request, of each endpoint in turn."""
-    text = f"What is {number} + {number * 7 % 50}?"
-    return [
-        (CHAT, {"messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 24}),
-        (RESPONSES, {"input": text, "temperature": 0, "max_output_tokens": 24}),
-        (COMPLETIONS, {"prompt": text, "temperature": 0, "max_tokens": 24}),
-    ][number % 3]
-
-
-def request(custom_id, url, body, **more):
-    return json.dumps({"custom_id": custom_id, "method": "POST", "url": url, "body": body, **more}).encode()
-
-
-def steady(body):
-    """The fields of an answer that are the same in every run."""
-    if isinstance(body, dict):
-        return {name: steady(value) for name, value in body.items() if name not in CHANGING}
-    return [steady(value) for value in body] if isinstance(body, list) else body
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_bytes().splitlines()]
-
-
-def by_id(entries):
-    answers = {entry["custom_id"]: steady(entry["response"]["body"]) for entry in entries}
-    assert len(answers) == len(entries)
-    return answers
-
-
-@pytest.fixture(scope="module")
-def model():
-    with mlx_gptoss.load(slots=4, max_context=1024, backend="mlx", device="cpu") as loaded:
-        yield loaded
-
-
-@pytest.fixture
-def run(model, tmp_path):
-    """A batch of these lines, in this process; returns the entries of OUT."""
-
-    def run(*lines, progress=lambda: None, model=model):
-        (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
-        with Batch(tmp_path / "in.jsonl", tmp_path / "out.jsonl") as batch:
-            batch.run(
-                Service([NamedModel(model, *model_names(None))], Gate(), store=ResponseStore(max_bytes=0)), progress
-            )
-        return read(tmp_path / "out.jsonl")
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def lines():
-    return [request(f"id {number}", *question(number)) for number in range(18)]
-
-
-# The command, which writes this many answers and blocks before the others.
-BLOCKING = """
-import asyncio, sys
-from mlx_gptoss.server import batch
-left = int(sys.argv.pop(1))
-
-def blocking(whole):
-    async def answer(*args):
-        global left
-        body = await whole(*args)
-        left -= 1
-        if left < 0:
-            await asyncio.Event().wait()
-        return body
-    return answer
-
-batch.ENDPOINTS.update({url: (form, blocking(whole)) for url, (form, whole) in batch.ENDPOINTS.items()})
-from mlx_gptoss_cli.main import main
-main()
-"""
-
-
-@contextmanager
-def interrupted(words, out, after):
-    """Run the command until it has written `after` more answers; the caller then ends it."""
-    command = [sys.executable, "-c", BLOCKING, str(after), "batch", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wanted = (out.read_bytes().count(b"\n") if out.exists() else 0) + after  # whole lines: a torn one is cut off
-    end = time.monotonic() + 300
-    while time.monotonic() < end and (not out.exists() or out.read_bytes().count(b"\n") < wanted):
-        time.sleep(0.002)
-    assert out.read_bytes().count(b"\n") >= wanted
-    assert process.poll() is None, process.stderr.read()
-    yield process
-    process.communicate(timeout=300)
-
-
-def test_killed_and_interrupted_it_goes_on_without_losing_or_repeating_a_line(run, lines, tmp_path):
-    whole = by_id(run(*lines))
-    out = tmp_path / "again.jsonl"
-    words = [str(tmp_path / "in.jsonl"), str(out), *HERE, "--slots", "2"]
-    with interrupted(words, out, 3) as process:
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
-    assert len(out.read_bytes().splitlines()) == 3
-    with out.open("ab") as file:
-        file.write(b'{"id":"batch_req_0123","custom_id":"id')
-    with interrupted(words, out, 3) as process:
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=300)
-    earlier = len(out.read_bytes().splitlines())
-    assert earlier == 6
-    assert process.returncode == 130
-    assert errors == f"interrupted; {earlier} of 18 lines are answered; the same command continues after them\n"
-    report = json.loads(subprocess.run([*CLI, *words, "--json"], stdout=subprocess.PIPE, check=True).stdout)
-    assert by_id(read(out)) == whole
-    assert (report["total"], report["completed"], report["failed"], report["earlier"]) == (18, 18, 0, earlier)
-    assert report["completion_tokens"] > 0 and report["seconds"] > 0
 
 
 def test_an_answer_is_what_the_server_would_send(run, model):
@@ -287,9 +161,6 @@ def test_a_line_costs_few_bytes_of_memory(tmp_path):
     assert list(requests.pending()) == []
 
 
-ONE = request("a", COMPLETIONS, {"prompt": "Hi", "max_tokens": 1})
-
-
 @pytest.mark.parametrize(
     ("requests_bytes", "answers_bytes", "message"),
     [
@@ -321,74 +192,6 @@ def test_the_requests_are_not_written_over(tmp_path):
     for name in ("in.jsonl", "linked.jsonl"):
         with pytest.raises(InvalidRequest, match="is the file of requests"):
             Batch(tmp_path / "in.jsonl", tmp_path / name)
-
-
-def test_what_failed_is_asked_again_if_that_is_wanted(run, tmp_path):
-    short = request("long", COMPLETIONS, {"prompt": "Hi", "max_tokens": 1, "temperature": 0})
-    lines = [ONE, request("long", COMPLETIONS, {"prompt": "Hi " * 2000}), b"no JSON", request("b", "/v1/files", {})]
-    run(*lines)
-    out, (requests,) = tmp_path / "out.jsonl", [tmp_path / "in.jsonl"]
-    out.chmod(0o640)
-    kept = [line for line in out.read_bytes().splitlines(keepends=True) if b'"custom_id":"a"' in line]
-    requests.write_bytes(b"\n".join([ONE, short, b"no JSON"]))
-    with pytest.raises(InvalidRequest, match="which no line of the requests is waiting for"):
-        Batch(requests, out)
-    with Batch(requests, out, retry=True) as batch:
-        assert (batch.done, batch.failed, batch.total) == (1, 0, 3)
-    assert out.read_bytes() == b"".join(kept) and out.stat().st_mode & 0o777 == 0o640
-    again = run(ONE, short, b"no JSON")
-    assert {entry["custom_id"]: (entry["response"] or {}).get("status_code") for entry in again} == {
-        "a": 200, "long": 200, None: None,
-    }  # fmt: skip
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-
-
-def test_without_an_answer_there_is_no_file(tmp_path):
-    """If the model cannot be loaded, for example. An empty file that already existed is kept."""
-    (tmp_path / "in.jsonl").write_bytes(ONE)
-    words = [str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "--model", str(tmp_path)]
-    out = subprocess.run([*CLI, *words], capture_output=True, text=True, timeout=300)
-    assert (out.returncode, out.stderr.count("\n")) == (1, 1) and "is not a checkpoint" in out.stderr
-    assert not (tmp_path / "out.jsonl").exists()
-    (tmp_path / "out.jsonl").touch()
-    Batch(tmp_path / "in.jsonl", tmp_path / "out.jsonl").close()
-    assert (tmp_path / "out.jsonl").exists()
-
-
-def test_two_do_not_write_one_file(tmp_path):
-    (tmp_path / "in.jsonl").write_bytes(ONE)
-    with Batch(tmp_path / "in.jsonl", tmp_path / "out.jsonl") as first:
-        with pytest.raises(GptOssError, match="another process is writing"):
-            Batch(tmp_path / "in.jsonl", tmp_path / "out.jsonl")
-        assert first.done == 0
-    Batch(tmp_path / "in.jsonl", tmp_path / "out.jsonl").close()
-
-
-def test_a_full_disk_is_one_error_and_keeps_what_is_done(run, lines, tmp_path):
-    out = tmp_path / "out.jsonl"
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def fill():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (out.stat().st_size + 100, limits[1]))
-
-    try:
-        with pytest.raises(GptOssError, match=r"could not be written \(File too large\); its \d+ answers are kept"):
-            run(*lines[:9], progress=fill)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    kept = out.read_bytes()
-    assert kept.endswith(b"}\n") and 0 < kept.count(b"\n") < 9
-    assert len(by_id(run(*lines[:9]))) == 9
-    assert out.read_bytes().startswith(kept)
-
-
-def test_an_engine_that_closes_ends_the_run_and_fails_no_line(run, lines):
-    with (
-        mlx_gptoss.load(slots=2, max_context=1024, backend="mlx", device="cpu") as other,
-        pytest.raises(GptOssError, match="closed"),
-    ):
-        run(*lines[:9], progress=other.close, model=other)
-    assert len(by_id(run(*lines[:9]))) == 9
 
 
 def test_without_the_extra_the_error_names_it():
