@@ -151,7 +151,7 @@ def test_the_api_needs_no_backend():
 
 
 def test_rooms_and_files_are_small():
-    """At most ten modules beside the rooms, and every file of the program can be read in one sitting."""
+    """At most ten modules outside the rooms, and every file of the program can be read in one sitting."""
     assert len(list((ROOT / "mlx_gptoss").glob("*.py"))) <= 10
     files = [path for folder in ("mlx_gptoss", "cli") for path in (ROOT / folder).rglob("*.py")]
     long = {str(path.relative_to(ROOT)): lines for path in files if (lines := len(path.read_text().splitlines())) > 400}

@@ -1,1 +1,1 @@
-"""Other programs to be timed beside ours, each in a process of its own. Only here: mlx_lm and transformers."""
+"""Other programs to be timed against ours, each in a process of its own. Only here: mlx_lm and transformers."""

@@ -94,7 +94,8 @@ def stream_chat(
 
     options: without reasoning, system and tools, which the conversation has. A response_format replaces the
         conversation's own for this turn. It is enforced (harmony/guide.py), as are tool_choice and what functions take.
-    stop_ids: token ids that end the turn, beside <|return|> and <|call|>. adapter: of the engine's runner.
+    stop_ids: token ids that end the turn, in addition to <|return|> and <|call|>. adapter: the LoRA adapter to use;
+        None is the model without one.
 
     Raises InvalidRequest at once, not on the first next(), for an empty conversation, one longer than the context, and
     for what cannot be enforced.

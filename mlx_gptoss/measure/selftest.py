@@ -227,7 +227,7 @@ def run(check: Check) -> Result:
 
 
 def relative_error(found: Floats, wanted: Floats, size: Floats | None = None) -> float:
-    """The largest error divided by the RMS of `size`, or of what is wanted; infinite if anything is not a number.
+    """The largest error, divided by the RMS of `size` (default: of `wanted`); infinite if any value is not a number.
 
     Raises ValueError for another shape."""
     if found.shape != wanted.shape:

@@ -81,8 +81,8 @@ class LoadOptions:
 
     adapters: Mapping[str, str | Path] | None = option(
         None,
-        "LoRA adapters of PEFT or mlx-lm, by the names that requests choose them by: folders or hub ids. They run "
-        "beside the weights, which stay as they are stored.",
+        "LoRA adapters of PEFT or mlx-lm, by the names that requests choose them by: folders or hub ids. They are "
+        "applied at run time, and the weights stay as they are stored.",
         Flag("NAME=PATH", repeatable=True),
     )
 

@@ -205,14 +205,17 @@ class Checkpoint:
     def unpacked_bytes(self, name: str) -> int:
         """Bytes that a parameter takes in memory beyond those stored, where it is read in another storage."""
         source = self._binding.sources[name]
+        shared = 0
+        if name == "lm_head.weight" and source.expected == self._binding.sources["embed.weight"].expected:
+            shared = sum(self.tensors[expected.name].nbytes for expected in source.expected)  # tied, but loaded twice
         if source.memory_bits is None:
-            return 0
+            return shared
         size = next(param.size for param in self.params if param.name == name)
         bits = source.stored_bits
         if bits is None:
             kind = BY_NAME[self.tensors[source.expected[0].name].blocks]
             bits = 8 * kind.size / kind.values
-        return int(size * (source.memory_bits - bits) / 8)
+        return shared + int(size * (source.memory_bits - bits) / 8)
 
     def matrix_bytes(self, role: Role) -> int:
         """Size in bytes of all stored tensors that the matrices of a role are read from."""

@@ -109,7 +109,7 @@ def convert(
     if adapter is not None and to != "bf16":
         raise InvalidRequest(
             f"an adapter is merged into bf16 alone, not {to}: most of its changes are smaller than half a step of "
-            "quantized weights and would be lost. Run it beside the weights (--adapter of generate, serve, ...), or "
+            "quantized weights and would be lost. Apply it at run time (--adapter of generate, serve, ...), or "
             "merge it into bf16 and quantize that"
         )
     target = _check_destination(Path(source), Path(destination), overwrite)

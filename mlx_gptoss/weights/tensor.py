@@ -6,7 +6,7 @@ may be read-only views of a mapped file; such a weight takes no memory until its
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -176,3 +176,18 @@ class Weights(Protocol):
     def release(self) -> None:
         """Drop what has been read from memory. It can be read again."""
         ...
+
+
+@dataclass
+class NamedWeights:
+    """Weights that are in memory, by their canonical names."""
+
+    config: ModelConfig
+    weights: Mapping[str, Weight]
+
+    def read(self, name: str) -> Weight:
+        """As Weights.read. Raises KeyError for a name that is not there."""
+        return self.weights[name]
+
+    def release(self) -> None:
+        """Do nothing: no file is mapped."""

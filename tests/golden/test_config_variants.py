@@ -1,4 +1,4 @@
-"""What config.json can say beside the published values changes our logits as it changes transformers', in float32."""
+"""Every variation of config.json changes our logits as it changes transformers', in float32."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 import mlx_gptoss
 from mlx_gptoss.backends import BACKENDS
 from mlx_gptoss.errors import CheckpointError
+from mlx_gptoss.loading.recommend import derived_bytes
 from mlx_gptoss.weights import checkpoint as checkpoints
 from mlx_gptoss.weights.config_json import read_config
 
@@ -87,6 +88,14 @@ def test_conversion_writes_the_same_network(case, tmp_path, to):
     source, written = checkpoints.open(folder), checkpoints.open(tmp_path / to)
     assert written.config == source.config
     assert {p.name for p in written.params} == {p.name for p in source.params}
+
+
+def test_the_memory_plan_counts_a_tied_matrix_twice(tmp_path):
+    """Both backends load it as embedding and as lm_head."""
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**SIZES | VARIANTS["tied embeddings"]))
+    model.save_pretrained(tmp_path)
+    source = checkpoints.open(tmp_path)
+    assert derived_bytes(source) == source.tensors["model.embed_tokens.weight"].nbytes > 0
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What LoRA adapters add to the products of model.py: two thin products beside each, for the rows that use them.
+"""What LoRA adapters add to the products of model.py: two thin products each, for the rows that use an adapter.
 
 Legend: B rows, T tokens, D in, N out, R rank, E experts.
 """

@@ -31,6 +31,7 @@ from ...weights.tensor import (
     MXFP8,
     NVFP4,
     Dense,
+    NamedWeights,
     Spec,
     Weight,
 )
@@ -46,20 +47,6 @@ from .runner import MAX_ROWS
 from .sample import SamplerState, noise_keys, sample_tokens
 
 Floats = NDArray[np.float32]
-
-
-@dataclass
-class Named:
-    """Weights by name, as load.py reads them."""
-
-    config: ModelConfig
-    weights: Mapping[str, Weight]
-
-    def read(self, name: str) -> Weight:
-        return self.weights[name]
-
-    def release(self) -> None:
-        """Do nothing: no file is mapped."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +89,7 @@ class Kernels:
         if self.on_gpu:
             torch.cuda.set_device(self._device)
         threads = torch.get_num_threads() if not self.on_gpu else 1
-        self._ops: Operations = _fused(Named(config, {})) if self.fused else TorchOperations(threads)
+        self._ops: Operations = _fused(NamedWeights(config, {})) if self.fused else TorchOperations(threads)
         self._ranks = Ranks(RankShard.of(config, 0, 1))
         frequencies = torch.from_numpy(yarn_frequencies(config.yarn, config.head_dim)).to(self._device)
         self._rotary = Rotary(frequencies, config.head_dim**-0.5 * config.yarn.concentration**2)
@@ -326,7 +313,7 @@ class Kernels:
         return tokens.tolist(), logprobs.tolist()
 
     def _loader(self, weights: Mapping[str, Weight]) -> _WeightLoader:
-        return _WeightLoader(Named(self.config, weights), self._dtype, self._device, self._ops, self._ranks, ())
+        return _WeightLoader(NamedWeights(self.config, weights), self._dtype, self._device, self._ops, self._ranks, ())
 
     def _tensor(self, values: Floats) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self._device, self._dtype)

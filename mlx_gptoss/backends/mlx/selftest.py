@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -30,6 +29,7 @@ from ...weights.tensor import (
     MXFP8,
     NVFP4,
     Dense,
+    NamedWeights,
     Spec,
     Weight,
 )
@@ -64,20 +64,6 @@ class Identity(Linear):
 
     def __call__(self, x: mx.array) -> mx.array:
         return x
-
-
-@dataclass
-class Named:
-    """Weights by name, as load.py reads them."""
-
-    config: ModelConfig
-    weights: Mapping[str, Weight]
-
-    def read(self, name: str) -> Weight:
-        return self.weights[name]
-
-    def release(self) -> None:
-        """Do nothing: no file is mapped."""
 
 
 class Kernels:
@@ -251,7 +237,7 @@ class Kernels:
 
     def _loader(self, weights: Mapping[str, Weight]) -> _WeightLoader:
         return _WeightLoader(
-            Named(self.config, weights),
+            NamedWeights(self.config, weights),
             self._dtype,
             self._elementwise,
             self._max_scores,

@@ -1,5 +1,6 @@
-"""LoRA adapters: `open_adapter(folder, config)` reads PEFT's files and mlx-lm's into one form, two thin factors beside
-a weight (factors.py). Training them is left to the tools that do it; ADAPTERS.md shows the round trip.
+"""LoRA adapters: `open_adapter(folder, config)` reads PEFT's files and mlx-lm's into one form, two thin factors for
+each weight that the adapter changes (factors.py). Training is left to the tools that do it; ADAPTERS.md shows the round
+trip.
 
 files.py: the folder and its tensors. peft.py, mlx_lm.py: what their config and tensor names mean. merged.py: a
 checkpoint with an adapter added to its weights.

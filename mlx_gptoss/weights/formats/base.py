@@ -141,7 +141,7 @@ class Format(Protocol):
         """Entries that the format `target` adds to config.json, such as `quantization_config`."""
 
     def extra_files(self, target: str, params: Sequence[Param]) -> Mapping[str, Any]:
-        """JSON files that the format's tools expect beside config.json: name -> content."""
+        """JSON files that the format's tools expect in addition to config.json: name -> content."""
         return {}
 
 

@@ -180,7 +180,7 @@ def _check_config(module: str, spec: Spec, raw: Mapping[str, Any]) -> None:
     entry = block.get(module, True)
     if entry is True:
         entry = {"mode": "affine", **{key: block[key] for key in ("group_size", "bits", "mode") if key in block}}
-    # A size of null is the mode's default, which the tensors have, too.
+    # null is the mode's default, and says nothing that the tensors do not say.
     stated = {k: v for k, v in entry.items() if v is not None} if isinstance(entry, Mapping) else {}
     actual = _config_entry(spec)
     # An entry without a mode is affine, whatever the default mode is.

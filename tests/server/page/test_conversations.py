@@ -51,7 +51,7 @@ def test_they_are_there_after_a_reload_and_go_on(two: Any) -> None:
     ask(two, CAPITAL)
     answered(two, 2)
     assert [message["content"] for message in two.bodies[-1]["messages"]] == [SUM, SUM_ANSWER, CAPITAL]
-    assert set(two.bodies[-1]["messages"][1]) == {"role", "content"}  # what is kept beside is not sent
+    assert set(two.bodies[-1]["messages"][1]) == {"role", "content"}  # the rest of what is kept is not sent
     expect(two.locator("#conversations .title").first).to_have_text(SUM)
 
 
