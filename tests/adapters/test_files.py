@@ -154,6 +154,7 @@ def test_tensors_that_are_refused(copied, config):
         "no LoRA of a layer": lambda tensors: {**tensors, "base_model.model.lm_head.lora_A.weight": tensors[name]},
         "only one half": lambda tensors: {n: values for n, values in tensors.items() if n != name},
         "for another model": lambda tensors: {**tensors, name: tensors[name][:, 1:]},
+        "has rank 0": lambda tensors: {**tensors, name: np.float32(1)},
         "not F32, F16 or BF16": lambda tensors: {**tensors, name: tensors[name].astype("i4")},
         "does not have": lambda tensors: {n.replace("layers.2", "layers.9"): values for n, values in tensors.items()},
         "neither attention": lambda tensors: {n.replace("q_proj", "norm"): values for n, values in tensors.items()},
@@ -162,9 +163,18 @@ def test_tensors_that_are_refused(copied, config):
     original = load_file(file)
     for message, change in changes.items():
         file.unlink()
-        save_file({n: np.ascontiguousarray(values) for n, values in change(original).items()}, file)
+        save_file({n: np.asarray(values, order="C") for n, values in change(original).items()}, file)
         with pytest.raises(CheckpointError, match=message):
             open_adapter(folder, config)
+
+
+@pytest.mark.parametrize("scale", ["1" + 400 * "0", "NaN", "true", '"2"', "null"])
+def test_a_scale_of_mlx_lm_that_is_no_number_of_use(tmp_path, config, scale):
+    save_file({"x": np.ones(1, "f4")}, tmp_path / "adapters.safetensors")
+    settings = f'{{"fine_tune_type": "lora", "lora_parameters": {{"rank": 1, "scale": {scale}}}}}'
+    (tmp_path / "adapter_config.json").write_text(settings)
+    with pytest.raises(CheckpointError, match="needs a scale"):
+        open_adapter(tmp_path, config)
 
 
 def test_values_that_are_not_finite(copied, config):

@@ -144,7 +144,7 @@ class Decoder:
     def prepare(self, rows: int) -> None:
         """Compile and capture steps of up to `rows` rows now, instead of at the first such step."""
         for power in range(_bucket(rows).bit_length()):
-            for used in [(), *((index,) for index in self._adapters)]:
+            for used in {(), *((index,) for index in self._adapters), tuple(self._adapters) if power else ()}:
                 self._ready(1 << power, used)
 
     def step(self, rows: Sequence[Row], keys: Sequence[int], temperatures: Sequence[float]) -> Buffers:

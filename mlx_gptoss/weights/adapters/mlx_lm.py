@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -81,7 +80,7 @@ def _scale_and_rank(files: AdapterFiles) -> tuple[float, int]:
     if unknown := sorted(set(map(str, given)) - PARAMETERS):
         raise CheckpointError(f"{where}: lora_parameters has {unknown[0]!r:.60}, whose meaning is not known here")
     scale, rank = given.get("scale"), given.get("rank")
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale) or abs(scale) > 1e6:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) <= 1e6:
         raise CheckpointError(f"{where}: lora_parameters needs a scale, a number, not {scale!r:.60}")
     if type(rank) is not int:
         raise CheckpointError(f"{where}: lora_parameters needs a rank, an integer, not {rank!r:.60}")

@@ -55,7 +55,8 @@ def entries_of(files: AdapterFiles) -> dict[str, Entry]:
     for (layer, module), pair in _pairs(files).items():
         prefix, full = f"layers.{layer}", f"model.layers.{layer}.{module}"
         if kind := LINEAR.get(module):
-            scale = scales.of(f"{full}.weight" if kind == "router" else full, files.shape(pair[0])[:1][0], pair[0])
+            shape = files.shape(pair[0])
+            scale = scales.of(f"{full}.weight" if kind == "router" else full, shape[0] if shape else 0, pair[0])
             entries[f"{prefix}.{kind}"] = files.linear(f"{prefix}.{kind}", pair, scale)
         elif PARAMETERS.fullmatch(module):
             parameters[layer].append(pair)
