@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -29,6 +30,7 @@ PACKAGES = (
 )  # fmt: skip
 PREFIXES = ("MLX_", "OMP_", "CUDA_", "TRITON_", "HF_HUB_", "HF_HOME", "HF_ENDPOINT", "METAL_", "MTL_", "PYTORCH_")
 SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")  # in the name of a variable whose value stays here
+CREDENTIALS = re.compile(r"//[^/\s]*@")  # of an address
 FILES = 1024  # open files that a busy server needs
 DISK = 15 << 30  # bytes: gpt-oss-20b as published and room to work
 GOOD_SHARE = 30.0  # percent of the bound by bytes, of a GPU's decode step
@@ -177,9 +179,9 @@ def _command(*words: str) -> str:
 
 
 def _variables() -> dict[str, str]:
-    """Those that change how the backends compute, and where models are."""
+    """Those that change how the backends compute, and where models are. Addresses lose their name and password."""
     return {
-        name: _without_home(value)
+        name: _without_home(CREDENTIALS.sub("//", value))
         for name, value in sorted(os.environ.items())
         if name.startswith(PREFIXES) and not any(word in name for word in SECRET)
     }
@@ -187,7 +189,8 @@ def _variables() -> dict[str, str]:
 
 def _without_home(path: str | Path) -> str:
     """With ~ in place of the home folder, whose name is the user's."""
-    return str(path).replace(str(Path.home()), "~")
+    home = str(Path.home())
+    return str(path) if home == "/" else str(path).replace(home, "~")
 
 
 def _limit(value: int) -> int | None:

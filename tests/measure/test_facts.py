@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlx_gptoss.measure.facts import findings
+from mlx_gptoss.measure.facts import facts, findings
 from mlx_gptoss.measure.selftest import Measured, Result
 
 LINUX = {
@@ -73,3 +73,14 @@ def test_a_slow_gpu_is_noticed():
     (found,) = advice(MAC, on_gpu=True, dtype="bfloat16", results=[slow])
     assert "12%" in found and "power mode" in found
     assert advice(LINUX, results=[slow]) == []  # a CPU is bound by its arithmetic
+
+
+def test_facts_have_no_secrets_and_no_name_of_the_user(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "zebedee"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "zebedee/models"))
+    monkeypatch.setenv("HF_ENDPOINT", "https://zebedee:hunter2@mirror.example/hf")
+    monkeypatch.setenv("HF_HUB_TOKEN", "hunter2")
+    found = facts(SimpleNamespace(backend="mlx", kernels=SimpleNamespace(on_gpu=False, dtype="float32", facts=dict)))
+    assert found["variables"]["HF_ENDPOINT"] == "https://mirror.example/hf"
+    assert found["variables"]["HF_HOME"] == "~/models"
+    assert "hunter2" not in str(found) and "zebedee" not in str(found)
