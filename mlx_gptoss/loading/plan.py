@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib import metadata
@@ -11,12 +11,14 @@ from pathlib import Path
 
 from ..backends import find_backend
 from ..backends.base import Backend, Limits, Runner, run_as
-from ..config import ModelConfig
+from ..config import PRESETS, ModelConfig
 from ..errors import InvalidRequest
 from ..options import LoadOptions
 from ..weights import checkpoint as checkpoints
 from ..weights.adapters import Adapter, open_adapter
+from ..weights.adapters.summary import AdapterSummary, summarize
 from ..weights.checkpoint import Checkpoint, CheckpointLike
+from ..weights.files import is_adapter_folder
 from ..weights.requantize import Requantized
 from ..weights.split import RankShard, RankWeights
 from ..weights.synthetic import Synthetic, preset
@@ -165,7 +167,7 @@ def plan_load(
         prefix_bytes=request.prefix_cache,
         ranks_on_host=ranks_on_host,
         available_bytes=request.available_bytes,
-        adapters=tuple(adapters.values()),
+        adapter_values=sum(adapter.nbytes(1) for adapter in adapters.values()),
     )
     return LoadPlan(request, source, part, weights, module, backend, memory, shard, adapters)
 
@@ -173,6 +175,21 @@ def plan_load(
 def open_adapters(paths: Mapping[str, str | Path], config: ModelConfig) -> dict[str, Adapter]:
     """The adapters in these folders or of these hub ids, by name. Raises CheckpointError."""
     return {name: open_adapter(hub.resolve_adapter(path), config, name) for name, path in paths.items()}
+
+
+def describe_adapter(path_or_repo_id: str | Path, models: Mapping[str, ModelConfig] | None = None) -> AdapterSummary:
+    """What a LoRA adapter is, from its config and headers, and which models it fits.
+
+    path_or_repo_id: a folder or a hub id. models: those to compare it with, by name; None is the published ones.
+    Raises CheckpointError.
+    """
+    published = {f"gpt-oss-{size}": PRESETS[size] for size in ("20b", "120b")}
+    return summarize(hub.resolve_adapter(path_or_repo_id), published if models is None else models)
+
+
+def is_adapter(path_or_repo_id: str | Path) -> bool:
+    """Whether a folder or a hub id is a LoRA adapter and no model. Raises as hub.resolve()."""
+    return is_adapter_folder(hub.resolve(path_or_repo_id))
 
 
 def _bytes_in_memory(weights: Requantized, backend: str) -> int:
@@ -201,7 +218,7 @@ def memory_plan(
     prefix_bytes: int | None = 0,
     ranks_on_host: int = 1,
     available_bytes: int | None = None,
-    adapters: Sequence[Adapter] = (),
+    adapter_values: int = 0,
 ) -> MemoryPlan:
     """The memory plan of a checkpoint on the backend's device.
 
@@ -209,7 +226,7 @@ def memory_plan(
     as_stored: the backend (mlx) may leave the embeddings in the mapped file if memory is short and, on a CPU, upcast
         dense matrices if there is enough.
     prefix_bytes: as in plan_memory. ranks_on_host: processes that share the device's memory equally. available_bytes:
-        that memory; None asks the device. adapters: that are loaded with it.
+        that memory; None asks the device. adapter_values: of the factors of all adapters that are loaded with it.
     Raises InvalidRequest for a context or kv_bits that the model does not allow.
     """
     config = checkpoint.config
@@ -231,7 +248,7 @@ def memory_plan(
         mappable_bytes=mappable(checkpoint) if as_stored else 0,
         upcastable_bytes=upcastable_bytes(checkpoint, activation_bytes) if may_upcast else 0,
         prefix_bytes=prefix_bytes,
-        adapter_bytes=sum(adapter.nbytes(activation_bytes) for adapter in adapters),
+        adapter_bytes=adapter_values * activation_bytes,
     )
 
 

@@ -2,8 +2,8 @@
 each weight that the adapter changes (factors.py). Training is left to the tools that do it; ADAPTERS.md shows the round
 trip.
 
-files.py: the folder and its tensors. peft.py, mlx_lm.py: what their config and tensor names mean. merged.py: a
-checkpoint with an adapter added to its weights.
+files.py: the folder and its tensors. peft.py, mlx_lm.py: what their config and tensor names mean. summary.py: what an
+adapter is, for `show`. merged.py: a checkpoint with an adapter added to its weights.
 """
 
 from .factors import Adapter as Adapter

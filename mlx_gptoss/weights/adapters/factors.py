@@ -34,7 +34,7 @@ class Entry:
 
     source: names the tensors; entries of one source (gate and up, stored fused) have the same a. rank: R. inputs,
     outputs: K and N. experts: E; None for a matrix. scale: multiplies b @ a. read_a, read_b: a [.., R, K] and
-    b [.., N, R], as stored.
+    b [.., N, R], as stored. scales: those of single experts where they may differ; read_b has applied them.
     """
 
     source: str
@@ -45,6 +45,7 @@ class Entry:
     scale: float
     read_a: Callable[[], Array]
     read_b: Callable[[], Array]
+    scales: tuple[float, ...] = ()
 
     def a(self) -> Array:
         """float32. Raises CheckpointError if a value is not finite."""
@@ -78,7 +79,7 @@ class Adapter:
 
     config: of the model. name: for messages. entries: by the parameter's name without `.weight`, such as
     `layers.3.experts.gate`. outputs: N of every matrix of the model, by the same names. digest: of everything that the
-    adapter's numbers depend on.
+    adapter's numbers depend on; "" where it is only looked at.
     """
 
     config: ModelConfig
@@ -131,10 +132,13 @@ class Adapter:
 
     def nbytes(self, value_bytes: int) -> int:
         """Bytes of the stacked factors on a device with values of value_bytes."""
+        outputs: dict[str, int] = {}
+        for name, count in self.outputs.items():
+            outputs[_group(name)] = outputs.get(_group(name), 0) + count
         groups: dict[str, list[Entry]] = {}
         for name, entry in self.entries.items():
             groups.setdefault(_group(name), []).append(entry)
-        return value_bytes * sum(_stacked_size(entries) for entries in groups.values())
+        return value_bytes * sum(_stacked_size(entries, outputs[group]) for group, entries in groups.items())
 
 
 def _group(name: str) -> str:
@@ -143,7 +147,7 @@ def _group(name: str) -> str:
     return f"{layer}.{'qkv' if kind in 'qkv' else 'gate_up' if kind in ('gate', 'up') else kind}"
 
 
-def _stacked_size(entries: Sequence[Entry]) -> int:
+def _stacked_size(entries: Sequence[Entry], outputs: int) -> int:
+    """Values of a and b. outputs: rows of b, those of parameters without an entry included."""
     rank = sum({entry.source: entry.rank for entry in entries}.values())
-    outputs = sum(entry.outputs for entry in entries)
     return (entries[0].experts or 1) * rank * (entries[0].inputs + outputs)
