@@ -192,7 +192,8 @@ def _progress_log() -> Iterator[Callable[[str], None]]:
 
 
 def _json(report: Report) -> dict[str, Any]:
-    results = [{k: v for k, v in asdict(result).items() if k != "ratio" or v} for result in report.results]
+    optional = ("ratio", "adapter")
+    results = [{k: v for k, v in asdict(result).items() if k not in optional or v} for result in report.results]
     found: dict[str, Any] = {"results": results, "agreement": [asdict(agreement) for agreement in report.agreements]}
     found |= {"launches_per_token": report.launches} if report.launches else {}
     return found | ({"ratio": report.ratio} if report.ratio else {})
@@ -208,8 +209,9 @@ def _print(report: Report) -> None:
 
     console = new_console(highlight=False, width=None if sys.stdout.isatty() else 140)
     first = report.results[0]
+    adapter = f", adapter {first.adapter}" if first.adapter else ""
     console.print(
-        f"[bold]{escape(first.device)}[/bold], backend {first.backend}, {first.format}; "
+        f"[bold]{escape(first.device)}[/bold], backend {first.backend}, {first.format}{escape(adapter)}; "
         f"copy bandwidth {first.bandwidth_gb_s or 0:.0f} GB/s, reads and writes counted"
     )
     for found in report.agreements:

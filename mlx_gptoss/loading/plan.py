@@ -15,7 +15,7 @@ from ..config import PRESETS, ModelConfig
 from ..errors import InvalidRequest
 from ..options import LoadOptions
 from ..weights import checkpoint as checkpoints
-from ..weights.adapters import Adapter, open_adapter
+from ..weights.adapters import Adapter, check_adapter, open_adapter
 from ..weights.adapters.summary import AdapterSummary, summarize
 from ..weights.checkpoint import Checkpoint, CheckpointLike
 from ..weights.files import is_adapter_folder
@@ -175,6 +175,17 @@ def plan_load(
 def open_adapters(paths: Mapping[str, str | Path], config: ModelConfig) -> dict[str, Adapter]:
     """The adapters in these folders or of these hub ids, by name. Raises CheckpointError."""
     return {name: open_adapter(hub.resolve_adapter(path), config, name) for name, path in paths.items()}
+
+
+def adapter_folders(paths: Mapping[str, str | Path], config: ModelConfig) -> dict[str, Path]:
+    """The absolute paths of the adapters, by name, for another process. Reads headers only.
+
+    Raises CheckpointError for one that does not fit a model with this config.
+    """
+    folders = {name: hub.resolve_adapter(path).resolve() for name, path in paths.items()}
+    for folder in folders.values():
+        check_adapter(folder, config)
+    return folders
 
 
 def describe_adapter(path_or_repo_id: str | Path, models: Mapping[str, ModelConfig] | None = None) -> AdapterSummary:

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from statistics import geometric_mean, median
@@ -22,6 +22,7 @@ from ..loading.memory import plan_memory, require_fit
 from ..loading.plan import ACTIVATION_BYTES, LoadRequest, open_adapters
 from ..loading.recommend import derived_bytes, upcastable_bytes
 from ..ranks import Launch, find_launch
+from ..weights.adapters import Adapter
 from ..weights.checkpoint import CheckpointLike
 from ..weights.formats import WRITERS
 from ..weights.params import Param, parameters
@@ -39,8 +40,10 @@ Log = Callable[[str], None]  # receives a line for each thing that begins
 class Measurement:
     """Medians over the repetitions. Speeds are tokens per second of all sequences together.
 
+    adapter: name of the LoRA adapter that all sequences use; None is the model as it is.
     bytes_per_step: what one decode step must read: every weight except experts and embeddings, the experts that
-        `batch` tokens use in expectation, one embedding row per token, and the keys and values of the context.
+        `batch` tokens use in expectation, the adapter's factors likewise, one embedding row per token, and the keys
+        and values of the context.
     bytes_per_token: the same per token. fraction_of_bound: decode_tok_s * bytes_per_token / copy bandwidth.
     load_s: seconds; for synthetic weights, generating them is included. ratio: our speeds divided by the other
         engine's. None means unknown or not requested. prefill_runs, decode_runs: the speed of each repetition.
@@ -65,6 +68,7 @@ class Measurement:
     ratio: dict[str, float] | None = None
     prefill_runs: tuple[float, ...] = ()
     decode_runs: tuple[float, ...] = ()
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,10 @@ class Report:
 
 
 class CountedWeights:
-    """Weights that record the bytes of each parameter that is read, by name."""
+    """Weights that record the bytes of each parameter that is read, by name. adapter: that is timed with them."""
 
-    def __init__(self, source: Weights) -> None:
+    def __init__(self, source: Weights, adapter: Adapter | None = None) -> None:
+        self.adapter = adapter
         self.config: ModelConfig = source.config
         self.sizes: dict[str, int] = {}
         self._source = source
@@ -100,12 +105,18 @@ class CountedWeights:
 
 @dataclass(frozen=True)
 class BenchModel:
-    """Weights to be timed. size_bytes: in the format `format_name`. request: how other ranks find them."""
+    """Weights to be timed. size_bytes: in the format `format_name`. request: how other ranks find them, and the only
+    adapter, if it has one."""
 
     weights: CheckpointLike | Requantized
     size_bytes: int
     format_name: str
     request: LoadRequest = field(default_factory=LoadRequest)
+
+    @cached_property
+    def adapter(self) -> Adapter | None:
+        """The request's adapter. Raises CheckpointError."""
+        return next(iter(open_adapters(self.request.adapters or {}, self.weights.config).values()), None)
 
 
 def load(
@@ -122,7 +133,7 @@ def load(
     launch = find_launch()
     if launch is not None:
         return _load_split(model, replace(model.request, max_context=context, slots=_slots(cases)), launch, target, log)
-    adapters = tuple(open_adapters(model.request.adapters or {}, config).values())
+    adapters = () if model.adapter is None else (model.adapter,)
     limits = Limits(_slots(cases), context, module.prefill_chunk(target.device))
     activation_bytes = ACTIVATION_BYTES[target.dtype]
     derived = upcastable = 0
@@ -144,7 +155,7 @@ def load(
     require_fit(plan, "this benchmark", {})
     log(f"loading onto {target.name}, backend {target.backend}")
     limits = replace(limits, upcast=plan.upcast_bytes > 0)
-    counted, started = CountedWeights(model.weights), time.perf_counter()
+    counted, started = CountedWeights(model.weights, model.adapter), time.perf_counter()
     runner = module.load(counted, device=target.device, dtype=target.dtype, limits=limits, adapters=adapters)
     engine = OurEngine(runner, target.backend, target.name, model.format_name, time.perf_counter() - started)
     engine.adapter = 0 if adapters else None
@@ -158,12 +169,12 @@ def _load_split(
     log(f"loading onto {target.name}, backend {target.backend}, with {launch.ranks - 1} other ranks")
     started = time.perf_counter()
     plan, start = coordinate(replace(request, device=target.device, dtype=target.dtype), launch)
-    counted = CountedWeights(plan.weights)
+    counted = CountedWeights(plan.weights, next(iter(plan.adapters.values()), None))
     runner = start(partial(replace(plan, weights=counted).load, plan.limits()))
-    engine = f"mlx-gptoss, {launch.ranks} ranks"
-    return OurEngine(
-        runner, target.backend, target.name, model.format_name, time.perf_counter() - started, engine
-    ), counted
+    load_s, name = time.perf_counter() - started, f"mlx-gptoss, {launch.ranks} ranks"
+    engine = OurEngine(runner, target.backend, target.name, model.format_name, load_s, name)
+    engine.adapter = 0 if plan.adapters else None
+    return engine, counted
 
 
 def _slots(cases: Sequence[Case]) -> int:
@@ -207,7 +218,7 @@ def bench(
         batches = sorted({case.batch for case in cases})
         agreements.append(
             agreement.with_cpu_float32(
-                target.module, model.weights, target.backend, target.device, target.dtype, batches
+                target.module, model.weights, target.backend, target.device, target.dtype, batches, model.adapter
             )
         )
     log("measuring the copy bandwidth")
@@ -227,7 +238,7 @@ def bench(
         ours.close()
     ratios = [result.ratio for result in results if result.ratio]
     overall = {key: geometric_mean(ratio[key] for ratio in ratios) for key in ("prefill", "decode")} if ratios else None
-    if find_launch() is not None:
+    if find_launch() is not None or model.adapter is not None:  # what is counted is the model as it is
         return Report(tuple(results), tuple(agreements), overall, {})
     log("counting launches")
     with_mlx_lm = any(other.engine.startswith("mlx-lm") for other in others)
@@ -308,9 +319,11 @@ def _measurement(engine: TimedEngine, prefills: list[float], decodes: list[float
 
 def _bounded(result: Measurement, counted: CountedWeights, dtype: str, bandwidth: float) -> Measurement:
     config = counted.config
-    step = step_bytes(counted.sizes, config, result.batch, result.context, ACTIVATION_BYTES[dtype])
+    adapter, value_bytes = counted.adapter, ACTIVATION_BYTES[dtype]
+    step = step_bytes(counted.sizes, config, result.batch, result.context, value_bytes, adapter)
     return replace(
         result,
+        adapter=None if adapter is None else adapter.name,
         bytes_per_step=step,
         bytes_per_token=step / result.batch,
         bandwidth_gb_s=bandwidth / 1e9,
@@ -318,19 +331,32 @@ def _bounded(result: Measurement, counted: CountedWeights, dtype: str, bandwidth
     )
 
 
-def step_bytes(sizes: dict[str, int], config: ModelConfig, batch: int, context: int, activation_bytes: int) -> float:
+def step_bytes(
+    sizes: dict[str, int],
+    config: ModelConfig,
+    batch: int,
+    context: int,
+    activation_bytes: int,
+    adapter: Adapter | None = None,
+) -> float:
     """Bytes that one decode step of `batch` sequences must read. sizes: bytes of each parameter as stored, by name.
+    adapter: that all sequences use.
 
     Experts are assumed to be chosen at random: `batch` tokens use E (1 - (1 - A/E)^batch) of E experts in expectation.
     """
+
+    def used(experts: int) -> float:
+        return 1 - (1 - config.num_experts_per_tok / experts) ** batch
 
     def read(param: Param) -> float:
         if param.role == "embed":
             return batch * sizes[param.name] / config.vocab_size
         if param.role == "experts":
-            return sizes[param.name] * (1 - (1 - config.num_experts_per_tok / param.shape[0]) ** batch)
+            return sizes[param.name] * used(param.shape[0])
         return sizes[param.name]
 
     seen = (context if window is None else min(context, window) for window in config.windows)
     cache = batch * sum(seen) * 2 * config.kv_size * activation_bytes
-    return sum(read(param) for param in parameters(config)) + cache
+    stacks = [] if adapter is None else adapter.stacks()
+    factors = activation_bytes * sum(values * (1 if experts is None else used(experts)) for values, experts in stacks)
+    return sum(read(param) for param in parameters(config)) + factors + cache

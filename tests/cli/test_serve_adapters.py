@@ -8,34 +8,17 @@ import subprocess
 import sys
 
 import httpx
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from nano_adapter import QUESTION, write_nano_adapter
 from test_serve_models import serve
 
 import mlx_gptoss
-from mlx_gptoss.loading.plan import NANO
-from mlx_gptoss.weights import checkpoint as checkpoints
-
-QUESTION = "What is 12 + 30?"
 
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """An mlx-lm adapter of the bundled model that changes what it says."""
-    config, folder = checkpoints.open(NANO).config, tmp_path_factory.mktemp("adapters") / "loud"
-    folder.mkdir()
-    rng, tensors = np.random.default_rng(0), {}
-    for layer in range(config.num_hidden_layers):
-        for part, size in (("q", config.q_size), ("v", config.kv_size)):
-            name = f"model.layers.{layer}.self_attn.{part}_proj"
-            tensors[f"{name}.lora_a"] = rng.standard_normal((config.hidden_size, 4)).astype(np.float32)
-            tensors[f"{name}.lora_b"] = rng.standard_normal((4, size)).astype(np.float32)
-    save_file(tensors, folder / "adapters.safetensors")
-    parameters = {"rank": 4, "scale": 1.0, "dropout": 0.0}
-    settings = {"fine_tune_type": "lora", "num_layers": config.num_hidden_layers, "lora_parameters": parameters}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    return folder
+    """An adapter of the bundled model that changes what it says."""
+    return write_nano_adapter(tmp_path_factory.mktemp("adapters") / "loud")
 
 
 @pytest.fixture(scope="module")

@@ -176,7 +176,7 @@ class Wrong:
             return runner
         if self.target == "prefill":
             right = runner.logits
-            runner.logits = lambda ids: np.roll(right(ids), 1, axis=-1)
+            runner.logits = lambda ids, adapter: np.roll(right(ids, adapter), 1, axis=-1)
         else:
             right = runner.submit
             runner.submit = lambda rows: right([replace(row, start=row.start - (row.tokens is None)) for row in rows])

@@ -8,4 +8,5 @@ adapter is, for `show`. merged.py: a checkpoint with an adapter added to its wei
 
 from .factors import Adapter as Adapter
 from .factors import Factors as Factors
+from .reading import check_adapter as check_adapter
 from .reading import open_adapter as open_adapter

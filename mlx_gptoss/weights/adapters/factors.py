@@ -130,15 +130,29 @@ class Adapter:
         product: Array = b @ a if entry.experts is None else b[experts] @ a[experts]
         return product
 
+    def first_layers(self, count: int) -> Adapter:
+        """What it adds to the first layers, for the model that has only those."""
+
+        def is_first(name: str) -> bool:
+            return not name.startswith("layers.") or int(name.split(".")[1]) < count
+
+        entries = {name: entry for name, entry in self.entries.items() if is_first(name)}
+        outputs = {name: rows for name, rows in self.outputs.items() if is_first(name)}
+        return replace(self, config=self.config.first_layers(count), entries=entries, outputs=outputs)
+
     def nbytes(self, value_bytes: int) -> int:
         """Bytes of the stacked factors on a device with values of value_bytes."""
+        return value_bytes * sum(values for values, _ in self.stacks())
+
+    def stacks(self) -> list[tuple[int, int | None]]:
+        """Of the stacked factors for each product: the number of values, and E; None for a matrix."""
         outputs: dict[str, int] = {}
         for name, count in self.outputs.items():
             outputs[_group(name)] = outputs.get(_group(name), 0) + count
         groups: dict[str, list[Entry]] = {}
         for name, entry in self.entries.items():
             groups.setdefault(_group(name), []).append(entry)
-        return value_bytes * sum(_stacked_size(entries, outputs[group]) for group, entries in groups.items())
+        return [(_stacked_size(entries, outputs[group]), entries[0].experts) for group, entries in groups.items()]
 
 
 def _group(name: str) -> str:

@@ -23,6 +23,11 @@ def open_adapter(folder: Path | str, config: ModelConfig, name: str | None = Non
     return replace(adapter, digest=digest_of(files.file, adapter.entries))
 
 
+def check_adapter(folder: Path, config: ModelConfig) -> None:
+    """Raise what open_adapter() would raise, by the headers alone."""
+    adapter_of(open_files(folder).of(config))
+
+
 def adapter_of(files: AdapterFiles, name: str | None = None) -> Adapter:
     """open_adapter() of opened files, without the digest, for which the whole file would be read."""
     entries = peft.entries_of(files) if is_peft(files) else mlx_lm.entries_of(files)
