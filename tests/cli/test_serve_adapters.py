@@ -76,3 +76,14 @@ def test_generate_takes_one_by_itself(adapter, texts):
 def test_mistakes_are_one_line(adapter, words, message):
     done = run(*(adapter if word == "ADAPTER" else word for word in words))
     assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_in_a_process_of_its_own(adapter, texts, monkeypatch):
+    """By a relative path, which that process does not start from."""
+    monkeypatch.chdir(adapter.parent)
+    with serve("--model", "nano", "--idle-unload", 600, "--adapter", "brief=./loud") as (_, url):
+        messages = [{"role": "user", "content": QUESTION}]
+        for name, expected in (("mlx-gptoss-nano", texts[0]), ("nano:brief", texts[1])):
+            body = {"model": name, "messages": messages, "temperature": 0, "max_tokens": 12}
+            message = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120).json()["choices"][0]["message"]
+            assert (message.get("reasoning") or "", message["content"] or "") == expected, name

@@ -66,21 +66,6 @@ def test_eval_says_which_adapter(folder, tmp_path):
     assert "give one --adapter" in run(*words, "--adapter", f"b={folder}").stderr
 
 
-def test_a_plot_tells_the_model_from_the_model_with_the_adapter():
-    pytest.importorskip("matplotlib")
-    from test_plot import evaluations, speeds
-
-    from mlx_gptoss.measure import plot
-
-    first = evaluations(1)[0]
-    base = first.against[0].reference
-    with_adapter = replace(first, model=base.model, format=base.format, adapter="loud")
-    assert [line.label for line in plot.comparisons([with_adapter])] == ["bf16 + loud against bf16"]
-    assert [line.label for line in plot.comparisons([with_adapter, first])] == ["bf16 + loud", "mxfp4"]
-    figure = plot.draw_speeds([replace(each, adapter="loud") for each in speeds((1,), (64,))], plot.THEMES["light"])
-    assert "mxfp4, adapter loud" in figure.get_suptitle()
-
-
 def test_bench_says_which_adapter_and_counts_what_it_reads(folder):
     words = [
         "bench",

@@ -49,15 +49,15 @@ class Entry:
 
     def a(self) -> Array:
         """float32. Raises CheckpointError if a value is not finite."""
-        return self._finite(self.read_a())
+        return self._finite(self.read_a, 1.0)
 
     def b(self) -> Array:
         """float32, with the scale. Raises CheckpointError if a value is not finite."""
-        scaled: Array = self._finite(self.read_b()) * np.float32(self.scale)
-        return scaled
+        return self._finite(self.read_b, self.scale)
 
-    def _finite(self, values: Array) -> Array:
-        values = values.astype(np.float32)
+    def _finite(self, read: Callable[[], Array], scale: float) -> Array:
+        with np.errstate(over="ignore", invalid="ignore"):  # told below
+            values: Array = read().astype(np.float32) * np.float32(scale)
         if not np.isfinite(values).all():
             raise CheckpointError(f"{self.source} has values that are not finite; the training has diverged")
         return values
