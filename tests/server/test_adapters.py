@@ -16,7 +16,7 @@ import mlx_gptoss
 NANO = "mlx-gptoss-nano"
 MESSAGES = [{"role": "user", "content": QUESTION}]
 TOKENS = 60
-NAMES = {NANO: None, "nano": None, "loud": "loud", f"{NANO}:loud": "loud", "nano:wild": "wild", "wild:latest": "wild"}
+NAMES = {NANO: None, "loud": "loud", f"{NANO}:loud": "loud", "wild:latest": "wild"}
 
 
 @pytest.fixture(scope="module")
