@@ -78,7 +78,9 @@ class Layout:
     @property
     def name(self) -> str:
         """The storage in the file, such as int4-g128 or int8-row."""
-        name = f"int{self.bits}-" + ("row" if self.groups == 1 and self.group == self.width else f"g{self.group}")
+        name = f"int{self.bits}-" + (
+            "row" if self.group == self.width and self.group not in _USUAL_GROUPS else f"g{self.group}"
+        )
         return f"{name}-act-order" if self.any_order else name
 
     @property
@@ -132,7 +134,7 @@ def find_layout(
             + (f"may be groups of {_listed(sorted(s for s in sizes if s))}" if sizes else "are no groups")
             + "; config.json's quantization_config must say which group_size"
         )
-    symmetric = not asymmetric or bool(fitting) and all(scheme.symmetric is True for scheme in fitting)
+    symmetric = not asymmetric or (bool(fitting) and all(scheme.symmetric is True for scheme in fitting))
     (size,) = sizes
     assert size is not None
     return Layout(bits or 8, width, size, symmetric, any_order)
