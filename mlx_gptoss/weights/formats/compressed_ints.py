@@ -74,7 +74,8 @@ def _source(modules: Modules, param: Param, headers: CheckpointHeaders, family: 
             stored = get(f"{name}.weight_zero_point")
             if packed:
                 along = codecs.contiguous_rows(stored.T).view(np.uint8)
-                return codecs.unpack(along, layout.bits).T
+                points: Array = codecs.unpack(along, layout.bits).T
+                return points
             return np.broadcast_to(
                 stored.reshape(-1, layout.groups).astype(np.int16) + layout.middle, (rows, layout.groups)
             )
@@ -138,6 +139,11 @@ def _schemes(module: str, headers: CheckpointHeaders, asymmetric: bool) -> list[
         by_row = group is None and weights.get("strategy") in ("channel", "tensor")
         symmetric = weights.get("symmetric", True) is not False
         schemes.append(Scheme(integer_entry(weights, "num_bits"), ROW if by_row else group, symmetric))
+    if not schemes and _groups(quantization_config(headers), "weights"):
+        raise CheckpointError(
+            f"{module} holds integers, but config.json's quantization_config says that weights are floats: one of the "
+            "two belongs to another checkpoint"
+        )
     packed = headers.has(f"{module}.weight_packed")
     if schemes and packed and all(scheme.symmetric is asymmetric for scheme in schemes):
         has = "has zero points" if asymmetric else "has no weight_zero_point"

@@ -161,10 +161,12 @@ def _packed_source(
     packing = _packing(module, words, rows, width, block)
     groups = headers.shape(f"{module}.scales")[:1]
     bits = 4 if packing == "awq" else _bits(module, words, rows, width, block)
+    schemes = _schemes(module, block)
+    may_be_asymmetric = packing == "awq" or any(scheme.symmetric is False for scheme in schemes)  # the tools' defaults
     reordered = packing != "awq" and block.get("desc_act") is True
     layout = find_layout(
-        module, bits, groups[0] if groups else 0, width, _schemes(module, block),
-        asymmetric=packing != "unknown", any_order=reordered and headers.has(f"{module}.g_idx"),
+        module, bits, groups[0] if groups else 0, width, _known(schemes),
+        asymmetric=packing != "unknown" and may_be_asymmetric, any_order=reordered and headers.has(f"{module}.g_idx"),
     )  # fmt: skip
     if rows * bits % 32:
         raise CheckpointError(f"{module} has {rows} rows of {bits} bits, which do not fill whole words; {_ADVICE}")
@@ -193,7 +195,8 @@ def _packed_source(
             return codecs.contiguous_rows(get(f"{name}.scales").T)
 
         def zero_points(name: str) -> Array:
-            return zeros.read(f"{name}.qzeros", get(f"{name}.qzeros")).T
+            points: Array = zeros.read(f"{name}.qzeros", get(f"{name}.qzeros")).T
+            return points
 
         def order(name: str) -> Array:
             return column_groups(get(f"{name}.g_idx"), layout, f"{name}.g_idx")
@@ -246,9 +249,9 @@ def _schemes(module: str, block: Mapping[str, object]) -> list[Scheme]:
     """
     default, entries = _scheme(block, Scheme()), _entries(block)
     if module in entries:
-        return _known([_scheme(entries[module], default)])
+        return [_scheme(entries[module], default)]
     patterns = [_scheme(entry, default) for name, entry in entries.items() if not re.fullmatch(r"[\w.]+", name)]
-    return _known([default, *patterns])
+    return [default, *patterns]
 
 
 def _entries(block: Mapping[str, object]) -> dict[str, Mapping[str, object]]:
@@ -298,22 +301,22 @@ class _Zeros:
     by_gptqmodel: bool
 
     def read(self, name: str, words: Array) -> Array:
-        """int16 [groups, N]. Raises CheckpointError for a stored zero point that tools read differently."""
+        """uint8 [groups, N]. Raises CheckpointError for a stored zero point that tools read differently."""
         bits = self.layout.bits
         if self.packing == "awq":
-            return _unpack_awq(words).astype(np.int16)
+            return _unpack_awq(words)
         stored = codecs.unpack(np.ascontiguousarray(words).view(np.uint8), bits)
         if self.packing == "version 2":
-            return stored.astype(np.int16)
+            return stored
         if not (stored == (1 << bits) - 1).any():
-            return stored.astype(np.int16) + np.int16(1)
+            return stored + np.uint8(1)
         if not self.by_gptqmodel or 32 % bits:
             raise CheckpointError(
                 f"{name} has the zero point {(1 << bits) - 1} minus 1, which version 1 of GPTQ cannot store and tools "
                 f"read as 0 or as {1 << bits}; {_ADVICE}"
             )
         ones = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
-        return codecs.unpack((np.ascontiguousarray(words).view(np.uint32) + ones).view(np.uint8), bits).astype(np.int16)
+        return codecs.unpack((np.ascontiguousarray(words).view(np.uint32) + ones).view(np.uint8), bits)
 
     def check(self, name: str, words: Array) -> None:
         """Raise CheckpointError unless every zero point is in the middle of the codes."""

@@ -336,7 +336,6 @@ def set_first(value):
         ("v2 g64", lambda stored: None, {"bits": 10**400}, "which is no size"),
         ("v2 g64", lambda stored: None, {"group_size": "64"}, "which is no size"),
         ("v2 g64", lambda stored: None, {"group_size": 0}, "groups of 0"),
-        ("v2 g64", lambda stored: None, {"group_size": None}, "says 4 bits"),
         ("v2 g64", lambda stored: None, {"sym": True}, "so the zero point is not 8"),
         ("v2 g64", lambda stored: None, {"checkpoint_format": "marlin"}, "packing marlin"),
         ("v2 g64", lambda stored: None, {"quant_method": "awq"}, "says AWQ"),
