@@ -97,7 +97,7 @@ def _bits(module: str, rows: int, width: int, headers: CheckpointHeaders) -> int
     if len(words) != 2 or words[0] != rows or not words[1] or words[1] * 32 % width:
         raise CheckpointError(
             f"{module}.weight_packed is of a wrong shape: {list(words)} holds no [{rows}, {width}] codes of whole bits "
-            "(compressed-tensors before 0.20 padded words of 3, 5, 6 and 7 bits, which is not supported)"
+            "(compressed-tensors 0.14 padded words of 3, 5, 6 and 7 bits, which is not supported)"
         )
     return words[1] * 32 // width
 

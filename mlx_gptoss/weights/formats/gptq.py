@@ -316,7 +316,8 @@ class _Zeros:
                 f"read as 0 or as {1 << bits}; {_ADVICE}"
             )
         ones = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
-        return codecs.unpack((np.ascontiguousarray(words).view(np.uint32) + ones).view(np.uint8), bits)
+        added: Array = codecs.unpack((np.ascontiguousarray(words).view(np.uint32) + ones).view(np.uint8), bits)
+        return added
 
     def check(self, name: str, words: Array) -> None:
         """Raise CheckpointError unless every zero point is in the middle of the codes."""
