@@ -309,11 +309,12 @@ class _Zeros:
         if self.packing == "version 2":
             return stored
         if not (stored == (1 << bits) - 1).any():
-            return stored + np.uint8(1)
+            points: Array = stored + np.uint8(1)
+            return points
         if not self.by_gptqmodel or 32 % bits:
             raise CheckpointError(
-                f"{name} has the zero point {(1 << bits) - 1} minus 1, which version 1 of GPTQ cannot store and tools "
-                f"read as 0 or as {1 << bits}; {_ADVICE}"
+                f"{name} stores a zero point as {(1 << bits) - 1}, which in version 1 of GPTQ some tools read as 0 and "
+                f"others read as {1 << bits}; {_ADVICE}"
             )
         ones = np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
         added: Array = codecs.unpack((np.ascontiguousarray(words).view(np.uint32) + ones).view(np.uint8), bits)

@@ -370,5 +370,5 @@ def test_a_zero_point_that_version_1_cannot_store(tmp_path):
     stored, _ = integer_models.model(gptq(version=1))
     stored[f"{Q}.qzeros"] = np.full_like(stored[f"{Q}.qzeros"], -1)
     folder = integer_models.write(tmp_path / "stored", stored, autoround_config(4, 64, V1))
-    with pytest.raises(CheckpointError, match="read as 0 or as 16"):
+    with pytest.raises(CheckpointError, match="read as 0 and others read as 16"):
         checkpoints.open(folder).read("layers.0.attention.q.weight")
