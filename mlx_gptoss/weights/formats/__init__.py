@@ -11,7 +11,7 @@ from ...errors import CheckpointError
 from ..params import Param
 from ..safetensors import TensorInfo
 from ..tensor import Dense
-from . import autoround, bf16, bitsandbytes, fp8, gguf, mlx, modelopt, mxfp4, original, quark
+from . import autoround, bf16, bitsandbytes, fp8, gguf, mlx, modelopt, mxfp4, original, quark, torchao
 from .base import CheckpointHeaders, ExpectedTensor, Format, Recipe, Source
 from .hf_layout import HF_DENSE, hf_name
 
@@ -23,6 +23,7 @@ FORMATS: tuple[Format, ...] = (
     bitsandbytes.FORMAT,
     autoround.FORMAT,
     quark.FORMAT,
+    torchao.FORMAT,
     fp8.FORMAT,
     mlx.FORMAT,
     mxfp4.FORMAT,
