@@ -71,7 +71,7 @@ def grouped_bits(span: int, bits: int, scale_bytes: int) -> float:
 def row_bits(width: int, bits: int) -> float:
     """Bits per weight of what `from_rows` returns as codes; 0 where it decodes to float32."""
     group = affine_group(width)
-    return code_bits(bits) + 32 / group if group else 0
+    return code_bits(bits) + 32 / group + 32 / width if group else 0
 
 
 def _codes(q: Array, bits: int) -> Array:

@@ -210,7 +210,7 @@ def _float8(stored: _Stored, headers: CheckpointHeaders) -> _Plan:
     def load(parts: Mapping[str, Array]) -> Weight:
         codes, scale = parts["qdata"], parts["scale"].astype(np.float32)
         if by_row and codes.ndim > 1:
-            return Quantized(FP8_ROW, codes, outer=np.broadcast_to(scale, (*codes.shape[:-1], 1)))
+            return Quantized(FP8_ROW, codes, outer=scale.reshape(()) if scale.size == 1 else scale)
         _check_finite(scale, stored)
         return Dense(codecs.E4M3.take(codes) * _expand(scale, codes.shape))
 

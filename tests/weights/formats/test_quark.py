@@ -190,5 +190,5 @@ def test_a_hostile_config_is_no_note(tmp_path, block):
 
 def test_more_experts_than_tensors_are_refused(tmp_path):
     stored, _ = layout(mxfp4)
-    with pytest.raises(CheckpointError, match="only .* tensors"):
+    with pytest.raises(CheckpointError, match=r"only .* tensors"):
         checkpoints.open(family.write_checkpoint(tmp_path / "quark", CONFIG | {"num_local_experts": 10**6}, stored))

@@ -81,7 +81,7 @@ def test_a_tool_in_config_json_does_not_refuse_tensors_that_are_read(tmp_path):
 @pytest.mark.parametrize("method", [None, 7, ["x"], "a tool of tomorrow"])
 def test_an_unknown_method_gives_the_list_of_tensors(tmp_path, method):
     config = CONFIG | {"quantization_config": {"quant_method": method}}
-    with pytest.raises(CheckpointError, match="the tensors do not match.*unknown"):
+    with pytest.raises(CheckpointError, match=r"the tensors do not match.*unknown"):
         checkpoints.open(family.write_checkpoint(tmp_path / "m", config, stored_by({"strange": U8})))
 
 
