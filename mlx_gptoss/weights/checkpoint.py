@@ -202,7 +202,8 @@ class Checkpoint:
         From headers only.
         """
         source = self._binding.sources[name]
-        return source.spec, self.tensors[source.scale_tensor].dtype if source.scale_tensor else None
+        stored = self.tensors[source.scale_tensor].dtype if source.scale_tensor else None
+        return source.spec, source.scale_dtype or stored
 
     def unpacked_bytes(self, name: str) -> int:
         """Bytes that a parameter takes in memory beyond those stored, where it is read in another storage."""

@@ -70,6 +70,7 @@ class Source:
     expected: every tensor it is read from; the caller checks their presence, dtypes and shapes.
     load: returns the Weight. It returns lazy views where the layout allows and never changes a value.
     scale_tensor: the name of the first scale tensor if the scales are floats, because a conversion keeps their dtype.
+    scale_dtype: the dtype of float scales as `load` returns them, where it is not that of a scale tensor; else None.
     note: one line that the user should know about weights stored this way, or "".
     load_experts: returns the Weight of a range of the first axis (experts, or rows); None where slicing the whole
         Weight is just as good.
@@ -88,6 +89,7 @@ class Source:
     memory_bits: float | None = None
     stored_bits: float | None = None
     stored_name: str = ""
+    scale_dtype: str | None = None
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,8 @@ def from_groups(q: Array, zero: Array, scale: Array, bits: int) -> Weight:
         grouped = q.reshape(*scale.shape, span).astype(np.float32) - zero.astype(np.float32)[..., None]
         return Dense((grouped * scale32[..., None]).reshape(q.shape))
     group = affine_group(span)
-    bias = (low - zero.astype(np.float32)) * scale32
+    with np.errstate(over="ignore", invalid="ignore"):  # Checkpoint.read refuses what is not finite
+        bias = (low - zero.astype(np.float32)) * scale32
     scale32, bias = (np.repeat(part, span // group, axis=-1) for part in (scale32, bias))
     return Quantized(AFFINE[code_bits(bits), group], _codes(q, bits), scale32, bias)
 

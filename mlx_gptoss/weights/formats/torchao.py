@@ -95,12 +95,14 @@ class _Stored:
 @dataclass(frozen=True)
 class _Plan:
     """How one tensor is read. expected: its tensors. load: returns the Weight in the stored orientation, from its parts
-    by name. spec: of what `load` returns, None for Dense. bits: per weight, stored and in memory."""
+    by name. spec: of what `load` returns, None for Dense. bits: per weight, stored and in memory. float_scales: whether
+    its scales per row or per group are float32."""
 
     expected: tuple[ExpectedTensor, ...]
     load: Callable[[Mapping[str, Array]], Weight]
     spec: Spec | None
     bits: tuple[float, float]
+    float_scales: bool = False
 
 
 def _stored(param: Param, headers: CheckpointHeaders) -> _Stored | None:
@@ -177,6 +179,7 @@ def _source(stored: _Stored, plan: _Plan, spec: Spec | None, load: Callable[...,
         memory_bits=memory,
         stored_bits=plan.bits[0],
         stored_name=f"torchao-{stored.kind.removesuffix('Tensor').lower()}",
+        scale_dtype="F32" if spec is not None and plan.float_scales else None,
     )
 
 
@@ -210,12 +213,13 @@ def _float8(stored: _Stored, headers: CheckpointHeaders) -> _Plan:
     def load(parts: Mapping[str, Array]) -> Weight:
         codes, scale = parts["qdata"], parts["scale"].astype(np.float32)
         if by_row and codes.ndim > 1:
-            return Quantized(FP8_ROW, codes, outer=scale.reshape(()) if scale.size == 1 else scale)
+            return Quantized(FP8_ROW, codes, outer=np.broadcast_to(scale, (*codes.shape[:-1], 1)))
         _check_finite(scale, stored)
         return Dense(codecs.E4M3.take(codes) * _expand(scale, codes.shape))
 
     coded = by_row and len(shape) > 1
-    return _Plan((*expected, *_optional(stored, headers)), load, FP8_ROW if coded else None, (8, 8 if coded else 32))
+    held = 8 + 32 / stored.shape[-1] if coded else 32
+    return _Plan((*expected, *_optional(stored, headers)), load, FP8_ROW if coded else None, (8, held), coded)
 
 
 def _int8(stored: _Stored, headers: CheckpointHeaders) -> _Plan:
@@ -264,7 +268,7 @@ def _signed(stored: _Stored, headers: CheckpointHeaders, bits: int) -> _Plan:
         return Dense((q.astype(np.float32) - zero) * scale)
 
     spec = AFFINE[signed_ints.code_bits(bits), group] if held else None
-    return _Plan(expected, load, spec, (8, held or 32))
+    return _Plan(expected, load, spec, (8, held or 32), held > 0 and not by_row)
 
 
 def _int4(stored: _Stored, headers: CheckpointHeaders) -> _Plan:
@@ -286,7 +290,8 @@ def _int4(stored: _Stored, headers: CheckpointHeaders) -> _Plan:
     def load(parts: Mapping[str, Array]) -> Weight:
         codes = np.ascontiguousarray(parts["qdata"]).view(np.uint8) ^ np.uint8(0x88)  # q + 8
         scale, zero = (parts[name].astype(np.float32).swapaxes(-1, -2) for name in ("scale", "zero_point"))
-        bias = zero - 8 * scale
+        with np.errstate(over="ignore", invalid="ignore"):  # refused below, or by Checkpoint.read
+            bias = zero - 8 * scale
         if not group:
             _check_finite(scale, stored)
             _check_finite(bias, stored)
@@ -296,7 +301,7 @@ def _int4(stored: _Stored, headers: CheckpointHeaders) -> _Plan:
         return Quantized(AFFINE[4, group], codes, scale, bias)
 
     spec = AFFINE[4, group] if group else None
-    return _Plan(expected, load, spec, (4 + 32 / span, 4 + 64 / group if group else 32))
+    return _Plan(expected, load, spec, (4 + 32 / span, 4 + 64 / group if group else 32), group > 0)
 
 
 def _mx(stored: _Stored, headers: CheckpointHeaders) -> _Plan:

@@ -192,11 +192,13 @@ def test_values(tmp_path, name):
     stored, metadata, plain = layout(encode, head=True)
     source = checkpoints.open(write(tmp_path / "ao", stored, metadata))
     check_values(source, checkpoints.open(family.write_checkpoint(tmp_path / "plain", CONFIG, plain)))
-    spec, _ = source.stored_as("lm_head.weight")
+    spec, dtype = source.stored_as("lm_head.weight")
     assert (spec is None) == (storage is None) == ("decoded to float32" in source.summary().note)
     weight = source.read("lm_head.weight")
     if storage is not None:
         assert weight.spec == spec and mlx_gptoss.weights.tensor.storage_name(spec) == storage
+    if dtype is not None:
+        assert dtype == "F32" and {a.dtype for a in weight.arrays[1:]} == {np.dtype(np.float32)}
     held = 8 * weight.nbytes / weight.shape[0] / weight.shape[1]
     stored_bytes = sum(array.nbytes for part, array in stored.items() if part.startswith("lm_head."))
     planned = 8 * (stored_bytes + source.unpacked_bytes("lm_head.weight")) / weight.shape[0] / weight.shape[1]
@@ -220,6 +222,33 @@ def test_logits(tmp_path, relative_error, name, backend):
     with mlx_gptoss.load(folder, dtype="float32", device="cpu", backend=backend) as model:
         assert model.format == "torchao"
         assert relative_error(model.logits(ids), family.logits(plain, [8, None], ids)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        ("float8 per matrix", "fp8-dynamic"),
+        ("float8 per row", "fp8-dynamic"),
+        ("nvfp4 swizzled", "nvfp4"),
+    ],
+)
+def test_conversion_keeps_codes(tmp_path, name, to):
+    stored, metadata, _ = layout(ENCODERS[name][0])
+    folder = write(tmp_path / "ao", stored, metadata)
+    mlx_gptoss.convert(folder, tmp_path / "out", to=to)
+    found, wanted = (
+        codecs.dequantize(checkpoints.open(path).read("layers.1.attention.k.weight"))
+        for path in (tmp_path / "out", folder)
+    )
+    assert np.array_equal(found, wanted)
+
+
+def test_conversion_of_other_codes(tmp_path):
+    stored, metadata, plain = layout(ENCODERS["int8 per row"][0])
+    mlx_gptoss.convert(write(tmp_path / "ao", stored, metadata), tmp_path / "out", to="mlx-8bit")
+    found = codecs.dequantize(checkpoints.open(tmp_path / "out").read("layers.1.attention.k.weight"))
+    wanted = plain["model.layers.1.self_attn.k_proj.weight"]
+    assert np.abs(found - wanted).max() < 0.02 * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (96, 3), (128, 4), (130, 5), (300, 9)])
@@ -271,3 +300,55 @@ def test_damaged_and_unknown_checkpoints_are_refused(tmp_path, tensors, metadata
     entries = {name: text for name, text in (entries | metadata).items() if text is not None}
     with pytest.raises(CheckpointError, match=message):
         checkpoints.open(write(tmp_path / "ao", stored, entries)).read("layers.0.attention.q.weight")
+
+
+KINDS = ["Float8Tensor", "Int8Tensor", "IntxUnpackedToInt8Tensor", "Int4Tensor", "MXTensor", "NVFP4Tensor", "Tensor"]
+ODD = [
+    None,
+    True,
+    -1,
+    0,
+    3,
+    32,
+    2**64,
+    0.5,
+    "",
+    "int4",
+    "float8_e4m3fn",
+    [],
+    [1, 32],
+    {},
+    {"_data": "int8"},
+    {"a": [1]},
+]
+SHAPES = [(), (0,), (1,), (64,), (0, 0), (1, 1), (64, 1), (1, 64), (64, 2), (2, 64), (64, 32), (64, 64), (4, 64, 64)]
+DTYPES = [np.int8, np.uint8, np.float32, np.float16, BF16, FP8, np.int64]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_odd_metadata_and_parts_give_one_error_or_load(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    stored, entries, _ = layout(ENCODERS[list(ENCODERS)[3 * seed - 1]][0], EXPERT_ENCODERS["int8"])
+    names = [name for name in entries if name != "format"]
+    refused = 0
+    for _ in range(30):
+        name = names[rng.integers(len(names))]
+        module, _, last = name.rpartition(".")
+        parts = dict(stored)
+        if rng.random() < 0.7:
+            part = f"{module}._{last}_{['qdata', 'scale', 'zero_point', 'per_tensor_scale'][rng.integers(4)]}"
+            shape = SHAPES[rng.integers(len(SHAPES))]
+            parts[part] = np.ones(shape, DTYPES[rng.integers(len(DTYPES))])
+        data = json.loads(entries[name])["_data"]
+        for key in ("elem_dtype", "target_dtype", "block_size", "is_swizzled_scales"):
+            if rng.random() < 0.5:
+                data[key] = ODD[rng.integers(len(ODD))]
+        kind = KINDS[rng.integers(len(KINDS))] if rng.random() < 0.7 else json.loads(entries[name])["_type"]
+        folder = write(tmp_path / "ao", parts, entries | {name: json.dumps({"_type": kind, "_data": data})})
+        try:
+            source = checkpoints.open(folder)
+            for param in source.params:
+                codecs.dequantize(source.read(param.name))
+        except CheckpointError:
+            refused += 1
+    assert refused > 10
