@@ -221,6 +221,12 @@ def _fp4_source(modules: Modules, param: Param, headers: CheckpointHeaders) -> S
 
     NVFP4: scales are e4m3, one per 16 values, divided by `.weight_global_scale`. MXFP4: e8m0, one per 32 values.
     """
+    data_type = quantization_config(headers).get("data_type")
+    if isinstance(data_type, str) and data_type.startswith("mx_int"):  # AutoRound's MXINT4, with MXFP4's shapes
+        raise CheckpointError(
+            f"{modules.first}.weight_packed holds integers with power-of-two scales ({data_type[:20]}), which are not "
+            "supported; use a checkpoint in MXFP4 or int4, or the original one"
+        )
     rows, width = param.shape[-2:]
     with_global = headers.dtype(f"{modules.first}.weight_scale") == "F8_E4M3"
     spec: Spec = NVFP4 if with_global else MXFP4
