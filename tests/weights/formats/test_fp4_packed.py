@@ -117,5 +117,5 @@ def test_integers_of_the_same_shapes_are_refused(edited):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= {"quant_method": "auto-round", "data_type": "mx_int", "bits": 4}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="mx_int.*not supported"):
+    with pytest.raises(CheckpointError, match=r"mx_int.*not supported"):
         checkpoint.open(folder)
