@@ -46,7 +46,7 @@ if __name__ == "__main__":
 
 from judges import base
 
-JUDGES = ("transformers", "gpt_oss", "compressed_tensors")  # the order of the table
+JUDGES = ("transformers", "gpt_oss", "compressed_tensors", "mlx_lm", "gguf", "peft")  # the order of the table
 README = Path(mlx_gptoss.__file__).parent / "weights/README.md"
 BEGIN, END = "<!-- judged: begin -->", "<!-- judged: end -->"
 HEAD = "| what the tool makes | tool | opens as | same values | mlx runs | cuda runs | written |"

@@ -172,7 +172,7 @@ def per_expert(source: Path) -> dict[str, np.ndarray]:
         if name.endswith(("gate_up_proj_bias", "down_proj_bias")):
             prefix, fused = name.rsplit(".", 1)
             for which, at in PARTS.items() if fused.startswith("gate") else {"down": slice(None)}.items():
-                left |= {f"{prefix}.{e}.{which}_proj.bias": values[e, at] for e in range(EXPERTS)}
+                left |= {f"{prefix}.{e}.{which}_proj.bias": values[e, at].copy() for e in range(EXPERTS)}
         elif not name.endswith(("gate_up_proj", "down_proj", *(f"{x}_proj.weight" for x in "qkvo"))):
             left[name] = values
     return left

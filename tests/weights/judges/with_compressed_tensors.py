@@ -24,7 +24,7 @@ def version() -> str | None:
 def _range(weight: Any, args: Any) -> tuple[Any, Any]:
     """The minima and maxima of what shares a scale, in the shape of the scales."""
     rows, width = weight.shape
-    strategy = args.strategy.value
+    strategy = str(getattr(args.strategy, "value", args.strategy))
     if strategy in ("tensor", "tensor_group") and args.group_size is None:
         return weight.min().reshape(1), weight.max().reshape(1)
     if strategy == "block":
@@ -56,7 +56,7 @@ def compress(weight: np.ndarray, scheme: Any, kind: str) -> tuple[dict[str, Any]
     low, high = _range(values, args)
     state: dict[str, Any] = {"weight": values}
     factor = None
-    if args.strategy.value == "tensor_group":
+    if str(getattr(args.strategy, "value", args.strategy)) == "tensor_group":
         factor = state["weight_global_scale"] = generate_gparam(values.float().min(), values.float().max())
     scale, zero = calculate_qparams(low, high, args, factor)
     state |= {"weight_scale": scale, "weight_zero_point": zero}
