@@ -200,7 +200,7 @@ class Checkpoint:
         From headers only.
         """
         source = self._binding.sources[name]
-        return source.spec, self.tensors[source.scale_tensor].dtype if source.scale_tensor else None
+        return source.spec, source.scale_dtype
 
     def unpacked_bytes(self, name: str) -> int:
         """Bytes that a parameter takes in memory beyond those stored, where it is read in another storage."""

@@ -11,16 +11,17 @@ from ...errors import CheckpointError
 from ..params import Param
 from ..safetensors import TensorInfo
 from ..tensor import Dense
-from . import autoround, bf16, bitsandbytes, fp8, gguf, mlx, modelopt, mxfp4, original
+from . import autoround, bf16, bitsandbytes, fp8, gguf, gptq, mlx, modelopt, mxfp4, original
 from .base import CheckpointHeaders, ExpectedTensor, Format, Recipe, Source
 from .hf_layout import HF_DENSE, hf_name
 
-# Each parameter is looked up in this order. bf16 is last because it also takes every dense tensor, and autoround comes
-# before mlx because both have tensors called `.scales`.
+# Each parameter is looked up in this order. bf16 is last because it also takes every dense tensor, and gptq and autoround
+# come before mlx because both have tensors called `.scales`.
 FORMATS: tuple[Format, ...] = (
     original.FORMAT,
     gguf.FORMAT,
     bitsandbytes.FORMAT,
+    gptq.FORMAT,
     autoround.FORMAT,
     fp8.FORMAT,
     mlx.FORMAT,

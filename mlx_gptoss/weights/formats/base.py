@@ -67,7 +67,7 @@ class Source:
     spec: how its numbers are stored; None for dense weights.
     expected: every tensor it is read from; the caller checks their presence, dtypes and shapes.
     load: returns the Weight. It returns lazy views where the layout allows and never changes a value.
-    scale_tensor: the name of the first scale tensor if the scales are floats, because a conversion keeps their dtype.
+    scale_dtype: the safetensors dtype of the scales that `load` returns if they are floats: a conversion keeps it.
     note: one line that the user should know about weights stored this way, or "".
     load_experts: returns the Weight of a range of the first axis (experts, or rows); None where slicing the whole
         Weight is just as good.
@@ -80,7 +80,7 @@ class Source:
     spec: Spec | None
     expected: tuple[ExpectedTensor, ...]
     load: Callable[[GetTensor], Weight]
-    scale_tensor: str | None = None
+    scale_dtype: str | None = None
     note: str = ""
     load_experts: Callable[[GetTensor, range], Weight] | None = None
     memory_bits: float | None = None
