@@ -11,7 +11,7 @@ from ...errors import CheckpointError
 from ..params import Param
 from ..safetensors import TensorInfo
 from ..tensor import Dense
-from . import autoround, bf16, bitsandbytes, fp8, gguf, gptq, mlx, modelopt, mxfp4, original
+from . import autoround, bf16, bitsandbytes, fp8, gguf, gptq, mlx, modelopt, mxfp4, original, quark, torchao
 from .base import CheckpointHeaders, ExpectedTensor, Format, Recipe, Source
 from .hf_layout import HF_DENSE, hf_name
 
@@ -23,6 +23,8 @@ FORMATS: tuple[Format, ...] = (
     bitsandbytes.FORMAT,
     gptq.FORMAT,
     autoround.FORMAT,
+    quark.FORMAT,
+    torchao.FORMAT,
     fp8.FORMAT,
     mlx.FORMAT,
     mxfp4.FORMAT,
@@ -32,7 +34,11 @@ FORMATS: tuple[Format, ...] = (
 WRITERS: Mapping[str, Format] = {name: fmt for fmt in FORMATS if fmt.writes for name in fmt.recipes}
 CONVERTERS: Mapping[str, Format] = {**WRITERS, **dict.fromkeys(gguf.GGUF_NAMES, gguf.FORMAT)}  # values of --to
 
-_UNUSED_NAMES = (".rotary_emb.inv_freq", ".k_scale", ".v_scale", ".q_scale")  # frequencies, and scales of FP8 caches
+_UNUSED_NAMES = (  # frequencies, and scales of FP8 caches
+    ".rotary_emb.inv_freq",
+    *(f".{x}_scale" for x in "qkv"),
+    *(f".{x}_proj.output_scale" for x in "qkv"),  # Quark's
+)
 _UNUSED_MODULES = ("v_head.", "value_head.", "score.")  # heads that trainers put on top
 _REFUSED_NAMES = (  # (what a tensor name ends in, why the checkpoint is refused)
     (

@@ -8,7 +8,7 @@ tensors to write (names, dtypes and shapes, known before any data is read) and h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ...config import ModelConfig
@@ -29,11 +29,13 @@ class CheckpointHeaders:
     tensors: name, dtype and shape of every stored tensor, by name.
     config: the network's sizes.
     raw: config.json as parsed JSON.
+    metadata: what the headers of safetensors files say beside their tensors, of all files together. Untrusted text.
     """
 
     tensors: Mapping[str, TensorInfo]
     config: ModelConfig
     raw: Mapping[str, Any]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def has(self, *names: str) -> bool:
         """True if at least one of these tensors is stored."""
