@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -46,7 +47,10 @@ if __name__ == "__main__":
 
 from judges import base
 
-JUDGES = ("transformers", "gpt_oss", "compressed_tensors", "mlx_lm", "gguf", "peft")  # the order of the table
+JUDGES = (  # the order of the table
+    "transformers", "gpt_oss", "mlx_lm", "compressed_tensors", "bitsandbytes", "modelopt", "auto_round", "gptqmodel",
+    "quark", "torchao", "gguf", "ggml", "peft",
+)  # fmt: skip
 README = Path(mlx_gptoss.__file__).parent / "weights/README.md"
 BEGIN, END = "<!-- judged: begin -->", "<!-- judged: end -->"
 HEAD = "| what the tool makes | tool | opens as | same values | mlx runs | cuda runs | written |"
@@ -111,8 +115,9 @@ def judge_tool(name: str, folder: Path, cases: Sequence[str], say=print) -> Iter
         yield f"{judge.NAME}: not installed"
         return
     words = [sys.executable, str(Path(__file__)), "--make", name, str(folder), *cases]
+    one_thread = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     with (folder / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True)
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | one_thread)
         for line in process.stdout:
             if line.startswith("made "):
                 say(f"{judge.NAME}: {line.strip()}")

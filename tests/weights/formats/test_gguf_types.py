@@ -115,10 +115,14 @@ def test_a_scale_whose_bias_float16_cannot_hold_is_float32():
         np.testing.assert_array_equal(codecs.dequantize(weight), values_of(name, blocks))
 
 
-@pytest.fixture(scope="module")
-def config(mini):
+def small_config(mini):
     """The small model's, with sizes that blocks of 256 divide."""
     return replace(checkpoint.open(mini / "mxfp4").config, hidden_size=256, intermediate_size=256)
+
+
+@pytest.fixture(scope="module")
+def config(mini):
+    return small_config(mini)
 
 
 def write(path, mini, config, types, metadata=(), rename=lambda name: name):

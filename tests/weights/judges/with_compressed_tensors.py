@@ -49,6 +49,8 @@ def compress(weight: np.ndarray, scheme: Any, kind: str) -> tuple[dict[str, Any]
     """The compressed parts of a module's weight [N, K], and the same decompressed in float32, as torch tensors."""
     import torch
     from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
     args = scheme.weights
@@ -66,6 +68,10 @@ def compress(weight: np.ndarray, scheme: Any, kind: str) -> tuple[dict[str, Any]
         state[name] = torch.ones(1)
     compressor = BaseCompressor.get_value_from_registry(kind)
     stored = compressor.compress(state, scheme)
+    if kind == "nvfp4-pack-quantized":  # whose decompressor rounds to bfloat16
+        codes = unpack_fp4_from_uint8(stored["weight_packed"], *weight.shape, dtype=torch.float32)
+        scale, factor = stored["weight_scale"].float(), stored["weight_global_scale"]
+        return stored, dequantize(codes, scale, args=args, global_scale=factor, dtype=torch.float32)
     wide = {name: part.float() if part.dtype == torch.bfloat16 else part for name, part in stored.items()}
     return stored, compressor.decompress(wide, scheme)["weight"].float()
 
@@ -91,7 +97,7 @@ def _make(source: Path, folder: Path, scheme: Callable[[], Any], experts: bool =
     config = QuantizationConfig(
         config_groups={"group_0": chosen}, format=kind, ignore=ignored, quantization_status=QuantizationStatus.COMPRESSED
     )
-    base.write_config(folder, config.model_dump(mode="json"))
+    base.write_config(folder, config.model_dump(mode="json") | {"version": version()})
     return base.by_parameter(base.load(source)) | base.of_modules(decoded)
 
 

@@ -1,0 +1,9 @@
+"""gptqmodel"""
+from . import base
+
+NAME = "gptqmodel"
+ROWS = ()
+
+
+def version():
+    return None

@@ -1,0 +1,9 @@
+"""modelopt"""
+from . import base
+
+NAME = "modelopt"
+ROWS = ()
+
+
+def version():
+    return None

@@ -1,0 +1,9 @@
+"""quark"""
+from . import base
+
+NAME = "quark"
+ROWS = ()
+
+
+def version():
+    return None

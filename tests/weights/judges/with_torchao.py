@@ -1,0 +1,9 @@
+"""torchao"""
+from . import base
+
+NAME = "torchao"
+ROWS = ()
+
+
+def version():
+    return None
