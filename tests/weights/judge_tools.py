@@ -40,7 +40,7 @@ from mlx_gptoss.weights.checkpoint import Checkpoint
 from mlx_gptoss.weights.formats import WRITERS
 from mlx_gptoss.weights.formats import gguf as gguf_format
 from mlx_gptoss.weights.gguf_blocks import RENUMBERED
-from mlx_gptoss.weights.tensor import MXFP4, storage_name
+from mlx_gptoss.weights.tensor import MXFP4
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
@@ -200,7 +200,10 @@ def run(path: Path, weights: base.Weights, backend: str, source: Path | None) ->
     with mlx_gptoss.load(source or path, **options) as model:
         logits = model.logits(IDS, adapter)
         done = model.complete(
-            IDS, max_tokens=TOKENS, sampling=mlx_gptoss.Sampling(temperature=0), **({"adapter": adapter} if adapter else {})
+            IDS,
+            max_tokens=TOKENS,
+            sampling=mlx_gptoss.Sampling(temperature=0),
+            **({"adapter": adapter} if adapter else {}),
         )
     expected = base.logits(tensors, [*IDS, *done.ids])
     wanted = expected[: len(IDS)]
@@ -226,7 +229,7 @@ def runs_as(opened: Checkpoint, backend: str) -> str:
         if source.spec is None:
             others.add("float32")
         elif run_as(backend, source.spec) != source.spec or source.stored_name.upper() in RENUMBERED:
-            others.add(f"`{storage_name(run_as(backend, source.spec))}`")
+            others.add(f"{run_as(backend, source.spec).bits}-bit codes")
     return f"as {' and '.join(sorted(others))}" if others else "as stored"
 
 
@@ -236,7 +239,11 @@ def written(opened: Checkpoint) -> str:
         return "yes" if opened.format in WRITERS else "no"
     types = {"MXFP4", "F32", *gguf_format._REST.values()}
     stored = {info.blocks or info.dtype for info in opened.tensors.values()}
-    return "yes" if stored <= types and "MXFP4" in stored and opened.stored_as("layers.0.experts.up.weight")[0] == MXFP4 else "no"
+    return (
+        "yes"
+        if stored <= types and "MXFP4" in stored and opened.stored_as("layers.0.experts.up.weight")[0] == MXFP4
+        else "no"
+    )
 
 
 def _last_line(text: str) -> str:
@@ -276,7 +283,9 @@ def updated(text: str, found: Sequence[Found], whole: bool) -> str:
             line = old[key].line
             marked = f"{old[key].tool} {old[key].version}{LAST_TRIED}"
             was_marked = f"| {marked} |" in text
-            lines.append(line.replace(f"{old[key].tool} {old[key].version}", marked, 1) if whole or was_marked else line)
+            lines.append(
+                line.replace(f"{old[key].tool} {old[key].version}", marked, 1) if whole or was_marked else line
+            )
     before, rest = text.split(BEGIN)
     return "\n".join([before + BEGIN, "", *lines, "", END]) + rest.split(END)[1]
 
@@ -289,7 +298,9 @@ def disagreements(text: str, found: Sequence[Found]) -> list[str]:
         known = old.get((each.kind, each.tool))
         if known is None or known.cells != each.cells:
             was = "no row" if known is None else " | ".join(known.cells)
-            lines.append(f"{each.tool} {each.version}, {each.kind}: found {' | '.join(each.cells)}; the README has {was}")
+            lines.append(
+                f"{each.tool} {each.version}, {each.kind}: found {' | '.join(each.cells)}; the README has {was}"
+            )
     return lines
 
 
@@ -335,7 +346,12 @@ def main() -> int:
                     say(each)
                     failed += [each] if "not installed" not in each else []
     text = README.read_text("utf-8")
-    wrong = [f"{each.tool}, {each.kind}: {cell}" for each in found for cell in each.cells if cell.startswith(("no:", "wrong:"))]
+    wrong = [
+        f"{each.tool}, {each.kind}: {cell}"
+        for each in found
+        for cell in each.cells
+        if cell.startswith(("no:", "wrong:"))
+    ]
     if options.json:
         print(json.dumps([asdict(each) for each in found], indent=1))
     elif options.check:

@@ -234,7 +234,9 @@ def fuzz(source: Path, folder: Path, rounds: int) -> dict:
 
 def bnb(folder: Path, mini: Path) -> None:
     """NF4 of the attention and, a module each, of the experts."""
-    family.write_checkpoint(folder, test_bitsandbytes.CONFIG, test_bitsandbytes.layout(test_bitsandbytes.own_encoder, True)[0])
+    family.write_checkpoint(
+        folder, test_bitsandbytes.CONFIG, test_bitsandbytes.layout(test_bitsandbytes.own_encoder, True)[0]
+    )
 
 
 def gguf_types(name: str):

@@ -188,3 +188,16 @@ def logits(tensors: Mapping[str, np.ndarray], ids: list[int]) -> np.ndarray:
     """The logits of tensors as as_tensors makes them, computed in float64 numpy: [L, V]."""
     windows = [CONFIG["sliding_window"] if kind.startswith("sliding") else None for kind in CONFIG["layer_types"]]
     return family.logits(dict(tensors), windows, ids, CONFIG["num_experts_per_tok"], CONFIG)
+
+
+def plain_text(count: int) -> list[str]:
+    """Prompts for tools that calibrate, the same in every run."""
+    chance = np.random.default_rng(0)
+    return [" ".join("abcdefghij"[letter] for letter in chance.integers(0, 10, 150)) for _ in range(count)]
+
+
+def with_biases(weights: Weights, stored: Mapping[str, np.ndarray]) -> Weights:
+    """The weights with the biases of the experts' modules as a file has them: some tools round those to float16."""
+    biases = {name.removesuffix(".bias"): values for name, values in stored.items() if name.endswith("_proj.bias")}
+    found = of_modules({module: values for module, values in biases.items() if ".experts." in module})
+    return weights | {name.replace(".weight", ".bias"): values for name, values in found.items()}

@@ -95,7 +95,10 @@ def _make(source: Path, folder: Path, scheme: Callable[[], Any], experts: bool =
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     ignored = [f"model.layers.{n}.mlp.router" for n in range(base.LAYERS)] + ["lm_head"]
     config = QuantizationConfig(
-        config_groups={"group_0": chosen}, format=kind, ignore=ignored, quantization_status=QuantizationStatus.COMPRESSED
+        config_groups={"group_0": chosen},
+        format=kind,
+        ignore=ignored,
+        quantization_status=QuantizationStatus.COMPRESSED,
     )
     base.write_config(folder, config.model_dump(mode="json") | {"version": version()})
     return base.by_parameter(base.load(source)) | base.of_modules(decoded)
@@ -113,10 +116,14 @@ ROWS = (
     base.Row("MXFP4, MXFP4A16", {"mxfp4a16": _case("MXFP4A16"), "ct-mxfp4": _case("MXFP4")}),
     base.Row("MXFP8, MXFP8A16", {"mxfp8a16": _case("MXFP8A16"), "ct-mxfp8": _case("MXFP8")}),
     base.Row("MXFP6A16", {"mxfp6a16": _case("MXFP6A16")}),
-    base.Row("W4A16, symmetric, groups of 32, 64 and 128", {
-        f"w4a16-g{group}": _case("W4A16", group_size=group) for group in (128, 64, 32)}),  # fmt: skip
-    base.Row("W4A16_ASYM, groups of 32, 64 and 128", {
-        f"w4a16-asym-g{group}": _case("W4A16_ASYM", group_size=group) for group in (128, 64, 32)}),  # fmt: skip
+    base.Row(
+        "W4A16, symmetric, groups of 32, 64 and 128",
+        {f"w4a16-g{group}": _case("W4A16", group_size=group) for group in (128, 64, 32)},
+    ),
+    base.Row(
+        "W4A16_ASYM, groups of 32, 64 and 128",
+        {f"w4a16-asym-g{group}": _case("W4A16_ASYM", group_size=group) for group in (128, 64, 32)},
+    ),
     base.Row("W8A16, groups of 128", {"w8a16": _case("W8A16")}),
     base.Row("INT8 (W8A8), a scale per row", {"w8a8": _case("INT8")}),
 )

@@ -39,7 +39,7 @@ def _original(source: Path, folder: Path) -> base.Weights:
     stored = base.load(folder)
     for path in folder.iterdir():
         path.unlink()
-    plain = {n: v for n, v in base.by_parameter(base.load(source)).items() if not n.split(".")[2:3] == ["experts"]}
+    plain = {n: v for n, v in base.by_parameter(base.load(source)).items() if n.split(".")[2:3] != ["experts"]}
     inverse = {ours: theirs for theirs, ours in _NAMES.items()}
     tensors = {}
     for name, values in plain.items():

@@ -19,8 +19,6 @@ from . import base
 from .with_transformers import random_mxfp4
 
 NAME = "mlx-lm"
-WIDTHS = (2, 3, 4, 5, 6, 8)
-GROUPS = (64, 32, 128)
 
 
 def version() -> str | None:
@@ -76,7 +74,9 @@ def _decoded(folder: Path) -> base.Weights:
             if biases is not None:
                 scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
             how = {"group_size": own["group_size"], "bits": own["bits"], "mode": own.get("mode", "affine")}
-            values = mx.dequantize(values, scales, biases, **how, **({} if biases is not None else {"dtype": mx.float32}))
+            values = mx.dequantize(
+                values, scales, biases, **how, **({} if biases is not None else {"dtype": mx.float32})
+            )
         found[_canonical(name)] = np.array(values.astype(mx.float32))
     return found
 
@@ -90,9 +90,10 @@ def _canonical(name: str) -> str:
     return next(iter(base.by_parameter({name: np.empty(0)})))
 
 
-def _affine(bits: int) -> base.Row:
-    cases = {f"mlx-{bits}bit-g{group}": partial(_make, quantize=True, q_bits=bits, q_group_size=group) for group in GROUPS}
-    return base.Row(f"affine, {bits} bits, groups of 32, 64 and 128", cases)
+def _affine(what: str, *cases: tuple[int, int]) -> base.Row:
+    """cases: (bits, group)."""
+    made = {f"mlx-{b}bit-g{g}": partial(_make, quantize=True, q_bits=b, q_group_size=g) for b, g in cases}
+    return base.Row(f"affine, {what}", made)
 
 
 def _mode(mode: str, bits: int, group: int) -> base.Row:
@@ -100,19 +101,29 @@ def _mode(mode: str, bits: int, group: int) -> base.Row:
     return base.Row(f"mode {mode}", {f"mlx-mode-{mode}": partial(_make, **options)})
 
 
+def _recipes(*names: str) -> base.Row:
+    made = {name: partial(_make, quantize=True, q_group_size=64, quant_predicate=name) for name in names}
+    return base.Row(f"mixed recipe {' and '.join(names)}", made)
+
+
 ROWS = (
     base.Row("OpenAI's MXFP4 experts as they are", {"mlx-mxfp4": partial(_make, dense=False)}),
-    base.Row("OpenAI's MXFP4 experts, the rest 8-bit", {
-        "mlx-mxfp4-q8": partial(_make, dense=False, quantize=True, q_bits=8, q_group_size=64)}),  # fmt: skip
-    base.Row("OpenAI's MXFP4 experts, the rest 4-bit", {
-        "mlx-mxfp4-q4": partial(_make, dense=False, quantize=True, q_bits=4, q_group_size=64)}),  # fmt: skip
-    *map(_affine, WIDTHS),
+    base.Row(
+        "OpenAI's MXFP4 experts, the rest 8-bit",
+        {"mlx-mxfp4-q8": partial(_make, dense=False, quantize=True, q_bits=8, q_group_size=64)},
+    ),
+    base.Row(
+        "OpenAI's MXFP4 experts, the rest 4-bit",
+        {"mlx-mxfp4-q4": partial(_make, dense=False, quantize=True, q_bits=4, q_group_size=64)},
+    ),
+    *(_affine(f"{bits} bits, groups of 64", (bits, 64)) for bits in (3, 4, 6, 8)),
+    _affine("4 and 8 bits, groups of 32 and 128", *((bits, group) for bits in (4, 8) for group in (32, 128))),
+    _affine("2 bits, and 3 in groups of 32 and 128", (2, 64), (2, 32), (2, 128), (3, 32), (3, 128)),
+    _affine("5 bits, and 6 in groups of 32 and 128", (5, 64), (5, 32), (5, 128), (6, 32), (6, 128)),
     _mode("mxfp4", 4, 32),
     _mode("mxfp8", 8, 32),
     _mode("nvfp4", 4, 16),
-    base.Row("recipes mixed_2_6, mixed_3_6 and mixed_4_6", {
-        name: partial(_make, quantize=True, q_group_size=64, quant_predicate=name)
-        for name in ("mixed_2_6", "mixed_3_6", "mixed_4_6")}),  # fmt: skip
-    base.Row("recipe mixed_3_4", {
-        "mixed_3_4": partial(_make, quantize=True, q_group_size=64, quant_predicate="mixed_3_4")}),  # fmt: skip
+    _recipes("mixed_2_6", "mixed_3_6"),
+    _recipes("mixed_4_6"),
+    _recipes("mixed_3_4"),
 )

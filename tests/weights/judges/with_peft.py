@@ -36,7 +36,11 @@ def _make(source: Path, folder: Path, modules: list[str], parameters: list[str])
 
 
 ROWS = (
-    base.Row("LoRA adapters of attention and experts", {
-        "lora": partial(_make, modules=ATTENTION, parameters=EXPERTS),
-        "lora-attention": partial(_make, modules=ATTENTION, parameters=[])}),  # fmt: skip
+    base.Row(
+        "LoRA adapters of attention and experts",
+        {
+            "lora": partial(_make, modules=ATTENTION, parameters=EXPERTS),
+            "lora-attention": partial(_make, modules=ATTENTION, parameters=[]),
+        },
+    ),
 )
