@@ -69,8 +69,8 @@ def symmetric_bias(scale: Array, zero: int = 8) -> Array:
         bias: Array = scale * scale.dtype.type(-zero)
     if np.any(np.isinf(bias) & np.isfinite(scale)):
         raise CheckpointError(
-            f"a scale is too large: {zero} times it overflows {scale.dtype.name}; the checkpoint is damaged, or needs a "
-            "format with wider scales, such as mlx-4bit"
+            f"a scale is too large: {zero} times it overflows {scale.dtype.name}; the checkpoint is damaged, or needs "
+            "a format with wider scales, such as mlx-4bit"
         )
     return bias
 

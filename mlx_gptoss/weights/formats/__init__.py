@@ -15,8 +15,8 @@ from . import autoround, bf16, bitsandbytes, fp8, gguf, gptq, mlx, modelopt, mxf
 from .base import CheckpointHeaders, ExpectedTensor, Format, Recipe, Source
 from .hf_layout import HF_DENSE, hf_name
 
-# Each parameter is looked up in this order. bf16 is last because it also takes every dense tensor, and gptq and autoround
-# come before mlx because both have tensors called `.scales`.
+# Each parameter is looked up in this order. bf16 is last because it also takes every dense tensor, and gptq and
+# autoround come before mlx because all have tensors called `.scales`.
 FORMATS: tuple[Format, ...] = (
     original.FORMAT,
     gguf.FORMAT,

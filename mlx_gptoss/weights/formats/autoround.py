@@ -40,9 +40,10 @@ class AutoRound(Format):
     }
 
     def find(self, param: Param, headers: CheckpointHeaders) -> Source | None:
-        if quantization_config(headers).get("quant_method") in gptq.METHODS:
+        block = quantization_config(headers)
+        if block.get("quant_method") in gptq.METHODS:
             return None
-        return gptq.find_packed(param, headers, _family)
+        return gptq.find_packed(param, headers, lambda layout: _family(layout, block))
 
     def units(self, target: str, params: Sequence[Param], dtypes: Mapping[str, str]) -> list[Unit]:
         def unit(param: Param) -> Unit:
@@ -59,9 +60,10 @@ class AutoRound(Format):
         return {"quantization_config.json": _quantization_config(params)}
 
 
-def _family(layout: Layout) -> str:
-    """int4-autoround for what this module writes, auto-round for AutoRound's other schemes."""
-    return FAMILY if layout.symmetric and (layout.bits, layout.group) == (AFFINE4.bits, _GROUP) else "auto-round"
+def _family(layout: Layout, block: Mapping[str, object]) -> str:
+    """int4-autoround for what this module writes, auto-round for AutoRound's other schemes and for mixed ones."""
+    written = layout.symmetric and (layout.bits, layout.group) == (AFFINE4.bits, _GROUP)
+    return FAMILY if written and not gptq.has_mixed_bits(block) else "auto-round"
 
 
 def _quantization_config(params: Sequence[Param]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The integer schemes of compressed-tensors, as llm-compressor writes them. fp8.py finds their modules.
 
 `pack-quantized` (W4A16, W8A16 and other bits): `.weight_packed` I32 [N, K * bits / 32], codes along K, lowest bits
-first; `.weight_scale` [N, groups], [N, 1] or [1]; `.weight_shape` I64 [2]; for asymmetric codes `.weight_zero_point` I32
-[N * bits / 32, groups], along N. A code is the integer plus 2^(bits - 1). `.weight_g_idx` I32 [K] has the group of each
-column (act-order, to release 0.20); -1 throughout means the columns are in order.
+first; `.weight_scale` [N, groups], [N, 1] or [1]; `.weight_shape` I64 [2]; for asymmetric codes `.weight_zero_point`
+I32 [N * bits / 32, groups], along N. A code is the integer plus 2^(bits - 1). `.weight_g_idx` I32 [K] has the group of
+each column (act-order, before release 0.20); -1 throughout means the columns are in order.
 
 `int-quantized` (W8A8, W4A8): `.weight` I8 [N, K], with zero points of the scales' shape, as signed integers.
 
@@ -126,7 +126,7 @@ def _expected(
 
 
 def _schemes(module: str, headers: CheckpointHeaders, asymmetric: bool) -> list[Scheme]:
-    """What the config groups with integer weights say. Their targets are patterns, which are not run: the shapes decide.
+    """What the config groups with integer weights say. Their targets are patterns, which are not run.
 
     asymmetric: packed zero points are stored. Raises CheckpointError if every group says otherwise.
     """
@@ -172,5 +172,6 @@ def _activations(block: Mapping[str, object]) -> str:
 def _check_shape(stored: Array, shape: tuple[int, int], name: str) -> None:
     if tuple(stored.tolist()) != shape:
         raise CheckpointError(
-            f"{name} says {stored.tolist()}, but the module is {list(shape)}; the checkpoint is damaged, download it again"
+            f"{name} says {stored.tolist()}, but the module is {list(shape)}; the checkpoint is damaged, download it "
+            "again"
         )

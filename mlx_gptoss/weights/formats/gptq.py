@@ -234,7 +234,7 @@ def _bits(module: str, words: tuple[int, ...], rows: int, width: int, block: Map
         )
     bits = words[0] * 32 // width
     formats = (block.get("checkpoint_format"), block.get("format"))
-    if bits in (5, 6, 7) and block.get("quant_method") == "gptq" or bits not in (2, 4, 8) and "gptq_p" in formats:
+    if (bits in (5, 6, 7) and block.get("quant_method") == "gptq") or (bits not in (2, 4, 8) and "gptq_p" in formats):
         raise CheckpointError(f"{module} has {bits} bits in bit planes (gptq_p), which is not supported: {_ADVICE}")
     return bits
 
@@ -244,16 +244,27 @@ def _schemes(module: str, block: Mapping[str, object]) -> list[Scheme]:
 
     Patterns are regular expressions in a file that is not trusted, so they are not run: the shapes decide among them.
     """
-    default = _scheme(block, Scheme())
+    default, entries = _scheme(block, Scheme()), _entries(block)
+    if module in entries:
+        return _known([_scheme(entries[module], default)])
+    patterns = [_scheme(entry, default) for name, entry in entries.items() if not re.fullmatch(r"[\w.]+", name)]
+    return _known([default, *patterns])
+
+
+def _entries(block: Mapping[str, object]) -> dict[str, Mapping[str, object]]:
+    """The entries of modules whose scheme is not the default, by name or pattern: AutoRound's and GPTQModel's."""
     entries: dict[str, Mapping[str, object]] = {}
     for key in ("extra_config", "dynamic"):
         found = block.get(key)
         if isinstance(found, Mapping):
             entries |= {str(name): entry for name, entry in found.items() if isinstance(entry, Mapping)}
-    if module in entries:
-        return _known([_scheme(entries[module], default)])
-    patterns = [_scheme(entry, default) for name, entry in entries.items() if not re.fullmatch(r"[\w.]+", name)]
-    return _known([default, *patterns])
+    return entries
+
+
+def has_mixed_bits(block: Mapping[str, object]) -> bool:
+    """Whether config.json quantizes some modules in a scheme of their own."""
+    schemes = [_scheme(entry, Scheme()) for entry in _entries(block).values()]
+    return any(scheme.bits is not None and scheme.bits <= 8 for scheme in schemes)
 
 
 def _known(schemes: Sequence[Scheme]) -> list[Scheme]:

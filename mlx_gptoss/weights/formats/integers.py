@@ -78,7 +78,9 @@ class Layout:
     @property
     def name(self) -> str:
         """The storage in the file, such as int4-g128 or int8-row."""
-        name = f"int{self.bits}-" + ("row" if self.groups == 1 and self.group == self.width else f"g{self.group}")
+        name = f"int{self.bits}-" + (
+            "row" if self.group == self.width and self.group not in _USUAL_GROUPS else f"g{self.group}"
+        )
         return f"{name}-act-order" if self.any_order else name
 
     @property
@@ -122,20 +124,18 @@ def find_layout(
             f"quantization_config says {' or '.join(sorted({_described(scheme) for scheme in schemes})[:4])}: one of "
             "the two belongs to another checkpoint"
         )
-    sizes = {width if scheme.group == ROW else scheme.group for scheme in fitting} - {None}
+    sizes = {width if each.group == ROW else min(each.group, width) for each in fitting if each.group is not None}
     if not sizes:
         exact = {width // groups} if width % groups == 0 else set()
-        sizes = exact | {size for size in _USUAL_GROUPS if -(-width // size) == groups}
+        sizes = exact | {min(size, width) for size in _USUAL_GROUPS if -(-width // size) == groups}
     if len(sizes) != 1:
         raise CheckpointError(
             f"{module} has {groups} scales for each row of {width} values, which "
-            + (f"may be groups of {_listed(sorted(s for s in sizes if s))}" if sizes else "are no groups")
+            + (f"may be groups of {_listed(sorted(sizes))}" if sizes else "are no groups")
             + "; config.json's quantization_config must say which group_size"
         )
-    symmetric = not asymmetric or bool(fitting) and all(scheme.symmetric is True for scheme in fitting)
-    (size,) = sizes
-    assert size is not None
-    return Layout(bits or 8, width, size, symmetric, any_order)
+    symmetric = not asymmetric or (bool(fitting) and all(scheme.symmetric is True for scheme in fitting))
+    return Layout(bits or 8, width, sizes.pop(), symmetric, any_order)
 
 
 def _fits(scheme: Scheme, bits: int | None, groups: int, width: int) -> bool:
