@@ -66,6 +66,12 @@ def find_folder(path: Path) -> Path:
     for folder in (path, path / "original"):
         if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
             return folder
+    pickles = sorted(child.name for kind in ("*.bin", "*.pt", "*.pth") for child in path.glob(kind))
+    if (path / "config.json").is_file() and pickles:
+        raise CheckpointError(
+            f"{path} has its weights in a pickle ({pickles[0]}), which can run any code and is never opened: save the "
+            "model as safetensors (save_pretrained does, with torchao 0.15 or later), or use the original checkpoint"
+        )
     if (path / "config.json").is_file():
         raise CheckpointError(f"{path} has a config.json but no .safetensors file; download the weights too")
     raise CheckpointError(f"{path} is not a checkpoint: it has no config.json and .safetensors files")

@@ -14,6 +14,7 @@ from ..tensor import Dense
 from . import autoround, bf16, bitsandbytes, fp8, gguf, gptq, mlx, modelopt, mxfp4, original, quark, torchao
 from .base import CheckpointHeaders, ExpectedTensor, Format, Recipe, Source
 from .hf_layout import HF_DENSE, hf_name
+from .tools import refusal
 
 # Each parameter is looked up in this order. bf16 is last because it also takes every dense tensor, and gptq and
 # autoround come before mlx because all have tensors called `.scales`.
@@ -78,7 +79,10 @@ def bind(headers: CheckpointHeaders, params: Sequence[Param]) -> Binding:
     problems: dict[str, list[str]] = {"missing": [], "of a wrong shape": [], "of a wrong dtype": [], "unknown": []}
     used: set[str] = set()
     for param in params:
-        source = _left_out(param, headers) or _find(param, headers)
+        try:
+            source = _left_out(param, headers) or _find(param, headers)
+        except CheckpointError as error:
+            raise CheckpointError(f"{reason} ({error})" if (reason := refusal(headers)) else str(error)) from error
         if source is None:
             problems["missing"].append(hf_name(param))
             continue
@@ -94,7 +98,8 @@ def bind(headers: CheckpointHeaders, params: Sequence[Param]) -> Binding:
     problems["unknown"] = sorted(set(headers.tensors) - used)
     if any(problems.values()):
         listed = "; ".join(f"{len(names)} {kind}: {_first_names(names)}" for kind, names in problems.items() if names)
-        raise CheckpointError(f"the tensors do not match a gpt-oss model of the sizes in config.json: {listed}")
+        mismatch = f"the tensors do not match a gpt-oss model of the sizes in config.json: {listed}"
+        raise CheckpointError(f"{reason} ({mismatch})" if (reason := refusal(headers)) else mismatch)
     note = "; ".join(sorted({source.note for source in sources.values()} - {""}))
     heads = sorted(name for name in unused if name.startswith(_UNUSED_MODULES))
     if heads:

@@ -98,7 +98,9 @@ def _modules(param: Param, headers: CheckpointHeaders) -> Modules | None:
 
 def _stored_rows(param: Param) -> int:
     """The rows of a module's matrix: gate and up together."""
-    return param.shape[-2 if param.is_matrix else -1] * (2 if param.kind.startswith(("experts.gate", "experts.up")) else 1)
+    return param.shape[-2 if param.is_matrix else -1] * (
+        2 if param.kind.startswith(("experts.gate", "experts.up")) else 1
+    )
 
 
 def _float_source(modules: Modules, part: str, param: Param, headers: CheckpointHeaders) -> Source:
@@ -158,7 +160,9 @@ def _fp4_source(modules: Modules, param: Param, headers: CheckpointHeaders) -> S
 
     def load(get: GetTensor, modules: Modules) -> Weight:
         codes, scale = (modules.read(get, p, lambda stored: stored[modules.rows]) for p in ("weight", "weight_scale"))
-        return Quantized(spec, codes, scale, outer=_row_scales(modules, get, param, "weight_scale_2") if two_scales else None)
+        return Quantized(
+            spec, codes, scale, outer=_row_scales(modules, get, param, "weight_scale_2") if two_scales else None
+        )
 
     return modules_source(modules, FAMILY, spec, expected, load)
 

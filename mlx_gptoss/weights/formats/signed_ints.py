@@ -78,7 +78,8 @@ def _codes(q: Array, bits: int) -> Array:
     """q - low in codes of `code_bits(bits)` bits."""
     low = -(1 << (bits - 1))
     if bits == 8:
-        return np.ascontiguousarray(q).view(np.uint8) ^ np.uint8(128)
+        codes: Array = np.ascontiguousarray(q).view(np.uint8) ^ np.uint8(128)
+        return codes
     if q.size and (int(q.min()) < low or int(q.max()) > -1 - low):
         raise CheckpointError(f"an integer does not fit {bits} bits; the checkpoint is damaged, download it again")
     return codecs.pack((np.ascontiguousarray(q).astype(np.int16) - low).astype(np.uint8), code_bits(bits))

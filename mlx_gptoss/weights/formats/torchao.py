@@ -345,7 +345,7 @@ def _blocks(
 def unswizzle(scale: Array, rows: int, groups: int) -> Array:
     """[rows, groups] of scales in the order of cuBLAS, [32 * tiles down, 16 * tiles across].
 
-    A tile of 128 rows and 4 groups is stored as 32 by 16: row r of it at r % 32, in the four columns from 4 * (r // 32).
+    A tile of 128 rows and 4 groups is stored as 32 by 16: row r of it at r % 32, in the columns from 4 * (r // 32).
     Tiles follow each other row by row.
     """
     down, across = -(-rows // 128), -(-groups // 4)
