@@ -58,7 +58,7 @@ IDS = np.random.default_rng(5).integers(2, base.CONFIG["vocab_size"], 20).tolist
 TOKENS = 4
 MAX_LOGIT_ERROR, MIN_MARGIN = 1e-4, 1e-3
 ROUNDING = 1e-6  # of products and sums in float32 in another order
-LAST_TRIED = " (last tried)"
+LAST_TRIED, NOT_INSTALLED = " (last tried)", "not installed"
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def judge_tool(name: str, folder: Path, cases: Sequence[str], say=print) -> Iter
     judge = load_judge(name)
     version = judge.version()
     if version is None:
-        yield f"{judge.NAME}: not installed"
+        yield f"{judge.NAME}: {NOT_INSTALLED}"
         return
     words = [sys.executable, str(Path(__file__)), "--make", name, str(folder), *cases]
     one_thread = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -272,7 +272,7 @@ def read_table(text: str) -> dict[tuple[str, str], Found]:
 
 
 def updated(text: str, found: Sequence[Found], whole: bool) -> str:
-    """The README with these rows in its table. whole: every tool was tried, so that rows without a result are marked."""
+    """The README with these rows in its table. whole: every tool was tried, so rows without a result are marked."""
     old, new = read_table(text), {(each.kind, each.tool): each for each in found}
     lines = [HEAD, "|---|---|---|---|---|---|---|"]
     for name, row in rows():
@@ -337,14 +337,16 @@ def main() -> int:
     found, failed = [], []
     with tempfile.TemporaryDirectory() as folder:
         work = options.keep or Path(folder)
+        say(f"the small model is in {work}; cases: {sum(map(len, chosen.values()))}")
         base.write_source(work / "source")
         for name, cases in chosen.items():
             for each in judge_tool(name, work, cases, say):
                 if isinstance(each, Found):
                     found.append(each)
-                else:
+                elif each.endswith(NOT_INSTALLED):
                     say(each)
-                    failed += [each] if "not installed" not in each else []
+                else:
+                    failed.append(each)
     text = README.read_text("utf-8")
     wrong = [
         f"{each.tool}, {each.kind}: {cell}"

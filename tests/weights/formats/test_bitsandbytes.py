@@ -1,4 +1,7 @@
-"""bitsandbytes' 4-bit checkpoints: values as bitsandbytes decodes them, in transformers' and in Unsloth's layout."""
+"""bitsandbytes' 4-bit checkpoints, in transformers' and in Unsloth's layout, from random codes.
+
+What bitsandbytes itself writes and decodes is compared by ../judge_tools.py.
+"""
 
 from __future__ import annotations
 
@@ -40,14 +43,6 @@ def own_encoder(weight, nested=True):
     return found | {".quant_state.bitsandbytes__nf4": text}, values
 
 
-def bitsandbytes_encoder(weight):
-    torch = pytest.importorskip("torch")
-    functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
-    codes, state = functional.quantize_4bit(torch.from_numpy(weight), quant_type="nf4", compress_statistics=True)
-    parts = {f".{name}": tensor.numpy() for name, tensor in state.as_dict(packed=True).items()}
-    return {"": codes.numpy(), **parts}, functional.dequantize_4bit(codes, state).numpy()
-
-
 def layout(encode, per_expert):
     """(stored tensors, the same in float32 as `bf16` has them)"""
     plain = family.random_tensors(EXPERTS)
@@ -71,10 +66,8 @@ def layout(encode, per_expert):
 
 
 @pytest.mark.parametrize("per_expert", [False, True], ids=["transformers", "unsloth"])
-@pytest.mark.parametrize("encode", [own_encoder, lambda w: own_encoder(w, nested=False), bitsandbytes_encoder])
+@pytest.mark.parametrize("encode", [own_encoder, lambda w: own_encoder(w, nested=False)])
 def test_values_and_logits(tmp_path, relative_error, encode, per_expert):
-    if encode is bitsandbytes_encoder and per_expert:
-        pytest.skip("bitsandbytes decodes rows shorter than a block wrongly on a CPU: twice the error of quantizing")
     stored, plain = layout(encode, per_expert)
     source = checkpoints.open(family.write_checkpoint(tmp_path / "bnb", CONFIG, stored))
     reference = checkpoints.open(family.write_checkpoint(tmp_path / "plain", CONFIG, plain))
