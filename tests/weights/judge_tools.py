@@ -58,7 +58,7 @@ IDS = np.random.default_rng(5).integers(2, base.CONFIG["vocab_size"], 20).tolist
 TOKENS = 4
 MAX_LOGIT_ERROR, MIN_MARGIN = 1e-4, 1e-3
 ROUNDING = 1e-6  # of products and sums in float32 in another order
-LAST_TRIED, NOT_INSTALLED = " (last tried)", "not installed"
+LAST_TRIED, NOT_INSTALLED, NOT_TRIED = " (last tried)", "not installed", "not tried yet"
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def judge_tool(name: str, folder: Path, cases: Sequence[str], say=print) -> Iter
         yield f"{judge.NAME}: {NOT_INSTALLED}"
         return
     words = [sys.executable, str(Path(__file__)), "--make", name, str(folder), *cases]
-    one_thread = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    one_thread = {"OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     with (folder / f"{name}.log").open("w") as log:
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | one_thread)
         for line in process.stdout:
