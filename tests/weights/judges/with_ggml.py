@@ -100,7 +100,8 @@ def _row(what: str, *kinds: str) -> base.Row:
 
 ROWS = (
     _row("", "MXFP4"),
-    _row("", "NVFP4", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "TQ2_0"),
+    _row("", "NVFP4", "Q8_0", "Q4_0", "Q4_1", "Q4_K"),
+    _row("", "TQ2_0"),
     _row("", "Q5_0", "Q5_1", "Q5_K"),
     _row("", "Q2_K", "Q3_K", "Q6_K", "IQ1_M", "IQ2_XS", "IQ2_S"),
     _row("", "IQ2_XXS", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS"),
