@@ -289,6 +289,8 @@ def updated(text: str, found: Sequence[Found], whole: bool) -> str:
             lines.append(
                 line.replace(f"{old[key].tool} {old[key].version}", marked, 1) if whole or was_marked else line
             )
+        else:
+            lines.append(Found(row.kind, key[1], "?", (NOT_TRIED, "", "", "", "")).line)
     before, rest = text.split(BEGIN)
     return "\n".join([before + BEGIN, "", *lines, "", END]) + rest.split(END)[1]
 
