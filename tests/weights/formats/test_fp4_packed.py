@@ -1,4 +1,7 @@
-"""The FP4 schemes of compressed-tensors, nvfp4-pack-quantized and mxfp4-pack-quantized, are read and run."""
+"""The FP4 schemes of compressed-tensors, nvfp4-pack-quantized and mxfp4-pack-quantized, are read and run.
+
+The values that compressed-tensors itself decodes are compared by ../judge_tools.py.
+"""
 
 from __future__ import annotations
 
