@@ -29,11 +29,11 @@ import numpy as np
 
 from ...errors import CheckpointError
 from ..params import Param
-from ..tensor import AFFINE, FP8_ROW, MXFP4, NVFP4, Array, Dense, Quantized, Spec, Weight
+from ..tensor import AFFINE, FP8_ROW, MXFP4, NVFP4, Array, Quantized, Spec, Weight
 from . import signed_ints
 from .base import FLOATS, CheckpointHeaders, ExpectedTensor, Format, GetTensor, Recipe, Source, Unit
-from .hf_layout import HF_DENSE, experts_prefix, fused_rows, hf_name
-from .per_expert import Modules, modules_source, quantization_config, same_float_dtype
+from .hf_layout import experts_prefix, fused_rows, hf_name
+from .per_expert import Modules, dense_experts_source, modules_source, quantization_config, same_float_dtype
 
 FAMILY = "quark"
 _READ_ONLY = "Quark's formats are read but not written; convert to mxfp4, fp8-dynamic or nvfp4"
@@ -57,12 +57,12 @@ class Quark(Format):
         if modules is None:
             return None
         if not param.is_matrix:
-            return _float_source(modules, "bias", param, headers) if param.role == "experts" else None
+            return dense_experts_source(modules, "bias", param, headers) if param.role == "experts" else None
         dtype = headers.dtype(f"{modules.first}.weight")
         if dtype is None:
             return None
         if dtype in FLOATS:
-            return _float_source(modules, "weight", param, headers) if param.role == "experts" else None
+            return dense_experts_source(modules, "weight", param, headers) if param.role == "experts" else None
         return replace(_matrix_source(modules, dtype, param, headers), note=_activations_note(headers))
 
     def units(self, target: str, params: Sequence[Param], dtypes: Mapping[str, str]) -> list[Unit]:
@@ -96,24 +96,6 @@ def _modules(param: Param, headers: CheckpointHeaders) -> Modules | None:
     return Modules(names, fused_rows(part))
 
 
-def _stored_rows(param: Param) -> int:
-    """The rows of a module's matrix: gate and up together."""
-    return param.shape[-2 if param.is_matrix else -1] * (
-        2 if param.kind.startswith(("experts.gate", "experts.up")) else 1
-    )
-
-
-def _float_source(modules: Modules, part: str, param: Param, headers: CheckpointHeaders) -> Source:
-    """Biases of experts [E, N], or their weights [E, N, K] where they are not quantized."""
-    shape = (_stored_rows(param), *param.shape[2:])
-    expected = modules.expected(part, same_float_dtype(headers, f"{modules.first}.{part}"), shape)
-
-    def load(get: GetTensor, modules: Modules) -> Weight:
-        return Dense(modules.read(get, part, lambda stored: stored[modules.rows]))
-
-    return modules_source(modules, HF_DENSE, None, expected, load)
-
-
 def _matrix_source(modules: Modules, dtype: str, param: Param, headers: CheckpointHeaders) -> Source:
     """A quantized matrix. Raises CheckpointError, with the reason, for a scheme that is not read."""
     for part, why in _REFUSED_PARTS.items():
@@ -132,19 +114,19 @@ def _matrix_source(modules: Modules, dtype: str, param: Param, headers: Checkpoi
 
 def _fp8_source(modules: Modules, param: Param, headers: CheckpointHeaders) -> Source:
     """e4m3 with a scale per row or per matrix."""
-    expected = _expected(modules, headers, ("F8_E4M3",), (_stored_rows(param), param.shape[-1]))
+    expected = _expected(modules, headers, ("F8_E4M3",), (modules.stored_rows(param), param.shape[-1]))
     expected += _expected_scale(modules, param, headers)
 
     def load(get: GetTensor, modules: Modules) -> Weight:
-        codes = modules.read(get, "weight", lambda stored: stored[modules.rows])
+        codes = modules.read(get, "weight")
         return Quantized(FP8_ROW, codes, outer=_row_scales(modules, get, param))
 
-    return modules_source(modules, FAMILY, FP8_ROW, expected, load, f"{modules.first}.weight_scale")
+    return modules_source(modules, FAMILY, FP8_ROW, expected, load, headers.dtype(f"{modules.first}.weight_scale"))
 
 
 def _fp4_source(modules: Modules, param: Param, headers: CheckpointHeaders) -> Source:
     """MXFP4, or NVFP4 with a second scale per matrix."""
-    rows, width, first = _stored_rows(param), param.shape[-1], modules.first
+    rows, width, first = modules.stored_rows(param), param.shape[-1], modules.first
     two_scales = headers.dtype(f"{first}.weight_scale") == "F8_E4M3"
     spec: Spec = NVFP4 if two_scales else MXFP4
     stored, groups = headers.shape(f"{first}.weight"), headers.shape(f"{first}.weight_scale")
@@ -159,7 +141,7 @@ def _fp4_source(modules: Modules, param: Param, headers: CheckpointHeaders) -> S
         expected += modules.expected("weight_scale_2", FLOATS, ())
 
     def load(get: GetTensor, modules: Modules) -> Weight:
-        codes, scale = (modules.read(get, p, lambda stored: stored[modules.rows]) for p in ("weight", "weight_scale"))
+        codes, scale = modules.read(get, "weight"), modules.read(get, "weight_scale")
         return Quantized(
             spec, codes, scale, outer=_row_scales(modules, get, param, "weight_scale_2") if two_scales else None
         )
@@ -170,12 +152,12 @@ def _fp4_source(modules: Modules, param: Param, headers: CheckpointHeaders) -> S
 def _int8_source(modules: Modules, param: Param, headers: CheckpointHeaders) -> Source:
     """int8 with a zero point and a scale per row or per matrix."""
     width = param.shape[-1]
-    expected = _expected(modules, headers, ("I8",), (_stored_rows(param), width))
+    expected = _expected(modules, headers, ("I8",), (modules.stored_rows(param), width))
     scales = _expected_scale(modules, param, headers)
     expected += [*scales, *modules.expected("weight_zero_point", ("I8",), scales[0].shape)]
 
     def load(get: GetTensor, modules: Modules) -> Weight:
-        codes = modules.read(get, "weight", lambda stored: stored[modules.rows])
+        codes = modules.read(get, "weight")
         zero = _row_scales(modules, get, param, "weight_zero_point")
         return signed_ints.from_rows(codes, zero, _row_scales(modules, get, param), 8)
 
@@ -199,7 +181,7 @@ def _expected(
 
 def _expected_scale(modules: Modules, param: Param, headers: CheckpointHeaders) -> list[ExpectedTensor]:
     """`.weight_scale` [] or [1] of the matrix, or [N] or [N, 1] of its rows."""
-    name, rows = f"{modules.first}.weight_scale", _stored_rows(param)
+    name, rows = f"{modules.first}.weight_scale", modules.stored_rows(param)
     shape = headers.shape(name)
     found = shape if shape in ((), (1,), (rows, 1)) and headers.has(name) else (rows,)
     return modules.expected("weight_scale", same_float_dtype(headers, name), found)
@@ -207,8 +189,8 @@ def _expected_scale(modules: Modules, param: Param, headers: CheckpointHeaders) 
 
 def _row_scales(modules: Modules, get: GetTensor, param: Param, part: str = "weight_scale") -> Array:
     """[..., N, 1] of a scale per row or per matrix."""
-    rows = _stored_rows(param)
-    return modules.read(get, part, lambda s: np.broadcast_to(s.reshape(-1, 1), (rows, 1))[modules.rows])
+    rows = modules.stored_rows(param)
+    return modules.read(get, part, lambda s: np.broadcast_to(s.reshape(-1, 1), (rows, 1)))
 
 
 def _activations_note(headers: CheckpointHeaders) -> str:
