@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="torch is not installed (pip install 'mlx-gptoss[cuda]')")
+pytest.importorskip("torch", reason="torch is not installed (pip install 'mlx-gptoss[cuda]')")
 
+import torch
 from torch.overrides import TorchFunctionMode
 
 from mlx_gptoss.backends import cuda
