@@ -150,6 +150,18 @@ def with_tile(tile: Tile | None) -> Iterator[None]:
         tiles.linear_tile, tiles.grouped_tile, tiles.down_one_token_tile = kept
 
 
+@contextmanager
+def with_stages(stages: int) -> Iterator[None]:
+    """Use the tiles in use, but with another number of pipeline stages."""
+    kept = tiles.linear_tile, tiles.grouped_tile, tiles.down_one_token_tile
+    chosen = [lambda *args, choose=choose: replace(choose(*args), num_stages=stages) for choose in kept]
+    tiles.linear_tile, tiles.grouped_tile, tiles.down_one_token_tile = chosen
+    try:
+        yield
+    finally:
+        tiles.linear_tile, tiles.grouped_tile, tiles.down_one_token_tile = kept
+
+
 def timed(run: Callable[[], None], device: torch.device) -> float:
     """Median seconds of a call, from the GPU's own clock if there is one."""
     seconds = []
