@@ -211,15 +211,11 @@ def draw(results: Sequence[Result], path: Path) -> None:
     """Speeds beside what the bytes allow, and the kernels of a step."""
     import matplotlib.pyplot as plt
 
-    speeds = [
-        (f"{r.stage.removeprefix('speed ')}, batch {m['batch']}, {m['context']} before", m)
-        for r in results
-        for m in measurements(r)
-    ]
+    speeds = [(r.stage.removeprefix("speed "), m) for r in results for m in measurements(r)]
     profiles = [found for r in results if r.stage == "profile" for found in r.found]
     figure, axes = plt.subplots(1 + len(profiles), 1, figsize=(10, 3 + 3 * len(profiles)), squeeze=False)
     rows = axes[:, 0]
-    names = [name for name, _ in speeds]
+    names = [f"{name}, batch {m['batch']}, {m['context']} before" for name, m in speeds]
     rows[0].barh(names, [m["decode_tok_s"] for _, m in speeds], color="#4a7ebb")
     rows[0].set_xlabel("decoded tokens per second")
     rows[0].invert_yaxis()

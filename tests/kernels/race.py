@@ -1,9 +1,9 @@
 """Compute the same products again and again: `python tests/kernels/race.py [--runs 200] [--format mxfp4 ...]`.
 
 Triton's kernels here add in a fixed order, so every run must give the same bits, and so must a kernel whose loads are
-not pipelined (one stage). A difference is a race in the machine code (sass.py) or a fault of the device. Prints one JSON
-object for each case: runs, how many of them differed from the first, and how many values differ with one stage.
-Ends with 1 if anything differed.
+not pipelined (one stage). A difference is a race in the machine code (sass.py) or a fault of the device. Prints a JSON
+object for each case: runs, how many of them differed from the first, and how many values differ with one stage. Ends
+with 1 if anything differed.
 """
 
 from __future__ import annotations
