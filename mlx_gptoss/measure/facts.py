@@ -18,7 +18,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..backends import NVIDIA_DRIVER
 from ..loading.hub import cache_folder
 from ..loading.memory import gigabytes
 from ..machine import cores, system_available
@@ -33,6 +32,7 @@ SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")  # in the name of a variable who
 CREDENTIALS = re.compile(r"//[^/\s]*@")  # of an address
 FILES = 1024  # open files that a busy server needs
 DISK = 15 << 30  # bytes: gpt-oss-20b as published and room to work
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # its version, where the driver shows it
 GOOD_SHARE = 30.0  # percent of the bound by bytes, of a GPU's decode step
 
 
@@ -67,8 +67,8 @@ def facts(machine: Machine) -> dict[str, Any]:
     if sys.platform == "darwin":
         found["iogpu.wired_limit_mb"] = _number(_command("sysctl", "-n", "iogpu.wired_limit_mb"))
         found["rosetta"] = _command("sysctl", "-n", "sysctl.proc_translated") == "1"
-    elif NVIDIA_DRIVER[0].exists():
-        found["nvidia_driver"] = NVIDIA_DRIVER[0].read_text().splitlines()[0]
+    elif NVIDIA_DRIVER.exists():
+        found["nvidia_driver"] = NVIDIA_DRIVER.read_text().splitlines()[0]
     return found
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...config import ModelConfig
+from .transfer import to_device
 
 GROWTH = 256  # full layers grow by multiples of this many tokens
 
@@ -42,8 +43,8 @@ class Span:
         device: torch.device,
         adapters: Sequence[tuple[int, list[bool] | None]] = (),
     ) -> Span:
-        offsets = torch.tensor(starts, dtype=torch.int64, device=device)
-        uses = [(index, None if rows is None else torch.tensor(rows, device=device)) for index, rows in adapters]
+        offsets = to_device(torch.tensor(starts, dtype=torch.int64), device)
+        uses = [(index, None if rows is None else to_device(torch.tensor(rows), device)) for index, rows in adapters]
         return Span(tuple(slots), tuple(starts), length, offsets, tuple(uses))
 
     @property
@@ -242,7 +243,7 @@ class Cache:
 
 
 def _indices(span: Span) -> Tensor:
-    return torch.tensor(span.slots, device=span.offsets.device)
+    return to_device(torch.tensor(span.slots), span.offsets.device)
 
 
 def _slot_index(span: Span) -> slice | Tensor:
