@@ -49,7 +49,7 @@ class DenseMatrix:
     weight: mx.array
 
     def matmul(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
-        """x [..., D] -> [..., N]"""
+        """x [..., D], bias [N] or [..., N] -> [..., N]"""
         if self.weight.dtype == x.dtype:
             return x @ self.weight.T if bias is None else mx.addmm(bias, x, self.weight.T)
         rows = max(1, UPCAST_ELEMENTS // self.weight.shape[-1])
@@ -96,7 +96,7 @@ class QuantizedMatrix:
     spec: Spec
 
     def matmul(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
-        """x [..., D] -> [..., N]"""
+        """x [..., D], bias [N] or [..., N] -> [..., N]"""
         y = mx.quantized_matmul(x, self.codes, self.scales, self.biases, transpose=True, **self._format)
         y = (y if self.outer is None else y * self.outer).astype(x.dtype)
         return y if bias is None else y + bias
@@ -167,10 +167,14 @@ class Linear:
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., D] -> [..., N]"""
+        return self.plus(self.bias, x)
+
+    def plus(self, base: mx.array | None, x: mx.array) -> mx.array:
+        """base + the product with x, without the bias. base [N] or [..., N], x [..., D] -> [..., N]"""
         if len(self.matrices) == 1:
-            return self.matrices[0].matmul(x, self.bias)
+            return self.matrices[0].matmul(x, base)
         y = _side_by_side(self.matrices, self.streams, lambda matrix: matrix.matmul(x))
-        return y if self.bias is None else y + self.bias
+        return y if base is None else y + base
 
 
 @dataclass(frozen=True)

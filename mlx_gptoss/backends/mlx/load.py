@@ -98,7 +98,6 @@ def _block(loader: _WeightLoader, config: ModelConfig, layer: int, rotary: Rotar
         out=loader.linear([f"{prefix}.attention.o"]),
         sinks=loader.vector(f"{prefix}.attention.sinks"),
         rotary=rotary,
-        elementwise=loader.elementwise,
         ranks=loader.ranks,
         attend=loader.attend,
         max_scores=loader.max_scores,

@@ -15,7 +15,7 @@ import mlx.core as mx
 from ...config import ModelConfig
 from .adapters import LowRank, add_experts, add_linear
 from .cache import Cache, FullCache, LayerCache, QuantizedKV, RingCache, Span
-from .elementwise import Elementwise
+from .elementwise import Elementwise, by_expert
 from .layers import Attend, ExpertLinear, Linear, MappedRows, Matrix
 from .ranks import Ranks
 
@@ -53,15 +53,14 @@ class Attention:
     out: Linear
     sinks: mx.array
     rotary: Rotary
-    elementwise: Elementwise
     ranks: Ranks
     attend: Attend
     max_scores: int | None
     qkv_adapters: tuple[LowRank | None, ...] = ()
     out_adapters: tuple[LowRank | None, ...] = ()
 
-    def __call__(self, x: mx.array, residual: mx.array, cache: LayerCache, span: Span) -> mx.array:
-        """x, residual [B, L, D] -> residual + attention of x, [B, L, D]"""
+    def __call__(self, x: mx.array, base: mx.array, cache: LayerCache, span: Span) -> mx.array:
+        """x [B, L, D], and the residual plus out.bias, [B, L, D] -> residual + attention of x, [B, L, D]"""
         B, L, _ = x.shape
         q, kv = self._rotated(add_linear(self.qkv(x), x, self.qkv_adapters, span), span)
         if isinstance(cache, RingCache) and 1 + cache.slack < L:
@@ -76,8 +75,9 @@ class Attention:
             else:
                 y = self._attend(q, *cached, mask)
         heads = y.swapaxes(1, 2).reshape(B, L, self.config.q_size)
-        y = add_linear(replace(self.out, bias=None)(heads), heads, self.out_adapters, span)
-        return self.elementwise.add(self.ranks.sum(y), self.out.bias, residual)
+        if self.ranks.alone:
+            return add_linear(self.out.plus(base, heads), heads, self.out_adapters, span)
+        return base + self.ranks.sum(add_linear(self.out.plus(None, heads), heads, self.out_adapters, span))
 
     def _rotated(self, x: mx.array, span: Span) -> tuple[mx.array, mx.array]:
         """x [B, L, (H + 2 K) * 64] -> queries [B, H, L, 64]; keys and values [2, B, K, L, 64]"""
@@ -186,37 +186,51 @@ class MixtureOfExperts:
     gate_up_adapters: tuple[LowRank | None, ...] = ()
     down_adapters: tuple[LowRank | None, ...] = ()
 
-    def __call__(self, x: mx.array, residual: mx.array, span: Span) -> mx.array:
-        """x, residual [B, L, D] -> residual + the experts' outputs for x, [B, L, D]"""
+    def __call__(
+        self, x: mx.array, residual: mx.array, span: Span, next_bias: mx.array | None
+    ) -> tuple[mx.array, mx.array | None]:
+        """x, residual [B, L, D] -> residual + the experts' outputs for x, and the same plus next_bias [D] if there is
+        one, [B, L, D] each"""
         shape, D = x.shape, x.shape[-1]
-        x = x.reshape(-1, D)
-        chosen, weights = self._route(x, span)  # [T, A] each
+        x, residual = x.reshape(-1, D), residual.reshape(-1, 1, D)
+        chosen, logits = self._route(x, span)  # [T, A] each
+        few = chosen.size < self.min_pairs_to_sort
+        if few and self.ranks.alone:
+            outputs, bias = self._unsorted(x, chosen, span)
+            y, base = self.elementwise.combine_chosen(residual, outputs, bias, logits, next_bias)
+            return y.reshape(shape), None if base is None else base.reshape(shape)
+        weights = mx.softmax(logits, axis=-1, precise=True)
         experts, weights = self.ranks.local_experts(chosen, weights, self.own)
-        if chosen.size >= self.min_pairs_to_sort:
-            y, bias = self._sorted(x, chosen, span), self.bias[:, -D:][experts]  # [T, A, D] each
+        if few:
+            outputs, bias = self._unsorted(x, experts, span)
         else:
-            bias = self.bias[experts]
-            tokens, pairs, each = span.tokens[: len(x)], span.pairs[: len(x)], x[:, None, None]
-            y = self.gate_up(each, experts, tokens)
-            y = add_experts(y, each, self.gate_up_adapters, span, experts, tokens, pairs)
-            hidden = self._swiglu(y, bias[..., None, :-D])
-            y = self.down(hidden, experts, pairs)
-            y = add_experts(y, hidden, self.down_adapters, span, experts, pairs, pairs).squeeze(-2)
-            bias = bias[..., -D:]
-        parts = [[a[:, i] for i in range(a.shape[1])] for a in (y, bias, weights[..., None])]
-        residual = residual.reshape(-1, D)
+            outputs, bias = self._sorted(x, chosen, span), self.bias[:, -D:][experts]
+        parts = by_expert(outputs, bias, weights[..., None])
         if self.ranks.alone:
-            return self.elementwise.combine(residual, *parts).reshape(shape)
-        y = self.ranks.sum(self.elementwise.combine(mx.zeros_like(residual), *parts))
-        return (residual + y).reshape(shape)
+            y = self.elementwise.combine(residual, *parts).reshape(shape)
+        else:
+            y = self.ranks.sum(self.elementwise.combine(mx.zeros_like(residual), *parts))
+            y = (residual + y).reshape(shape)
+        return y, None if next_bias is None else y + next_bias
 
     def _route(self, x: mx.array, span: Span) -> tuple[mx.array, mx.array]:
-        """Softmax over the A largest router logits, in float32."""
+        """The A experts with the largest router logits, and these logits, [T, A] each."""
         active = self.config.num_experts_per_tok
         logits = add_linear(self.router(x), x, self.router_adapters, span)  # [T, E]
         experts = mx.argpartition(logits, kth=-active, axis=-1)[..., -active:]
-        weights = mx.softmax(mx.take_along_axis(logits, experts, axis=-1), axis=-1, precise=True)
-        return experts, weights
+        return experts, mx.take_along_axis(logits, experts, axis=-1)
+
+    def _unsorted(self, x: mx.array, experts: mx.array, span: Span) -> tuple[mx.array, mx.array]:
+        """The outputs of each token's experts [T, A] without biases, and their biases, [T, A, D] each."""
+        D = x.shape[-1]
+        bias = self.bias[experts]
+        tokens, pairs, each = span.tokens[: len(x)], span.pairs[: len(x)], x[:, None, None]
+        y = self.gate_up(each, experts, tokens)
+        y = add_experts(y, each, self.gate_up_adapters, span, experts, tokens, pairs)
+        hidden = self._swiglu(y, bias[..., None, :-D])
+        y = self.down(hidden, experts, pairs)
+        y = add_experts(y, hidden, self.down_adapters, span, experts, pairs, pairs)
+        return y.squeeze(-2), bias[..., -D:]
 
     def _sorted(self, x: mx.array, chosen: mx.array, span: Span) -> mx.array:
         """The experts' outputs without biases, [T, A, D], computed with the T * A pairs sorted by expert, so that each
@@ -252,14 +266,15 @@ class Block:
     mlp_norm: mx.array
     mlp: MixtureOfExperts
 
-    def attend(self, x: mx.array, cache: LayerCache, span: Span, last: int) -> mx.array:
-        """x [B, L, D] -> [B, last, D], of the last positions"""
+    def attend(self, x: mx.array, base: mx.array | None, cache: LayerCache, span: Span, last: int) -> mx.array:
+        """x [B, L, D], and x plus the bias of the output projection unless it is not yet computed -> [B, last, D], of
+        the last positions"""
         normed = mx.fast.rms_norm(x, self.attention_norm, self.config.rms_norm_eps)
-        return self.attention(normed, x, cache, span)[:, -last:]
+        return self.attention(normed, x + self.attention.out.bias if base is None else base, cache, span)[:, -last:]
 
-    def mix(self, x: mx.array, span: Span) -> mx.array:
-        """x [B, L, D] -> the same shape, through the experts"""
-        return self.mlp(mx.fast.rms_norm(x, self.mlp_norm, self.config.rms_norm_eps), x, span)
+    def mix(self, x: mx.array, span: Span, next_bias: mx.array | None) -> tuple[mx.array, mx.array | None]:
+        """x [B, L, D] -> the same shape, through the experts; and the same plus next_bias"""
+        return self.mlp(mx.fast.rms_norm(x, self.mlp_norm, self.config.rms_norm_eps), x, span, next_bias)
 
 
 @dataclass(frozen=True)
@@ -285,12 +300,14 @@ class GptOss:
     def run(self, stages: range, x: mx.array, cache: Cache, span: Span, last: int) -> mx.array:
         """x [B, L, D] through consecutive stages: stage 2 n is the attention of layer n, stage 2 n + 1 its experts.
         Returns [B, L, D], or [B, last, D] after the last layer."""
+        base = None  # x plus the bias of the next attention's output projection
         for stage in stages:
             block, layer_cache = self.blocks[stage // 2], cache.layers[stage // 2]
             if stage % 2:
-                x = block.mix(x, span)
+                following = self.blocks[stage // 2 + 1].attention.out if stage + 1 in stages else None
+                x, base = block.mix(x, span, None if following is None else following.bias)
             else:
-                x = block.attend(x, layer_cache, span, last if block is self.blocks[-1] else span.length)
+                x = block.attend(x, base, layer_cache, span, last if block is self.blocks[-1] else span.length)
         return x
 
     def logits(self, x: mx.array) -> mx.array:

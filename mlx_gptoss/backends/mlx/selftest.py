@@ -62,8 +62,8 @@ class Given(Linear):
 class Identity(Linear):
     """A layer that returns its input."""
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return x
+    def plus(self, base: mx.array | None, x: mx.array) -> mx.array:
+        return x if base is None else x + base
 
 
 class Kernels:
@@ -130,7 +130,7 @@ class Kernels:
             )
             span = Span.of(self.config, [0], [0], len(x))
             tokens = self._array(x)[None]
-            return self._run(lambda: layer(tokens, mx.zeros_like(tokens), span)[0])
+            return self._run(lambda: layer(tokens, mx.zeros_like(tokens), span, None)[0][0])
 
         return run
 
@@ -184,7 +184,6 @@ class Kernels:
                 Identity((), mx.zeros(self.config.q_size, dtype=self._dtype)),
                 self._array(sinks),
                 self._rotary,
-                self._elementwise,
                 self._ranks,
                 loader.attend,
                 loader.max_scores,
