@@ -151,7 +151,7 @@ MLX_FAULTS = {
     ),
     "keys in 8 bits, off by a tenth": (
         "attention, 8-bit K/V",
-        replaced("cache", "_pack", lambda f: lambda kv: f(kv * 0.8)),
+        replaced("cache", "pack", lambda f: lambda kv: f(kv * 0.8)),
     ),
     "a grammar's mask ignored": ("sampler, likeliest token", replaced("sample", "_mask", lambda f: lambda x, masks: x)),
     "one noise for all rows": ("sampler, random draws", one_noise_for_all),

@@ -65,6 +65,21 @@ def combine_chosen_fused(
     return base - next_bias, base
 
 
+def weights(ranked: mx.array, top: mx.array, temperature: mx.array, ranks: mx.array, top_k: mx.array) -> mx.array:
+    """Probabilities up to a factor, [B, n]: of logits ranked [B, n], largest first, over temperature [B, 1]. 0 from
+    rank top_k [B, 1] on. top [B, 1]: the largest; ranks [n]: 0, 1, ..."""
+    return mx.where(ranks < top_k, mx.exp((ranked - top) / temperature), 0.0)
+
+
+def nucleus(
+    ranked: mx.array, weights: mx.array, sums: mx.array, ranks: mx.array, top_k: mx.array, top_p: mx.array
+) -> mx.array:
+    """ranked [B, n], with -inf from rank top_k [B, 1] on, and where the weights before add up to top_p [B, 1] of all.
+    sums: cumulative weights [B, n]."""
+    kept = (sums - weights < top_p * sums[:, -1:]) | (top_p >= 1.0)
+    return mx.where(kept & (ranks < top_k), ranked, -mx.inf)
+
+
 def by_expert(*arrays: mx.array) -> list[list[mx.array]]:
     """Arrays [T, A, ...] as A views [T, 1, ...] each."""
     return [list(mx.split(array, array.shape[1], axis=1)) for array in arrays]
@@ -94,6 +109,8 @@ class Elementwise:
     swiglu: Callable[..., mx.array] = swiglu
     combine: Callable[..., mx.array] = combine
     combine_chosen: Callable[..., tuple[mx.array, mx.array | None]] = combine_chosen
+    weights: Callable[..., mx.array] = weights
+    nucleus: Callable[..., mx.array] = nucleus
     add_gumbel_noise: Callable[..., mx.array] = add_gumbel_noise
 
 
@@ -107,5 +124,7 @@ def compiled() -> Elementwise:
         swiglu=mx.compile(swiglu, shapeless=True),
         combine=mx.compile(combine, shapeless=True),
         combine_chosen=mx.compile(combine_chosen_fused),
+        weights=mx.compile(weights),
+        nucleus=mx.compile(nucleus),
         add_gumbel_noise=mx.compile(add_gumbel_noise),
     )

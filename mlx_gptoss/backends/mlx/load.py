@@ -39,7 +39,9 @@ from .ranks import Ranks
 from .streams import CpuStreams
 
 UNIT_E8M0 = 127  # the e8m0 byte for 2^0
-MIN_PAIRS_TO_SORT = 64  # token-expert pairs from which sorting by expert is faster: each expert is then read once
+# Token-expert pairs from which sorting by expert is faster, because each expert is then read once: on a CPU, and for
+# each expert of the layer on a GPU. With fewer for an expert, MLX reads it for every pair, sorted or not.
+MIN_PAIRS_TO_SORT, MIN_PAIRS_PER_EXPERT = 64, 4
 MIN_BYTES_TO_SPLIT = 4 << 20  # bytes of a matrix from which several streams are faster than one
 
 
@@ -77,7 +79,9 @@ def load_model(
     frequencies = mx.array((1.0 / yarn_frequencies(config.yarn, config.head_dim)).astype(np.float32))
     rotary = Rotary(frequencies, config.head_dim**-0.5 * config.yarn.concentration**2)
     blocks = tuple(_block(loader, config, layer, rotary) for layer in range(config.num_hidden_layers))
-    return GptOss(config, dtype, embed, blocks, loader.vector("norm.weight"), lm_head, rest, elementwise, loader.ranks)
+    mask_heads = 1 if on_cpu else config.num_attention_heads
+    norm = loader.vector("norm.weight")
+    return GptOss(config, dtype, embed, blocks, norm, lm_head, rest, mask_heads, elementwise, loader.ranks)
 
 
 def _split_lm_head(weight: Weight, resident: int) -> tuple[Linear, Callable[[], Linear] | None]:
@@ -101,6 +105,7 @@ def _block(loader: _WeightLoader, config: ModelConfig, layer: int, rotary: Rotar
         ranks=loader.ranks,
         attend=loader.attend,
         max_scores=loader.max_scores,
+        packed_by_row=not loader.on_cpu,
         qkv_adapters=loader.low_rank([f"{prefix}.attention.{part}" for part in "qkv"]),
         out_adapters=loader.low_rank([f"{prefix}.attention.o"]),
     )
@@ -113,7 +118,7 @@ def _block(loader: _WeightLoader, config: ModelConfig, layer: int, rotary: Rotar
         own=loader.ranks.shard.of_experts(config.experts[layer]),
         elementwise=loader.elementwise,
         ranks=loader.ranks,
-        min_pairs_to_sort=loader.min_pairs_to_sort,
+        min_pairs_to_sort=loader.min_pairs_to_sort(config.experts[layer]),
         router_adapters=loader.low_rank([f"{prefix}.router"]),
         gate_up_adapters=loader.low_rank([f"{prefix}.experts.gate", f"{prefix}.experts.up"]),
         down_adapters=loader.low_rank([f"{prefix}.experts.down"]),
@@ -145,16 +150,21 @@ class _WeightLoader:
         self._adapters = adapters
         self.elementwise = elementwise
         self.ranks = ranks
-        # On a CPU a rank always sorts: waiting for the router costs nothing there, computing other ranks' pairs does.
-        self.min_pairs_to_sort = MIN_PAIRS_TO_SORT if ranks.alone or not on_cpu else 1
         self._upcast = upcast
         self._cpu_streams = streams
-        self._on_cpu = on_cpu
+        self.on_cpu = on_cpu
         self._by_host = host.enabled(on_cpu=on_cpu, dtype=dtype)
         self.attend = host.attend if self._by_host else fused
         self.max_scores = None if self._by_host else max_scores
         self._checkpoint = checkpoint
         self._dtype = dtype
+
+    def min_pairs_to_sort(self, experts: int) -> int:
+        """As of MixtureOfExperts, for a layer with so many experts on all ranks."""
+        if not self.on_cpu:
+            return MIN_PAIRS_PER_EXPERT * experts
+        # A rank always sorts: waiting for the router costs nothing here, computing other ranks' pairs does.
+        return MIN_PAIRS_TO_SORT if self.ranks.alone else 1
 
     def vector(self, name: str) -> mx.array:
         """Norms and sinks, in the activation dtype."""
@@ -197,7 +207,7 @@ class _WeightLoader:
         weights = [self._checkpoint.read(name) for name in names]
         size = sum(weight.nbytes for weight in weights)
         by_blas = self._by_host and isinstance(weights[0], Dense)
-        if not self._on_cpu or by_blas or size < MIN_BYTES_TO_SPLIT or not same_storage(weights):
+        if not self.on_cpu or by_blas or size < MIN_BYTES_TO_SPLIT or not same_storage(weights):
             return self._matrices(names), ()
         matrices = tuple(fuse(part) for part in split_rows(weights, len(self._streams)))
         self._materialize(matrices)

@@ -14,12 +14,15 @@ import mlx.core as mx
 
 from ...config import ModelConfig
 from .adapters import LowRank, add_experts, add_linear
-from .cache import Cache, FullCache, LayerCache, QuantizedKV, RingCache, Span
+from .cache import Cache, FullCache, LayerCache, RingCache, Span
 from .elementwise import Elementwise, by_expert
 from .layers import Attend, ExpertLinear, Linear, MappedRows, Matrix
+from .quantized_kv import QuantizedKV
 from .ranks import Ranks
 
 MAX_PACKED_QUERIES = 8  # queries; with more, decoding an 8-bit cache first costs less than products with its codes
+# MLX fuses attention on Metal for up to 32 queries of a KV head in one kernel, and for more than 8 tokens in another.
+VECTOR_QUERIES, MATRIX_TOKENS = 32, 9
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Attention:
     """qkv: D -> (H + 2 K) * 64; out: H * 64 -> D; sinks [H] in the activation dtype. H and K are this rank's.
 
     attend: layers.fused, or a function that replaces it. max_scores: maximum attention scores, H * queries * keys,
-    that a full-attention layer computes at once; None if the memory of `attend` does not depend on their number.
+    that a full-attention layer computes at once; None if `attend` itself bounds them. packed_by_row: an 8-bit cache is
+    read by products of one row (QuantizedKV.weighted), and decoded first for several tokens.
     qkv_adapters, out_adapters: what each adapter adds to qkv and out.
     """
 
@@ -56,6 +60,7 @@ class Attention:
     ranks: Ranks
     attend: Attend
     max_scores: int | None
+    packed_by_row: bool = False
     qkv_adapters: tuple[LowRank | None, ...] = ()
     out_adapters: tuple[LowRank | None, ...] = ()
 
@@ -116,12 +121,10 @@ class Attention:
     def _within_window(self, q: mx.array, keys: mx.array, values: mx.array, window: int) -> mx.array:
         """Sliding attention of at most W queries over P past keys and their own, with as many queries at a time as
         max_scores allows: a window may be long (8192 in gpt-oss-puzzle)."""
-        _, H, L, _ = q.shape
+        L = q.shape[2]
         P = keys.shape[2] - L
-        rows = L if self.max_scores is None else max(1, self.max_scores // (H * keys.shape[2]))
         parts = []
-        for first in range(0, L, rows):
-            end = min(first + rows, L)
+        for first, end in self._query_blocks(L, keys.shape[2]):
             start = max(0, P + first - window + 1)  # the oldest key that any of these queries sees
             i, j = mx.arange(P + first, P + end)[:, None], mx.arange(start, P + end)[None, :]
             mask = ((j > i - window) & (j <= i))[None, None]
@@ -131,22 +134,34 @@ class Attention:
 
     def _causal(self, q: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         """Causal attention of one slot's last L positions, with as many queries at a time as max_scores allows."""
-        _, H, L, _ = q.shape
+        L = q.shape[2]
         start = keys.shape[2] - L
-        rows = L if self.max_scores is None else max(1, self.max_scores // (H * keys.shape[2]))
         parts = [
-            self._attend(
-                q[:, :, i : i + rows], keys[:, :, : start + i + rows], values[:, :, : start + i + rows], "causal"
-            )
-            for i in range(0, L, rows)
+            self._attend(q[:, :, first:end], keys[:, :, : start + end], values[:, :, : start + end], "causal")
+            for first, end in self._query_blocks(L, keys.shape[2])
         ]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
+    def _query_blocks(self, queries: int, keys: int) -> list[tuple[int, int]]:
+        """(first, end) of the tokens that attend at once: as many as max_scores allows, and a number that MLX fuses."""
+        if self.max_scores is None:
+            return [(0, queries)]
+        heads = self.config.num_attention_heads
+        most = max(1, self.max_scores // (heads * keys))
+        vector = max(1, VECTOR_QUERIES // (heads // self.config.num_key_value_heads))
+        blocks, first = [], 0
+        while first < queries:
+            rows = min(most, queries - first)
+            blocks.append((first, first + (rows if rows >= MATRIX_TOKENS else min(rows, vector))))
+            first = blocks[-1][1]
+        return blocks
 
     def _attend_quantized(self, q: mx.array, cached: QuantizedKV, mask: mx.array | None) -> mx.array:
         """Attention over keys and values in 8 bits. For few queries, scores are products with the codes; for a prompt,
         decoding first costs less."""
         B, H, L, dim = q.shape
-        if L > MAX_PACKED_QUERIES:
+        most = 1 if self.packed_by_row else MAX_PACKED_QUERIES
+        if most < L:
             return self._causal(q, *cached.dequantized(q.dtype))
         grouped = (B, self.config.num_key_value_heads, -1)
         scores = cached.scores((q.astype(mx.float32) * self.rotary.score_scale).reshape(*grouped, dim))
@@ -159,7 +174,7 @@ class Attention:
         # The sink is one more score in the denominator.
         sinks = self.sinks.astype(mx.float32)[:, None, None]
         weights = mx.exp(scores - mx.logaddexp(mx.logsumexp(scores, axis=-1, keepdims=True), sinks))
-        y = cached.weighted(weights.reshape(*grouped, scores.shape[-1]))
+        y = cached.weighted(weights.reshape(*grouped, scores.shape[-1]), by_row=self.packed_by_row)
         return y.reshape(B, H, L, dim).astype(q.dtype)
 
     def _attend(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None) -> mx.array:
@@ -270,7 +285,9 @@ class Block:
         """x [B, L, D], and x plus the bias of the output projection unless it is not yet computed -> [B, last, D], of
         the last positions"""
         normed = mx.fast.rms_norm(x, self.attention_norm, self.config.rms_norm_eps)
-        return self.attention(normed, x + self.attention.out.bias if base is None else base, cache, span)[:, -last:]
+        if base is None:
+            base = x if self.attention.out.bias is None else x + self.attention.out.bias
+        return self.attention(normed, base, cache, span)[:, -last:]
 
     def mix(self, x: mx.array, span: Span, next_bias: mx.array | None) -> tuple[mx.array, mx.array | None]:
         """x [B, L, D] -> the same shape, through the experts; and the same plus next_bias"""
@@ -280,7 +297,7 @@ class Block:
 @dataclass(frozen=True)
 class GptOss:
     """One loaded model. dtype: of activations and KV cache. load_rest: loads the rows of lm_head that are not resident
-    (Limits.resident_vocab); None if all are."""
+    (Limits.resident_vocab); None if all are. mask_heads: as of Span.of."""
 
     config: ModelConfig
     dtype: mx.Dtype
@@ -289,6 +306,7 @@ class GptOss:
     norm: mx.array
     lm_head: Linear
     load_rest: Callable[[], Linear] | None
+    mask_heads: int
     elementwise: Elementwise
     ranks: Ranks
 
