@@ -14,6 +14,7 @@ from ...weights.split import RankShard
 from ...weights.tensor import Weights
 from ..base import Limits
 from .elementwise import UNCOMPILED, compiled
+from .layers import takes_global_scale
 from .load import load_model
 from .ranks import Ranks
 from .runner import MlxRunner
@@ -54,6 +55,7 @@ def load(
                 ranks=None if shard is None else Ranks.join(shard),
                 streams=streams,
                 adapters=adapters,
+                global_scales=gpu and takes_global_scale(),
             )
             return MlxRunner(model, limits, where, streams)
     except BaseException:

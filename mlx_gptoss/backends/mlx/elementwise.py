@@ -23,6 +23,12 @@ def swiglu(
     return gate * mx.sigmoid(alpha * gate) * (up + 1)
 
 
+def finish(y: mx.array, outer: mx.array | None, base: mx.array | None, dtype: str) -> mx.array:
+    """y * outer + base in `dtype`, by its name in mlx.core: what is left of a product with a quantized matrix."""
+    y = y if outer is None else y * outer
+    return (y if base is None else y + base).astype(getattr(mx, dtype))
+
+
 def combine(
     residual: mx.array, outputs: Sequence[mx.array], biases: Sequence[mx.array], weights: Sequence[mx.array]
 ) -> mx.array:
@@ -107,6 +113,7 @@ class Elementwise:
     """The functions above, as the device runs them."""
 
     swiglu: Callable[..., mx.array] = swiglu
+    finish: Callable[..., mx.array] = finish
     combine: Callable[..., mx.array] = combine
     combine_chosen: Callable[..., tuple[mx.array, mx.array | None]] = combine_chosen
     weights: Callable[..., mx.array] = weights
@@ -122,6 +129,7 @@ def compiled() -> Elementwise:
     no new compilation."""
     return Elementwise(
         swiglu=mx.compile(swiglu, shapeless=True),
+        finish=mx.compile(finish, shapeless=True),
         combine=mx.compile(combine, shapeless=True),
         combine_chosen=mx.compile(combine_chosen_fused),
         weights=mx.compile(weights),
