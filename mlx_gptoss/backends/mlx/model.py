@@ -79,7 +79,7 @@ class Attention:
                 y = self._causal(q, *cached)
             else:
                 y = self._attend(q, *cached, mask)
-        heads = y.swapaxes(1, 2).reshape(B, L, self.config.q_size)
+        heads = (y if L == 1 else y.swapaxes(1, 2)).reshape(B, L, self.config.q_size)
         if self.ranks.alone:
             return add_linear(self.out.plus(base, heads), heads, self.out_adapters, span)
         return base + self.ranks.sum(add_linear(self.out.plus(None, heads), heads, self.out_adapters, span))
@@ -89,8 +89,9 @@ class Attention:
         B, L, _ = x.shape
         H, K, dim = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
         if L == 1:  # all heads in one launch; values are rotated by 0
-            x = self.rotary(x.reshape(-1, 1, 1, dim), span.rotations).reshape(B, H + 2 * K, dim)
-            return x[:, :H, None], x[:, H:].reshape(B, 2, K, 1, dim).swapaxes(0, 1)
+            x = self.rotary(x.reshape(-1, 1, 1, dim), span.rotations).reshape(B, H + 2 * K, 1, dim)
+            q, kv = mx.split(x, [H], axis=1)
+            return q, kv.reshape(2, 1, K, 1, dim) if B == 1 else kv.reshape(B, 2, K, 1, dim).swapaxes(0, 1)
         x = x.reshape(B, L, H + 2 * K, dim).swapaxes(1, 2)  # [B, H + 2 K, L, 64]
         qk = self.rotary(x[:, : H + K], span.offsets)
         return qk[:, :H], mx.stack([qk[:, H:], x[:, H + K :]])
@@ -207,7 +208,7 @@ class MixtureOfExperts:
         """x, residual [B, L, D] -> residual + the experts' outputs for x, and the same plus next_bias [D] if there is
         one, [B, L, D] each"""
         shape, D = x.shape, x.shape[-1]
-        x, residual = x.reshape(-1, D), residual.reshape(-1, 1, D)
+        x, residual = x.reshape(-1, D), residual.reshape(-1, 1, 1, D)
         chosen, logits = self._route(x, span)  # [T, A] each
         few = chosen.size < self.min_pairs_to_sort
         if few and self.ranks.alone:
@@ -219,8 +220,8 @@ class MixtureOfExperts:
         if few:
             outputs, bias = self._unsorted(x, experts, span)
         else:
-            outputs, bias = self._sorted(x, chosen, span), self.bias[:, -D:][experts]
-        parts = by_expert(outputs, bias, weights[..., None])
+            outputs, bias = self._sorted(x, chosen, span), self.bias[:, -D:][experts[..., None]]
+        parts = by_expert(outputs, bias, weights[..., None, None])
         if self.ranks.alone:
             y = self.elementwise.combine(residual, *parts).reshape(shape)
         else:
@@ -236,24 +237,26 @@ class MixtureOfExperts:
         return experts, mx.take_along_axis(logits, experts, axis=-1)
 
     def _unsorted(self, x: mx.array, experts: mx.array, span: Span) -> tuple[mx.array, mx.array]:
-        """The outputs of each token's experts [T, A] without biases, and their biases, [T, A, D] each."""
-        D = x.shape[-1]
-        bias = self.bias[experts]
-        tokens, pairs, each = span.tokens[: len(x)], span.pairs[: len(x)], x[:, None, None]
+        """The outputs of each token's experts [T, A] without biases, and their biases, [T, A, 1, D] each."""
+        T, D = x.shape
+        middle = self.bias.shape[-1] - D  # [T, A, 1, 2 I + D]
+        gate_up_bias, down_bias = mx.split(mx.take(self.bias, experts[..., None], axis=0), [middle], axis=-1)
+        tokens, pairs, each = span.tokens, span.pairs, x[:, None, None]
+        if len(tokens) > T:  # the last positions of the last layer
+            tokens, pairs = tokens[:T], pairs[:T]
         y = self.gate_up(each, experts, tokens)
         y = add_experts(y, each, self.gate_up_adapters, span, experts, tokens, pairs)
-        hidden = self._swiglu(y, bias[..., None, :-D])
+        hidden = self._swiglu(y, gate_up_bias)
         y = self.down(hidden, experts, pairs)
-        y = add_experts(y, hidden, self.down_adapters, span, experts, pairs, pairs)
-        return y.squeeze(-2), bias[..., -D:]
+        return add_experts(y, hidden, self.down_adapters, span, experts, pairs, pairs), down_bias
 
     def _sorted(self, x: mx.array, chosen: mx.array, span: Span) -> mx.array:
-        """The experts' outputs without biases, [T, A, D], computed with the T * A pairs sorted by expert, so that each
-        expert's rows are adjacent. Zeros where another rank has the expert."""
+        """The experts' outputs without biases, [T, A, 1, D], with the T * A pairs sorted by expert, so that each expert's
+        rows are adjacent. Zeros where another rank has the expert."""
         (T, A), pairs = chosen.shape, chosen.flatten()
         order = self.ranks.local_pairs(mx.argsort(pairs), pairs, self.own)
         if not order.size:
-            return mx.zeros((T, A, x.shape[-1]), dtype=x.dtype)
+            return mx.zeros((T, A, 1, x.shape[-1]), dtype=x.dtype)
         experts = pairs[order] - self.own.start
         rows = order // A
         each = x[rows][:, None]
@@ -262,8 +265,8 @@ class MixtureOfExperts:
         hidden = self._swiglu(y, self.bias[:, : -x.shape[-1]][experts][:, None])
         y = add_experts(self.down(hidden, experts, None), hidden, self.down_adapters, span, experts, rows=rows)
         if self.ranks.alone:
-            return y[mx.argsort(order)].reshape(T, A, -1)
-        return mx.zeros((T * A, x.shape[-1]), dtype=x.dtype).at[order].add(y[:, 0]).reshape(T, A, -1)
+            return y[mx.argsort(order)].reshape(T, A, 1, -1)
+        return mx.zeros((T * A, x.shape[-1]), dtype=x.dtype).at[order].add(y[:, 0]).reshape(T, A, 1, -1)
 
     def _swiglu(self, gate_up: mx.array, bias: mx.array) -> mx.array:
         """gate_up, bias [..., 2 I] -> [..., I]"""
@@ -287,7 +290,8 @@ class Block:
         normed = mx.fast.rms_norm(x, self.attention_norm, self.config.rms_norm_eps)
         if base is None:
             base = x if self.attention.out.bias is None else x + self.attention.out.bias
-        return self.attention(normed, base, cache, span)[:, -last:]
+        y = self.attention(normed, base, cache, span)
+        return y if last == span.length else y[:, -last:]
 
     def mix(self, x: mx.array, span: Span, next_bias: mx.array | None) -> tuple[mx.array, mx.array | None]:
         """x [B, L, D] -> the same shape, through the experts; and the same plus next_bias"""
