@@ -251,8 +251,8 @@ class MixtureOfExperts:
         return add_experts(y, hidden, self.down_adapters, span, experts, pairs, pairs), down_bias
 
     def _sorted(self, x: mx.array, chosen: mx.array, span: Span) -> mx.array:
-        """The experts' outputs without biases, [T, A, 1, D], with the T * A pairs sorted by expert, so that each expert's
-        rows are adjacent. Zeros where another rank has the expert."""
+        """The experts' outputs without biases, [T, A, 1, D], with the T * A pairs sorted by expert, so that the rows of
+        each are adjacent. Zeros where another rank has the expert."""
         (T, A), pairs = chosen.shape, chosen.flatten()
         order = self.ranks.local_pairs(mx.argsort(pairs), pairs, self.own)
         if not order.size:
