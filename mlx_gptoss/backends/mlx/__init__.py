@@ -55,7 +55,7 @@ def load(
                 ranks=None if shard is None else Ranks.join(shard),
                 streams=streams,
                 adapters=adapters,
-                global_scales=gpu and takes_global_scale(),
+                global_scales=takes_global_scale,
             )
             return MlxRunner(model, limits, where, streams)
     except BaseException:

@@ -322,11 +322,14 @@ class GptOss:
     def run(self, stages: range, x: mx.array, cache: Cache, span: Span, last: int) -> mx.array:
         """x [B, L, D] through consecutive stages: stage 2 n is the attention of layer n, stage 2 n + 1 its experts.
         Returns [B, L, D], or [B, last, D] after the last layer."""
-        base = None  # x plus the bias of the next attention's output projection
+        # When decoding, x plus the bias of the next attention's output projection. A chunk of several tokens may be
+        # computed in stages, and what is handed from one to the next is x.
+        base = None
+        decodes = span.length == 1
         for stage in stages:
             block, layer_cache = self.blocks[stage // 2], cache.layers[stage // 2]
             if stage % 2:
-                following = self.blocks[stage // 2 + 1].attention.out if stage + 1 in stages else None
+                following = self.blocks[stage // 2 + 1].attention.out if decodes and stage + 1 in stages else None
                 x, base = block.mix(x, span, None if following is None else following.bias)
             else:
                 x = block.attend(x, base, layer_cache, span, last if block is self.blocks[-1] else span.length)
