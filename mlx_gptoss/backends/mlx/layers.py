@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -19,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...weights.tensor import AFFINE, MXFP4, MXFP8, NVFP4, Spec, Weight
+from .elementwise import finish
 
 # Elements of a dense matrix upcast at once. 8 MB in float32 come from memory that is still mapped and cached, which
 # on a CPU makes the product 2.5 times as fast as with the whole matrix upcast first, and as fast as a float32 one.
@@ -29,7 +31,9 @@ MODES: dict[Spec, str] = {  # what MLX calls them
     MXFP8: "mxfp8",
     **dict.fromkeys(AFFINE.values(), "affine"),
 }
-
+# MLX fuses attention on Metal for up to 32 queries of a KV head in one kernel, and for more than 8 tokens in another.
+VECTOR_QUERIES, MATRIX_TOKENS = 32, 9
+MLX_NVFP4_SCALE = 448.0 * 6.0  # MLX divides a global scale by the largest scale times the largest code
 
 Mask = mx.array | str | None
 Attend = Callable[[mx.array, mx.array, mx.array, float, Mask, mx.array], mx.array]
@@ -38,8 +42,23 @@ Attend = Callable[[mx.array, mx.array, mx.array, float, Mask, mx.array], mx.arra
 def fused(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, sinks: mx.array) -> mx.array:
     """MLX's attention with sinks: q [B, H, L, 64], keys and values [B, K, S, 64], sinks [H] -> [B, H, L, 64].
 
-    mask: bool [B, 1, L, S], true for visible keys, or "causal" for queries at the last L of S positions."""
+    mask: bool [B, 1 or H, L, S], true for visible keys, or "causal" for queries at the last L of S positions."""
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
+
+
+def query_blocks(q: mx.array, keys: mx.array, max_scores: int | None) -> list[tuple[int, int]]:
+    """(first, end) of the tokens that attend at once, of q [B, H, L, 64] with keys [B, K, S, 64]: as many as max_scores
+    allows (None is all), and a number that MLX fuses."""
+    (_, H, L, _), (_, K, S, _) = q.shape, keys.shape
+    if max_scores is None:
+        return [(0, L)]
+    most, vector = max(1, max_scores // (H * S)), max(1, VECTOR_QUERIES // (H // K))
+    blocks, first = [], 0
+    while first < L:
+        rows = min(most, L - first)
+        blocks.append((first, first + (rows if rows >= MATRIX_TOKENS else min(rows, vector))))
+        first = blocks[-1][1]
+    return blocks
 
 
 @dataclass(frozen=True)
@@ -49,9 +68,9 @@ class DenseMatrix:
     weight: mx.array
 
     def matmul(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
-        """x [..., D] -> [..., N]"""
+        """x [..., D], bias [N] or [..., N] -> [..., N]"""
         if self.weight.dtype == x.dtype:
-            return x @ self.weight.T if bias is None else mx.addmm(bias, x, self.weight.T)
+            return x @ self._transposed if bias is None else mx.addmm(bias, x, self._transposed)
         rows = max(1, UPCAST_ELEMENTS // self.weight.shape[-1])
         blocks = [self.weight[i : i + rows] for i in range(0, self.weight.shape[0], rows)]
         y = mx.concatenate([x @ block.astype(x.dtype).T for block in blocks], axis=-1)
@@ -80,6 +99,11 @@ class DenseMatrix:
         """ids [...] -> [..., D]"""
         return self.weight[ids].astype(dtype)
 
+    @cached_property
+    def _transposed(self) -> mx.array:
+        """A view, made once and not at every step."""
+        return self.weight.T
+
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
@@ -87,6 +111,8 @@ class QuantizedMatrix:
 
     outer: a factor on the output: [] for the whole matrix, [N] per row, [E, 1] or [E, N] for experts; None is 1.
     spec: of codes and scales, one of MODES; FP8_ROW is MXFP8 here, with scales of 1.
+    global_scale: float32 [E], `outer` of experts as MLX's kernel takes it (takes_global_scale); None leaves it to us.
+    finish: elementwise.finish, as the device runs it.
     """
 
     codes: mx.array
@@ -94,15 +120,19 @@ class QuantizedMatrix:
     biases: mx.array | None
     outer: mx.array | None
     spec: Spec
+    global_scale: mx.array | None = None
+    finish: Callable[..., mx.array] = finish
 
     def matmul(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
-        """x [..., D] -> [..., N]"""
+        """x [..., D], bias [N] or [..., N] -> [..., N]"""
         y = mx.quantized_matmul(x, self.codes, self.scales, self.biases, transpose=True, **self._format)
-        y = (y if self.outer is None else y * self.outer).astype(x.dtype)
-        return y if bias is None else y + bias
+        if self.outer is None and y.dtype == x.dtype:
+            return y if bias is None else y + bias
+        return self.finish(y, self.outer, bias, _name(x.dtype))
 
     def gather(self, x: mx.array, experts: mx.array, tokens: mx.array | None) -> mx.array:
-        """As ExpertLinear."""
+        """As ExpertLinear; float32 if the scales are, whatever x is."""
+        scale: dict[str, Any] = {} if self.global_scale is None else {"global_scale": self.global_scale}
         y = mx.gather_qmm(
             x,
             self.codes,
@@ -113,10 +143,12 @@ class QuantizedMatrix:
             transpose=True,
             sorted_indices=tokens is None,
             **self._format,
+            **scale,
         )
-        if self.outer is not None:
-            y = y * (self.outer if self.outer.ndim == 0 else self.outer[experts][..., None, :])
-        return y.astype(x.dtype)
+        if self.outer is None or scale:
+            return y
+        outer = self.outer if self.outer.ndim == 0 else self.outer[experts][..., None, :]
+        return self.finish(y, outer, None, _name(y.dtype))
 
     def rows(self, ids: mx.array, dtype: mx.Dtype) -> mx.array:
         """ids [...] -> [..., D], decoded in float32"""
@@ -128,9 +160,36 @@ class QuantizedMatrix:
             w = w * (self.outer if self.outer.ndim == 0 else self.outer[ids][..., None])
         return w.astype(dtype)
 
-    @property
+    @cached_property
     def _format(self) -> dict[str, Any]:
         return {"group_size": self.spec.group, "bits": self.spec.bits, "mode": MODES[self.spec]}
+
+
+def takes_global_scale() -> bool:
+    """Whether this MLX multiplies NVFP4 experts by a factor of each in one kernel, on the default device. Tried on a
+    small matrix, because it depends on MLX's version and on the device."""
+    weight = mx.random.normal((2, 32, 64), key=mx.random.key(0))
+    codes, scales, *_ = mx.quantize(weight, group_size=NVFP4.group, bits=NVFP4.bits, mode="nvfp4")
+    matrix = QuantizedMatrix(codes, scales, None, mx.array([[0.5], [3.0]]), NVFP4)
+    x, experts = mx.ones((1, 1, 1, 64)), mx.array([[1, 0]], dtype=mx.uint32)
+    tokens = mx.zeros((1, 1), dtype=mx.uint32)
+    try:
+        found = replace(matrix, global_scale=global_scale(matrix)).gather(x, experts, tokens)
+        return bool(mx.allclose(found, matrix.gather(x, experts, tokens), rtol=1e-4, atol=1e-4))
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def global_scale(matrix: QuantizedMatrix) -> mx.array | None:
+    """`outer` of NVFP4 experts as QuantizedMatrix.global_scale; None if it is not one factor for each expert."""
+    experts, outer = matrix.codes.shape[0], matrix.outer
+    if matrix.spec != NVFP4 or matrix.codes.ndim != 3 or outer is None or outer.shape not in ((), (experts, 1)):
+        return None
+    return mx.broadcast_to(outer.reshape(-1), (experts,)) * MLX_NVFP4_SCALE
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
 
 
 Matrix = DenseMatrix | QuantizedMatrix
@@ -167,10 +226,14 @@ class Linear:
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., D] -> [..., N]"""
+        return self.plus(self.bias, x)
+
+    def plus(self, base: mx.array | None, x: mx.array) -> mx.array:
+        """base + the product with x, without the bias. base [N] or [..., N], x [..., D] -> [..., N]"""
         if len(self.matrices) == 1:
-            return self.matrices[0].matmul(x, self.bias)
+            return self.matrices[0].matmul(x, base)
         y = _side_by_side(self.matrices, self.streams, lambda matrix: matrix.matmul(x))
-        return y if self.bias is None else y + self.bias
+        return y if base is None else y + base
 
 
 @dataclass(frozen=True)
@@ -184,15 +247,17 @@ class ExpertLinear:
         """x [P, 1, D] with experts [P] in ascending order, and tokens None -> [P, 1, N];
         x [T, 1 or A, 1, D] with experts [T, A] and the numbers of x's rows, tokens [T, 1 or A], which MLX would
         otherwise make on the device -> [T, A, 1, N]."""
+        if len(self.matrices) == 1:
+            return self.matrices[0].gather(x, experts, tokens)
         return _side_by_side(self.matrices, self.streams, lambda matrix: matrix.gather(x, experts, tokens))
 
 
 def _side_by_side(
     matrices: tuple[Matrix, ...], streams: tuple[mx.Stream, ...], product: Callable[[Matrix], mx.array]
 ) -> mx.array:
-    """The product with each matrix, on its own stream if there are any, concatenated along the last axis."""
+    """The product with each of several matrices, on its own stream if there are any, joined along the last axis."""
     parts = []
     for i, matrix in enumerate(matrices):
         with mx.stream(streams[i]) if streams else nullcontext():
             parts.append(product(matrix))
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+    return mx.concatenate(parts, axis=-1)
