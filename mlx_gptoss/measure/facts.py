@@ -10,7 +10,6 @@ import platform
 import re
 import resource
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any
 from ..backends import NVIDIA_DRIVER
 from ..loading.hub import cache_folder
 from ..loading.memory import gigabytes
-from ..machine import cores, system_available
+from ..machine import OPEN_FILES, chip, command, cores, system_available
 from .selftest import Machine, Result
 
 PACKAGES = (
@@ -53,7 +52,7 @@ def facts(machine: Machine) -> dict[str, Any]:
         "packages": {name: number for name in PACKAGES if (number := _version(name))},
         "os": f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.platform(),
         "architecture": platform.machine(),
-        "chip": _chip(),
+        "chip": chip(),
         "cores": cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "available_bytes": system_available(),
@@ -65,8 +64,8 @@ def facts(machine: Machine) -> dict[str, Any]:
         "hub_cache": {"path": _without_home(cache), "free_bytes": _free(cache)},
     }
     if sys.platform == "darwin":
-        found["iogpu.wired_limit_mb"] = _number(_command("sysctl", "-n", "iogpu.wired_limit_mb"))
-        found["rosetta"] = _command("sysctl", "-n", "sysctl.proc_translated") == "1"
+        found["iogpu.wired_limit_mb"] = _number(command("sysctl", "-n", "iogpu.wired_limit_mb"))
+        found["rosetta"] = command("sysctl", "-n", "sysctl.proc_translated") == "1"
     elif NVIDIA_DRIVER[0].exists():
         found["nvidia_driver"] = NVIDIA_DRIVER[0].read_text().splitlines()[0]
     return found
@@ -159,23 +158,6 @@ def _numbers(text: str) -> tuple[int, ...]:
             break
         parts.append(int(part))
     return tuple(parts)
-
-
-def _chip() -> str:
-    if sys.platform == "darwin":
-        return _command("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _command(*words: str) -> str:
-    """The output of a system's program; empty if it fails."""
-    try:
-        return subprocess.run(words, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 def _variables() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 
@@ -12,7 +13,8 @@ from ...machine import ram_copy_bandwidth, system_available
 from ...weights.adapters import Adapter
 from ...weights.split import RankShard
 from ...weights.tensor import Weights
-from ..base import Limits
+from ..base import Limits, Read
+from . import command_buffers, wiring
 from .elementwise import UNCOMPILED, compiled
 from .load import load_model
 from .ranks import Ranks
@@ -40,7 +42,8 @@ def load(
     check_process()
     gpu, streams = _on_gpu(device), CpuStreams()
     where = pick_device(device) if gpu else streams.make_default()
-    max_scores = None if gpu and mx.metal.is_available() else MAX_SCORES_GPU if gpu else MAX_SCORES_CPU
+    metal = gpu and mx.metal.is_available()
+    max_scores = None if metal else MAX_SCORES_GPU if gpu else MAX_SCORES_CPU
     try:
         with mx.stream(where):
             model = load_model(
@@ -55,10 +58,24 @@ def load(
                 streams=streams,
                 adapters=adapters,
             )
-            return MlxRunner(model, limits, where, streams)
+            if not metal:
+                return MlxRunner(model, limits, where, streams)
+            in_force = command_buffers.limits_in_force(str(mx.device_info(pick_device(device))["architecture"]))
+            in_turn = command_buffers.must_take_turns(command_buffers.loaded_elements(model), in_force)
+            runner = MlxRunner(model, limits, where, streams, in_turn=in_turn, on_close=wiring.PROCESS.remove)
+            wiring.PROCESS.add(available_memory(device))
+            return runner
     except BaseException:
         streams.close()
         raise
+
+
+def prepare(device: str | None, reads: Sequence[Read], size_bytes: int) -> None:
+    """As Backend.prepare: the limits on command buffers, if a Mac's GPU computes."""
+    is_default = device is None and mx.default_device() == mx.Device(mx.gpu)
+    # Not pick_device(): it uses the device, which has to be used first with the variables set.
+    if sys.platform == "darwin" and (is_default or device in ("gpu", "metal")):
+        command_buffers.prepare(reads, size_bytes)
 
 
 def dtype_name(device: str | None, dtype: str | None) -> str:
