@@ -194,10 +194,11 @@ class Backend(Protocol):
 
     NAME: str  # as in BACKENDS
 
-    def prepare(self, device: str | None, reads: Sequence[Read], size_bytes: int) -> None:
+    def prepare(self, device: str | None, reads: Sequence[Read], resident_bytes: int) -> None:
         """Set what the process needs for a model, once it is known and before the other functions are called.
 
-        reads: of one decode step, in order, each that of one launch. size_bytes: of the whole model."""
+        reads: of one decode step, in order, each that of one launch. resident_bytes: of the whole model with its keys
+        and values."""
         ...
 
     def load(

@@ -1,5 +1,5 @@
-"""What one decode step reads, launch by launch, from the headers alone: for the backend's limits on command buffers
-(Backend.prepare), and for what `bench` says of them."""
+"""What one decode step reads, launch by launch, and what is resident, from the headers alone: for the backend's limits
+on command buffers (Backend.prepare), and for what `bench` says of them."""
 
 from __future__ import annotations
 
@@ -41,3 +41,11 @@ def step_reads(weights: CheckpointLike | Requantized, backend: str, context: int
         reads += read(*(f"{prefix}.{name}" for name in FUSED[1]))
         reads += read(f"{prefix}.experts.down")
     return [*reads, *read("lm_head")]
+
+
+def resident_bytes(weights: CheckpointLike | Requantized, context: int | None, slots: int) -> int:
+    """Bytes of the weights as stored, and of keys and values in 16 bits. context: tokens of each of the slots; None is
+    the model's maximum."""
+    config = weights.config
+    tokens = context or config.max_position_embeddings
+    return weights.size_bytes + slots * tokens * config.full_layers * 2 * config.kv_size * 2

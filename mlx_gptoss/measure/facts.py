@@ -20,7 +20,7 @@ from typing import Any
 from ..backends import NVIDIA_DRIVER
 from ..loading.hub import cache_folder
 from ..loading.memory import gigabytes
-from ..machine import OPEN_FILES, chip, command, cores, system_available
+from ..machine import chip, command, cores, system_available
 from .selftest import Machine, Result
 
 PACKAGES = (

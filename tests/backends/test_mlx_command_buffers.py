@@ -38,7 +38,7 @@ from mlx_gptoss.backends.mlx.launches import VIEWS, launches_per_token, traced
 from mlx_gptoss.backends.mlx.load import load_model
 from mlx_gptoss.backends.mlx.runner import MlxRunner
 from mlx_gptoss.config import TINY
-from mlx_gptoss.loading.step_reads import step_reads
+from mlx_gptoss.loading.step_reads import resident_bytes, step_reads
 from mlx_gptoss.sampling import Sampling
 from mlx_gptoss.weights import checkpoint as checkpoints
 from mlx_gptoss.weights.requantize import Requantized
@@ -48,13 +48,13 @@ GREEDY = Sampling(temperature=0)
 ULTRA = MLX_LIMITS["d"]
 
 
-def published(name: str, form: str = "mxfp4"):
+def published(name: str, form: str = "mxfp4", context: int | None = None):
     weights = Synthetic(preset(name), form)
-    return step_reads(weights, "mlx"), weights.size_bytes
+    return step_reads(weights, "mlx"), resident_bytes(weights, context, 1)
 
 
-def chosen(chip: str, gigabytes: int, name: str = "20b", form: str = "mxfp4", environ=None) -> Setting:
-    return choose(chip, gigabytes << 30, *published(name, form), environ or {})
+def chosen(chip: str, gigabytes: int, name: str = "20b", form: str = "mxfp4", environ=None, context=None) -> Setting:
+    return choose(chip, gigabytes << 30, *published(name, form, context), environ or {})
 
 
 @pytest.mark.parametrize("chip", ["Apple M1", "Apple M2 Pro", "Apple M3 Ultra", "Apple M4 Max"])
@@ -76,10 +76,11 @@ def test_what_the_user_has_set_stays():
 
 
 def test_a_mac_with_little_memory_beside_the_model_keeps_small_buffers():
-    """Temporary arrays of all buffers in flight have to fit: 5.8 GB of them with 250 MB."""
+    """Temporary arrays of all buffers in flight have to fit: 5.8 GB of them with 250 MB. And the whole context."""
     assert chosen("Apple M4", 16, form="mlx-mxfp4-q4").limits is None
     assert "2.9 GB" in chosen("Apple M4", 16).why
-    assert chosen("Apple M4 Pro", 24).limits == BufferLimits(200, 125)
+    assert chosen("Apple M4 Pro", 24).limits is None
+    assert chosen("Apple M4 Pro", 24, context=8192).limits == BufferLimits(200, 125)
     assert chosen("Apple M4 Pro", 32).limits == BufferLimits(200, 250)
     assert chosen("Apple M4 Max", 96, "120b").limits is None
     for gigabytes in (16, 24, 32, 48, 64, 96, 128, 192, 512):
@@ -129,7 +130,9 @@ def test_more_context_never_means_fewer_buffers():
         assert counts == sorted(counts)
 
 
-@pytest.mark.parametrize("form", ["mxfp4", "mlx-4bit", "mlx-mxfp4-q8", "fp8-dynamic", "nvfp4", "bf16", "int4-autoround"])
+@pytest.mark.parametrize(
+    "form", ["mxfp4", "mlx-4bit", "mlx-mxfp4-q8", "fp8-dynamic", "nvfp4", "bf16", "int4-autoround"]
+)
 def test_the_headers_say_what_is_loaded(mini, form):
     """The elements planned from headers are those of the arrays that MLX then has, but for factors per row."""
     if not (mini / form).exists():
@@ -212,7 +215,7 @@ def host_copies(buffers: int, shift: int = 0) -> bool:
             active.append(-1)
             while len(active) > MAX_ACTIVE_TASKS:
                 active.pop(0)
-        if reader in active or reader == buffers - 1 and active[-MAX_ACTIVE_TASKS:].count(-1) < MAX_ACTIVE_TASKS:
+        if reader in active or (reader == buffers - 1 and active[-MAX_ACTIVE_TASKS:].count(-1) < MAX_ACTIVE_TASKS):
             return True
     return False
 
@@ -254,7 +257,14 @@ def test_nothing_is_set_here(mini):
 
 @pytest.mark.parametrize(
     ("name", "generation"),
-    [("Apple M1", 1), ("Apple M4 Max", 4), ("Apple M1 (Virtual)", 1), ("Apple M12 Ultra", 12), ("Apple", None), ("", None)],
+    [
+        ("Apple M1", 1),
+        ("Apple M4 Max", 4),
+        ("Apple M1 (Virtual)", 1),
+        ("Apple M12 Ultra", 12),
+        ("Apple", None),
+        ("", None),
+    ],
 )
 def test_generations(name, generation):
     assert chip_generation(name) == generation
@@ -262,7 +272,9 @@ def test_generations(name, generation):
 
 def test_layers_that_have_13_buffers_by_their_launches():
     """For the self-test, whose model is too small for the rule of sizes. A layer has more launches than is assumed."""
-    few, more = (launches_per_token(Synthetic(replace(TINY, num_hidden_layers=n, layer_types=()), "mxfp4")) for n in (2, 6))
+    few, more = (
+        launches_per_token(Synthetic(replace(TINY, num_hidden_layers=n, layer_types=()), "mxfp4")) for n in (2, 6)
+    )
     assert (more - few) / 4 >= MIN_LAUNCHES_PER_LAYER
     for limits in (ULTRA, *LARGER):
         layers = layers_for(limits)

@@ -74,7 +74,7 @@ def _fused(checkpoint: Weights) -> Operations:
     return Fused()
 
 
-def prepare(device: str | None, reads: Sequence[Read], size_bytes: int) -> None:
+def prepare(device: str | None, reads: Sequence[Read], resident_bytes: int) -> None:
     """As Backend.prepare: nothing."""
 
 

@@ -70,12 +70,12 @@ def load(
         raise
 
 
-def prepare(device: str | None, reads: Sequence[Read], size_bytes: int) -> None:
+def prepare(device: str | None, reads: Sequence[Read], resident_bytes: int) -> None:
     """As Backend.prepare: the limits on command buffers, if a Mac's GPU computes."""
     is_default = device is None and mx.default_device() == mx.Device(mx.gpu)
     # Not pick_device(): it uses the device, which has to be used first with the variables set.
     if sys.platform == "darwin" and (is_default or device in ("gpu", "metal")):
-        command_buffers.prepare(reads, size_bytes)
+        command_buffers.prepare(reads, resident_bytes)
 
 
 def dtype_name(device: str | None, dtype: str | None) -> str:

@@ -51,7 +51,12 @@ class BufferLimits:
 
 
 # By the last letter of Metal's architecture: a phone, a base or Pro chip, a Max, an Ultra.
-MLX_LIMITS = {"p": BufferLimits(20, 40), "g": BufferLimits(40, 40), "s": BufferLimits(50, 50), "d": BufferLimits(50, 50)}
+MLX_LIMITS = {
+    "p": BufferLimits(20, 40),
+    "g": BufferLimits(40, 40),
+    "s": BufferLimits(50, 50),
+    "d": BufferLimits(50, 50),
+}
 OTHER_LIMITS = BufferLimits(40, 40)
 LARGER = (BufferLimits(1000, 800), BufferLimits(200, 250), BufferLimits(200, 125))  # the first one that fits is taken
 
@@ -67,14 +72,15 @@ class Setting:
 _setting: Setting | None = None  # what the first model decided, since MLX reads the variables once
 
 
-def prepare(reads: Sequence[Read], size_bytes: int) -> Setting:
+def prepare(reads: Sequence[Read], resident_bytes: int) -> Setting:
     """Set the limits for a model on this Mac's GPU, before anything asks the device. Later calls change nothing.
 
-    reads: of one decode step, in order, each that of one launch. size_bytes: of the whole model. The variables are
-    back as they were when this returns, so that other programs that this one starts have MLX's limits."""
+    reads: of one decode step, in order, each that of one launch. resident_bytes: of the whole model with its keys and
+    values. The variables are back as they were when this returns, so that other programs that this one starts have
+    MLX's limits."""
     global _setting
     if _setting is None:
-        _setting = choose(chip(), mac_memory(), reads, size_bytes, os.environ)
+        _setting = choose(chip(), mac_memory(), reads, resident_bytes, os.environ)
         if _setting.limits is not None:
             apply(_setting.limits, os.environ, lambda: mx.device_info(mx.Device(mx.gpu)))
     return _setting
@@ -100,11 +106,12 @@ def apply(limits: BufferLimits, environ: MutableMapping[str, str], use_device: C
 
 
 def choose(
-    chip_name: str, memory: int, reads: Sequence[Read], size_bytes: int, environ: Mapping[str, str]
+    chip_name: str, memory: int, reads: Sequence[Read], resident_bytes: int, environ: Mapping[str, str]
 ) -> Setting:
     """The largest limits that keep MIN_BUFFERS a token and whose temporary arrays fit beside the model.
 
-    chip_name: as machine.chip() has it. memory: bytes of the Mac. environ: the process's variables, read only."""
+    chip_name: as machine.chip() has it. memory: bytes of the Mac. reads, resident_bytes: as of prepare(). environ: the
+    process's variables."""
     if given := [f"{name}={environ[name]}" for name in (OPS, MB) if name in environ]:
         return Setting(None, f"{' and '.join(given)} in the environment")
     generation = chip_generation(chip_name)
@@ -118,7 +125,7 @@ def choose(
     useful = [limits for count, limits in counts if MIN_BUFFERS <= count < own]
     if not useful:
         return Setting(None, f"MLX's own: larger ones would leave fewer than {MIN_BUFFERS} buffers a token, or as many")
-    spare = int(memory * WORKING_SET) - size_bytes
+    spare = int(memory * WORKING_SET) - resident_bytes
     fitting = [limits for limits in useful if in_flight_bytes(limits) <= spare]
     if not fitting:
         more = f"{in_flight_bytes(useful[-1]) / 1e9:.1f} GB more"
