@@ -71,11 +71,12 @@ class Kernels:
 
     dtype: of the activations. specs: what matrices may be stored as; None is bfloat16. ways: through the experts, each
     with the most rows that it is given; None is any number. counts_memory: whether peak_memory() sees what a step
-    allocates. packs_kv: whether a cache may be in 8 bits.
+    allocates. packs_kv: whether a cache may be in 8 bits. masks: of fused_attention, which is none of this backend's.
     """
 
     specs: tuple[Spec | None, ...] = (MXFP4, AFFINE4, NVFP4, MXFP8, AFFINE8, AFFINE8_G32, FP8_ROW, None)
     packs_kv = False
+    masks: tuple[str, ...] = ()
 
     def __init__(self, config: ModelConfig, device: str | None, dtype: str | None, kernels: bool | None = None) -> None:
         """kernels: as in load()."""
@@ -199,6 +200,15 @@ class Kernels:
         same = Identity((), None, self._ops)
         layer = Attention(self.config, self._ops, self._ranks, given, same, sink, scale)
         return self._run(lambda: layer(self._tensor(qkv), cache, span, self._rotary.rotation(span.positions)))
+
+    def fused_attention(
+        self, q: Floats, keys: Floats, values: Floats, sinks: Floats, scale: float, mask: str
+    ) -> Floats:
+        raise NotImplementedError("this backend has no such kernel: `masks` is empty")
+
+    def layers_in_flight(self) -> int:
+        """Layers of a model for the check of what overlapping steps allocate."""
+        return 2
 
     @torch.inference_mode()
     def sample(

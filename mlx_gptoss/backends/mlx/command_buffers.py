@@ -143,6 +143,16 @@ def limits_in_force(architecture: str, environ: Mapping[str, str] | None = None)
     return BufferLimits(_number(environ.get(OPS), own.ops), _number(environ.get(MB), own.mb))
 
 
+def describe_limits(reads: Sequence[Read]) -> tuple[BufferLimits, BufferLimits | None]:
+    """MLX's own limits, and those that this process has in their place, for a report: on a Mac's GPU as they are, and
+    elsewhere of a Max with memory to spare. None where they are not others."""
+    if mx.metal.is_available() and mx.default_device() == mx.Device(mx.gpu):
+        architecture = str(mx.device_info(mx.Device(mx.gpu))["architecture"])
+        own, other = MLX_LIMITS.get(architecture[-1:], OTHER_LIMITS), limits_in_force(architecture)
+        return own, None if own == other else other
+    return MLX_LIMITS["s"], choose("Apple M4 Max", 1 << 40, reads, 0, {}).limits
+
+
 def count_buffers(elements: Sequence[int], launches: int, limits: BufferLimits) -> int:
     """Command buffers of one step. elements: of the arrays that it reads, each by a launch of its own, in order.
     launches: of the step; those that read none of these arrays are spread evenly among the others. With 0 of them, and

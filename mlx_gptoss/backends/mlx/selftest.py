@@ -34,10 +34,10 @@ from ...weights.tensor import (
     Weight,
 )
 from ..rope import yarn_frequencies
-from . import DTYPES, MAX_SCORES_CPU, MAX_SCORES_GPU, dtype_name, pick_device
+from . import DTYPES, MAX_SCORES_CPU, MAX_SCORES_GPU, command_buffers, dtype_name, pick_device
 from .cache import FullCache, RingCache, Span
 from .elementwise import UNCOMPILED, compiled
-from .layers import Linear
+from .layers import Linear, fused
 from .load import MIN_PAIRS_TO_SORT, _WeightLoader
 from .model import Attention, MixtureOfExperts, Rotary
 from .ranks import Ranks
@@ -71,12 +71,14 @@ class Kernels:
 
     dtype: of the activations. specs: what matrices may be stored as; None is bfloat16. ways: through the experts, each
     with the most rows that it is given; None is any number. counts_memory: whether peak_memory() sees what a step
-    allocates. packs_kv: whether a cache may be in 8 bits.
+    allocates. packs_kv: whether a cache may be in 8 bits. masks: those of fused_attention; none if there is no such
+    kernel.
     """
 
     specs: tuple[Spec | None, ...] = SPECS
     counts_memory = True
     packs_kv = True
+    masks = ("causal", "bool")
 
     def __init__(self, config: ModelConfig, device: str | None, dtype: str | None) -> None:
         check_process()
@@ -92,8 +94,8 @@ class Kernels:
         self._device = where
         self._where = where if self.on_gpu else self._streams.make_default()
         self._elementwise = compiled() if self.on_gpu else UNCOMPILED
-        fused = self.on_gpu and mx.metal.is_available()
-        self._max_scores = None if fused else MAX_SCORES_GPU if self.on_gpu else MAX_SCORES_CPU
+        metal = self.on_gpu and mx.metal.is_available()
+        self._max_scores = None if metal else MAX_SCORES_GPU if self.on_gpu else MAX_SCORES_CPU
         self._ranks = Ranks(RankShard.of(config, 0, 1), None)
         self._rotary = Rotary(
             mx.array((1.0 / yarn_frequencies(config.yarn, config.head_dim)).astype(np.float32)),
@@ -101,8 +103,13 @@ class Kernels:
         )
 
     def facts(self) -> dict[str, Any]:
-        """What MLX says of the device."""
-        return {"metal": mx.metal.is_available(), "device": str(self._device), **mx.device_info(self._device)}
+        """What MLX says of the device, and on a Mac's GPU the limits on command buffers and who set them."""
+        found = {"metal": mx.metal.is_available(), "device": str(self._device), **mx.device_info(self._device)}
+        if not (self.on_gpu and mx.metal.is_available()):
+            return found
+        setting, limits = command_buffers.current_setting(), self._buffer_limits()
+        set_by = "mlx-gptoss" if setting.limits else "mlx or the environment"
+        return found | {"command_buffers": {"ops": limits.ops, "mb": limits.mb, "set_by": set_by, "why": setting.why}}
 
     def linear(self, weight: Weight) -> Callable[[Floats], Floats]:
         """The product with a stored matrix [N, D]: x [T, D] -> [T, N]"""
@@ -192,6 +199,26 @@ class Kernels:
             residual = mx.zeros((B, L, self.config.q_size), dtype=self._dtype)
             span = Span.of(self.config, range(B), starts, L)
         return self._run(lambda: layer(residual, residual, cache, span))
+
+    def fused_attention(
+        self, q: Floats, keys: Floats, values: Floats, sinks: Floats, scale: float, mask: str
+    ) -> Floats:
+        """MLX's own attention: q [B, H, L, 64], keys and values [B, K, S, 64], sinks [H] -> [B, H, L, 64]. mask: one of
+        `masks`, both of which let the last L of S positions see what is not after them."""
+        L, S = q.shape[2], keys.shape[2]
+
+        def run() -> mx.array:
+            seen = "causal" if mask == "causal" else (mx.arange(S) <= mx.arange(S - L, S)[:, None])[None, None]
+            return fused(self._array(q), self._array(keys), self._array(values), scale, seen, self._array(sinks))
+
+        return self._run(run)
+
+    def layers_in_flight(self) -> int:
+        """Layers, however small, of a model whose steps overlap as those of gpt-oss do. On a CPU any number."""
+        return command_buffers.layers_for(self._buffer_limits()) if self.on_gpu and mx.metal.is_available() else 2
+
+    def _buffer_limits(self) -> command_buffers.BufferLimits:
+        return command_buffers.limits_in_force(str(mx.device_info(self._device)["architecture"]))
 
     def sample(
         self,
