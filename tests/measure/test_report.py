@@ -39,11 +39,12 @@ FACTS = {
 
 
 def measured(**values) -> Measurement:
-    given = dict(
-        engine="mlx-gptoss", backend="mlx", device="Apple M4 Max", format="mxfp4", batch=1, prompt=512, context=512,
-        generate=64, load_s=2.0, prefill_tok_s=1000.0, decode_tok_s=100.0, peak_memory_bytes=14 << 30,
-        bytes_per_token=3.71e9, host_ms_per_step=1.9, prefill_runs=(1000.0,), decode_runs=(100.0,),
-    )  # fmt: skip
+    given = {
+        "engine": "mlx-gptoss", "backend": "mlx", "device": "Apple M4 Max", "format": "mxfp4", "batch": 1,
+        "prompt": 512, "context": 512, "generate": 64, "load_s": 2.0, "prefill_tok_s": 1000.0, "decode_tok_s": 100.0,
+        "peak_memory_bytes": 14 << 30, "bytes_per_token": 3.71e9, "host_ms_per_step": 1.9, "prefill_runs": (1000.0,),
+        "decode_runs": (100.0,),
+    }  # fmt: skip
     return Measurement(**given | values)
 
 
@@ -89,8 +90,9 @@ def test_a_user_sends_no_personal_data(tmp_path, mini):
         "HF_HOME": str(home / "hub"), "MLX_HOSTFILE": str(home / "hosts.json"),
     }  # fmt: skip
     words = ["--model", str(home / "models" / NAME), "--backend", "mlx", "--device", "cpu", "--prompt", "8"]
+    words += ["--generate", "2", "--repeat", "1", "--report", "r.json"]
     done = subprocess.run(
-        [sys.executable, "-m", "mlx_gptoss_cli", "bench", *words, "--generate", "2", "--repeat", "1", "--report", "r.json"],
+        [sys.executable, "-m", "mlx_gptoss_cli", "bench", *words],
         capture_output=True, text=True, cwd=home, env={**environ, "PYTHONPATH": os.pathsep.join(sys.path)}, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
