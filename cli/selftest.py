@@ -159,8 +159,8 @@ def _mac_rows(known: dict[str, Any]) -> list[tuple[str, str]]:
     """What matters on a Mac alone; nothing elsewhere."""
     rows = []
     if (buffers := known["device"].get("command_buffers")) is not None:
-        limits = f"up to {buffers['ops']} launches and {buffers['mb']} MB, set by {buffers['set_by']}"
-        rows.append(("buffers", f"{limits} ({buffers['why']})"))
+        limits = f"up to {buffers['ops']} launches and {buffers['mb']} MB, {buffers['least_a_token']} or more a token"
+        rows.append(("buffers", f"{limits}, set by {buffers['set_by']} ({buffers['why']})"))
     if "matrix_kernels" in known:
         lacking = ", ".join(name for name, there in known["matrix_kernels"].items() if not there)
         tag = known["wheels"].get("mlx-metal", "no wheel")

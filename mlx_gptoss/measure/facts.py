@@ -141,6 +141,13 @@ def _settings(found: Mapping[str, Any], machine: Machine) -> Iterator[Finding]:
         yield Finding("TRITON_INTERPRET is set, and kernels run in Python", "unset TRITON_INTERPRET")
     if "MLX_DISABLE_COMPILE" in variables:
         yield Finding("MLX_DISABLE_COMPILE is set: more launches a token", "unset MLX_DISABLE_COMPILE")
+    buffers = found["device"].get("command_buffers", {"enough": True})
+    if not buffers["enough"]:
+        yield Finding(
+            f"{buffers['mb']} MB and {buffers['ops']} launches a command buffer are so many ({buffers['why']}) that "
+            "steps of gpt-oss-20b cannot overlap",
+            "unset MLX_MAX_OPS_PER_BUFFER and MLX_MAX_MB_PER_BUFFER",
+        )
     if found.get("nvidia_driver") and variables.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         yield Finding("CUDA_VISIBLE_DEVICES hides every GPU", "unset CUDA_VISIBLE_DEVICES")
     threads = variables.get("OMP_NUM_THREADS", "")

@@ -37,6 +37,7 @@ from mlx_gptoss.backends.mlx.elementwise import UNCOMPILED
 from mlx_gptoss.backends.mlx.launches import VIEWS, launches_per_token, traced
 from mlx_gptoss.backends.mlx.load import load_model
 from mlx_gptoss.backends.mlx.runner import MlxRunner
+from mlx_gptoss.backends.mlx.wiring import Wiring
 from mlx_gptoss.config import TINY
 from mlx_gptoss.loading.step_reads import resident_bytes, step_reads
 from mlx_gptoss.sampling import Sampling
@@ -303,3 +304,53 @@ def test_steps_in_turn_wait_for_the_one_before(mini, monkeypatch, in_turn, order
     tokens = [step.wait()[0].token for step in steps]
     assert tokens == [int(runner.logits([1, 2])[-1].argmax()), int(runner.logits([1, 2, tokens[0]])[-1].argmax())]
     runner.close()
+
+
+class Memory:
+    """What Wiring calls of mlx.core."""
+
+    def __init__(self) -> None:
+        self.limit = 0
+
+    def synchronize(self):
+        pass
+
+    clear_cache = synchronize
+
+    def get_active_memory(self):
+        return 14 * 10**9
+
+    def set_wired_limit(self, limit):
+        before, self.limit = self.limit, limit
+        return before
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+def test_a_model_on_metal_is_wired_and_takes_turns_where_it_must(mini, monkeypatch, crowded):
+    """crowded: the process has limits that leave this model too few buffers, as those of a larger model before it."""
+    cpu, memory = mx.Device(mx.cpu), Memory()
+    with mx.stream(cpu):
+        model = load_model(checkpoints.open(mini / "mxfp4"), mx.float32, UNCOMPILED)
+    large = command_buffers.loaded_elements(model)
+    monkeypatch.setattr(command_buffers, "loaded_elements", lambda model: [size << 12 for size in large] * 8)
+    if crowded:
+        monkeypatch.setattr(command_buffers, "_setting", Setting(BufferLimits(1000, 100_000), "for another model"))
+    streams = backend.CpuStreams()
+    runner = backend.metal_runner(model, Limits(1, 64, 64), cpu, streams, "applegpu_g16s", 11 * 10**9, Wiring(memory))
+    assert memory.limit == 11 * 10**9
+    recorder = Recorder(monkeypatch)
+    runner.submit([Row(0, 0, (1, 2), GREEDY, (1, 2))])
+    runner.submit([Row(0, 2, None, GREEDY)]).wait()
+    assert recorder.log[:3] == (["start", "wait", "start"] if crowded else ["start", "start", "wait"])
+    runner.close()
+    assert memory.limit == 0
+
+
+def test_selftest_names_the_limits():
+    elements = tuple(stored_elements(*read) for read in published("20b")[0])
+    ours = Setting(BufferLimits(200, 250), "for an M4", elements)
+    assert command_buffers.describe(ours, BufferLimits(200, 250)) == {
+        "ops": 200, "mb": 250, "set_by": "mlx-gptoss", "why": "for an M4", "least_a_token": 14, "enough": True,
+    }  # fmt: skip
+    users = command_buffers.describe(Setting(None, f"{MB}=2000 in the environment", elements), BufferLimits(50, 2000))
+    assert users["set_by"] == "mlx or the environment" and not users["enough"] and users["least_a_token"] < MIN_BUFFERS

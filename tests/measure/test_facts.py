@@ -62,6 +62,14 @@ def test_a_machine_in_order_gets_no_advice():
         (LINUX, {"dtype": "bfloat16"}, ("bfloat16 on a CPU", "leave out --dtype")),
         ({**MAC, "packages": {"mlx": "0.32.0"}}, {"on_gpu": True, "dtype": "bfloat16"}, ("M5", "mlx>=0.32.4")),
         ({**MAC, "rosetta": True, "architecture": "x86_64", "chip": "Apple M1"}, {}, ("cannot use Metal", "arm64")),
+        (
+            {
+                **MAC,
+                "device": {"metal": True, "command_buffers": {"ops": 50, "mb": 2000, "why": "set", "enough": False}},
+            },
+            {"on_gpu": True, "dtype": "bfloat16"},
+            ("cannot overlap", "unset MLX_MAX_OPS_PER_BUFFER"),
+        ),
         (MAC, {"on_gpu": True}, ("TF32", "MLX_ENABLE_TF32=0")),
         (
             {**MAC, "iogpu.wired_limit_mb": 32000},

@@ -17,6 +17,7 @@ from ..base import Limits, Read
 from . import command_buffers, wiring
 from .elementwise import UNCOMPILED, compiled
 from .load import load_model
+from .model import GptOss
 from .ranks import Ranks
 from .runner import MlxRunner
 from .streams import CpuStreams, check_process
@@ -60,14 +61,29 @@ def load(
             )
             if not metal:
                 return MlxRunner(model, limits, where, streams)
-            in_force = command_buffers.limits_in_force(str(mx.device_info(pick_device(device))["architecture"]))
-            in_turn = command_buffers.must_take_turns(command_buffers.loaded_elements(model), in_force)
-            runner = MlxRunner(model, limits, where, streams, in_turn=in_turn, on_close=wiring.PROCESS.remove)
-            wiring.PROCESS.add(available_memory(device))
-            return runner
+            architecture = str(mx.device_info(pick_device(device))["architecture"])
+            return metal_runner(model, limits, where, streams, architecture, available_memory(device), wiring.PROCESS)
     except BaseException:
         streams.close()
         raise
+
+
+def metal_runner(
+    model: GptOss,
+    limits: Limits,
+    where: mx.Device | mx.Stream,
+    streams: CpuStreams,
+    architecture: str,
+    recommended: int,
+    wired: wiring.Wiring,
+) -> MlxRunner:
+    """The runner of a model that a Mac's GPU has loaded. architecture: Metal's name of it. recommended: bytes of its
+    recommended working set."""
+    in_force = command_buffers.limits_in_force(architecture)
+    in_turn = command_buffers.must_take_turns(command_buffers.loaded_elements(model), in_force)
+    runner = MlxRunner(model, limits, where, streams, in_turn=in_turn, on_close=wired.remove)
+    wired.add(recommended)
+    return runner
 
 
 def prepare(device: str | None, reads: Sequence[Read], resident_bytes: int) -> None:

@@ -22,7 +22,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 
@@ -63,10 +64,12 @@ LARGER = (BufferLimits(1000, 800), BufferLimits(200, 250), BufferLimits(200, 125
 
 @dataclass(frozen=True)
 class Setting:
-    """limits: that this process has set; None leaves MLX's own, or the user's. why: one line."""
+    """limits: that this process has set; None leaves MLX's own, or the user's. why: one line. elements: that a step of
+    the model reads for which it was decided, as count_buffers takes them."""
 
     limits: BufferLimits | None
     why: str
+    elements: tuple[int, ...] = ()
 
 
 _setting: Setting | None = None  # what the first model decided, since MLX reads the variables once
@@ -80,7 +83,8 @@ def prepare(reads: Sequence[Read], resident_bytes: int) -> Setting:
     MLX's limits."""
     global _setting
     if _setting is None:
-        _setting = choose(chip(), mac_memory(), reads, resident_bytes, os.environ)
+        chosen = choose(chip(), mac_memory(), reads, resident_bytes, os.environ)
+        _setting = replace(chosen, elements=tuple(stored_elements(*read) for read in reads))
         if _setting.limits is not None:
             apply(_setting.limits, os.environ, lambda: mx.device_info(mx.Device(mx.gpu)))
     return _setting
@@ -132,6 +136,15 @@ def choose(
         return Setting(None, f"MLX's own: temporary arrays could take {more} beside this model in a prompt")
     count = count_buffers(elements, 0, fitting[0])
     return Setting(fitting[0], f"for an M{generation}: at least {count} buffers a token, by MLX's own {own}")
+
+
+def describe(setting: Setting, in_force: BufferLimits) -> dict[str, Any]:
+    """For selftest: the limits, who set them and why, and the least number of buffers a token of the model that was
+    planned; enough: whether that is MIN_BUFFERS."""
+    least = count_buffers(setting.elements, 0, in_force)
+    who = "mlx-gptoss" if setting.limits else "mlx or the environment"
+    found = {"ops": in_force.ops, "mb": in_force.mb, "set_by": who, "why": setting.why}
+    return found | {"least_a_token": least, "enough": least >= MIN_BUFFERS}
 
 
 def limits_in_force(architecture: str, environ: Mapping[str, str] | None = None) -> BufferLimits:

@@ -107,9 +107,8 @@ class Kernels:
         found = {"metal": mx.metal.is_available(), "device": str(self._device), **mx.device_info(self._device)}
         if not (self.on_gpu and mx.metal.is_available()):
             return found
-        setting, limits = command_buffers.current_setting(), self._buffer_limits()
-        set_by = "mlx-gptoss" if setting.limits else "mlx or the environment"
-        return found | {"command_buffers": {"ops": limits.ops, "mb": limits.mb, "set_by": set_by, "why": setting.why}}
+        setting = command_buffers.current_setting()
+        return found | {"command_buffers": command_buffers.describe(setting, self._buffer_limits())}
 
     def linear(self, weight: Weight) -> Callable[[Floats], Floats]:
         """The product with a stored matrix [N, D]: x [T, D] -> [T, N]"""
