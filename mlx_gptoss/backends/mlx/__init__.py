@@ -43,8 +43,7 @@ def load(
     check_process()
     gpu, streams = _on_gpu(device), CpuStreams()
     where = pick_device(device) if gpu else streams.make_default()
-    metal = gpu and mx.metal.is_available()
-    max_scores = None if metal else MAX_SCORES_GPU if gpu else MAX_SCORES_CPU
+    max_scores = None if gpu and mx.metal.is_available() else MAX_SCORES_GPU if gpu else MAX_SCORES_CPU
     try:
         with mx.stream(where):
             model = load_model(
@@ -59,7 +58,7 @@ def load(
                 streams=streams,
                 adapters=adapters,
             )
-            if not metal:
+            if not (gpu and mx.metal.is_available()):
                 return MlxRunner(model, limits, where, streams)
             architecture = str(mx.device_info(pick_device(device))["architecture"])
             return metal_runner(model, limits, where, streams, architecture, available_memory(device), wiring.PROCESS)

@@ -99,9 +99,9 @@ class MlxRunner:
         self._previous_cache_limit = mx.set_cache_limit(cache_limit)
 
     def submit(self, rows: Sequence[Row]) -> Step:
+        if self._in_turn and self._submitted is not None:
+            mx.eval(self._submitted.last)
         with mx.stream(self._where):
-            if self._in_turn and self._submitted is not None:
-                mx.eval(self._submitted.last)
             step = self.build(rows)
             self._submitted = step if self._in_turn else None
             mx.async_eval(step.last, step.arrays)  # type: ignore[no-untyped-call]

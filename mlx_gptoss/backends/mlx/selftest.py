@@ -34,8 +34,9 @@ from ...weights.tensor import (
     Weight,
 )
 from ..rope import yarn_frequencies
-from . import DTYPES, MAX_SCORES_CPU, MAX_SCORES_GPU, command_buffers, dtype_name, pick_device
+from . import DTYPES, MAX_SCORES_CPU, MAX_SCORES_GPU, dtype_name, pick_device
 from .cache import FullCache, RingCache, Span
+from .command_buffers import BufferLimits, current_setting, describe, layers_for, limits_in_force
 from .elementwise import UNCOMPILED, compiled
 from .layers import Linear, fused
 from .load import MIN_PAIRS_TO_SORT, _WeightLoader
@@ -94,8 +95,8 @@ class Kernels:
         self._device = where
         self._where = where if self.on_gpu else self._streams.make_default()
         self._elementwise = compiled() if self.on_gpu else UNCOMPILED
-        metal = self.on_gpu and mx.metal.is_available()
-        self._max_scores = None if metal else MAX_SCORES_GPU if self.on_gpu else MAX_SCORES_CPU
+        fused = self.on_gpu and mx.metal.is_available()
+        self._max_scores = None if fused else MAX_SCORES_GPU if self.on_gpu else MAX_SCORES_CPU
         self._ranks = Ranks(RankShard.of(config, 0, 1), None)
         self._rotary = Rotary(
             mx.array((1.0 / yarn_frequencies(config.yarn, config.head_dim)).astype(np.float32)),
@@ -107,8 +108,7 @@ class Kernels:
         found = {"metal": mx.metal.is_available(), "device": str(self._device), **mx.device_info(self._device)}
         if not (self.on_gpu and mx.metal.is_available()):
             return found
-        setting = command_buffers.current_setting()
-        return found | {"command_buffers": command_buffers.describe(setting, self._buffer_limits())}
+        return found | {"command_buffers": describe(current_setting(), self._buffer_limits())}
 
     def linear(self, weight: Weight) -> Callable[[Floats], Floats]:
         """The product with a stored matrix [N, D]: x [T, D] -> [T, N]"""
@@ -214,10 +214,10 @@ class Kernels:
 
     def layers_in_flight(self) -> int:
         """Layers, however small, of a model whose steps overlap as those of gpt-oss do. On a CPU any number."""
-        return command_buffers.layers_for(self._buffer_limits()) if self.on_gpu and mx.metal.is_available() else 2
+        return layers_for(self._buffer_limits()) if self.on_gpu and mx.metal.is_available() else 2
 
-    def _buffer_limits(self) -> command_buffers.BufferLimits:
-        return command_buffers.limits_in_force(str(mx.device_info(self._device)["architecture"]))
+    def _buffer_limits(self) -> BufferLimits:
+        return limits_in_force(str(mx.device_info(self._device)["architecture"]))
 
     def sample(
         self,
