@@ -67,6 +67,15 @@ def load(
         raise
 
 
+def dtype_name(device: str | None, dtype: str | None) -> str:
+    """The activations' dtype. None is bfloat16 on a GPU and float32 on a CPU, where bfloat16 products are slower and
+    less accurate."""
+    name = dtype or ("bfloat16" if _on_gpu(device) else "float32")
+    if name not in DTYPES:
+        raise InvalidRequest(f"dtype must be one of {', '.join(DTYPES)}, not {name!r}")
+    return name
+
+
 def metal_runner(
     model: GptOss,
     limits: Limits,
@@ -91,15 +100,6 @@ def prepare(device: str | None, reads: Sequence[Read], resident_bytes: int) -> N
     # Not pick_device(): it uses the device, which has to be used first with the variables set.
     if sys.platform == "darwin" and (is_default or device in ("gpu", "metal")):
         command_buffers.prepare(reads, resident_bytes)
-
-
-def dtype_name(device: str | None, dtype: str | None) -> str:
-    """The activations' dtype. None is bfloat16 on a GPU and float32 on a CPU, where bfloat16 products are slower and
-    less accurate."""
-    name = dtype or ("bfloat16" if _on_gpu(device) else "float32")
-    if name not in DTYPES:
-        raise InvalidRequest(f"dtype must be one of {', '.join(DTYPES)}, not {name!r}")
-    return name
 
 
 def prefill_chunk(device: str | None) -> int:
