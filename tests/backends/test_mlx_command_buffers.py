@@ -39,6 +39,7 @@ from mlx_gptoss.backends.mlx.load import load_model
 from mlx_gptoss.backends.mlx.runner import MlxRunner
 from mlx_gptoss.backends.mlx.wiring import Wiring
 from mlx_gptoss.config import TINY
+from mlx_gptoss.loading.plan import LoadRequest, open_source, plan_load
 from mlx_gptoss.loading.step_reads import resident_bytes, step_reads
 from mlx_gptoss.sampling import Sampling
 from mlx_gptoss.weights import checkpoint as checkpoints
@@ -354,3 +355,19 @@ def test_selftest_names_the_limits():
     }  # fmt: skip
     users = command_buffers.describe(Setting(None, f"{MB}=2000 in the environment", elements), BufferLimits(50, 2000))
     assert users["set_by"] == "mlx or the environment" and not users["enough"] and users["least_a_token"] < MIN_BUFFERS
+
+
+def test_the_limits_are_set_before_the_device_is_asked_for_its_memory(mini, monkeypatch):
+    order, prepared, asked = [], backend.prepare, backend.available_memory
+    monkeypatch.setattr(backend, "prepare", lambda *a: (order.append(("prepare", *a)), prepared(*a))[1])
+    monkeypatch.setattr(backend, "available_memory", lambda device: (order.append(("asked",)), asked(device))[1])
+    request = LoadRequest(model=str(mini / "mxfp4"), backend="mlx", device="cpu", max_context=64, slots=2)
+    source = open_source(request)
+    plan_load(request, source)
+    assert [name for name, *_ in order] == ["prepare", "asked"]
+    _, device, reads, resident = order[0]
+    assert device == "cpu" and reads == step_reads(source, "mlx")
+    config = source.config
+    assert resident == source.size_bytes + 2 * 64 * config.full_layers * 2 * config.kv_size * 2
+    plan_load(request, source, rank=0, ranks=2)  # the sums of several ranks end command buffers
+    assert [name for name, *_ in order] == ["prepare", "asked", "asked"]
