@@ -76,6 +76,26 @@ def dtype_name(device: str | None, dtype: str | None) -> str:
     return name
 
 
+def prefill_chunk(device: str | None) -> int:
+    """Maximum tokens of one prefill step: enough rows for a GPU's matrix units; a CPU gains nothing from more."""
+    return 2048 if _on_gpu(device) else 512
+
+
+def available_memory(device: str | None) -> int:
+    """Bytes that a model may take: Metal's recommended working set, or the free memory of a CUDA device or the RAM."""
+    if not _on_gpu(device):
+        return system_available()
+    info = mx.device_info(pick_device(device))
+    return int(info.get("max_recommended_working_set_size") or info.get("free_memory") or info["memory_size"])
+
+
+def device_name(device: str | None) -> str:
+    """The GPU's name, or "cpu" for any CPU."""
+    if not _on_gpu(device):
+        return "cpu"
+    return str(mx.device_info(pick_device(device)).get("device_name", "gpu"))
+
+
 def metal_runner(
     model: GptOss,
     limits: Limits,
@@ -100,26 +120,6 @@ def prepare(device: str | None, reads: Sequence[Read], resident_bytes: int) -> N
     # Not pick_device(): it uses the device, which has to be used first with the variables set.
     if sys.platform == "darwin" and (is_default or device in ("gpu", "metal")):
         command_buffers.prepare(reads, resident_bytes)
-
-
-def prefill_chunk(device: str | None) -> int:
-    """Maximum tokens of one prefill step: enough rows for a GPU's matrix units; a CPU gains nothing from more."""
-    return 2048 if _on_gpu(device) else 512
-
-
-def available_memory(device: str | None) -> int:
-    """Bytes that a model may take: Metal's recommended working set, or the free memory of a CUDA device or the RAM."""
-    if not _on_gpu(device):
-        return system_available()
-    info = mx.device_info(pick_device(device))
-    return int(info.get("max_recommended_working_set_size") or info.get("free_memory") or info["memory_size"])
-
-
-def device_name(device: str | None) -> str:
-    """The GPU's name, or "cpu" for any CPU."""
-    if not _on_gpu(device):
-        return "cpu"
-    return str(mx.device_info(pick_device(device)).get("device_name", "gpu"))
 
 
 def copy_bandwidth(device: str | None) -> float:
