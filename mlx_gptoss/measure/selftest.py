@@ -44,9 +44,9 @@ class Kernels(Protocol):
     on_gpu: bool
     specs: tuple[Spec | None, ...]
     ways: dict[str, int | None]
+    masks: tuple[str, ...]
     counts_memory: bool
     packs_kv: bool
-    masks: tuple[str, ...]
 
     def facts(self) -> dict[str, Any]: ...
     def linear(self, weight: Weight) -> Callable[[Floats], Floats]: ...

@@ -72,14 +72,13 @@ class Kernels:
 
     dtype: of the activations. specs: what matrices may be stored as; None is bfloat16. ways: through the experts, each
     with the most rows that it is given; None is any number. counts_memory: whether peak_memory() sees what a step
-    allocates. packs_kv: whether a cache may be in 8 bits. masks: those of fused_attention; none if there is no such
-    kernel.
+    allocates. packs_kv: whether a cache may be in 8 bits.
     """
 
     specs: tuple[Spec | None, ...] = SPECS
+    masks: tuple[str, ...] = ("causal", "bool")  # of fused_attention
     counts_memory = True
     packs_kv = True
-    masks = ("causal", "bool")
 
     def __init__(self, config: ModelConfig, device: str | None, dtype: str | None) -> None:
         check_process()
