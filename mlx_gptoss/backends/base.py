@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from ..weights.tensor import Weights
 
 
+Read = tuple[int, Spec | None]  # values of an array that a decode step reads, and their storage; None is dense
+
+
 @dataclass(frozen=True)
 class Row:
     """What one slot does in one step.
@@ -190,6 +193,13 @@ class Backend(Protocol):
     """The functions of a backend's module. `device` None is the best device, `dtype` None the backend's default."""
 
     NAME: str  # as in BACKENDS
+
+    def prepare(self, device: str | None, reads: Sequence[Read], resident_bytes: int) -> None:
+        """Set what the process needs for a model, once it is known and before the other functions are called.
+
+        reads: of one decode step, in order, each that of one launch. resident_bytes: of the whole model with its keys
+        and values."""
+        ...
 
     def load(
         self,

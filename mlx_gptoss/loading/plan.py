@@ -28,6 +28,7 @@ from .hub import NANO as NANO
 from .hub import NANO_ALIAS as NANO_ALIAS
 from .memory import MemoryPlan, plan_memory
 from .recommend import derived_bytes, mappable_bytes, units_by_format, upcastable_bytes, used_vocabulary
+from .step_reads import resident_bytes, step_reads
 
 MAX_DRAFTS = 3  # plus the token before them: 4 queries, the maximum of Metal's attention kernel for decoding
 LIBRARIES = {"mlx": "mlx", "cuda": "torch"}  # the library that computes; another version may round differently
@@ -148,8 +149,13 @@ def plan_load(
     """
     shard = None if ranks == 1 else RankShard.of(source.config, rank, ranks)
     part: CheckpointLike = source if shard is None else RankWeights(source, shard)
-    weights = part if request.quantize is None else Requantized(part, request.quantize)
+    weights: CheckpointLike | Requantized = part
+    if request.quantize is not None:
+        weights = Requantized(part, request.quantize)
     module, backend = find_backend(request.backend)
+    if shard is None:  # the sums of several ranks end command buffers, too
+        resident = resident_bytes(weights, request.max_context, request.slots)
+        module.prepare(request.device, step_reads(weights, backend), resident)
     _check_options(backend, request.kv_bits, request.speculate)
     adapters = open_adapters(request.adapters or {}, source.config)
     if shard is not None:

@@ -21,6 +21,8 @@ from ..loading.distributed import coordinate
 from ..loading.memory import plan_memory, require_fit
 from ..loading.plan import ACTIVATION_BYTES, LoadRequest, open_adapters
 from ..loading.recommend import derived_bytes, upcastable_bytes
+from ..loading.step_reads import resident_bytes, step_reads
+from ..machine import chip, gpu_cores
 from ..ranks import Launch, find_launch
 from ..weights.adapters import Adapter
 from ..weights.checkpoint import CheckpointLike
@@ -31,6 +33,7 @@ from ..weights.synthetic import Synthetic
 from ..weights.tensor import Weight, Weights
 from . import agreement
 from .agreement import Agreement
+from .chips import ChipBandwidth, published_bandwidth
 from .timing import Case, OurEngine, TimedEngine
 
 Log = Callable[[str], None]  # receives a line for each thing that begins
@@ -47,6 +50,8 @@ class Measurement:
     bytes_per_token: the same per token. fraction_of_bound: decode_tok_s * bytes_per_token / copy bandwidth.
     load_s: seconds; for synthetic weights, generating them is included. ratio: our speeds divided by the other
         engine's. None means unknown or not requested. prefill_runs, decode_runs: the speed of each repetition.
+    host_ms_per_step: what the host takes to build and submit a decode step, mostly while the device computes.
+    published_bound_tok_s: tokens per second by the bandwidth that Apple publishes for the chip.
     """
 
     engine: str
@@ -69,6 +74,8 @@ class Measurement:
     prefill_runs: tuple[float, ...] = ()
     decode_runs: tuple[float, ...] = ()
     adapter: str | None = None
+    host_ms_per_step: float | None = None
+    published_bound_tok_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,12 +84,16 @@ class Report:
 
     results: case by case, ours first. ratio: geometric means over all cases; None without another engine.
     launches: of one decoded token by engine, from launches_per_token; empty if they cannot be counted.
+    command_buffers: of one decoded token at batch 1 on an Apple GPU, estimated from the launches and from what they
+        read, by whose limits; empty without launches. chip: its published bandwidth; None if it is not Apple's.
     """
 
     results: tuple[Measurement, ...]
     agreements: tuple[Agreement, ...]
     ratio: dict[str, float] | None
     launches: dict[str, int]
+    command_buffers: dict[str, int] = field(default_factory=dict)
+    chip: ChipBandwidth | None = None
 
 
 class CountedWeights:
@@ -192,8 +203,14 @@ class Target:
     dtype: str
 
     @staticmethod
-    def find(backend: str, device: str | None, dtype: str | None) -> Target:
+    def find(
+        backend: str, device: str | None, dtype: str | None, model: BenchModel | None = None, context: int | None = None
+    ) -> Target:
+        """model: that will be loaded first, with `context` tokens: the process is then prepared for it."""
         module, chosen = find_backend(backend)
+        if model is not None:
+            reads = step_reads(model.weights, chosen)
+            module.prepare(device, reads, resident_bytes(model.weights, context, 1))
         return Target(module, chosen, device, module.device_name(device), module.dtype_name(device, dtype))
 
 
@@ -223,6 +240,7 @@ def bench(
         )
     log("measuring the copy bandwidth")
     bandwidth = target.module.copy_bandwidth(target.device)
+    published = None if target.name == "cpu" else published_bandwidth(chip(), gpu_cores())
     ours, counted = load(model, cases, repeat, target, log)
     try:
         for other in others:
@@ -233,17 +251,20 @@ def bench(
         results: list[Measurement] = []
         for case in cases:
             mine, *theirs = _measure([ours, *others], case, repeat, log)
-            results += [_bounded(mine, counted, target.dtype, bandwidth), *theirs]
+            host = median(ours.host_seconds[-repeat:]) / case.generate * 1e3
+            mine = _bounded(mine, counted, target.dtype, bandwidth, published)
+            results += [replace(mine, host_ms_per_step=host), *theirs]
     finally:
         ours.close()
     ratios = [result.ratio for result in results if result.ratio]
     overall = {key: geometric_mean(ratio[key] for ratio in ratios) for key in ("prefill", "decode")} if ratios else None
     if find_launch() is not None or model.adapter is not None:  # what is counted is the model as it is
-        return Report(tuple(results), tuple(agreements), overall, {})
+        return Report(tuple(results), tuple(agreements), overall, {}, chip=published)
     log("counting launches")
     with_mlx_lm = any(other.engine.startswith("mlx-lm") for other in others)
     launches = launches_per_token(target, model, count_mlx_lm=with_mlx_lm)
-    return Report(tuple(results), tuple(agreements), overall, launches)
+    buffers = command_buffers(model, launches["mlx-gptoss"], cases[0].context, target) if launches else {}
+    return Report(tuple(results), tuple(agreements), overall, launches, buffers, published)
 
 
 def launches_per_token(target: Target, model: BenchModel, *, count_mlx_lm: bool) -> dict[str, int]:
@@ -262,6 +283,16 @@ def launches_per_token(target: Target, model: BenchModel, *, count_mlx_lm: bool)
             small.write(Path(folder) / "checkpoint")
             found["mlx-lm"] = counter.mlx_lm_launches_per_token(Path(folder) / "checkpoint")
     return found
+
+
+def command_buffers(model: BenchModel, launches: int, context: int, target: Target) -> dict[str, int]:
+    """Command buffers of one decoded token at batch 1 on an Apple GPU, estimated (backends/mlx/command_buffers.py): by
+    MLX's limits, and where others are in force or would be chosen on a large Mac of a chip that gains, by those."""
+    code = import_module("mlx_gptoss.backends.mlx.command_buffers")
+    elements = [code.stored_elements(*read) for read in step_reads(model.weights, target.backend, context)]
+    own, other = code.describe_limits(step_reads(model.weights, target.backend))
+    found = {"MLX's limits": code.count_buffers(elements, launches, own)}
+    return found if other is None else found | {"ours": code.count_buffers(elements, launches, other)}
 
 
 def _measure(engines: Sequence[TimedEngine], case: Case, repeat: int, log: Log) -> list[Measurement]:
@@ -317,7 +348,9 @@ def _measurement(engine: TimedEngine, prefills: list[float], decodes: list[float
     )
 
 
-def _bounded(result: Measurement, counted: CountedWeights, dtype: str, bandwidth: float) -> Measurement:
+def _bounded(
+    result: Measurement, counted: CountedWeights, dtype: str, bandwidth: float, published: ChipBandwidth | None
+) -> Measurement:
     config = counted.config
     adapter, value_bytes = counted.adapter, ACTIVATION_BYTES[dtype]
     step = step_bytes(counted.sizes, config, result.batch, result.context, value_bytes, adapter)
@@ -328,6 +361,7 @@ def _bounded(result: Measurement, counted: CountedWeights, dtype: str, bandwidth
         bytes_per_token=step / result.batch,
         bandwidth_gb_s=bandwidth / 1e9,
         fraction_of_bound=result.decode_tok_s * step / result.batch / bandwidth,
+        published_bound_tok_s=None if published is None else published.gb_s * 1e9 * result.batch / step,
     )
 
 

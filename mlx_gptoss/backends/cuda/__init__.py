@@ -18,7 +18,7 @@ from ...machine import ram_copy_bandwidth, system_available
 from ...weights.adapters import Adapter
 from ...weights.split import RankShard
 from ...weights.tensor import Weights
-from ..base import Limits
+from ..base import Limits, Read
 from .layers import Operations
 from .load import load_model
 from .plain import TorchOperations
@@ -73,6 +73,10 @@ def _fused(checkpoint: Weights) -> Operations:
         raise BackendUnavailable(f"the kernels need triton ({error}): pip install 'mlx-gptoss[cuda]'") from error
     Fused.check(checkpoint.config)
     return Fused()
+
+
+def prepare(device: str | None, reads: Sequence[Read], resident_bytes: int) -> None:
+    """As Backend.prepare: nothing."""
 
 
 def dtype_name(device: str | None, dtype: str | None) -> str:
