@@ -8,7 +8,9 @@ A step takes at least one stage, and otherwise as many as cost no more time than
 most two decoding steps, or for one step and one stage. If one stage costs more than a decoding step, steps without a
 prompt follow until decoding has had as much time as the prompt. Each side gets about half of the time.
 
-Estimates come from the measured cost of earlier steps. Plain Python over numbers; the caller measures.
+Estimates come from the measured cost of earlier steps. A token costs less in a large chunk than in a small one, on a
+GPU several times less, so chunks of different sizes have estimates of their own. Plain Python over numbers; the caller
+measures.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class Pace:
 
     def __init__(self, stages: int) -> None:
         self._stages = stages
-        self._stage_s: list[float] = [0.0] * stages  # seconds per token of each stage; 0 before the first measurement
+        # By _size_class: seconds per token of each stage; 0 before the first measurement
+        self._stage_s: dict[int, list[float]] = {}
         self._decode_s: dict[int, float] = {}  # by decoding rows: seconds of a step that does nothing else
         self._owed_s = 0.0  # time that decoding gets before the next piece
         self._since_measured = 0  # steps with pieces since the last step that only decoded
@@ -64,14 +67,30 @@ class Pace:
         is not cut.
         """
         end, total = first, 0.0
+        stage_s = self._stage_s.get(_size_class(tokens), [0.0] * self._stages)
         while end < self._stages:
             step = self._stages - end if tokens == 1 else 1
-            costs = [self._weight(tokens) * known for known in self._stage_s[end : end + step]]
+            costs = [self._weight(tokens) * known for known in stage_s[end : end + step]]
             if (0.0 in costs or total + sum(costs) > budget_s) and not (at_least_one and end == first):
                 break
             total += sum(costs)
             end += step
         return None if end == first else (Piece(tokens, first, end), total)
+
+    def chunk_tokens(self, decoding: int, least: int, most: int) -> int:
+        """The size of a chunk beside `decoding` sequences: `least` tokens, doubled while that is at most `most` and no
+        stage takes longer than a decoding step.
+
+        What is known of smaller chunks bounds the cost of a larger one from above.
+        """
+        tokens, decoding_s = least, self._decoding_s(decoding)
+        while 2 * tokens <= most:
+            measured = [size for size in self._stage_s if size <= _size_class(2 * tokens)]
+            stage_s = self._stage_s[max(measured)] if measured else [0.0]
+            if 0.0 in stage_s or max(stage_s) * self._weight(2 * tokens) > decoding_s:
+                break
+            tokens *= 2
+        return tokens
 
     def spend(self, decoding: int, seconds: float) -> None:
         """Record that pieces of this estimated cost were planned in a step with `decoding` sequences."""
@@ -86,17 +105,24 @@ class Pace:
             self._decode_s[rows] = _moved(self._decode_s.get(rows, 0.0), seconds)
 
     def _record_pieces(self, pieces: tuple[Piece, ...], seconds: float) -> None:
-        """Scale the estimates of the stages by their common error."""
-        weights = [0.0] * self._stages
-        for piece in pieces:
-            for stage in range(piece.first, piece.end):
-                weights[stage] += self._weight(piece.tokens)
-        mean = seconds / sum(weights)
-        expected = sum(weight * (known or mean) for weight, known in zip(weights, self._stage_s, strict=True))
-        for stage, weight in enumerate(weights):
-            if weight:
-                known = self._stage_s[stage]
-                self._stage_s[stage] = _moved(known, known * seconds / expected) if known else mean
+        """Scale the estimates of the stages by their common error. The first estimates of a size are those of the
+        nearest one, all scaled by it."""
+        computed = [(piece.tokens, stage) for piece in pieces for stage in range(piece.first, piece.end)]
+        guesses = {_size_class(tokens): self._nearest(_size_class(tokens)) for tokens, _ in computed}
+        mean = seconds / sum(self._weight(tokens) for tokens, _ in computed)
+        error = seconds / sum(self._weight(tokens) * (guesses[_size_class(tokens)][n] or mean) for tokens, n in computed)
+        for size, guess in guesses.items():
+            stages = {stage for tokens, stage in computed if _size_class(tokens) == size}
+            if size in self._stage_s:
+                moved = [_moved(s, s * error) if stage in stages else s for stage, s in enumerate(guess)]
+            else:
+                moved = [s * error for s in guess]
+            self._stage_s[size] = [s or (mean if stage in stages else 0.0) for stage, s in enumerate(moved)]
+
+    def _nearest(self, size: int) -> list[float]:
+        """The estimates of this size, or of the next smaller or else the next larger one that has some."""
+        known = sorted(self._stage_s, key=lambda each: (each > size, abs(each - size)))
+        return self._stage_s[known[0]] if known else [0.0] * self._stages
 
     def _decoding_s(self, rows: int) -> float:
         """Seconds of a step of `rows` decoding rows, or of the nearest number of rows that was measured. 0 for no rows,
@@ -108,6 +134,11 @@ class Pace:
     @staticmethod
     def _weight(tokens: int) -> int:
         return tokens + FIXED_TOKENS
+
+
+def _size_class(tokens: int) -> int:
+    """Chunks of the same class cost about the same per token: those up to 64, 128, 256 and so on."""
+    return max(6, (tokens - 1).bit_length())
 
 
 def _moved(known: float, measured: float) -> float:

@@ -44,7 +44,7 @@ class Device:
 class Run:
     """A scheduler whose steps take the time that the device says, one step ahead as in the engine's loop.
 
-    cut: chunks are those of the prefix cache, although nothing is cached. log: each step with its end. ends: when the
+    cut: with a prefix cache that can keep nothing. log: each step with its end. ends: when the
     last stage of each prompt ended.
     """
 
@@ -183,7 +183,7 @@ def test_begun_chunks_never_exceed_the_limit() -> None:
         run.add(length, max_tokens=20)
     for _ in range(800):
         run.steps(1)
-        begun = [s.next_chunk_end - s.length for s in run.scheduler._prefilling if s.stage]
+        begun = [s.chunk for s in run.scheduler._prefilling if s.stage]
         assert sum(begun) <= 300
     assert not run.scheduler._prefilling
 

@@ -90,6 +90,7 @@ class MlxRunner:
 
     def submit(self, rows: Sequence[Row]) -> Step:
         with mx.stream(self._where):
+            self._cache.drop_kept(unless=self._hidden)  # of chunks that are not finished
             step = self.build(rows)
             mx.async_eval(step.last, step.arrays)  # type: ignore[no-untyped-call]
             self._steps += 1
@@ -118,6 +119,7 @@ class MlxRunner:
     def release(self, slot: int) -> None:
         self._last.pop(slot, None)
         self._hidden.pop(slot, None)
+        self._cache.release(slot)
         self._states.pop(slot, None)
 
     def save(self, slot: int, start: int, end: int) -> SlotSnapshot:
@@ -168,7 +170,8 @@ class MlxRunner:
         ids = mx.stack([self._tokens(row) for row in rows])  # [B, L]
         starts = [row.start for row in rows]
         slots, adapters = [row.slot for row in rows], used_adapters(rows)
-        span = Span.of(self.config, slots, starts, ids.shape[1], self.limits.drafts, adapters)
+        inside = rows[0].saves_inside
+        span = Span.of(self.config, slots, starts, ids.shape[1], self.limits.drafts, adapters, inside)
         samples = 1 + len(rows[0].drafts)  # per row
         if rows[0].stages is None:
             hidden = self._model(ids, self._cache, span, samples)  # [B, samples, D]
