@@ -9,8 +9,8 @@ most two decoding steps, or for one step and one stage. If one stage costs more 
 prompt follow until decoding has had as much time as the prompt. Each side gets about half of the time.
 
 Estimates come from the measured cost of earlier steps. A token costs less in a large chunk than in a small one, on a
-GPU several times less, so chunks of different sizes have estimates of their own. Plain Python over numbers; the caller
-measures.
+GPU several times less. So chunks of different sizes have estimates of their own, and what is known of small ones is an
+upper bound for larger ones. Plain Python over numbers; the caller measures.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Pace:
         is not cut.
         """
         end, total = first, 0.0
-        stage_s = self._stage_s.get(_size_class(tokens), [0.0] * self._stages)
+        stage_s = self._known(_size_class(tokens))
         while end < self._stages:
             step = self._stages - end if tokens == 1 else 1
             costs = [self._weight(tokens) * known for known in stage_s[end : end + step]]
@@ -79,14 +79,10 @@ class Pace:
 
     def chunk_tokens(self, decoding: int, least: int, most: int) -> int:
         """The size of a chunk beside `decoding` sequences: `least` tokens, doubled while that is at most `most` and no
-        stage takes longer than a decoding step.
-
-        What is known of smaller chunks bounds the cost of a larger one from above.
-        """
+        stage takes longer than a decoding step."""
         tokens, decoding_s = least, self._decoding_s(decoding)
         while 2 * tokens <= most:
-            measured = [size for size in self._stage_s if size <= _size_class(2 * tokens)]
-            stage_s = self._stage_s[max(measured)] if measured else [0.0]
+            stage_s = self._known(_size_class(2 * tokens))
             if 0.0 in stage_s or max(stage_s) * self._weight(2 * tokens) > decoding_s:
                 break
             tokens *= 2
@@ -105,24 +101,24 @@ class Pace:
             self._decode_s[rows] = _moved(self._decode_s.get(rows, 0.0), seconds)
 
     def _record_pieces(self, pieces: tuple[Piece, ...], seconds: float) -> None:
-        """Scale the estimates of the stages by their common error. The first estimates of a size are those of the
-        nearest one, all scaled by it."""
-        computed = [(piece.tokens, stage) for piece in pieces for stage in range(piece.first, piece.end)]
-        guesses = {_size_class(tokens): self._nearest(_size_class(tokens)) for tokens, _ in computed}
-        mean = seconds / sum(self._weight(tokens) for tokens, _ in computed)
-        error = seconds / sum(self._weight(tokens) * (guesses[_size_class(tokens)][n] or mean) for tokens, n in computed)
-        for size, guess in guesses.items():
-            stages = {stage for tokens, stage in computed if _size_class(tokens) == size}
-            if size in self._stage_s:
-                moved = [_moved(s, s * error) if stage in stages else s for stage, s in enumerate(guess)]
-            else:
-                moved = [s * error for s in guess]
-            self._stage_s[size] = [s or (mean if stage in stages else 0.0) for stage, s in enumerate(moved)]
+        """Scale the estimates of the stages by their common error."""
+        weights: dict[tuple[int, int], int] = {}  # by size and stage
+        for piece in pieces:
+            for stage in range(piece.first, piece.end):
+                place = _size_class(piece.tokens), stage
+                weights[place] = weights.get(place, 0) + self._weight(piece.tokens)
+        known = {size: list(self._known(size)) for size, _ in weights}
+        mean = seconds / sum(weights.values())
+        expected = sum(weight * (known[size][stage] or mean) for (size, stage), weight in weights.items())
+        for size, stage in weights:
+            before = known[size][stage]
+            known[size][stage] = _moved(before, before * seconds / expected) if before else mean
+        self._stage_s.update(known)
 
-    def _nearest(self, size: int) -> list[float]:
-        """The estimates of this size, or of the next smaller or else the next larger one that has some."""
-        known = sorted(self._stage_s, key=lambda each: (each > size, abs(each - size)))
-        return self._stage_s[known[0]] if known else [0.0] * self._stages
+    def _known(self, size: int) -> list[float]:
+        """The estimates of a size, or those of the next smaller one that has some: they are at least as high."""
+        measured = max((each for each in self._stage_s if each <= size), default=None)
+        return [0.0] * self._stages if measured is None else self._stage_s[measured]
 
     def _decoding_s(self, rows: int) -> float:
         """Seconds of a step of `rows` decoding rows, or of the nearest number of rows that was measured. 0 for no rows,
@@ -137,8 +133,8 @@ class Pace:
 
 
 def _size_class(tokens: int) -> int:
-    """Chunks of the same class cost about the same per token: those up to 64, 128, 256 and so on."""
-    return max(6, (tokens - 1).bit_length())
+    """Chunks of one class have the same estimates per token: those of up to 256 tokens, 512, 1024 and so on."""
+    return max(8, (tokens - 1).bit_length())
 
 
 def _moved(known: float, measured: float) -> float:
