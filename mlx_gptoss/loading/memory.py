@@ -113,7 +113,7 @@ def plan_memory(
     steps = [
         RUNTIME_BYTES
         + working_space(config, size, slots, activation_bytes)
-        + (0 if prefix_bytes == 0 else snapshot_space(config, size, slots, activation_bytes))
+        + (snapshot_space(config, size, slots, activation_bytes) if prefix_bytes else 0)
         for size in _chunks(chunk)
     ]
     plan = MemoryPlan(
@@ -133,16 +133,24 @@ def plan_memory(
     resident = _first_that_fits(choices, wanted, context is not None)
     if not mappable_bytes or (resident.fits and resident.context >= min(wanted, PREFERRED_CONTEXT)):
         upcast = replace(resident, upcast_bytes=upcastable_bytes)
-        return _with_prefix(upcast if upcast.fits else resident, prefix_bytes)
-    mapped = _first_that_fits(
-        [replace(choice, mapped_bytes=mappable_bytes) for choice in choices], wanted, context is not None
-    )
-    return _with_prefix(mapped if mapped.fits else resident, prefix_bytes)
+        chosen = upcast if upcast.fits else resident
+    else:
+        mapped = _first_that_fits(
+            [replace(choice, mapped_bytes=mappable_bytes) for choice in choices], wanted, context is not None
+        )
+        chosen = mapped if mapped.fits else resident
+    if prefix_bytes is not None:
+        return chosen
+    return _with_prefix(chosen, snapshot_space(config, chosen.chunk, slots, activation_bytes))
 
 
-def _with_prefix(plan: MemoryPlan, prefix_bytes: int | None) -> MemoryPlan:
-    spare = max(0, plan.available_bytes - plan.needed_bytes)
-    return plan if prefix_bytes is not None else replace(plan, prefix_bytes=min(spare // 2, PREFIX_BYTES))
+def _with_prefix(plan: MemoryPlan, snapshot_bytes: int) -> MemoryPlan:
+    """The plan with half of the spare memory as the prefix cache, PREFIX_BYTES at most. snapshot_bytes: what a chunk
+    then needs in addition; without room for it there is no prefix cache."""
+    spare = plan.available_bytes - plan.needed_bytes - snapshot_bytes
+    if spare < 2:
+        return plan
+    return replace(plan, prefix_bytes=min(spare // 2, PREFIX_BYTES), step_bytes=plan.step_bytes + snapshot_bytes)
 
 
 def _chunks(largest: int) -> list[int]:

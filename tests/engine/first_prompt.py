@@ -32,7 +32,8 @@ LAYERS, EXPERTS, ACTIVE = 24, 32, 4  # of gpt-oss-20b
 
 @dataclass
 class Work:
-    """What a prompt makes a runner do. rows: one a step. saves: (start, end) of each snapshot, after the row's index."""
+    """What a prompt makes a runner do. rows: one a step. saves: index of the row, start and end of each
+    snapshot."""
 
     rows: list[Row] = field(default_factory=list)
     saves: list[tuple[int, int, int]] = field(default_factory=list)
