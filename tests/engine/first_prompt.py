@@ -1,9 +1,9 @@
 """Measures what the prefix cache costs a prompt that is new to it: `python tests/engine/first_prompt.py [--backend B]`.
 
-Counts how a prompt is cut into steps with the prefix cache and without: steps, the rows that each expert gets of a step
-on average, snapshots and, with MLX, the launches on a GPU (of 24 layers, counted in the graph). Then times the first
-token of new prompts with the cache and without in turns, and prints the median of the ratios, of wall-clock time and
-of this process's CPU time.
+Counts how a prompt is cut into steps with the prefix cache and without, in the chunks of a GPU: steps, the rows that
+each expert gets of a step on average, snapshots, and MLX's launches (of 24 layers, counted in the graph). Then times
+the first token of new prompts with the cache and without in turns, and prints the median of the ratios, of wall-clock
+time and of this process's CPU time.
 """
 
 from __future__ import annotations
@@ -12,21 +12,23 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import mlx_gptoss
 from mlx_gptoss import Model
-from mlx_gptoss.backends.base import Limits, Row
+from mlx_gptoss.backends.base import Limits, Row, Sampled
 from mlx_gptoss.config import TINY
 from mlx_gptoss.engine import Request
+from mlx_gptoss.engine.prefix import PrefixCache, SnapshotRunner
+from mlx_gptoss.engine.scheduler import Scheduler
 from mlx_gptoss.sampling import Sampling
 from mlx_gptoss.weights.synthetic import Synthetic
 
 CACHE = 1 << 30  # bytes
+GPU_CHUNK = 2048  # tokens, with Metal
 LAYERS, EXPERTS, ACTIVE = 24, 32, 4  # of gpt-oss-20b
 
 
@@ -44,33 +46,23 @@ class Work:
         return f"{len(self.rows)} steps, {rows_per_expert:.0f} rows an expert, {len(self.saves)} snapshots"
 
 
-@contextmanager
-def recorded(model: Model) -> Iterator[Work]:
-    """What the model's runner does meanwhile."""
+def planned(request: Request, chunk: int, prefix_bytes: int) -> Work:
+    """The same as the engine plans it for a prompt that runs alone, in chunks of this size."""
     work = Work()
 
-    def record(runner: Any) -> tuple[Any, Any]:
-        submit, save = runner.submit, runner.save
-
-        def recording_submit(rows: Sequence[Row]) -> Any:
-            work.rows += rows
-            return submit(rows)
-
-        def recording_save(slot: int, start: int, end: int) -> Any:
+    class Snapshots:
+        def save(self, slot: int, start: int, end: int) -> Any:
             work.saves.append((len(work.rows) - 1, start, end))
-            return save(slot, start, end)
+            return SimpleNamespace(start=start, end=end, nbytes=0)
 
-        runner.submit, runner.save = recording_submit, recording_save
-        return runner
-
-    def stop(runner: Any) -> None:
-        del runner.submit, runner.save
-
-    model._engine.call(record)
-    try:
-        yield work
-    finally:
-        model._engine.call(stop)
+    prefix = PrefixCache(prefix_bytes, cast(SnapshotRunner, Snapshots())) if prefix_bytes else None
+    scheduler = Scheduler(Limits(1, len(request.prompt) + 1, chunk), lambda slot: None, prefix)
+    scheduler.add(request)
+    while (step := scheduler.plan()) is not None:
+        work.rows += step.rows
+        scheduler.save_prefixes(step)
+        scheduler.process_results(step, [Sampled(1, 0.0) if row.sampling else None for row in step.rows])
+    return work
 
 
 def launches(work: Work) -> tuple[int, int]:
@@ -136,12 +128,11 @@ def main() -> None:
     where = {"backend": given.backend, "max_context": given.tokens + 1}
     kinds = {"with the cache": CACHE, "without": 0}
     models = {name: mlx_gptoss.load(given.model, prefix_cache=size, **where) for name, size in kinds.items()}
-    for number, (name, model) in enumerate(models.items()):
-        with recorded(model) as work:
-            time_prompt(model, prompt_of(given.tokens, -1))
-        counted = "{} launches and {} for snapshots".format(*launches(work)) if given.backend == "mlx" else ""
-        print(f"{name}: chunk {model._engine.limits.chunk}, {work}, {counted}", flush=True)
-        assert number or work.saves
+    for name, model in models.items():
+        work = planned(prompt_of(given.tokens, -1), GPU_CHUNK, kinds[name])
+        counted = "{} launches and {} for snapshots".format(*launches(work))
+        print(f"{name}: chunks of {GPU_CHUNK}: {work}, {counted}", flush=True)
+        time_prompt(model, prompt_of(given.tokens, -1))  # warm up
     ratios: list[tuple[float, float]] = []
     for seed in range(given.rounds):
         order = list(models) if seed % 2 else list(reversed(models))
