@@ -129,10 +129,10 @@ def main() -> None:
     kinds = {"with the cache": CACHE, "without": 0}
     models = {name: mlx_gptoss.load(given.model, prefix_cache=size, **where) for name, size in kinds.items()}
     for name, model in models.items():
-        work = planned(prompt_of(given.tokens, -1), GPU_CHUNK, kinds[name])
+        work = planned(prompt_of(given.tokens, given.rounds), GPU_CHUNK, kinds[name])
         counted = "{} launches and {} for snapshots".format(*launches(work))
         print(f"{name}: chunks of {GPU_CHUNK}: {work}, {counted}", flush=True)
-        time_prompt(model, prompt_of(given.tokens, -1))  # warm up
+        time_prompt(model, prompt_of(given.tokens, given.rounds))  # warm up
     ratios: list[tuple[float, float]] = []
     for seed in range(given.rounds):
         order = list(models) if seed % 2 else list(reversed(models))

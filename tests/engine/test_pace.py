@@ -179,7 +179,7 @@ def test_large_chunks_of_a_prompt_alone_delay_no_stream_afterwards(device: Devic
     assert chunks_of(run, prompt) == [size] * (6144 // size)
     gaps = run.gaps(streams[0], began)
     assert max(gaps) < device.decode_s + max(device.decode_s, device.stage_most_s(256)) * 1.05
-    assert run.now - began < 3.5 * 24 * device.chunk_s(256)
+    assert run.now - began < 4 * 24 * device.chunk_s(256)
 
 
 def test_beside_streams_chunks_are_larger_where_a_stage_stays_shorter_than_a_step() -> None:
