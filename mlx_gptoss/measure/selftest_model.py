@@ -99,15 +99,16 @@ def _follow(runner: Runner, texts: Sequence[tuple[int, ...]], slots: Sequence[in
 
 
 def _snapshots(machine: Machine) -> Iterator[Outcome]:
-    """A sequence, and its copy that was saved in two parts, made bytes and restored into another slot: bit for bit."""
+    """A sequence, and its copy that was saved in parts, inside of steps and at their end, made bytes and restored
+    into another slot: bit for bit."""
     prompt = tuple(np.random.default_rng(21).integers(0, END, 200).tolist())
     runner = _load(machine, _weights(machine), 2, 256)
     try:
-        runner.submit([Row(0, 0, prompt[:136])]).wait()
-        first = runner.save(0, 0, 136)
-        runner.submit([Row(0, 136, prompt[136:199])]).wait()
-        second = runner.save(0, 136, 199)
-        chain = [runner.unpack(part.start, part.end, runner.pack(part)) for part in (first, second)]
+        runner.submit([Row(0, 0, prompt[:182], save_at=(70, 136))]).wait()
+        parts = [runner.save(0, 0, 70), runner.save(0, 70, 136)]
+        runner.submit([Row(0, 182, prompt[182:199], save_at=(190, 199))]).wait()
+        parts += [runner.save(0, 136, 190), runner.save(0, 190, 199)]
+        chain = [runner.unpack(part.start, part.end, runner.pack(part)) for part in parts]
         runner.restore(1, chain)
         found = [_last_and_next(runner, slot, prompt) for slot in (0, 1)]
         different = sum(a.token != b.token for a, b in zip(*found, strict=True))

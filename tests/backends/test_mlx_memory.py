@@ -12,7 +12,7 @@ import pytest
 import mlx_gptoss
 from mlx_gptoss.api import NANO
 from mlx_gptoss.backends import mlx as backend
-from mlx_gptoss.backends.base import Limits, Row
+from mlx_gptoss.backends.base import Limits, Row, snapshot_space
 from mlx_gptoss.config import TINY
 from mlx_gptoss.errors import InvalidRequest
 from mlx_gptoss.loading.memory import RUNTIME_BYTES, plan_memory
@@ -58,6 +58,27 @@ def test_the_peak_stays_within_the_plan(kv_bits):
     cache = 990 * plan.kv_bytes_per_token
     runner.close()
     assert cache + weights.size_bytes < peak < plan.needed_bytes - RUNTIME_BYTES + SCORES
+
+
+def test_what_snapshots_inside_of_a_chunk_take():
+    """Until the next step, no more than the plan counts; each snapshot is one copy, as at the end of a chunk."""
+    limits, length = Limits(2, 1100, 1024), 1024
+    runner = backend.load(Synthetic(CACHE_HEAVY, "mlx-4bit"), device="cpu", dtype=None, limits=limits)
+    tokens, points = tuple(range(256)) * 4, tuple(range(256, length + 1, 256))
+    runner.submit([Row(1, length, (1,))]).wait()  # the cache has its full size
+    used = []
+    for save_at in ((), points):
+        runner.submit([Row(0, 0, tokens, save_at=save_at)]).wait()
+        mx.clear_cache()
+        used.append(mx.get_active_memory())
+    kept = used[1] - used[0]
+    assert 0.9 * snapshot_space(CACHE_HEAVY, length, 1, 4) < kept <= snapshot_space(CACHE_HEAVY, length, 2, 4)
+    saved = [runner.save(0, end - 256, end) for end in points]
+    taken = mx.get_active_memory() - used[1]
+    assert abs(taken - sum(each.nbytes for each in saved)) < MB
+    runner.submit([Row(1, length + 1, (1,))]).wait()
+    assert abs(mx.get_active_memory() - used[0] - taken) < MB
+    runner.close()
 
 
 def flat(tokens: int) -> None:

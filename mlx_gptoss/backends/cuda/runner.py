@@ -72,6 +72,7 @@ class CudaRunner:
 
     @torch.inference_mode()
     def submit(self, rows: Sequence[Row]) -> Step:
+        self._cache.drop_kept(unless=self._hidden)  # of chunks that are not finished
         results: list[tuple[SamplerOutput, int, Sampling] | None] = [None] * len(rows)
         single = [i for i, row in enumerate(rows) if row.tokens is None or len(row.tokens) == 1]
         single.sort(key=lambda i: rows[i].slot)
@@ -89,6 +90,7 @@ class CudaRunner:
     def release(self, slot: int) -> None:
         self._states.pop(slot, None)
         self._hidden.pop(slot, None)
+        self._cache.release(slot)
 
     @torch.inference_mode()
     def save(self, slot: int, start: int, end: int) -> SlotSnapshot:
@@ -157,7 +159,7 @@ class CudaRunner:
         """Run either any number of one-token rows, or one row of several tokens, through model.py."""
         ids = torch.cat([self._tokens(row) for row in rows])  # [B, L]
         slots, starts = [row.slot for row in rows], [row.start for row in rows]
-        span = Span.of(slots, starts, ids.shape[1], self._device, used_adapters(rows))
+        span = Span.of(slots, starts, ids.shape[1], self._device, used_adapters(rows), rows[0].saves_inside)
         if rows[0].stages is None:
             hidden = self._model(ids, self._cache, span)
         else:

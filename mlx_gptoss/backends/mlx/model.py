@@ -66,7 +66,7 @@ class Attention:
         """x [B, L, D], and the residual plus out.bias, [B, L, D] -> residual + attention of x, [B, L, D]"""
         B, L, _ = x.shape
         q, kv = self._rotated(add_linear(self.qkv(x), x, self.qkv_adapters, span), span)
-        if isinstance(cache, RingCache) and 1 + cache.slack < L:
+        if isinstance(cache, RingCache) and (1 + cache.slack < L or span.saves_inside):
             y = self._sliding(q, *cache.extend(kv, span), past=min(span.starts[0], cache.window))
         else:
             mask = span.seen if isinstance(cache, FullCache) else span.rings[cache.window].seen

@@ -100,6 +100,7 @@ class MlxRunner:
         if self._in_turn and self._submitted is not None:
             mx.eval(self._submitted.last)
         with mx.stream(self._where):
+            self._cache.drop_kept(unless=self._hidden)  # of chunks that are not finished
             step = self.build(rows)
             self._submitted = step if self._in_turn else None
             mx.async_eval(step.last, step.arrays)  # type: ignore[no-untyped-call]
@@ -129,6 +130,7 @@ class MlxRunner:
     def release(self, slot: int) -> None:
         self._last.pop(slot, None)
         self._hidden.pop(slot, None)
+        self._cache.release(slot)
         self._states.pop(slot, None)
 
     def save(self, slot: int, start: int, end: int) -> SlotSnapshot:
@@ -183,7 +185,14 @@ class MlxRunner:
         starts = [row.start for row in rows]
         slots, adapters = [row.slot for row in rows], used_adapters(rows)
         span = Span.of(
-            self.config, slots, starts, ids.shape[1], self.limits.drafts, adapters, mask_heads=self._model.mask_heads
+            self.config,
+            slots,
+            starts,
+            ids.shape[1],
+            self.limits.drafts,
+            adapters,
+            mask_heads=self._model.mask_heads,
+            saves_inside=rows[0].saves_inside,
         )
         samples = 1 + len(rows[0].drafts)  # per row
         if rows[0].stages is None:
