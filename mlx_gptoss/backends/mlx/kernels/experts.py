@@ -1,0 +1,126 @@
+"""A layer's experts for few tokens, each token-expert pair by itself.
+
+Legend: T tokens, D hidden, I intermediate, E experts, A active experts per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ....weights.tensor import MXFP4
+from ..elementwise import UNCOMPILED
+from ..layers import ExpertLinear, QuantizedMatrix
+from .metal import SIMDGROUP, MetalKernel
+
+ROWS = 4  # outputs of a simdgroup
+SIMDGROUPS = 2  # of a threadgroup of swiglu.metal
+STEP = 16  # weights that a lane takes at once, as in codes.metal
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """gate_up [E, 2 I, D], gate rows first, down [E, D, I], bias [E, 2 I + D] of both; limit, alpha: of SwiGLU."""
+
+    gate_up: QuantizedMatrix
+    down: QuantizedMatrix
+    bias: mx.array
+    limit: float
+    alpha: float
+
+    @staticmethod
+    def of(
+        gate_up: ExpertLinear, down: ExpertLinear, bias: mx.array, limit: float, alpha: float
+    ) -> ExpertLayer | None:
+        """The layer, if the kernels take it: MXFP4 or affine codes, each projection in one matrix."""
+        if len(gate_up.matrices) != 1 or len(down.matrices) != 1:
+            return None
+        first, second = gate_up.matrices[0], down.matrices[0]
+        if not (isinstance(first, QuantizedMatrix) and isinstance(second, QuantizedMatrix)):
+            return None
+        if not (_is_readable(first) and _is_readable(second)):
+            return None
+        return ExpertLayer(first, second, bias, limit, alpha)
+
+
+def mixture(
+    x: mx.array, residual: mx.array, experts: mx.array, weights: mx.array, layer: ExpertLayer
+) -> mx.array:
+    """x, residual [T, D], experts uint32 [T, A], weights [T, A] -> residual plus the weighted sum of the experts'
+    outputs, [T, D]."""
+    T, A = experts.shape
+    D = x.shape[-1]
+    rows = mx.arange(T * A, dtype=mx.uint32)
+    bias = layer.bias[experts]
+    y = layer.gate_up.gather(x[:, None, None], experts, rows[:T, None])
+    gate, up = mx.split(y, 2, axis=-1)
+    hidden = UNCOMPILED.swiglu(gate, up, *mx.split(bias[..., None, :-D], 2, axis=-1), layer.limit, layer.alpha)
+    y = layer.down.gather(hidden, experts, rows.reshape(T, A)).squeeze(-2)
+    return UNCOMPILED.combine(
+        residual, *([a[:, i] for i in range(A)] for a in (y, bias[..., -D:], weights[..., None]))
+    )
+
+
+class Experts:
+    """`mixture` as two launches. SwiGLU's limit and alpha are those of the model."""
+
+    def __init__(self, limit: float, alpha: float) -> None:
+        stored = ["codes", "scales", "biases", "bias"]
+        self._swiglu = MetalKernel("swiglu", ["x", "experts", *stored, "limits"], ["hidden"], header="codes")
+        self._down = MetalKernel(
+            "down", ["hidden", "experts", "weights", *stored, "residual"], ["out"], header="codes"
+        )
+        self._limits = mx.array([limit, alpha], dtype=mx.float32)
+        mx.eval(self._limits)
+
+    def __call__(
+        self, x: mx.array, residual: mx.array, experts: mx.array, weights: mx.array, layer: ExpertLayer
+    ) -> mx.array:
+        """As `mixture`, with x, residual, weights and the layer's bias of one dtype. Products, SwiGLU and the sum are
+        computed in float32; what SwiGLU returns and the result are rounded to the dtype."""
+        (T, A), D, I = experts.shape, x.shape[-1], layer.down.codes.shape[-1] * 32 // layer.down.spec.bits
+        (hidden,) = self._swiglu(
+            [x, experts, *_arrays(layer.gate_up), layer.bias, self._limits],
+            template=[
+                *(("T", x.dtype), ("D", D), ("I", I), ("OUT", D)),
+                *(*_format(layer.gate_up), ("ROWS", ROWS), ("ACTIVE", A)),
+            ],
+            groups=(-(-I // (ROWS * SIMDGROUPS)), T * A, 1),
+            threads=SIMDGROUPS * SIMDGROUP,
+            shapes=[(T, A, I)],
+            dtypes=[x.dtype],
+        )
+        (out,) = self._down(
+            [hidden, experts, weights, *_arrays(layer.down), layer.bias, residual],
+            template=[
+                *(("T", x.dtype), ("D", I), ("N", D), ("BEFORE", 2 * I)),
+                *(*_format(layer.down), ("ROWS", ROWS), ("ACTIVE", A)),
+            ],
+            groups=(-(-D // ROWS), T, 1),
+            threads=A * SIMDGROUP,
+            shapes=[(T, D)],
+            dtypes=[x.dtype],
+        )
+        return out
+
+
+def _is_readable(matrix: QuantizedMatrix) -> bool:
+    spec = matrix.spec
+    width = matrix.codes.shape[-1] * 32 // spec.bits
+    return (
+        (spec == MXFP4 or (spec.element == "uint" and matrix.biases is not None))
+        and matrix.outer is None
+        and spec.group % STEP == 0
+        and width % spec.group == 0
+    )
+
+
+def _arrays(matrix: QuantizedMatrix) -> tuple[mx.array, mx.array, mx.array]:
+    """Codes, scales and biases; MXFP4 has no biases, and the kernel does not read them."""
+    return matrix.codes, matrix.scales, matrix.scales if matrix.biases is None else matrix.biases
+
+
+def _format(matrix: QuantizedMatrix) -> tuple[tuple[str, int | bool], ...]:
+    spec = matrix.spec
+    return ("GROUP", spec.group), ("BITS", spec.bits), ("E2M1", spec.element == "e2m1")
