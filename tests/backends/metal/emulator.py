@@ -18,10 +18,11 @@ import numpy as np
 
 HEADER = Path(__file__).parent / "metal.h"
 FLAGS = (
-    *("-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing"),
+    *("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing"),
     *("-Wall", "-Wextra", "-Werror", "-Wno-attributes", "-Wno-unknown-pragmas", "-Wno-unused-parameter"),
     *("-Wno-sign-compare", "-Wno-clobbered", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"),
 )
+TRAP = {"g++": "-fsanitize-undefined-trap-on-error", "clang++": "-fsanitize-trap=undefined"}
 ERRORS = {
     1: "threads of one simdgroup or threadgroup wait at different places, or some have ended: an operation of all lanes "
     "or a barrier is not reached by all",
@@ -38,13 +39,13 @@ TYPES = {  # how MLX writes a dtype, and its numpy type of the same bits
     mx.uint32: ("uint32_t", np.uint32),
 }
 ATTRIBUTES = {  # those of MLX's list that metal.h knows, in MLX's order: type, value
-    "simdgroup_index_in_threadgroup": ("uint", "emulator::current->index / 32"),
+    "simdgroup_index_in_threadgroup": ("uint", "emulator::current().index / 32"),
     "simdgroups_per_threadgroup": ("uint", "threads.x * threads.y * threads.z / 32"),
-    "thread_index_in_simdgroup": ("uint", "emulator::current->index % 32"),
-    "thread_index_in_threadgroup": ("uint", "emulator::current->index"),
-    "thread_position_in_grid": ("uint3", "emulator::current->in_grid"),
-    "thread_position_in_threadgroup": ("uint3", "emulator::current->in_threadgroup"),
-    "threadgroup_position_in_grid": ("uint3", "emulator::group_position"),
+    "thread_index_in_simdgroup": ("uint", "emulator::current().index % 32"),
+    "thread_index_in_threadgroup": ("uint", "emulator::current().index"),
+    "thread_position_in_grid": ("uint3", "emulator::current().in_grid"),
+    "thread_position_in_threadgroup": ("uint3", "emulator::current().in_threadgroup"),
+    "threadgroup_position_in_grid": ("uint3", "emulator::group_position()"),
     "threadgroups_per_grid": ("uint3", "{grid.x / threads.x, grid.y / threads.y, grid.z / threads.z}"),
     "threads_per_threadgroup": ("uint3", "threads"),
 }
@@ -135,15 +136,25 @@ class Emulator:
             source = self._folder / f"{name}-{key}.cpp"
             source.write_text(text)
             self.sources[source.stem] = text
-            program = compiler()
-            assert program is not None
-            flags = [flag for flag in FLAGS if "clang" not in program or flag != "-fsanitize-undefined-trap-on-error"]
-            words = [program, *flags, f"-I{HEADER.parent}", "-o", source.with_suffix(".so"), source]
-            out = subprocess.run(words, capture_output=True, text=True)
-            if out.returncode:
-                raise RuntimeError(f"{name} does not compile:\n{out.stderr[:4000]}")
+            self._compile(["-shared", "-o", source.with_suffix(".so"), source, self._runtime()])
             self._libraries[key] = ctypes.CDLL(str(source.with_suffix(".so")))
         return self._libraries[key]
+
+
+    def _runtime(self) -> Path:
+        """runtime.cpp, compiled"""
+        path = self._folder / "runtime.o"
+        if not path.exists():
+            self._compile(["-c", "-o", path, HEADER.with_name("runtime.cpp")])
+        return path
+
+    def _compile(self, words: list[str | Path]) -> None:
+        program = compiler()
+        assert program is not None
+        flags = [TRAP.get(Path(program).name, flag) if flag == TRAP["g++"] else flag for flag in FLAGS]
+        out = subprocess.run([program, *flags, f"-I{HEADER.parent}", *words], capture_output=True, text=True)
+        if out.returncode:
+            raise RuntimeError(f"{words[-1]} does not compile:\n{out.stderr[:4000]}")
 
 
 def inputs_ok(inputs: Sequence[mx.array]) -> list[bool]:
@@ -189,13 +200,8 @@ def written(
         + ",\n".join(parameters)
         + f") {{\n{source}\n}}\n"
         + f"#ifdef ADDRESS_SPACES\nauto instantiated = &{call};\n#else\n"
-        + f"static void call(void* const* arrays, uint3 grid, uint3 threads) {{\n  {call}({', '.join(arguments)});\n}}\n"
-        + 'extern "C" __attribute__((visibility("default"))) int run(\n'
-        "    const void* const* inputs, const size_t* input_sizes, int input_count,\n"
-        "    void* const* outputs, const size_t* output_sizes, int output_count, const uint* grid,\n"
-        "    const uint* threads, int descending) {\n"
-        "  return emulator::launch(call, inputs, input_sizes, input_count, outputs, output_sizes, output_count, grid,\n"
-        "                          threads, descending);\n}\n#endif\n"
+        + f"void emulator::call(void* const* arrays, uint3 grid, uint3 threads) {{\n  {call}({', '.join(arguments)});\n}}\n"
+        + "#endif\n"
     )
 
 

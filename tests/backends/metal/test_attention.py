@@ -96,10 +96,12 @@ def build(case: Case) -> tuple[list, list[np.ndarray], list[np.ndarray]]:
         hidden[slot, : position + 1] = False
     places = mx.array(hidden)[None, :, None, :, None]
     cached = [mx.where(places, mx.nan, a) if a.dtype != mx.uint32 else a for a in cached]
+    old = np.zeros((4, capacity), bool)
     for slot, position in zip(slots, case.positions, strict=True):
         if case.window is not None:
-            old = (position - np.arange(capacity)) % capacity >= case.window
-            cached = [mx.where(mx.array(old & ~hidden[slot])[:, None], mx.array(99.0, a.dtype), a) for a in cached]
+            old[slot] = (position - np.arange(capacity)) % capacity >= case.window
+    places = mx.array(old & ~hidden)[None, :, None, :, None]
+    cached = [mx.where(places, mx.array(99.0, a.dtype), a) for a in cached] if old.any() else cached
     mx.eval(cached)
     indices = [mx.array(np.array(numbers, np.int32)) for numbers in (slots, case.positions)]
     return [q, [a.astype(case.dtype) if case.bits == 16 else a for a in cached], *indices, case.window, sinks], *(

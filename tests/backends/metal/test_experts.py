@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import ml_dtypes
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -18,7 +17,13 @@ from mlx_gptoss.weights import codecs
 from mlx_gptoss.weights.tensor import AFFINE, AFFINE4, MXFP4, NVFP4, Quantized, Spec, storage_name
 
 LIMIT, ALPHA = 7.0, 1.702
-SPECS = [MXFP4, AFFINE4, AFFINE[8, 32], AFFINE[3, 64]]
+USUAL = [
+    (MXFP4, mx.float32),
+    (MXFP4, mx.bfloat16),
+    (AFFINE4, mx.bfloat16),
+    (AFFINE[8, 32], mx.float32),
+    (AFFINE[3, 64], mx.bfloat16),
+]
 MORE = [AFFINE[bits, group] for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
 # D, I, experts, active, tokens: shorter than a step of 512; not a multiple of it; several of each
 SIZES = [(128, 256, 8, 4, 1), (640, 128, 5, 2, 3)]
@@ -58,8 +63,7 @@ def case(spec: Spec, size: tuple[int, int, int, int, int], dtype: mx.Dtype, scal
     return [x, residual, experts, weights], layer, (gate_up, down, wide(bias))
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-@pytest.mark.parametrize("spec", SPECS, ids=storage_name)
+@pytest.mark.parametrize(("spec", "dtype"), USUAL, ids=[storage_name(spec) for spec, _ in USUAL])
 def test_experts(run, close, spec, dtype):
     check(run, close, spec, SIZES[dtype == mx.bfloat16], dtype)
 
@@ -92,10 +96,10 @@ def test_the_widths_of_gpt_oss(run, close):
     close("experts, mxfp4", found, exact(*given, *stored, lambda h: wide(narrow(h, mx.bfloat16))), mx.bfloat16, 2)
 
 
-@pytest.mark.parametrize("exponent", [1, 20, 230, 254])
+@pytest.mark.parametrize("exponent", [20, 200])
 def test_extreme_scales_of_mxfp4(run, exponent):
-    """2^-126 to 2^127: neither the codes' factor of 2^14 nor the sum overflows before the scale."""
-    given, layer, (gate_up, down, bias) = case(MXFP4, (64, 64, 3, 2, 2), mx.float32)
+    """2^-107 and 2^73: far from what any model has."""
+    given, _, (gate_up, down, bias) = case(MXFP4, SIZES[0], mx.float32)
     gate_up = replace(gate_up, scale=np.full_like(gate_up.scale, exponent))
     given[0] = given[0] * 2.0 ** (127 - exponent)  # so that products are of size 1
     layer = layer_of(gate_up, down, bias, mx.float32)
@@ -117,7 +121,7 @@ def test_every_code_of_mxfp4(run):
     assert np.abs(found - wanted).max() < 1e-6 * np.abs(wanted).max()
 
 
-@pytest.mark.parametrize("stored", [np.float16, np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("stored", [np.float16, np.float32])
 def test_dtypes_of_affine_scales(run, stored):
     given, _, (gate_up, down, bias) = case(AFFINE4, (128, 64, 3, 2, 1), mx.bfloat16)
     gate_up, down = (
@@ -129,7 +133,7 @@ def test_dtypes_of_affine_scales(run, stored):
 
 
 def test_nan_stays_with_its_token(run):
-    given, layer, _ = case(MXFP4, (128, 64, 3, 2, 2), mx.float32)
+    given, layer, _ = case(MXFP4, (*SIZES[0][:4], 2), mx.float32)
     x = np.array(given[0])
     x[1, 77] = np.nan
     (found,) = run(Experts(LIMIT, ALPHA), mx.array(x), *given[1:], layer)

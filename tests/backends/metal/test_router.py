@@ -31,7 +31,7 @@ def logits(kind: str, tokens: int, experts: int) -> np.ndarray:
     if kind == "large":
         return x * 8000
     if kind == "tiny":
-        return x * 1e-7
+        return x * 1e-4
     if kind == "descending":
         return -np.sort(-x, axis=-1)
     if kind == "signed zeros":
