@@ -63,7 +63,7 @@ def clang() -> list[str] | None:
     """The command of a clang, which can tell address spaces apart, or None."""
     if found := shutil.which("clang++"):
         return [found]
-    return [sys.executable, "-m", "ziglang", "c++"] if importlib.util.find_spec("ziglang") else None
+    return [sys.executable, "-m", "ziglang", "clang"] if importlib.util.find_spec("ziglang") else None
 
 
 class Emulator:
@@ -211,8 +211,8 @@ def check_address_spaces(text: str, folder: Path) -> str:
     assert command is not None
     source = folder / "address_spaces.cpp"
     source.write_text(text)
-    words = [*command, "-std=c++20", "-fsyntax-only", "-DADDRESS_SPACES", "-w", f"-I{HEADER.parent}", str(source)]
-    out = subprocess.run(words, capture_output=True, text=True)
+    words = [*command, "-x", "c++", "-std=c++20", "-ffreestanding", "-fsyntax-only", "-DADDRESS_SPACES", "-w"]
+    out = subprocess.run([*words, f"-I{HEADER.parent}", str(source)], capture_output=True, text=True)
     return out.stderr if out.returncode else ""
 
 
