@@ -48,7 +48,7 @@ def show(
     module, name = find_backend(given.pop("backend"))
     plan = api.memory_plan(checkpoint, module, max_context=context, as_stored=name == "mlx", **given)
     may_stay = mappable_by_format(checkpoint) if name == "mlx" else None
-    best = recommend(checkpoint, plan, api.sizes_in_other_formats(checkpoint), context, may_stay)
+    best = recommend(checkpoint, plan, api.sizes_in_other_formats(checkpoint), context, may_stay, name)
     summary = checkpoint.summary()
     wider = {storage_name(stored): storage_name(ran) for stored, ran in run_otherwise(checkpoint, name).items()}
     parts: list[LoadPlan] = []

@@ -26,7 +26,7 @@ from .files import files_by_tensor, find_folder, find_gguf, gguf_parts, map_shar
 from .formats import Binding, bind, gguf_metadata
 from .formats.base import CheckpointHeaders, Source
 from .formats.modelopt import fake_quantized_note
-from .gguf_blocks import BY_NAME
+from .gguf_blocks import BY_NAME, FLOAT16
 from .params import MATRIX_ROLES, Param, Role, parameters
 from .safetensors import MappedFile, TensorInfo
 from .tensor import Array, Spec, Weight, Weights, storage_name
@@ -66,6 +66,7 @@ class CheckpointLike(Weights, Protocol):
 
     def read(self, name: str, rows: range | None = None) -> Weight: ...
     def stored_as(self, name: str) -> tuple[Spec | None, str | None]: ...
+    def scale_dtype(self, name: str) -> str | None: ...
     def matrix_bytes(self, role: Role) -> int: ...
     def unpacked_bytes(self, name: str) -> int: ...
     def release(self, weight: Weight | None = None) -> None: ...
@@ -201,6 +202,16 @@ class Checkpoint:
         """
         source = self._binding.sources[name]
         return source.spec, self.tensors[source.scale_tensor].dtype if source.scale_tensor else None
+
+    def scale_dtype(self, name: str) -> str | None:
+        """The safetensors dtype of a parameter's float scales as they are read; None without such. From headers only.
+
+        GGUF's have no tensor of their own, and are F16 unless the type's do not fit."""
+        source = self._binding.sources[name]
+        if source.spec is None or source.spec.scale != "float":
+            return None
+        kind = BY_NAME.get(self.tensors[source.expected[0].name].blocks)
+        return self.stored_as(name)[1] if kind is None else "F16" if kind.scale_dtype == FLOAT16 else "F32"
 
     def unpacked_bytes(self, name: str) -> int:
         """Bytes that a parameter takes in memory beyond those stored, where it is read in another storage."""

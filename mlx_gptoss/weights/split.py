@@ -112,6 +112,10 @@ class RankWeights:
         """As Checkpoint.stored_as."""
         return self.source.stored_as(name)
 
+    def scale_dtype(self, name: str) -> str | None:
+        """As Checkpoint.scale_dtype."""
+        return self.source.scale_dtype(name)
+
     def unpacked_bytes(self, name: str) -> int:
         """This rank's share of Checkpoint.unpacked_bytes."""
         own, full = (next(p.size for p in params if p.name == name) for params in (self.params, self.source.params))

@@ -85,6 +85,11 @@ class Synthetic:
             return None, None
         return spec, ("F16" if self._is_symmetric else "BF16") if spec.scale in ("float", "none") else None
 
+    def scale_dtype(self, name: str) -> str | None:
+        """As Checkpoint.scale_dtype."""
+        spec, dtype = self.stored_as(name)
+        return dtype if spec is not None and spec.scale == "float" else None
+
     def unpacked_bytes(self, name: str) -> int:
         """As Checkpoint.unpacked_bytes: none."""
         return 0

@@ -147,11 +147,11 @@ MLX_FAULTS = {
     ),
     "unequal rows that see each other's length": (
         "attention, full, two sequences",
-        replaced("cache", "_causal_mask", lambda f: lambda offsets, end: f(offsets * 0 + end, end)),
+        replaced("cache", "_causal_mask", lambda f: lambda starts, end, heads: f([end for _ in starts], end, heads)),
     ),
     "keys in 8 bits, off by a tenth": (
         "attention, 8-bit K/V",
-        replaced("cache", "_pack", lambda f: lambda kv: f(kv * 0.8)),
+        replaced("cache", "pack", lambda f: lambda kv: f(kv * 0.8)),
     ),
     "a grammar's mask ignored": ("sampler, likeliest token", replaced("sample", "_mask", lambda f: lambda x, masks: x)),
     "one noise for all rows": ("sampler, random draws", one_noise_for_all),
@@ -161,7 +161,7 @@ MLX_FAULTS = {
     ),
     "a batch that mixes its rows": (
         "sequences of a batch",
-        replaced("cache", "_causal_mask", lambda f: lambda offsets, end: f(offsets * 0 + end, end)),
+        replaced("cache", "_causal_mask", lambda f: lambda starts, end, heads: f([end for _ in starts], end, heads)),
     ),
     "a cache that is copied": ("K/V written in place", replaced("cache", "_write", copying)),
 }

@@ -14,6 +14,7 @@ from ...weights.split import RankShard
 from ...weights.tensor import Weights
 from ..base import Limits
 from .elementwise import UNCOMPILED, compiled
+from .layers import takes_global_scale
 from .load import load_model
 from .ranks import Ranks
 from .runner import MlxRunner
@@ -21,8 +22,9 @@ from .streams import CpuStreams, check_process
 
 NAME = "mlx"
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-# Attention scores at once where MLX does not fuse attention with sinks: 2 MB on a CPU, some twenty times over.
-MAX_SCORES_GPU, MAX_SCORES_CPU = 1 << 28, 1 << 19
+# Attention scores at once. On Metal, so that no kernel runs for a second: macOS may end one that holds up the display.
+# Elsewhere MLX does not fuse attention with sinks, and they are in memory: 2 MB on a CPU, some twenty times over.
+MAX_SCORES_METAL, MAX_SCORES_GPU, MAX_SCORES_CPU = 1 << 32, 1 << 28, 1 << 19
 
 
 def load(
@@ -40,25 +42,32 @@ def load(
     check_process()
     gpu, streams = _on_gpu(device), CpuStreams()
     where = pick_device(device) if gpu else streams.make_default()
-    max_scores = None if gpu and mx.metal.is_available() else MAX_SCORES_GPU if gpu else MAX_SCORES_CPU
     try:
         with mx.stream(where):
             model = load_model(
                 checkpoint,
                 DTYPES[dtype_name(device, dtype)],
                 compiled() if gpu else UNCOMPILED,
-                max_scores,
+                max_scores(gpu=gpu),
                 limits.resident_vocab,
                 upcast=limits.upcast,
                 on_cpu=not gpu,
                 ranks=None if shard is None else Ranks.join(shard),
                 streams=streams,
                 adapters=adapters,
+                global_scales=gpu and takes_global_scale(),
             )
             return MlxRunner(model, limits, where, streams)
     except BaseException:
         streams.close()
         raise
+
+
+def max_scores(*, gpu: bool) -> int:
+    """As of model.Attention."""
+    if not gpu:
+        return MAX_SCORES_CPU
+    return MAX_SCORES_METAL if mx.metal.is_available() else MAX_SCORES_GPU
 
 
 def dtype_name(device: str | None, dtype: str | None) -> str:

@@ -46,7 +46,8 @@ def add_experts(
     for index, uses in span.adapters:
         if (low_rank := adapters[index]) is not None:
             uses = uses if uses is None or rows is None else uses[rows]
-            y = y + low_rank.b.gather(_of_rows(low_rank.a.gather(x, experts, tokens), uses), experts, pairs)
+            u = low_rank.a.gather(x.astype(low_rank.a.weight.dtype), experts, tokens)
+            y = y + low_rank.b.gather(_of_rows(u, uses), experts, pairs)
     return y
 
 

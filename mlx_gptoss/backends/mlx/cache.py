@@ -9,36 +9,37 @@ positions are absolute from 0.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
 from ...config import ModelConfig
+from .quantized_kv import QuantizedKV, empty, pack
 
 GROWTH = 256  # full layers hold multiples of this many tokens
 
 
 @dataclass(frozen=True)
 class RingSpan:
-    """Where a pass writes in the rings of one window, and what it sees there.
+    """What a pass sees in the rings of one window.
 
-    size: R, the window plus the slack. places: in the ring, of each row's token or of one row's L tokens, int32
-    [B or L]. seen: bool [B, 1, L, min(end, R)], the filled places that each query sees; None is all.
+    size: R, the window plus the slack. seen: bool [B, 1 or H, L, min(end, R)], the filled places that each query sees;
+    None is all.
     """
 
     size: int
-    places: mx.array
     seen: mx.array | None
 
     @staticmethod
-    def of(positions: NDArray[np.int64], window: int, slack: int) -> RingSpan:
+    def of(positions: NDArray[np.int64], window: int, slack: int, mask_heads: int) -> RingSpan:
         """positions: [B, L]"""
         size = window + slack
-        places = mx.array((positions % size).ravel().astype(np.int32))
-        return RingSpan(size, places, _in_window(positions, window, size) if positions.shape[1] <= slack + 1 else None)
+        few = positions.shape[1] <= slack + 1
+        return RingSpan(size, _in_window(positions, window, size, mask_heads) if few else None)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Span:
         [B * (H + 2 K)]; a value by 0, which leaves it unchanged.
     tokens, pairs: indices of the activation rows that each token's experts read, uint32 [T, 1], and of the rows that
         they produce, uint32 [T, A]; both count up from 0.
-    seen: bool [B, 1, 1, end], the positions visible to each of several rows of unequal length; None is all.
+    seen: bool [B, 1 or H, 1, end], the positions visible to each of several rows of unequal length; None is all.
+    flat_rows: by S, K and C of a cache, the indices of what the rows write in it (flat_rows_of).
     adapters: of the rows: each one's index, and bool [B], the rows that use it; None if all do.
     """
 
@@ -67,6 +69,7 @@ class Span:
     pairs: mx.array
     seen: mx.array | None
     adapters: tuple[tuple[int, mx.array | None], ...] = ()
+    flat_rows: dict[tuple[int, ...], mx.array] = field(default_factory=dict)
 
     @staticmethod
     def of(
@@ -76,7 +79,10 @@ class Span:
         length: int,
         slack: int = 0,
         adapters: Sequence[tuple[int, list[bool] | None]] = (),
+        mask_heads: int = 1,
     ) -> Span:
+        """mask_heads: heads of the masks of several rows: H where attention needs them all, so that they are copied
+        once a step and not in every layer; otherwise 1."""
         kv_heads = config.num_key_value_heads
         positions = np.add.outer(starts, np.arange(length))  # [B, L]
         rows, offsets = mx.array(np.array([slots, starts], np.int32))
@@ -85,13 +91,13 @@ class Span:
             slots=tuple(slots),
             starts=tuple(starts),
             length=length,
-            rings={w: RingSpan.of(positions, w, slack) for w in set(config.windows) if w is not None},
+            rings={w: RingSpan.of(positions, w, slack, mask_heads) for w in set(config.windows) if w is not None},
             rows=rows,
             offsets=offsets,
             rotations=mx.array(np.outer(starts, turned).ravel().astype(np.int32)),
             tokens=_count_up(len(slots) * length, 1),
             pairs=_count_up(len(slots) * length, config.num_experts_per_tok),
-            seen=_causal_mask(offsets, max(starts) + length) if len(set(starts)) > 1 else None,
+            seen=_causal_mask(starts, max(starts) + length, mask_heads) if len(set(starts)) > 1 else None,
             adapters=tuple((index, None if uses is None else mx.array(uses)) for index, uses in adapters),
         )
 
@@ -99,6 +105,16 @@ class Span:
     def end(self) -> int:
         """One past the last position that any row of this pass writes."""
         return max(self.starts) + self.length
+
+    def flat_rows_of(self, cache: mx.array) -> mx.array:
+        """Where each row's token goes in a cache [2, S, K, C, ...] with its first four axes flattened, uint32
+        [2 * B * K]: place start % C, which in a cache of all positions is start."""
+        _, S, K, C, _ = cache.shape
+        if (S, K, C) not in self.flat_rows:
+            heads = np.arange(2 * S * K, dtype=np.uint32).reshape(2, S, K)[:, list(self.slots)]  # [2, B, K]
+            places = np.array(self.starts, np.uint32)[:, None] % C
+            self.flat_rows[S, K, C] = mx.array((heads * np.uint32(C) + places).ravel())
+        return self.flat_rows[S, K, C]
 
 
 class FullCache:
@@ -112,17 +128,15 @@ class FullCache:
         self, shape: tuple[int, int, int], dtype: mx.Dtype, max_context: int, phase: float = 0.0, packed: bool = False
     ) -> None:
         """shape: S, K and 64."""
-        empty = mx.zeros((2, *shape[:2], 0, shape[2]), dtype=dtype)
+        nothing = (2, *shape[:2], 0, shape[2])
         self._max_context, self._phase, self._packed = max_context, phase, packed
-        self.arrays: list[mx.array] = list(_pack(empty)) if packed else [empty]
+        self.arrays: list[mx.array] = list(empty(nothing)) if packed else [mx.zeros(nothing, dtype=dtype)]
 
     def update(self, kv: mx.array, span: Span) -> tuple[mx.array, mx.array] | QuantizedKV:
         """Store kv [2, B, K, L, 64] and return all keys and values so far, [B, K, end, 64] each."""
         self._grow(span.end)
-        parts = _pack(kv) if self._packed else (kv,)
-        self.arrays = [
-            _write(a, p, span, span.starts[0], span.offsets) for a, p in zip(self.arrays, parts, strict=True)
-        ]
+        parts = pack(kv) if self._packed else (kv,)
+        self.arrays = [_write(a, p, span) for a, p in zip(self.arrays, parts, strict=True)]
         rows = _slot_index(span)
         # One indexing operation, because a separate [0] would copy.
         keys, values = ([array[i, rows, :, : span.end] for array in self.arrays] for i in (0, 1))
@@ -160,28 +174,6 @@ class FullCache:
         for i, array in enumerate(self.arrays):
             pad = mx.zeros((*array.shape[:3], more, array.shape[4]), dtype=array.dtype)
             self.arrays[i] = mx.concatenate([array, pad], axis=3)
-
-
-@dataclass(frozen=True)
-class QuantizedKV:
-    """Keys and values in 8 bits, with a scale and a bias per vector of 64: three arrays each, codes uint32
-    [B, K, C, 16], scales and biases float32 [B, K, C, 1]. 72 bytes instead of 128 in bfloat16."""
-
-    keys: tuple[mx.array, mx.array, mx.array]
-    values: tuple[mx.array, mx.array, mx.array]
-
-    def scores(self, q: mx.array) -> mx.array:
-        """Queries float32 [B, K, n, 64] times the keys -> [B, K, n, C]"""
-        return mx.quantized_matmul(q, *self.keys, transpose=True, group_size=64, bits=8)
-
-    def weighted(self, p: mx.array) -> mx.array:
-        """Weights float32 [B, K, n, C] times the values -> [B, K, n, 64]"""
-        return mx.quantized_matmul(p, *self.values, transpose=False, group_size=64, bits=8)
-
-    def dequantized(self, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-        """Keys and values, [B, K, C, 64] each"""
-        keys, values = (mx.dequantize(*part, group_size=64, bits=8).astype(dtype) for part in (self.keys, self.values))
-        return keys, values
 
 
 @dataclass(frozen=True)
@@ -234,14 +226,8 @@ class RingCache:
     def update(self, kv: mx.array, span: Span) -> tuple[mx.array, mx.array]:
         """Store kv [2, B, K, L, 64], one token per row, or up to 1 + slack of one slot, and return the ring's contents,
         [B, K, min(end, R), 64] each. Their order does not matter to softmax."""
-        ring = span.rings[self.window]
-        place = span.starts[0] % ring.size
-        if place + span.length > ring.size:  # one slot's tokens around the ring's end
-            slot = span.slots[0]
-            self._kv[:, slot : slot + 1, :, ring.places] = kv
-        else:
-            self._kv = _write(self._kv, kv, span, place, ring.places)
-        rows, filled = _slot_index(span), min(span.end, ring.size)
+        rows, filled = _slot_index(span), min(span.end, self._kv.shape[3])
+        self._kv = _write(self._kv, kv, span)
         return self._kv[0, rows, :, :filled], self._kv[1, rows, :, :filled]
 
     def extend(self, kv: mx.array, span: Span) -> tuple[mx.array, mx.array]:
@@ -315,21 +301,19 @@ class Cache:
         return SlotSnapshot(start, end, tuple(arrays))
 
 
-def _pack(kv: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """kv [..., 64] quantized as in QuantizedKV."""
-    codes, scales, biases = mx.quantize(kv.astype(mx.float32), group_size=64, bits=8)
-    return codes, scales, biases
-
-
-def _write(cache: mx.array, kv: mx.array, span: Span, place: int, places: mx.array) -> mx.array:
-    """cache [2, S, K, C, 64] with kv [2, B, K, L, 64] written: one slot's from `place` on, or each of several at its
-    own of `places` [B]."""
-    if len(span.slots) == 1:
-        slot = span.slots[0]
-        cache[:, slot : slot + 1, :, place : place + span.length] = kv
-    else:
-        # Indexed by slot and place, rows come first.
-        cache[:, span.rows, :, places] = kv[:, :, :, 0].swapaxes(0, 1)
+def _write(cache: mx.array, kv: mx.array, span: Span) -> mx.array:
+    """cache [2, S, K, C, 64] with kv [2, B, K, L, 64] written from each row's place on: of one slot, around the end of
+    a ring if need be, or one token of each of several."""
+    if len(span.slots) > 1:
+        flat = cache.reshape(-1, cache.shape[-1])
+        flat[span.flat_rows_of(cache)] = kv.reshape(-1, kv.shape[-1])
+        return flat.reshape(cache.shape)
+    slot, size = span.slots[0], cache.shape[3]
+    place = span.starts[0] % size
+    before_end = min(span.length, size - place)
+    cache[:, slot : slot + 1, :, place : place + before_end] = kv[..., :before_end, :]
+    if before_end < span.length:
+        cache[:, slot : slot + 1, :, : span.length - before_end] = kv[..., before_end:, :]
     return cache
 
 
@@ -344,14 +328,20 @@ def _count_up(rows: int, columns: int) -> mx.array:
     return mx.array(np.arange(rows * columns, dtype=np.uint32).reshape(rows, columns))
 
 
-def _in_window(positions: NDArray[np.int64], window: int, ring: int) -> mx.array | None:
-    """Boolean [B, 1, L, filled]: whether the query at each of positions [B, L] sees a place of a ring, which holds the
-    latest position that fell on it up to the query, or one taken back. None if each sees all places that are filled."""
+def _in_window(positions: NDArray[np.int64], window: int, ring: int, heads: int) -> mx.array | None:
+    """Boolean [B, heads, L, filled]: whether the query at each of positions [B, L] sees a place of a ring, which holds
+    the latest position that fell on it up to the query, or one taken back. None if each sees all that are filled."""
     age = (positions[..., None] - np.arange(min(positions.max() + 1, ring))) % ring
     seen = (age < window) & (age <= positions[..., None])
-    return None if seen.all() else mx.array(seen[:, None])
+    return None if seen.all() else mx.array(_of_heads(seen[:, None], heads))
 
 
-def _causal_mask(offsets: mx.array, end: int) -> mx.array:
-    """Boolean [B, 1, 1, end]: row b sees positions up to and including offsets[b]."""
-    return mx.arange(end)[None, None, None, :] <= offsets[:, None, None, None]
+def _causal_mask(starts: Sequence[int], end: int, heads: int) -> mx.array:
+    """Boolean [B, heads, 1, end]: row b sees positions up to and including starts[b]."""
+    last = np.array(starts, np.int32).reshape(-1, 1, 1, 1)
+    return mx.arange(end) <= mx.array(_of_heads(last, heads))
+
+
+def _of_heads(values: NDArray[Any], heads: int) -> NDArray[Any]:
+    """values [B, 1, ...], repeated for all heads where there are several rows: one row's are read as they are."""
+    return values if len(values) == 1 else np.repeat(values, heads, axis=1)

@@ -11,8 +11,10 @@ import io
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +56,30 @@ print(counts[2] - counts[1])
 
 
 def launches_per_token(checkpoint: Weights, temperature: float = 0.0) -> int:
-    """Launches of one decode step at batch 1, as on a GPU: bfloat16 activations, compiled. Nothing is run.
+    """Launches of one decode step at batch 1. Loads the whole checkpoint. The number depends on its layers and on how
+    they are stored, not on their sizes."""
+    return launches_of(decode_step(checkpoint, [Sampling(temperature=temperature, seed=0)]))
 
-    Loads the whole checkpoint. The number depends on its layers and on how they are stored, not on their sizes.
-    """
-    sampling = Sampling(temperature=temperature, seed=0)
+
+def decode_step(
+    checkpoint: Weights, samplings: Sequence[Sampling], *, unequal: bool = False, kv_bits: int | None = None
+) -> Counter[str]:
+    """The primitives by name of one decode step with a row for each sampling, as on a GPU: bfloat16 activations,
+    compiled. Nothing is run. unequal: each row is one token longer than the one before it."""
     cpu = mx.Device(mx.cpu)
+    made: list[mx.array] = []
     with mx.stream(cpu), traced():
-        runner = MlxRunner(load_model(checkpoint, mx.bfloat16, compiled()), Limits(1, 64, 64), cpu)
-        made = list(runner.build([Row(0, 0, (1,), sampling, (1,))]).arrays)
-        before = count(made)
-        return count([*made, *runner.build([Row(0, 1, None, sampling)]).arrays]) - before
+        model = load_model(checkpoint, mx.bfloat16, compiled(), global_scales=True)
+        runner = MlxRunner(model, Limits(len(samplings), 64, 64, kv_bits=kv_bits), cpu)
+        lengths = [1 + slot * unequal for slot in range(len(samplings))]
+        for slot, (sampling, length) in enumerate(zip(samplings, lengths, strict=True)):
+            prompt = (1,) * length
+            made += runner.build([Row(slot, 0, prompt, sampling, prompt)]).arrays
+        before = primitives(made)
+        rows = [Row(slot, length, None, samplings[slot]) for slot, length in enumerate(lengths)]
+        after = primitives([*made, *runner.build(rows).arrays])
+        runner.close()
+        return after - before
 
 
 def mlx_lm_launches_per_token(checkpoint: Path, temperature: float = 0.0) -> int:
@@ -79,19 +94,31 @@ def mlx_lm_launches_per_token(checkpoint: Path, temperature: float = 0.0) -> int
 
 def count(arrays: Sequence[mx.array]) -> int:
     """Primitives that compute, in the graph of unevaluated arrays."""
+    return launches_of(primitives(arrays))
+
+
+def launches_of(found: Counter[str]) -> int:
+    """The number of those that compute."""
+    return sum(number for name, number in found.items() if name not in VIEWS)
+
+
+def primitives(arrays: Sequence[mx.array]) -> Counter[str]:
+    """How often each primitive is in the graph of unevaluated arrays, by name."""
     dot = io.StringIO()
     mx.export_to_dot(dot, *arrays)
-    return sum(name not in VIEWS for name in re.findall(r'label ="(\w+)", shape=rectangle', dot.getvalue()))
+    return Counter(re.findall(r'label ="(\w+)", shape=rectangle', dot.getvalue()))
 
 
 @contextmanager
 def traced() -> Iterator[None]:
-    """Within it, mx.fast's operations and mx.dequantize build one primitive each, of the right shape and no use."""
+    """Within it, mx.fast's operations and mx.dequantize build one primitive each, of the right shape and no use, and a
+    global scale is left out, which MLX refuses on a CPU."""
     places: dict[tuple[Any, str], Callable[..., mx.array]] = {
         (mx.fast, "rms_norm"): _like,
         (mx.fast, "rope"): _like,
         (mx.fast, "scaled_dot_product_attention"): _like,
-        (mx, "dequantize"): _slot_index,
+        (mx, "dequantize"): _decoded,
+        (mx, "gather_qmm"): partial(_without_global_scale, mx.gather_qmm),
     }
     kept = {place: getattr(*place) for place in places}
     try:
@@ -110,7 +137,13 @@ def _like(x: mx.array, *others: Any, **options: Any) -> mx.array:
     return like
 
 
-def _slot_index(codes: mx.array, scales: mx.array, *others: Any, bits: int = 4, **options: Any) -> mx.array:
+def _without_global_scale(
+    product: Callable[..., mx.array], *arrays: Any, global_scale: mx.array | None = None, **options: Any
+) -> mx.array:
+    return product(*arrays, **options)
+
+
+def _decoded(codes: mx.array, scales: mx.array, *others: Any, bits: int = 4, **options: Any) -> mx.array:
     dtype = mx.bfloat16 if scales.dtype == mx.uint8 else scales.dtype
     rows = mx.zeros((*codes.shape[:-1], codes.shape[-1] * 32 // bits), dtype)
     mx.eval(rows)

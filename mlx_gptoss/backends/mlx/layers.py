@@ -19,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...weights.tensor import AFFINE, MXFP4, MXFP8, NVFP4, Spec, Weight
+from .elementwise import finish
 
 # Elements of a dense matrix upcast at once. 8 MB in float32 come from memory that is still mapped and cached, which
 # on a CPU makes the product 2.5 times as fast as with the whole matrix upcast first, and as fast as a float32 one.
@@ -29,7 +30,7 @@ MODES: dict[Spec, str] = {  # what MLX calls them
     MXFP8: "mxfp8",
     **dict.fromkeys(AFFINE.values(), "affine"),
 }
-
+MLX_NVFP4_SCALE = 448.0 * 6.0  # MLX divides a global scale by the largest scale times the largest code
 
 Mask = mx.array | str | None
 Attend = Callable[[mx.array, mx.array, mx.array, float, Mask, mx.array], mx.array]
@@ -49,7 +50,7 @@ class DenseMatrix:
     weight: mx.array
 
     def matmul(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
-        """x [..., D] -> [..., N]"""
+        """x [..., D], bias [N] or [..., N] -> [..., N]"""
         if self.weight.dtype == x.dtype:
             return x @ self.weight.T if bias is None else mx.addmm(bias, x, self.weight.T)
         rows = max(1, UPCAST_ELEMENTS // self.weight.shape[-1])
@@ -87,6 +88,8 @@ class QuantizedMatrix:
 
     outer: a factor on the output: [] for the whole matrix, [N] per row, [E, 1] or [E, N] for experts; None is 1.
     spec: of codes and scales, one of MODES; FP8_ROW is MXFP8 here, with scales of 1.
+    global_scale: float32 [E], `outer` of experts as MLX's kernel takes it (takes_global_scale); None leaves it to us.
+    finish: elementwise.finish, as the device runs it.
     """
 
     codes: mx.array
@@ -94,15 +97,19 @@ class QuantizedMatrix:
     biases: mx.array | None
     outer: mx.array | None
     spec: Spec
+    global_scale: mx.array | None = None
+    finish: Callable[..., mx.array] = finish
 
     def matmul(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
-        """x [..., D] -> [..., N]"""
+        """x [..., D], bias [N] or [..., N] -> [..., N]"""
         y = mx.quantized_matmul(x, self.codes, self.scales, self.biases, transpose=True, **self._format)
-        y = (y if self.outer is None else y * self.outer).astype(x.dtype)
-        return y if bias is None else y + bias
+        if self.outer is None and y.dtype == x.dtype:
+            return y if bias is None else y + bias
+        return self.finish(y, self.outer, bias, _name(x.dtype))
 
     def gather(self, x: mx.array, experts: mx.array, tokens: mx.array | None) -> mx.array:
-        """As ExpertLinear."""
+        """As ExpertLinear; float32 if the scales are, whatever x is."""
+        scale: dict[str, Any] = {} if self.global_scale is None else {"global_scale": self.global_scale}
         y = mx.gather_qmm(
             x,
             self.codes,
@@ -113,10 +120,12 @@ class QuantizedMatrix:
             transpose=True,
             sorted_indices=tokens is None,
             **self._format,
+            **scale,
         )
-        if self.outer is not None:
-            y = y * (self.outer if self.outer.ndim == 0 else self.outer[experts][..., None, :])
-        return y.astype(x.dtype)
+        if self.outer is None or scale:
+            return y
+        outer = self.outer if self.outer.ndim == 0 else self.outer[experts][..., None, :]
+        return self.finish(y, outer, None, _name(y.dtype))
 
     def rows(self, ids: mx.array, dtype: mx.Dtype) -> mx.array:
         """ids [...] -> [..., D], decoded in float32"""
@@ -131,6 +140,33 @@ class QuantizedMatrix:
     @property
     def _format(self) -> dict[str, Any]:
         return {"group_size": self.spec.group, "bits": self.spec.bits, "mode": MODES[self.spec]}
+
+
+def takes_global_scale() -> bool:
+    """Whether this MLX multiplies NVFP4 experts by a factor of each in one kernel, on the default device. Tried on a
+    small matrix, because it depends on MLX's version and on the device."""
+    weight = mx.random.normal((2, 32, 64), key=mx.random.key(0))
+    codes, scales, *_ = mx.quantize(weight, group_size=NVFP4.group, bits=NVFP4.bits, mode="nvfp4")
+    matrix = QuantizedMatrix(codes, scales, None, mx.array([[0.5], [3.0]]), NVFP4)
+    x, experts = mx.ones((1, 1, 1, 64)), mx.array([[1, 0]], dtype=mx.uint32)
+    tokens = mx.zeros((1, 1), dtype=mx.uint32)
+    try:
+        found = replace(matrix, global_scale=global_scale(matrix)).gather(x, experts, tokens)
+        return bool(mx.allclose(found, matrix.gather(x, experts, tokens), rtol=1e-4, atol=1e-4))
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def global_scale(matrix: QuantizedMatrix) -> mx.array | None:
+    """`outer` of NVFP4 experts as QuantizedMatrix.global_scale; None if it is not one factor for each expert."""
+    experts, outer = matrix.codes.shape[0], matrix.outer
+    if matrix.spec != NVFP4 or matrix.codes.ndim != 3 or outer is None or outer.shape not in ((), (experts, 1)):
+        return None
+    return mx.broadcast_to(outer.reshape(-1), (experts,)) * MLX_NVFP4_SCALE
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
 
 
 Matrix = DenseMatrix | QuantizedMatrix
@@ -167,10 +203,14 @@ class Linear:
 
     def __call__(self, x: mx.array) -> mx.array:
         """x [..., D] -> [..., N]"""
+        return self.plus(self.bias, x)
+
+    def plus(self, base: mx.array | None, x: mx.array) -> mx.array:
+        """base + the product with x, without the bias. base [N] or [..., N], x [..., D] -> [..., N]"""
         if len(self.matrices) == 1:
-            return self.matrices[0].matmul(x, self.bias)
+            return self.matrices[0].matmul(x, base)
         y = _side_by_side(self.matrices, self.streams, lambda matrix: matrix.matmul(x))
-        return y if self.bias is None else y + self.bias
+        return y if base is None else y + base
 
 
 @dataclass(frozen=True)

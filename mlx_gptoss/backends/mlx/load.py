@@ -17,6 +17,7 @@ import numpy as np
 from ...config import ModelConfig
 from ...errors import CheckpointError
 from ...machine import cores
+from ...weights import codecs
 from ...weights.adapters import Adapter
 from ...weights.split import RankShard
 from ...weights.tensor import (
@@ -33,13 +34,25 @@ from ..rope import yarn_frequencies
 from . import host
 from .adapters import LowRank
 from .elementwise import Elementwise
-from .layers import MODES, DenseMatrix, ExpertLinear, Linear, MappedRows, Matrix, QuantizedMatrix, fused
+from .layers import (
+    MODES,
+    DenseMatrix,
+    ExpertLinear,
+    Linear,
+    MappedRows,
+    Matrix,
+    QuantizedMatrix,
+    fused,
+    global_scale,
+)
 from .model import Attention, Block, GptOss, MixtureOfExperts, Rotary
 from .ranks import Ranks
 from .streams import CpuStreams
 
 UNIT_E8M0 = 127  # the e8m0 byte for 2^0
-MIN_PAIRS_TO_SORT = 64  # token-expert pairs from which sorting by expert is faster: each expert is then read once
+# Token-expert pairs from which sorting by expert is faster, because each expert is then read once: on a CPU, and for
+# each expert of the layer on a GPU. With fewer for an expert, MLX reads it for every pair, sorted or not.
+MIN_PAIRS_TO_SORT, MIN_PAIRS_PER_EXPERT = 64, 4
 MIN_BYTES_TO_SPLIT = 4 << 20  # bytes of a matrix from which several streams are faster than one
 
 
@@ -55,16 +68,26 @@ def load_model(
     ranks: Ranks | None = None,
     streams: CpuStreams | None = None,
     adapters: Sequence[Adapter] = (),
+    global_scales: bool = False,
 ) -> GptOss:
     """Load the whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight.
 
     elementwise, max_scores: as in model.py. resident_vocab, upcast: as in Limits. on_cpu: split large matrices over
     one of the `streams` per core. ranks: the ranks that share the model, if the checkpoint is one rank's part of it.
-    adapters: as of Backend.load."""
+    adapters: as of Backend.load. global_scales: whether MLX takes them (takes_global_scale)."""
     config = checkpoint.config
     ranks = ranks or Ranks(RankShard.of(config, 0, 1), None)
     loader = _WeightLoader(
-        checkpoint, dtype, elementwise, max_scores, ranks, upcast, on_cpu, streams or CpuStreams(), adapters
+        checkpoint,
+        dtype,
+        elementwise,
+        max_scores,
+        ranks,
+        upcast,
+        on_cpu,
+        streams or CpuStreams(),
+        adapters,
+        global_scales,
     )
     # The two largest weights come first, while there is memory for a weight and its copy.
     if resident_vocab is None:
@@ -72,22 +95,26 @@ def load_model(
         lm_head, rest = loader.linear(["lm_head"], biased=False), None
     else:
         embed = MappedRows(checkpoint.read("embed.weight"), lambda weight: fuse([weight]))
-        lm_head, rest = _split_lm_head(checkpoint.read("lm_head.weight"), resident_vocab)
+        lm_head, rest = _split_lm_head(checkpoint.read("lm_head.weight"), resident_vocab, loader.fuse)
         checkpoint.release()
     frequencies = mx.array((1.0 / yarn_frequencies(config.yarn, config.head_dim)).astype(np.float32))
     rotary = Rotary(frequencies, config.head_dim**-0.5 * config.yarn.concentration**2)
     blocks = tuple(_block(loader, config, layer, rotary) for layer in range(config.num_hidden_layers))
-    return GptOss(config, dtype, embed, blocks, loader.vector("norm.weight"), lm_head, rest, elementwise, loader.ranks)
+    mask_heads = 1 if on_cpu else config.num_attention_heads
+    norm = loader.vector("norm.weight")
+    return GptOss(config, dtype, embed, blocks, norm, lm_head, rest, mask_heads, elementwise, loader.ranks)
 
 
-def _split_lm_head(weight: Weight, resident: int) -> tuple[Linear, Callable[[], Linear] | None]:
+def _split_lm_head(
+    weight: Weight, resident: int, to_device: Callable[[Sequence[Weight]], Matrix]
+) -> tuple[Linear, Callable[[], Linear] | None]:
     """The first rows of lm_head on the device, and a function that loads the others."""
-    first = fuse([weight[0:resident]])
+    first = to_device([weight[0:resident]])
     mx.eval([array for array in vars(first).values() if isinstance(array, mx.array)])
     size = weight.shape[0]
     if resident >= size:
         return Linear((first,)), None
-    return Linear((first,)), lambda: Linear((fuse([weight[resident:size]]),))
+    return Linear((first,)), lambda: Linear((to_device([weight[resident:size]]),))
 
 
 def _block(loader: _WeightLoader, config: ModelConfig, layer: int, rotary: Rotary) -> Block:
@@ -98,23 +125,26 @@ def _block(loader: _WeightLoader, config: ModelConfig, layer: int, rotary: Rotar
         out=loader.linear([f"{prefix}.attention.o"]),
         sinks=loader.vector(f"{prefix}.attention.sinks"),
         rotary=rotary,
-        elementwise=loader.elementwise,
         ranks=loader.ranks,
         attend=loader.attend,
         max_scores=loader.max_scores,
+        packed_by_row=not loader.on_cpu,
         qkv_adapters=loader.low_rank([f"{prefix}.attention.{part}" for part in "qkv"]),
         out_adapters=loader.low_rank([f"{prefix}.attention.o"]),
     )
+    gate_up = loader.experts([f"{prefix}.experts.gate", f"{prefix}.experts.up"])
+    down = loader.experts([f"{prefix}.experts.down"])
+    wide = any(m.scales.dtype == mx.float32 for m in gate_up.matrices + down.matrices if isinstance(m, QuantizedMatrix))
     mlp = MixtureOfExperts(
         config,
         router=loader.linear([f"{prefix}.router"]),
-        gate_up=loader.experts([f"{prefix}.experts.gate", f"{prefix}.experts.up"]),
-        down=loader.experts([f"{prefix}.experts.down"]),
-        bias=loader.vectors([f"{prefix}.experts.{part}.bias" for part in ("gate", "up", "down")]),
+        gate_up=gate_up,
+        down=down,
+        bias=loader.vectors([f"{prefix}.experts.{part}.bias" for part in ("gate", "up", "down")], wide=wide),
         own=loader.ranks.shard.of_experts(config.experts[layer]),
         elementwise=loader.elementwise,
         ranks=loader.ranks,
-        min_pairs_to_sort=loader.min_pairs_to_sort,
+        min_pairs_to_sort=loader.min_pairs_to_sort(config.experts[layer]),
         router_adapters=loader.low_rank([f"{prefix}.router"]),
         gate_up_adapters=loader.low_rank([f"{prefix}.experts.gate", f"{prefix}.experts.up"]),
         down_adapters=loader.low_rank([f"{prefix}.experts.down"]),
@@ -142,28 +172,36 @@ class _WeightLoader:
         on_cpu: bool,
         streams: CpuStreams,
         adapters: Sequence[Adapter],
+        global_scales: bool = False,
     ) -> None:
         self._adapters = adapters
+        self._global_scales = global_scales
         self.elementwise = elementwise
         self.ranks = ranks
-        # On a CPU a rank always sorts: waiting for the router costs nothing there, computing other ranks' pairs does.
-        self.min_pairs_to_sort = MIN_PAIRS_TO_SORT if ranks.alone or not on_cpu else 1
         self._upcast = upcast
         self._cpu_streams = streams
-        self._on_cpu = on_cpu
+        self.on_cpu = on_cpu
         self._by_host = host.enabled(on_cpu=on_cpu, dtype=dtype)
         self.attend = host.attend if self._by_host else fused
         self.max_scores = None if self._by_host else max_scores
         self._checkpoint = checkpoint
         self._dtype = dtype
 
+    def min_pairs_to_sort(self, experts: int) -> int:
+        """As of MixtureOfExperts, for a layer with so many experts on all ranks."""
+        if not self.on_cpu:
+            return MIN_PAIRS_PER_EXPERT * experts
+        # A rank always sorts: waiting for the router costs nothing here, computing other ranks' pairs does.
+        return MIN_PAIRS_TO_SORT if self.ranks.alone else 1
+
     def vector(self, name: str) -> mx.array:
         """Norms and sinks, in the activation dtype."""
         return self.vectors([name])
 
-    def vectors(self, names: Sequence[str]) -> mx.array:
-        """Several biases concatenated, in the activation dtype."""
-        array = _concatenate([self._dense(name) for name in names], axis=-1).astype(self._dtype)
+    def vectors(self, names: Sequence[str], *, wide: bool = False) -> mx.array:
+        """Several biases concatenated, in the activation dtype, or in float32 for products that are."""
+        dtype = mx.float32 if wide else self._dtype
+        array = _concatenate([self._dense(name) for name in names], axis=-1).astype(dtype)
         mx.eval(array)
         return array
 
@@ -198,9 +236,9 @@ class _WeightLoader:
         weights = [self._checkpoint.read(name) for name in names]
         size = sum(weight.nbytes for weight in weights)
         by_blas = self._by_host and isinstance(weights[0], Dense)
-        if not self._on_cpu or by_blas or size < MIN_BYTES_TO_SPLIT or not same_storage(weights):
+        if not self.on_cpu or by_blas or size < MIN_BYTES_TO_SPLIT or not same_storage(weights):
             return self._matrices(names), ()
-        matrices = tuple(fuse(part) for part in split_rows(weights, len(self._streams)))
+        matrices = tuple(self.fuse(part) for part in split_rows(weights, len(self._streams)))
         self._materialize(matrices)
         return matrices, self._streams
 
@@ -222,11 +260,19 @@ class _WeightLoader:
 
     def _matrices(self, names: Sequence[str]) -> tuple[Matrix, ...]:
         weights = [self._checkpoint.read(name) for name in names]
-        matrices = (fuse(weights),) if same_storage(weights) else tuple(fuse([weight]) for weight in weights)
+        matrices = (self.fuse(weights),) if same_storage(weights) else tuple(self.fuse([w]) for w in weights)
         self._materialize(matrices)
         if not self._by_host:
             return matrices
         return tuple(host.HostMatrix(m.weight) if isinstance(m, DenseMatrix) else m for m in matrices)
+
+    def fuse(self, weights: Sequence[Weight]) -> Matrix:
+        """As fuse, as the activations' dtype and the device need it."""
+        matrix = fuse(weights, self._dtype)
+        if isinstance(matrix, DenseMatrix):
+            return matrix
+        scale = global_scale(matrix) if self._global_scales else None
+        return replace(matrix, global_scale=scale, finish=self.elementwise.finish)
 
     def _materialize(self, matrices: Sequence[Matrix]) -> None:
         for matrix in matrices:
@@ -249,11 +295,15 @@ def split_rows(weights: Sequence[Weight], count: int) -> list[list[Weight]]:
     ]
 
 
-def fuse(weights: Sequence[Weight]) -> Matrix:
-    """One matrix with the rows of all weights, in order. They are stored alike, so concatenating codes is exact."""
+def fuse(weights: Sequence[Weight], dtype: mx.Dtype | None = None) -> Matrix:
+    """One matrix with the rows of all weights, in order. They are stored alike, so concatenating codes is exact.
+
+    dtype: of the activations, with which MLX can multiply by the matrix as it then is; None keeps it as stored."""
     first = weights[0]
     if isinstance(first, Dense):
-        return DenseMatrix(_concatenate([w.values for w in weights if isinstance(w, Dense)], axis=-2))
+        matrix = _concatenate([w.values for w in weights if isinstance(w, Dense)], axis=-2)
+        # A product would round it to narrower activations every time; wider ones have their own way (DenseMatrix).
+        return DenseMatrix(matrix if dtype is None or matrix.dtype.size < dtype.size else matrix.astype(dtype))
     parts = [w for w in weights if isinstance(w, Quantized)]
     codes = _concatenate([w.codes for w in parts], axis=-2).view(mx.uint32)
     if first.spec == FP8_ROW:
@@ -261,9 +311,22 @@ def fuse(weights: Sequence[Weight]) -> Matrix:
         return QuantizedMatrix(codes, scales, None, _outer(parts), MXFP8)
     if first.spec not in MODES:
         raise CheckpointError(f"MLX has no kernel for {first.spec}; convert the checkpoint with --to mlx-4bit")
-    scales = _concatenate([w.scale for w in parts if w.scale is not None], axis=-2)
-    biases = None if first.bias is None else _concatenate([w.bias for w in parts if w.bias is not None], axis=-2)
-    return QuantizedMatrix(codes, scales, biases, _outer(parts), first.spec)
+    found = [[w.scale for w in parts if w.scale is not None], [w.bias for w in parts if w.bias is not None]]
+    joined = [part[0] if len(part) == 1 else np.concatenate(part, axis=-2) for part in found if part]
+    scales, *biases = (_to_mlx(array) for array in (joined if dtype is None else _without_casts(joined, dtype)))
+    return QuantizedMatrix(codes, scales, biases[0] if biases else None, _outer(parts), first.spec)
+
+
+def _without_casts(arrays: list[Array], dtype: mx.Dtype) -> list[Array]:
+    """The scales and biases of a matrix, float16 ones as bfloat16 if that is exact, else as float32, unless activations
+    are float16: at every product MLX would cast those of all experts."""
+    if arrays[0].dtype != np.float16 or dtype == mx.float16:
+        return arrays
+    if dtype == mx.bfloat16:
+        narrow = [array.astype(codecs.BFLOAT16) for array in arrays]
+        if all((short.astype(np.float32) == array).all() for short, array in zip(narrow, arrays, strict=True)):
+            return narrow
+    return [array.astype(np.float32) for array in arrays]
 
 
 def upcast_matrices(matrices: Sequence[Matrix], streams: Sequence[mx.Stream], dtype: mx.Dtype) -> tuple[Matrix, ...]:

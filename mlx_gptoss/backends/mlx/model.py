@@ -14,12 +14,15 @@ import mlx.core as mx
 
 from ...config import ModelConfig
 from .adapters import LowRank, add_experts, add_linear
-from .cache import Cache, FullCache, LayerCache, QuantizedKV, RingCache, Span
-from .elementwise import Elementwise
+from .cache import Cache, FullCache, LayerCache, RingCache, Span
+from .elementwise import Elementwise, by_expert
 from .layers import Attend, ExpertLinear, Linear, MappedRows, Matrix
+from .quantized_kv import QuantizedKV
 from .ranks import Ranks
 
 MAX_PACKED_QUERIES = 8  # queries; with more, decoding an 8-bit cache first costs less than products with its codes
+# MLX fuses attention on Metal for up to 32 queries of a KV head in one kernel, and for more than 8 tokens in another.
+VECTOR_QUERIES, MATRIX_TOKENS = 32, 9
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Attention:
     """qkv: D -> (H + 2 K) * 64; out: H * 64 -> D; sinks [H] in the activation dtype. H and K are this rank's.
 
     attend: layers.fused, or a function that replaces it. max_scores: maximum attention scores, H * queries * keys,
-    that a full-attention layer computes at once; None if the memory of `attend` does not depend on their number.
+    that a full-attention layer computes at once; None if `attend` itself bounds them. packed_by_row: an 8-bit cache is
+    read by products of one row (QuantizedKV.weighted), and decoded first for several tokens.
     qkv_adapters, out_adapters: what each adapter adds to qkv and out.
     """
 
@@ -53,15 +57,15 @@ class Attention:
     out: Linear
     sinks: mx.array
     rotary: Rotary
-    elementwise: Elementwise
     ranks: Ranks
     attend: Attend
     max_scores: int | None
+    packed_by_row: bool = False
     qkv_adapters: tuple[LowRank | None, ...] = ()
     out_adapters: tuple[LowRank | None, ...] = ()
 
-    def __call__(self, x: mx.array, residual: mx.array, cache: LayerCache, span: Span) -> mx.array:
-        """x, residual [B, L, D] -> residual + attention of x, [B, L, D]"""
+    def __call__(self, x: mx.array, base: mx.array, cache: LayerCache, span: Span) -> mx.array:
+        """x [B, L, D], and the residual plus out.bias, [B, L, D] -> residual + attention of x, [B, L, D]"""
         B, L, _ = x.shape
         q, kv = self._rotated(add_linear(self.qkv(x), x, self.qkv_adapters, span), span)
         if isinstance(cache, RingCache) and 1 + cache.slack < L:
@@ -76,8 +80,9 @@ class Attention:
             else:
                 y = self._attend(q, *cached, mask)
         heads = y.swapaxes(1, 2).reshape(B, L, self.config.q_size)
-        y = add_linear(replace(self.out, bias=None)(heads), heads, self.out_adapters, span)
-        return self.elementwise.add(self.ranks.sum(y), self.out.bias, residual)
+        if self.ranks.alone:
+            return add_linear(self.out.plus(base, heads), heads, self.out_adapters, span)
+        return base + self.ranks.sum(add_linear(self.out.plus(None, heads), heads, self.out_adapters, span))
 
     def _rotated(self, x: mx.array, span: Span) -> tuple[mx.array, mx.array]:
         """x [B, L, (H + 2 K) * 64] -> queries [B, H, L, 64]; keys and values [2, B, K, L, 64]"""
@@ -116,12 +121,10 @@ class Attention:
     def _within_window(self, q: mx.array, keys: mx.array, values: mx.array, window: int) -> mx.array:
         """Sliding attention of at most W queries over P past keys and their own, with as many queries at a time as
         max_scores allows: a window may be long (8192 in gpt-oss-puzzle)."""
-        _, H, L, _ = q.shape
+        L = q.shape[2]
         P = keys.shape[2] - L
-        rows = L if self.max_scores is None else max(1, self.max_scores // (H * keys.shape[2]))
         parts = []
-        for first in range(0, L, rows):
-            end = min(first + rows, L)
+        for first, end in self._query_blocks(L, keys.shape[2]):
             start = max(0, P + first - window + 1)  # the oldest key that any of these queries sees
             i, j = mx.arange(P + first, P + end)[:, None], mx.arange(start, P + end)[None, :]
             mask = ((j > i - window) & (j <= i))[None, None]
@@ -131,22 +134,34 @@ class Attention:
 
     def _causal(self, q: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         """Causal attention of one slot's last L positions, with as many queries at a time as max_scores allows."""
-        _, H, L, _ = q.shape
+        L = q.shape[2]
         start = keys.shape[2] - L
-        rows = L if self.max_scores is None else max(1, self.max_scores // (H * keys.shape[2]))
         parts = [
-            self._attend(
-                q[:, :, i : i + rows], keys[:, :, : start + i + rows], values[:, :, : start + i + rows], "causal"
-            )
-            for i in range(0, L, rows)
+            self._attend(q[:, :, first:end], keys[:, :, : start + end], values[:, :, : start + end], "causal")
+            for first, end in self._query_blocks(L, keys.shape[2])
         ]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
+
+    def _query_blocks(self, queries: int, keys: int) -> list[tuple[int, int]]:
+        """(first, end) of the tokens that attend at once: as many as max_scores allows, and a number that MLX fuses."""
+        if self.max_scores is None:
+            return [(0, queries)]
+        heads = self.config.num_attention_heads
+        most = max(1, self.max_scores // (heads * keys))
+        vector = max(1, VECTOR_QUERIES // (heads // self.config.num_key_value_heads))
+        blocks, first = [], 0
+        while first < queries:
+            rows = min(most, queries - first)
+            blocks.append((first, first + (rows if rows >= MATRIX_TOKENS else min(rows, vector))))
+            first = blocks[-1][1]
+        return blocks
 
     def _attend_quantized(self, q: mx.array, cached: QuantizedKV, mask: mx.array | None) -> mx.array:
         """Attention over keys and values in 8 bits. For few queries, scores are products with the codes; for a prompt,
         decoding first costs less."""
         B, H, L, dim = q.shape
-        if L > MAX_PACKED_QUERIES:
+        most = 1 if self.packed_by_row else MAX_PACKED_QUERIES
+        if most < L:
             return self._causal(q, *cached.dequantized(q.dtype))
         grouped = (B, self.config.num_key_value_heads, -1)
         scores = cached.scores((q.astype(mx.float32) * self.rotary.score_scale).reshape(*grouped, dim))
@@ -159,7 +174,7 @@ class Attention:
         # The sink is one more score in the denominator.
         sinks = self.sinks.astype(mx.float32)[:, None, None]
         weights = mx.exp(scores - mx.logaddexp(mx.logsumexp(scores, axis=-1, keepdims=True), sinks))
-        y = cached.weighted(weights.reshape(*grouped, scores.shape[-1]))
+        y = cached.weighted(weights.reshape(*grouped, scores.shape[-1]), by_row=self.packed_by_row)
         return y.reshape(B, H, L, dim).astype(q.dtype)
 
     def _attend(self, q: mx.array, k: mx.array, v: mx.array, mask: mx.array | str | None) -> mx.array:
@@ -186,37 +201,51 @@ class MixtureOfExperts:
     gate_up_adapters: tuple[LowRank | None, ...] = ()
     down_adapters: tuple[LowRank | None, ...] = ()
 
-    def __call__(self, x: mx.array, residual: mx.array, span: Span) -> mx.array:
-        """x, residual [B, L, D] -> residual + the experts' outputs for x, [B, L, D]"""
+    def __call__(
+        self, x: mx.array, residual: mx.array, span: Span, next_bias: mx.array | None
+    ) -> tuple[mx.array, mx.array | None]:
+        """x, residual [B, L, D] -> residual + the experts' outputs for x, and the same plus next_bias [D] if there is
+        one, [B, L, D] each"""
         shape, D = x.shape, x.shape[-1]
-        x = x.reshape(-1, D)
-        chosen, weights = self._route(x, span)  # [T, A] each
+        x, residual = x.reshape(-1, D), residual.reshape(-1, 1, D)
+        chosen, logits = self._route(x, span)  # [T, A] each
+        few = chosen.size < self.min_pairs_to_sort
+        if few and self.ranks.alone:
+            outputs, bias = self._unsorted(x, chosen, span)
+            y, base = self.elementwise.combine_chosen(residual, outputs, bias, logits, next_bias)
+            return y.reshape(shape), None if base is None else base.reshape(shape)
+        weights = mx.softmax(logits, axis=-1, precise=True)
         experts, weights = self.ranks.local_experts(chosen, weights, self.own)
-        if chosen.size >= self.min_pairs_to_sort:
-            y, bias = self._sorted(x, chosen, span), self.bias[:, -D:][experts]  # [T, A, D] each
+        if few:
+            outputs, bias = self._unsorted(x, experts, span)
         else:
-            bias = self.bias[experts]
-            tokens, pairs, each = span.tokens[: len(x)], span.pairs[: len(x)], x[:, None, None]
-            y = self.gate_up(each, experts, tokens)
-            y = add_experts(y, each, self.gate_up_adapters, span, experts, tokens, pairs)
-            hidden = self._swiglu(y, bias[..., None, :-D])
-            y = self.down(hidden, experts, pairs)
-            y = add_experts(y, hidden, self.down_adapters, span, experts, pairs, pairs).squeeze(-2)
-            bias = bias[..., -D:]
-        parts = [[a[:, i] for i in range(a.shape[1])] for a in (y, bias, weights[..., None])]
-        residual = residual.reshape(-1, D)
+            outputs, bias = self._sorted(x, chosen, span), self.bias[:, -D:][experts]
+        parts = by_expert(outputs, bias, weights[..., None])
         if self.ranks.alone:
-            return self.elementwise.combine(residual, *parts).reshape(shape)
-        y = self.ranks.sum(self.elementwise.combine(mx.zeros_like(residual), *parts))
-        return (residual + y).reshape(shape)
+            y = self.elementwise.combine(residual, *parts).reshape(shape)
+        else:
+            y = self.ranks.sum(self.elementwise.combine(mx.zeros_like(residual), *parts))
+            y = (residual + y).reshape(shape)
+        return y, None if next_bias is None else y + next_bias
 
     def _route(self, x: mx.array, span: Span) -> tuple[mx.array, mx.array]:
-        """Softmax over the A largest router logits, in float32."""
+        """The A experts with the largest router logits, and these logits, [T, A] each."""
         active = self.config.num_experts_per_tok
         logits = add_linear(self.router(x), x, self.router_adapters, span)  # [T, E]
         experts = mx.argpartition(logits, kth=-active, axis=-1)[..., -active:]
-        weights = mx.softmax(mx.take_along_axis(logits, experts, axis=-1), axis=-1, precise=True)
-        return experts, weights
+        return experts, mx.take_along_axis(logits, experts, axis=-1)
+
+    def _unsorted(self, x: mx.array, experts: mx.array, span: Span) -> tuple[mx.array, mx.array]:
+        """The outputs of each token's experts [T, A] without biases, and their biases, [T, A, D] each."""
+        D = x.shape[-1]
+        bias = self.bias[experts]
+        tokens, pairs, each = span.tokens[: len(x)], span.pairs[: len(x)], x[:, None, None]
+        y = self.gate_up(each, experts, tokens)
+        y = add_experts(y, each, self.gate_up_adapters, span, experts, tokens, pairs)
+        hidden = self._swiglu(y, bias[..., None, :-D])
+        y = self.down(hidden, experts, pairs)
+        y = add_experts(y, hidden, self.down_adapters, span, experts, pairs, pairs)
+        return y.squeeze(-2), bias[..., -D:]
 
     def _sorted(self, x: mx.array, chosen: mx.array, span: Span) -> mx.array:
         """The experts' outputs without biases, [T, A, D], computed with the T * A pairs sorted by expert, so that each
@@ -252,20 +281,23 @@ class Block:
     mlp_norm: mx.array
     mlp: MixtureOfExperts
 
-    def attend(self, x: mx.array, cache: LayerCache, span: Span, last: int) -> mx.array:
-        """x [B, L, D] -> [B, last, D], of the last positions"""
+    def attend(self, x: mx.array, base: mx.array | None, cache: LayerCache, span: Span, last: int) -> mx.array:
+        """x [B, L, D], and x plus the bias of the output projection unless it is not yet computed -> [B, last, D], of
+        the last positions"""
         normed = mx.fast.rms_norm(x, self.attention_norm, self.config.rms_norm_eps)
-        return self.attention(normed, x, cache, span)[:, -last:]
+        if base is None:
+            base = x if self.attention.out.bias is None else x + self.attention.out.bias
+        return self.attention(normed, base, cache, span)[:, -last:]
 
-    def mix(self, x: mx.array, span: Span) -> mx.array:
-        """x [B, L, D] -> the same shape, through the experts"""
-        return self.mlp(mx.fast.rms_norm(x, self.mlp_norm, self.config.rms_norm_eps), x, span)
+    def mix(self, x: mx.array, span: Span, next_bias: mx.array | None) -> tuple[mx.array, mx.array | None]:
+        """x [B, L, D] -> the same shape, through the experts; and the same plus next_bias"""
+        return self.mlp(mx.fast.rms_norm(x, self.mlp_norm, self.config.rms_norm_eps), x, span, next_bias)
 
 
 @dataclass(frozen=True)
 class GptOss:
     """One loaded model. dtype: of activations and KV cache. load_rest: loads the rows of lm_head that are not resident
-    (Limits.resident_vocab); None if all are."""
+    (Limits.resident_vocab); None if all are. mask_heads: as of Span.of."""
 
     config: ModelConfig
     dtype: mx.Dtype
@@ -274,6 +306,7 @@ class GptOss:
     norm: mx.array
     lm_head: Linear
     load_rest: Callable[[], Linear] | None
+    mask_heads: int
     elementwise: Elementwise
     ranks: Ranks
 
@@ -285,12 +318,14 @@ class GptOss:
     def run(self, stages: range, x: mx.array, cache: Cache, span: Span, last: int) -> mx.array:
         """x [B, L, D] through consecutive stages: stage 2 n is the attention of layer n, stage 2 n + 1 its experts.
         Returns [B, L, D], or [B, last, D] after the last layer."""
+        base = None  # x plus the bias of the next attention's output projection
         for stage in stages:
             block, layer_cache = self.blocks[stage // 2], cache.layers[stage // 2]
             if stage % 2:
-                x = block.mix(x, span)
+                following = self.blocks[stage // 2 + 1].attention.out if stage + 1 in stages else None
+                x, base = block.mix(x, span, None if following is None else following.bias)
             else:
-                x = block.attend(x, layer_cache, span, last if block is self.blocks[-1] else span.length)
+                x = block.attend(x, base, layer_cache, span, last if block is self.blocks[-1] else span.length)
         return x
 
     def logits(self, x: mx.array) -> mx.array:

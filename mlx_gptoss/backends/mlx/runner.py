@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -22,8 +21,6 @@ from .streams import CpuStreams
 LOGITS_CHUNK = 256  # positions whose logits are on the device at once in logits()
 CLEAR_CACHE_STEPS = 512  # steps between emptying MLX's buffer cache, which otherwise grows with every new length
 
-HostArrays = dict[str, NDArray[Any]]  # the arrays of a SamplerOutput on the host, by field name
-
 
 @dataclass(frozen=True)
 class SampledRow:
@@ -34,12 +31,12 @@ class SampledRow:
     sampling: Sampling
     drafts: tuple[int, ...]
 
-    def read(self, numbers: HostArrays) -> Sampled:
+    def read(self, output: SamplerOutput) -> Sampled:
         """The sampled token, followed by one more token for each draft that was right. Each token is drawn as it would
-        be without drafts, so drafts change only the speed."""
+        be without drafts, so drafts change only the speed. output: this row's, on the host."""
         tokens = []
         for index, draft in enumerate((*self.drafts, None), self.first):
-            tokens.append(_sampled(numbers, index, self.sampling))
+            tokens.append(_sampled(output, index, self.sampling))
             if tokens[-1].token != draft:
                 break
         return replace(tokens[0], accepted=tuple(tokens[1:])) if self.drafts else tokens[0]
@@ -50,7 +47,8 @@ class Step:
     """A step in progress on the device.
 
     last: the array that the step computes last. `wait` waits for it, so that a prefill, which samples nothing, does not
-    run far ahead of the device. arrays: all other arrays that the step changes.
+    run far ahead of the device. arrays: all other arrays that the step changes, until it is submitted: while one is
+    held, the next step cannot write in place.
     """
 
     rows: tuple[SampledRow | None, ...]
@@ -60,7 +58,7 @@ class Step:
     def wait(self) -> list[Sampled | None]:
         mx.eval(self.last)
         # Copied whole: indexing on the device would queue behind the next step, which has been submitted by now.
-        read = {id(row.output): _to_host(row.output) for row in self.rows if row is not None}
+        read = {id(row.output): row.output.on_host() for row in self.rows if row is not None}
         return [None if row is None else row.read(read[id(row.output)]) for row in self.rows]
 
 
@@ -95,7 +93,7 @@ class MlxRunner:
             self._steps += 1
             if self._steps % CLEAR_CACHE_STEPS == 0:
                 mx.clear_cache()
-            return step
+            return replace(step, arrays=())
 
     def build(self, rows: Sequence[Row]) -> Step:
         """Build the step's graph without starting it."""
@@ -168,7 +166,9 @@ class MlxRunner:
         ids = mx.stack([self._tokens(row) for row in rows])  # [B, L]
         starts = [row.start for row in rows]
         slots, adapters = [row.slot for row in rows], used_adapters(rows)
-        span = Span.of(self.config, slots, starts, ids.shape[1], self.limits.drafts, adapters)
+        span = Span.of(
+            self.config, slots, starts, ids.shape[1], self.limits.drafts, adapters, mask_heads=self._model.mask_heads
+        )
         samples = 1 + len(rows[0].drafts)  # per row
         if rows[0].stages is None:
             hidden = self._model(ids, self._cache, span, samples)  # [B, samples, D]
@@ -192,7 +192,8 @@ class MlxRunner:
             if not row.drafts:
                 self._last[row.slot] = output.tokens[n : n + 1]
             results[places[b]] = SampledRow(output, n * samples, sampling, row.drafts)
-        return output.tokens
+        last: mx.array = output.tokens
+        return last
 
     def _run_stages(self, slot: int, stages: tuple[int, int], ids: mx.array, span: Span) -> mx.array:
         """Run some stages of a chunk, ids [1, L]. Hidden states [1, L, D], or [1, 1, D] after the last stage."""
@@ -215,13 +216,9 @@ class MlxRunner:
         return self._states[row.slot]
 
 
-def _to_host(output: SamplerOutput) -> HostArrays:
-    return {name: np.array(array) for name, array in vars(output).items() if array is not None}
-
-
-def _sampled(numbers: HostArrays, n: int, sampling: Sampling) -> Sampled:
+def _sampled(output: SamplerOutput, n: int, sampling: Sampling) -> Sampled:
     top: tuple[tuple[int, float], ...] = ()
     if sampling.logprobs:
-        pairs = zip(numbers["top_ids"][n].tolist(), numbers["top_logprobs"][n].tolist(), strict=True)
+        pairs = zip(output.top_ids[n].tolist(), output.top_logprobs[n].tolist(), strict=True)
         top = tuple(pairs)[: sampling.logprobs]
-    return Sampled(int(numbers["tokens"][n]), float(numbers["logprobs"][n]), top)
+    return Sampled(int(output.tokens[n]), float(output.logits[n] - output.normalizers[n]), top)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +16,9 @@ import numpy as np
 from ...sampling import Sampling
 from ..base import allowed_tokens
 from .elementwise import UNCOMPILED, Elementwise
+
+SORT_BLOCK = 2048  # numbers that one threadgroup sorts on Metal
+MAX_CANDIDATES = 64  # tokens to which the usual top_k values narrow the vocabulary down before top_p
 
 
 @dataclass
@@ -32,8 +36,8 @@ class SamplerState:
     @staticmethod
     def begin(sampling: Sampling, prompt: Sequence[int], seed: int, vocabulary: int) -> SamplerState:
         # Hashed once, because nearby seeds would otherwise give shifted copies of one stream. The CPU gives the same
-        # numbers as the device and does not wait for the step in progress there.
-        key = np.array(mx.random.split(mx.random.key(seed), stream=mx.cpu)[0])
+        # numbers as the device and does not wait for the step in progress there; indexing the pair there would.
+        key = np.array(mx.random.split(mx.random.key(seed), stream=mx.cpu))[0]
         state = SamplerState((int(key[0]), int(key[1])))
         if sampling.penalized:
             seen = mx.zeros((vocabulary,), dtype=mx.bool_)
@@ -50,13 +54,32 @@ class SamplerState:
 
 @dataclass(frozen=True)
 class SamplerOutput:
-    """tokens: int32 [B]. logprobs: float32 [B]. top_ids, top_logprobs: [B, n], where n is the maximum of the rows'
-    `logprobs` options; None if it is 0."""
+    """What a step samples, on the device or, after on_host, in numpy arrays.
 
-    tokens: mx.array
-    logprobs: mx.array
-    top_ids: mx.array | None
-    top_logprobs: mx.array | None
+    tokens: int32 [B]. logits: float32 [B], raw ones of the tokens. normalizers: float32 [B], the logarithm of the sum
+    of all exponentials. top_ids, top_logits: [B, n], where n is the maximum of the rows' `logprobs` options; None if
+    it is 0.
+    """
+
+    tokens: Any
+    logits: Any
+    normalizers: Any
+    top_ids: Any
+    top_logits: Any
+
+    def on_host(self) -> SamplerOutput:
+        """The same in numpy arrays, once they are computed."""
+        return SamplerOutput(*(None if array is None else np.array(array) for array in vars(self).values()))
+
+    @property
+    def logprobs(self) -> Any:
+        """Log-probabilities of the tokens, float32 [B]. Subtracted on the host, they cost no launch."""
+        return self.logits - self.normalizers
+
+    @property
+    def top_logprobs(self) -> Any:
+        """Log-probabilities of top_ids, float32 [B, n]"""
+        return None if self.top_ids is None else self.top_logits - self.normalizers[:, None]
 
 
 def sample_tokens(
@@ -75,18 +98,44 @@ def sample_tokens(
     if not all(s.greedy for s in samplings):
         keys = [(h.key[0], (h.key[1] + position) % 2**32) for h, position in zip(states, positions, strict=True)]
         temperature = _column(samplings, "temperature")
-        shaped = elementwise.add_gumbel_noise(_filter(shaped, samplings), temperature, mx.array(keys, dtype=mx.uint32))
+        shaped = elementwise.add_gumbel_noise(
+            _filter(shaped, samplings, elementwise), temperature, mx.array(keys, dtype=mx.uint32)
+        )
     tokens = mx.argmax(shaped, axis=-1).view(mx.int32)
     for row, state in enumerate(states):
         state.add(tokens[row])
-    normalizer = mx.logsumexp(logits, axis=-1, keepdims=True)
-    chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1) - normalizer
+    chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    normalizers = mx.logsumexp(logits, axis=-1)
     top_n = max(s.logprobs for s in samplings)
     if not top_n:
-        return SamplerOutput(tokens, chosen[:, 0], None, None)
-    ids = mx.argpartition(-logits, kth=top_n - 1, axis=-1)[:, :top_n]
-    ids = mx.take_along_axis(ids, mx.argsort(-mx.take_along_axis(logits, ids, axis=-1), axis=-1), axis=-1)
-    return SamplerOutput(tokens, chosen[:, 0], ids, mx.take_along_axis(logits, ids, axis=-1) - normalizer)
+        return SamplerOutput(tokens, chosen, normalizers, None, None)
+    ids = largest(logits, top_n)
+    return SamplerOutput(tokens, chosen, normalizers, ids, mx.take_along_axis(logits, ids, axis=-1))
+
+
+def largest(values: mx.array, count: int) -> mx.array:
+    """Indices of the largest of values [B, V], largest first and the first of equal ones first: uint32 [B, count].
+
+    Blocks that one threadgroup of a Metal GPU sorts in one launch, then the same among what leads in each block: all
+    201,088 tokens at once take 15 launches."""
+    return _smallest(-values, min(count, values.shape[-1]))
+
+
+def _smallest(values: mx.array, count: int) -> mx.array:
+    """As `largest`, of the smallest values."""
+    rows, size = values.shape
+    blocks = -(-size // SORT_BLOCK)
+    if blocks == 1 or count > SORT_BLOCK // 2:
+        return mx.argsort(values, axis=-1)[:, :count]
+    blocks = next((n for n in range(blocks, 2 * blocks) if size % n == 0), blocks)
+    width = -(-size // blocks)
+    if blocks * width > size:
+        values = mx.pad(values, [(0, 0), (0, blocks * width - size)], constant_values=mx.inf)
+    values = values.reshape(rows, blocks, width)
+    order = mx.argsort(values, axis=-1)[..., :count]
+    leading = mx.take_along_axis(values, order, axis=-1).reshape(rows, -1)
+    starts = mx.array(np.arange(blocks, dtype=np.uint32)[:, None] * np.uint32(width))
+    return mx.take_along_axis((order + starts).reshape(rows, -1), _smallest(leading, count), axis=-1)
 
 
 def _mask(logits: mx.array, masks: Sequence[bytes | None]) -> mx.array:
@@ -121,10 +170,10 @@ def _penalize_row(logits: mx.array, sampling: Sampling, state: SamplerState) -> 
     return logits - sampling.presence_penalty * (state.counts > 0) - sampling.frequency_penalty * state.counts
 
 
-def _filter(logits: mx.array, samplings: Sequence[Sampling]) -> mx.array:
+def _filter(logits: mx.array, samplings: Sequence[Sampling], elementwise: Elementwise) -> mx.array:
     """Logits with every token outside top_k, top_p and min_p at -inf. Probabilities are at the row's temperature."""
     if any(s.top_k or s.top_p < 1.0 for s in samplings):
-        logits = _top(logits, samplings)
+        logits = _top(logits, samplings, elementwise)
     if any(s.min_p for s in samplings):
         probabilities = mx.softmax(_scaled(logits, samplings), axis=-1)
         floor = _column(samplings, "min_p") * probabilities.max(axis=-1, keepdims=True)
@@ -132,24 +181,32 @@ def _filter(logits: mx.array, samplings: Sequence[Sampling]) -> mx.array:
     return logits
 
 
-def _top(logits: mx.array, samplings: Sequence[Sampling]) -> mx.array:
+def _top(logits: mx.array, samplings: Sequence[Sampling], elementwise: Elementwise) -> mx.array:
     """top_k, then top_p over the remaining tokens: a token is kept if the more likely tokens add up to less than
-    top_p."""
+    top_p of all."""
     vocabulary = logits.shape[-1]
-    order = mx.argsort(-logits, axis=-1)
+    limits = [min(s.top_k or vocabulary, vocabulary) for s in samplings]
+    filtered = [s.top_k > 0 or s.top_p < 1.0 for s in samplings]
+    few = max(limit for limit, is_filtered in zip(limits, filtered, strict=True) if is_filtered) <= MAX_CANDIDATES
+    order = largest(logits, MAX_CANDIDATES if few else vocabulary)
     ranked = mx.take_along_axis(logits, order, axis=-1)
-    top_k = mx.array([[min(s.top_k or vocabulary, vocabulary)] for s in samplings])
-    ranked = mx.where(mx.arange(vocabulary) < top_k, ranked, -mx.inf)
-    probabilities = mx.softmax(_scaled(ranked, samplings), axis=-1)
-    before = mx.cumsum(probabilities, axis=-1) - probabilities
-    top_p = _column(samplings, "top_p")
-    ranked = mx.where((before < top_p) | (top_p >= 1.0), ranked, -mx.inf)
-    return mx.put_along_axis(logits, order, ranked, axis=-1)
+    ranks = mx.array(np.arange(ranked.shape[-1], dtype=np.int32))
+    top_k, top_p = mx.array(np.array(limits, np.int32)[:, None]), _column(samplings, "top_p")
+    weights = elementwise.weights(ranked, ranked[:, :1], _temperatures(samplings), ranks, top_k)
+    kept = elementwise.nucleus(ranked, weights, mx.cumsum(weights, axis=-1), ranks, top_k, top_p)
+    if not few:
+        return mx.put_along_axis(logits, order, kept, axis=-1)
+    kept = mx.put_along_axis(mx.full(logits.shape, -mx.inf), order, kept, axis=-1)
+    return kept if all(filtered) else mx.where(mx.array(filtered)[:, None], kept, logits)
 
 
 def _scaled(logits: mx.array, samplings: Sequence[Sampling]) -> mx.array:
-    temperature = _column(samplings, "temperature")
-    return logits / mx.where(temperature > 0, temperature, 1.0)
+    return logits / _temperatures(samplings)
+
+
+def _temperatures(samplings: Sequence[Sampling]) -> mx.array:
+    """float32 [B, 1]; 1 for a greedy row."""
+    return mx.array([[s.temperature or 1.0] for s in samplings])
 
 
 def _column(samplings: Sequence[Sampling], name: str) -> mx.array:

@@ -34,7 +34,7 @@ from ...weights.tensor import (
     Weight,
 )
 from ..rope import yarn_frequencies
-from . import DTYPES, MAX_SCORES_CPU, MAX_SCORES_GPU, dtype_name, pick_device
+from . import DTYPES, dtype_name, max_scores, pick_device
 from .cache import FullCache, RingCache, Span
 from .elementwise import UNCOMPILED, compiled
 from .layers import Linear
@@ -62,8 +62,8 @@ class Given(Linear):
 class Identity(Linear):
     """A layer that returns its input."""
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return x
+    def plus(self, base: mx.array | None, x: mx.array) -> mx.array:
+        return x if base is None else x + base
 
 
 class Kernels:
@@ -92,8 +92,7 @@ class Kernels:
         self._device = where
         self._where = where if self.on_gpu else self._streams.make_default()
         self._elementwise = compiled() if self.on_gpu else UNCOMPILED
-        fused = self.on_gpu and mx.metal.is_available()
-        self._max_scores = None if fused else MAX_SCORES_GPU if self.on_gpu else MAX_SCORES_CPU
+        self._max_scores = max_scores(gpu=self.on_gpu)
         self._ranks = Ranks(RankShard.of(config, 0, 1), None)
         self._rotary = Rotary(
             mx.array((1.0 / yarn_frequencies(config.yarn, config.head_dim)).astype(np.float32)),
@@ -130,7 +129,7 @@ class Kernels:
             )
             span = Span.of(self.config, [0], [0], len(x))
             tokens = self._array(x)[None]
-            return self._run(lambda: layer(tokens, mx.zeros_like(tokens), span)[0])
+            return self._run(lambda: layer(tokens, mx.zeros_like(tokens), span, None)[0][0])
 
         return run
 
@@ -184,10 +183,10 @@ class Kernels:
                 Identity((), mx.zeros(self.config.q_size, dtype=self._dtype)),
                 self._array(sinks),
                 self._rotary,
-                self._elementwise,
                 self._ranks,
                 loader.attend,
                 loader.max_scores,
+                packed_by_row=self.on_gpu,
             )
             residual = mx.zeros((B, L, self.config.q_size), dtype=self._dtype)
             span = Span.of(self.config, range(B), starts, L)
@@ -207,8 +206,8 @@ class Kernels:
                 SamplerState.begin(sampling, prompt, sampling.seed or 0, logits.shape[1])
                 for sampling, prompt in zip(samplings, prompts, strict=True)
             ]
-            found = sample_tokens(mx.array(logits), samplings, states, positions, masks, self._elementwise)
-            return np.array(found.tokens).tolist(), np.array(found.logprobs).tolist()
+            found = sample_tokens(mx.array(logits), samplings, states, positions, masks, self._elementwise).on_host()
+            return found.tokens.tolist(), found.logprobs.tolist()
 
     def launch_seconds(self, count: int) -> float:
         """Seconds of one of `count` small operations, each of which depends on the one before it."""

@@ -45,6 +45,10 @@ class Merged:
         changed = name.removesuffix(".weight") in self._adapter.entries
         return (None, None) if changed else self._checkpoint.stored_as(name)
 
+    def scale_dtype(self, name: str) -> str | None:
+        """As Checkpoint.scale_dtype; none where the adapter changes the weight."""
+        return self._checkpoint.scale_dtype(name) if self.stored_as(name)[0] is not None else None
+
     def matrix_bytes(self, role: Role) -> int:
         """As Checkpoint.matrix_bytes, of the weights without the adapter."""
         return self._checkpoint.matrix_bytes(role)
