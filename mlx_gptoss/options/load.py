@@ -64,6 +64,12 @@ class LoadOptions:
         "rounding.",
         Flag(),
     )
+    custom_kernels: bool = option(
+        True,
+        "Use custom Metal kernels where their check passed on this machine (mlx on a Mac's GPU); otherwise MLX's own "
+        "operations.",
+        Flag(),
+    )
     max_waiting: int | None = option(
         None,
         "Requests that may wait for a slot; more are refused (Busy). Default: no limit.",
@@ -99,6 +105,7 @@ class LoadOptions:
         if self.kv_bits is not None:
             check.one_of("kv_bits", self.kv_bits, (8,))
         check.kind("speculate", self.speculate, bool, "True or False")
+        check.kind("custom_kernels", self.custom_kernels, bool, "True or False")
         _check_adapters(self.adapters)
         check.kind("prompt_cache", self.prompt_cache, (str, Path, type(None)), "a folder or None")
 

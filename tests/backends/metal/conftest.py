@@ -52,7 +52,9 @@ def run(metal: Emulator | None) -> Iterator[Callable[..., list[np.ndarray]]]:
             again = as_list(function(*arguments))
             metal.descending = False
             for a, b in zip(found, again, strict=True):
-                assert np.array_equal(wide(a), wide(b), equal_nan=True), "the result depends on the order of the threads"
+                assert np.array_equal(wide(a), wide(b), equal_nan=True), (
+                    "the result depends on the order of the threads"
+                )
         return [wide(array) for array in found]
 
     yield call
@@ -74,7 +76,7 @@ def close() -> Callable[..., None]:
 
 
 def as_list(found: Any) -> Sequence[mx.array]:
-    return [found] if isinstance(found, mx.array) else list(found)
+    return [found] if isinstance(found, mx.array) else [array for array in found if array is not None]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -82,5 +84,3 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.section("custom kernels against float64, errors relative to the largest value")
         for kernel, errors in sorted(WORST.items()):
             terminalreporter.write_line(f"{kernel}: {len(errors)} cases, worst error {max(errors):.2g}")
-
-

@@ -18,7 +18,15 @@ import numpy as np
 
 HEADER = Path(__file__).parent / "metal.h"
 FLAGS = (
-    *("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing"),
+    *(
+        "-std=c++20",
+        "-O1",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-ffp-contract=off",
+        "-U_FORTIFY_SOURCE",
+        "-fno-strict-aliasing",
+    ),
     *("-Wall", "-Wextra", "-Werror", "-Wno-attributes", "-Wno-unknown-pragmas", "-Wno-unused-parameter"),
     *("-Wno-sign-compare", "-Wno-clobbered", "-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"),
 )
@@ -135,11 +143,10 @@ class Emulator:
         if key not in self._libraries:
             source = self._folder / f"{name}-{key}.cpp"
             source.write_text(text)
-            self.sources[source.stem] = text
             self._compile(["-shared", "-o", source.with_suffix(".so"), source, self._runtime()])
+            self.sources[source.stem] = text
             self._libraries[key] = ctypes.CDLL(str(source.with_suffix(".so")))
         return self._libraries[key]
-
 
     def _runtime(self) -> Path:
         """runtime.cpp, compiled"""

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from metal_numbers import narrow, wide
 
-from mlx_gptoss.backends.mlx.cache import _pack
 from mlx_gptoss.backends.mlx.kernels.attention import KEYS_PER_BLOCK, Attend, attend, can_attend
+from mlx_gptoss.backends.mlx.quantized_kv import pack
 
 FACTOR = 0.2
 
@@ -76,18 +76,18 @@ MORE = [
 
 
 def build(case: Case) -> tuple[list, list[np.ndarray], list[np.ndarray]]:
-    """The arguments from q to sinks, and the rows' keys and values as the cache holds them, float64 [K, C, dim] each.
+    """The arguments from vectors to sinks, and the rows' keys and values as the cache holds them, float64 [K, C, dim] each.
     Places that no query may read hold NaN, those of a ring that are only too old hold large numbers."""
     rng = np.random.default_rng(sum(case.positions))
     B, K, D = len(case.positions), case.kv_heads, case.dim
     capacity = case.capacity or max(case.positions) + 3
     slots = case.slots[:B]
-    q = narrow(rng.normal(size=(B, K * case.group, 1, D)) * case.size, case.dtype)
+    vectors = narrow(rng.normal(size=(B, K * (case.group + 2), D)) * case.size, case.dtype)
     kv = rng.normal(size=(2, 4, K, capacity, D))
     sinks = narrow(rng.normal(size=K * case.group) + case.sink, case.dtype)
     cached = [narrow(kv, case.dtype)]
     if case.bits == 8:
-        cached = list(_pack(cached[0]))
+        cached = list(pack(cached[0]))
         whole = wide(mx.dequantize(*cached, group_size=64, bits=8))
     else:
         whole = wide(cached[0])
@@ -104,21 +104,21 @@ def build(case: Case) -> tuple[list, list[np.ndarray], list[np.ndarray]]:
     cached = [mx.where(places, mx.array(99.0, a.dtype), a) for a in cached] if old.any() else cached
     mx.eval(cached)
     indices = [mx.array(np.array(numbers, np.int32)) for numbers in (slots, case.positions)]
-    return [q, [a.astype(case.dtype) if case.bits == 16 else a for a in cached], *indices, case.window, sinks], *(
+    return [vectors, [a.astype(case.dtype) if case.bits == 16 else a for a in cached], *indices, case.window, sinks], *(
         [whole[i][slot] for slot in slots] for i in (0, 1)
     )
 
 
 def exact(case: Case, arguments: list, keys: list[np.ndarray], values: list[np.ndarray]) -> np.ndarray:
     q, sinks = wide(arguments[0]), wide(arguments[-1])
-    out = np.zeros(q.shape)
+    out = np.zeros((len(q), len(sinks), 1, q.shape[-1]))
     for row, position in enumerate(case.positions):
         capacity = keys[row].shape[1]
         oldest = 0 if case.window is None else max(0, position - case.window + 1)
         places = [p % capacity for p in range(oldest, position + 1)]
-        for head in range(q.shape[1]):
+        for head in range(len(sinks)):
             k, v = keys[row][head // case.group][places], values[row][head // case.group][places]
-            scores = k @ q[row, head, 0] * FACTOR
+            scores = k @ q[row, head] * FACTOR
             top = max(scores.max(), sinks[head])
             powers = np.exp(scores - top)
             out[row, head, 0] = powers @ v / (powers.sum() + np.exp(sinks[head] - top))

@@ -91,13 +91,15 @@ def test_a_missing_barrier_is_found(run, metal, monkeypatch, name, barrier):
     if metal is None:
         pytest.skip("a GPU need not show it")
     text = texts._text(name)
-    line = next(line for line in text.splitlines() if barrier in line and "(" in line)
-    monkeypatch.setattr(texts, "_text", lambda wanted: text.replace(line, "", 1) if wanted == name else "")
+    before, line, after = text.rpartition(f"{barrier}(mem_flags::mem_threadgroup);")
+    if barrier == "simdgroup_barrier":  # before the last one, operations of the simdgroup already keep lanes in step
+        before, line, after = text.partition(line)
+    monkeypatch.setattr(texts, "_text", lambda wanted: before + after if wanted == name else "")
     with pytest.raises(AssertionError):
         if name == "norm":
-            found = run(AddNorm(1e-5), *(mx.ones(s) for s in ((3, 192), 192, (3, 192), 192)))
+            found = run(AddNorm(1e-5), *(mx.ones(s) for s in ((3, 192), (3, 192), 192)))
         else:
-            q, kv = mx.random.normal((1, 16, 1, 64)), mx.random.normal((2, 1, 2, 300, 64))
+            q, kv = mx.random.normal((1, 16, 64)), mx.random.normal((2, 1, 2, 300, 64))
             indices = [mx.array([0]), mx.array([200])]
             found = run(Attend(0.1), q, [kv], *(i.astype(mx.int32) for i in indices), None, mx.zeros(16), 201)
         assert all(np.isfinite(array).all() for array in found)

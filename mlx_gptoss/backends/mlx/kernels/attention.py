@@ -19,7 +19,7 @@ THREADGROUP_MEMORY = 32 << 10  # bytes, on every Apple GPU
 
 
 def attend(
-    q: mx.array,
+    vectors: mx.array,
     cached: Sequence[mx.array],
     slots: mx.array,
     positions: mx.array,
@@ -27,11 +27,12 @@ def attend(
     sinks: mx.array,
     factor: float,
 ) -> mx.array:
-    """q [B, H, 1, 64] -> [B, H, 1, 64], each row's query over the keys up to its own, which the cache has already.
+    """Each row's queries over the keys up to its own token's, which the cache has already: [B, H, 1, 64].
 
-    cached: keys and values [2, S, K, C, 64], or in 8 bits codes uint32 [2, S, K, C, 16], scales and biases float32
+    vectors: [B, H or more, 64], of which the first H are the queries. cached: keys and values [2, S, K, C, 64], or in 8 bits codes uint32 [2, S, K, C, 16], scales and biases float32
     [2, S, K, C, 1]. slots, positions: int32 [B], of each row in the cache and in its sequence. window: the positions
     that a query sees, up to its own; None is all. sinks [H]: one more score a head. factor: on scores."""
+    q = vectors[:, : sinks.size, None]
     places = mx.arange(cached[0].shape[3])
     parts = [array[:, slots] for array in cached]  # [2, B, K, C, ...]
     kv = parts[0] if len(parts) == 1 else mx.dequantize(*parts, group_size=64, bits=8)
@@ -56,7 +57,7 @@ class Attend:
 
     def __call__(
         self,
-        q: mx.array,
+        vectors: mx.array,
         cached: Sequence[mx.array],
         slots: mx.array,
         positions: mx.array,
@@ -65,31 +66,31 @@ class Attend:
         end: int,
     ) -> mx.array:
         """As `attend`. end: the largest of the positions, plus one. Computed in float32 and rounded once."""
-        B, H, _, dim = q.shape
+        (B, count, dim), H = vectors.shape, sinks.size
         K, capacity = cached[0].shape[2:4]
         blocks = min(MAX_BLOCKS, -(-min(end, capacity) // KEYS_PER_BLOCK))
-        split = blocks > 1
+        split, dtype = blocks > 1, vectors.dtype
         bits = 8 if len(cached) == 3 else 16
         out, states = self._attention(
-            [q, cached[0], *(cached[1:] if bits == 8 else (sinks, sinks)), sinks, slots, positions, self._factor],
+            [vectors, cached[0], *(cached[1:] if bits == 8 else (sinks, sinks)), sinks, slots, positions, self._factor],
             template=[
-                *(("T", q.dtype), ("OUT", mx.float32 if split else q.dtype), ("GROUP", H // K), ("DIM", dim)),
-                *(("WINDOW", window or 0), ("BITS", bits), ("SIMDGROUPS", SIMDGROUPS), ("SPLIT", split)),
+                *(("T", dtype), ("OUT", mx.float32 if split else dtype), ("VECTORS", count), ("GROUP", H // K)),
+                *(("DIM", dim), ("WINDOW", window or 0), ("BITS", bits), ("SIMDGROUPS", SIMDGROUPS), ("SPLIT", split)),
             ],
             groups=(K, blocks, B),
             threads=SIMDGROUPS * SIMDGROUP,
             shapes=[(B, H, blocks, dim), (B, H, blocks, 2) if split else (1,)],
-            dtypes=[mx.float32 if split else q.dtype, mx.float32],
+            dtypes=[mx.float32 if split else dtype, mx.float32],
         )
         if not split:
             return out
         (merged,) = self._merge(
             [out, states, sinks],
-            template=[("T", q.dtype), ("DIM", dim)],
+            template=[("T", dtype), ("DIM", dim)],
             groups=(H, B, 1),
             threads=dim,
             shapes=[(B, H, 1, dim)],
-            dtypes=[q.dtype],
+            dtypes=[dtype],
         )
         return merged
 

@@ -2,8 +2,8 @@
 // simdgroup of a threadgroup computes ROWS rows of one of the token's experts.
 //
 // hidden: T [tokens, ACTIVE, D]; experts: uint [tokens, ACTIVE]; weights: T [tokens, ACTIVE]; codes, scales, biases: of
-// [E, N, D], as in codes.metal; bias: T [E, BEFORE + N], of which down's are the last N; residual: T [tokens, N]
-// -> out: T [tokens, N]
+// [E, N, D], as in codes.metal; bias: [E, BEFORE + N], of which down's are the last N; residual: T [tokens, N];
+// next_bias: T [N] -> out: T [tokens, N], and base: the same plus next_bias
 // Template: T, int D, int N, int BEFORE, int GROUP, int BITS, bool E2M1, int ROWS, int ACTIVE (at most 32). Threadgroup:
 // 32 * ACTIVE threads. Grid: x: threadgroups side by side, enough for N rows; y: tokens.
 
@@ -43,4 +43,5 @@ if (place == 0 && lane < ROWS && row < N) {
   float y = float(residual[token * N + row]);
   for (int i = 0; i < ACTIVE; i++) y += parts[i * ROWS + lane];
   out[token * N + row] = T(y);
+  base[token * N + row] = T(y + float(next_bias[row]));
 }

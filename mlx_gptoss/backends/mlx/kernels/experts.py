@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ....weights.tensor import MXFP4
-from ..elementwise import UNCOMPILED
+from ....weights.tensor import MXFP4, Spec
+from ..elementwise import UNCOMPILED, by_expert
 from ..layers import ExpertLinear, QuantizedMatrix
 from .metal import SIMDGROUP, MetalKernel
 
@@ -30,36 +30,38 @@ class ExpertLayer:
     alpha: float
 
     @staticmethod
-    def of(
-        gate_up: ExpertLinear, down: ExpertLinear, bias: mx.array, limit: float, alpha: float
-    ) -> ExpertLayer | None:
+    def of(gate_up: ExpertLinear, down: ExpertLinear, bias: mx.array, limit: float, alpha: float) -> ExpertLayer | None:
         """The layer, if the kernels take it: MXFP4 or affine codes, each projection in one matrix."""
-        if len(gate_up.matrices) != 1 or len(down.matrices) != 1:
+        matrices = [*gate_up.matrices, *down.matrices]
+        found = [matrix for matrix in matrices if isinstance(matrix, QuantizedMatrix) and _is_readable(matrix)]
+        if len(gate_up.matrices) != 1 or len(down.matrices) != 1 or len(found) < len(matrices):
             return None
-        first, second = gate_up.matrices[0], down.matrices[0]
-        if not (isinstance(first, QuantizedMatrix) and isinstance(second, QuantizedMatrix)):
-            return None
-        if not (_is_readable(first) and _is_readable(second)):
-            return None
-        return ExpertLayer(first, second, bias, limit, alpha)
+        return ExpertLayer(*found, bias, limit, alpha)
+
+    @property
+    def specs(self) -> tuple[Spec, Spec]:
+        return self.gate_up.spec, self.down.spec
 
 
 def mixture(
-    x: mx.array, residual: mx.array, experts: mx.array, weights: mx.array, layer: ExpertLayer
-) -> mx.array:
-    """x, residual [T, D], experts uint32 [T, A], weights [T, A] -> residual plus the weighted sum of the experts'
-    outputs, [T, D]."""
-    T, A = experts.shape
-    D = x.shape[-1]
+    x: mx.array,
+    residual: mx.array,
+    experts: mx.array,
+    weights: mx.array,
+    layer: ExpertLayer,
+    next_bias: mx.array | None,
+) -> tuple[mx.array, mx.array | None]:
+    """x, residual [T, D], experts uint32 [T, A], weights [T, A], next_bias [D] -> the residual plus the weighted sum of
+    the experts' outputs, and the same plus next_bias if there is one, [T, D] each."""
+    (T, A), D = experts.shape, x.shape[-1]
     rows = mx.arange(T * A, dtype=mx.uint32)
     bias = layer.bias[experts]
     y = layer.gate_up.gather(x[:, None, None], experts, rows[:T, None])
     gate, up = mx.split(y, 2, axis=-1)
     hidden = UNCOMPILED.swiglu(gate, up, *mx.split(bias[..., None, :-D], 2, axis=-1), layer.limit, layer.alpha)
     y = layer.down.gather(hidden, experts, rows.reshape(T, A)).squeeze(-2)
-    return UNCOMPILED.combine(
-        residual, *([a[:, i] for i in range(A)] for a in (y, bias[..., -D:], weights[..., None]))
-    )
+    out = UNCOMPILED.combine(residual[:, None], *by_expert(y, bias[..., -D:], weights[..., None])).squeeze(1)
+    return out, None if next_bias is None else out + next_bias
 
 
 class Experts:
@@ -68,17 +70,22 @@ class Experts:
     def __init__(self, limit: float, alpha: float) -> None:
         stored = ["codes", "scales", "biases", "bias"]
         self._swiglu = MetalKernel("swiglu", ["x", "experts", *stored, "limits"], ["hidden"], header="codes")
-        self._down = MetalKernel(
-            "down", ["hidden", "experts", "weights", *stored, "residual"], ["out"], header="codes"
-        )
+        inputs = ["hidden", "experts", "weights", *stored, "residual", "next_bias"]
+        self._down = MetalKernel("down", inputs, ["out", "base"], header="codes")
         self._limits = mx.array([limit, alpha], dtype=mx.float32)
         mx.eval(self._limits)
 
     def __call__(
-        self, x: mx.array, residual: mx.array, experts: mx.array, weights: mx.array, layer: ExpertLayer
-    ) -> mx.array:
-        """As `mixture`, with x, residual, weights and the layer's bias of one dtype. Products, SwiGLU and the sum are
-        computed in float32; what SwiGLU returns and the result are rounded to the dtype."""
+        self,
+        x: mx.array,
+        residual: mx.array,
+        experts: mx.array,
+        weights: mx.array,
+        layer: ExpertLayer,
+        next_bias: mx.array | None,
+    ) -> tuple[mx.array, mx.array | None]:
+        """As `mixture`, with x, residual, weights and next_bias of one dtype. Products, SwiGLU and sums are computed in
+        float32; what SwiGLU returns and the results are rounded to the dtype."""
         (T, A), D, I = experts.shape, x.shape[-1], layer.down.codes.shape[-1] * 32 // layer.down.spec.bits
         (hidden,) = self._swiglu(
             [x, experts, *_arrays(layer.gate_up), layer.bias, self._limits],
@@ -91,18 +98,31 @@ class Experts:
             shapes=[(T, A, I)],
             dtypes=[x.dtype],
         )
-        (out,) = self._down(
-            [hidden, experts, weights, *_arrays(layer.down), layer.bias, residual],
+        out, base = self._down(
+            [
+                hidden,
+                experts,
+                weights,
+                *_arrays(layer.down),
+                layer.bias,
+                residual,
+                x[0] if next_bias is None else next_bias,
+            ],
             template=[
                 *(("T", x.dtype), ("D", I), ("N", D), ("BEFORE", 2 * I)),
                 *(*_format(layer.down), ("ROWS", ROWS), ("ACTIVE", A)),
             ],
             groups=(-(-D // ROWS), T, 1),
             threads=A * SIMDGROUP,
-            shapes=[(T, D)],
-            dtypes=[x.dtype],
+            shapes=[(T, D)] * 2,
+            dtypes=[x.dtype] * 2,
         )
-        return out
+        return out, None if next_bias is None else base
+
+
+def can_mix(active: int) -> bool:
+    """Whether the kernels take so many experts a token."""
+    return active <= SIMDGROUP
 
 
 def _is_readable(matrix: QuantizedMatrix) -> bool:

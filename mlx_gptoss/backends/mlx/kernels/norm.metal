@@ -1,6 +1,6 @@
-// The residual stream after a product and its bias, and the RMSNorm of that. One threadgroup a row.
+// The residual stream after a product, and the RMSNorm of that. One threadgroup a row.
 //
-// product, residual: T [rows, D]; bias, weight: T [D]; epsilon: float [1] -> out, normed: T [rows, D]
+// product, residual: T [rows, D]; weight: T [D]; epsilon: float [1] -> out, normed: T [rows, D]
 // Template: T, int D, int THREADS (a multiple of 32, at most 1024). Grid: THREADS * rows threads.
 
 constexpr int PER_THREAD = (D + THREADS - 1) / THREADS;
@@ -17,7 +17,7 @@ for (int i = 0; i < PER_THREAD; i++) {
   const uint at = index + i * THREADS;
   values[i] = 0;
   if (at < D) {
-    const T sum = T(float(product[start + at]) + float(bias[at]) + float(residual[start + at]));
+    const T sum = T(float(product[start + at]) + float(residual[start + at]));
     out[start + at] = sum;
     values[i] = float(sum);  // as rounded, which is what the next layer reads
     square += values[i] * values[i];

@@ -2,7 +2,7 @@
 // gate and of up.
 //
 // x: T [tokens, D]; experts: uint [tokens, ACTIVE]; codes, scales, biases: of [E, 2 I, D], gate rows first, as in
-// codes.metal; bias: T [E, 2 I + OUT]; limits: float [2], SwiGLU's limit and alpha -> hidden: T [tokens, ACTIVE, I]
+// codes.metal; bias: [E, 2 I + OUT]; limits: float [2], SwiGLU's limit and alpha -> hidden: T [tokens, ACTIVE, I]
 // Template: T, int D, int I, int OUT, int GROUP, int BITS, bool E2M1, int ROWS, int ACTIVE. Grid: x: simdgroups side by
 // side, enough for I rows; y: tokens * ACTIVE.
 

@@ -1,0 +1,147 @@
+"""Custom kernels against their twins: the kernel on the GPU in the activations' dtype, the twin on the CPU in float32,
+with the same numbers.
+
+Legend: T tokens, D hidden, E experts, A active experts per token, H query heads, K kv heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from ..quantized_kv import pack
+from .attention import Attend, attend
+from .experts import ExpertLayer, Experts, mixture
+from .norm import AddNorm, add_norm
+from .router import Router, route
+
+# Largest errors, relative to the largest value: a few roundings of the result, and of what the kernels round in between.
+LIMITS = {mx.float32: 1e-4, mx.bfloat16: 2.0**-6, mx.float16: 2.0**-9}
+
+Floats = NDArray[np.float32]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel's result and its twin's: it passes if error <= limit."""
+
+    name: str
+    error: float
+    limit: float
+
+
+def router_cases(router: Router, experts: int, active: int, dtype: mx.Dtype) -> Iterator[Case]:
+    """Logits of every size from 1/4 on, no two of a token the same: of equal ones the twin chooses any."""
+    rng = np.random.default_rng(1)
+    for tokens in (1, 5):
+        order = rng.permuted(np.tile(np.arange(experts), (tokens, 1)), axis=-1)
+        logits = mx.array((order - experts // 2) * np.float32(0.25)).astype(dtype)
+        found = _dense(*router(logits, active), experts)
+        wanted = _on_cpu(lambda x=logits: route(_float32(x), active))  # type: ignore[misc]
+        yield _case(f"{tokens} tokens", found, _dense(*wanted, experts), dtype)
+
+
+def norm_cases(add: AddNorm, width: int, epsilon: float, dtype: mx.Dtype) -> Iterator[Case]:
+    for rows in (1, 4):
+        product, residual, weight = (
+            _normal(seed, shape, dtype) for seed, shape in enumerate(((rows, width),) * 2 + ((width,),))
+        )
+        x, normed = add(product, residual, weight)
+        exact_x, exact = _on_cpu(lambda *given: add_norm(*map(_float32, given), epsilon), product, residual, weight)
+        yield _case(f"{rows} rows, residual", _numpy(x), _numpy(exact_x), dtype)
+        yield _case(f"{rows} rows, norm", _numpy(normed), _numpy(exact), dtype)
+
+
+def expert_cases(experts: Experts, layer: ExpertLayer, active: int, dtype: mx.Dtype) -> Iterator[Case]:
+    """With the layer's own weights."""
+    count, width = layer.down.codes.shape[:2]
+    for tokens in (1, 3):
+        x, residual = _normal(1, (tokens, width), dtype), _normal(2, (tokens, width), dtype)
+        bias = _normal(3, (width,), dtype)
+        chosen = mx.array((np.arange(tokens * active) * 7 % count).astype(np.uint32).reshape(tokens, active))
+        weights = mx.array(np.linspace(0.1, 0.4, tokens * active, dtype=np.float32)).astype(dtype)
+        weights = weights.reshape(tokens, active)
+        found = experts(x, residual, chosen, weights, layer, bias)
+        wanted = _on_cpu(
+            lambda *given: mixture(
+                *map(_float32, given[:2]), chosen, *map(_float32, given[2:3]), _wide(layer), _float32(given[3])
+            ),
+            x,
+            residual,
+            weights,
+            bias,
+        )
+        for name, a, b in zip(("stream", "stream and next bias"), found, wanted, strict=True):
+            yield _case(f"{tokens} tokens, {name}", _numpy(a), _numpy(b), dtype)
+
+
+def attention_cases(
+    kernel: Attend, queries: int, kv_heads: int, dim: int, window: int | None, bits: int, factor: float, dtype: mx.Dtype
+) -> Iterator[Case]:
+    """Contexts within a tile, in one part, and in several; rows of unequal length; in a ring before and after its end."""
+    for positions in ((5,), (200,), (1100, 2, 300)):
+        size = 3 + (max(positions) if window is None else window)
+        slots = tuple(reversed(range(len(positions))))
+        vectors = _normal(1, (len(positions), queries, dim), dtype)
+        sinks = _normal(2, (queries,), dtype)
+        cached: Sequence[mx.array] = [_normal(3, (2, len(positions), kv_heads, size, dim), dtype)]
+        if bits == 8:
+            cached = pack(cached[0])
+        indices = [mx.array(np.array(numbers, np.int32)) for numbers in (slots, positions)]
+        found = kernel(vectors, cached, *indices, window, sinks, max(positions) + 1)
+        wide = [a if a.dtype == mx.uint32 else _float32(a) for a in cached]
+        wanted = _on_cpu(
+            lambda *given: attend(_float32(given[0]), wide, *indices, window, _float32(given[1]), factor),
+            vectors,
+            sinks,
+        )
+        yield _case(f"positions {', '.join(map(str, positions))}", _numpy(found), _numpy(wanted), dtype)
+
+
+def _on_cpu(compute: Callable[..., Result], *arrays: mx.array) -> Result:
+    with mx.stream(mx.cpu):
+        result = compute(*arrays)
+        mx.eval(result)
+        return result
+
+
+def _wide(layer: ExpertLayer) -> ExpertLayer:
+    """The layer with scales, biases and bias in float32, which products on a CPU want."""
+
+    def widened(matrix: Any) -> Any:
+        if matrix.biases is None:
+            return matrix
+        return replace(matrix, scales=_float32(matrix.scales), biases=_float32(matrix.biases))
+
+    return replace(layer, gate_up=widened(layer.gate_up), down=widened(layer.down), bias=_float32(layer.bias))
+
+
+def _case(name: str, found: Floats, wanted: Floats, dtype: mx.Dtype) -> Case:
+    error = float(np.abs(found - wanted).max() / max(float(np.abs(wanted).max()), 1e-30))
+    return Case(name, error if np.isfinite(found).all() else float("inf"), LIMITS[dtype])
+
+
+def _dense(experts: mx.array, weights: mx.array, count: int) -> Floats:
+    """Each expert's weight, [T, E]; those that were not chosen have none."""
+    numbers, values = np.array(experts), _numpy(weights)
+    out = np.zeros((len(numbers), count), np.float32)
+    np.put_along_axis(out, np.minimum(numbers, count - 1).astype(np.int64), values, axis=-1)
+    return out
+
+
+def _normal(seed: int, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    return mx.array(np.random.default_rng(seed).normal(size=shape).astype(np.float32)).astype(dtype)
+
+
+def _float32(x: mx.array) -> mx.array:
+    return x.astype(mx.float32)
+
+
+def _numpy(x: mx.array) -> Floats:
+    return np.array(x.astype(mx.float32))
