@@ -1,5 +1,5 @@
-"""mx.fast.metal_kernel on a CPU: the same arguments, the same generated function around the same text, compiled by a C++
-compiler with metal.h beside this file in place of Metal's own headers."""
+"""mx.fast.metal_kernel on a CPU: the same arguments, the same generated function around the same text, compiled by a
+C++ compiler with metal.h beside this file in place of Metal's own headers."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ FLAGS = (
 )
 TRAP = {"g++": "-fsanitize-undefined-trap-on-error", "clang++": "-fsanitize-trap=undefined"}
 ERRORS = {
-    1: "threads of one simdgroup or threadgroup wait at different places, or some have ended: an operation of all lanes "
-    "or a barrier is not reached by all",
+    1: "threads of one simdgroup or threadgroup wait at different places, or some have ended: not all of them reach an "
+    "operation or a barrier",
     2: "reads or writes outside its arrays",
     3: "undefined behaviour: an index outside an array, a misaligned pointer, an overflow or a shift that is too far",
     4: "the grid is empty or no multiple of the threadgroup, or the threadgroup is no multiple of 32 up to 1024",
@@ -207,8 +207,8 @@ def written(
         + ",\n".join(parameters)
         + f") {{\n{source}\n}}\n"
         + f"#ifdef ADDRESS_SPACES\nauto instantiated = &{call};\n#else\n"
-        + f"void emulator::call(void* const* arrays, uint3 grid, uint3 threads) {{\n  {call}({', '.join(arguments)});\n}}\n"
-        + "#endif\n"
+        + "void emulator::call(void* const* arrays, uint3 grid, uint3 threads) {\n"
+        + f"  {call}({', '.join(arguments)});\n}}\n#endif\n"
     )
 
 

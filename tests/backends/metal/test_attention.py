@@ -76,7 +76,7 @@ MORE = [
 
 
 def build(case: Case) -> tuple[list, list[np.ndarray], list[np.ndarray]]:
-    """The arguments from vectors to sinks, and the rows' keys and values as the cache holds them, float64 [K, C, dim] each.
+    """The arguments from vectors to sinks, and the rows' keys and values in the cache, float64 [K, C, dim] each.
     Places that no query may read hold NaN, those of a ring that are only too old hold large numbers."""
     rng = np.random.default_rng(sum(case.positions))
     B, K, D = len(case.positions), case.kv_heads, case.dim

@@ -40,22 +40,22 @@ def layer_of(gate_up: Quantized, down: Quantized, bias: np.ndarray, dtype: mx.Dt
 def exact(x, residual, experts, weights, gate_up, down, bias, rounding) -> np.ndarray:
     """All in float64, but for `rounding` what SwiGLU returns. bias: as rounded"""
     first, second = (codecs.dequantize(weight).astype(np.float64) for weight in (gate_up, down))
-    I = second.shape[-1]
+    width = second.shape[-1]
     out = wide(residual).copy()
     for token, chosen in enumerate(np.array(experts).tolist()):
         for place, expert in enumerate(chosen):
-            y = first[expert] @ wide(x)[token] + bias[expert, : 2 * I]
-            gate, up = np.minimum(y[:I], LIMIT), np.clip(y[I:], -LIMIT, LIMIT)
+            y = first[expert] @ wide(x)[token] + bias[expert, : 2 * width]
+            gate, up = np.minimum(y[:width], LIMIT), np.clip(y[width:], -LIMIT, LIMIT)
             hidden = rounding(gate / (1 + np.exp(-ALPHA * gate)) * (up + 1))
-            out[token] += wide(weights)[token, place] * (second[expert] @ hidden + bias[expert, 2 * I :])
+            out[token] += wide(weights)[token, place] * (second[expert] @ hidden + bias[expert, 2 * width :])
     return out
 
 
 def case(spec: Spec, size: tuple[int, int, int, int, int], dtype: mx.Dtype, scale: float = 1.0, seed: int = 0):
-    D, I, E, A, T = size
+    D, width, E, A, T = size
     rng = np.random.default_rng(seed)
-    gate_up, down = random_weight(spec, (E, 2 * I, D), seed + 1), random_weight(spec, (E, D, I), seed + 2)
-    bias = narrow(rng.normal(size=(E, 2 * I + D)), dtype)
+    gate_up, down = random_weight(spec, (E, 2 * width, D), seed + 1), random_weight(spec, (E, D, width), seed + 2)
+    bias = narrow(rng.normal(size=(E, 2 * width + D)), dtype)
     x, residual = (narrow(rng.normal(size=(T, D)) * scale, dtype) for _ in "xr")
     experts = mx.array(rng.integers(0, E, (T, A)).astype(np.uint32))
     weights = narrow(rng.uniform(size=(T, A)), dtype)

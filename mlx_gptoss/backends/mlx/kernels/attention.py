@@ -1,7 +1,7 @@
 """Attention of one new token a row with its cached keys.
 
-Legend: B rows, H query heads, K kv heads, S slots, C places of a slot: a full layer's capacity, or the ring of a sliding
-one, in which position p is at place p modulo C.
+Legend: B rows, H query heads, K kv heads, S slots, C places of a slot: a full layer's capacity, or the ring of a
+sliding one, in which position p is at place p modulo C.
 """
 
 from __future__ import annotations
@@ -29,13 +29,14 @@ def attend(
 ) -> mx.array:
     """Each row's queries over the keys up to its own token's, which the cache has already: [B, H, 1, 64].
 
-    vectors: [B, H or more, 64], of which the first H are the queries. cached: keys and values [2, S, K, C, 64], or in 8 bits codes uint32 [2, S, K, C, 16], scales and biases float32
-    [2, S, K, C, 1]. slots, positions: int32 [B], of each row in the cache and in its sequence. window: the positions
-    that a query sees, up to its own; None is all. sinks [H]: one more score a head. factor: on scores."""
+    vectors: [B, H or more, 64], of which the first H are the queries. cached: keys and values [2, S, K, C, 64], or in 8
+    bits codes uint32 [2, S, K, C, 16], scales and biases float32 [2, S, K, C, 1]. slots, positions: int32 [B], of each
+    row in the cache and in its sequence. window: the positions that a query sees, up to its own; None is all. sinks
+    [H]: one more score a head. factor: on scores."""
     q = vectors[:, : sinks.size, None]
     places = mx.arange(cached[0].shape[3])
     parts = [array[:, slots] for array in cached]  # [2, B, K, C, ...]
-    kv = parts[0] if len(parts) == 1 else mx.dequantize(*parts, group_size=64, bits=8)
+    kv = parts[0] if len(parts) == 1 else mx.dequantize(parts[0], parts[1], parts[2], group_size=64, bits=8)
     age = positions[:, None] - places
     seen = age >= 0
     if window is not None:

@@ -6,9 +6,9 @@ Legend: T tokens, D hidden, E experts, A active experts per token, H query heads
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -20,11 +20,10 @@ from .experts import ExpertLayer, Experts, mixture
 from .norm import AddNorm, add_norm
 from .router import Router, route
 
-# Largest errors, relative to the largest value: a few roundings of the result, and of what the kernels round in between.
+# Largest errors, relative to the largest value: a few roundings of the result and of what is rounded in between.
 LIMITS = {mx.float32: 1e-4, mx.bfloat16: 2.0**-6, mx.float16: 2.0**-9}
 
 Floats = NDArray[np.float32]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -43,19 +42,22 @@ def router_cases(router: Router, experts: int, active: int, dtype: mx.Dtype) -> 
         order = rng.permuted(np.tile(np.arange(experts), (tokens, 1)), axis=-1)
         logits = mx.array((order - experts // 2) * np.float32(0.25)).astype(dtype)
         found = _dense(*router(logits, active), experts)
-        wanted = _on_cpu(lambda x=logits: route(_float32(x), active))  # type: ignore[misc]
-        yield _case(f"{tokens} tokens", found, _dense(*wanted, experts), dtype)
+        with mx.stream(mx.cpu):
+            wanted = _dense(*route(_float32(logits), active), experts)
+        yield _case(f"{tokens} tokens", found, wanted, dtype)
 
 
 def norm_cases(add: AddNorm, width: int, epsilon: float, dtype: mx.Dtype) -> Iterator[Case]:
+    """Few rows."""
+    weight = _normal(1, (width,), dtype)
     for rows in (1, 4):
-        product, residual, weight = (
-            _normal(seed, shape, dtype) for seed, shape in enumerate(((rows, width),) * 2 + ((width,),))
-        )
-        x, normed = add(product, residual, weight)
-        exact_x, exact = _on_cpu(lambda *given: add_norm(*map(_float32, given), epsilon), product, residual, weight)
-        yield _case(f"{rows} rows, residual", _numpy(x), _numpy(exact_x), dtype)
-        yield _case(f"{rows} rows, norm", _numpy(normed), _numpy(exact), dtype)
+        product, residual = _normal(2, (rows, width), dtype), _normal(3, (rows, width), dtype)
+        found = [_numpy(array) for array in add(product, residual, weight)]
+        with mx.stream(mx.cpu):
+            twins = add_norm(_float32(product), _float32(residual), _float32(weight), epsilon)
+            wanted = [_numpy(array) for array in twins]
+        for name, a, b in zip(("residual", "norm"), found, wanted, strict=True):
+            yield _case(f"{rows} rows, {name}", a, b, dtype)
 
 
 def expert_cases(experts: Experts, layer: ExpertLayer, active: int, dtype: mx.Dtype) -> Iterator[Case]:
@@ -64,51 +66,36 @@ def expert_cases(experts: Experts, layer: ExpertLayer, active: int, dtype: mx.Dt
     for tokens in (1, 3):
         x, residual = _normal(1, (tokens, width), dtype), _normal(2, (tokens, width), dtype)
         bias = _normal(3, (width,), dtype)
-        chosen = mx.array((np.arange(tokens * active) * 7 % count).astype(np.uint32).reshape(tokens, active))
-        weights = mx.array(np.linspace(0.1, 0.4, tokens * active, dtype=np.float32)).astype(dtype)
-        weights = weights.reshape(tokens, active)
-        found = experts(x, residual, chosen, weights, layer, bias)
-        wanted = _on_cpu(
-            lambda *given: mixture(
-                *map(_float32, given[:2]), chosen, *map(_float32, given[2:3]), _wide(layer), _float32(given[3])
-            ),
-            x,
-            residual,
-            weights,
-            bias,
-        )
+        numbers = np.arange(tokens * active) * 7 % count
+        chosen = mx.array(numbers.astype(np.uint32).reshape(tokens, active))
+        shares = np.linspace(0.1, 0.4, tokens * active, dtype=np.float32).reshape(tokens, active)
+        weights = mx.array(shares).astype(dtype)
+        found = [_numpy(array) for array in experts(x, residual, chosen, weights, layer, bias) if array is not None]
+        with mx.stream(mx.cpu):
+            given = _float32(x), _float32(residual), chosen, _float32(weights), _wide(layer), _float32(bias)
+            wanted = [_numpy(array) for array in mixture(*given) if array is not None]
         for name, a, b in zip(("stream", "stream and next bias"), found, wanted, strict=True):
-            yield _case(f"{tokens} tokens, {name}", _numpy(a), _numpy(b), dtype)
+            yield _case(f"{tokens} tokens, {name}", a, b, dtype)
 
 
 def attention_cases(
     kernel: Attend, queries: int, kv_heads: int, dim: int, window: int | None, bits: int, factor: float, dtype: mx.Dtype
 ) -> Iterator[Case]:
-    """Contexts within a tile, in one part, and in several; rows of unequal length; in a ring before and after its end."""
+    """Contexts within a tile, in one part and in several; rows of unequal length; rings before and after their end."""
     for positions in ((5,), (200,), (1100, 2, 300)):
-        size = 3 + (max(positions) if window is None else window)
-        slots = tuple(reversed(range(len(positions))))
-        vectors = _normal(1, (len(positions), queries, dim), dtype)
-        sinks = _normal(2, (queries,), dtype)
-        cached: Sequence[mx.array] = [_normal(3, (2, len(positions), kv_heads, size, dim), dtype)]
+        rows, size = len(positions), 3 + (max(positions) if window is None else window)
+        slots = mx.array(np.arange(rows, dtype=np.int32)[::-1].copy())
+        places = mx.array(np.array(positions, np.int32))
+        vectors, sinks = _normal(1, (rows, queries, dim), dtype), _normal(2, (queries,), dtype)
+        cached: Sequence[mx.array] = [_normal(3, (2, rows, kv_heads, size, dim), dtype)]
         if bits == 8:
             cached = pack(cached[0])
-        indices = [mx.array(np.array(numbers, np.int32)) for numbers in (slots, positions)]
-        found = kernel(vectors, cached, *indices, window, sinks, max(positions) + 1)
-        wide = [a if a.dtype == mx.uint32 else _float32(a) for a in cached]
-        wanted = _on_cpu(
-            lambda *given: attend(_float32(given[0]), wide, *indices, window, _float32(given[1]), factor),
-            vectors,
-            sinks,
-        )
-        yield _case(f"positions {', '.join(map(str, positions))}", _numpy(found), _numpy(wanted), dtype)
-
-
-def _on_cpu(compute: Callable[..., Result], *arrays: mx.array) -> Result:
-    with mx.stream(mx.cpu):
-        result = compute(*arrays)
-        mx.eval(result)
-        return result
+        found = _numpy(kernel(vectors, cached, slots, places, window, sinks, max(positions) + 1))
+        with mx.stream(mx.cpu):
+            wide = [array if array.dtype == mx.uint32 else _float32(array) for array in cached]
+            twin = attend(_float32(vectors), wide, slots, places, window, _float32(sinks), factor)
+            wanted = _numpy(twin)
+        yield _case(f"positions {', '.join(map(str, positions))}", found, wanted, dtype)
 
 
 def _wide(layer: ExpertLayer) -> ExpertLayer:

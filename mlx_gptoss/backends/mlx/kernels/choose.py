@@ -28,7 +28,8 @@ Kernel = TypeVar("Kernel")
 class LayerKernels:
     """The custom kernels of one layer; None where MLX's own operations compute.
 
-    experts: also None where adapters or other ranks add to the experts' outputs. mixture: the weights that `experts` reads. add_norm: where the output projection cannot add to the residual."""
+    experts: also None where adapters add to the experts' outputs. mixture: the weights that it reads. add_norm: where
+    the output projection cannot add to the residual."""
 
     router: Router | None = None
     experts: Experts | None = None
@@ -128,31 +129,40 @@ class Chooser:
 
     def _settle(
         self, check: str, make: Callable[[], Kernel], cases: Callable[[Kernel], Iterator[Case]]
-    ) -> tuple[Kernel | None, str | None]:
+    ) -> tuple[Kernel, None] | tuple[None, str]:
         """The kernel, or why there is none."""
         known = self.verdicts.all()
         if check in known and not self.repeat:
             reason = known[check]
             return (make(), None) if reason is None else (None, reason)
         self.verdicts.put(check, UNFINISHED)
-        kernel, reason = None, None
+        settled = self._checked(check, make, cases)
+        self.verdicts.put(check, settled[1])
+        return settled
+
+    def _checked(
+        self, check: str, make: Callable[[], Kernel], cases: Callable[[Kernel], Iterator[Case]]
+    ) -> tuple[Kernel, None] | tuple[None, str]:
+        """As _settle, by running the cases."""
         try:
             kernel = make()
-            for case in cases(kernel):
-                self.cases.append((check, case))
-                if reason is None and not case.error <= case.limit:
-                    reason = f"it differs from MLX's own operations ({case.name}: {case.error:.2g} > {case.limit:.2g})"
+            found = list(cases(kernel))
         except Exception as error:  # a text that does not compile, a launch that the GPU refuses
             lines = str(error).strip().splitlines() or [type(error).__name__]
             reason = f"it does not run: {lines[0][:300]}"
             self.cases.append((check, Case(reason, float("inf"), LIMITS[self.dtype])))
-        self.verdicts.put(check, reason)
-        return (None, reason) if reason else (kernel, None)
+            return None, reason
+        self.cases += [(check, case) for case in found]
+        for case in found:
+            if not case.error <= case.limit:
+                how = f"{case.name}: error {case.error:.2g}, limit {case.limit:.2g}"
+                return None, f"it differs from MLX's own operations ({how})"
+        return kernel, None
 
 
 def score_factor(config: ModelConfig) -> float:
     """The factor on attention's scores: 1/sqrt(64) times the squared YaRN concentration, which applies to q and k."""
-    return config.head_dim**-0.5 * config.yarn.concentration**2
+    return float(config.head_dim**-0.5 * config.yarn.concentration**2)
 
 
 def chooser(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ....weights.tensor import MXFP4, Spec
+from ....weights.tensor import MXFP4
 from ..elementwise import UNCOMPILED, by_expert
 from ..layers import ExpertLinear, QuantizedMatrix
 from .metal import SIMDGROUP, MetalKernel
@@ -36,11 +36,7 @@ class ExpertLayer:
         found = [matrix for matrix in matrices if isinstance(matrix, QuantizedMatrix) and _is_readable(matrix)]
         if len(gate_up.matrices) != 1 or len(down.matrices) != 1 or len(found) < len(matrices):
             return None
-        return ExpertLayer(*found, bias, limit, alpha)
-
-    @property
-    def specs(self) -> tuple[Spec, Spec]:
-        return self.gate_up.spec, self.down.spec
+        return ExpertLayer(found[0], found[1], bias, limit, alpha)
 
 
 def mixture(
@@ -98,6 +94,7 @@ class Experts:
             shapes=[(T, A, I)],
             dtypes=[x.dtype],
         )
+        bias = x[0] if next_bias is None else next_bias  # the kernel adds something in any case
         out, base = self._down(
             [
                 hidden,
@@ -106,7 +103,7 @@ class Experts:
                 *_arrays(layer.down),
                 layer.bias,
                 residual,
-                x[0] if next_bias is None else next_bias,
+                bias,
             ],
             template=[
                 *(("T", x.dtype), ("D", I), ("N", D), ("BEFORE", 2 * I)),
