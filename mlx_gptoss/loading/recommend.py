@@ -165,12 +165,12 @@ def _widening_bytes(weights: CheckpointLike, backend: str) -> int:
 
 
 def _wider_scale_bytes(weights: CheckpointLike) -> int:
-    found = 0
-    for param in weights.params:
-        spec = weights.stored_as(param.name)[0] if param.is_matrix else None
-        if spec is not None and weights.scale_dtype(param.name) == "F16":
-            found += 2 * 2 * param.size // spec.group  # two bytes of each scale and of each bias
-    return found
+    """Two bytes of each float16 scale and of each bias in its group, and of the experts' biases if it is theirs."""
+    matrices = [param for param in weights.params if param.is_matrix and weights.scale_dtype(param.name) == "F16"]
+    specs = [(param.size, spec) for param in matrices if (spec := weights.stored_as(param.name)[0]) is not None]
+    vectors = [param for param in weights.params if param.role == "experts" and not param.is_matrix]
+    of_experts = sum(param.size for param in vectors) if any(param.role == "experts" for param in matrices) else 0
+    return 2 * (sum(2 * size // spec.group for size, spec in specs) + of_experts)
 
 
 def derived_bytes(weights: CheckpointLike, backend: str | None = None) -> int:

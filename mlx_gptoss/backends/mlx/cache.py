@@ -320,10 +320,11 @@ def _write(cache: mx.array, kv: mx.array, span: Span) -> mx.array:
         return flat.reshape(cache.shape)
     slot, size = span.slots[0], cache.shape[3]
     place = span.starts[0] % size
-    before_end = min(span.length, size - place)
-    cache[:, slot : slot + 1, :, place : place + before_end] = kv[..., :before_end, :]
-    if before_end < span.length:
-        cache[:, slot : slot + 1, :, : span.length - before_end] = kv[..., before_end:, :]
+    if place + span.length <= size:
+        cache[:, slot : slot + 1, :, place : place + span.length] = kv
+    else:
+        cache[:, slot : slot + 1, :, place:] = kv[..., : size - place, :]
+        cache[:, slot : slot + 1, :, : place + span.length - size] = kv[..., size - place :, :]
     return cache
 
 

@@ -32,7 +32,7 @@ def finish(y: mx.array, outer: mx.array | None, base: mx.array | None, dtype: st
 def combine(
     residual: mx.array, outputs: Sequence[mx.array], biases: Sequence[mx.array], weights: Sequence[mx.array]
 ) -> mx.array:
-    """residual + sum of weight * (output + bias) over the A experts: A arrays each, [T, 1, D], [T, 1, D] and [T, 1, 1].
+    """residual [T, 1, 1, D] + sum of weight * (output + bias) over the A experts: A arrays each, [T, 1, 1, D] or 1.
 
     Summed in float32, pair by pair (MLX would split a deeper chain in two), and rounded once.
     """
@@ -45,11 +45,11 @@ def combine_chosen(
 ) -> tuple[mx.array, mx.array | None]:
     """The residual stream after the experts, and the same with the next layer's bias.
 
-    residual [T, 1, D], outputs and biases [T, A, D], logits [T, A] of the chosen experts, whose softmax weights the
-    outputs, next_bias [D]. Returns [T, 1, D] each, None without next_bias.
+    residual [T, 1, 1, D], outputs and biases [T, A, 1, D], logits [T, A] of the chosen experts, whose softmax weights
+    the outputs, next_bias [D]. Returns [T, 1, 1, D] each, None without next_bias.
     """
     weights = mx.softmax(logits, axis=-1, precise=True)
-    x = combine(residual, *by_expert(outputs, biases, weights[..., None]))
+    x = combine(residual, *by_expert(outputs, biases, weights[..., None, None]))
     return x, None if next_bias is None else x + next_bias
 
 
@@ -60,7 +60,7 @@ def combine_chosen_fused(
 
     With next_bias, the stream is what is left without it, so that the sum that the next layer adds to is rounded once.
     """
-    o, b, logits_of = by_expert(outputs, biases, mx.broadcast_to(logits[..., None], outputs.shape))
+    o, b, logits_of = by_expert(outputs, biases, mx.broadcast_to(logits[..., None, None], outputs.shape))
     chosen = [z.astype(mx.float32) for z in logits_of]
     normalizer = _pairwise(mx.logaddexp, chosen)
     terms = [(y + c).astype(mx.float32) * mx.exp(z - normalizer) for y, c, z in zip(o, b, chosen, strict=True)]

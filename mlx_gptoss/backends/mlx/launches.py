@@ -8,6 +8,7 @@ MLX expands on a CPU: while a graph is counted each of them is one placeholder.
 from __future__ import annotations
 
 import io
+import json
 import re
 import subprocess
 import sys
@@ -34,10 +35,11 @@ VIEWS = {
     "StopGradient", "Transpose", "Unflatten", "View",
 }  # fmt: skip
 PEER = """
+import json
 import sys
 from pathlib import Path
 import mlx.core as mx
-from mlx_gptoss.backends.mlx.launches import count, traced
+from mlx_gptoss.backends.mlx.launches import primitives, traced
 mx.set_default_device(mx.cpu)
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
@@ -50,8 +52,8 @@ with traced():
         logprobs = logits - mx.logsumexp(logits, keepdims=True)
         token = sampler(logprobs)
         made += [token, logprobs]
-        counts.append(count(made))
-print(counts[2] - counts[1])
+        counts.append(primitives(made))
+print(json.dumps(counts[2] - counts[1]))
 """
 
 
@@ -83,13 +85,18 @@ def decode_step(
 
 
 def mlx_lm_launches_per_token(checkpoint: Path, temperature: float = 0.0) -> int:
-    """The same of mlx-lm, in a process of its own. Raises BackendUnavailable where mlx-lm cannot count it."""
+    """As launches_per_token, of mlx-lm. Raises BackendUnavailable where mlx-lm cannot count it."""
+    return launches_of(mlx_lm_decode_step(checkpoint, temperature))
+
+
+def mlx_lm_decode_step(checkpoint: Path, temperature: float = 0.0) -> Counter[str]:
+    """As decode_step for one row, of mlx-lm, in a process of its own. Raises BackendUnavailable where it cannot."""
     words = [sys.executable, "-c", PEER, str(checkpoint), str(temperature)]
     out = subprocess.run(words, capture_output=True, text=True)
     if out.returncode:
         reason = out.stderr.strip().splitlines()[-1:]
         raise BackendUnavailable(f"mlx-lm could not load {checkpoint} ({' '.join(reason)}): pip install mlx-lm")
-    return int(out.stdout)
+    return Counter(json.loads(out.stdout))
 
 
 def count(arrays: Sequence[mx.array]) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -52,7 +53,7 @@ class DenseMatrix:
     def matmul(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
         """x [..., D], bias [N] or [..., N] -> [..., N]"""
         if self.weight.dtype == x.dtype:
-            return x @ self.weight.T if bias is None else mx.addmm(bias, x, self.weight.T)
+            return x @ self._transposed if bias is None else mx.addmm(bias, x, self._transposed)
         rows = max(1, UPCAST_ELEMENTS // self.weight.shape[-1])
         blocks = [self.weight[i : i + rows] for i in range(0, self.weight.shape[0], rows)]
         y = mx.concatenate([x @ block.astype(x.dtype).T for block in blocks], axis=-1)
@@ -80,6 +81,11 @@ class DenseMatrix:
     def rows(self, ids: mx.array, dtype: mx.Dtype) -> mx.array:
         """ids [...] -> [..., D]"""
         return self.weight[ids].astype(dtype)
+
+    @cached_property
+    def _transposed(self) -> mx.array:
+        """A view, made once and not at every step."""
+        return self.weight.T
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,7 @@ class QuantizedMatrix:
             w = w * (self.outer if self.outer.ndim == 0 else self.outer[ids][..., None])
         return w.astype(dtype)
 
-    @property
+    @cached_property
     def _format(self) -> dict[str, Any]:
         return {"group_size": self.spec.group, "bits": self.spec.bits, "mode": MODES[self.spec]}
 
@@ -224,15 +230,17 @@ class ExpertLinear:
         """x [P, 1, D] with experts [P] in ascending order, and tokens None -> [P, 1, N];
         x [T, 1 or A, 1, D] with experts [T, A] and the numbers of x's rows, tokens [T, 1 or A], which MLX would
         otherwise make on the device -> [T, A, 1, N]."""
+        if len(self.matrices) == 1:
+            return self.matrices[0].gather(x, experts, tokens)
         return _side_by_side(self.matrices, self.streams, lambda matrix: matrix.gather(x, experts, tokens))
 
 
 def _side_by_side(
     matrices: tuple[Matrix, ...], streams: tuple[mx.Stream, ...], product: Callable[[Matrix], mx.array]
 ) -> mx.array:
-    """The product with each matrix, on its own stream if there are any, concatenated along the last axis."""
+    """The product with each of several matrices, on its own stream if there are any, joined along the last axis."""
     parts = []
     for i, matrix in enumerate(matrices):
         with mx.stream(streams[i]) if streams else nullcontext():
             parts.append(product(matrix))
-    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
+    return mx.concatenate(parts, axis=-1)

@@ -89,9 +89,8 @@ class Attention:
         B, L, _ = x.shape
         x = add_linear(self.qkv(x), x, self.qkv_adapters, span)
         if L == 1 and self.kernels.attend is not None:
-            vectors, kv = self._rotated_tokens(x, span)
-            window = cache.window if isinstance(cache, RingCache) else None
-            cached = cache.write(kv, span)
+            vectors = self._rotated_token(x, span)
+            cached, window = cache.write(self._split(vectors)[1], span), getattr(cache, "window", None)
             y = self.kernels.attend(vectors, cached, span.rows, span.offsets, window, self.sinks, span.end)
             return y.reshape(B, 1, self.config.q_size)
         q, kv = self._rotated(x, span)
@@ -106,25 +105,28 @@ class Attention:
                 y = self._causal(q, *found)
             else:
                 y = self._attend(q, *found, mask)
-        return y.swapaxes(1, 2).reshape(B, L, self.config.q_size)
+        return (y if L == 1 else y.swapaxes(1, 2)).reshape(B, L, self.config.q_size)
 
     def _rotated(self, x: mx.array, span: Span) -> tuple[mx.array, mx.array]:
         """x [B, L, (H + 2 K) * 64] -> queries [B, H, L, 64]; keys and values [2, B, K, L, 64]"""
         B, L, _ = x.shape
         H, K, dim = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
         if L == 1:
-            vectors, kv = self._rotated_tokens(x, span)
-            return vectors[:, :H, None], kv
+            return self._split(self._rotated_token(x, span))
         x = x.reshape(B, L, H + 2 * K, dim).swapaxes(1, 2)  # [B, H + 2 K, L, 64]
         qk = self.rotary(x[:, : H + K], span.offsets)
         return qk[:, :H], mx.stack([qk[:, H:], x[:, H + K :]])
 
-    def _rotated_tokens(self, x: mx.array, span: Span) -> tuple[mx.array, mx.array]:
-        """As _rotated of one token a row, in one launch: queries, keys and values [B, H + 2 K, 64], values rotated by
-        0; keys and values [2, B, K, 1, 64]"""
-        H, K, dim = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
-        vectors = self.rotary(x.reshape(-1, 1, 1, dim), span.rotations).reshape(-1, H + 2 * K, dim)
-        return vectors, vectors[:, H:].reshape(-1, 2, K, 1, dim).swapaxes(0, 1)
+    def _rotated_token(self, x: mx.array, span: Span) -> mx.array:
+        """x [B, 1, (H + 2 K) * 64] -> queries, keys and, by 0, values rotated in one launch, [B, H + 2 K, 1, 64]"""
+        dim = self.config.head_dim
+        return self.rotary(x.reshape(-1, 1, 1, dim), span.rotations).reshape(len(x), -1, 1, dim)
+
+    def _split(self, vectors: mx.array) -> tuple[mx.array, mx.array]:
+        """As _rotated, of what _rotated_token returns."""
+        (B, _, _, dim), K = vectors.shape, self.config.num_key_value_heads
+        q, kv = mx.split(vectors, [self.config.num_attention_heads], axis=1)
+        return q, kv.reshape(2, 1, K, 1, dim) if B == 1 else kv.reshape(B, 2, K, 1, dim).swapaxes(0, 1)
 
     def _sliding(self, q: mx.array, keys: mx.array, values: mx.array, past: int) -> mx.array:
         """Sliding attention of one slot's L new queries over W past and L new keys, of which `past` past ones exist.
@@ -240,11 +242,10 @@ class MixtureOfExperts:
         """x, residual [B, L, D] -> residual + the experts' outputs for x, and the same plus next_bias [D] if there is
         one, [B, L, D] each"""
         shape, D = x.shape, x.shape[-1]
-        x, residual = x.reshape(-1, D), residual.reshape(-1, 1, D)
-        active = self.config.num_experts_per_tok
-        few = len(x) * active < self.min_pairs_to_sort
+        x, residual = x.reshape(-1, D), residual.reshape(-1, 1, 1, D)
+        few = len(x) * (active := self.config.num_experts_per_tok) < self.min_pairs_to_sort
         if few and self.kernels.experts is not None:
-            y, base = self.kernels.mix(x, residual[:, 0], self.router(x), active, next_bias)
+            y, base = self.kernels.mix(x, residual.reshape(-1, D), self.router(x), active, next_bias)
             return y.reshape(shape), None if base is None else base.reshape(shape)
         chosen, logits = self._route(x, span)  # [T, A] each
         if few and self.ranks.alone:
@@ -256,8 +257,8 @@ class MixtureOfExperts:
         if few:
             outputs, bias = self._unsorted(x, experts, span)
         else:
-            outputs, bias = self._sorted(x, chosen, span), self.bias[:, -D:][experts]
-        parts = by_expert(outputs, bias, weights[..., None])
+            outputs, bias = self._sorted(x, chosen, span), self.bias[:, -D:][experts[..., None]]
+        parts = by_expert(outputs, bias, weights[..., None, None])
         if self.ranks.alone:
             y = self.elementwise.combine(residual, *parts).reshape(shape)
         else:
@@ -273,24 +274,26 @@ class MixtureOfExperts:
         return experts, mx.take_along_axis(logits, experts, axis=-1)
 
     def _unsorted(self, x: mx.array, experts: mx.array, span: Span) -> tuple[mx.array, mx.array]:
-        """The outputs of each token's experts [T, A] without biases, and their biases, [T, A, D] each."""
-        D = x.shape[-1]
-        bias = self.bias[experts]
-        tokens, pairs, each = span.tokens[: len(x)], span.pairs[: len(x)], x[:, None, None]
+        """The outputs of each token's experts [T, A] without biases, and their biases, [T, A, 1, D] each."""
+        T, D = x.shape
+        middle = self.bias.shape[-1] - D  # [T, A, 1, 2 I + D]
+        gate_up_bias, down_bias = mx.split(mx.take(self.bias, experts[..., None], axis=0), [middle], axis=-1)
+        tokens, pairs, each = span.tokens, span.pairs, x[:, None, None]
+        if len(tokens) > T:  # the last positions of the last layer
+            tokens, pairs = tokens[:T], pairs[:T]
         y = self.gate_up(each, experts, tokens)
         y = add_experts(y, each, self.gate_up_adapters, span, experts, tokens, pairs)
-        hidden = self._swiglu(y, bias[..., None, :-D])
+        hidden = self._swiglu(y, gate_up_bias)
         y = self.down(hidden, experts, pairs)
-        y = add_experts(y, hidden, self.down_adapters, span, experts, pairs, pairs)
-        return y.squeeze(-2), bias[..., -D:]
+        return add_experts(y, hidden, self.down_adapters, span, experts, pairs, pairs), down_bias
 
     def _sorted(self, x: mx.array, chosen: mx.array, span: Span) -> mx.array:
-        """The experts' outputs without biases, [T, A, D], computed with the T * A pairs sorted by expert, so that each
-        expert's rows are adjacent. Zeros where another rank has the expert."""
+        """The experts' outputs without biases, [T, A, 1, D], with the T * A pairs sorted by expert, so that the rows of
+        each are adjacent. Zeros where another rank has the expert."""
         (T, A), pairs = chosen.shape, chosen.flatten()
         order = self.ranks.local_pairs(mx.argsort(pairs), pairs, self.own)
         if not order.size:
-            return mx.zeros((T, A, x.shape[-1]), dtype=x.dtype)
+            return mx.zeros((T, A, 1, x.shape[-1]), dtype=x.dtype)
         experts = pairs[order] - self.own.start
         rows = order // A
         each = x[rows][:, None]
@@ -299,8 +302,8 @@ class MixtureOfExperts:
         hidden = self._swiglu(y, self.bias[:, : -x.shape[-1]][experts][:, None])
         y = add_experts(self.down(hidden, experts, None), hidden, self.down_adapters, span, experts, rows=rows)
         if self.ranks.alone:
-            return y[mx.argsort(order)].reshape(T, A, -1)
-        return mx.zeros((T * A, x.shape[-1]), dtype=x.dtype).at[order].add(y[:, 0]).reshape(T, A, -1)
+            return y[mx.argsort(order)].reshape(T, A, 1, -1)
+        return mx.zeros((T * A, x.shape[-1]), dtype=x.dtype).at[order].add(y[:, 0]).reshape(T, A, 1, -1)
 
     def _swiglu(self, gate_up: mx.array, bias: mx.array) -> mx.array:
         """gate_up, bias [..., 2 I] -> [..., I]"""
@@ -328,7 +331,8 @@ class Block:
             base = x if self.attention.out.bias is None else x + self.attention.out.bias
         if last == span.length and self.attention.kernels.add_norm is not None:
             return self.attention.with_norm(normed, base, cache, span, self.mlp_norm)
-        return self.attention(normed, base, cache, span)[:, -last:], None
+        y = self.attention(normed, base, cache, span)
+        return y if last == span.length else y[:, -last:], None
 
     def mix(
         self, x: mx.array, normed: mx.array | None, span: Span, next_bias: mx.array | None

@@ -82,7 +82,7 @@ def build(case: Case) -> tuple[list, list[np.ndarray], list[np.ndarray]]:
     B, K, D = len(case.positions), case.kv_heads, case.dim
     capacity = case.capacity or max(case.positions) + 3
     slots = case.slots[:B]
-    vectors = narrow(rng.normal(size=(B, K * (case.group + 2), D)) * case.size, case.dtype)
+    vectors = narrow(rng.normal(size=(B, K * (case.group + 2), 1, D)) * case.size, case.dtype)
     kv = rng.normal(size=(2, 4, K, capacity, D))
     sinks = narrow(rng.normal(size=K * case.group) + case.sink, case.dtype)
     cached = [narrow(kv, case.dtype)]
@@ -118,7 +118,7 @@ def exact(case: Case, arguments: list, keys: list[np.ndarray], values: list[np.n
         places = [p % capacity for p in range(oldest, position + 1)]
         for head in range(len(sinks)):
             k, v = keys[row][head // case.group][places], values[row][head // case.group][places]
-            scores = k @ q[row, head] * FACTOR
+            scores = k @ q[row, head, 0] * FACTOR
             top = max(scores.max(), sinks[head])
             powers = np.exp(scores - top)
             out[row, head, 0] = powers @ v / (powers.sum() + np.exp(sinks[head] - top))

@@ -99,7 +99,7 @@ def test_a_missing_barrier_is_found(run, metal, monkeypatch, name, barrier):
         if name == "norm":
             found = run(AddNorm(1e-5), *(mx.ones(s) for s in ((3, 192), (3, 192), 192)))
         else:
-            q, kv = mx.random.normal((1, 16, 64)), mx.random.normal((2, 1, 2, 300, 64))
+            q, kv = mx.random.normal((1, 16, 1, 64)), mx.random.normal((2, 1, 2, 300, 64))
             indices = [mx.array([0]), mx.array([200])]
             found = run(Attend(0.1), q, [kv], *(i.astype(mx.int32) for i in indices), None, mx.zeros(16), 201)
         assert all(np.isfinite(array).all() for array in found)

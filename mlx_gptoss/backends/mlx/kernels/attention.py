@@ -29,11 +29,11 @@ def attend(
 ) -> mx.array:
     """Each row's queries over the keys up to its own token's, which the cache has already: [B, H, 1, 64].
 
-    vectors: [B, H or more, 64], of which the first H are the queries. cached: keys and values [2, S, K, C, 64], or in 8
-    bits codes uint32 [2, S, K, C, 16], scales and biases float32 [2, S, K, C, 1]. slots, positions: int32 [B], of each
-    row in the cache and in its sequence. window: the positions that a query sees, up to its own; None is all. sinks
-    [H]: one more score a head. factor: on scores."""
-    q = vectors[:, : sinks.size, None]
+    vectors: [B, H or more, 1, 64], of which the first H are the queries. cached: keys and values [2, S, K, C, 64], or in
+    8 bits codes uint32 [2, S, K, C, 16], scales and biases float32 [2, S, K, C, 1]. slots, positions: int32 [B], of
+    each row in the cache and in its sequence. window: the positions that a query sees, up to its own; None is all.
+    sinks [H]: one more score a head. factor: on scores."""
+    q = vectors[:, : sinks.size]
     places = mx.arange(cached[0].shape[3])
     parts = [array[:, slots] for array in cached]  # [2, B, K, C, ...]
     kv = parts[0] if len(parts) == 1 else mx.dequantize(parts[0], parts[1], parts[2], group_size=64, bits=8)
@@ -67,7 +67,7 @@ class Attend:
         end: int,
     ) -> mx.array:
         """As `attend`. end: the largest of the positions, plus one. Computed in float32 and rounded once."""
-        (B, count, dim), H = vectors.shape, sinks.size
+        (B, count, _, dim), H = vectors.shape, sinks.size
         K, capacity = cached[0].shape[2:4]
         blocks = min(MAX_BLOCKS, -(-min(end, capacity) // KEYS_PER_BLOCK))
         split, dtype = blocks > 1, vectors.dtype

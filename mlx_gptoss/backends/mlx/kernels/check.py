@@ -86,7 +86,7 @@ def attention_cases(
         rows, size = len(positions), 3 + (max(positions) if window is None else window)
         slots = mx.array(np.arange(rows, dtype=np.int32)[::-1].copy())
         places = mx.array(np.array(positions, np.int32))
-        vectors, sinks = _normal(1, (rows, queries, dim), dtype), _normal(2, (queries,), dtype)
+        vectors, sinks = _normal(1, (rows, queries, 1, dim), dtype), _normal(2, (queries,), dtype)
         cached: Sequence[mx.array] = [_normal(3, (2, rows, kv_heads, size, dim), dtype)]
         if bits == 8:
             cached = pack(cached[0])
