@@ -225,9 +225,9 @@ class Backend(Protocol):
         """The name of a GPU, or "cpu" for any CPU."""
         ...
 
-    def custom_kernels(self, device: str | None) -> dict[str, str | None]:
+    def custom_kernels(self, device: str | None) -> dict[str, str]:
         """What is known of custom kernels that load() uses only where they agree with the library's own operations: by
-        check, None if it passed on this device, or why it did not. Empty where there are none, or none was checked."""
+        check, "" if it passed on this device, or why it did not. Empty where there are none, or none was checked."""
         ...
 
     def copy_bandwidth(self, device: str | None) -> float:

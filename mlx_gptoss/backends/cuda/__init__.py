@@ -82,7 +82,7 @@ def dtype_name(device: str | None, dtype: str | None) -> str:
     return name
 
 
-def custom_kernels(device: str | None) -> dict[str, str | None]:
+def custom_kernels(device: str | None) -> dict[str, str]:
     """None that depend on a check: the Triton kernels are the way in which this backend computes on a GPU."""
     return {}
 

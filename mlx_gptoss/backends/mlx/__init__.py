@@ -84,7 +84,7 @@ def dtype_name(device: str | None, dtype: str | None) -> str:
     return name
 
 
-def custom_kernels(device: str | None) -> dict[str, str | None]:
+def custom_kernels(device: str | None) -> dict[str, str]:
     """As of Backend."""
     where = pick_device(device)
     return verdicts_of(where).all() if where.type == mx.gpu and mx.metal.is_available() else {}

@@ -29,8 +29,8 @@ def attend(
 ) -> mx.array:
     """Each row's queries over the keys up to its own token's, which the cache has already: [B, H, 1, 64].
 
-    vectors: [B, H or more, 1, 64], of which the first H are the queries. cached: keys and values [2, S, K, C, 64], or in
-    8 bits codes uint32 [2, S, K, C, 16], scales and biases float32 [2, S, K, C, 1]. slots, positions: int32 [B], of
+    vectors: [B, H or more, 1, 64], of which the first H are the queries. cached: keys and values [2, S, K, C, 64], or
+    in 8 bits codes uint32 [2, S, K, C, 16], scales and biases float32 [2, S, K, C, 1]. slots, positions: int32 [B], of
     each row in the cache and in its sequence. window: the positions that a query sees, up to its own; None is all.
     sinks [H]: one more score a head. factor: on scores."""
     q = vectors[:, : sinks.size]

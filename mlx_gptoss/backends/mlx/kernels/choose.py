@@ -131,13 +131,12 @@ class Chooser:
         self, check: str, make: Callable[[], Kernel], cases: Callable[[Kernel], Iterator[Case]]
     ) -> tuple[Kernel, None] | tuple[None, str]:
         """The kernel, or why there is none."""
-        known = self.verdicts.all()
-        if check in known and not self.repeat:
-            reason = known[check]
-            return (make(), None) if reason is None else (None, reason)
+        known = None if self.repeat else self.verdicts.find(check)
+        if known is not None:
+            return (None, known) if known else (make(), None)
         self.verdicts.put(check, UNFINISHED)
         settled = self._checked(check, make, cases)
-        self.verdicts.put(check, settled[1])
+        self.verdicts.put(check, settled[1] or "")
         return settled
 
     def _checked(

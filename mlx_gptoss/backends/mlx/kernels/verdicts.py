@@ -1,6 +1,6 @@
 """What the checks of custom kernels found on this machine, kept in a file from one start to the next.
 
-JSON: by machine (chip, macOS, MLX and the kernels' texts), by check: null if it passed, or why it did not.
+JSON: by machine (chip, macOS, MLX and the kernels' texts), by check: "" if it passed, or why it did not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FILE_NAME = "metal-kernels.json"
 MAX_BYTES, MAX_ITEMS, MAX_MACHINES = 1 << 20, 10_000, 8
 UNFINISHED = "its check did not end; `mlx-gptoss selftest` repeats it"
 
-Found = dict[str, str | None]
+Found = dict[str, str]
 
 
 def cache_folder() -> Path:
@@ -47,17 +47,18 @@ class Verdicts:
         self._path = folder / FILE_NAME
         self._machine = machine
 
-    def __contains__(self, check: str) -> bool:
-        return check in self.all()
-
     def all(self) -> Found:
-        """Every check's verdict: None if it passed."""
+        """Every check's verdict: "" if it passed, or why it did not."""
         return self._read().get(self._machine, {})
 
-    def put(self, check: str, reason: str | None) -> None:
+    def find(self, check: str) -> str | None:
+        """A check's verdict; None if it has none."""
+        return self.all().get(check)
+
+    def put(self, check: str, verdict: str) -> None:
         """Remember a verdict. Machines that were seen first are forgotten first."""
         machines = self._read()
-        found = {**machines.pop(self._machine, {}), check: reason}
+        found = {**machines.pop(self._machine, {}), check: verdict}
         machines = {**dict(list(machines.items())[1 - MAX_MACHINES :]), self._machine: found}
         temporary = self._path.with_name(f"{FILE_NAME}.{os.getpid()}")
         with suppress(OSError):
@@ -76,4 +77,4 @@ class Verdicts:
 
 
 def _checked(found: dict[str, object]) -> Found:
-    return {check: reason for check, reason in found.items() if reason is None or isinstance(reason, str)}
+    return {check: verdict for check, verdict in found.items() if isinstance(verdict, str)}
