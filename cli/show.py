@@ -55,13 +55,16 @@ def show(
     if ranks is not None:
         request = LoadRequest(model=model, backend=name, max_context=context, prefix_cache=0, **given)
         parts = [plan_load(request, checkpoint, rank, ranks) for rank in range(ranks)]
+    kernels = module.custom_kernels(given.get("device"))
     if as_json:
-        report = _report(summary, plan, best) | {"backend": name, "runs_as": wider}
+        report = _report(summary, plan, best) | {"backend": name, "runs_as": wider, "custom_kernels": kernels}
         click.echo(json.dumps(report | {"ranks": [_part_report(part) for part in parts]} if parts else report))
     else:
         _print(model or "the bundled nano model", summary, plan)
         for stored, ran in wider.items():
             click.echo(f"The {name} backend has no kernel for {stored}: it runs as {ran}, with the same values.")
+        for check, verdict in kernels.items():
+            click.echo(f"Custom kernel ({check}): {f'not used here, {verdict}' if verdict else 'in use'}")
         click.echo(_advice(best, model or "MODEL"))
         if parts:
             _print_parts(parts)

@@ -50,6 +50,7 @@ ATTENTION_ADVICE = f"long answers may be wrong: update the backend's package, or
 def checks(machine: Machine) -> Iterator[Check]:
     """All of them, cheap ones first."""
     k = machine.kernels
+    yield Check("custom kernels", partial(_custom_kernels, k), f"they are not used from now on; {REPORT}")
     yield Check("RMSNorm", partial(_norm, k))
     yield Check("RoPE", partial(_rope, k))
     for name, window in (("full", None), ("sliding", k.config.sliding_window)):
@@ -85,6 +86,12 @@ def _unit_rows(kernels: Kernels, seed: int, count: int, width: int) -> Floats:
 
 def _rows(count: int) -> str:
     return f"{count} row{'s' * (count > 1)}"
+
+
+def _custom_kernels(k: Kernels) -> Iterator[Outcome]:
+    """Those that load() uses only where they agree with the library's own operations; the verdicts are remembered."""
+    found = [Compared(case, error, limit) for case, error, limit in k.custom_kernels()]
+    yield from found or [Skipped("all", "this device has no custom kernels")]
 
 
 def _norm(k: Kernels) -> Iterator[Outcome]:

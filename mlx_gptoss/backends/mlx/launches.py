@@ -85,8 +85,8 @@ def decode_step(
     custom_kernels: bool = False,
 ) -> Counter[str]:
     """The primitives by name of one decode step with a row for each sampling, as on a GPU: bfloat16 activations,
-    compiled. Nothing is run. unequal: each row is one token longer than the one before it. custom_kernels: with all that
-    the model can use; each launch counts as a Depends."""
+    compiled. Nothing is run. unequal: each row is one token longer than the one before it. custom_kernels: with all
+    that the model can use; each launch is a Depends."""
     cpu = mx.Device(mx.cpu)
     made: list[mx.array] = []
     with mx.stream(cpu), traced():
@@ -139,8 +139,8 @@ def primitives(arrays: Sequence[mx.array]) -> Counter[str]:
 
 @contextmanager
 def traced() -> Iterator[None]:
-    """Within it, mx.fast's operations, custom kernels and mx.dequantize build one primitive each, of the right shape and no use, and a
-    global scale is left out, which MLX refuses on a CPU."""
+    """Within it, operations of mx.fast, custom kernels and mx.dequantize build one primitive each, of the right shape
+    and no use, and a global scale is left out, which MLX refuses on a CPU."""
     places: dict[tuple[Any, str], Callable[..., mx.array]] = {
         (mx.fast, "rms_norm"): _like,
         (mx.fast, "rope"): _like,

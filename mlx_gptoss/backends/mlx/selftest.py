@@ -10,7 +10,7 @@ heads, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -37,6 +37,7 @@ from ..rope import yarn_frequencies
 from . import DTYPES, dtype_name, max_scores, pick_device
 from .cache import FullCache, RingCache, Span
 from .elementwise import UNCOMPILED, compiled
+from .kernels.selftest import checked_cases
 from .layers import Linear
 from .load import MIN_PAIRS_TO_SORT, _WeightLoader
 from .model import Attention, MixtureOfExperts, Rotary
@@ -208,6 +209,11 @@ class Kernels:
             ]
             found = sample_tokens(mx.array(logits), samplings, states, positions, masks, self._elementwise).on_host()
             return found.tokens.tolist(), found.logprobs.tolist()
+
+    def custom_kernels(self) -> Iterator[tuple[str, float, float]]:
+        """Every custom kernel at the sizes of gpt-oss against its twin: case, error and limit. Empty where there are
+        none. load() remembers what is found."""
+        return checked_cases(self.config, self._dtype, self._device)
 
     def launch_seconds(self, count: int) -> float:
         """Seconds of one of `count` small operations, each of which depends on the one before it."""
