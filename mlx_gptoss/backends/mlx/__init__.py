@@ -59,7 +59,7 @@ def load(
                 ranks=None if shard is None else Ranks.join(shard),
                 streams=streams,
                 adapters=adapters,
-                global_scales=gpu and takes_global_scale(),
+                global_scales=takes_global_scale,
                 chooser=chooser(checkpoint.config, kind, limits.kv_bits, pick_device(device)) if with_kernels else None,
             )
             return MlxRunner(model, limits, where, streams)

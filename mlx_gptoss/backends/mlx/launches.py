@@ -92,7 +92,7 @@ def decode_step(
     with mx.stream(cpu), traced():
         config = checkpoint.config
         chooser = Chooser(config, mx.bfloat16, score_factor(config), kv_bits, AllPassed()) if custom_kernels else None
-        model = load_model(checkpoint, mx.bfloat16, compiled(), global_scales=True, chooser=chooser)
+        model = load_model(checkpoint, mx.bfloat16, compiled(), global_scales=lambda: True, chooser=chooser)
         runner = MlxRunner(model, Limits(len(samplings), 64, 64, kv_bits=kv_bits), cpu)
         lengths = [1 + slot * unequal for slot in range(len(samplings))]
         for slot, (sampling, length) in enumerate(zip(samplings, lengths, strict=True)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cached_property
 from itertools import accumulate, pairwise
 
 import mlx.core as mx
@@ -70,7 +71,7 @@ def load_model(
     ranks: Ranks | None = None,
     streams: CpuStreams | None = None,
     adapters: Sequence[Adapter] = (),
-    global_scales: bool = False,
+    global_scales: Callable[[], bool] = lambda: False,
     chooser: Chooser | None = None,
 ) -> GptOss:
     """Load the whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight.
@@ -187,7 +188,7 @@ class _WeightLoader:
         on_cpu: bool,
         streams: CpuStreams,
         adapters: Sequence[Adapter],
-        global_scales: bool = False,
+        global_scales: Callable[[], bool] = lambda: False,
     ) -> None:
         self._adapters = adapters
         self._global_scales = global_scales
@@ -291,8 +292,13 @@ class _WeightLoader:
         matrix = fuse(weights, self._dtype)
         if isinstance(matrix, DenseMatrix):
             return matrix
-        scale = global_scale(matrix) if self._global_scales else None
+        scale = global_scale(matrix)
+        scale = scale if scale is not None and self._takes_global_scale else None
         return replace(matrix, global_scale=scale, finish=self.elementwise.finish)
+
+    @cached_property
+    def _takes_global_scale(self) -> bool:
+        return self._global_scales()
 
     def _materialize(self, matrices: Sequence[Matrix]) -> None:
         for matrix in matrices:

@@ -329,7 +329,7 @@ class Block:
         normed = mx.fast.rms_norm(x, self.attention_norm, self.config.rms_norm_eps)
         if base is None:
             base = x if self.attention.out.bias is None else x + self.attention.out.bias
-        if last == span.length and self.attention.kernels.add_norm is not None:
+        if span.length == 1 and self.attention.kernels.add_norm is not None:
             return self.attention.with_norm(normed, base, cache, span, self.mlp_norm)
         y = self.attention(normed, base, cache, span)
         return y if last == span.length else y[:, -last:], None
@@ -368,12 +368,14 @@ class GptOss:
     def run(self, stages: range, x: mx.array, cache: Cache, span: Span, last: int) -> mx.array:
         """x [B, L, D] through consecutive stages: stage 2 n is the attention of layer n, stage 2 n + 1 its experts.
         Returns [B, L, D], or [B, last, D] after the last layer."""
-        base = None  # x plus the bias of the next attention's output projection
-        normed = None  # x as the next experts read it
+        # When decoding, x plus the bias of the next attention's output projection, and x's norm for the experts. A chunk
+        # of several tokens may be computed in stages, and what is handed from one to the next is x.
+        base = normed = None
+        decodes = span.length == 1
         for stage in stages:
             block, layer_cache = self.blocks[stage // 2], cache.layers[stage // 2]
             if stage % 2:
-                following = self.blocks[stage // 2 + 1].attention.out if stage + 1 in stages else None
+                following = self.blocks[stage // 2 + 1].attention.out if decodes and stage + 1 in stages else None
                 x, base = block.mix(x, normed, span, None if following is None else following.bias)
                 normed = None
             else:
