@@ -66,8 +66,7 @@ class LoadOptions:
     )
     custom_kernels: bool = option(
         True,
-        "Use custom Metal kernels where their check passed on this machine (mlx on a Mac's GPU); otherwise MLX's own "
-        "operations.",
+        "Use the custom Metal kernels that passed their check on this machine (mlx on a Mac's GPU).",
         Flag(),
     )
     max_waiting: int | None = option(

@@ -141,7 +141,7 @@ def primitives(arrays: Sequence[mx.array]) -> Counter[str]:
 def traced() -> Iterator[None]:
     """Within it, operations of mx.fast, custom kernels and mx.dequantize build one primitive each, of the right shape
     and no use, and a global scale is left out, which MLX refuses on a CPU."""
-    places: dict[tuple[Any, str], Callable[..., mx.array]] = {
+    places: dict[tuple[Any, str], Callable[..., Any]] = {
         (mx.fast, "rms_norm"): _like,
         (mx.fast, "rope"): _like,
         (mx.fast, "scaled_dot_product_attention"): _like,

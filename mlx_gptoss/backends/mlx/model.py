@@ -368,7 +368,7 @@ class GptOss:
     def run(self, stages: range, x: mx.array, cache: Cache, span: Span, last: int) -> mx.array:
         """x [B, L, D] through consecutive stages: stage 2 n is the attention of layer n, stage 2 n + 1 its experts.
         Returns [B, L, D], or [B, last, D] after the last layer."""
-        # When decoding, x plus the bias of the next attention's output projection, and x's norm for the experts. A chunk
+        # When decoding, x plus the bias of the next attention's output projection, and the norm of x. A chunk
         # of several tokens may be computed in stages, and what is handed from one to the next is x.
         base = normed = None
         decodes = span.length == 1
