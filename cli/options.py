@@ -48,9 +48,7 @@ def _option(declaration: Any, default: Any) -> Option[Any]:
     assert isinstance(flag, Flag), f"{name} is not offered on the command line"
     help = declaration.metadata["help"].replace('"', "")
     if declaration.type == "bool" and default:
-        return click.option(
-            f"--no-{name[2:]}", declaration.name, flag_value=False, default=True, help=f"Do not: {help}"
-        )
+        return click.option(f"{name}/--no-{name[2:]}", default=True, help=help)
     if declaration.type == "bool":
         return click.option(name, is_flag=True, help=help)
     if flag.repeatable:
