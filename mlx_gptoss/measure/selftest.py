@@ -43,6 +43,7 @@ class Kernels(Protocol):
     ways: dict[str, int | None]
     counts_memory: bool
     packs_kv: bool
+    has_custom_kernels: bool
 
     def facts(self) -> dict[str, Any]: ...
     def linear(self, weight: Weight) -> Callable[[Floats], Floats]: ...

@@ -76,6 +76,7 @@ class Kernels:
 
     specs: tuple[Spec | None, ...] = (MXFP4, AFFINE4, NVFP4, MXFP8, AFFINE8, AFFINE8_G32, FP8_ROW, None)
     packs_kv = False
+    has_custom_kernels = False  # that depend on a check
 
     def __init__(self, config: ModelConfig, device: str | None, dtype: str | None, kernels: bool | None = None) -> None:
         """kernels: as in load()."""
@@ -223,7 +224,7 @@ class Kernels:
 
     @torch.inference_mode()
     def custom_kernels(self) -> Iterator[tuple[str, float, float]]:
-        """None that depend on a check."""
+        """None."""
         return iter(())
 
     def launch_seconds(self, count: int) -> float:

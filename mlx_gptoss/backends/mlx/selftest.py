@@ -72,7 +72,7 @@ class Kernels:
 
     dtype: of the activations. specs: what matrices may be stored as; None is bfloat16. ways: through the experts, each
     with the most rows that it is given; None is any number. counts_memory: whether peak_memory() sees what a step
-    allocates. packs_kv: whether a cache may be in 8 bits.
+    allocates. packs_kv: whether a cache may be in 8 bits. has_custom_kernels: whether load() checks some on this device.
     """
 
     specs: tuple[Spec | None, ...] = SPECS
@@ -89,6 +89,7 @@ class Kernels:
         most = None if self.on_gpu else (MIN_PAIRS_TO_SORT - 1) // config.num_experts_per_tok
         self.ways: dict[str, int | None] = {"unsorted": most, "sorted": None}
         self._dtype = DTYPES[self.dtype]
+        self.has_custom_kernels = self.on_gpu and mx.metal.is_available()
         self._streams = CpuStreams()
         self._device = where
         self._where = where if self.on_gpu else self._streams.make_default()

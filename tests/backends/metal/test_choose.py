@@ -4,6 +4,7 @@ stand-ins in MLX's own operations, which may be wrong."""
 from __future__ import annotations
 
 import json
+import types
 from collections import Counter
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ from mlx_gptoss.backends.mlx.kernels.norm import add_norm
 from mlx_gptoss.backends.mlx.kernels.selftest import checked_cases, random_layer
 from mlx_gptoss.backends.mlx.kernels.verdicts import FILE_NAME, MAX_BYTES, MAX_MACHINES, UNFINISHED, Verdicts
 from mlx_gptoss.config import TINY
+from mlx_gptoss.measure import selftest, selftest_kernels
 from mlx_gptoss.weights import checkpoint as checkpoints
 from mlx_gptoss.weights.split import RankShard
 from mlx_gptoss.weights.tensor import MXFP4
@@ -213,6 +215,18 @@ def test_show_names_them(monkeypatch):
     assert "Custom kernel (norm, 2880, bfloat16): in use\n" in out
     assert "Custom kernel (router, 4 of 32 experts, bfloat16): not used here, it does not run: no such thing\n" in out
     assert json.loads(CliRunner().invoke(show, [*words, "--json"]).output)["custom_kernels"] == found
+
+
+def test_selftest_lists_and_fails_the_check(monkeypatch):
+    kernels = types.SimpleNamespace(
+        config=TINY, specs=(), has_custom_kernels=True,
+        custom_kernels=lambda: iter([("norm, 2880: 1 rows", 1e-3, 1e-2), ("router: it does not run", float("inf"), 1e-2)]),
+    )  # fmt: skip
+    check = next(iter(selftest_kernels.checks(types.SimpleNamespace(kernels=kernels))))
+    result = selftest.run(check)
+    assert check.name == "custom kernels" and not result.ok and result.worst.case == "router: it does not run"
+    kernels.has_custom_kernels = False
+    assert next(iter(selftest_kernels.checks(types.SimpleNamespace(kernels=kernels)))).name != check.name
 
 
 def test_every_check_of_selftest(stand_in, monkeypatch, tmp_path):
