@@ -8,6 +8,7 @@ import types
 from collections import Counter
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from mlx_gptoss_cli.show import show
@@ -220,7 +221,7 @@ def test_show_names_them(monkeypatch):
 def test_selftest_lists_and_fails_the_check(monkeypatch):
     kernels = types.SimpleNamespace(
         config=TINY, specs=(), has_custom_kernels=True,
-        custom_kernels=lambda: iter([("norm, 2880: 1 rows", 1e-3, 1e-2), ("router: it does not run", float("inf"), 1e-2)]),
+        custom_kernels=lambda: iter([("norm, 2880: 1 rows", 1e-3, 1e-2), ("router: it does not run", np.inf, 1e-2)]),
     )  # fmt: skip
     check = next(iter(selftest_kernels.checks(types.SimpleNamespace(kernels=kernels))))
     result = selftest.run(check)
