@@ -107,10 +107,12 @@ def one_noise_for_all(monkeypatch, package):
 
 
 def copying(write):
-    """The cache is copied before it is written to, and the copy is kept alive by nothing but the step."""
+    """What the last steps wrote to is still held, so that each step writes to a copy."""
+    held = []
 
     def run(cache, *rest):
-        return write(cache + 0, *rest)
+        held[:] = [*held[-3:], cache.reshape(-1)]  # of two layers
+        return write(cache, *rest)
 
     return run
 

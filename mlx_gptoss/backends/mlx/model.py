@@ -275,15 +275,15 @@ class MixtureOfExperts:
 
     def _unsorted(self, x: mx.array, experts: mx.array, span: Span) -> tuple[mx.array, mx.array]:
         """The outputs of each token's experts [T, A] without biases, and their biases, [T, A, 1, D] each."""
-        T, D = x.shape
-        middle = self.bias.shape[-1] - D  # [T, A, 1, 2 I + D]
-        gate_up_bias, down_bias = mx.split(mx.take(self.bias, experts[..., None], axis=0), [middle], axis=-1)
+        T, intermediate = x.shape[0], (self.bias.shape[-1] - x.shape[-1]) // 2
+        biases = mx.take(self.bias, experts[..., None], axis=0)  # [T, A, 1, 2 I + D]
+        gate_bias, up_bias, down_bias = mx.split(biases, [intermediate, 2 * intermediate], axis=-1)
         tokens, pairs, each = span.tokens, span.pairs, x[:, None, None]
         if len(tokens) > T:  # the last positions of the last layer
             tokens, pairs = tokens[:T], pairs[:T]
         y = self.gate_up(each, experts, tokens)
         y = add_experts(y, each, self.gate_up_adapters, span, experts, tokens, pairs)
-        hidden = self._swiglu(y, gate_up_bias)
+        hidden = self._swiglu(y, gate_bias, up_bias)
         y = self.down(hidden, experts, pairs)
         return add_experts(y, hidden, self.down_adapters, span, experts, pairs, pairs), down_bias
 
@@ -299,18 +299,17 @@ class MixtureOfExperts:
         each = x[rows][:, None]
         y = self.gate_up(each, experts, None)  # [pairs, 1, 2 I]
         y = add_experts(y, each, self.gate_up_adapters, span, experts, rows=rows)
-        hidden = self._swiglu(y, self.bias[:, : -x.shape[-1]][experts][:, None])
+        hidden = self._swiglu(y, *mx.split(self.bias[:, : -x.shape[-1]][experts][:, None], 2, axis=-1))
         y = add_experts(self.down(hidden, experts, None), hidden, self.down_adapters, span, experts, rows=rows)
         if self.ranks.alone:
             return y[mx.argsort(order)].reshape(T, A, 1, -1)
         return mx.zeros((T * A, x.shape[-1]), dtype=x.dtype).at[order].add(y[:, 0]).reshape(T, A, 1, -1)
 
-    def _swiglu(self, gate_up: mx.array, bias: mx.array) -> mx.array:
-        """gate_up, bias [..., 2 I] -> [..., I]"""
+    def _swiglu(self, gate_up: mx.array, gate_bias: mx.array, up_bias: mx.array) -> mx.array:
+        """gate_up [..., 2 I], biases [..., I] -> [..., I]"""
         gate, up = mx.split(gate_up, 2, axis=-1)
-        return self.elementwise.swiglu(
-            gate, up, *mx.split(bias, 2, axis=-1), self.config.swiglu_limit, self.config.swiglu_alpha
-        )
+        limit, alpha = self.config.swiglu_limit, self.config.swiglu_alpha
+        return self.elementwise.swiglu(gate, up, gate_bias, up_bias, limit, alpha)
 
 
 @dataclass(frozen=True)
