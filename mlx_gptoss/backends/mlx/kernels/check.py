@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from ..layers import QuantizedMatrix
 from ..quantized_kv import pack
 from .attention import Attend, attend
 from .experts import ExpertLayer, Experts, mixture
@@ -61,7 +61,7 @@ def norm_cases(add: AddNorm, width: int, epsilon: float, dtype: mx.Dtype) -> Ite
 
 
 def expert_cases(experts: Experts, layer: ExpertLayer, active: int, dtype: mx.Dtype) -> Iterator[Case]:
-    """With the layer's own weights."""
+    """With the layer's own weights, of which the twin reads copies of the experts that it needs."""
     count, width = layer.down.codes.shape[:2]
     for tokens in (1, 3):
         x, residual = _normal(1, (tokens, width), dtype), _normal(2, (tokens, width), dtype)
@@ -72,7 +72,10 @@ def expert_cases(experts: Experts, layer: ExpertLayer, active: int, dtype: mx.Dt
         weights = mx.array(shares).astype(dtype)
         found = [_numpy(array) for array in experts(x, residual, chosen, weights, layer, bias) if array is not None]
         with mx.stream(mx.cpu):
-            given = _float32(x), _float32(residual), chosen, _float32(weights), _wide(layer), _float32(bias)
+            used, places = np.unique(numbers, return_inverse=True)
+            again = mx.array(places.astype(np.uint32).reshape(tokens, active))
+            part = _part(layer, mx.array(used.astype(np.uint32)))
+            given = _float32(x), _float32(residual), again, _float32(weights), part, _float32(bias)
             wanted = [_numpy(array) for array in mixture(*given) if array is not None]
         for name, a, b in zip(("stream", "stream and next bias"), found, wanted, strict=True):
             yield _case(f"{tokens} tokens, {name}", a, b, dtype)
@@ -98,15 +101,16 @@ def attention_cases(
         yield _case(f"positions {', '.join(map(str, positions))}", found, wanted, dtype)
 
 
-def _wide(layer: ExpertLayer) -> ExpertLayer:
-    """The layer with scales, biases and bias in float32, which products on a CPU want."""
+def _part(layer: ExpertLayer, experts: mx.array) -> ExpertLayer:
+    """Some of the layer's experts, with scales, biases and bias in float32, which products on a CPU want."""
 
-    def widened(matrix: Any) -> Any:
+    def part(matrix: QuantizedMatrix) -> QuantizedMatrix:
+        codes, scales = matrix.codes[experts], matrix.scales[experts]
         if matrix.biases is None:
-            return matrix
-        return replace(matrix, scales=_float32(matrix.scales), biases=_float32(matrix.biases))
+            return replace(matrix, codes=codes, scales=scales)
+        return replace(matrix, codes=codes, scales=_float32(scales), biases=_float32(matrix.biases[experts]))
 
-    return replace(layer, gate_up=widened(layer.gate_up), down=widened(layer.down), bias=_float32(layer.bias))
+    return replace(layer, gate_up=part(layer.gate_up), down=part(layer.down), bias=_float32(layer.bias[experts]))
 
 
 def _case(name: str, found: Floats, wanted: Floats, dtype: mx.Dtype) -> Case:
