@@ -203,7 +203,7 @@ def _options(given: Mapping[str, Any], order: Iterable[click.Parameter]) -> Iter
         values = given[name] if isinstance(given[name], (list, tuple)) else [given[name]]
         for value in values:
             if getattr(param, "is_flag", False):
-                yield flag
+                yield flag if value or not param.secondary_opts else max(param.secondary_opts, key=len)
             else:
                 yield f"{flag}={_absolute(name, str(value))}"
 

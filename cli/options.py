@@ -47,6 +47,8 @@ def _option(declaration: Any, default: Any) -> Option[Any]:
     flag, name = declaration.metadata["flag"], f"--{declaration.name.replace('_', '-')}"
     assert isinstance(flag, Flag), f"{name} is not offered on the command line"
     help = declaration.metadata["help"].replace('"', "")
+    if declaration.type == "bool" and default:
+        return click.option(f"{name}/--no-{name[2:]}", default=True, help=help)
     if declaration.type == "bool":
         return click.option(name, is_flag=True, help=help)
     if flag.repeatable:
@@ -143,7 +145,10 @@ ADAPTER_OPTION = click.option(
     callback=_adapters,
     help=next(each.metadata["help"] for each in fields(LoadOptions) if each.name == "adapters"),
 )
-RUN_OPTIONS = (*declared(LoadOptions, "max_context", "quantize", "kv_bits", "speculate"), ADAPTER_OPTION)
+RUN_OPTIONS = (
+    *declared(LoadOptions, "max_context", "quantize", "kv_bits", "speculate", "custom_kernels"),
+    ADAPTER_OPTION,
+)
 LOAD_OPTIONS = (MODEL_OPTION, *DEVICE_OPTIONS, *RUN_OPTIONS)
 CACHE_OPTIONS = declared(LoadOptions, "prefix_cache", "prompt_cache")
 SAMPLING_NAMES = ("temperature", "top_p", "top_k", "min_p", "seed")

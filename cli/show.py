@@ -85,8 +85,9 @@ def show(
             model=model, backend=name, max_context=context, prefix_cache=0, adapters=fitting or None, **given
         )
         parts = [plan_load(request, checkpoint, rank, ranks) for rank in range(ranks)]
+    kernels = module.custom_kernels(given.get("device"))
     if as_json:
-        report = _report(summary, plan, best) | {"backend": name, "runs_as": wider}
+        report = _report(summary, plan, best) | {"backend": name, "runs_as": wider, "custom_kernels": kernels}
         if adapters:
             report["adapters"] = [
                 adapter_report(each, adapters[each], about, size) for each, about in described.items()
@@ -96,6 +97,8 @@ def show(
         _print(title, summary, plan)
         for stored, ran in wider.items():
             click.echo(f"The {name} backend has no kernel for {stored}: it runs as {ran}, with the same values.")
+        for check, verdict in kernels.items():
+            click.echo(f"Custom kernel ({check}): {f'not used here, {verdict}' if verdict else 'in use'}")
         click.echo(_advice(best, model or "MODEL"))
         for each, about in described.items():
             print_adapter(each, about, size)

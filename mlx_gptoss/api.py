@@ -139,5 +139,5 @@ def _fingerprint(plan: LoadPlan) -> str:
     """Everything that a computed prompt depends on: programs, weights, options, device and dtype."""
     request, memory, module = plan.request, plan.memory, plan.module
     device, dtype = module.device_name(request.device), module.dtype_name(request.device, request.dtype)
-    where = (device, dtype, memory.chunk, memory.upcast_bytes > 0)
+    where = (device, dtype, memory.chunk, memory.upcast_bytes > 0, request.custom_kernels)
     return repr((plan.versions(), plan.part.fingerprint(), request.quantize, request.kv_bits, request.speculate, where))

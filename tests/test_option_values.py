@@ -64,6 +64,7 @@ LOAD: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "quantize": ((*NOT_TEXTS, "int3", "", "bf16"), (None,)),
     "kv_bits": ((*NOT_INTEGERS, 0, 4, 16, -8, LONGEST), (None, 8)),
     "speculate": ((1, 0, "yes", None, 2.5), (True, False)),
+    "custom_kernels": ((1, 0, "no", None), (True, False)),
     "max_waiting": ((*NOT_INTEGERS, -1, -LONGEST), (None, 0, HUGE)),
     "prefix_cache": ((*NOT_INTEGERS, -1, -LONGEST, LONGEST), (None, 0, 10**6)),
     "prompt_cache": ((1, True, b"folder", [], {}), (None,)),

@@ -118,6 +118,7 @@ class Limits:
     number, for short memory, leaves the embeddings in the mapped file, and keeps only the first rows of lm_head on the
     device, those of ids that the tokenizer has: the others are never sampled, and only logits() computes them.
     upcast: hold the dense matrices that every token reads in the activations' dtype, on a CPU with enough memory.
+    custom_kernels: use the custom Metal kernels that agree with MLX's own operations here.
     """
 
     slots: int
@@ -127,6 +128,7 @@ class Limits:
     kv_bits: int | None = None
     resident_vocab: int | None = None
     upcast: bool = False
+    custom_kernels: bool = True
 
 
 class Snapshot(Protocol):
@@ -242,6 +244,11 @@ class Backend(Protocol):
 
     def device_name(self, device: str | None) -> str:
         """The name of a GPU, or "cpu" for any CPU."""
+        ...
+
+    def custom_kernels(self, device: str | None) -> dict[str, str]:
+        """What is known of custom kernels that load() uses only where they agree with the library's own operations: by
+        check, "" if it passed on this device, or why it did not. Empty where there are none, or none was checked."""
         ...
 
     def copy_bandwidth(self, device: str | None) -> float:

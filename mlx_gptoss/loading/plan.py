@@ -113,6 +113,7 @@ class LoadPlan:
             kv_bits=self.request.kv_bits,
             resident_vocab=resident,
             upcast=self.memory.upcast_bytes > 0,
+            custom_kernels=self.request.custom_kernels,
         )
 
     def load(self, limits: Limits, progress: Progress | None = None) -> Runner:

@@ -52,6 +52,8 @@ ATTENTION_ADVICE = f"long answers may be wrong: update the backend's package, or
 def checks(machine: Machine) -> Iterator[Check]:
     """All of them, cheap ones first."""
     k = machine.kernels
+    if k.has_custom_kernels:
+        yield Check("custom kernels", partial(_custom_kernels, k), f"load() leaves out those that failed; {REPORT}")
     yield Check("RMSNorm", partial(_norm, k))
     yield Check("RoPE", partial(_rope, k))
     for name, window in (("full", None), ("sliding", k.config.sliding_window)):
@@ -88,6 +90,12 @@ def _unit_rows(kernels: Kernels, seed: int, count: int, width: int) -> Floats:
 
 def _rows(count: int) -> str:
     return f"{count} row{'s' * (count > 1)}"
+
+
+def _custom_kernels(k: Kernels) -> Iterator[Outcome]:
+    """Those that load() uses only where they agree with the library's own operations; the verdicts are remembered."""
+    for case, error, limit in k.custom_kernels():
+        yield Compared(case, error, limit)
 
 
 def _norm(k: Kernels) -> Iterator[Outcome]:

@@ -64,6 +64,11 @@ class LoadOptions:
         "rounding.",
         Flag(),
     )
+    custom_kernels: bool = option(
+        True,
+        "Use the custom Metal kernels that passed their check on this machine (mlx on a Mac's GPU).",
+        Flag(),
+    )
     max_waiting: int | None = option(
         None,
         "Requests that may wait for a slot; more are refused (Busy). Default: no limit.",
@@ -99,6 +104,7 @@ class LoadOptions:
         if self.kv_bits is not None:
             check.one_of("kv_bits", self.kv_bits, (8,))
         check.kind("speculate", self.speculate, bool, "True or False")
+        check.kind("custom_kernels", self.custom_kernels, bool, "True or False")
         _check_adapters(self.adapters)
         check.kind("prompt_cache", self.prompt_cache, (str, Path, type(None)), "a folder or None")
 

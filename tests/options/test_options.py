@@ -125,10 +125,12 @@ def run(options, *words):
 
 
 def test_units_choices_and_minimums():
-    options = declared(LoadOptions, "prefix_cache", "kv_bits", "speculate", slots=4)
-    assert run(options) == {"prefix_cache": None, "kv_bits": None, "speculate": False, "slots": 4}
-    given = run(options, "--prefix-cache", "8", "--kv-bits", "8", "--speculate", "--slots", "2")
-    assert given == {"prefix_cache": 8 * 10**6, "kv_bits": 8, "speculate": True, "slots": 2}
+    options = declared(LoadOptions, "prefix_cache", "kv_bits", "speculate", "custom_kernels", slots=4)
+    defaults = {"prefix_cache": None, "kv_bits": None, "speculate": False, "custom_kernels": True, "slots": 4}
+    assert run(options) == defaults
+    words = ("--prefix-cache", "8", "--kv-bits", "8", "--speculate", "--no-custom-kernels", "--slots", "2")
+    wanted = {"prefix_cache": 8 * 10**6, "kv_bits": 8, "speculate": True, "custom_kernels": False, "slots": 2}
+    assert run(options, *words) == wanted
     for words in (("--kv-bits", "4"), ("--slots", "0"), ("--prefix-cache", "-1")):
         with pytest.raises(click.BadParameter):
             run(options, *words)

@@ -87,6 +87,11 @@ def dtype_name(device: str | None, dtype: str | None) -> str:
     return name
 
 
+def custom_kernels(device: str | None) -> dict[str, str]:
+    """None that depend on a check: the Triton kernels are the way in which this backend computes on a GPU."""
+    return {}
+
+
 def prefill_chunk(device: str | None) -> int:
     """Tokens of one prefill step: enough for each decoded expert to serve many."""
     return GPU_CHUNK if pick_device(device).type == "cuda" else CPU_CHUNK

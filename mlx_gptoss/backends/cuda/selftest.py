@@ -10,7 +10,7 @@ heads, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,7 @@ class Kernels:
     specs: tuple[Spec | None, ...] = (MXFP4, AFFINE4, NVFP4, MXFP8, AFFINE8, AFFINE8_G32, FP8_ROW, None)
     masks: tuple[str, ...] = ()  # of fused_attention, which is none of this backend's
     packs_kv = False
+    has_custom_kernels = False  # that depend on a check
 
     def __init__(self, config: ModelConfig, device: str | None, dtype: str | None, kernels: bool | None = None) -> None:
         """kernels: as in load()."""
@@ -232,6 +233,10 @@ class Kernels:
         return found.tokens.tolist(), found.logprobs.tolist()
 
     @torch.inference_mode()
+    def custom_kernels(self) -> Iterator[tuple[str, float, float]]:
+        """None."""
+        return iter(())
+
     def launch_seconds(self, count: int) -> float:
         """Seconds of one of `count` small operations, each of which depends on the one before it."""
         x = torch.zeros(1024, device=self._device)

@@ -16,6 +16,7 @@ from ...weights.tensor import Weights
 from ..base import Limits, Read
 from . import command_buffers, wiring
 from .elementwise import UNCOMPILED, compiled
+from .kernels.choose import chooser, verdicts_of
 from .layers import takes_global_scale
 from .load import load_model
 from .model import GptOss
@@ -45,11 +46,14 @@ def load(
     check_process()
     gpu, streams = _on_gpu(device), CpuStreams()
     where = pick_device(device) if gpu else streams.make_default()
+    kind = DTYPES[dtype_name(device, dtype)]
+    # Ranks choose the same experts only if all of them compute alike.
+    with_kernels = limits.custom_kernels and shard is None
     try:
         with mx.stream(where):
             model = load_model(
                 checkpoint,
-                DTYPES[dtype_name(device, dtype)],
+                kind,
                 compiled() if gpu else UNCOMPILED,
                 max_scores(gpu=gpu),
                 limits.resident_vocab,
@@ -59,6 +63,7 @@ def load(
                 streams=streams,
                 adapters=adapters,
                 global_scales=takes_global_scale,
+                chooser=chooser(checkpoint.config, kind, limits.kv_bits, pick_device(device)) if with_kernels else None,
             )
             if not (gpu and mx.metal.is_available()):
                 return MlxRunner(model, limits, where, streams)
@@ -83,6 +88,12 @@ def dtype_name(device: str | None, dtype: str | None) -> str:
     if name not in DTYPES:
         raise InvalidRequest(f"dtype must be one of {', '.join(DTYPES)}, not {name!r}")
     return name
+
+
+def custom_kernels(device: str | None) -> dict[str, str]:
+    """As of Backend."""
+    where = pick_device(device)
+    return verdicts_of(where).all() if where.type == mx.gpu and mx.metal.is_available() else {}
 
 
 def prefill_chunk(device: str | None) -> int:

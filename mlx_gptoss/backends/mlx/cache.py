@@ -138,15 +138,20 @@ class FullCache:
 
     def update(self, kv: mx.array, span: Span) -> tuple[mx.array, mx.array] | QuantizedKV:
         """Store kv [2, B, K, L, 64] and return all keys and values so far, [B, K, end, 64] each."""
-        self._grow(span.end)
-        parts = pack(kv) if self._packed else (kv,)
-        self.arrays = [_write(a, p, span) for a, p in zip(self.arrays, parts, strict=True)]
+        self.write(kv, span)
         rows = _slot_index(span)
         # One indexing operation, because a separate [0] would copy.
         keys, values = ([array[i, rows, :, : span.end] for array in self.arrays] for i in (0, 1))
         if self._packed:
             return QuantizedKV((keys[0], keys[1], keys[2]), (values[0], values[1], values[2]))
         return keys[0], values[0]
+
+    def write(self, kv: mx.array, span: Span) -> list[mx.array]:
+        """Store kv [2, B, K, L, 64] and return the arrays of all slots."""
+        self._grow(span.end)
+        parts = pack(kv) if self._packed else (kv,)
+        self.arrays = [_write(a, p, span) for a, p in zip(self.arrays, parts, strict=True)]
+        return self.arrays
 
     @staticmethod
     def snapshot_places(start: int, end: int) -> int:
@@ -243,8 +248,13 @@ class RingCache:
         """Store kv [2, B, K, L, 64], one token per row, or up to 1 + slack of one slot, and return the ring's contents,
         [B, K, min(end, R), 64] each. Their order does not matter to softmax."""
         rows, filled = _slot_index(span), min(span.end, self._kv.shape[3])
-        self._kv = _write(self._kv, kv, span)
+        self.write(kv, span)
         return self._kv[0, rows, :, :filled], self._kv[1, rows, :, :filled]
+
+    def write(self, kv: mx.array, span: Span) -> list[mx.array]:
+        """Store kv [2, B, K, L, 64], as `update`, and return the array of all slots."""
+        self._kv = _write(self._kv, kv, span)
+        return [self._kv]
 
     def extend(self, kv: mx.array, span: Span) -> tuple[mx.array, mx.array]:
         """Store one slot's next L tokens, kv [2, 1, K, L, 64], and return keys and values after the W positions

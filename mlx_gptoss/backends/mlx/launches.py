@@ -26,6 +26,8 @@ from ...sampling import Sampling
 from ...weights.tensor import Weights
 from ..base import Limits, Row
 from .elementwise import compiled
+from .kernels.choose import Chooser, score_factor
+from .kernels.verdicts import Verdicts
 from .load import load_model
 from .runner import MlxRunner
 
@@ -57,21 +59,40 @@ print(json.dumps(counts[2] - counts[1]))
 """
 
 
-def launches_per_token(checkpoint: Weights, temperature: float = 0.0) -> int:
+class AllPassed(Verdicts):
+    """As if every check had passed; nothing is written."""
+
+    def __init__(self) -> None:
+        super().__init__(Path(), "")
+
+    def find(self, check: str) -> str:
+        return ""
+
+
+def launches_per_token(checkpoint: Weights, temperature: float = 0.0, *, custom_kernels: bool = False) -> int:
     """Launches of one decode step at batch 1. Loads the whole checkpoint. The number depends on its layers and on how
-    they are stored, not on their sizes."""
-    return launches_of(decode_step(checkpoint, [Sampling(temperature=temperature, seed=0)]))
+    they are stored, not on their sizes. custom_kernels: with all that the model can use."""
+    samplings = [Sampling(temperature=temperature, seed=0)]
+    return launches_of(decode_step(checkpoint, samplings, custom_kernels=custom_kernels))
 
 
 def decode_step(
-    checkpoint: Weights, samplings: Sequence[Sampling], *, unequal: bool = False, kv_bits: int | None = None
+    checkpoint: Weights,
+    samplings: Sequence[Sampling],
+    *,
+    unequal: bool = False,
+    kv_bits: int | None = None,
+    custom_kernels: bool = False,
 ) -> Counter[str]:
     """The primitives by name of one decode step with a row for each sampling, as on a GPU: bfloat16 activations,
-    compiled. Nothing is run. unequal: each row is one token longer than the one before it."""
+    compiled. Nothing is run. unequal: each row is one token longer than the one before it. custom_kernels: with all
+    that the model can use; each launch is a Depends."""
     cpu = mx.Device(mx.cpu)
     made: list[mx.array] = []
     with mx.stream(cpu), traced():
-        model = load_model(checkpoint, mx.bfloat16, compiled(), global_scales=lambda: True)
+        config = checkpoint.config
+        chooser = Chooser(config, mx.bfloat16, score_factor(config), kv_bits, AllPassed()) if custom_kernels else None
+        model = load_model(checkpoint, mx.bfloat16, compiled(), global_scales=lambda: True, chooser=chooser)
         runner = MlxRunner(model, Limits(len(samplings), 64, 64, kv_bits=kv_bits), cpu)
         lengths = [1 + slot * unequal for slot in range(len(samplings))]
         for slot, (sampling, length) in enumerate(zip(samplings, lengths, strict=True)):
@@ -118,12 +139,13 @@ def primitives(arrays: Sequence[mx.array]) -> Counter[str]:
 
 @contextmanager
 def traced() -> Iterator[None]:
-    """Within it, mx.fast's operations and mx.dequantize build one primitive each, of the right shape and no use, and a
-    global scale is left out, which MLX refuses on a CPU."""
-    places: dict[tuple[Any, str], Callable[..., mx.array]] = {
+    """Within it, operations of mx.fast, custom kernels and mx.dequantize build one primitive each, of the right shape
+    and no use, and a global scale is left out, which MLX refuses on a CPU."""
+    places: dict[tuple[Any, str], Callable[..., Any]] = {
         (mx.fast, "rms_norm"): _like,
         (mx.fast, "rope"): _like,
         (mx.fast, "scaled_dot_product_attention"): _like,
+        (mx.fast, "metal_kernel"): lambda **_: _outputs,
         (mx, "dequantize"): _decoded,
         (mx, "gather_qmm"): partial(_without_global_scale, mx.gather_qmm),
     }
@@ -142,6 +164,16 @@ def _like(x: mx.array, *others: Any, **options: Any) -> mx.array:
     depends = [a for a in (*others, *options.values()) if isinstance(a, mx.array)]
     like: mx.array = mx.depends([x], depends or [mx.array(0)])[0]
     return like
+
+
+def _outputs(
+    *, inputs: list[mx.array], output_shapes: list[tuple[int, ...]], output_dtypes: list[mx.Dtype], **_: Any
+) -> list[mx.array]:
+    """As a custom kernel's outputs: one primitive that depends on all inputs."""
+    outputs = [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+    mx.eval(outputs)
+    found: list[mx.array] = mx.depends(outputs, inputs)
+    return found
 
 
 def _without_global_scale(

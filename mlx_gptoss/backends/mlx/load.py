@@ -35,6 +35,8 @@ from ..rope import yarn_frequencies
 from . import host
 from .adapters import LowRank
 from .elementwise import Elementwise
+from .kernels.choose import PLAIN, Chooser, score_factor
+from .kernels.experts import ExpertLayer
 from .layers import (
     MODES,
     DenseMatrix,
@@ -70,12 +72,14 @@ def load_model(
     streams: CpuStreams | None = None,
     adapters: Sequence[Adapter] = (),
     global_scales: Callable[[], bool] = lambda: False,
+    chooser: Chooser | None = None,
 ) -> GptOss:
     """Load the whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight.
 
     elementwise, max_scores: as in model.py. resident_vocab, upcast: as in Limits. on_cpu: split large matrices over
     one of the `streams` per core. ranks: the ranks that share the model, if the checkpoint is one rank's part of it.
-    adapters: as of Backend.load. global_scales: whether MLX takes them (takes_global_scale)."""
+    adapters: as of Backend.load. global_scales: whether MLX takes them (takes_global_scale). chooser: of custom
+    kernels, for a model that is not shared."""
     config = checkpoint.config
     ranks = ranks or Ranks(RankShard.of(config, 0, 1), None)
     loader = _WeightLoader(
@@ -90,6 +94,7 @@ def load_model(
         adapters,
         global_scales,
     )
+    assert chooser is None or ranks.alone
     # The two largest weights come first, while there is memory for a weight and its copy.
     if resident_vocab is None:
         embed: Matrix | MappedRows = loader.matrix("embed.weight")
@@ -99,8 +104,8 @@ def load_model(
         lm_head, rest = _split_lm_head(checkpoint.read("lm_head.weight"), resident_vocab, loader.fuse)
         checkpoint.release()
     frequencies = mx.array((1.0 / yarn_frequencies(config.yarn, config.head_dim)).astype(np.float32))
-    rotary = Rotary(frequencies, config.head_dim**-0.5 * config.yarn.concentration**2)
-    blocks = tuple(_block(loader, config, layer, rotary) for layer in range(config.num_hidden_layers))
+    rotary = Rotary(frequencies, score_factor(config))
+    blocks = tuple(_block(loader, config, layer, rotary, chooser) for layer in range(config.num_hidden_layers))
     mask_heads = 1 if on_cpu else config.num_attention_heads
     norm = loader.vector("norm.weight")
     return GptOss(config, dtype, embed, blocks, norm, lm_head, rest, mask_heads, elementwise, loader.ranks)
@@ -118,34 +123,44 @@ def _split_lm_head(
     return Linear((first,)), lambda: Linear((to_device([weight[resident:size]]),))
 
 
-def _block(loader: _WeightLoader, config: ModelConfig, layer: int, rotary: Rotary) -> Block:
+def _block(loader: _WeightLoader, config: ModelConfig, layer: int, rotary: Rotary, chooser: Chooser | None) -> Block:
     prefix = f"layers.{layer}"
+    out = loader.linear([f"{prefix}.attention.o"])
+    gate_up = loader.experts([f"{prefix}.experts.gate", f"{prefix}.experts.up"])
+    down = loader.experts([f"{prefix}.experts.down"])
+    wide = any(m.scales.dtype == mx.float32 for m in gate_up.matrices + down.matrices if isinstance(m, QuantizedMatrix))
+    bias = loader.vectors([f"{prefix}.experts.{part}.bias" for part in ("gate", "up", "down")], wide=wide)
+    kernels = PLAIN
+    if chooser is not None:
+        readable = ExpertLayer.of(gate_up, down, bias, config.swiglu_limit, config.swiglu_alpha)
+        # A dense output projection adds to the residual itself.
+        norm_apart = not all(isinstance(matrix, DenseMatrix) for matrix in out.matrices)
+        kernels = chooser.layer(layer, None if loader.adapted else readable, norm_apart=norm_apart)
     attention = Attention(
         config,
         qkv=loader.linear([f"{prefix}.attention.{part}" for part in "qkv"]),
-        out=loader.linear([f"{prefix}.attention.o"]),
+        out=out,
         sinks=loader.vector(f"{prefix}.attention.sinks"),
         rotary=rotary,
         ranks=loader.ranks,
         attend=loader.attend,
         max_scores=loader.max_scores,
         packed_by_row=not loader.on_cpu,
+        kernels=kernels,
         qkv_adapters=loader.low_rank([f"{prefix}.attention.{part}" for part in "qkv"]),
         out_adapters=loader.low_rank([f"{prefix}.attention.o"]),
     )
-    gate_up = loader.experts([f"{prefix}.experts.gate", f"{prefix}.experts.up"])
-    down = loader.experts([f"{prefix}.experts.down"])
-    wide = any(m.scales.dtype == mx.float32 for m in gate_up.matrices + down.matrices if isinstance(m, QuantizedMatrix))
     mlp = MixtureOfExperts(
         config,
         router=loader.linear([f"{prefix}.router"]),
         gate_up=gate_up,
         down=down,
-        bias=loader.vectors([f"{prefix}.experts.{part}.bias" for part in ("gate", "up", "down")], wide=wide),
+        bias=bias,
         own=loader.ranks.shard.of_experts(config.experts[layer]),
         elementwise=loader.elementwise,
         ranks=loader.ranks,
         min_pairs_to_sort=loader.min_pairs_to_sort(config.experts[layer]),
+        kernels=kernels,
         router_adapters=loader.low_rank([f"{prefix}.router"]),
         gate_up_adapters=loader.low_rank([f"{prefix}.experts.gate", f"{prefix}.experts.up"]),
         down_adapters=loader.low_rank([f"{prefix}.experts.down"]),
@@ -188,6 +203,11 @@ class _WeightLoader:
         self.max_scores = None if self._by_host else max_scores
         self._checkpoint = checkpoint
         self._dtype = dtype
+
+    @property
+    def adapted(self) -> bool:
+        """Whether there are adapters."""
+        return bool(self._adapters)
 
     def min_pairs_to_sort(self, experts: int) -> int:
         """As of MixtureOfExperts, for a layer with so many experts on all ranks."""

@@ -16,6 +16,7 @@ from ...config import ModelConfig
 from .adapters import LowRank, add_experts, add_linear
 from .cache import Cache, FullCache, LayerCache, RingCache, Span
 from .elementwise import Elementwise, by_expert
+from .kernels.choose import PLAIN, LayerKernels
 from .layers import Attend, ExpertLinear, Linear, MappedRows, Matrix, query_blocks
 from .quantized_kv import QuantizedKV
 from .ranks import Ranks
@@ -46,7 +47,7 @@ class Attention:
 
     attend: layers.fused, or a function that replaces it. max_scores: maximum attention scores, H * queries * keys,
     that a full-attention layer computes at once; None if `attend` itself bounds them. packed_by_row: an 8-bit cache is
-    read by products of one row (QuantizedKV.weighted), and decoded first for several tokens.
+    read by products of one row (QuantizedKV.weighted), and decoded first for several tokens. kernels: the custom ones.
     qkv_adapters, out_adapters: what each adapter adds to qkv and out.
     """
 
@@ -59,40 +60,71 @@ class Attention:
     attend: Attend
     max_scores: int | None
     packed_by_row: bool = False
+    kernels: LayerKernels = PLAIN
     qkv_adapters: tuple[LowRank | None, ...] = ()
     out_adapters: tuple[LowRank | None, ...] = ()
 
     def __call__(self, x: mx.array, base: mx.array, cache: LayerCache, span: Span) -> mx.array:
         """x [B, L, D], and the residual plus out.bias, [B, L, D] -> residual + attention of x, [B, L, D]"""
+        heads = self._heads(x, cache, span)
+        if self.ranks.alone:
+            return add_linear(self.out.plus(base, heads), heads, self.out_adapters, span)
+        return base + self._product(heads, span)
+
+    def with_norm(
+        self, x: mx.array, base: mx.array, cache: LayerCache, span: Span, weight: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """As __call__, and the RMSNorm of that by weight [D], with the custom kernel add_norm."""
+        assert self.kernels.add_norm is not None
+        return self.kernels.add_norm(self._product(self._heads(x, cache, span), span), base, weight)
+
+    def _product(self, heads: mx.array, span: Span) -> mx.array:
+        """heads [B, L, H * 64] -> all ranks' output projection without its bias, [B, L, D]"""
+        return self.ranks.sum(add_linear(self.out.plus(None, heads), heads, self.out_adapters, span))
+
+    def _heads(self, x: mx.array, cache: LayerCache, span: Span) -> mx.array:
+        """x [B, L, D] -> attention of x, [B, L, H * 64]"""
         B, L, _ = x.shape
-        q, kv = self._rotated(add_linear(self.qkv(x), x, self.qkv_adapters, span), span)
+        x = add_linear(self.qkv(x), x, self.qkv_adapters, span)
+        if L == 1 and self.kernels.attend is not None and not span.saves_inside:
+            vectors = self._rotated_token(x, span)
+            cached, window = cache.write(self._split(vectors)[1], span), getattr(cache, "window", None)
+            y = self.kernels.attend(vectors, cached, span.rows, span.offsets, window, self.sinks, span.end)
+            return y.reshape(B, 1, self.config.q_size)
+        q, kv = self._rotated(x, span)
         if isinstance(cache, RingCache) and (1 + cache.slack < L or span.saves_inside):
             y = self._sliding(q, *cache.extend(kv, span), past=min(span.starts[0], cache.window))
         else:
             mask = span.seen if isinstance(cache, FullCache) else span.rings[cache.window].seen
-            cached = cache.update(kv, span)
-            if isinstance(cached, QuantizedKV):
-                y = self._attend_quantized(q, cached, mask)
+            found = cache.update(kv, span)
+            if isinstance(found, QuantizedKV):
+                y = self._attend_quantized(q, found, mask)
             elif isinstance(cache, FullCache) and L > 1:
-                y = self._causal(q, *cached)
+                y = self._causal(q, *found)
             else:
-                y = self._attend(q, *cached, mask)
-        heads = (y if L == 1 else y.swapaxes(1, 2)).reshape(B, L, self.config.q_size)
-        if self.ranks.alone:
-            return add_linear(self.out.plus(base, heads), heads, self.out_adapters, span)
-        return base + self.ranks.sum(add_linear(self.out.plus(None, heads), heads, self.out_adapters, span))
+                y = self._attend(q, *found, mask)
+        return (y if L == 1 else y.swapaxes(1, 2)).reshape(B, L, self.config.q_size)
 
     def _rotated(self, x: mx.array, span: Span) -> tuple[mx.array, mx.array]:
         """x [B, L, (H + 2 K) * 64] -> queries [B, H, L, 64]; keys and values [2, B, K, L, 64]"""
         B, L, _ = x.shape
         H, K, dim = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
-        if L == 1:  # all heads in one launch; values are rotated by 0
-            x = self.rotary(x.reshape(-1, 1, 1, dim), span.rotations).reshape(B, H + 2 * K, 1, dim)
-            q, kv = mx.split(x, [H], axis=1)
-            return q, kv.reshape(2, 1, K, 1, dim) if B == 1 else kv.reshape(B, 2, K, 1, dim).swapaxes(0, 1)
+        if L == 1:
+            return self._split(self._rotated_token(x, span))
         x = x.reshape(B, L, H + 2 * K, dim).swapaxes(1, 2)  # [B, H + 2 K, L, 64]
         qk = self.rotary(x[:, : H + K], span.offsets)
         return qk[:, :H], mx.stack([qk[:, H:], x[:, H + K :]])
+
+    def _rotated_token(self, x: mx.array, span: Span) -> mx.array:
+        """x [B, 1, (H + 2 K) * 64] -> queries, keys and, by 0, values rotated in one launch, [B, H + 2 K, 1, 64]"""
+        dim = self.config.head_dim
+        return self.rotary(x.reshape(-1, 1, 1, dim), span.rotations).reshape(len(x), -1, 1, dim)
+
+    def _split(self, vectors: mx.array) -> tuple[mx.array, mx.array]:
+        """As _rotated, of what _rotated_token returns."""
+        (B, _, _, dim), K = vectors.shape, self.config.num_key_value_heads
+        q, kv = mx.split(vectors, [self.config.num_attention_heads], axis=1)
+        return q, kv.reshape(2, 1, K, 1, dim) if B == 1 else kv.reshape(B, 2, K, 1, dim).swapaxes(0, 1)
 
     def _sliding(self, q: mx.array, keys: mx.array, values: mx.array, past: int) -> mx.array:
         """Sliding attention of one slot's L new queries over W past and L new keys, of which `past` past ones exist.
@@ -171,8 +203,8 @@ class MixtureOfExperts:
     """router: D -> E; gate_up: D -> 2 I per expert, gate rows first; down: I -> D per expert.
     bias [E, 2 I + D]: of both, so that those of a token's experts are fetched at once; float32 if the products are.
     own: the router's numbers of this rank's experts, which are those held here. min_pairs_to_sort: token-expert pairs
-    from which sorting them by expert is faster. router_adapters, gate_up_adapters, down_adapters: what each adapter
-    adds to them."""
+    from which sorting them by expert is faster. kernels: the custom ones. router_adapters, gate_up_adapters,
+    down_adapters: what each adapter adds to them."""
 
     config: ModelConfig
     router: Linear
@@ -183,6 +215,7 @@ class MixtureOfExperts:
     elementwise: Elementwise
     ranks: Ranks
     min_pairs_to_sort: int
+    kernels: LayerKernels = PLAIN
     router_adapters: tuple[LowRank | None, ...] = ()
     gate_up_adapters: tuple[LowRank | None, ...] = ()
     down_adapters: tuple[LowRank | None, ...] = ()
@@ -194,8 +227,11 @@ class MixtureOfExperts:
         one, [B, L, D] each"""
         shape, D = x.shape, x.shape[-1]
         x, residual = x.reshape(-1, D), residual.reshape(-1, 1, 1, D)
+        few = len(x) * (active := self.config.num_experts_per_tok) < self.min_pairs_to_sort
+        if few and self.kernels.experts is not None:
+            y, base = self.kernels.mix(x, residual.reshape(-1, D), self.router(x), active, next_bias)
+            return y.reshape(shape), None if base is None else base.reshape(shape)
         chosen, logits = self._route(x, span)  # [T, A] each
-        few = chosen.size < self.min_pairs_to_sort
         if few and self.ranks.alone:
             outputs, bias = self._unsorted(x, chosen, span)
             y, base = self.elementwise.combine_chosen(residual, outputs, bias, logits, next_bias)
@@ -268,18 +304,27 @@ class Block:
     mlp_norm: mx.array
     mlp: MixtureOfExperts
 
-    def attend(self, x: mx.array, base: mx.array | None, cache: LayerCache, span: Span, last: int) -> mx.array:
+    def attend(
+        self, x: mx.array, base: mx.array | None, cache: LayerCache, span: Span, last: int
+    ) -> tuple[mx.array, mx.array | None]:
         """x [B, L, D], and x plus the bias of the output projection unless it is not yet computed -> [B, last, D], of
-        the last positions"""
+        the last positions; and its norm, if a custom kernel has it"""
         normed = mx.fast.rms_norm(x, self.attention_norm, self.config.rms_norm_eps)
         if base is None:
             base = x if self.attention.out.bias is None else x + self.attention.out.bias
+        if span.length == 1 and self.attention.kernels.add_norm is not None:
+            return self.attention.with_norm(normed, base, cache, span, self.mlp_norm)
         y = self.attention(normed, base, cache, span)
-        return y if last == span.length else y[:, -last:]
+        return y if last == span.length else y[:, -last:], None
 
-    def mix(self, x: mx.array, span: Span, next_bias: mx.array | None) -> tuple[mx.array, mx.array | None]:
-        """x [B, L, D] -> the same shape, through the experts; and the same plus next_bias"""
-        return self.mlp(mx.fast.rms_norm(x, self.mlp_norm, self.config.rms_norm_eps), x, span, next_bias)
+    def mix(
+        self, x: mx.array, normed: mx.array | None, span: Span, next_bias: mx.array | None
+    ) -> tuple[mx.array, mx.array | None]:
+        """x [B, L, D], and its norm unless it is not yet computed -> the same shape, through the experts; and the same
+        plus next_bias"""
+        if normed is None:
+            normed = mx.fast.rms_norm(x, self.mlp_norm, self.config.rms_norm_eps)
+        return self.mlp(normed, x, span, next_bias)
 
 
 @dataclass(frozen=True)
@@ -306,17 +351,18 @@ class GptOss:
     def run(self, stages: range, x: mx.array, cache: Cache, span: Span, last: int) -> mx.array:
         """x [B, L, D] through consecutive stages: stage 2 n is the attention of layer n, stage 2 n + 1 its experts.
         Returns [B, L, D], or [B, last, D] after the last layer."""
-        # When decoding, x plus the bias of the next attention's output projection. A chunk of several tokens may be
-        # computed in stages, and what is handed from one to the next is x.
-        base = None
+        # When decoding, x plus the bias of the next attention's output projection, and the norm of x. A chunk
+        # of several tokens may be computed in stages, and what is handed from one to the next is x.
+        base = normed = None
         decodes = span.length == 1
         for stage in stages:
             block, layer_cache = self.blocks[stage // 2], cache.layers[stage // 2]
             if stage % 2:
                 following = self.blocks[stage // 2 + 1].attention.out if decodes and stage + 1 in stages else None
-                x, base = block.mix(x, span, None if following is None else following.bias)
+                x, base = block.mix(x, normed, span, None if following is None else following.bias)
+                normed = None
             else:
-                x = block.attend(x, base, layer_cache, span, last if block is self.blocks[-1] else span.length)
+                x, normed = block.attend(x, base, layer_cache, span, last if block is self.blocks[-1] else span.length)
         return x
 
     def logits(self, x: mx.array) -> mx.array:

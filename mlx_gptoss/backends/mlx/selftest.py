@@ -10,7 +10,7 @@ heads, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -38,6 +38,7 @@ from . import DTYPES, dtype_name, max_scores, pick_device
 from .cache import FullCache, RingCache, Span
 from .command_buffers import BufferLimits, current_setting, describe, layers_for, limits_in_force
 from .elementwise import UNCOMPILED, compiled
+from .kernels.selftest import checked_cases
 from .layers import Linear, fused
 from .load import MIN_PAIRS_TO_SORT, _WeightLoader
 from .model import Attention, MixtureOfExperts, Rotary
@@ -72,7 +73,8 @@ class Kernels:
 
     dtype: of the activations. specs: what matrices may be stored as; None is bfloat16. ways: through the experts, each
     with the most rows that it is given; None is any number. counts_memory: whether peak_memory() sees what a step
-    allocates. packs_kv: whether a cache may be in 8 bits.
+    allocates. packs_kv: whether a cache may be in 8 bits. has_custom_kernels: whether load() checks some
+    here.
     """
 
     specs: tuple[Spec | None, ...] = SPECS
@@ -90,6 +92,7 @@ class Kernels:
         most = None if self.on_gpu else (MIN_PAIRS_TO_SORT - 1) // config.num_experts_per_tok
         self.ways: dict[str, int | None] = {"unsorted": most, "sorted": None}
         self._dtype = DTYPES[self.dtype]
+        self.has_custom_kernels = self.on_gpu and mx.metal.is_available()
         self._streams = CpuStreams()
         self._device = where
         self._where = where if self.on_gpu else self._streams.make_default()
@@ -233,6 +236,11 @@ class Kernels:
             ]
             found = sample_tokens(mx.array(logits), samplings, states, positions, masks, self._elementwise).on_host()
             return found.tokens.tolist(), found.logprobs.tolist()
+
+    def custom_kernels(self) -> Iterator[tuple[str, float, float]]:
+        """Every custom kernel at the sizes of gpt-oss against its twin: case, error and limit. Empty where there are
+        none. load() remembers what is found."""
+        return checked_cases(self.config, self._dtype, self._device)
 
     def launch_seconds(self, count: int) -> float:
         """Seconds of one of `count` small operations, each of which depends on the one before it."""
