@@ -152,7 +152,8 @@ def test_the_plan_counts_derived_biases(mini, name):
     plan = memory_plan(checkpoint, find_backend("mlx")[0], device="cpu", max_context=64)
     weights = {param: checkpoint.read(param.name) for param in checkpoint.params}
     size = sum(weight.nbytes for weight in weights.values())
-    wide = {param: w for param, w in weights.items() if isinstance(w, Quantized) and w.scale.dtype == np.float16}
+    scaled = {p: w for p, w in weights.items() if isinstance(w, Quantized) and w.spec.scale == "float"}
+    wide = {param: weight for param, weight in scaled.items() if weight.scale.dtype == np.float16}
     size += sum(weight.scale.nbytes + weight.bias.nbytes for weight in wide.values())
     if any(param.role == "experts" for param in wide):
         size += sum(2 * param.size for param in weights if param.role == "experts" and not param.is_matrix)
