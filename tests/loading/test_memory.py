@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from mlx_gptoss.backends import find_backend
@@ -14,6 +15,7 @@ from mlx_gptoss.loading.plan import memory_plan, open_checkpoint
 from mlx_gptoss.machine import system_available
 from mlx_gptoss.weights.formats import WRITERS
 from mlx_gptoss.weights.params import parameters
+from mlx_gptoss.weights.tensor import Quantized
 
 GB, GIB = 10**9, 1 << 30
 
@@ -158,10 +160,18 @@ def test_available_memory_is_plausible():
     "name", ["mxfp4", "fp8-dynamic", "int4-autoround", "mlx-4bit", "nvfp4", "gguf/model-q8_0.gguf"]
 )
 def test_the_plan_counts_derived_biases(mini, name):
-    """Biases that are not in the file but computed while loading."""
+    """Biases that are not in the file but computed while loading, and what float32 takes more than float16 scales; the
+    biases of such experts are float32 as well."""
     checkpoint = open_checkpoint(mini / name)
     plan = memory_plan(checkpoint, find_backend("mlx")[0], device="cpu", max_context=64)
-    read = sum(checkpoint.read(param.name).nbytes for param in checkpoint.params)
-    assert plan.weights_bytes == pytest.approx(read, rel=1e-4)
+    weights = {param: checkpoint.read(param.name) for param in checkpoint.params}
+    size = sum(weight.nbytes for weight in weights.values())
+    scaled = {p: w for p, w in weights.items() if isinstance(w, Quantized) and w.spec.scale == "float"}
+    wide = {param: weight for param, weight in scaled.items() if weight.scale.dtype == np.float16}
+    size += sum(weight.scale.nbytes + weight.bias.nbytes for weight in wide.values())
+    if any(param.role == "experts" for param in wide):
+        size += sum(2 * param.size for param in weights if param.role == "experts" and not param.is_matrix)
+    assert (name in ("int4-autoround", "gguf/model-q8_0.gguf")) == bool(wide)
+    assert plan.weights_bytes == pytest.approx(size, rel=1e-4)
     has_derived = name in ("int4-autoround", "gguf/model-q8_0.gguf")
     assert (plan.weights_bytes > checkpoint.size_bytes * 1.005) == has_derived
