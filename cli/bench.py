@@ -26,6 +26,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from mlx_gptoss.config import ModelConfig
     from mlx_gptoss.measure.benchmark import Report, Target
     from mlx_gptoss.measure.timing import Case, TimedEngine
     from mlx_gptoss.weights.checkpoint import CheckpointLike
@@ -54,6 +55,13 @@ AGAINST = ["mlx-lm", "transformers", "mlx", "cuda"]
 @click.option("--against-dtype", metavar="NAME", help="Data type for --against. Default: its own.")
 @options(DEVICE_OPTIONS, declared(LoadOptions, "quantize"), (ADAPTER_OPTION,))
 @click.option("--plot", type=Path, metavar="FILE.png", help="Plot speed by context and by batch.")
+@click.option(
+    "--report",
+    "report_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.json",
+    help="Write a report that you can send, and a plot beside it: no names, paths or addresses are in it.",
+)
 @options((PLOT_STYLE_OPTION,))
 @options((JSON_OPTION,))
 def bench(
@@ -65,6 +73,7 @@ def bench(
     repeat: int,
     plot: Path | None,
     plot_style: str,
+    report_path: Path | None,
     as_json: bool,
     **choices: Any,
 ) -> None:
@@ -91,11 +100,17 @@ def bench(
         from mlx_gptoss.measure.plot import check_plot
 
         check_plot(plot)
+    if report_path:
+        from mlx_gptoss.measure.report import check_report
+
+        check_report(report_path)
     from mlx_gptoss.measure.timing import Case
 
     cases = [Case(b, prompt, c, generate) for b in sorted(set(batch)) for c in sorted(set(context or (prompt,)))]
     with _progress_log() as log:
-        report = _bench(cases, repeat, log, **choices)
+        report, config = _bench(cases, repeat, log, **choices)
+    if report_path:
+        _write_report(report_path, report, config, plot_style, **choices)
     if as_json:
         click.echo(json.dumps(_json(report)))
     else:
@@ -106,7 +121,21 @@ def bench(
         plot_speeds(report.results, plot, plot_style)
 
 
-def _bench(cases: list[Case], repeat: int, log: Callable[[str], None], **choices: Any) -> Report:
+def _write_report(path: Path, report: Report, config: ModelConfig, style: str, **choices: Any) -> None:
+    from mlx_gptoss.measure import facts
+    from mlx_gptoss.measure.report import write_report
+    from mlx_gptoss.measure.selftest import plan
+
+    chosen = plan(report.results[0].backend, choices["device"], choices["dtype"])
+    try:
+        write_report(path, report, config, facts.facts(chosen.machine), style)
+    finally:
+        chosen.close()
+    click.echo(f"{path} and {path.with_suffix('.png')} have the report", err=True)
+
+
+def _bench(cases: list[Case], repeat: int, log: Callable[[str], None], **choices: Any) -> tuple[Report, ModelConfig]:
+    """The report, and the config of the model."""
     from mlx_gptoss.backends import BACKENDS
     from mlx_gptoss.loading.plan import LoadRequest
     from mlx_gptoss.measure.benchmark import BenchModel, Target, bench, load
@@ -135,7 +164,9 @@ def _bench(cases: list[Case], repeat: int, log: Callable[[str], None], **choices
             weights = Requantized(source, quantize)
             format_name = quantize if quantize in WRITERS else f"{source.format}, {quantize}"
             model = BenchModel(weights, weights.size_bytes, format_name, request)
-        target = Target.find(choices["backend"], choices["device"], choices["dtype"])
+        context = max(case.length(repeat) for case in cases)
+        single = None if launch is not None else model
+        target = Target.find(choices["backend"], choices["device"], choices["dtype"], single, context)
         others: list[TimedEngine] = []
         if against in BACKENDS:
             other = Target.find(against, choices["device"], choices["against_dtype"] or target.dtype)
@@ -146,7 +177,8 @@ def _bench(cases: list[Case], repeat: int, log: Callable[[str], None], **choices
             log(f"starting {against}")
             others.append(stack.enter_context(_peer(against, folder, source.format, target, choices["against_dtype"])))
         must_agree = against is not None and against != "mlx-lm"  # mlx-lm rounds YaRN's correction range
-        return bench(model, cases, target, repeat=repeat, others=others, must_agree=must_agree, log=log)
+        found = bench(model, cases, target, repeat=repeat, others=others, must_agree=must_agree, log=log)
+        return found, source.config
 
 
 def _source(stack: ExitStack, log: Callable[[str], None], **choices: Any) -> tuple[CheckpointLike, Path | None]:
@@ -192,10 +224,35 @@ def _progress_log() -> Iterator[Callable[[str], None]]:
 
 
 def _json(report: Report) -> dict[str, Any]:
-    results = [{k: v for k, v in asdict(result).items() if k != "ratio" or v} for result in report.results]
+    optional = ("ratio", "adapter")
+    results = [{k: v for k, v in asdict(result).items() if k not in optional or v} for result in report.results]
     found: dict[str, Any] = {"results": results, "agreement": [asdict(agreement) for agreement in report.agreements]}
     found |= {"launches_per_token": report.launches} if report.launches else {}
+    found |= {"command_buffers_per_token": report.command_buffers} if report.command_buffers else {}
+    found |= {"published_bandwidth": asdict(report.chip)} if report.chip else {}
     return found | ({"ratio": report.ratio} if report.ratio else {})
+
+
+def _per_token(report: Report) -> list[str]:
+    """What a decoded token costs, case by case, and what it would cost on an Apple GPU."""
+    ours = [result for result in report.results if result.bytes_per_token]
+    lines = []
+    for r in ours:
+        costs = [f"{r.bytes_per_token / 1e6:.1f} MB read" if r.bytes_per_token else ""]
+        if r.host_ms_per_step is not None:
+            costs.append(f"{r.host_ms_per_step / r.batch:.2f} ms of host time")
+        if report.chip and r.published_bound_tok_s:
+            speed = f"{r.decode_tok_s / r.published_bound_tok_s:.1%} of {r.published_bound_tok_s:.0f} tok/s"
+            costs.append(f"{speed}, the bound of {report.chip.gb_s:g} GB/s")
+        lines.append(f"A token, batch {r.batch}, context {r.context}: {', '.join(filter(None, costs))}")
+    if report.chip:
+        lines.append(f"{report.chip.chip}: {report.chip.gb_s:g} GB/s ({report.chip.source})")
+    if report.launches:
+        lines.append(f"Launches a token: {', '.join(f'{name} {n}' for name, n in report.launches.items())}")
+    if report.command_buffers:
+        counts = ", ".join(f"{n} by {whose}" for whose, n in report.command_buffers.items())
+        lines.append(f"Command buffers a token on an Apple GPU, estimated: {counts}")
+    return lines
 
 
 def _print(report: Report) -> None:
@@ -208,8 +265,9 @@ def _print(report: Report) -> None:
 
     console = new_console(highlight=False, width=None if sys.stdout.isatty() else 140)
     first = report.results[0]
+    adapter = f", adapter {first.adapter}" if first.adapter else ""
     console.print(
-        f"[bold]{escape(first.device)}[/bold], backend {first.backend}, {first.format}; "
+        f"[bold]{escape(first.device)}[/bold], backend {first.backend}, {first.format}{escape(adapter)}; "
         f"copy bandwidth {first.bandwidth_gb_s or 0:.0f} GB/s, reads and writes counted"
     )
     for found in report.agreements:
@@ -232,7 +290,7 @@ def _print(report: Report) -> None:
             f"{r.load_s:.1f} s",
         )  # fmt: skip
     console.print(table)
-    if report.launches:
-        console.print(f"Launches a token: {', '.join(f'{name} {n}' for name, n in report.launches.items())}")
+    for line in _per_token(report):
+        console.print(escape(line))
     if report.ratio:
         console.print(f"Ours over theirs: prefill {report.ratio['prefill']:.2f}, decode {report.ratio['decode']:.2f}")

@@ -79,6 +79,7 @@ def eval(
         max_tokens=max_tokens,
         kv_bits=kv_bits,
         adapter=next(iter(adapters.values())) if adapters else None,
+        adapter_name=next(iter(adapters)) if adapters else None,
         **where,
     )
     if as_json:
@@ -129,7 +130,7 @@ def _report(result: Evaluation, divergence: Divergence | None) -> dict[str, Any]
         "size_bytes": result.size_bytes,
         "bits_per_weight": result.bits_per_weight,
         "context": result.context,
-    }
+    } | ({"adapter": result.adapter} if result.adapter else {})
     if divergence is not None:
         report |= {
             "kl_mean": divergence.kl_mean,
@@ -162,7 +163,7 @@ def _print(results: tuple[Evaluation, ...]) -> None:
         table.add_column(column, justify="right")
     for result in (*(divergence.reference for divergence in first.against), *results):
         numbers = (gigabytes(result.size_bytes), f"{result.bits_per_weight:.2f}", f"{result.perplexity:.4f}")
-        table.add_row(escape(result.model), result.format, *numbers)
+        table.add_row(escape(result.label), result.format, *numbers)
     console.print(table)
     for index, divergence in enumerate(first.against):
         reference = divergence.reference
@@ -183,5 +184,5 @@ def _divergences(results: tuple[Evaluation, ...], index: int) -> Any:
     for result in results:
         kl = result.against[index]
         numbers = [f"{value:.3g}" for value in (kl.kl_mean, kl.kl_median, kl.kl_p99, kl.kl_max)]
-        table.add_row(escape(result.model), result.format, *numbers, f"{kl.top1_agreement:.2%}")
+        table.add_row(escape(result.label), result.format, *numbers, f"{kl.top1_agreement:.2%}")
     return table

@@ -146,12 +146,30 @@ def _print_facts(known: dict[str, Any]) -> None:
         ("device", f"{known['backend']} on {name} in {known['dtype']}"),
         ("versions", ", ".join([f"Python {known['python']}", *(f"{key} {value}" for key, value in packages.items())])),
         ("limits", f"{'any number of' if limit is None else limit} open files"),
+        *_mac_rows(known),
         ("hub cache", f"{known['hub_cache']['path']}, {gigabytes(known['hub_cache']['free_bytes'])} free"),
     ]
     rows += [("", f"{name}={value}") for name, value in known["variables"].items()]
     for label, text in rows:
         click.echo(f"{label:10}{text}")
     click.echo()
+
+
+def _mac_rows(known: dict[str, Any]) -> list[tuple[str, str]]:
+    """What matters on a Mac alone; nothing elsewhere."""
+    rows = []
+    if (buffers := known["device"].get("command_buffers")) is not None:
+        limits = f"up to {buffers['ops']} launches and {buffers['mb']} MB, {buffers['least_a_token']} or more a token"
+        rows.append(("buffers", f"{limits}, set by {buffers['set_by']} ({buffers['why']})"))
+    if "matrix_kernels" in known:
+        lacking = ", ".join(name for name, there in known["matrix_kernels"].items() if not there)
+        tag = known["wheels"].get("mlx-metal", "no wheel")
+        rows.append(
+            ("matrix", f"{tag}; " + (f"matrix units not used: lacking {lacking}" if lacking else "matrix units used"))
+        )
+    if known.get("iogpu.wired_limit_mb") is not None:
+        rows.append(("wired", f"iogpu.wired_limit_mb={known['iogpu.wired_limit_mb']} (0 is macOS's own)"))
+    return rows
 
 
 def _print_summary(results: list[Result], advice: list[Finding], seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""mlx-gptoss show: what a checkpoint is, and whether it fits here."""
+"""mlx-gptoss show: what a checkpoint or a LoRA adapter is, and whether it fits here."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ import click
 
 from mlx_gptoss.options import LoadOptions
 
-from .options import DEVICE_OPTIONS, JSON_OPTION, MODEL_VARIABLE, ModelArgument, ModelName, declared, options
+from .options import (
+    ADAPTER_OPTION,
+    DEVICE_OPTIONS,
+    JSON_OPTION,
+    MODEL_VARIABLE,
+    ModelArgument,
+    ModelName,
+    declared,
+    options,
+)
+from .show_adapter import adapter_report, print_adapter, show_alone, value_bytes
 
 if TYPE_CHECKING:
     from mlx_gptoss.loading.memory import MemoryPlan
@@ -24,19 +34,23 @@ if TYPE_CHECKING:
 @click.option(
     "--context", type=click.IntRange(min=1), metavar="N", help="Plan for N tokens. Default: the model's maximum."
 )
-@options(DEVICE_OPTIONS, declared(LoadOptions, "kv_bits"))
+@options(DEVICE_OPTIONS, declared(LoadOptions, "kv_bits"), (ADAPTER_OPTION,))
 @click.option("--ranks", type=click.IntRange(min=2), metavar="N", help="Also show what each of N ranks would hold.")
 @options((JSON_OPTION,))
 def show(
     model: str | None,
     context: int | None,
     ranks: int | None,
+    adapters: dict[str, str] | None,
     as_json: bool,
     **given: Any,
 ) -> None:
     """Format, sizes and bits per weight of MODEL (a folder or a hub id), and the memory it needs here.
 
     Reads headers and a few rows. Without MODEL it shows the one that other commands take without --model.
+
+    MODEL may be a LoRA adapter: what it changes, and which of OpenAI's models it fits. With --adapter: whether it fits
+    MODEL, and the memory of both.
     """
     from mlx_gptoss import api
     from mlx_gptoss.backends import find_backend
@@ -44,28 +58,50 @@ def show(
     from mlx_gptoss.loading.recommend import mappable_by_format, recommend, run_otherwise
     from mlx_gptoss.weights.tensor import storage_name
 
-    checkpoint = api.open_checkpoint(model)
+    if model is not None and api.is_adapter(model):
+        return show_alone(model, as_json, context=context, ranks=ranks, adapters=adapters, **given)
+    checkpoint, title = api.open_checkpoint(model), model or "the bundled nano model"
+    described = {
+        each: api.describe_adapter(path, {title: checkpoint.config}) for each, path in (adapters or {}).items()
+    }
+    size = value_bytes(given["backend"], given["device"], given["dtype"])
     module, name = find_backend(given.pop("backend"))
-    plan = api.memory_plan(checkpoint, module, max_context=context, as_stored=name == "mlx", **given)
+    plan = api.memory_plan(
+        checkpoint,
+        module,
+        max_context=context,
+        as_stored=name == "mlx",
+        adapter_values=sum(each.device_values or 0 for each in described.values()),
+        **given,
+    )
     may_stay = mappable_by_format(checkpoint) if name == "mlx" else None
     best = recommend(checkpoint, plan, api.sizes_in_other_formats(checkpoint), context, may_stay, name)
     summary = checkpoint.summary()
     wider = {storage_name(stored): storage_name(ran) for stored, ran in run_otherwise(checkpoint, name).items()}
     parts: list[LoadPlan] = []
     if ranks is not None:
-        request = LoadRequest(model=model, backend=name, max_context=context, prefix_cache=0, **given)
+        fitting = {each: path for each, path in (adapters or {}).items() if described[each].fits}
+        request = LoadRequest(
+            model=model, backend=name, max_context=context, prefix_cache=0, adapters=fitting or None, **given
+        )
         parts = [plan_load(request, checkpoint, rank, ranks) for rank in range(ranks)]
     kernels = module.custom_kernels(given.get("device"))
     if as_json:
         report = _report(summary, plan, best) | {"backend": name, "runs_as": wider, "custom_kernels": kernels}
+        if adapters:
+            report["adapters"] = [
+                adapter_report(each, adapters[each], about, size) for each, about in described.items()
+            ]
         click.echo(json.dumps(report | {"ranks": [_part_report(part) for part in parts]} if parts else report))
     else:
-        _print(model or "the bundled nano model", summary, plan)
+        _print(title, summary, plan)
         for stored, ran in wider.items():
             click.echo(f"The {name} backend has no kernel for {stored}: it runs as {ran}, with the same values.")
         for check, verdict in kernels.items():
             click.echo(f"Custom kernel ({check}): {f'not used here, {verdict}' if verdict else 'in use'}")
         click.echo(_advice(best, model or "MODEL"))
+        for each, about in described.items():
+            print_adapter(each, about, size)
         if parts:
             _print_parts(parts)
 
@@ -106,6 +142,7 @@ def _memory(plan: MemoryPlan) -> dict[str, Any]:
         "kv_bytes_per_token": plan.kv_bytes_per_token,
         "ring_bytes": plan.ring_bytes,
         "working_bytes": plan.working_bytes,
+        "adapter_bytes": plan.adapter_bytes,
         "context": plan.context,
         "needed_bytes": plan.needed_bytes,
         "available_bytes": plan.available_bytes,
@@ -164,10 +201,11 @@ def _print(name: str, summary: Summary, plan: MemoryPlan) -> None:
         table.add_row(role, str(stored["format"]), f"{stored['bits']:.2f}")
     console.print(table)
     verdict = "[green]fits[/green]" if plan.fits else "[red]does not fit[/red]"
+    adapters = f", adapters {gigabytes(plan.adapter_bytes)}" if plan.adapter_bytes else ""
     console.print(
         f"Memory for {plan.context} tokens: {gigabytes(plan.needed_bytes)} needed "
         f"(weights {gigabytes(plan.weights_bytes)}, KV cache {gigabytes(plan.context * plan.kv_bytes_per_token)}, "
-        f"working space {gigabytes(plan.working_bytes + plan.ring_bytes)}), "
+        f"working space {gigabytes(plan.working_bytes + plan.ring_bytes - plan.adapter_bytes)}{adapters}), "
         f"{gigabytes(plan.available_bytes)} available: {verdict}"
     )
     if plan.mapped_bytes:

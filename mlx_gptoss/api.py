@@ -13,6 +13,8 @@ from .loading.distributed import coordinate, serve_rank
 from .loading.memory import require_fit
 from .loading.plan import NANO as NANO
 from .loading.plan import LoadPlan, LoadRequest, Progress, open_source, plan_load
+from .loading.plan import describe_adapter as describe_adapter
+from .loading.plan import is_adapter as is_adapter
 from .loading.plan import memory_plan as memory_plan
 from .loading.plan import open_checkpoint as open_checkpoint
 from .loading.plan import sizes_in_other_formats as sizes_in_other_formats

@@ -1,14 +1,20 @@
-"""What this machine has and does: cores, how fast it copies memory, sockets, folders brought to the disk."""
+"""What this machine has and does: chip, cores, how fast it copies memory, open files, sockets, folders brought to the
+disk."""
 
 from __future__ import annotations
 
 import os
+import platform
+import re
+import resource
 import socket
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+OPEN_FILES = 4096  # that a server asks for: 1024 connections, the files of its models, and its tools' pipes
 COPY_BYTES = 128 << 20  # bytes: more than caches hold
 COPY_RUNS = 10
 
@@ -16,6 +22,47 @@ COPY_RUNS = 10
 def cores() -> int:
     """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def chip() -> str:
+    """The processor's name, such as "Apple M4 Max"."""
+    if sys.platform == "darwin":
+        return command("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def gpu_cores() -> int | None:
+    """Cores of this Mac's GPU; None on anything else, or if macOS does not say."""
+    if sys.platform != "darwin":
+        return None
+    found = re.search(r'"gpu-core-count" = (\d+)', command("ioreg", "-r", "-d", "1", "-c", "AGXAccelerator"))
+    return int(found[1]) if found else None
+
+
+def command(*words: str) -> str:
+    """The output of one of the system's programs; empty if it fails."""
+    try:
+        return subprocess.run(words, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def raise_open_files(wanted: int = OPEN_FILES) -> int:
+    """Raise this process's soft limit on open files to `wanted`, or to the hard limit if that is lower: macOS starts
+    programs with 256. Returns the limit that holds afterwards, at most sys.maxsize."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    target = wanted if hard == unlimited else min(wanted, hard)
+    if soft == unlimited or soft >= target:
+        return sys.maxsize if soft == unlimited else soft
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
+    except (ValueError, OSError):  # the kernel's own limit is lower than the hard limit that it reports
+        return soft
+    return target
 
 
 def ram_copy_bandwidth() -> float:

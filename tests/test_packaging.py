@@ -136,3 +136,30 @@ def test_ruby_parses_the_homebrew_formula():
         pytest.skip("needs ruby")
     out = subprocess.run(["ruby", "-wc", FORMULA], capture_output=True, text=True)
     assert (out.returncode, out.stdout, out.stderr) == (0, "Syntax OK\n", "")
+
+
+def test_a_mac_gets_an_mlx_that_computes_right_on_every_chip():
+    """0.32.0 to 0.32.3 have a wrong sorted gather on M5 and an NVFP4 fault."""
+    requirements = pytest.importorskip("packaging.requirements")
+    wanted = [
+        requirements.Requirement(text)
+        for text in re.findall(r'^    "(mlx\W.*)",', (ROOT / "pyproject.toml").read_text(), re.M)
+    ]
+    for platform, old_enough in (("darwin", False), ("linux", True)):
+        (mlx,) = [r for r in wanted if r.name == "mlx" and r.marker.evaluate({"sys_platform": platform})]
+        assert mlx.specifier.contains("0.32.4") and mlx.specifier.contains("0.32.3") == old_enough
+
+
+def test_ci_runs_the_self_test_on_macos_as_on_larger_chips():
+    yaml = pytest.importorskip("yaml")
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    runs = [
+        step.get("env", {})
+        for job in jobs.values()
+        if job["runs-on"].startswith("macos")
+        for step in job["steps"]
+        if step.get("run", "").endswith("mlx-gptoss selftest")
+    ]
+    assert {} in runs and {"MTL_DEBUG_LAYER": "1"} in runs
+    for architecture in ("applegpu_g16s", "applegpu_g15d"):
+        assert {"MLX_METAL_GPU_ARCH": architecture} in runs

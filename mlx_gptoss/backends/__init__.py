@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from types import ModuleType
 from typing import cast
 
@@ -13,9 +14,8 @@ from ..errors import BackendUnavailable, InvalidRequest
 from .base import Backend
 
 BACKENDS = ("mlx", "cuda")
+DRIVER_LIBRARIES = ("libcuda.so.1", "/usr/lib/wsl/lib/libcuda.so.1", "nvcuda.dll")
 INSTALL = {"mlx": "pip install mlx-gptoss", "cuda": "pip install 'mlx-gptoss[cuda]'"}
-# Files of the NVIDIA driver on Linux and in WSL. Checking for them is fast; importing torch takes seconds.
-NVIDIA_DRIVER = (Path("/proc/driver/nvidia/version"), Path("/usr/lib/wsl/lib/libcuda.so.1"))
 
 
 def find_backend(name: str) -> tuple[Backend, str]:
@@ -32,8 +32,17 @@ def best_backend() -> str:
     Imports torch only on a machine with the NVIDIA driver.
     """
     has_torch = sys.platform != "darwin" and find_spec("torch") is not None
-    has_driver = has_torch and any(path.exists() for path in NVIDIA_DRIVER)
-    return "cuda" if has_driver and _backend_module("cuda").has_gpu() else "mlx"
+    return "cuda" if has_torch and has_nvidia_driver() and _backend_module("cuda").has_gpu() else "mlx"
+
+
+def has_nvidia_driver() -> bool:
+    """Whether the NVIDIA driver's library can be loaded, which is fast; importing torch takes seconds. The driver's
+    files under /proc may be missing in a container that has a GPU."""
+    for name in DRIVER_LIBRARIES:
+        with suppress(OSError):
+            ctypes.CDLL(name)
+            return True
+    return False
 
 
 def _backend_module(name: str) -> ModuleType:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from ..weights.tensor import Weights
 
 
+Read = tuple[int, Spec | None]  # values of an array that a decode step reads, and their storage; None is dense
+
+
 @dataclass(frozen=True)
 class Row:
     """What one slot does in one step.
@@ -48,6 +51,9 @@ class Row:
         until then it does not count towards the slot's length. The result is bit for bit that of one row.
     adapter: the index of the adapter that the row's products use, in Backend.load's order; None is the model as it is.
         All rows of a sequence have the same one. Rows without an adapter compute what they would without the others.
+    save_at: positions after the first token, up to the one after the last, ascending, of which Runner.save may be
+        called once the row has been submitted and before the next step is. For a row of given tokens without drafts;
+        the same in all rows of one chunk.
     """
 
     slot: int
@@ -59,6 +65,13 @@ class Row:
     mask: bytes | None = None
     stages: tuple[int, int] | None = None
     adapter: int | None = None
+    save_at: tuple[int, ...] = ()
+
+    @property
+    def saves_inside(self) -> bool:
+        """Whether a snapshot may be saved of a position before the row's end, so that what the row overwrites of the
+        rings has to be kept."""
+        return bool(self.save_at) and self.save_at[0] < self.start + len(self.tokens or ())
 
 
 def stage_count(config: ModelConfig) -> int:
@@ -161,7 +174,8 @@ class Runner(Protocol):
         ...
 
     def save(self, slot: int, start: int, end: int) -> Snapshot:
-        """A snapshot of the slot's positions `start` to `end`; `end` is its length after all steps submitted so far."""
+        """A snapshot of the slot's positions `start` to `end`. `end` is its length after all steps submitted so far, or
+        a position in Row.save_at of the slot's row in the last one. The values are those that the row computed."""
         ...
 
     def restore(self, slot: int, chain: Sequence[Snapshot]) -> None:
@@ -192,6 +206,13 @@ class Backend(Protocol):
     """The functions of a backend's module. `device` None is the best device, `dtype` None the backend's default."""
 
     NAME: str  # as in BACKENDS
+
+    def prepare(self, device: str | None, reads: Sequence[Read], resident_bytes: int) -> None:
+        """Set what the process needs for a model, once it is known and before the other functions are called.
+
+        reads: of one decode step, in order, each that of one launch. resident_bytes: of the whole model with its keys
+        and values."""
+        ...
 
     def load(
         self,
@@ -246,6 +267,13 @@ def run_as(backend: str, spec: Spec) -> Spec:
     if spec.element != "uint":
         return spec
     return replace(spec, bits=next(bits for bits in AFFINE_KERNELS[backend] if bits >= spec.bits))
+
+
+def snapshot_space(config: ModelConfig, chunk: int, slots: int, activation_bytes: int) -> int:
+    """Bytes that the sliding layers keep of prefill chunks until the snapshots inside of them are saved (Row.save_at):
+    the keys and values of `chunk` tokens, and each slot's window before its chunk."""
+    windows = [window for window in config.windows if window is not None]
+    return 2 * config.kv_size * sum(chunk + slots * window for window in windows) * activation_bytes
 
 
 def working_space(config: ModelConfig, chunk: int, slots: int, activation_bytes: int) -> int:

@@ -8,7 +8,9 @@ A step takes at least one stage, and otherwise as many as cost no more time than
 most two decoding steps, or for one step and one stage. If one stage costs more than a decoding step, steps without a
 prompt follow until decoding has had as much time as the prompt. Each side gets about half of the time.
 
-Estimates come from the measured cost of earlier steps. Plain Python over numbers; the caller measures.
+Estimates come from the measured cost of earlier steps. A token costs less in a large chunk than in a small one, on a
+GPU several times less. So chunks of different sizes have estimates of their own, and what is known of small ones is an
+upper bound for larger ones. Plain Python over numbers; the caller measures.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class Pace:
 
     def __init__(self, stages: int) -> None:
         self._stages = stages
-        self._stage_s: list[float] = [0.0] * stages  # seconds per token of each stage; 0 before the first measurement
+        # By _size_class: seconds per token of each stage; 0 before the first measurement
+        self._stage_s: dict[int, list[float]] = {}
         self._decode_s: dict[int, float] = {}  # by decoding rows: seconds of a step that does nothing else
         self._owed_s = 0.0  # time that decoding gets before the next piece
         self._since_measured = 0  # steps with pieces since the last step that only decoded
@@ -64,14 +67,26 @@ class Pace:
         is not cut.
         """
         end, total = first, 0.0
+        stage_s = self._known(_size_class(tokens))
         while end < self._stages:
             step = self._stages - end if tokens == 1 else 1
-            costs = [self._weight(tokens) * known for known in self._stage_s[end : end + step]]
+            costs = [self._weight(tokens) * known for known in stage_s[end : end + step]]
             if (0.0 in costs or total + sum(costs) > budget_s) and not (at_least_one and end == first):
                 break
             total += sum(costs)
             end += step
         return None if end == first else (Piece(tokens, first, end), total)
+
+    def chunk_tokens(self, decoding: int, least: int, most: int) -> int:
+        """The size of a chunk beside `decoding` sequences: `least` tokens, doubled while that is at most `most` and no
+        stage takes longer than a decoding step."""
+        tokens, decoding_s = least, self._decoding_s(decoding)
+        while 2 * tokens <= most:
+            stage_s = self._known(_size_class(2 * tokens))
+            if 0.0 in stage_s or max(stage_s) * self._weight(2 * tokens) > decoding_s:
+                break
+            tokens *= 2
+        return tokens
 
     def spend(self, decoding: int, seconds: float) -> None:
         """Record that pieces of this estimated cost were planned in a step with `decoding` sequences."""
@@ -87,16 +102,23 @@ class Pace:
 
     def _record_pieces(self, pieces: tuple[Piece, ...], seconds: float) -> None:
         """Scale the estimates of the stages by their common error."""
-        weights = [0.0] * self._stages
+        weights: dict[tuple[int, int], int] = {}  # by size and stage
         for piece in pieces:
             for stage in range(piece.first, piece.end):
-                weights[stage] += self._weight(piece.tokens)
-        mean = seconds / sum(weights)
-        expected = sum(weight * (known or mean) for weight, known in zip(weights, self._stage_s, strict=True))
-        for stage, weight in enumerate(weights):
-            if weight:
-                known = self._stage_s[stage]
-                self._stage_s[stage] = _moved(known, known * seconds / expected) if known else mean
+                place = _size_class(piece.tokens), stage
+                weights[place] = weights.get(place, 0) + self._weight(piece.tokens)
+        known = {size: list(self._known(size)) for size, _ in weights}
+        mean = seconds / sum(weights.values())
+        expected = sum(weight * (known[size][stage] or mean) for (size, stage), weight in weights.items())
+        for size, stage in weights:
+            before = known[size][stage]
+            known[size][stage] = _moved(before, before * seconds / expected) if before else mean
+        self._stage_s.update(known)
+
+    def _known(self, size: int) -> list[float]:
+        """The estimates of a size, or those of the next smaller one that has some: they are at least as high."""
+        measured = max((each for each in self._stage_s if each <= size), default=None)
+        return [0.0] * self._stages if measured is None else self._stage_s[measured]
 
     def _decoding_s(self, rows: int) -> float:
         """Seconds of a step of `rows` decoding rows, or of the nearest number of rows that was measured. 0 for no rows,
@@ -108,6 +130,11 @@ class Pace:
     @staticmethod
     def _weight(tokens: int) -> int:
         return tokens + FIXED_TOKENS
+
+
+def _size_class(tokens: int) -> int:
+    """Chunks of one class have the same estimates per token: those of up to 256 tokens, 512, 1024 and so on."""
+    return max(8, (tokens - 1).bit_length())
 
 
 def _moved(known: float, measured: float) -> float:

@@ -1,9 +1,12 @@
 """The prefix cache: snapshots of earlier prompts, so that a prompt with a common prefix computes only the rest.
 
 A sliding-window layer keeps a ring buffer, which cannot be rewound to an earlier position. So prompts are split into
-chunks, and a snapshot of the sequence is saved at the end of each chunk (backends.base.Snapshot). The snapshots form a
-tree whose edges are the chunks' tokens. Where a chunk ends depends only on the tokens before that position, so two
-prompts with a common prefix have the same chunks in it, and a restored cache is bit for bit what prefill would compute.
+spans, and a snapshot of the sequence is saved at the end of each span (backends.base.Snapshot). The snapshots form a
+tree whose edges are the spans' tokens. Where a span ends depends only on the tokens before that position, so two
+prompts with a common prefix have the same spans in it.
+
+A prefill chunk computes many spans at once, and may end inside of one. A snapshot has the keys and values of the chunks
+that first computed its span; a prompt that is computed in other chunks has the same ones up to rounding.
 
 Replies are not cached: they were computed token by token, which rounds differently, and most of a reply, its
 reasoning, is dropped from the next prompt.
@@ -22,21 +25,21 @@ from ..backends.base import Snapshot
 from .prefix_files import STALE_S, Changes, PrefixFiles
 from .span_file import StoredSpan
 
-MAX_SPAN = 256  # maximum tokens of a cached chunk
-MIN_SPAN = 64  # minimum tokens of a chunk that ends with a message; the rings in a snapshot are as large as 128 tokens
+MAX_SPAN = 256  # maximum tokens of a span
+MIN_SPAN = 64  # minimum tokens of a span that ends with a message; the rings in a snapshot are as large as 128 tokens
 
-Span = tuple[int, ...]  # the tokens of one chunk
+Span = tuple[int, ...]  # the tokens of one span
 
 
-def chunk_ends(prompt: Sequence[int], message_ends: frozenset[int], max_chunk: int) -> tuple[int, ...]:
-    """Positions where the prefill chunks of a prompt end; the last one is the prompt's length.
+def span_ends(prompt: Sequence[int], message_ends: frozenset[int], max_span: int) -> tuple[int, ...]:
+    """Positions where the spans of a prompt end; the last one is the prompt's length.
 
-    A chunk ends after a message's last token (one of `message_ends`) if it has at least MIN_SPAN tokens by then, and
-    otherwise after `max_chunk` tokens.
+    A span ends after a message's last token (one of `message_ends`) if it has at least MIN_SPAN tokens by then, and
+    otherwise after `max_span` tokens.
     """
     ends, last = [], 0
     for position, token in enumerate(prompt, 1):
-        if position - last == max_chunk or (token in message_ends and position - last >= MIN_SPAN):
+        if position - last == max_span or (token in message_ends and position - last >= MIN_SPAN):
             ends.append(position)
             last = position
     return tuple(ends) if last == len(prompt) else (*ends, len(prompt))
@@ -52,13 +55,13 @@ class SnapshotRunner(Protocol):
 
 @dataclass(eq=False)
 class Node:
-    """One chunk of a prompt.
+    """One span of a prompt.
 
-    span: its tokens; a root's are none. end: position in the prompt where it ends. parent: the previous chunk; None for
+    span: its tokens; a root's are none. end: position in the prompt where it ends. parent: the previous span; None for
         the root.
     snapshot: of the span; None if it is only in a file. stored: its file, if there is one.
     last_used: time of last use on the cache's own clock, a counter. adapter: of a root, the digest. children: the next
-        chunks, by their span.
+        spans, by their tokens.
     """
 
     span: Span
@@ -72,7 +75,7 @@ class Node:
 
     @property
     def path(self) -> list[Node]:
-        """The nodes from the first chunk to this one."""
+        """The nodes from the first span to this one."""
         nodes: list[Node] = []
         node: Node | None = self
         while node is not None and node.parent is not None:
@@ -88,7 +91,7 @@ class PrefixCache:
     disk, so that they outlast the process; None keeps them in memory only.
     nbytes: device memory they use now.
 
-    A file that cannot be used is a miss: its chunk is computed again.
+    A file that cannot be used is a miss: its span is computed again.
     """
 
     def __init__(self, max_bytes: int, runner: SnapshotRunner, files: PrefixFiles | None = None) -> None:
@@ -129,8 +132,8 @@ class PrefixCache:
     def add(self, node: Node, span: Span, slot: int) -> Node | None:
         """The child of `node` with this span; if its snapshot is not in memory, it is added from the slot.
 
-        The slot's sequence must end where the span ends. Returns None if the snapshot does not fit next to those of
-        the same prompt's earlier chunks, or if `node` has been dropped.
+        The slot's last row must allow a snapshot where the span ends (Row.save_at). Returns None if the snapshot does
+        not fit next to those of the same prompt's earlier spans, or if `node` has been dropped.
         """
         self._apply_changes()
         if not self._in_tree(node):
@@ -168,7 +171,7 @@ class PrefixCache:
     # Files.
 
     def _add_stored(self, files: PrefixFiles, found: Iterable[StoredSpan]) -> None:
-        """Add a node for each stored chunk whose prefix is stored too; remove the other files."""
+        """Add a node for each stored span whose prefix is stored too; remove the other files."""
         age: dict[str, int] = {}
         for stored in sorted(found, key=lambda stored: stored.last_used):
             self._clock += 1
@@ -180,7 +183,7 @@ class PrefixCache:
                 files.remove(stored)
 
     def _add_node(self, stored: StoredSpan, last_used: int) -> bool:
-        """Add a node for a stored chunk, or give its file to the node there is. False if its prefix is not stored."""
+        """Add a node for a stored span, or give its file to the node there is. False if its prefix is not stored."""
         parent = self._parent_of(stored)
         if parent is None or parent.end + len(stored.span) != stored.end:
             return False
@@ -189,7 +192,7 @@ class PrefixCache:
         return True
 
     def _parent_of(self, stored: StoredSpan) -> Node | None:
-        """The node before a stored chunk; None if that is not stored. Before a first chunk it is the root of its
+        """The node before a stored span; None if that is not stored. Before a first span it is the root of its
         adapter, whether the adapter is loaded or not."""
         if stored.parent is None or stored.end == len(stored.span):
             return self.root_of(stored.parent)
@@ -222,11 +225,11 @@ class PrefixCache:
             self._clock += 1
             if self._add_node(stored, self._clock):
                 files.add(stored)
-            elif time() - stored.last_used > STALE_S:  # until then its previous chunk may still be written
+            elif time() - stored.last_used > STALE_S:  # until then its previous span may still be written
                 files.remove(stored)
 
     def _store(self, node: Node) -> None:
-        """Queue a node's snapshot for writing, unless the previous chunk has no file."""
+        """Queue a node's snapshot for writing, unless the previous span has no file."""
         assert node.snapshot is not None and node.parent is not None
         parent = node.parent
         is_root, previous = parent.parent is None, parent.stored

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Literal
 
 from ..backends.base import Limits, Row, Sampled
 from ..errors import GptOssError, InvalidRequest
 from .lookup import PromptLookup
 from .pace import Pace, Piece
-from .prefix import MAX_SPAN, Node, PrefixCache, chunk_ends
+from .prefix import MAX_SPAN, Node, PrefixCache, span_ends
 from .request import Guide, Request
 from .sequence import Output, Sequence, Step
 
@@ -83,9 +84,9 @@ class Scheduler:
         """
         drafting = self._limits.drafts > 0 and not request.sampling.penalized
         limit = max_new_tokens(request, self._limits)
-        ends = chunk_ends(request.prompt, request.message_ends, self._max_chunk)
-        sequence = Sequence(request, limit, ends, lookup=PromptLookup(request.prompt) if drafting else None)
+        sequence = Sequence(request, limit, lookup=PromptLookup(request.prompt) if drafting else None)
         if self._prefix is not None:
+            sequence.span_ends = span_ends(request.prompt, request.message_ends, self._max_span)
             sequence.node = self._prefix.root_of(None if request.adapter is None else request.adapter.digest)
         if request.guide is not None:
             sequence.mask = request.guide.mask()
@@ -133,13 +134,15 @@ class Scheduler:
         self._pace.record(len(step.rows) - len(step.pieces), step.pieces, seconds)
 
     def save_prefixes(self, step: Step) -> None:
-        """Save the prefill chunks that a step completes in the prefix cache. Call it after submitting the step and
-        before the next one."""
+        """Save the spans that a step completes in the prefix cache. Call it after submitting the step and before the
+        next one."""
         for sequence, row in zip(step.sequences, step.rows, strict=True):
-            if self._prefix is None or sequence.node is None or sequence.ended or not row.tokens or row.sampling:
+            if sequence.ended or (row.stages is not None and row.stages[1] < self._stages):
                 continue
-            if row.stages is None or row.stages[1] == self._stages:
-                sequence.node = self._prefix.add(sequence.node, row.tokens, row.slot)
+            for _ in row.save_at:
+                if self._prefix is None or sequence.node is None:
+                    break
+                sequence.node = self._prefix.add(sequence.node, sequence.next_span(sequence.node), row.slot)
                 step.saved.extend([sequence.node] if sequence.node else [])
 
     def process_results(self, step: Step, results: Iterable[Sampled | None]) -> list[Output]:
@@ -218,16 +221,15 @@ class Scheduler:
         of sequences that decode; ready: of those with a row in this step.
 
         While others decode, these are the pieces that the pace allows; otherwise as many whole chunks as fit
-        into Limits.chunk. A chunk is never shortened to fill a step, and a piece ends between two layers, so what a
-        prompt computes depends on the prompt alone, not on what else is running. The first one in the queue always
-        fits, so no sequence starves.
+        into Limits.chunk. A chunk is never shortened to fill a step, and a piece ends between two layers. The first one
+        in the queue always fits, so no sequence starves.
         """
         budget_s = self._pace.begin_step(decoding, ready) if decoding and self._prefilling else 0.0
         if budget_s is None:
             return []
         served: list[tuple[Sequence, Piece]] = []
         spent_s = 0.0
-        for sequence, tokens in self._chunks():
+        for sequence, tokens in self._chunks(decoding):
             if not decoding:
                 served.append((sequence, Piece(tokens, sequence.stage, self._stages)))
                 continue
@@ -250,41 +252,52 @@ class Scheduler:
         self._prefilling.extend(sequence for sequence in first if sequence.prefills)
         self._prefilling.extendleft(sequence for sequence in reversed(others) if sequence.prefills)
 
-    def _chunks(self) -> Iterator[tuple[Sequence, int]]:
+    def _chunks(self, decoding: int) -> Iterator[tuple[Sequence, int]]:
         """The sequences whose next chunk may be computed in this step, with its number of tokens.
 
         Limits.chunk bounds the tokens of all chunks that are begun, since their hidden states are kept. If another
-        sequence computes and caches the same chunk, the sequence waits and takes it from the cache.
+        sequence computes and caches the same span, the sequence waits and takes it from the cache.
         """
         begun = [sequence for sequence in self._prefilling if sequence.stage]
-        budget = self._limits.chunk - sum(sequence.next_chunk_end - sequence.length for sequence in begun)
+        budget = self._limits.chunk - sum(sequence.chunk for sequence in begun)
         computed = {self._span(sequence) for sequence in begun}
         for sequence in list(self._prefilling):
             if not sequence.stage:
                 if not self._use_prefix_cache(sequence):
                     continue
-                size = sequence.next_chunk_end - sequence.length
+                left = len(sequence.request.prompt) - sequence.length
+                size = min(self._chunk_tokens(decoding, budget), left)
                 span = self._span(sequence)
                 if size > budget or (span is not None and span in computed):
                     continue
                 budget -= size
                 computed.add(span)
-            yield sequence, sequence.next_chunk_end - sequence.length
+                sequence.chunk = size
+            yield sequence, sequence.chunk
+
+    def _chunk_tokens(self, decoding: int, budget: int) -> int:
+        """Maximum tokens of a chunk that begins now. budget: what is left of Limits.chunk.
+
+        With the prefix cache, whose snapshots are the same up to rounding in any chunks, it depends on whether others
+        decode. Without it, what a prompt computes depends on the prompt alone, not on what else is running.
+        """
+        if self._prefix is None or not decoding:
+            return self._limits.chunk
+        return self._pace.chunk_tokens(decoding, self._max_span, budget // 2)
 
     def _span(self, sequence: Sequence) -> tuple[Node, tuple[int, ...]] | None:
-        """Where the prefix cache keeps the next chunk of a sequence; None if it does not."""
-        if sequence.node is None or sequence.next_chunk_end == len(sequence.request.prompt):
+        """Where the prefix cache keeps the next span of a sequence; None if it does not."""
+        if sequence.node is None or not (span := sequence.next_span(sequence.node)):
             return None
-        return sequence.node, sequence.request.prompt[sequence.length : sequence.next_chunk_end]
+        return sequence.node, span
 
     def _use_prefix_cache(self, sequence: Sequence) -> bool:
         """Continue from the longest cached prefix of the prompt. False if more snapshots are still to be read from
         files: MAX_READS a step, so that other sequences are not delayed."""
-        node, prompt, reads = sequence.node, sequence.request.prompt, 0
+        node, reads = sequence.node, 0
         if node is None or self._prefix is None:
             return True
-        while reads < MAX_READS and (end := sequence.chunk_end_after(node.end)) < len(prompt):
-            span = prompt[node.end : end]
+        while reads < MAX_READS and (span := sequence.next_span(node)):
             known = node.children.get(span)
             reads += known is not None and known.snapshot is None
             child = self._prefix.child(node, span)
@@ -292,42 +305,39 @@ class Scheduler:
                 break
             node = child
         chain = tuple(ancestor.snapshot for ancestor in node.path if ancestor.snapshot is not None)
-        if node is not sequence.node and sum(snapshot.end - snapshot.start for snapshot in chain) == node.end:
+        if node.end > sequence.length and sum(snapshot.end - snapshot.start for snapshot in chain) == node.end:
             sequence.cached_tokens += node.end - sequence.length
             sequence.node, sequence.length, sequence.chain = node, node.end, chain
         return reads < MAX_READS
 
     @property
-    def _max_chunk(self) -> int:
-        """Maximum tokens of a prefill chunk."""
-        return self._limits.chunk if self._prefix is None else min(MAX_SPAN, self._limits.chunk)
+    def _max_span(self) -> int:
+        """Maximum tokens of the prefix cache's spans."""
+        return min(MAX_SPAN, self._limits.chunk)
 
     def _prefill_row(self, sequence: Sequence, piece: Piece) -> Row:
         """The row for a piece of the next chunk of the prompt. The last one of the last chunk samples the first
         token."""
         request, start = sequence.request, sequence.length
-        tokens = request.prompt[start : sequence.next_chunk_end]
-        stages = None if (piece.first, piece.end) == (0, self._stages) else (piece.first, piece.end)
-        if piece.end < self._stages:
-            sequence.stage = piece.end
-            return Row(sequence.slot, start, tokens, stages=stages, adapter=request.adapter_index)
-        sequence.stage = 0
-        sequence.length += len(tokens)
+        end = start + piece.tokens
+        row = Row(
+            sequence.slot,
+            start,
+            request.prompt[start:end],
+            stages=None if (piece.first, piece.end) == (0, self._stages) else (piece.first, piece.end),
+            adapter=request.adapter_index,
+            save_at=sequence.save_at(end),
+        )
+        sequence.stage = piece.end % self._stages
+        if sequence.stage:
+            return row
+        sequence.length = end
         if sequence.prefills:
-            return Row(sequence.slot, start, tokens, stages=stages, adapter=request.adapter_index)
+            return row
         sequence.planned = 1
         if sequence.planned < sequence.max_new_tokens:
             self._decoding.append(sequence)
-        return Row(
-            sequence.slot,
-            start,
-            tokens,
-            request.sampling,
-            prompt=request.prompt,
-            mask=sequence.mask,
-            stages=stages,
-            adapter=request.adapter_index,
-        )
+        return replace(row, sampling=request.sampling, prompt=request.prompt, mask=sequence.mask)
 
     def _decode_row(self, sequence: Sequence) -> Row:
         """The row that feeds the last sampled token and samples the next one, or several with drafts."""

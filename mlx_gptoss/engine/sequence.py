@@ -19,13 +19,14 @@ class Sequence:
     """The scheduling state of one request.
 
     max_new_tokens: maximum number of tokens it may generate.
-    chunk_ends: positions where the prefill chunks of its prompt end.
-    node: the prefix cache's node for the prompt so far; None if the prompt is not cached any further.
+    span_ends: positions where the prefix cache's spans of its prompt end.
+    node: the prefix cache's node of the last span before `length`; None if the prompt is not cached any further.
     chain: snapshots that its slot is restored from before its next row.
     cached_tokens: prompt tokens taken from the prefix cache.
     slot: its slot; -1 without one.
     length: tokens in its slot after all planned rows.
     prefilled: tokens of the prompt that are computed; those in flight are not.
+    chunk: tokens of its prefill chunk.
     stage: the next stage of its chunk; 0 unless a part of the chunk has been planned.
     planned: tokens that the planned rows sample.
     delivered: sampled tokens that have been read and belong to the request.
@@ -39,13 +40,14 @@ class Sequence:
 
     request: Request
     max_new_tokens: int
-    chunk_ends: tuple[int, ...]
+    span_ends: tuple[int, ...] = ()
     node: Node | None = None
     chain: tuple[Snapshot, ...] = ()
     cached_tokens: int = 0
     slot: int = -1
     length: int = 0
     prefilled: int = 0
+    chunk: int = 0
     stage: int = 0
     planned: int = 0
     delivered: int = 0
@@ -62,12 +64,18 @@ class Sequence:
         """Whether a part of its prompt has not been planned."""
         return self.length < len(self.request.prompt)
 
-    @property
-    def next_chunk_end(self) -> int:
-        return self.chunk_end_after(self.length)
+    def next_span(self, node: Node) -> tuple[int, ...]:
+        """The tokens of the span after a node's; () after the last one that the prefix cache keeps: one token at least
+        has to be computed."""
+        end = self.span_ends[bisect_right(self.span_ends, node.end)]
+        return self.request.prompt[node.end : end] if end < len(self.request.prompt) else ()
 
-    def chunk_end_after(self, position: int) -> int:
-        return self.chunk_ends[bisect_right(self.chunk_ends, position)]
+    def save_at(self, end: int) -> tuple[int, ...]:
+        """The positions up to `end`, where its next chunk ends, of which the prefix cache keeps snapshots."""
+        if self.node is None:
+            return ()
+        ends = self.span_ends[bisect_right(self.span_ends, self.node.end) : bisect_right(self.span_ends, end)]
+        return ends[:-1] if ends and ends[-1] == len(self.request.prompt) else ends
 
     @property
     def waits_for_result(self) -> bool:
@@ -89,7 +97,7 @@ class Step:
     """The rows of one step; sequences[i] is the sequence of rows[i].
 
     pieces: of the prompts; their rows are the last ones.
-    saved: the prefix cache's nodes of the chunks that the step completes (Scheduler.save_prefixes).
+    saved: the prefix cache's nodes of the spans that the step completes (Scheduler.save_prefixes).
     restores: (slot, snapshots) pairs; each slot is restored from its snapshots before the step is submitted.
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..backends.base import working_space
+from ..backends.base import snapshot_space, working_space
 from ..config import ModelConfig
 from ..errors import DoesNotFit
 from ..machine import mac_memory
@@ -28,7 +28,8 @@ class MemoryPlan:
         a layer's cache grows or is decoded from 8 bits.
     ring_bytes: of one slot, in all sliding-window layers.
     chunk: tokens of one prefill step, the largest size that fits.
-    step_bytes: activations of one prefill chunk, logits, and the runtime itself.
+    step_bytes: activations of one prefill chunk, what the prefix cache's snapshots inside of it need, logits, and the
+        runtime itself.
     mapped_bytes: weights that stay in the mapped file because memory is short (Limits.resident_vocab), else 0.
     upcast_bytes: additional bytes of dense matrices upcast to the activations' dtype (Limits.upcast), else 0.
     prefix_bytes: maximum size of the prefix cache.
@@ -109,6 +110,12 @@ def plan_memory(
     entry = 2 * config.kv_size * activation_bytes  # one key and one value, all heads
     stored = entry if kv_bits is None else 2 * config.kv_size * (64 + 8) // 64
     wanted = context or config.max_position_embeddings
+    steps = [
+        RUNTIME_BYTES
+        + working_space(config, size, slots, activation_bytes)
+        + (snapshot_space(config, size, slots, activation_bytes) if prefix_bytes else 0)
+        for size in _chunks(chunk)
+    ]
     plan = MemoryPlan(
         context=wanted if context else min(wanted, DEFAULT_CHUNK_CONTEXT),
         slots=slots,
@@ -117,26 +124,33 @@ def plan_memory(
         kv_bytes_per_token=stored * config.full_layers,
         layer_bytes_per_token=entry if config.full_layers else 0,
         ring_bytes=entry * sum(window for window in config.windows if window is not None),
-        step_bytes=RUNTIME_BYTES + working_space(config, chunk, slots, activation_bytes),
+        step_bytes=steps[0],
         available_bytes=available_bytes,
         prefix_bytes=prefix_bytes or 0,
         adapter_bytes=adapter_bytes,
     )
-    steps = [RUNTIME_BYTES + working_space(config, size, slots, activation_bytes) for size in _chunks(chunk)]
     choices = [replace(plan, chunk=size, step_bytes=step) for size, step in zip(_chunks(chunk), steps, strict=True)]
     resident = _first_that_fits(choices, wanted, context is not None)
     if not mappable_bytes or (resident.fits and resident.context >= min(wanted, PREFERRED_CONTEXT)):
         upcast = replace(resident, upcast_bytes=upcastable_bytes)
-        return _with_prefix(upcast if upcast.fits else resident, prefix_bytes)
-    mapped = _first_that_fits(
-        [replace(choice, mapped_bytes=mappable_bytes) for choice in choices], wanted, context is not None
-    )
-    return _with_prefix(mapped if mapped.fits else resident, prefix_bytes)
+        chosen = upcast if upcast.fits else resident
+    else:
+        mapped = _first_that_fits(
+            [replace(choice, mapped_bytes=mappable_bytes) for choice in choices], wanted, context is not None
+        )
+        chosen = mapped if mapped.fits else resident
+    if prefix_bytes is not None:
+        return chosen
+    return _with_prefix(chosen, snapshot_space(config, chosen.chunk, slots, activation_bytes))
 
 
-def _with_prefix(plan: MemoryPlan, prefix_bytes: int | None) -> MemoryPlan:
-    spare = max(0, plan.available_bytes - plan.needed_bytes)
-    return plan if prefix_bytes is not None else replace(plan, prefix_bytes=min(spare // 2, PREFIX_BYTES))
+def _with_prefix(plan: MemoryPlan, snapshot_bytes: int) -> MemoryPlan:
+    """The plan with half of the spare memory as the prefix cache, PREFIX_BYTES at most. snapshot_bytes: what a chunk
+    then needs in addition; without room for it there is no prefix cache."""
+    spare = plan.available_bytes - plan.needed_bytes - snapshot_bytes
+    if spare < 2:
+        return plan
+    return replace(plan, prefix_bytes=min(spare // 2, PREFIX_BYTES), step_bytes=plan.step_bytes + snapshot_bytes)
 
 
 def _chunks(largest: int) -> list[int]:

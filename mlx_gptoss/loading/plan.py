@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib import metadata
@@ -11,12 +11,14 @@ from pathlib import Path
 
 from ..backends import find_backend
 from ..backends.base import Backend, Limits, Runner, run_as
-from ..config import ModelConfig
+from ..config import PRESETS, ModelConfig
 from ..errors import InvalidRequest
 from ..options import LoadOptions
 from ..weights import checkpoint as checkpoints
-from ..weights.adapters import Adapter, open_adapter
+from ..weights.adapters import Adapter, check_adapter, open_adapter
+from ..weights.adapters.summary import AdapterSummary, summarize
 from ..weights.checkpoint import Checkpoint, CheckpointLike
+from ..weights.files import is_adapter_folder
 from ..weights.requantize import Requantized
 from ..weights.split import RankShard, RankWeights
 from ..weights.synthetic import Synthetic, preset
@@ -26,6 +28,7 @@ from .hub import NANO as NANO
 from .hub import NANO_ALIAS as NANO_ALIAS
 from .memory import MemoryPlan, plan_memory
 from .recommend import derived_bytes, mappable_bytes, units_by_format, upcastable_bytes, used_vocabulary
+from .step_reads import resident_bytes, step_reads
 
 MAX_DRAFTS = 3  # plus the token before them: 4 queries, the maximum of Metal's attention kernel for decoding
 LIBRARIES = {"mlx": "mlx", "cuda": "torch"}  # the library that computes; another version may round differently
@@ -147,8 +150,13 @@ def plan_load(
     """
     shard = None if ranks == 1 else RankShard.of(source.config, rank, ranks)
     part: CheckpointLike = source if shard is None else RankWeights(source, shard)
-    weights = part if request.quantize is None else Requantized(part, request.quantize)
+    weights: CheckpointLike | Requantized = part
+    if request.quantize is not None:
+        weights = Requantized(part, request.quantize)
     module, backend = find_backend(request.backend)
+    if shard is None:  # the sums of several ranks end command buffers, too
+        resident = resident_bytes(weights, request.max_context, request.slots)
+        module.prepare(request.device, step_reads(weights, backend), resident)
     _check_options(backend, request.kv_bits, request.speculate)
     adapters = open_adapters(request.adapters or {}, source.config)
     if shard is not None:
@@ -166,7 +174,7 @@ def plan_load(
         prefix_bytes=request.prefix_cache,
         ranks_on_host=ranks_on_host,
         available_bytes=request.available_bytes,
-        adapters=tuple(adapters.values()),
+        adapter_values=sum(adapter.nbytes(1) for adapter in adapters.values()),
     )
     return LoadPlan(request, source, part, weights, module, backend, memory, shard, adapters)
 
@@ -174,6 +182,32 @@ def plan_load(
 def open_adapters(paths: Mapping[str, str | Path], config: ModelConfig) -> dict[str, Adapter]:
     """The adapters in these folders or of these hub ids, by name. Raises CheckpointError."""
     return {name: open_adapter(hub.resolve_adapter(path), config, name) for name, path in paths.items()}
+
+
+def adapter_folders(paths: Mapping[str, str | Path], config: ModelConfig) -> dict[str, Path]:
+    """The absolute paths of the adapters, by name, for another process. Reads headers only.
+
+    Raises CheckpointError for one that does not fit a model with this config.
+    """
+    folders = {name: hub.resolve_adapter(path).resolve() for name, path in paths.items()}
+    for folder in folders.values():
+        check_adapter(folder, config)
+    return folders
+
+
+def describe_adapter(path_or_repo_id: str | Path, models: Mapping[str, ModelConfig] | None = None) -> AdapterSummary:
+    """What a LoRA adapter is, from its config and headers, and which models it fits.
+
+    path_or_repo_id: a folder or a hub id. models: those to compare it with, by name; None is the published ones.
+    Raises CheckpointError.
+    """
+    published = {f"gpt-oss-{size}": PRESETS[size] for size in ("20b", "120b")}
+    return summarize(hub.resolve_adapter(path_or_repo_id), published if models is None else models)
+
+
+def is_adapter(path_or_repo_id: str | Path) -> bool:
+    """Whether a folder or a hub id is a LoRA adapter and no model. Raises as hub.resolve()."""
+    return is_adapter_folder(hub.resolve(path_or_repo_id))
 
 
 def _bytes_in_memory(weights: Requantized, backend: str) -> int:
@@ -202,7 +236,7 @@ def memory_plan(
     prefix_bytes: int | None = 0,
     ranks_on_host: int = 1,
     available_bytes: int | None = None,
-    adapters: Sequence[Adapter] = (),
+    adapter_values: int = 0,
 ) -> MemoryPlan:
     """The memory plan of a checkpoint on the backend's device.
 
@@ -210,7 +244,7 @@ def memory_plan(
     as_stored: the backend (mlx) may leave the embeddings in the mapped file if memory is short and, on a CPU, upcast
         dense matrices if there is enough.
     prefix_bytes: as in plan_memory. ranks_on_host: processes that share the device's memory equally. available_bytes:
-        that memory; None asks the device. adapters: that are loaded with it.
+        that memory; None asks the device. adapter_values: of the factors of all adapters that are loaded with it.
     Raises InvalidRequest for a context or kv_bits that the model does not allow.
     """
     config = checkpoint.config
@@ -232,7 +266,7 @@ def memory_plan(
         mappable_bytes=mappable(checkpoint) if as_stored else 0,
         upcastable_bytes=upcastable_bytes(checkpoint, activation_bytes) if may_upcast else 0,
         prefix_bytes=prefix_bytes,
-        adapter_bytes=sum(adapter.nbytes(activation_bytes) for adapter in adapters),
+        adapter_bytes=adapter_values * activation_bytes,
     )
 
 

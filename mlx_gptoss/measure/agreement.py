@@ -13,6 +13,7 @@ from ..backends.base import Backend, Limits, Row, Runner
 from ..config import ModelConfig
 from ..errors import GptOssError
 from ..sampling import Sampling
+from ..weights.adapters import Adapter
 from ..weights.tensor import Weight, Weights
 from .evaluation import kl_divergence, log_softmax
 
@@ -70,38 +71,51 @@ class FirstLayers:
 
 
 def with_cpu_float32(
-    module: Backend, source: Weights, backend: str, device: str | None, dtype: str, batches: Sequence[int]
+    module: Backend,
+    source: Weights,
+    backend: str,
+    device: str | None,
+    dtype: str,
+    batches: Sequence[int],
+    adapter: Adapter | None = None,
 ) -> Agreement:
     """compare_with_cpu over the first layers. Raises GptOssError if they differ by more than rounding explains."""
-    found = compare_with_cpu(module, source, backend, device, dtype, batches)
+    found = compare_with_cpu(module, source, backend, device, dtype, batches, adapter)
     _require(found, dtype)
     return found
 
 
 def compare_with_cpu(
-    module: Backend, source: Weights, backend: str, device: str | None, dtype: str, batches: Sequence[int]
+    module: Backend,
+    source: Weights,
+    backend: str,
+    device: str | None,
+    dtype: str,
+    batches: Sequence[int],
+    adapter: Adapter | None = None,
 ) -> Agreement:
     """Compare a backend on `device` in `dtype` with the same backend on the CPU in float32: a prompt's logits, and
-    tokens decoded in batches of each size, over the first layers."""
+    tokens decoded in batches of each size, over the first layers. adapter: that both use."""
     first = FirstLayers(source, LAYERS)
     rng = np.random.default_rng(0)
     # One sequence is longer than the window; the others are short, and neighbours have different lengths.
     lengths = [PROMPT, *(5 + slot % 7 for slot in range(1, max(batches)))]
     prompts = [tuple(rng.integers(0, source.config.vocab_size, length).tolist()) for length in lengths]
     limits = Limits(max(batches), PROMPT + DECODED, min(PROMPT, module.prefill_chunk(device)))
-    runner = module.load(first, device=device, dtype=dtype, limits=limits)
+    adapters, used = ((), None) if adapter is None else ((adapter.first_layers(LAYERS),), 0)
+    runner = module.load(first, device=device, dtype=dtype, limits=limits, adapters=adapters)
     try:
-        ours = runner.logits(prompts[0])
-        decoded = [_decode(runner, prompts[:batch]) for batch in batches]
+        ours = runner.logits(prompts[0], used)
+        decoded = [_decode(runner, prompts[:batch], used) for batch in batches]
     finally:
         runner.close()
-    oracle = module.load(first, device="cpu", dtype="float32", limits=Limits(1, 1, limits.chunk))
+    oracle = module.load(first, device="cpu", dtype="float32", limits=Limits(1, 1, limits.chunk), adapters=adapters)
     try:
         errors = [
-            np.mean([_decode_errors(oracle, prompts[slot], done[slot]) for slot in _sample_slots(len(done))])
+            np.mean([_decode_errors(oracle, prompts[slot], done[slot], used) for slot in _sample_slots(len(done))])
             for done in decoded
         ]
-        found = compare(ours, oracle.logits(prompts[0]), f"{backend} on the CPU in float32", first.config)
+        found = compare(ours, oracle.logits(prompts[0], used), f"{backend} on the CPU in float32", first.config)
     finally:
         oracle.close()
     return replace(found, decode_error=float(np.max(errors)))
@@ -145,16 +159,16 @@ def _require(found: Agreement, dtype: str) -> None:
         )
 
 
-def _decode(runner: Runner, prompts: Sequence[tuple[int, ...]]) -> list[list[tuple[int, float]]]:
+def _decode(runner: Runner, prompts: Sequence[tuple[int, ...]], adapter: int | None) -> list[list[tuple[int, float]]]:
     """(token, log-probability) of each decoded token, by slot. The first comes from the prompt, the others from batched
     steps that feed tokens back on the device."""
     found: list[list[tuple[int, float]]] = []
     for slot, ids in enumerate(prompts):
-        (sampled,) = runner.submit([Row(slot, 0, ids, GREEDY, ids)]).wait()
+        (sampled,) = runner.submit([Row(slot, 0, ids, GREEDY, ids, adapter=adapter)]).wait()
         assert sampled is not None
         found.append([(sampled.token, sampled.logprob)])
     for step in range(DECODED - 1):
-        rows = [Row(slot, len(ids) + step, None, GREEDY) for slot, ids in enumerate(prompts)]
+        rows = [Row(slot, len(ids) + step, None, GREEDY, adapter=adapter) for slot, ids in enumerate(prompts)]
         for row, sampled in zip(rows, runner.submit(rows).wait(), strict=True):
             assert sampled is not None
             found[row.slot].append((sampled.token, sampled.logprob))
@@ -163,9 +177,11 @@ def _decode(runner: Runner, prompts: Sequence[tuple[int, ...]]) -> list[list[tup
     return found
 
 
-def _decode_errors(oracle: Runner, ids: tuple[int, ...], decoded: list[tuple[int, float]]) -> NDArray[np.float64]:
+def _decode_errors(
+    oracle: Runner, ids: tuple[int, ...], decoded: list[tuple[int, float]], adapter: int | None
+) -> NDArray[np.float64]:
     tokens = [token for token, _ in decoded]
-    rows = log_softmax(oracle.logits((*ids, *tokens[:-1]))[len(ids) - 1 :])
+    rows = log_softmax(oracle.logits((*ids, *tokens[:-1]), adapter)[len(ids) - 1 :])
     ours = np.array([logprob for _, logprob in decoded])
     errors: NDArray[np.float64] = np.abs(ours - rows[np.arange(len(tokens)), tokens])
     return errors

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib import import_module
 from pathlib import Path
 from statistics import geometric_mean, median
@@ -21,7 +21,10 @@ from ..loading.distributed import coordinate
 from ..loading.memory import plan_memory, require_fit
 from ..loading.plan import ACTIVATION_BYTES, LoadRequest, open_adapters
 from ..loading.recommend import derived_bytes, upcastable_bytes
+from ..loading.step_reads import resident_bytes, step_reads
+from ..machine import chip, gpu_cores
 from ..ranks import Launch, find_launch
+from ..weights.adapters import Adapter
 from ..weights.checkpoint import CheckpointLike
 from ..weights.formats import WRITERS
 from ..weights.params import Param, parameters
@@ -30,6 +33,7 @@ from ..weights.synthetic import Synthetic
 from ..weights.tensor import Weight, Weights
 from . import agreement
 from .agreement import Agreement
+from .chips import ChipBandwidth, published_bandwidth
 from .timing import Case, OurEngine, TimedEngine
 
 Log = Callable[[str], None]  # receives a line for each thing that begins
@@ -39,11 +43,15 @@ Log = Callable[[str], None]  # receives a line for each thing that begins
 class Measurement:
     """Medians over the repetitions. Speeds are tokens per second of all sequences together.
 
+    adapter: name of the LoRA adapter that all sequences use; None is the model as it is.
     bytes_per_step: what one decode step must read: every weight except experts and embeddings, the experts that
-        `batch` tokens use in expectation, one embedding row per token, and the keys and values of the context.
+        `batch` tokens use in expectation, the adapter's factors likewise, one embedding row per token, and the keys
+        and values of the context.
     bytes_per_token: the same per token. fraction_of_bound: decode_tok_s * bytes_per_token / copy bandwidth.
     load_s: seconds; for synthetic weights, generating them is included. ratio: our speeds divided by the other
         engine's. None means unknown or not requested. prefill_runs, decode_runs: the speed of each repetition.
+    host_ms_per_step: what the host takes to build and submit a decode step, mostly while the device computes.
+    published_bound_tok_s: tokens per second by the bandwidth that Apple publishes for the chip.
     """
 
     engine: str
@@ -65,6 +73,9 @@ class Measurement:
     ratio: dict[str, float] | None = None
     prefill_runs: tuple[float, ...] = ()
     decode_runs: tuple[float, ...] = ()
+    adapter: str | None = None
+    host_ms_per_step: float | None = None
+    published_bound_tok_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,18 +84,23 @@ class Report:
 
     results: case by case, ours first. ratio: geometric means over all cases; None without another engine.
     launches: of one decoded token by engine, from launches_per_token; empty if they cannot be counted.
+    command_buffers: of one decoded token at batch 1 on an Apple GPU, estimated from the launches and from what they
+        read, by whose limits; empty without launches. chip: its published bandwidth; None if it is not Apple's.
     """
 
     results: tuple[Measurement, ...]
     agreements: tuple[Agreement, ...]
     ratio: dict[str, float] | None
     launches: dict[str, int]
+    command_buffers: dict[str, int] = field(default_factory=dict)
+    chip: ChipBandwidth | None = None
 
 
 class CountedWeights:
-    """Weights that record the bytes of each parameter that is read, by name."""
+    """Weights that record the bytes of each parameter that is read, by name. adapter: that is timed with them."""
 
-    def __init__(self, source: Weights) -> None:
+    def __init__(self, source: Weights, adapter: Adapter | None = None) -> None:
+        self.adapter = adapter
         self.config: ModelConfig = source.config
         self.sizes: dict[str, int] = {}
         self._source = source
@@ -100,12 +116,18 @@ class CountedWeights:
 
 @dataclass(frozen=True)
 class BenchModel:
-    """Weights to be timed. size_bytes: in the format `format_name`. request: how other ranks find them."""
+    """Weights to be timed. size_bytes: in the format `format_name`. request: how other ranks find them, and the only
+    adapter, if it has one."""
 
     weights: CheckpointLike | Requantized
     size_bytes: int
     format_name: str
     request: LoadRequest = field(default_factory=LoadRequest)
+
+    @cached_property
+    def adapter(self) -> Adapter | None:
+        """The request's adapter. Raises CheckpointError."""
+        return next(iter(open_adapters(self.request.adapters or {}, self.weights.config).values()), None)
 
 
 def load(
@@ -122,7 +144,7 @@ def load(
     launch = find_launch()
     if launch is not None:
         return _load_split(model, replace(model.request, max_context=context, slots=_slots(cases)), launch, target, log)
-    adapters = tuple(open_adapters(model.request.adapters or {}, config).values())
+    adapters = () if model.adapter is None else (model.adapter,)
     limits = Limits(_slots(cases), context, module.prefill_chunk(target.device))
     activation_bytes = ACTIVATION_BYTES[target.dtype]
     derived = upcastable = 0
@@ -144,7 +166,7 @@ def load(
     require_fit(plan, "this benchmark", {})
     log(f"loading onto {target.name}, backend {target.backend}")
     limits = replace(limits, upcast=plan.upcast_bytes > 0)
-    counted, started = CountedWeights(model.weights), time.perf_counter()
+    counted, started = CountedWeights(model.weights, model.adapter), time.perf_counter()
     runner = module.load(counted, device=target.device, dtype=target.dtype, limits=limits, adapters=adapters)
     engine = OurEngine(runner, target.backend, target.name, model.format_name, time.perf_counter() - started)
     engine.adapter = 0 if adapters else None
@@ -158,12 +180,12 @@ def _load_split(
     log(f"loading onto {target.name}, backend {target.backend}, with {launch.ranks - 1} other ranks")
     started = time.perf_counter()
     plan, start = coordinate(replace(request, device=target.device, dtype=target.dtype), launch)
-    counted = CountedWeights(plan.weights)
+    counted = CountedWeights(plan.weights, next(iter(plan.adapters.values()), None))
     runner = start(partial(replace(plan, weights=counted).load, plan.limits()))
-    engine = f"mlx-gptoss, {launch.ranks} ranks"
-    return OurEngine(
-        runner, target.backend, target.name, model.format_name, time.perf_counter() - started, engine
-    ), counted
+    load_s, name = time.perf_counter() - started, f"mlx-gptoss, {launch.ranks} ranks"
+    engine = OurEngine(runner, target.backend, target.name, model.format_name, load_s, name)
+    engine.adapter = 0 if plan.adapters else None
+    return engine, counted
 
 
 def _slots(cases: Sequence[Case]) -> int:
@@ -181,8 +203,14 @@ class Target:
     dtype: str
 
     @staticmethod
-    def find(backend: str, device: str | None, dtype: str | None) -> Target:
+    def find(
+        backend: str, device: str | None, dtype: str | None, model: BenchModel | None = None, context: int | None = None
+    ) -> Target:
+        """model: that will be loaded first, with `context` tokens: the process is then prepared for it."""
         module, chosen = find_backend(backend)
+        if model is not None:
+            reads = step_reads(model.weights, chosen)
+            module.prepare(device, reads, resident_bytes(model.weights, context, 1))
         return Target(module, chosen, device, module.device_name(device), module.dtype_name(device, dtype))
 
 
@@ -207,11 +235,12 @@ def bench(
         batches = sorted({case.batch for case in cases})
         agreements.append(
             agreement.with_cpu_float32(
-                target.module, model.weights, target.backend, target.device, target.dtype, batches
+                target.module, model.weights, target.backend, target.device, target.dtype, batches, model.adapter
             )
         )
     log("measuring the copy bandwidth")
     bandwidth = target.module.copy_bandwidth(target.device)
+    published = None if target.name == "cpu" else published_bandwidth(chip(), gpu_cores())
     ours, counted = load(model, cases, repeat, target, log)
     try:
         for other in others:
@@ -222,17 +251,20 @@ def bench(
         results: list[Measurement] = []
         for case in cases:
             mine, *theirs = _measure([ours, *others], case, repeat, log)
-            results += [_bounded(mine, counted, target.dtype, bandwidth), *theirs]
+            host = median(ours.host_seconds[-repeat:]) / case.generate * 1e3
+            mine = _bounded(mine, counted, target.dtype, bandwidth, published)
+            results += [replace(mine, host_ms_per_step=host), *theirs]
     finally:
         ours.close()
     ratios = [result.ratio for result in results if result.ratio]
     overall = {key: geometric_mean(ratio[key] for ratio in ratios) for key in ("prefill", "decode")} if ratios else None
-    if find_launch() is not None:
-        return Report(tuple(results), tuple(agreements), overall, {})
+    if find_launch() is not None or model.adapter is not None:  # what is counted is the model as it is
+        return Report(tuple(results), tuple(agreements), overall, {}, chip=published)
     log("counting launches")
     with_mlx_lm = any(other.engine.startswith("mlx-lm") for other in others)
     launches = launches_per_token(target, model, count_mlx_lm=with_mlx_lm)
-    return Report(tuple(results), tuple(agreements), overall, launches)
+    buffers = command_buffers(model, launches["mlx-gptoss"], cases[0].context, target) if launches else {}
+    return Report(tuple(results), tuple(agreements), overall, launches, buffers, published)
 
 
 def launches_per_token(target: Target, model: BenchModel, *, count_mlx_lm: bool) -> dict[str, int]:
@@ -251,6 +283,16 @@ def launches_per_token(target: Target, model: BenchModel, *, count_mlx_lm: bool)
             small.write(Path(folder) / "checkpoint")
             found["mlx-lm"] = counter.mlx_lm_launches_per_token(Path(folder) / "checkpoint")
     return found
+
+
+def command_buffers(model: BenchModel, launches: int, context: int, target: Target) -> dict[str, int]:
+    """Command buffers of one decoded token at batch 1 on an Apple GPU, estimated (backends/mlx/command_buffers.py): by
+    MLX's limits, and where others are in force or would be chosen on a large Mac of a chip that gains, by those."""
+    code = import_module("mlx_gptoss.backends.mlx.command_buffers")
+    elements = [code.stored_elements(*read) for read in step_reads(model.weights, target.backend, context)]
+    own, other = code.describe_limits(step_reads(model.weights, target.backend))
+    found = {"MLX's limits": code.count_buffers(elements, launches, own)}
+    return found if other is None else found | {"ours": code.count_buffers(elements, launches, other)}
 
 
 def _measure(engines: Sequence[TimedEngine], case: Case, repeat: int, log: Log) -> list[Measurement]:
@@ -306,31 +348,49 @@ def _measurement(engine: TimedEngine, prefills: list[float], decodes: list[float
     )
 
 
-def _bounded(result: Measurement, counted: CountedWeights, dtype: str, bandwidth: float) -> Measurement:
+def _bounded(
+    result: Measurement, counted: CountedWeights, dtype: str, bandwidth: float, published: ChipBandwidth | None
+) -> Measurement:
     config = counted.config
-    step = step_bytes(counted.sizes, config, result.batch, result.context, ACTIVATION_BYTES[dtype])
+    adapter, value_bytes = counted.adapter, ACTIVATION_BYTES[dtype]
+    step = step_bytes(counted.sizes, config, result.batch, result.context, value_bytes, adapter)
     return replace(
         result,
+        adapter=None if adapter is None else adapter.name,
         bytes_per_step=step,
         bytes_per_token=step / result.batch,
         bandwidth_gb_s=bandwidth / 1e9,
         fraction_of_bound=result.decode_tok_s * step / result.batch / bandwidth,
+        published_bound_tok_s=None if published is None else published.gb_s * 1e9 * result.batch / step,
     )
 
 
-def step_bytes(sizes: dict[str, int], config: ModelConfig, batch: int, context: int, activation_bytes: int) -> float:
+def step_bytes(
+    sizes: dict[str, int],
+    config: ModelConfig,
+    batch: int,
+    context: int,
+    activation_bytes: int,
+    adapter: Adapter | None = None,
+) -> float:
     """Bytes that one decode step of `batch` sequences must read. sizes: bytes of each parameter as stored, by name.
+    adapter: that all sequences use.
 
     Experts are assumed to be chosen at random: `batch` tokens use E (1 - (1 - A/E)^batch) of E experts in expectation.
     """
+
+    def used(experts: int) -> float:
+        return 1 - (1 - config.num_experts_per_tok / experts) ** batch
 
     def read(param: Param) -> float:
         if param.role == "embed":
             return batch * sizes[param.name] / config.vocab_size
         if param.role == "experts":
-            return sizes[param.name] * (1 - (1 - config.num_experts_per_tok / param.shape[0]) ** batch)
+            return sizes[param.name] * used(param.shape[0])
         return sizes[param.name]
 
     seen = (context if window is None else min(context, window) for window in config.windows)
     cache = batch * sum(seen) * 2 * config.kv_size * activation_bytes
-    return sum(read(param) for param in parameters(config)) + cache
+    stacks = [] if adapter is None else adapter.stacks()
+    factors = activation_bytes * sum(values * (1 if experts is None else used(experts)) for values, experts in stacks)
+    return sum(read(param) for param in parameters(config)) + factors + cache

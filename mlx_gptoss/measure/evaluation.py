@@ -79,7 +79,8 @@ class Evaluation:
     """The predictions of one model on a text.
 
     context: maximum number of tokens before a prediction. nll: -log(probability) that each prediction gave the actual
-    token, in nats, float64 [N]. against: one entry per reference.
+    token, in nats, float64 [N]. against: one entry per reference. adapter: name of the LoRA adapter that the model ran
+    with; size_bytes and bits_per_weight are without it.
     """
 
     model: str
@@ -89,6 +90,12 @@ class Evaluation:
     context: int
     nll: Doubles = field(repr=False, compare=False)
     against: tuple[Divergence, ...] = ()
+    adapter: str | None = None
+
+    @property
+    def label(self) -> str:
+        """The model, and with it the adapter."""
+        return f"{self.model} + {self.adapter}" if self.adapter else self.model
 
     @property
     def tokens(self) -> int:
@@ -112,6 +119,7 @@ def evaluate(
     dtype: str | None = None,
     kv_bits: int | None = None,
     adapter: str | Path | None = None,
+    adapter_name: str | None = None,
     progress: Progress | None = None,
 ) -> tuple[Evaluation, ...]:
     """Perplexity of each model on a text and, with `against`, its divergence from each reference.
@@ -123,8 +131,9 @@ def evaluate(
         assistant's messages after the last message of another role in each document, and needs a text in Harmony.
     context: tokens; the default is the largest power of two, up to 2048, that keeps a window's logits under 1 GB.
     max_tokens: stop after this many predictions.
-    backend, device, dtype: as for load(). kv_bits: as for load(), for the models but not for the references. adapter: a
-        LoRA adapter that the models run with, but not the references.
+    backend, device, dtype: as for load(). kv_bits: as for load(), for the models but not for the references.
+    adapter: a LoRA adapter, a folder or a hub id, that the models run with, but not the references. adapter_name: of it
+        in the results; None is the folder's.
     progress: called as progress(predictions done, predictions in total, name of the running model).
 
     Runs each reference once, then each model once. Raises InvalidRequest for a text with nothing to predict or
@@ -132,7 +141,8 @@ def evaluate(
     """
     if max_tokens is not None and max_tokens < 1:
         raise InvalidRequest(f"max_tokens must be at least 1, not {max_tokens}")
-    candidates = [_Candidate.open(model, kv_bits, adapter) for model in models or (None,)]
+    named = None if adapter is None else (adapter_name or Path(adapter).resolve().name, adapter)
+    candidates = [_Candidate.open(model, kv_bits, named) for model in models or (None,)]
     references = [_Candidate.open(one) for one in ([against] if isinstance(against, (str, Path)) else against)]
     _require_one_vocabulary([*references, *candidates])
     config = candidates[0].checkpoint.config
@@ -166,16 +176,18 @@ def _context(wanted: int | None, vocab: int, longest: int) -> int:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A checkpoint to run, with its headers read."""
+    """A checkpoint to run, with its headers read. adapter: name and path."""
 
     source: Source
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     kv_bits: int | None
-    adapter: str | Path | None
+    adapter: tuple[str, str | Path] | None
 
     @classmethod
-    def open(cls, source: Source, kv_bits: int | None = None, adapter: str | Path | None = None) -> _Candidate:
+    def open(
+        cls, source: Source, kv_bits: int | None = None, adapter: tuple[str, str | Path] | None = None
+    ) -> _Candidate:
         checkpoint = api.open_checkpoint(source)
         tokenizer = checkpoint.tokenizer()
         if tokenizer is None:
@@ -295,9 +307,9 @@ class _Evaluator:
         start = 0
         report(start)
         options = {"max_context": self._context, "kv_bits": candidate.kv_bits, **self._options}
-        chosen = None if candidate.adapter is None else "adapter"
-        adapters = None if candidate.adapter is None else {"adapter": candidate.adapter}
-        with api.load(candidate.source, adapters=adapters, **options) as model:
+        adapters = dict([candidate.adapter] if candidate.adapter else [])
+        chosen = next(iter(adapters), None)
+        with api.load(candidate.source, adapters=adapters or None, **options) as model:
             for window in self._windows:
                 logits = model.logits(window.inputs, chosen)[-len(window.targets) :]
                 if not np.isfinite(logits).all():
@@ -321,6 +333,7 @@ class _Evaluator:
             context=self._context,
             nll=nll,
             against=tuple(against),
+            adapter=candidate.adapter and candidate.adapter[0],
         )
 
     def _require_disk(self, references: int) -> None:

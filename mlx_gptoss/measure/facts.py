@@ -5,23 +5,22 @@ Facts are JSON values under short names. A finding is a sentence on what may be 
 
 from __future__ import annotations
 
+import mmap
 import os
 import platform
 import re
 import resource
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
-from ..backends import NVIDIA_DRIVER
 from ..loading.hub import cache_folder
 from ..loading.memory import gigabytes
-from ..machine import cores, system_available
+from ..machine import OPEN_FILES, chip, command, cores, gpu_cores, system_available
 from .selftest import Machine, Result
 
 PACKAGES = (
@@ -31,8 +30,11 @@ PACKAGES = (
 PREFIXES = ("MLX_", "OMP_", "CUDA_", "TRITON_", "HF_HUB_", "HF_HOME", "HF_ENDPOINT", "METAL_", "MTL_", "PYTORCH_")
 SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")  # in the name of a variable whose value stays here
 CREDENTIALS = re.compile(r"//[^/\s]*@")  # of an address
+WHEELS = ("mlx", "mlx-metal", "mlx-cpu")
+MATRIX_KERNEL = b"steel_gemm_fused_nax"  # a name in the library of 0.32.4's wheel for macOS 26
 FILES = 1024  # open files that a busy server needs
 DISK = 15 << 30  # bytes: gpt-oss-20b as published and room to work
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")  # its version, where the driver shows it
 GOOD_SHARE = 30.0  # percent of the bound by bytes, of a GPU's decode step
 
 
@@ -51,9 +53,11 @@ def facts(machine: Machine) -> dict[str, Any]:
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "packages": {name: number for name in PACKAGES if (number := _version(name))},
+        "wheels": {name: tag for name in WHEELS if (tag := _wheel_tag(name))},
         "os": f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.platform(),
         "architecture": platform.machine(),
-        "chip": _chip(),
+        "chip": chip(),
+        "gpu_cores": gpu_cores(),
         "cores": cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "available_bytes": system_available(),
@@ -65,11 +69,27 @@ def facts(machine: Machine) -> dict[str, Any]:
         "hub_cache": {"path": _without_home(cache), "free_bytes": _free(cache)},
     }
     if sys.platform == "darwin":
-        found["iogpu.wired_limit_mb"] = _number(_command("sysctl", "-n", "iogpu.wired_limit_mb"))
-        found["rosetta"] = _command("sysctl", "-n", "sysctl.proc_translated") == "1"
-    elif NVIDIA_DRIVER[0].exists():
-        found["nvidia_driver"] = NVIDIA_DRIVER[0].read_text().splitlines()[0]
+        found["iogpu.wired_limit_mb"] = _number(command("sysctl", "-n", "iogpu.wired_limit_mb"))
+        found["rosetta"] = command("sysctl", "-n", "sysctl.proc_translated") == "1"
+        found["matrix_kernels"] = matrix_kernels(_metal_library(), str(found["os"]), found["device"])
+    elif NVIDIA_DRIVER.exists():
+        found["nvidia_driver"] = NVIDIA_DRIVER.read_text().splitlines()[0]
     return found
+
+
+def matrix_kernels(library: Path | None, system: str, device: Mapping[str, Any]) -> dict[str, bool]:
+    """What MLX needs to multiply on an M5's matrix units (mlx/backend/metal/device.cpp, is_nax_available): kernels in
+    its library, which the wheels for macOS 14 and 15 leave out, macOS 26.2, and an architecture of generation 17."""
+    in_library = False
+    if library is not None and library.exists() and library.stat().st_size:
+        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            in_library = content.find(MATRIX_KERNEL) >= 0
+    digits = re.search(r"(\d+).$", str(device.get("architecture", "")))
+    return {
+        "in_library": in_library,
+        "macos": _numbers(system.removeprefix("macOS ")) >= (26, 2),
+        "chip": digits is not None and int(digits[1]) >= 17,
+    }
 
 
 def findings(found: Mapping[str, Any], machine: Machine, results: Sequence[Result]) -> list[Finding]:
@@ -86,6 +106,12 @@ def _packages(found: Mapping[str, Any], machine: Machine) -> Iterator[Finding]:
         yield Finding("MLX finds no Metal GPU", "reinstall it: pip install --force-reinstall mlx mlx-metal")
     if mac and "mlx" in packages and _numbers(packages["mlx"]) < (0, 32, 4):
         yield Finding(f"mlx {packages['mlx']} computes wrongly on M5 in some modes", "pip install -U 'mlx>=0.32.4'")
+    matrix = found.get("matrix_kernels", {})
+    if matrix.get("chip") and not (matrix["in_library"] and matrix["macos"]):
+        yield Finding(
+            "MLX does not use this chip's matrix units",
+            "update to macOS 26.2 or newer, then: pip install --force-reinstall mlx mlx-metal",
+        )
     driver = found.get("nvidia_driver")
     if driver and machine.backend == "mlx" and "torch" not in packages:
         yield Finding("there is an NVIDIA driver and no torch", "pip install 'mlx-gptoss[cuda]'")
@@ -102,9 +128,9 @@ def _packages(found: Mapping[str, Any], machine: Machine) -> Iterator[Finding]:
 
 
 def _settings(found: Mapping[str, Any], machine: Machine) -> Iterator[Finding]:
-    variables, soft = found["variables"], found["open_files"]["soft"]
-    if soft is not None and soft < FILES:
-        yield Finding(f"open files are limited to {soft}", "before `serve`: ulimit -n 4096")
+    variables, hard = found["variables"], found["open_files"]["hard"]
+    if hard is not None and hard < FILES:  # `serve` raises the soft limit itself
+        yield Finding(f"open files are limited to {hard}", f"before `serve`, as root: ulimit -Hn {OPEN_FILES}")
     free = found["hub_cache"]["free_bytes"]
     if free < DISK:
         yield Finding(
@@ -115,6 +141,13 @@ def _settings(found: Mapping[str, Any], machine: Machine) -> Iterator[Finding]:
         yield Finding("TRITON_INTERPRET is set, and kernels run in Python", "unset TRITON_INTERPRET")
     if "MLX_DISABLE_COMPILE" in variables:
         yield Finding("MLX_DISABLE_COMPILE is set: more launches a token", "unset MLX_DISABLE_COMPILE")
+    buffers = found["device"].get("command_buffers", {"enough": True})
+    if not buffers["enough"]:
+        yield Finding(
+            f"{buffers['mb']} MB and {buffers['ops']} launches a command buffer are so many ({buffers['why']}) that "
+            "steps of gpt-oss-20b cannot overlap",
+            "unset MLX_MAX_OPS_PER_BUFFER and MLX_MAX_MB_PER_BUFFER",
+        )
     if found.get("nvidia_driver") and variables.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         yield Finding("CUDA_VISIBLE_DEVICES hides every GPU", "unset CUDA_VISIBLE_DEVICES")
     threads = variables.get("OMP_NUM_THREADS", "")
@@ -144,6 +177,24 @@ def _speeds(machine: Machine, results: Sequence[Result]) -> Iterator[Finding]:
             )
 
 
+def _wheel_tag(package: str) -> str | None:
+    """Such as py3-none-macosx_26_0_arm64: for which system a package was built."""
+    try:
+        text = distribution(package).read_text("WHEEL") or ""
+    except PackageNotFoundError:
+        return None
+    tags = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("Tag:")]
+    return tags[0] if tags else None
+
+
+def _metal_library() -> Path | None:
+    """The file of MLX's Metal kernels."""
+    try:
+        return Path(str(distribution("mlx-metal").locate_file("mlx/lib/mlx.metallib")))
+    except PackageNotFoundError:
+        return None
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -159,23 +210,6 @@ def _numbers(text: str) -> tuple[int, ...]:
             break
         parts.append(int(part))
     return tuple(parts)
-
-
-def _chip() -> str:
-    if sys.platform == "darwin":
-        return _command("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _command(*words: str) -> str:
-    """The output of a system's program; empty if it fails."""
-    try:
-        return subprocess.run(words, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 def _variables() -> dict[str, str]:

@@ -4,7 +4,7 @@ median."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,9 +133,9 @@ def comparisons(results: Sequence[Evaluation]) -> list[Line]:
     for result in results:
         for divergence in result.against:
             varying = divergence.reference if len(results) == 1 and len(references) > 1 else result
-            label = name_of[result.model]
+            label = name_of[result.label]
             if len(references) > 1 or len(results) == 1:
-                label += f" against {name_of[divergence.reference.model]}"
+                label += f" against {name_of[divergence.reference.label]}"
             out.append(Line(label, varying.bits_per_weight, divergence))
     return sorted(out, key=lambda line: line.divergence.kl_mean, reverse=True)
 
@@ -148,8 +148,13 @@ def rolling_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]
 
 
 def _names(evaluations: Sequence[Evaluation]) -> dict[str, str]:
-    formats = {evaluation.model: evaluation.format for evaluation in evaluations}
-    return formats if len(set(formats.values())) == len(formats) else {model: Path(model).name for model in formats}
+    """Short names by label: the formats, with the adapter, or the folders' names where two would be alike."""
+
+    def named(part: Callable[[Evaluation], str]) -> dict[str, str]:
+        return {each.label: part(each) + (f" + {each.adapter}" if each.adapter else "") for each in evaluations}
+
+    formats = named(lambda each: each.format)
+    return formats if len(set(formats.values())) == len(formats) else named(lambda each: Path(each.model).name)
 
 
 def _color_and_style(index: int, theme: Theme) -> tuple[str, Any]:
@@ -318,7 +323,8 @@ def draw_speeds(results: Sequence[Measurement], theme: Theme, size: tuple[float,
     first, case = results[0], "" if varied else f", batch {results[0].batch}, context {results[0].context}"
     spread = f"; lines join the medians of {repeats} runs" if varied and repeats > 1 else ""
     spread = f"; a bar is the median of {repeats} runs" if not varied and repeats > 1 else spread
-    figure.suptitle(f"{first.device}, {first.format}{case}{spread}", fontsize=11)
+    adapter = f", adapter {first.adapter}" if first.adapter else ""
+    figure.suptitle(f"{first.device}, {first.format}{adapter}{case}{spread}", fontsize=11)
     return figure
 
 

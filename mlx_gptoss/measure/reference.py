@@ -155,8 +155,8 @@ class AttentionCase:
     them: several rows have one new position each.
 
     past_keys, past_values: [B, K, max(starts), 64], keys rotated already. q, k, v: not rotated, [B, heads, L, 64].
-    window: a key is seen iff query - key < window; None sees all. scale: of the scores. kv_bits: 8 for a cache in 8
-    bits.
+    window: a key is seen iff query - key < window; None sees all. scale: of the scores. yarn: None rotates nothing.
+    kv_bits: 8 for a cache in 8 bits.
     """
 
     starts: tuple[int, ...]
@@ -168,8 +168,16 @@ class AttentionCase:
     sinks: Floats
     window: int | None
     scale: float
-    yarn: Yarn
+    yarn: Yarn | None
     kv_bits: int | None = None
+
+    @property
+    def joined(self) -> tuple[Floats, Floats]:
+        """Past and new keys and values of rows with equal starts, [B, K, start + L, 64] each."""
+        start = self.starts[0]
+        past = (self.past_keys[:, :, :start], self.past_values[:, :, :start])
+        keys, values = (np.concatenate(pair, axis=2) for pair in zip(past, (self.k, self.v), strict=True))
+        return keys, values
 
     @property
     def qkv(self) -> Floats:
@@ -185,9 +193,10 @@ def attention(case: AttentionCase) -> tuple[Floats, Floats]:
     out = np.empty((2, B, L, H, dim), np.float32)
     for row, start in enumerate(case.starts):
         positions = range(start, start + L)
-        keys = np.concatenate([case.past_keys[row, :, :start], rotated(case.k[row], positions, case.yarn)], axis=1)
+        q, k = (a[row] if case.yarn is None else rotated(a[row], positions, case.yarn) for a in (case.q, case.k))
+        keys = np.concatenate([case.past_keys[row, :, :start], k], axis=1)
         values = np.concatenate([case.past_values[row, :, :start], case.v[row]], axis=1)
-        query = rotated(case.q[row], positions, case.yarn).reshape(K, H // K * L, dim)
+        query = q.reshape(K, H // K * L, dim)
         scores = (query * np.float32(case.scale) @ keys.swapaxes(1, 2)).reshape(H, L, -1)
         age = np.asarray(positions)[:, None] - np.arange(start + L)
         seen = (age >= 0) if case.window is None else (age >= 0) & (age < case.window)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,9 @@ from ..backends import find_backend
 from ..backends.base import Backend
 from ..config import GPT_OSS_20B, ModelConfig
 from ..errors import GptOssError, InvalidRequest
+from ..loading.step_reads import resident_bytes, step_reads
 from ..sampling import Sampling
+from ..weights.synthetic import Synthetic
 from ..weights.tensor import Spec, Weight
 
 Floats = NDArray[np.float32]
@@ -41,6 +44,7 @@ class Kernels(Protocol):
     on_gpu: bool
     specs: tuple[Spec | None, ...]
     ways: dict[str, int | None]
+    masks: tuple[str, ...]
     counts_memory: bool
     packs_kv: bool
     has_custom_kernels: bool
@@ -63,6 +67,10 @@ class Kernels(Protocol):
         window: int | None,
         kv_bits: int | None,
     ) -> Floats: ...
+    def fused_attention(
+        self, q: Floats, keys: Floats, values: Floats, sinks: Floats, scale: float, mask: str
+    ) -> Floats: ...
+    def layers_in_flight(self) -> int: ...
     def sample(
         self,
         logits: Floats,
@@ -188,6 +196,7 @@ def plan(backend: str, device: str | None, dtype: str | None, only: Sequence[str
     from . import selftest_kernels, selftest_model
 
     module, name = find_backend(backend)
+    _prepare(module, name, device, dtype)
     code = import_module(f".{name}.selftest", "mlx_gptoss.backends")
     kernels: Kernels = code.Kernels(GPT_OSS_20B, device, dtype)
     machine = Machine(module, name, kernels, device, dtype)
@@ -197,6 +206,15 @@ def plan(backend: str, device: str | None, dtype: str | None, only: Sequence[str
         kernels.close()
         raise InvalidRequest(f"no check is named like {' or '.join(only)}; --list shows their names")
     return Plan(machine, chosen)
+
+
+def _prepare(module: Backend, backend: str, device: str | None, dtype: str | None) -> None:
+    """What load() would set for gpt-oss-20b as published. And float32 is float32 on an M5, which MLX multiplies in TF32
+    by default; it reads this variable at its first product."""
+    if dtype == "float32":
+        os.environ.setdefault("MLX_ENABLE_TF32", "0")
+    published = Synthetic(GPT_OSS_20B, "mxfp4")
+    module.prepare(device, step_reads(published, backend), resident_bytes(published, None, 1))
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -7,6 +7,7 @@ Legend: T tokens, E experts, L queries a row, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from math import exp
 
@@ -34,6 +35,7 @@ from .selftest import (
 ROWS = (1, 4, 16, 128)
 EXPERTS = 8  # of the layers checked; all 32 of gpt-oss-20b for MXFP4 on a GPU
 QUERIES, KEYS = (1, 4, 8, 9), (127, 1023, 1024, 4096, 8192)
+CPU_KEYS = 1024  # of the library's own attention on a CPU, where more take minutes
 PROMPTS = (127, 300)  # without a past, within a window and across its end
 POSITIONS = (0, 4096, 100_000, 131_008)
 # A position's angle, up to a radian each, has a relative error of 2^-24 in float32; the largest values are some four
@@ -58,6 +60,7 @@ def checks(machine: Machine) -> Iterator[Check]:
         yield Check(f"attention, {name}", partial(_attention, k, window, None), ATTENTION_ADVICE)
         yield Check(f"attention, {name}, two sequences", partial(_two_sequences, k, window), ATTENTION_ADVICE)
     yield Check("attention, 8-bit K/V", partial(_packed, k), f"leave out --kv-bits; {REPORT}")
+    yield Check("attention, the fused kernel", partial(_fused, k), ATTENTION_ADVICE)
     for spec in k.specs:
         yield Check(f"linear, {storage_name(spec)}", partial(_linear, k, spec), WEIGHTS_ADVICE)
     for spec in k.specs:
@@ -165,6 +168,27 @@ def _packed(k: Kernels) -> Iterator[Outcome]:
     for keys, length in ((1, 1), (4, 4), (9, 9), *((keys, length) for keys in KEYS for length in (1, 4, 9))):
         case = _case(k, [keys - length], length, None, kv_bits=8)
         yield _attend(k, f"{length} of {keys} keys", case, limit)
+
+
+def _fused(k: Kernels) -> Iterator[Outcome]:
+    """The library's own attention with sinks: one sequence and two of the same length, both kinds of mask. It has been
+    reported wrong beyond 1024 keys on some M3 Max (ml-explore/mlx#4022)."""
+    if not k.masks:
+        yield Skipped("all", "this backend has no attention kernel of a library")
+        return
+    for keys in KEYS:
+        if keys > CPU_KEYS and not k.on_gpu:
+            yield Skipped(f"{keys} keys", "it takes minutes on a CPU")
+            continue
+        for length in QUERIES:
+            for batch in (1, 2):
+                case = replace(_case(k, [keys - length] * batch, length, None), yarn=None)
+                wanted, size = reference.attention(case)
+                shape = (batch, length, k.config.num_attention_heads, k.config.head_dim)
+                for mask in k.masks:
+                    found = k.fused_attention(case.q, *case.joined, case.sinks, case.scale, mask)
+                    error = relative_error(found, *(a.reshape(shape).swapaxes(1, 2) for a in (wanted, size)))
+                    yield Compared(f"{length} of {keys} keys, {batch} x, {mask}", error, LIMITS[k.dtype])
 
 
 def _linear(k: Kernels, spec: Spec | None) -> Iterator[Outcome]:

@@ -86,6 +86,7 @@ class OurEngine:
         self._case = Case(0, 0, 0, 0)
         self._tokens: list[tuple[int, ...]] = []
         self._length = 0  # of every sequence
+        self.host_seconds: list[float] = []  # that each decode() took to submit its steps
 
     def begin(self, case: Case) -> None:
         self._release()
@@ -103,7 +104,9 @@ class OurEngine:
         self._decode(WARM_STEPS)
 
     def decode(self) -> float:
-        return _seconds(lambda: self._decode(self._case.generate))
+        started = time.perf_counter()
+        self.host_seconds.append(self._decode(self._case.generate))
+        return time.perf_counter() - started
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         return self._runner.logits(ids)
@@ -126,12 +129,14 @@ class OurEngine:
             run(self._runner, ([replace(row, adapter=self.adapter) for row in rows] for rows in steps))
             self._length = end
 
-    def _decode(self, steps: int) -> None:
+    def _decode(self, steps: int) -> float:
+        """Seconds that submitting the steps took."""
         slots, start = range(len(self._tokens)), self._length
-        run(
+        host = run(
             self._runner, ([Row(s, start + n, None, GREEDY, adapter=self.adapter) for s in slots] for n in range(steps))
         )
         self._length += steps
+        return host
 
 
 def prompts(vocab: int, case: Case) -> list[tuple[int, ...]]:
@@ -154,16 +159,21 @@ def prefill_steps(tokens: Sequence[tuple[int, ...]], start: int, end: int, chunk
     yield rows
 
 
-def run(runner: Runner, steps: Iterator[list[Row]]) -> None:
-    """Run steps, submitting each before waiting for the previous one."""
+def run(runner: Runner, steps: Iterator[list[Row]]) -> float:
+    """Run steps, submitting each before waiting for the previous one. Returns the seconds that submitting took: what
+    the host does for the steps, mostly while the device computes the ones before."""
     pending: Pending | None = None
+    host = 0.0
     for rows in steps:
+        started = time.perf_counter()
         ahead = runner.submit(rows)
+        host += time.perf_counter() - started
         if pending is not None:
             pending.wait()
         pending = ahead
     if pending is not None:
         pending.wait()
+    return host
 
 
 def _seconds(work: Callable[[], None]) -> float:

@@ -140,4 +140,5 @@ def row_from_json(data: dict[str, Any]) -> Row:
         None if mask is None else bytes_from_json(mask),
         data["stages"] and tuple(data["stages"]),
         data["adapter"],
+        tuple(data["save_at"]),
     )

@@ -112,11 +112,12 @@ class Server(uvicorn.Server):
             await self.service.hosted.close()
 
     def serve_on(self, listener: socket.socket) -> None:
-        """Serve requests until drained.
+        """Serve requests until drained, with as many open files as the hard limit allows, up to machine.OPEN_FILES.
 
         Raises KeyboardInterrupt if Ctrl-C ended it, and GptOssError if the engine failed: a server that could only
         answer 500 exits, so that its supervisor can restart it.
         """
+        machine.raise_open_files()
         asyncio.run(self.serve(sockets=[listener]))
         if (failure := self.service.model.failure) is not None:
             raise GptOssError(f"the engine stopped after an error ({failure!r}); start the server again") from failure

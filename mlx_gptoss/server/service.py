@@ -86,6 +86,7 @@ class Service:
         """This server for a request's model. None is the first one.
 
         Raises ApiError 404 for an unknown name if the server is strict about them; otherwise it means the first model.
+        MODEL:NAME of a model with adapters is 404 in any case if it has no adapter of that name.
         """
         found = self.find(name)
         request_log.note_model(found.id)
@@ -95,7 +96,7 @@ class Service:
 
     def find(self, name: str | None) -> NamedModel:
         """The model of a name, as select() chooses it."""
-        named = None if name is None else next((each for each in self.models if each.has_name(name)), None)
+        named = None if name is None else self._named(name)
         if named is None and name is not None and self.strict_model:
             known = ", ".join(repr(each.id) for each in self.models[:10])
             raise ApiError(404, f"the model {name!r} is not here: use {known}", param="model", code="model_not_found")
@@ -103,9 +104,33 @@ class Service:
 
     def known(self, name: str) -> NamedModel:
         """The model of a name. Raises ApiError 404 for an unknown name, strict or not."""
-        if not any(each.has_name(name) for each in self.models):
+        named = self._named(name)
+        if named is None:
             raise ApiError(404, f"there is no model {name!r:.200} here", param="model", code="model_not_found")
-        return self.find(name)
+        return named
+
+    def _named(self, name: str) -> NamedModel | None:
+        """The model or the adapter of a name; None if there is none. Raises ApiError 404 for an unknown adapter of a
+        model that has others: without it, the answer is not the one that was asked for."""
+        found = next((each for each in self.models if each.has_name(name)), None)
+        base, _, adapter = name.removesuffix(":latest").rpartition(":")
+        if found is not None or not base:
+            return found
+        owner = next((each for each in self.models if each.adapter is None and each.has_name(base)), None)
+        adapters = {each.adapter: each for each in self.models if owner and each.base == owner.id}
+        if not adapters or adapter in adapters:
+            return adapters.get(adapter)
+        known = ", ".join(map(repr, list(adapters)[:10]))
+        raise ApiError(
+            404, f"{base:.200} has no adapter {adapter!r:.200}: use {known}", param="model", code="model_not_found"
+        )
+
+    def answers_to(self, name: str) -> bool:
+        """Whether a request for a name selects the model that is selected now."""
+        try:
+            return self.find(name) is self.selected
+        except ApiError:
+            return False
 
     def having(self, model: NamedModel) -> Service:
         """This server with another model selected. All else is shared."""

@@ -118,7 +118,9 @@ class Checkpoint:
         self._file_of = {name[len(prefix) :]: (file, name) for name, file in stored.items()}
         self.tensors: Mapping[str, TensorInfo] = {n: f.header.tensors[s] for n, (f, s) in self._file_of.items()}
         self.params: tuple[Param, ...] = parameters(config)
-        self._binding: Binding = bind(CheckpointHeaders(self.tensors, config, raw_config), self.params)
+        metadata = {key.removeprefix(prefix): text for f in self._files for key, text in f.header.metadata.items()}
+        headers = CheckpointHeaders(self.tensors, config, raw_config, metadata)
+        self._binding: Binding = bind(headers, self.params)
         self._remarks = remarks(raw_config)
         self.format: str = self._binding.name
         self.size_bytes: int = sum(info.nbytes for info in self.tensors.values())
@@ -201,7 +203,7 @@ class Checkpoint:
         From headers only.
         """
         source = self._binding.sources[name]
-        return source.spec, self.tensors[source.scale_tensor].dtype if source.scale_tensor else None
+        return source.spec, source.scale_dtype
 
     def scale_dtype(self, name: str) -> str | None:
         """The safetensors dtype of a parameter's float scales as they are read; None without such. From headers only.

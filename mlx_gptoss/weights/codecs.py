@@ -107,8 +107,9 @@ def to_bfloat16(weight: Weight) -> Array:
     if isinstance(weight, Dense) and weight.values.dtype == BFLOAT16:
         return weight.values
     out = np.empty(weight.shape, BFLOAT16)
-    for index, block in blocks(weight):
-        out[index] = decode_block(block)
+    with np.errstate(invalid="ignore"):  # a dense value that is not a number stays one
+        for index, block in blocks(weight):
+            out[index] = decode_block(block)
     return out
 
 

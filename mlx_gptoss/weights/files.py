@@ -58,7 +58,7 @@ def find_folder(path: Path) -> Path:
         what = "is a file; give its folder, or a .gguf file" if path.exists() else "does not exist"
         raise CheckpointError(f"{path} {what}")
     path = path.resolve()
-    if not (path / "config.json").exists() and any((path / name).exists() for name in ADAPTER_FILES):
+    if is_adapter_folder(path):
         raise CheckpointError(
             f"{path} is a LoRA adapter: load the model it was trained on, and the adapter with --adapter NAME={path} "
             "or load(model, adapters={...})"
@@ -66,9 +66,20 @@ def find_folder(path: Path) -> Path:
     for folder in (path, path / "original"):
         if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
             return folder
+    pickles = sorted(child.name for kind in ("*.bin", "*.pt", "*.pth") for child in path.glob(kind))
+    if (path / "config.json").is_file() and pickles:
+        raise CheckpointError(
+            f"{path} has its weights in a pickle ({pickles[0]}), which can run any code and is never opened: save the "
+            "model as safetensors (save_pretrained does, with torchao 0.15 or later), or use the original checkpoint"
+        )
     if (path / "config.json").is_file():
         raise CheckpointError(f"{path} has a config.json but no .safetensors file; download the weights too")
     raise CheckpointError(f"{path} is not a checkpoint: it has no config.json and .safetensors files")
+
+
+def is_adapter_folder(path: Path) -> bool:
+    """Whether a folder holds a LoRA adapter and no model."""
+    return not (path / "config.json").exists() and any((path / name).exists() for name in ADAPTER_FILES)
 
 
 def map_shards(folder: Path) -> list[MappedFile]:

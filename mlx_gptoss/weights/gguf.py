@@ -39,9 +39,7 @@ _STRING, _ARRAY = 8, 9
 # ggml's types of single values, as safetensors names them. Blocks (gguf_blocks.py) stay bytes: Q8_0 of shape [..., K]
 # becomes U8 [..., K / 32, 34].
 _FLOATS = {0: "F32", 1: "F16", 30: "BF16"}
-_OTHER_TYPES = {
-    9: "Q8_1", 15: "Q8_K", 19: "IQ1_S", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0",
-}  # fmt: skip
+_OTHER_TYPES = {9: "Q8_1", 15: "Q8_K", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64"}
 
 
 class StringArray(Sequence[str]):
@@ -210,8 +208,8 @@ def _read_tensor(reader: _Reader) -> tuple[TensorInfo, int]:
     if block is None and kind not in _FLOATS:
         known = _OTHER_TYPES.get(kind, f"of the unknown type {kind}")
         raise CheckpointError(
-            f"{reader.path}: {name[:80]} is {known}, which cannot be read; Q2_K to Q8_0, IQ2 to IQ4, MXFP4, NVFP4, "
-            "BF16, F16 and F32 can: take the file whose name says one of these"
+            f"{reader.path}: {name[:80]} is {known}, which cannot be read; Q1_0 to Q8_0, Q2_K to Q6_K, IQ1 to IQ4, "
+            "TQ1_0, TQ2_0, MXFP4, NVFP4, BF16, F16 and F32 can: take the file whose name says one of these"
         )
     if not all(shape) or (block is not None and shape[-1] % block.values):
         raise reader.error(f"gives {name[:80]!r} the shape {shape}")

@@ -1,9 +1,10 @@
-"""llama.cpp's block types as weights. Most are affine codes in groups of 32 of the same values.
+"""llama.cpp's block types as weights. Most are affine codes in groups of 32 or more of the same values.
 
-Q4_0, Q4_1, Q5_0 and Q5_1 keep their codes. IQ4_NL, IQ4_XS, IQ3_S, IQ3_XXS and IQ2_XXS, whose codes are indices of a
-table, become the table's integers in 8 bits. Q4_K and Q5_K keep their codes, with the products of their two scales in
-float32. Q2_K, Q3_K, Q6_K, IQ2_XS and IQ2_S have a scale per 16 values, which no kernel reads: they are decoded to
-float32. Source: ggml-quants.c.
+Q4_0, Q4_1, Q5_0, Q5_1, Q2_0 and TQ2_0 keep their codes. IQ4_NL, IQ4_XS, IQ3_S, IQ3_XXS and IQ2_XXS, whose codes are
+indices of a table, become the table's integers in 8 bits. IQ1_S, TQ1_0 and Q1_0, whose groups have two or three
+different values, become codes of 2 bits. Q4_K and Q5_K keep their codes, with the products of their two scales in
+float32. Q2_K, Q3_K, Q6_K, IQ1_M, IQ2_XS and IQ2_S have a scale per 16 values, which no kernel reads: they are decoded
+to float32. Source: ggml-quants.c.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class BlockType:
     spec: how its numbers are stored in memory; None for float32.
     unpack: from blocks [n, size] to codes, scales and biases; without a spec to values, float32 [n, values].
     scale_dtype: of float scales in memory.
+    scale_at: the offset of the float16 scale in a block, where scale_dtype is float16.
     """
 
     name: str
@@ -44,6 +46,7 @@ class BlockType:
     spec: Spec | None
     unpack: Callable[[Bytes], Any]
     scale_dtype: np.dtype[Any] = FLOAT16
+    scale_at: int = 0
 
     @property
     def bits_in_memory(self) -> float:
@@ -101,7 +104,7 @@ def _repack(kind: BlockType, spec: Spec, flat: Bytes, shape: tuple[int, ...]) ->
 
 def _overflows(kind: BlockType, flat: Bytes) -> bool:
     """Whether a finite scale has a bias beyond float16."""
-    scale = np.ascontiguousarray(flat[:, :2]).view(FLOAT16)
+    scale = np.ascontiguousarray(flat[:, kind.scale_at : kind.scale_at + 2]).view(FLOAT16)
     largest = float(np.abs(scale).max(initial=0))
     return bool(largest <= _MAX_F16 and largest * 128 > _MAX_F16)
 
@@ -232,7 +235,33 @@ def _q6_k(b: Bytes) -> Array:
     return _by_16(codes, _f16(b[:, 208:210]) * np.ascontiguousarray(b[:, 192:208]).view(np.int8))
 
 
-_A4, _A5, _A8 = (AFFINE[bits, 32] for bits in (4, 5, 8))
+def _ternary(codes: Bytes, d: Array, groups: int) -> Parts:
+    """Codes 0 to 3 for -d, 0, d and 2 * d, with the scale of the block for each group."""
+    scale = np.repeat(d, groups, axis=1)
+    return codes, scale, -scale
+
+
+def _q1_0(b: Bytes) -> Parts:
+    return _ternary(_bits(b[:, 2:]) << 1, _f16(b[:, :2]), 1)
+
+
+def _q2_0(b: Bytes) -> Parts:
+    return _ternary(codecs.unpack(np.ascontiguousarray(b[:, 2:]), 2), _f16(b[:, :2]), 1)
+
+
+def _tq1_0(b: Bytes) -> Parts:
+    """Five digits of base 3 in a byte, as fractions of 256: runs of 32, of 16, and of 4 bytes with four digits each."""
+    powers = np.array([1, 3, 9, 27, 81], np.uint8)[:, None]
+    runs = [(b[:, None, at:end] * powers[:digits]) for at, end, digits in ((0, 32, 5), (32, 48, 5), (48, 52, 4))]
+    fractions = np.concatenate([run.reshape(len(b), -1) for run in runs], axis=1)  # modulo 256, which drops digits
+    return _ternary((fractions.astype(np.uint16) * 3 >> 8).astype(np.uint8), _f16(b[:, 52:54]), 2)
+
+
+def _tq2_0(b: Bytes) -> Parts:
+    return _ternary(_crumbs(b[:, :64]), _f16(b[:, 64:66]), 2)
+
+
+_A2, _A4, _A5, _A8 = (AFFINE[bits, 32] for bits in (2, 4, 5, 8))
 BLOCK_TYPES: Mapping[int, BlockType] = {
     2: BlockType("Q4_0", 32, 18, _A4, _q4_0),
     3: BlockType("Q4_1", 32, 20, _A4, _q4_1),
@@ -250,16 +279,17 @@ BLOCK_TYPES: Mapping[int, BlockType] = {
     18: BlockType("IQ3_XXS", 256, 98, _A8, gguf_codebooks.iq3_xxs, FLOAT32),
     21: BlockType("IQ3_S", 256, 110, _A8, gguf_codebooks.iq3_s, FLOAT32),
     22: BlockType("IQ2_S", 256, 82, None, gguf_codebooks.iq2_s),
+    19: BlockType("IQ1_S", 256, 50, _A2, gguf_codebooks.iq1_s, FLOAT32),
     20: BlockType("IQ4_NL", 32, 18, _A8, _iq4_nl),
     23: BlockType("IQ4_XS", 256, 136, _A8, _iq4_xs, FLOAT32),
+    29: BlockType("IQ1_M", 256, 56, None, gguf_codebooks.iq1_m),
+    34: BlockType("TQ1_0", 256, 54, AFFINE[2, 128], _tq1_0, scale_at=52),
+    35: BlockType("TQ2_0", 256, 66, AFFINE[2, 128], _tq2_0, scale_at=64),
     39: BlockType("MXFP4", 32, 17, MXFP4, _mxfp4),
     40: BlockType("NVFP4", 64, 36, NVFP4, _nvfp4),
+    41: BlockType("Q1_0", 128, 18, AFFINE[2, 128], _q1_0),
+    42: BlockType("Q2_0", 64, 18, AFFINE[2, 64], _q2_0),
 }
 BY_NAME: Mapping[str, BlockType] = {kind.name: kind for kind in BLOCK_TYPES.values()}
-RENUMBERED = (
-    "IQ2_XXS",
-    "IQ3_XXS",
-    "IQ3_S",
-    "IQ4_NL",
-    "IQ4_XS",
-)  # the codes in memory are others than those of the file
+# The codes in memory are others than those of the file.
+RENUMBERED = ("IQ1_S", "IQ2_XXS", "IQ3_XXS", "IQ3_S", "IQ4_NL", "IQ4_XS", "TQ1_0", "Q1_0")

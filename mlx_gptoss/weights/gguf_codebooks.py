@@ -1,7 +1,8 @@
-"""llama.cpp's types with codebooks, IQ2_XXS to IQ3_S: eight or four values share an index into a table of magnitudes.
+"""llama.cpp's types with codebooks, IQ1_S to IQ3_S: eight or four values share an index into a table of magnitudes, or
+of -1, 0 and 1.
 
 The tables are constants of the format (ggml-common.h), here with 2 or 3 bits for each entry, lowest bits first,
-compressed and in base 85.
+compressed and in base 85. Of IQ1's, which has 2048 of the 3^8 rows in order, it is a bit for each row.
 """
 
 from __future__ import annotations
@@ -76,6 +77,17 @@ _IQ3_S = (
     "D%+V+{+E%1b*NUF5w;y;w&!XLZ0MQKIUZ}=!A~wjvnclp6bG`?cKia0blS75Ai53^<pphnGgJy=rZg"
 )
 
+_IQ1 = (
+    "c-k#eK}(!R7=CxE;dM-9V?RN1diSfb(^(PgE$L;EU0C#DLh=VZ*|bQ>IZZw%yXlwN6ha`hG?#HO$v6$G@ldv(umMk2dT8mb2WdTox*h^v8VtnDuD#8"
+    "?@Vw9Syw7v(LR2?w<}y}3b9YJG^C&5*&qs>Nl?x;NhAB!%0hRecnsm$a2YwJ@;QqccSPG~@n#@N5uBY$^gNY22s7}?HYgoxmY#Y+!Ajh1yxWA4l1Oz"
+    "VO1-XRyWBes^wA;LAoBq<x!%nuPhFWp9`{&R@7DG%<XIwD^Is3Q$Jf@<B<<hd(0^?jzIHG8vQn*?-$Ub(LsHW&@kYNcQ%|}dP%c;av8KJU^mWiJv*2"
+    "8-WD<$YEG%#}+D!ES;XeDuFD(VlG#i@A4$V;H%7rH52w&LB_pg1xSvl=L<CZ@9?{WdkSxbxSuMq|l64F4MqT|O(RS}O@H(bLXvHn!_OntvSw2GXTKi"
+    "D_6XGLxujp0!)qyF+V=7Bv?g3oFy??D1-6?{(2le%HQrc>Le(m#@Cb_P%)g$;r#{<KcsUbe#9?p_<1{H>jE?+1SCIq;Fwj@yPMjA_U90?}vdY$)D1%"
+    ">fQq-z{36HBT$I&mG*v%J#A~V%aSj@pZtCEAg}V1eou`2@uUxU_YQ=)6;l3U7EjmAKr#y2F0kdO91c}@u6ikZ68>90+)KINV7E3oVy0wcNC7Qg*Gnz"
+    "$6Ckekcj5w;yQl$8BcV}uIeIA*;9XR~L2uzcrHYS+2)y-rqrtcg6e{stpn$cM#il(dTBx(R&0u-;P1DmAvG}u@dX;b%ns9v~6p49X^c}lqEMlIFjzJ"
+    "Bbrp$X4T{{D_p5YV7e^~xM<^E7<_56qcAaL=FI+lT|4v2#Y&dpW2-Egd@Fdf5G@Dheeu*|v(bMFD;1sQ1"
+)
+
 
 @lru_cache
 def _grid(text: str, levels: tuple[int, ...], width: int) -> Array:
@@ -84,6 +96,15 @@ def _grid(text: str, levels: tuple[int, ...], width: int) -> Array:
     packed = np.frombuffer(zlib.decompress(base64.b85decode(text)), np.uint8)
     flags = np.unpackbits(packed, bitorder="little").reshape(-1, bits)
     found: Array = np.array(levels, np.int16)[flags @ (1 << np.arange(bits))].reshape(-1, width)
+    return found
+
+
+@lru_cache
+def _ternary_grid() -> Array:
+    """The table of IQ1_S and IQ1_M, plus 1: uint8 [2048, 8] of 0, 1 and 2."""
+    packed = np.frombuffer(zlib.decompress(base64.b85decode(_IQ1)), np.uint8)
+    rows = np.flatnonzero(np.unpackbits(packed, bitorder="little"))
+    found: Array = (rows[:, None] // 3 ** np.arange(8) % 3).astype(np.uint8)
     return found
 
 
@@ -152,3 +173,27 @@ def iq2_s(b: Array) -> Array:
     high = (b[:, 66:74, None] >> np.arange(0, 8, 2, dtype=np.uint8) & 3).reshape(len(b), 32)
     values = _signed(_grid(_IQ2_S, _IQ2_LEVELS, 8)[b[:, 2:34] | high.astype(np.uint16) << 8], b[:, 34:66])
     return _by_16(values, _f16(b[:, :2]), b[:, 74:82])
+
+
+def iq1_s(b: Array) -> tuple[Array, Array, Array]:
+    """d * (2 * scale + 1) * (table +- 1/8), with a scale and a sign of the offset per 32 values."""
+    words = np.ascontiguousarray(b[:, 34:]).view("<u2")
+    high = words[..., None] >> np.arange(0, 12, 3, dtype=np.uint16) & 7
+    codes = _ternary_grid()[b[:, 2:34] | high.reshape(len(b), 32) << 8]
+    scale = _f16(b[:, :2]) * (2 * (words >> 12 & 7) + 1).astype(np.float32)
+    return codes.reshape(len(b), 256), scale, scale * np.where(words & 0x8000, np.float32(-1.125), np.float32(-0.875))
+
+
+def iq1_m(b: Array) -> Array:
+    """As iq1_s, with a scale per 16 values, and a sign of the offset per 8. The four top bits of the words of scales
+    are d."""
+    words = np.ascontiguousarray(b[:, 48:]).view("<u2")
+    d = (words >> 12 << np.arange(0, 16, 4, dtype=np.uint16)).sum(axis=-1, dtype=np.uint16).view("<f2")
+    scales = (words[..., None] >> np.arange(0, 12, 3, dtype=np.uint16) & 7).reshape(len(b), 16)
+    scale = d.astype(np.float32)[:, None] * (2 * scales + 1).astype(np.float32)
+    high = np.stack([b[:, 32:48] & 15, b[:, 32:48] >> 4], axis=-1).reshape(len(b), 32).astype(np.uint16)
+    table = _ternary_grid()[b[:, :32] | (high & 7) << 8].astype(np.float32)
+    offset = np.where(high & 8, np.float32(-1.125), np.float32(-0.875))
+    values = (table + offset[..., None]).reshape(len(b), 16, 16) * scale[..., None]
+    found: Array = values.reshape(len(b), 256)
+    return found

@@ -60,17 +60,17 @@ def quantize_symmetric(weight: Weight) -> Quantized:
     return quantize_with(weight, AFFINE4, _encode_symmetric, np.dtype(np.float16))
 
 
-def symmetric_bias(scale: Array) -> Array:
-    """-8 * scale: the value of code 0 where code 8 means zero. Exact in the dtype of `scale`.
+def symmetric_bias(scale: Array, zero: int = 8) -> Array:
+    """-zero * scale: the value of code 0 where the code `zero`, a power of two, means zero. Exact in the scale's dtype.
 
     Raises CheckpointError on overflow. NaN and infinite scales pass.
     """
     with np.errstate(over="ignore"):
-        bias: Array = scale * scale.dtype.type(-8)
+        bias: Array = scale * scale.dtype.type(-zero)
     if np.any(np.isinf(bias) & np.isfinite(scale)):
         raise CheckpointError(
-            f"a scale is too large: 8 times it overflows {scale.dtype.name}; the checkpoint is damaged, or needs a "
-            "format with wider scales, such as mlx-4bit"
+            f"a scale is too large: {zero} times it overflows {scale.dtype.name}; the checkpoint is damaged, or needs "
+            "a format with wider scales, such as mlx-4bit"
         )
     return bias
 

@@ -57,6 +57,19 @@ class Requantized:
         specs = [(param.size, self._spec(param)) for param in params]
         return sum(size * (run_as(spec).bits - spec.bits) // 8 for size, spec in specs if spec is not None)
 
+    @property
+    def params(self) -> tuple[Param, ...]:
+        """As Checkpoint.params."""
+        return self._checkpoint.params
+
+    def stored_as(self, name: str) -> tuple[Spec | None, str | None]:
+        """As Checkpoint.stored_as, of the weight that `read` returns."""
+        param = self._params[name]
+        if not param.is_matrix or (self._name in REST_SPECS and param.role not in REST_ROLES):
+            return self._checkpoint.stored_as(name)
+        spec = self._spec(param)
+        return spec, "BF16" if spec is not None and spec.scale == "float" else None
+
     def read(self, name: str) -> Weight:
         """The weight of a parameter by its canonical name, quantized block by block."""
         param, weight = self._params[name], self._checkpoint.read(name)

@@ -91,3 +91,13 @@ def test_a_chunk_in_stages(runner_of, ids):
         row = Row(0, 0, prompt, GREEDY if last else None, prompt if last else None, stages=(first, first + 2))
         got = runner_of.submit([replace(row, adapter=adapter)]).wait()[0]
     assert got == whole
+
+
+def test_narrow_activations_on_a_cpu(backend_module, tiny, made_by_peft, ids):
+    """bfloat16, with dense experts and those of an adapter: a CPU's products of MLX take only float32 for them."""
+    checkpoint, (folder, expected) = checkpoints.open(tiny), made_by_peft("both")
+    adapters = [open_adapter(folder, checkpoint.config)]
+    runner = backend_module("mlx").load(checkpoint, device="cpu", dtype="bfloat16", limits=LIMITS, adapters=adapters)
+    got = runner.logits(ids, 0)
+    error = np.abs(got - expected).max(axis=-1) / np.abs(expected).max(axis=-1)
+    assert np.median(error) < 0.05 < np.median(np.abs(runner.logits(ids) - got).max(axis=-1))

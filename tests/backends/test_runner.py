@@ -4,6 +4,7 @@ same tokens as each sequence alone."""
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -228,6 +229,90 @@ def test_a_restored_sequence_goes_on_bit_for_bit(runner):
             runner.release(2)
 
 
+def chunks_of(runner, slot, prompt, *cuts, save_at=(), stages=None):
+    """Compute a prompt in chunks that end at `cuts` and at its end, each in these stages. Returns the snapshots, which
+    follow each other, and the first token."""
+    saved, start, done = [], 0, 0
+    for end in (*cuts, len(prompt)):
+        points = tuple(at for at in save_at if start < at <= end)
+        for part in stages or [None]:
+            last = end == len(prompt) and part in (None, (stages or [None])[-1])
+            row = Row(slot, start, prompt[start:end], GREEDY if last else None, prompt if last else None)
+            (sampled,) = runner.submit([replace(row, save_at=points, stages=part)]).wait()
+        for at in points:
+            saved.append(runner.save(slot, done, at))
+            done = at
+        start = end
+    return saved, sampled
+
+
+@pytest.mark.parametrize("cuts", [(), (150,), (2, 298)], ids=str)
+def test_snapshots_inside_a_chunk_are_its_own_values(runner, cuts):
+    """Before the window is full, on its borders, at the ends of chunks and across them, whole and in stages. The last
+    one goes on as the slot does, bit for bit; the others as shorter chunks do, up to rounding."""
+    prompt, points = prompt_of(300, 21), (1, 8, 9, 140, 150, 158, 299, 300)
+    half = stage_count(runner.config) // 2
+    saved, first = chunks_of(runner, 0, prompt, *cuts, save_at=points)
+    expected = [runner.submit([Row(0, 300 + i, None, GREEDY)]).wait()[0] for i in range(3)]
+    runner.release(0)
+    staged, again = chunks_of(runner, 1, prompt, *cuts, save_at=points, stages=[(0, half), (half, 2 * half)])
+    assert again == first and list(map(runner.pack, staged)) == list(map(runner.pack, saved))
+    runner.release(1)
+    copies = [runner.unpack(each.start, each.end, runner.pack(each)) for each in saved]
+    for chain in (saved, copies):
+        runner.restore(2, chain)
+        got = [runner.submit([Row(2, 300, (first.token,), GREEDY, prompt)]).wait()[0]]
+        got += [runner.submit([Row(2, 301 + i, None, GREEDY)]).wait()[0] for i in range(2)]
+        assert got == expected
+        runner.release(2)
+    for count, at in enumerate(points[:-1], 1):
+        runner.restore(3, saved[:count])
+        (rest,) = runner.submit([Row(3, at, prompt[at:], GREEDY, prompt)]).wait()
+        assert rest.token == first.token and abs(rest.logprob - first.logprob) < 1e-5
+        runner.release(3)
+        chunks, _ = chunks_of(runner, 3, prompt[:at], save_at=(at,))
+        assert_near(runner, chunks[-1], saved[:count])
+        runner.release(3)
+
+
+def assert_near(runner, whole, parts):
+    """The rings of a snapshot of a whole prefix, and its full layers' values, are those of consecutive parts."""
+    for layer in range(runner.config.num_hidden_layers):
+        (expected,), found = layer_values(whole, layer), [layer_values(part, layer)[0] for part in parts]
+        if runner.config.windows[layer] is None:
+            found = [np.concatenate(found, axis=-2)]
+        assert expected.shape == found[-1].shape
+        assert np.abs(expected - found[-1]).max() < 1e-5 * max(1.0, np.abs(expected).max())
+
+
+def layer_values(snapshot, layer):
+    """Keys and values of one layer in a snapshot of either backend, float32 [2, ..., C, 64]"""
+    if hasattr(snapshot, "parts"):
+        return [np.stack([part.cpu().numpy() for part in snapshot.parts[layer]])]
+    return [np.array(snapshot.arrays[layer])]
+
+
+def test_what_snapshots_need_is_freed_with_the_next_step(runner):
+    """And kept only where a position inside of the chunk is saved, and only until the chunk is finished and saved."""
+    prompt, last = prompt_of(60, 22), stage_count(runner.config)
+
+    def kept():
+        return sorted({slot for ring in runner._cache.rings for slot in ring.kept})
+
+    runner.submit([Row(0, 0, prompt, save_at=(60,))]).wait()
+    assert kept() == []
+    runner.submit([Row(1, 0, prompt, save_at=(30,), stages=(0, 3)), Row(2, 0, prompt, save_at=(9, 60))]).wait()
+    assert kept() == [1, 2]
+    runner.submit([Row(0, 60, (5,))]).wait()
+    assert kept() == [1]
+    runner.submit([Row(1, 0, prompt, save_at=(30,), stages=(3, last))]).wait()
+    assert kept() == [1] and runner.save(1, 0, 30).end == 30
+    runner.release(1)
+    assert kept() == []
+    for slot in (0, 2):
+        runner.release(slot)
+
+
 def test_a_snapshot_holds_nothing_of_the_sequence_before(runner):
     alone(runner, prompt_of(200, 13), 2, slot=1)
     saved = []
@@ -257,4 +342,12 @@ def test_packed_keys_and_rings_with_slack_are_restored_too(mini, backend_module)
     for snapshot in (saved, runner.unpack(0, 200, runner.pack(saved))):
         runner.restore(1, [snapshot])
         assert runner.submit([Row(1, 200, prompt[200:], GREEDY, prompt)]).wait() == expected
+    runner.release(0)
+    points = (6, 11, 12, 200, 298, 299)
+    inside, _ = chunks_of(runner, 0, prompt, 297, save_at=points)  # the last chunk has as many tokens as the slack
+    for count, at in enumerate(points, 1):
+        runner.restore(1, inside[:count])
+        (rest,) = runner.submit([Row(1, at, prompt[at:], GREEDY, prompt)]).wait()
+        assert rest.token == expected[0].token and abs(rest.logprob - expected[0].logprob) < 1e-5
+        runner.release(1)
     runner.close()

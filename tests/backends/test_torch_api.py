@@ -75,9 +75,9 @@ def test_quantized_while_loading(torch_backend, mini, relative_error):
     assert relative_error(logits[1], logits[0]) < 1e-4
 
 
-def test_auto_takes_the_gpu_that_torch_finds(torch_backend, monkeypatch, tmp_path):
+def test_auto_takes_the_gpu_that_torch_finds(torch_backend, monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(backends, "NVIDIA_DRIVER", (tmp_path / "nothing", tmp_path))
+    monkeypatch.setattr(backends, "DRIVER_LIBRARIES", ("nothing.so", "libc.so.6"))  # a library that is there
     monkeypatch.setattr(torch_backend, "has_gpu", lambda: True)
     assert backends.best_backend() == "cuda"
     monkeypatch.setattr(torch_backend, "has_gpu", lambda: False)  # a torch built for CPUs
@@ -86,9 +86,9 @@ def test_auto_takes_the_gpu_that_torch_finds(torch_backend, monkeypatch, tmp_pat
 
 @pytest.mark.parametrize("platform", ["darwin", "linux"])
 @pytest.mark.parametrize("torch", [True, False])
-def test_auto_without_an_nvidia_driver(monkeypatch, tmp_path, platform, torch):
+def test_auto_without_an_nvidia_driver(monkeypatch, platform, torch):
     monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(backends, "NVIDIA_DRIVER", (tmp_path / "nothing",))
+    monkeypatch.setattr(backends, "DRIVER_LIBRARIES", ("nothing.so",))
     monkeypatch.setattr(backends, "find_spec", lambda name: name if torch else None)
     monkeypatch.setattr(backends, "_backend_module", lambda name: pytest.fail("torch was imported"))
     assert backends.best_backend() == "mlx"
@@ -96,8 +96,8 @@ def test_auto_without_an_nvidia_driver(monkeypatch, tmp_path, platform, torch):
 
 def test_auto_does_not_import_torch_for_a_cpu():
     code = (
-        "import sys; from pathlib import Path; from mlx_gptoss import backends\n"
-        "backends.NVIDIA_DRIVER = (Path('/nothing'),)\n"
+        "import sys; from mlx_gptoss import backends\n"
+        "backends.DRIVER_LIBRARIES = ('nothing.so',)\n"
         "print(backends.find_backend('auto')[1], 'torch' in sys.modules)"
     )
     assert python(code) == "mlx False"

@@ -31,6 +31,9 @@ def test_json_has_the_promised_fields(run):
     (result,) = report["results"]
     assert set(result) >= FIELDS and "ratio" not in report
     assert (result["engine"], result["format"], result["generate"]) == ("mlx-gptoss", "mxfp4", 4)
+    assert result["host_ms_per_step"] > 0 and result["published_bound_tok_s"] is None
+    # Of 24 tiny layers: nothing is large enough for another buffer but the number of launches.
+    assert report["command_buffers_per_token"]["MLX's limits"] == report["launches_per_token"]["mlx-gptoss"] // 51 + 1
     assert "prefill 1 of 1" in done.stderr  # progress
 
 
@@ -46,7 +49,18 @@ def test_every_batch_with_every_context(run, tmp_path):
 
 def test_the_table_is_readable(run):
     out = run(*TINY, "--format", "mlx-8bit", "--layers", "2", "--repeat", "1").stdout
-    for words in ("mlx-8bit", "GB/s", "prefill tok/s", "decode tok/s", "of bound", "mlx-gptoss"):
+    for words in (
+        "mlx-8bit",
+        "GB/s",
+        "prefill tok/s",
+        "decode tok/s",
+        "of bound",
+        "mlx-gptoss",
+        "MB read",
+        "ms of host time",
+        "Launches a token",
+        "Command buffers a token on an Apple GPU, estimated",
+    ):
         assert words in out
 
 

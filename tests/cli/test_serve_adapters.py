@@ -8,34 +8,17 @@ import subprocess
 import sys
 
 import httpx
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from nano_adapter import QUESTION, write_nano_adapter
 from test_serve_models import serve
 
 import mlx_gptoss
-from mlx_gptoss.loading.plan import NANO
-from mlx_gptoss.weights import checkpoint as checkpoints
-
-QUESTION = "What is 12 + 30?"
 
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """An mlx-lm adapter of the bundled model that changes what it says."""
-    config, folder = checkpoints.open(NANO).config, tmp_path_factory.mktemp("adapters") / "loud"
-    folder.mkdir()
-    rng, tensors = np.random.default_rng(0), {}
-    for layer in range(config.num_hidden_layers):
-        for part, size in (("q", config.q_size), ("v", config.kv_size)):
-            name = f"model.layers.{layer}.self_attn.{part}_proj"
-            tensors[f"{name}.lora_a"] = rng.standard_normal((config.hidden_size, 4)).astype(np.float32)
-            tensors[f"{name}.lora_b"] = rng.standard_normal((4, size)).astype(np.float32)
-    save_file(tensors, folder / "adapters.safetensors")
-    parameters = {"rank": 4, "scale": 1.0, "dropout": 0.0}
-    settings = {"fine_tune_type": "lora", "num_layers": config.num_hidden_layers, "lora_parameters": parameters}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    return folder
+    """An adapter of the bundled model that changes what it says."""
+    return write_nano_adapter(tmp_path_factory.mktemp("adapters") / "loud")
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +76,14 @@ def test_generate_takes_one_by_itself(adapter, texts):
 def test_mistakes_are_one_line(adapter, words, message):
     done = run(*(adapter if word == "ADAPTER" else word for word in words))
     assert done.returncode == 1 and message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_in_a_process_of_its_own(adapter, texts, monkeypatch):
+    """By a relative path, which that process does not start from."""
+    monkeypatch.chdir(adapter.parent)
+    with serve("--model", "nano", "--idle-unload", 600, "--adapter", "brief=./loud") as (_, url):
+        messages = [{"role": "user", "content": QUESTION}]
+        for name, expected in (("mlx-gptoss-nano", texts[0]), ("nano:brief", texts[1])):
+            body = {"model": name, "messages": messages, "temperature": 0, "max_tokens": 12}
+            message = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120).json()["choices"][0]["message"]
+            assert (message.get("reasoning") or "", message["content"] or "") == expected, name

@@ -51,7 +51,8 @@ class Slot:
     drafted: int = 0  # drafts of the last row
     sampled_in: int = -2  # number of the step that sampled it
     has_sampled: bool = False
-    begun: tuple[int, tuple[int, ...], int] | None = None  # start, tokens and next stage of an unfinished chunk
+    begun: tuple[object, ...] | None = None  # start, tokens, positions to save, next stage of an unfinished chunk
+    save_at: tuple[int, ...] = ()  # of the last row
 
 
 class Step:
@@ -122,6 +123,8 @@ class MockRunner:
         self.check(len({row.slot for row in rows}) == len(rows), "a slot twice in a step")
         self.check(sum(len(row.tokens or ()) for row in rows) <= self.limits.chunk, "too much prefill in a step")
         self.check(len(self.in_flight) < 2, "more than two steps in flight")
+        for slot in self.slots:
+            slot.save_at = ()
         step = Step(self, number, rows, [self.feed(row, number) for row in rows])
         self.in_flight.append(step)
         return step
@@ -131,6 +134,10 @@ class MockRunner:
         if not self.completes_chunk(slot, row):
             self.check(row.sampling is None and row.start == len(slot.history), "sampled from an unfinished chunk")
             return None
+        inside = range(row.start + 1, row.start + len(row.tokens or ()) + 1)
+        self.check(all(at in inside for at in row.save_at), "a snapshot of a position outside of the row")
+        self.check(list(row.save_at) == sorted(set(row.save_at)), "positions to save out of order")
+        slot.save_at = row.save_at
         if row.tokens is not None and slot.fresh is not None:  # from the host: the fresh token, or the one before it
             back = slot.fed - row.start if row.start < len(slot.history) else 0
             self.check(len(row.tokens) == 1 and back <= 1 + slot.drafted, "stepped back by more than one token")
@@ -173,9 +180,9 @@ class MockRunner:
         first, end = row.stages or (0, last)
         self.check(row.stages is None or (len(tokens) > 1 and not row.drafts), "stages of another row than a chunk's")
         self.check(0 <= first < end <= last, "stages out of order")
-        expected = (row.start, tokens, first) if first else None
+        expected = (row.start, tokens, row.save_at, first) if first else None
         self.check(slot.begun == expected, "a chunk that goes on at another stage, or another row before its end")
-        slot.begun = (row.start, tokens, end) if end < last else None
+        slot.begun = (row.start, tokens, row.save_at, end) if end < last else None
         return end == last
 
     def wait(self, step: Step) -> list[Sampled | None]:
@@ -197,10 +204,11 @@ class MockRunner:
 
     def save(self, slot: int, start: int, end: int) -> Saved:
         self.check_thread()
-        history = self.slots[slot].history
-        self.check(0 <= start < end == len(history), "saved elsewhere than at the end of the sequence")
+        history, save_at = self.slots[slot].history, self.slots[slot].save_at
+        self.check(end == len(history) or end in save_at, "saved elsewhere than its last row allows")
+        self.check(0 <= start < end <= len(history), "saved what is not there")
         self.saved += 1
-        return Saved(start, end, tuple(history[start:end]), tuple(history[-RING:]))
+        return Saved(start, end, tuple(history[start:end]), tuple(history[max(0, end - RING) : end]))
 
     def restore(self, slot: int, chain: Sequence[Saved]) -> None:
         self.check_thread()

@@ -21,8 +21,8 @@ import mlx_gptoss
 from mlx_gptoss.engine import Engine, Request, Stream
 from mlx_gptoss.sampling import Sampling
 
-SMALL = 64  # tokens of a small chunk, the smallest that the prefix cache cuts off at the end of a message
-CHUNK = 256  # tokens of a chunk in the prefix cache
+SMALL = 64  # tokens of a short prompt after a cached one
+SPAN = 256  # tokens between two snapshots of the prefix cache
 QUIET_S = 4.0  # how long the streams decode alone
 
 
@@ -101,7 +101,7 @@ def measure(engine: Engine, streams: int, length: int) -> dict[str, Phase | floa
     """All figures, by name."""
     time_prompt(engine, length, seed=1)  # warm up
     figures: dict[str, Phase | float] = {"prompt alone": time_prompt(engine, length, seed=2)}
-    cached = prompt_of(engine, length, seed=2).prompt[: length // CHUNK * CHUNK]
+    cached = prompt_of(engine, length, seed=2).prompt[: length // SPAN * SPAN]
     small = [time_prompt(engine, SMALL, seed=10 + n, after=cached) for n in range(5)]
     figures[f"{SMALL} tokens after {len(cached)} in the prefix cache"] = statistics.median(small)
     room = engine.limits.max_context - 64

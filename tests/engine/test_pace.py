@@ -24,27 +24,28 @@ STAGES = 8
 
 
 class Device:
-    """Costs of steps in seconds: of a decoding row, and of a token in each stage."""
+    """Costs of steps in seconds: of a decoding row, and of a token in each stage. fixed: the tokens whose cost each
+    stage of a chunk has on top."""
 
-    def __init__(self, decode_s: float, stage_s: Sequence[float]) -> None:
-        self.decode_s, self.stage_s = decode_s, tuple(stage_s)
+    def __init__(self, decode_s: float, stage_s: Sequence[float], fixed: int = FIXED_TOKENS) -> None:
+        self.decode_s, self.stage_s, self.fixed = decode_s, tuple(stage_s), fixed
 
     def cost(self, step: Step) -> float:
         rows = len(step.rows) - len(step.pieces)
-        pieces = sum((p.tokens + FIXED_TOKENS) * sum(self.stage_s[p.first : p.end]) for p in step.pieces)
+        pieces = sum((p.tokens + self.fixed) * sum(self.stage_s[p.first : p.end]) for p in step.pieces)
         return (self.decode_s if rows else 0.0) + pieces
 
     def chunk_s(self, tokens: int) -> float:
-        return (tokens + FIXED_TOKENS) * sum(self.stage_s)
+        return (tokens + self.fixed) * sum(self.stage_s)
 
     def stage_most_s(self, tokens: int) -> float:
-        return (tokens + FIXED_TOKENS) * max(self.stage_s)
+        return (tokens + self.fixed) * max(self.stage_s)
 
 
 class Run:
     """A scheduler whose steps take the time that the device says, one step ahead as in the engine's loop.
 
-    cut: chunks are those of the prefix cache, although nothing is cached. log: each step with its end. ends: when the
+    cut: with a prefix cache that can keep nothing. log: each step with its end. ends: when the
     last stage of each prompt ended.
     """
 
@@ -97,10 +98,24 @@ class Run:
         return [after - before for before, after in pairwise(times)]
 
 
-def with_streams(device: Device, streams: int = 3, **options: Any) -> tuple[Run, list[Running]]:
+def chunks_of(run: Run, sequence: Running) -> list[int]:
+    """The sizes of a sequence's chunks; each one's stages are consecutive."""
+    sizes: list[int] = []
+    reached = STAGES
+    for _, step in run.log:
+        for owner, row in zip(step.sequences, step.rows, strict=True):
+            if owner is sequence and row.tokens:
+                first, end = row.stages or (0, STAGES)
+                assert first == reached % STAGES
+                sizes.extend([len(row.tokens)] if first == 0 else [])
+                reached = end
+    return sizes
+
+
+def with_streams(device: Device, streams: int = 3, alone: int = 1000, **options: Any) -> tuple[Run, list[Running]]:
     """A run with streams that have decoded for a while, after a prompt that ran alone."""
     run = Run(device, **options)
-    run.until_prefilled(run.add(1000))
+    run.until_prefilled(run.add(alone))
     added = [run.add(2, max_tokens=90_000) for _ in range(streams)]
     run.steps(40)
     return run, added
@@ -111,6 +126,7 @@ DEVICES = {
     "a slow processor": Device(0.005, [0.00001, 0.00003, 0.0002, 0.00003, 0.00001, 0.00003, 0.0002, 0.000005]),
     "a fast prompt": Device(0.010, [0.000001] * STAGES),
 }
+GPU = Device(0.010, [0.000003, 0.000010] * (STAGES // 2), fixed=1000)  # a small chunk's tokens cost several times more
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -137,6 +153,49 @@ def test_alone_a_chunk_is_computed_whole() -> None:
         (256, 256, None),
         (512, 88, None),
     ]
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_alone_chunks_are_as_large_with_the_prefix_cache_as_without(cut: bool) -> None:
+    """Of 20,000 tokens 256 an expert, of 32 with 4 active, where chunks of 256 tokens gave 32."""
+    run = Run(GPU, chunk=2048, cut=cut)
+    prompt = run.add(20_000)
+    run.until_prefilled(prompt)
+    assert chunks_of(run, prompt) == [2048] * 9 + [1568]
+    saved = {at for _, step in run.log for row in step.rows for at in row.save_at}
+    assert saved == (set(range(256, 20_000, 256)) if cut else set())
+
+
+@pytest.mark.parametrize(
+    ("device", "size"), [(DEVICES["a large model"], 512), (DEVICES["a slow processor"], 256), (GPU, 256)]
+)
+def test_large_chunks_of_a_prompt_alone_delay_no_stream_afterwards(device: Device, size: int) -> None:
+    """Their cost per token, on a GPU a third of a small chunk's, is not taken for that of the chunks beside streams,
+    which are small, or larger where no stage is longer than a step. From the first one on, a token waits for no more
+    than a step or a small chunk's stage."""
+    run, streams = with_streams(device, alone=20_000, chunk=2048, cut=True)
+    began, prompt = run.now, run.add(6144)
+    run.until_prefilled(prompt)
+    assert chunks_of(run, prompt) == [size] * (6144 // size)
+    gaps = run.gaps(streams[0], began)
+    assert max(gaps) < device.decode_s + max(device.decode_s, device.stage_most_s(256)) * 1.05
+    assert run.now - began < 4 * 24 * device.chunk_s(256)
+
+
+def test_beside_streams_chunks_are_larger_where_a_stage_stays_shorter_than_a_step() -> None:
+    """Once a small chunk has been measured. The first prompt takes half of what the step holds, the next one half of
+    the rest, so that a short one finds room."""
+    device = Device(0.003, [0.000001] * STAGES)
+    run, streams = with_streams(device, slots=8, chunk=2048, cut=True)
+    began, prompts = run.now, [run.add(9000) for _ in range(3)]
+    run.steps(4)
+    asked, short = run.now, run.add(64)
+    run.until_prefilled(short)
+    assert run.now - asked < 10 * device.decode_s
+    run.until_prefilled(*prompts)
+    sizes = [chunks_of(run, prompt) for prompt in prompts]
+    assert max(map(max, sizes)) == 1024 and {1024, 512, 256} <= {size for each in sizes for size in each}
+    assert max(run.gaps(streams[0], began)) < 2.1 * device.decode_s
 
 
 def test_what_a_prompt_computes_does_not_depend_on_the_streams() -> None:
@@ -183,7 +242,7 @@ def test_begun_chunks_never_exceed_the_limit() -> None:
         run.add(length, max_tokens=20)
     for _ in range(800):
         run.steps(1)
-        begun = [s.next_chunk_end - s.length for s in run.scheduler._prefilling if s.stage]
+        begun = [s.chunk for s in run.scheduler._prefilling if s.stage]
         assert sum(begun) <= 300
     assert not run.scheduler._prefilling
 

@@ -1,4 +1,4 @@
-"""The prefix cache: how prompts are split into chunks, what is kept, what is evicted first, and files."""
+"""The prefix cache: how prompts are split into spans, what is kept, what is evicted first, and files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_gptoss.engine.prefix import MAX_SPAN, MIN_SPAN, PrefixCache, chunk_ends
+from mlx_gptoss.engine.prefix import MAX_SPAN, MIN_SPAN, PrefixCache, span_ends
 from mlx_gptoss.engine.prefix_files import PrefixFiles
 from mlx_gptoss.errors import GptOssError
 
@@ -67,8 +67,8 @@ def cached(cache, *names) -> int:
 
 @given(st.lists(st.integers(0, END), max_size=900), st.lists(st.integers(0, END), max_size=300))
 def test_a_common_prefix_is_split_alike(common, rest):
-    """And every chunk but the last has MIN_SPAN to MAX_SPAN tokens."""
-    both = [chunk_ends(prompt, ENDS, MAX_SPAN) for prompt in (common, [*common, *rest])]
+    """And every span but the last has MIN_SPAN to MAX_SPAN tokens."""
+    both = [span_ends(prompt, ENDS, MAX_SPAN) for prompt in (common, [*common, *rest])]
     assert [end for end in both[0] if end < len(common)] == [end for end in both[1] if end < len(common)]
     for prompt, found in zip((common, [*common, *rest]), both, strict=True):
         assert found[-1:] == ((len(prompt),) if prompt else ())
@@ -77,10 +77,10 @@ def test_a_common_prefix_is_split_alike(common, rest):
         assert sum(sizes) == len(prompt)
 
 
-def test_chunks_end_with_messages():
+def test_spans_end_with_messages():
     prompt = [1] * 99 + [END] + [1] * 30 + [END] + [1] * 600 + [END] + [1] * 3
-    assert chunk_ends(prompt, ENDS, MAX_SPAN) == (100, 356, 612, 732, 735)
-    assert chunk_ends(prompt, frozenset(), 512) == (512, 735)
+    assert span_ends(prompt, ENDS, MAX_SPAN) == (100, 356, 612, 732, 735)
+    assert span_ends(prompt, frozenset(), 512) == (512, 735)
 
 
 def test_branches_share_their_prefix():

@@ -9,31 +9,30 @@ and no values. Their launches are recorded instead of started, and each differen
 import argparse
 import json
 import os
-import re
-import subprocess
-import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from importlib import import_module
-from pathlib import Path
+from itertools import product
 
 import numpy as np
 import torch
 import triton
+from sass import Cubin
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from mlx_gptoss.backends.cuda.cache import Cache, Span
 from mlx_gptoss.backends.cuda.decode import Decoder
+from mlx_gptoss.backends.cuda.kernels import tiles
 from mlx_gptoss.backends.cuda.kernels.fused import Fused
 from mlx_gptoss.backends.cuda.load import load_model
 from mlx_gptoss.config import PRESETS
 from mlx_gptoss.weights.synthetic import Synthetic
 
 META = torch.device("meta")
-BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 CONTEXT, CHUNK = 131072, 4096
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u8", "int32": "i32", "int64": "i64"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
@@ -89,23 +88,19 @@ class Shapes(Synthetic):
         return np.zeros(shape, bits if draw.table is None else draw.table.dtype)
 
 
-def record(preset: str, form: str, rows: list[int], dtype: torch.dtype = torch.bfloat16) -> dict[Launch, int]:
-    """The different launches of a decoding step for each of `rows` and of a prefill chunk, and how often each happens.
+def record(
+    preset: str, form: str, rows: list[int], dtype: torch.dtype = torch.bfloat16, arch: int = 90
+) -> dict[Launch, int]:
+    """The different launches of a decoding step for each of `rows` and of a prefill chunk, on a GPU of compute
+    capability `arch`, and how often each happens.
 
     The model has two layers, a sliding and a full one.
     """
     config = PRESETS[preset]
     config = replace(config, num_hidden_layers=2, layer_types=config.layer_types[:2])
     model = load_model(Shapes(config, form), dtype, META, Fused())
-    found: dict[Launch, int] = {}
     what = ""
-
-    def run(kernel: JITFunction, *args: object, grid: tuple[int, ...], warmup: bool = False, **options: object) -> None:
-        launch = specialize(kernel, what, grid, args, options)
-        found[launch] = found.get(launch, 0) + 1
-
-    original, JITFunction.run = JITFunction.run, run
-    try:
+    with recording(arch, lambda: what) as found:
         cache = Cache(config, max(rows), CONTEXT, dtype, META, whole=True)
         decoder = Decoder(model, cache, torch.zeros(max(rows), dtype=torch.int64, device=META), CONTEXT)
         for count in rows:
@@ -114,18 +109,35 @@ def record(preset: str, form: str, rows: list[int], dtype: torch.dtype = torch.b
         what = f"{form}, prefill"
         ids = torch.zeros((1, CHUNK), dtype=torch.int64, device=META)
         model(ids, cache, Span.of([0], [CHUNK], CHUNK, META))
-    finally:
-        JITFunction.run = original
     return found
 
 
-ROW = "{:<19}{:<22}{:>5}{:>10}{:>7}{:>11}{:>8}{:>8}{:>14}{:>7}"
+@contextmanager
+def recording(arch: int = 90, what: Callable[[], str] = str) -> Iterator[dict[Launch, int]]:
+    """The different launches inside, with how often each happens, as on a GPU of compute capability `arch`; none runs.
+    what: names the step under way."""
+    found: dict[Launch, int] = {}
+
+    def run(kernel: JITFunction, *args: object, grid: tuple[int, ...], warmup: bool = False, **options: object) -> None:
+        launch = specialize(kernel, what(), grid, args, options)
+        found[launch] = found.get(launch, 0) + 1
+
+    original, JITFunction.run = JITFunction.run, run
+    capability, tiles.capability = tiles.capability, lambda device: arch
+    try:
+        yield found
+    finally:
+        JITFunction.run, tiles.capability = original, capability
+
+
+ROW = "{:<19}{:<22}{:>5}{:>10}{:>7}{:>11}{:>8}{:>8}{:>14}{:>7}{:>7}{:>13}"
 
 
 @dataclass(frozen=True)
 class Compiled:
     """A compiled kernel. registers: of a thread. spills: bytes of local memory of a thread. shared: bytes of a program.
-    loop: instructions in the body of the longest loop."""
+    loop: instructions in the body of the longest loop. waits: those that load from global memory into registers, so
+    that the program waits for each. late_writes: see sass.py; anything but 0 is wrong results."""
 
     kernel: str
     what: str
@@ -137,6 +149,8 @@ class Compiled:
     shared: int
     instructions: int
     loop: int
+    waits: int
+    late_writes: int
 
 
 def build(launch: Launch, arch: int) -> Compiled:
@@ -149,40 +163,21 @@ def build(launch: Launch, arch: int) -> Compiled:
         {place[name]: [["tt.divisibility", 16]] for name in launch.aligned},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
-    registers, spills, instructions, loop = inspect(compiled.asm["cubin"])
+    cubin = Cubin.read(compiled.asm["cubin"])
     return Compiled(
         launch.name.strip("_").removesuffix("_kernel"),
         launch.what,
         arch,
         launch.programs,
         compiled.metadata.num_warps,
-        registers,
-        spills,
+        cubin.registers,
+        cubin.spills,
         compiled.metadata.shared,
-        instructions,
-        loop,
+        len(cubin.code.instructions),
+        len(cubin.code.longest_loop),
+        cubin.code.count("LDG."),
+        len(cubin.code.late_writes()),
     )
-
-
-def inspect(cubin: bytes) -> tuple[int, int, int, int]:
-    """(registers, bytes spilled, instructions, instructions of the longest loop)"""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.run([BIN / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True)
-        code = subprocess.run([BIN / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True)
-    registers, local = (int(re.search(rf"{name}:(\d+)", usage.stdout)[1]) for name in ("REG", "LOCAL"))
-    labels: dict[str, int] = {}
-    lines: list[str] = []
-    for line in map(str.strip, code.stdout.splitlines()):
-        if match := re.match(r"(\.L_x_\d+):", line):
-            labels[match[1]] = len(lines)
-        elif re.match(r"/\*[0-9a-f]{4,}\*/", line):
-            lines.append(line)
-    jumps = [
-        (labels.get(match[1], i), i) for i, line in enumerate(lines) if (match := re.search(r"BRA.*(\.L_x_\d+)", line))
-    ]
-    return registers, local, len(lines), max((i - to for to, i in jumps), default=0)
 
 
 def main() -> None:
@@ -196,14 +191,14 @@ def main() -> None:
     )
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    launches: dict[Launch, Launch] = {}
+    launches: dict[tuple[Launch, int], Launch] = {}
     if not options.json:
         print(ROW.format(*(field.name for field in fields(Compiled))))
-    for form in options.format:
-        for launch in record(options.preset, form, options.rows, getattr(torch, options.dtype)):
-            launches.setdefault(replace(launch, what="", programs=0), launch)
+    for form, arch in product(options.format, options.arch):
+        for launch in record(options.preset, form, options.rows, getattr(torch, options.dtype), arch):
+            launches.setdefault((replace(launch, what="", programs=0), arch), launch)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        jobs = [pool.submit(partial(build, launch), arch) for launch in launches.values() for arch in options.arch]
+        jobs = [pool.submit(build, launch, arch) for (_, arch), launch in launches.items()]
         done = []
         for job in as_completed(jobs):
             done.append(job.result())

@@ -132,7 +132,7 @@ def test_replaying_the_graph_matches_running_its_kernels(mini, device, monkeypat
         staged = decode.Inputs.empty(count, torch.device("cpu"))
         staged.fill(rows, keys, temperatures)
         buffers.inputs.memory.copy_(staged.memory)
-        self._run(buffers)
+        self._run(buffers, ())
         return buffers
 
     prompts = [tuple(range(n, n + length)) for n, length in ((3, 40), (50, 4), (200, 1), (9, 9), (30, 22))]

@@ -47,3 +47,20 @@ def test_ties_go_to_the_first_token(device):
     last = torch.zeros(1, dtype=torch.int64, device=device)
     kernels.draw(logits, torch.zeros(1, device=device), last.clone(), zero, zero, tokens, logprobs, last, parts)
     assert tokens.tolist() == last.tolist() == [5]
+
+
+@pytest.mark.cuda
+def test_logits_that_are_not_numbers_draw_a_token_that_exists(device):
+    """The embedding of the next step reads the row of this token. Triton's interpreter has no argmax of NaNs alone."""
+    if device.type != "cuda":
+        pytest.skip("torch finds no GPU")
+    vocabulary = kernels.BLOCK + 3
+    tokens, logprobs = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(1, device=device)
+    zero = torch.zeros(1, dtype=torch.int32, device=device)
+    last = torch.zeros(1, dtype=torch.int64, device=device)
+    for temperature in (0.0, 1.0):
+        logits = torch.full((1, vocabulary), torch.nan, device=device)
+        parts = kernels.scratch(1, vocabulary, device)
+        temperatures = torch.full((1,), temperature, device=device)
+        kernels.draw(logits, temperatures, last.clone(), zero, zero, tokens, logprobs, last, parts)
+        assert 0 <= int(tokens) < vocabulary

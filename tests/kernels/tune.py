@@ -1,6 +1,7 @@
 """Time the products of a decoding step with other tiles than those of kernels/tiles.py, on this machine's GPU.
 
 python tests/kernels/tune.py [--preset 20b] [--format mxfp4 mlx-4bit] [--rows 1 8 32 64] [--context 1024 131072]
+                             [--case experts qkv ...] [--tiles N]
 
 For each product (qkv, attention's output, router, experts, lm_head) it tries the tile in use ("in use") and then every
 candidate. It checks the result against torch in float32 on the same random weights. Then it prints the median time over
@@ -14,11 +15,12 @@ times mean nothing.
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from triton.errors import TritonError
 
 from mlx_gptoss.backends import cuda
 from mlx_gptoss.backends.base import Row
@@ -39,6 +41,7 @@ HEAD = 64  # rows of the qkv matrix in a head
 CANDIDATES = [Tile(BN, BK, warps, stages) for BN, BK, warps in
          ((16, 128, 1), (16, 256, 1), (16, 256, 2), (16, 512, 2), (32, 128, 1), (32, 128, 2), (32, 128, 4),
           (64, 64, 4), (64, 128, 4), (128, 64, 4)) for stages in (2, 3, 4)]  # fmt: skip
+CASES = ("qkv", "out", "router", "experts", "lm_head")
 PLAIN = TorchOperations(threads=1)
 
 
@@ -147,6 +150,18 @@ def with_tile(tile: Tile | None) -> Iterator[None]:
         tiles.linear_tile, tiles.grouped_tile, tiles.down_one_token_tile = kept
 
 
+@contextmanager
+def with_stages(stages: int) -> Iterator[None]:
+    """Use the tiles in use, but with another number of pipeline stages."""
+    kept = tiles.linear_tile, tiles.grouped_tile, tiles.down_one_token_tile
+    chosen = [lambda *args, choose=choose: replace(choose(*args), num_stages=stages) for choose in kept]
+    tiles.linear_tile, tiles.grouped_tile, tiles.down_one_token_tile = chosen
+    try:
+        yield
+    finally:
+        tiles.linear_tile, tiles.grouped_tile, tiles.down_one_token_tile = kept
+
+
 def timed(run: Callable[[], None], device: torch.device) -> float:
     """Median seconds of a call, from the GPU's own clock if there is one."""
     seconds = []
@@ -183,8 +198,17 @@ def try_tile(case: Case, tile: Tile | None, model: GptOss, device: torch.device,
     return f"{seconds * 1e6:9.1f} us {rate / 1e9:7.0f} GB/s {rate / copy:6.1%} of a copy, error {error:.1e}"
 
 
-def tune(preset: str, form: str, counts: list[int], contexts: list[int], candidates: list[Tile], device) -> None:
-    """Print a line for each product and tile of one format, and one for each whole step. counts: rows of a step."""
+def tune(
+    preset: str,
+    form: str,
+    counts: list[int],
+    contexts: list[int],
+    candidates: list[Tile],
+    device: torch.device,
+    chosen: Sequence[str] = CASES,
+) -> None:
+    """Print a line for each of the chosen products and each tile of one format, and one for each whole step.
+    counts: rows of a step."""
     config = PRESETS[preset]
     layers = min(LAYERS, config.num_hidden_layers)
     config = replace(config, num_hidden_layers=layers, layer_types=config.layer_types[:layers])
@@ -198,7 +222,7 @@ def tune(preset: str, form: str, counts: list[int], contexts: list[int], candida
         b.inputs.positions.fill_(1000)
         b.x.normal_()
         b.y.normal_()
-        for case in cases(model, b, cache, b.inputs.positions):
+        for case in (case for case in cases(model, b, cache, b.inputs.positions) if case.name in chosen):
             for tile in [None, *candidates]:
                 if case.name == "router" and tile is not None:
                     continue  # the router has no tile
@@ -206,7 +230,7 @@ def tune(preset: str, form: str, counts: list[int], contexts: list[int], candida
                     continue  # a program of this kernel rotates pairs of one head
                 try:
                     found = try_tile(case, tile, model, device, copy)
-                except (RuntimeError, ValueError) as error:  # such as too much shared memory
+                except (RuntimeError, ValueError, TritonError) as error:  # such as too much shared memory
                     found = f"cannot run: {str(error).splitlines()[0][:60]}"
                 print(
                     f"{rows:3} rows {case.name:8} {'in use' if tile is None else vars(tile)!s:48} {found}", flush=True
@@ -245,11 +269,13 @@ def main() -> None:
     parser.add_argument(
         "--tiles", type=int, default=len(CANDIDATES) if on_gpu else 1, help="Try only the first N candidates."
     )
+    parser.add_argument("--case", nargs="+", choices=CASES, default=CASES, help="Time only these products.")
     options = parser.parse_args()
     with torch.inference_mode():
         for form in options.format:
             device = torch.device("cuda" if on_gpu else "cpu")
-            tune(options.preset, form, options.rows, options.context, CANDIDATES[: options.tiles], device)
+            tiles_tried = CANDIDATES[: options.tiles]
+            tune(options.preset, form, options.rows, options.context, tiles_tried, device, options.case)
 
 
 if __name__ == "__main__":

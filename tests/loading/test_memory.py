@@ -18,8 +18,9 @@ from mlx_gptoss.weights.params import parameters
 GB, GIB = 10**9, 1 << 30
 
 
-def plan(available, *, config=GPT_OSS_20B, weights=13_800_000_000, context=None, slots=1):
-    return plan_memory(config, weights, available, activation_bytes=2, context=context, slots=slots)
+def plan(available, *, config=GPT_OSS_20B, weights=13_800_000_000, context=None, slots=1, prefix=0):
+    options = {"context": context, "slots": slots, "prefix_bytes": prefix}
+    return plan_memory(config, weights, available, activation_bytes=2, **options)
 
 
 def sizes_of(config, name):
@@ -89,6 +90,19 @@ def test_a_raised_limit_is_not_advised_where_it_would_not_help():
     assert wired_limit(tight, 17 * GIB) is None  # a CPU: only the memory limits the plan
     assert wired_limit(plan(100 * GB), 128 * GIB) is None  # it fits
     assert wired_limit(tight, 0) is None  # not a Mac
+
+
+def test_the_prefix_cache_takes_only_what_is_left():
+    """Beside it, a chunk of 20b keeps keys and values of 2048 tokens and a window in 12 sliding layers, 53 MB."""
+    inside = 12 * (2048 + 128) * 2048
+    roomy, without = plan(100 * GB, prefix=None), plan(100 * GB)
+    assert roomy.step_bytes - without.step_bytes == inside and roomy.prefix_bytes == 2 << 30
+    just = plan(without.needed_bytes + inside, prefix=None)
+    assert just.fits and (just.prefix_bytes, just.needed_bytes) == (0, without.needed_bytes)
+    little = plan(without.needed_bytes + inside + 1000, prefix=None)
+    assert little.fits and little.prefix_bytes == 500
+    asked = plan(100 * GB, prefix=1000, slots=3)
+    assert asked.step_bytes - plan(100 * GB, slots=3).step_bytes == 12 * (2048 + 3 * 128) * 2048
 
 
 def test_mappable_weights_are_loaded_if_they_fit():

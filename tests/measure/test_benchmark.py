@@ -71,6 +71,7 @@ def test_every_step_is_submitted_before_the_last_is_read():
     ours.decode()
     assert runner.lengths == [30 + WARM_STEPS + 10] * 3 + [0]
     assert runner.most_tokens == 8
+    assert len(ours.host_seconds) == 2 and min(ours.host_seconds) > 0
     waits = [number for kind, number in runner.log if kind == "wait"]
     assert waits == sorted(waits)
     place = {entry: n for n, entry in enumerate(runner.log)}
@@ -176,7 +177,7 @@ class Wrong:
             return runner
         if self.target == "prefill":
             right = runner.logits
-            runner.logits = lambda ids: np.roll(right(ids), 1, axis=-1)
+            runner.logits = lambda ids, adapter: np.roll(right(ids, adapter), 1, axis=-1)
         else:
             right = runner.submit
             runner.submit = lambda rows: right([replace(row, start=row.start - (row.tokens is None)) for row in rows])

@@ -5,6 +5,7 @@ Somebody has to look at them as well.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -120,6 +121,16 @@ def test_one_comparison_fills_the_axes():
     assert low > seen[2] / 4 and high < seen[-1] * 4
     assert right.get_ylim() == (low, high)
     assert {text.get_text().split()[0] for text in right.texts} == {"median", "mean", "p99"}
+
+
+def test_a_plot_tells_the_model_from_the_model_with_an_adapter():
+    first = evaluations(1)[0]
+    base = first.against[0].reference
+    with_adapter = replace(first, model=base.model, format=base.format, adapter="loud")
+    assert [line.label for line in plot.comparisons([with_adapter])] == ["bf16 + loud against bf16"]
+    assert {line.label for line in plot.comparisons([with_adapter, first])} == {"bf16 + loud", "mxfp4"}
+    figure = plot.draw_speeds([replace(each, adapter="loud") for each in speeds((1,), (64,))], plot.THEMES["light"])
+    assert "mxfp4, adapter loud" in figure.get_suptitle()
 
 
 @pytest.mark.parametrize(("style", "dark"), [("light", False), ("dark", True)])

@@ -58,7 +58,8 @@ def results(machine: Machine, *names: str) -> dict[str, selftest.Result]:
 def test_a_machine_that_computes_correctly_passes(name):
     found = results(machine_of(name))
     assert not {key: (result.worst, result.problem) for key, result in found.items() if not result.ok}
-    unsupported = {"mlx": set(), "cuda": {"attention, 8-bit K/V", "K/V written in place"}}
+    missing = {"attention, 8-bit K/V", "attention, the fused kernel", "K/V written in place"}
+    unsupported = {"mlx": set(), "cuda": missing}
     assert {key for key, result in found.items() if not result.ran} == unsupported[name]
     assert all(skipped.reason for result in found.values() for skipped in result.skipped)
 
@@ -106,6 +107,15 @@ def one_noise_for_all(monkeypatch, package):
     monkeypatch.setattr(code, "UNCOMPILED", replace(code.UNCOMPILED, add_gumbel_noise=same))
 
 
+def wider(mask):
+    """A bool mask of which each query also sees the next key; "causal" as it is."""
+    if isinstance(mask, str):
+        return mask
+    import mlx.core as mx
+
+    return mask | mx.concatenate([mask[..., :1], mask[..., :-1]], axis=-1)
+
+
 def copying(write):
     """What the last steps wrote to is still held, so that each step writes to a copy."""
     held = []
@@ -150,6 +160,18 @@ MLX_FAULTS = {
     "unequal rows that see each other's length": (
         "attention, full, two sequences",
         replaced("cache", "_causal_mask", lambda f: lambda starts, end, heads: f([end for _ in starts], end, heads)),
+    ),
+    "the fused kernel without its sink": (
+        "attention, the fused kernel",
+        replaced(
+            "selftest", "fused", lambda f: lambda q, k, v, scale, mask, sinks: f(q, k, v, scale, mask, sinks - 99)
+        ),
+    ),
+    "the fused kernel with bool masks that see one key too many": (
+        "attention, the fused kernel",
+        replaced(
+            "selftest", "fused", lambda f: lambda q, k, v, scale, mask, sinks: f(q, k, v, scale, wider(mask), sinks)
+        ),
     ),
     "keys in 8 bits, off by a tenth": (
         "attention, 8-bit K/V",
@@ -281,3 +303,18 @@ def test_checks_by_name():
         assert [check.name for check in plan.checks] == ["RMSNorm", "linear, affine 4-bit, groups of 64"]
     finally:
         plan.close()
+
+
+def test_the_check_of_writes_in_place_has_a_model_whose_steps_overlap():
+    """On a Mac a step has to be cut into enough command buffers, so the model has many layers; here two do."""
+    machine = machine_of("mlx")
+    machine.kernels.layers_in_flight = lambda: 5
+    (case,) = results(machine, "K/V written in place")["K/V written in place"].compared
+    assert "50 steps of 5 layers" in case.case and case.ok
+
+
+def test_float32_is_not_tf32(monkeypatch):
+    monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
+    for dtype, value in (("bfloat16", None), ("float32", "0")):
+        selftest.plan("mlx", "cpu", dtype, ["RMS"]).close()
+        assert selftest.os.environ.get("MLX_ENABLE_TF32") == value

@@ -62,10 +62,16 @@ def test_the_prompt_cache_survives_the_launch(ring, torchrun, tmp_path, backend)
     options = {"backend": backend, "device": "cpu", "prefix_cache": 1 << 30, "prompt_cache": str(tmp_path)}
     first, second = (run_on_two_ranks(start, **options) for _ in range(2))
     assert (first.pop("cached_tokens"), second.pop("cached_tokens")) == (0, 256)
-    assert first == second
+    assert_equal_runs(first, second)
     whole = run_alone(**options)
     assert whole.usage.cached_tokens == 0
     assert_same(first, whole)
+
+
+def assert_equal_runs(first, second):
+    """But for the rounding of chunks that begin elsewhere."""
+    assert first | {"logprobs": None} == second | {"logprobs": None}
+    assert first["logprobs"] == pytest.approx(second["logprobs"], rel=0, abs=1e-5)
 
 
 def shorten_last_part(parts):
@@ -88,7 +94,8 @@ def test_a_damaged_prompt_cache_is_computed_again(ring, tmp_path, damage):
         path.write_bytes(json.dumps(header).encode() + b"\n" + data)
     second, third = (run_on_two_ranks(ring, **options) for _ in range(2))
     assert [run.pop("cached_tokens") for run in (first, second, third)] == [0, 0, 256]
-    assert first == second == third
+    assert first == second
+    assert_equal_runs(second, third)
 
 
 def test_a_rank_short_of_memory(ring):

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mlx_gptoss import Model
 from mlx_gptoss.options import LoadOptions
 from mlx_gptoss.server.connection import Timeouts
 from mlx_gptoss.server.guard import Gate
-from mlx_gptoss.server.models.named import NamedModel, model_names
+from mlx_gptoss.server.models.named import NamedModel, model_names, with_adapters
 from mlx_gptoss.server.models.pool import ModelPool
 from mlx_gptoss.server.models.remote import RemoteModel
 from mlx_gptoss.server.run import Server, listen
@@ -24,10 +25,14 @@ from mlx_gptoss.server.service import Service
 def serving_models(
     models: Mapping[str, Path], idle_unload: float | None = None, strict_model: bool = False, **options: Any
 ) -> Iterator[Server]:
-    """A running server of several models, each in a process of its own. options: LoadOptions' fields."""
-    remote = {name: RemoteModel(name, path, LoadOptions(**options)) for name, path in models.items()}
+    """A running server of several models, each in a process of its own. options: LoadOptions' fields; the adapters are
+    the first model's."""
+    first = LoadOptions(**options)
+    others = replace(first, adapters=None)
+    remote = {name: RemoteModel(name, path, others if at else first) for at, (name, path) in enumerate(models.items())}
     pool = ModelPool(list(remote.values()), idle_unload_s=idle_unload)
     named = [NamedModel(model, name) for name, model in remote.items()]
+    named[:1] = with_adapters(named[0], tuple(first.adapters or ()))
     with running(Service(named, Gate(), strict_model, pool)) as server:
         yield server
 
@@ -40,9 +45,9 @@ def serving(
     strict_model: bool = False,
     **gate: Any,
 ) -> Iterator[Server]:
-    """A running server of one model. gate: fields of its Gate."""
+    """A running server of one model, and of its adapters. gate: fields of its Gate."""
     named = NamedModel(model, *model_names(None), aliases)
-    with running(Service([named], Gate(**gate), strict_model), timeouts) as server:
+    with running(Service(with_adapters(named, model.adapters), Gate(**gate), strict_model), timeouts) as server:
         yield server
 
 

@@ -18,7 +18,7 @@ from ...machine import ram_copy_bandwidth, system_available
 from ...weights.adapters import Adapter
 from ...weights.split import RankShard
 from ...weights.tensor import Weights
-from ..base import Limits
+from ..base import Limits, Read
 from .layers import Operations
 from .load import load_model
 from .plain import TorchOperations
@@ -27,6 +27,7 @@ from .runner import CudaRunner
 
 NAME = "cuda"
 GPU_CHUNK, CPU_CHUNK = 4096, 1024
+LEAST_CAPABILITY = (8, 0)  # bfloat16 tensor cores
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -74,6 +75,10 @@ def _fused(checkpoint: Weights) -> Operations:
     return Fused()
 
 
+def prepare(device: str | None, reads: Sequence[Read], resident_bytes: int) -> None:
+    """As Backend.prepare: nothing."""
+
+
 def dtype_name(device: str | None, dtype: str | None) -> str:
     """The activations' dtype. None is bfloat16 on a GPU and float32 on a CPU, where narrow products are slower."""
     name = dtype or ("bfloat16" if pick_device(device).type == "cuda" else "float32")
@@ -93,12 +98,14 @@ def prefill_chunk(device: str | None) -> int:
 
 
 def available_memory(device: str | None) -> int:
-    """Bytes that a model may take: the free memory of the GPU, or the RAM."""
+    """Bytes that a model may take: the free memory of the GPU but for 4% of the whole, or the RAM.
+
+    That part is for what is in no plan: cuBLAS's workspaces, the graphs' own memory, and fragments."""
     where = pick_device(device)
     if where.type == "cpu":
         return system_available()
-    free, _ = torch.cuda.mem_get_info(where)
-    return free
+    free, total = torch.cuda.mem_get_info(where)
+    return max(0, free - total // 25)
 
 
 def device_name(device: str | None) -> str:
@@ -145,4 +152,19 @@ def pick_device(device: str | None) -> torch.device:
             f"torch {torch.__version__} finds {found or 'no'} CUDA device{'s' * (found > 1)} here; leave --device out, "
             "use --device cpu, or install a torch built for your driver (pip install 'mlx-gptoss[cuda]')"
         )
+    _check_device(index)
     return torch.device("cuda", index)
+
+
+def _check_device(index: int) -> None:
+    """Raise BackendUnavailable for a GPU that the kernels are not compiled for."""
+    name, (major, minor) = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+    if getattr(torch.version, "hip", None):
+        raise BackendUnavailable(
+            f"{name} is an AMD GPU (torch for ROCm), and the cuda backend's kernels are for NVIDIA's; use --device cpu"
+        )
+    if (major, minor) < LEAST_CAPABILITY:
+        raise BackendUnavailable(
+            f"{name} has compute capability {major}.{minor}, and the cuda backend needs 8.0 (Ampere, 2020) or newer; "
+            "use --device cpu"
+        )

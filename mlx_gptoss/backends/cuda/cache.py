@@ -8,7 +8,7 @@ A row's keys are stored rotated; positions are absolute from 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...config import ModelConfig
+from .transfer import to_device
 
 GROWTH = 256  # full layers grow by multiples of this many tokens
 
@@ -26,6 +27,7 @@ class Span:
 
     slots, starts: [B] host integers, ascending slots. length: tokens per row. offsets: starts on the device, int64 [B].
     adapters: of the rows: each one's index, and bool [B], the rows that use it; None if all do.
+    saves_inside: keep what the one row overwrites in the rings, for snapshots of positions inside of it.
     """
 
     slots: tuple[int, ...]
@@ -33,6 +35,7 @@ class Span:
     length: int
     offsets: Tensor
     adapters: tuple[tuple[int, Tensor | None], ...] = ()
+    saves_inside: bool = False
 
     @staticmethod
     def of(
@@ -41,10 +44,11 @@ class Span:
         length: int,
         device: torch.device,
         adapters: Sequence[tuple[int, list[bool] | None]] = (),
+        saves_inside: bool = False,
     ) -> Span:
-        offsets = torch.tensor(starts, dtype=torch.int64, device=device)
-        uses = [(index, None if rows is None else torch.tensor(rows, device=device)) for index, rows in adapters]
-        return Span(tuple(slots), tuple(starts), length, offsets, tuple(uses))
+        offsets = to_device(torch.tensor(starts, dtype=torch.int64), device)
+        uses = [(index, None if rows is None else to_device(torch.tensor(rows), device)) for index, rows in adapters]
+        return Span(tuple(slots), tuple(starts), length, offsets, tuple(uses), saves_inside)
 
     @property
     def end(self) -> int:
@@ -102,9 +106,14 @@ class FullCache:
         self.values[slot, :, start : span.end] = v[0]
         return self.keys[slot : slot + 1, :, : span.end], self.values[slot : slot + 1, :, : span.end]
 
-    def snapshot_places(self, start: int, end: int) -> slice:
-        """The positions that a snapshot holds."""
-        return slice(start, end)
+    @staticmethod
+    def snapshot_places(start: int, end: int) -> int:
+        """The number of positions that a snapshot holds."""
+        return end - start
+
+    def part(self, slot: int, start: int, end: int) -> Part:
+        """Copies of one slot's positions from start to end, [K, end - start, 64] each."""
+        return self.keys[slot, :, start:end].clone(), self.values[slot, :, start:end].clone()
 
     def restore(self, slot: int, chain: Sequence[Part]) -> None:
         """Put consecutive parts, the first from position 0, into a slot."""
@@ -145,12 +154,18 @@ class SlotSnapshot:
 
 
 class RingCache:
-    """The last W positions of each slot, [S, K, W, 64]; position p is at index p % W."""
+    """The last W positions of each slot, [S, K, W, 64]; position p is at index p % W.
+
+    kept: by slot, of a row whose inside may be saved: its first position, and keys and values of the W positions before
+        it with its own, [1, K, W + L, 64] each.
+    """
+
+    kept: dict[int, tuple[int, tuple[Tensor, Tensor]]]
 
     def __init__(
         self, slots: int, heads: int, head_dim: int, window: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.window = window
+        self.window, self.kept = window, {}
         self.keys: Tensor = torch.zeros((slots, heads, window, head_dim), dtype=dtype, device=device)
         self.values: Tensor = torch.zeros((slots, heads, window, head_dim), dtype=dtype, device=device)
 
@@ -176,11 +191,26 @@ class RingCache:
             joined = torch.cat([past, new], dim=2)
             both.append(joined)
             ring[slot : slot + 1] = torch.roll(joined[:, :, -w:], span.end % w, 2)
+        if span.saves_inside:
+            self.kept[slot] = (start, (both[0], both[1]))
         return both[0], both[1]
 
-    def snapshot_places(self, start: int, end: int) -> slice:
-        """The indices that are filled at the end of a snapshot, without remains of an earlier sequence."""
-        return slice(min(end, self.window))
+    def snapshot_places(self, start: int, end: int) -> int:
+        """The number of indices that are filled at the end of a snapshot."""
+        return min(end, self.window)
+
+    def part(self, slot: int, start: int, end: int) -> Part:
+        """Copies of the filled part of one slot as of `end`, [K, min(end, W), 64] each, without remains of an earlier
+        sequence."""
+        filled, w = self.snapshot_places(start, end), self.window
+        keys, values, turned = self.keys[slot, :, :filled], self.values[slot, :, :filled], 0
+        if slot in self.kept:
+            first, joined = self.kept[slot]
+            stop = w + end - first  # of the positions before `end` in `joined`
+            if w < stop < joined[0].shape[2]:
+                keys, values = (each[0, :, stop - filled : stop] for each in joined)
+                turned = end % w if filled == w else 0
+        return torch.roll(keys, turned, 1), torch.roll(values, turned, 1)
 
     def restore(self, slot: int, chain: Sequence[Part]) -> None:
         """Put the last part into a slot."""
@@ -212,14 +242,22 @@ class Cache:
             else RingCache(slots, heads, dim, window, dtype, device)
             for window in config.windows
         ]
+        self.rings: list[RingCache] = [layer for layer in self.layers if isinstance(layer, RingCache)]
 
     def save(self, slot: int, start: int, end: int) -> SlotSnapshot:
         """As Runner.save."""
-        parts = []
-        for layer in self.layers:
-            at = layer.snapshot_places(start, end)
-            parts.append((layer.keys[slot, :, at].clone(), layer.values[slot, :, at].clone()))
-        return SlotSnapshot(start, end, tuple(parts))
+        return SlotSnapshot(start, end, tuple(layer.part(slot, start, end) for layer in self.layers))
+
+    def drop_kept(self, unless: Container[int]) -> None:
+        """Free what is kept for snapshots inside of rows, except for these slots."""
+        for ring in self.rings:
+            if ring.kept:
+                ring.kept = {slot: kept for slot, kept in ring.kept.items() if slot in unless}
+
+    def release(self, slot: int) -> None:
+        """Free what is kept for snapshots inside of the slot's last row."""
+        for ring in self.rings:
+            ring.kept.pop(slot, None)
 
     def restore(self, slot: int, chain: Sequence[SlotSnapshot]) -> None:
         """As Runner.restore."""
@@ -228,9 +266,9 @@ class Cache:
 
     def unpack(self, start: int, end: int, data: bytes) -> SlotSnapshot:
         """As Runner.unpack: the concatenated bytes of all parts."""
-        places = [range(end)[layer.snapshot_places(start, end)] for layer in self.layers]
+        places = [layer.snapshot_places(start, end) for layer in self.layers]
         keys = [layer.keys for layer in self.layers]
-        shapes = [(2, k.shape[1], len(at), k.shape[3] * k.itemsize) for k, at in zip(keys, places, strict=True)]
+        shapes = [(2, k.shape[1], count, k.shape[3] * k.itemsize) for k, count in zip(keys, places, strict=True)]
         if len(data) != (size := sum(prod(shape) for shape in shapes)):
             raise ValueError(f"a snapshot of the positions {start} to {end} has {size} bytes, not {len(data)}")
         whole, parts, begin = torch.frombuffer(bytearray(data), dtype=torch.uint8), [], 0
@@ -242,7 +280,7 @@ class Cache:
 
 
 def _indices(span: Span) -> Tensor:
-    return torch.tensor(span.slots, device=span.offsets.device)
+    return to_device(torch.tensor(span.slots), span.offsets.device)
 
 
 def _slot_index(span: Span) -> slice | Tensor:

@@ -9,7 +9,7 @@ Legend: B rows (a power of two; those without a request are idle, at position -1
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -141,11 +141,21 @@ class Decoder:
         self._graphs: dict[tuple[int, tuple[int, ...]], torch.cuda.CUDAGraph] = {}
         self._adapters = range(len(model.blocks[0].attention.qkv_adapters))
 
+    def compile(self, rows: int) -> None:
+        """Launch every step of up to `rows` rows once, every row idle. Inside `compiling()` nothing runs."""
+        for count, used in self._steps(rows):
+            self._run(self._idle_buffers(count), used)
+
     def prepare(self, rows: int) -> None:
-        """Compile and capture steps of up to `rows` rows now, instead of at the first such step."""
+        """Capture steps of up to `rows` rows now, instead of at the first such step."""
+        for count, used in self._steps(rows):
+            self._ready(count, used)
+
+    def _steps(self, rows: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """The rows and the adapters of every step of up to `rows` rows."""
         for power in range(_bucket(rows).bit_length()):
             for used in {(), *((index,) for index in self._adapters), tuple(self._adapters) if power else ()}:
-                self._ready(1 << power, used)
+                yield 1 << power, used
 
     def step(self, rows: Sequence[Row], keys: Sequence[int], temperatures: Sequence[float]) -> Buffers:
         """Start a step of at most 64 rows of one token each. Row i of the buffers is rows[i]'s until the next
@@ -166,10 +176,16 @@ class Decoder:
 
     def _ready(self, rows: int, used: tuple[int, ...] = ()) -> Buffers:
         """The buffers of a step, and on a GPU its graph. used: the adapters that the step computes."""
+        buffers = self._idle_buffers(rows) if rows not in self._buffers else self._buffers[rows]
+        if self._device.type == "cuda" and (rows, used) not in self._graphs:
+            self._graphs[rows, used] = self._capture(buffers, used)
+        return buffers
+
+    def _idle_buffers(self, rows: int) -> Buffers:
+        """The buffers of a step, with every row idle."""
         if rows not in self._buffers:
             self._buffers[rows] = Buffers(self._model, rows, self._capacity, self._device)
-        if self._device.type == "cuda" and (rows, used) not in self._graphs:
-            self._graphs[rows, used] = self._capture(self._buffers[rows], used)
+        self._buffers[rows].inputs.positions.fill_(IDLE)
         return self._buffers[rows]
 
     def _capture(self, buffers: Buffers, used: tuple[int, ...]) -> torch.cuda.CUDAGraph:

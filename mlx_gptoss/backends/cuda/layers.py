@@ -94,8 +94,8 @@ class Rotation:
 class Operations(Protocol):
     """The operations of a forward pass, chosen when a model is loaded."""
 
-    def product(self, x: Tensor, matrix: Matrix) -> Tensor:
-        """x [T, D] times a matrix [N, D], transposed -> [T, N]"""
+    def product(self, x: Tensor, matrix: Matrix, *, wide: bool = False) -> Tensor:
+        """x [T, D] times a matrix [N, D], transposed -> [T, N] of x's dtype, or float32 if `wide`"""
         ...
 
     def rotate(self, x: Tensor, rotation: Rotation) -> Tensor:
@@ -134,17 +134,19 @@ class Linear:
     """Matrices that share their input, fused into one where their storage allows it.
 
     matrices: one after load's fusion; more if the parts are stored differently (a 6-bit v with a 4-bit q).
-    bias: [N] of all together.
+    bias: [N] of all together. wide: float32 results whatever the activations are, for scores that are compared: close
+    ones would become equal in bfloat16.
     """
 
     matrices: tuple[Matrix, ...]
     bias: Tensor | None
     ops: Operations
+    wide: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., N]"""
         flat = x.reshape(-1, x.shape[-1])
-        parts = [self.ops.product(flat, matrix) for matrix in self.matrices]
+        parts = [self.ops.product(flat, matrix, wide=self.wide) for matrix in self.matrices]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         if self.bias is not None:
             y += self.bias

@@ -42,7 +42,7 @@ def load_model(
     config = checkpoint.config
     # The two largest weights come first, while there is memory for a weight and its copy.
     embed = loader.matrix("embed.weight")
-    lm_head = Linear((loader.matrix("lm_head.weight"),), None, ops)
+    lm_head = Linear((loader.matrix("lm_head.weight"),), None, ops, wide=True)
     frequencies = torch.from_numpy(yarn_frequencies(config.yarn, config.head_dim)).to(device)
     rotary = Rotary(frequencies, config.head_dim**-0.5 * config.yarn.concentration**2)
     blocks = tuple(_block(loader, config, layer, rotary.score_scale) for layer in range(config.num_hidden_layers))
@@ -73,7 +73,7 @@ def _block(loader: _WeightLoader, config: ModelConfig, layer: int, scale: float)
     mlp = MixtureOfExperts(
         loader.ops,
         loader.ranks,
-        loader.linear([f"{prefix}.router"]),
+        loader.linear([f"{prefix}.router"], wide=True),
         experts,
         router_adapters=loader.low_rank([f"{prefix}.router"]),
         gate_up_adapters=loader.low_rank([f"{prefix}.experts.gate", f"{prefix}.experts.up"]),
@@ -112,9 +112,9 @@ class _WeightLoader:
     def matrix(self, name: str) -> Matrix:
         return self._matrices([name])[0]
 
-    def linear(self, names: Sequence[str], *, biased: bool = True) -> Linear:
+    def linear(self, names: Sequence[str], *, biased: bool = True, wide: bool = False) -> Linear:
         bias = self._vectors([f"{n}.bias" for n in names]) if biased else None
-        return Linear(self._matrices([f"{n}.weight" for n in names]), bias, self.ops)
+        return Linear(self._matrices([f"{n}.weight" for n in names]), bias, self.ops, wide)
 
     def experts(self, names: Sequence[str]) -> ExpertLinear:
         bias = self._vectors([f"{n}.bias" for n in names])

@@ -70,7 +70,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class MixtureOfExperts:
-    """router: D -> E. experts: those that this rank holds. The adapters: what each one adds to them."""
+    """router: D -> E, in float32. experts: those that this rank holds. The adapters: what each one adds to them."""
 
     ops: Operations
     ranks: Ranks
@@ -83,7 +83,7 @@ class MixtureOfExperts:
     def __call__(self, x: Tensor, span: Span) -> Tensor:
         """x [B, L, D] -> [B, L, D]"""
         tokens = x.view(-1, x.shape[-1])  # [T, D]; several rows have one token each
-        scores = add_linear(self.router(tokens), tokens, self.router_adapters, span.adapters).float()
+        scores = add_linear(self.router(tokens), tokens, self.router_adapters, span.adapters)
         adapters = tuple(expert_adapters(self.gate_up_adapters, self.down_adapters, span.adapters))
         return self.ranks.sum(self.ops.mixture(tokens, scores, self.experts, adapters)).view(x.shape)
 
@@ -147,4 +147,4 @@ class GptOss:
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states [..., D] -> float32 logits [..., V]"""
-        return self.ranks.gather(self.lm_head(self.norm(x)), self.config.vocab_size).float()
+        return self.ranks.gather(self.lm_head(self.norm(x)), self.config.vocab_size)

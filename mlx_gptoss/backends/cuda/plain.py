@@ -39,21 +39,23 @@ class TorchOperations:
         self._threads = threads
         self._pool = _single_core_pool(threads) if threads > 1 else None
 
-    def product(self, x: Tensor, matrix: Matrix) -> Tensor:
-        """x [T, D] times a matrix [N, D], transposed -> [T, N]"""
-        if isinstance(matrix, DenseMatrix) and matrix.weight.dtype == x.dtype:
+    def product(self, x: Tensor, matrix: Matrix, *, wide: bool = False) -> Tensor:
+        """x [T, D] times a matrix [N, D], transposed -> [T, N] of x's dtype, or float32 if `wide`"""
+        dtype, out = x.dtype, torch.float32 if wide else x.dtype
+        if isinstance(matrix, DenseMatrix) and matrix.weight.dtype == out == dtype:
             return x @ matrix.weight.mT
+        x = x.to(out)
         count, width = matrix.shape
         step = max(1, (CPU_BLOCK if x.device.type == "cpu" else GPU_BLOCK) // width)
         blocks = range(0, count, step)
         left = iter(blocks)  # the next free thread takes the next block
-        y = x.new_empty((x.shape[0], count))
+        y = x.new_empty((x.shape[0], count))  # of dtype `out`
 
         def work() -> None:
             with torch.inference_mode():
                 for start in left:
                     rows = slice(start, start + step)
-                    torch.mm(x, matrix.at(rows).decode(x.dtype).mT, out=y[:, rows])
+                    torch.mm(x, matrix.at(rows).decode(dtype).to(out).mT, out=y[:, rows])
 
         if self._pool is None or len(blocks) == 1:
             work()

@@ -17,9 +17,10 @@ from torch import Tensor
 from ...config import ModelConfig
 from ...sampling import Sampling
 from ..base import Limits, Row, Sampled, Snapshot, stage_count, used_adapters
-from .cache import Cache, SlotSnapshot, Span
+from .cache import Cache, FullCache, SlotSnapshot, Span
 from .model import GptOss
 from .sample import SamplerOutput, SamplerState, noise_keys, sample_tokens
+from .transfer import to_device
 
 if TYPE_CHECKING:
     from .decode import Decoder
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 LOGITS_CHUNK = 256  # positions whose logits are on the device at once in logits()
 MAX_ROWS = 64  # of one step of decode.py
 WARM_UP_LENGTHS = (256, 64, 32, 16)  # lengths of prompts for which kernels/tiles.py has different tiles
+SHORT_PROMPTS = (2, 4, 8, 16, 32, 64)  # lengths after which attention splits keys among other numbers of programs
 GREEDY = Sampling(temperature=0)
 
 
@@ -64,12 +66,13 @@ class CudaRunner:
                 model.config, limits.slots, limits.max_context, model.dtype, device, whole=device.type == "cuda"
             )
             self._last = torch.zeros(limits.slots, dtype=torch.int64, device=device)  # the last token of each slot
-            self._decoder = self._make_decoder() if kernels else None
+            self._decoder: Decoder | None = self._make_decoder() if kernels else None
         self._states: dict[int, SamplerState] = {}
         self._hidden: dict[int, Tensor] = {}  # slot -> hidden states of an unfinished chunk, [1, L, D]
 
     @torch.inference_mode()
     def submit(self, rows: Sequence[Row]) -> Step:
+        self._cache.drop_kept(unless=self._hidden)  # of chunks that are not finished
         results: list[tuple[SamplerOutput, int, Sampling] | None] = [None] * len(rows)
         single = [i for i, row in enumerate(rows) if row.tokens is None or len(row.tokens) == 1]
         single.sort(key=lambda i: rows[i].slot)
@@ -87,6 +90,7 @@ class CudaRunner:
     def release(self, slot: int) -> None:
         self._states.pop(slot, None)
         self._hidden.pop(slot, None)
+        self._cache.release(slot)
 
     @torch.inference_mode()
     def save(self, slot: int, start: int, end: int) -> SlotSnapshot:
@@ -125,9 +129,10 @@ class CudaRunner:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
     def close(self) -> None:
+        self._decoder = None  # first its graphs: NCCL waits for those that captured its operations
         self._model.ranks.leave()
         self._model.lm_head.ops.close()
-        del self._model, self._cache, self._last, self._decoder
+        del self._model, self._cache, self._last
         self._states.clear()
         self._hidden.clear()
         if self._device.type == "cuda":
@@ -135,13 +140,16 @@ class CudaRunner:
 
     def _make_decoder(self) -> Decoder:
         from .decode import Decoder  # imports triton
+        from .kernels.launch import compiling
 
         decoder = Decoder(self._model, self._cache, self._last, self.limits.max_context)
         if self._device.type == "cuda":  # so that no request waits for compilation
-            decoder.prepare(min(self.limits.slots, MAX_ROWS))
-            for length in WARM_UP_LENGTHS:
-                cache = Cache(self.config, 1, length, self._model.dtype, self._device)
-                self._model(self._ids([[0] * length]), cache, Span.of([0], [0], length, self._device))
+            rows = min(self.limits.slots, MAX_ROWS)
+            with compiling():
+                decoder.compile(rows)
+                warm_up(self._model, self._cache)
+            decoder.prepare(rows)
+            warm_up(self._model, self._cache)
             torch.cuda.synchronize(self._device)
         return decoder
 
@@ -151,14 +159,14 @@ class CudaRunner:
         """Run either any number of one-token rows, or one row of several tokens, through model.py."""
         ids = torch.cat([self._tokens(row) for row in rows])  # [B, L]
         slots, starts = [row.slot for row in rows], [row.start for row in rows]
-        span = Span.of(slots, starts, ids.shape[1], self._device, used_adapters(rows))
+        span = Span.of(slots, starts, ids.shape[1], self._device, used_adapters(rows), rows[0].saves_inside)
         if rows[0].stages is None:
             hidden = self._model(ids, self._cache, span)
         else:
             hidden = self._run_stages(rows[0].slot, rows[0].stages, ids, span)
         wanted = [b for b, row in enumerate(rows) if row.sampling is not None]
         if wanted:
-            last = hidden[:, -1] if len(wanted) == len(rows) else hidden[wanted, -1]
+            last = hidden[:, -1] if len(wanted) == len(rows) else self._picked(hidden[:, -1], wanted)
             self._choose(self._model.logits(last), wanted, rows, places, results)
 
     def _run_stages(self, slot: int, stages: tuple[int, int], ids: Tensor, span: Span) -> Tensor:
@@ -193,7 +201,7 @@ class CudaRunner:
             else:
                 others.append(b)
         if others:
-            self._choose(buffers.logits[others], others, rows, places, results)
+            self._choose(self._picked(buffers.logits, others), others, rows, places, results)
 
     def _choose(
         self,
@@ -210,7 +218,8 @@ class CudaRunner:
         masks = [row.mask for row, _ in chosen]
         output = sample_tokens(logits, [sampling for _, sampling in chosen], states, positions, masks)
         on_host = self._fetch(output)
-        self._last[torch.tensor([row.slot for row, _ in chosen], device=self._device)] = output.tokens
+        slots = torch.tensor([row.slot for row, _ in chosen])
+        self._last[to_device(slots, self._device)] = output.tokens
         for n, (b, (_, sampling)) in enumerate(zip(wanted, chosen, strict=True)):
             results[places[b]] = (on_host, n, sampling)
 
@@ -219,7 +228,11 @@ class CudaRunner:
         return self._last[None, row.slot : row.slot + 1] if row.tokens is None else self._ids([row.tokens])
 
     def _ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        return torch.tensor(ids, dtype=torch.int64, device=self._device)
+        return to_device(torch.tensor(ids, dtype=torch.int64), self._device)
+
+    def _picked(self, values: Tensor, rows: Sequence[int]) -> Tensor:
+        """Some rows of values [B, N], a copy."""
+        return values.index_select(0, to_device(torch.tensor(rows), self._device))
 
     def _state(self, row: Row) -> SamplerState:
         """The sampler state of the row's slot, reset by the first sampled row of a request."""
@@ -250,6 +263,26 @@ class CudaRunner:
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record(torch.cuda.current_stream(self._device))
         return done
+
+
+def warm_up(model: GptOss, cache: Cache) -> None:
+    """Launch every kernel that prompts can need: prompts of each length for which kernels/tiles.py has other tiles,
+    with the logits of their last token, without an adapter and with each; and short prompts after a long context. Slot
+    0 of the cache must be free."""
+    config, device = model.config, cache.layers[0].keys.device
+    adapters = range(len(model.blocks[0].attention.qkv_adapters))
+    for length in WARM_UP_LENGTHS:
+        for uses in ([], *([(index, None)] for index in adapters)):
+            scratch = Cache(config, 1, length, model.dtype, device)
+            ids = torch.zeros((1, length), dtype=torch.int64, device=device)
+            model.logits(model(ids, scratch, Span.of([0], [0], length, device, uses))[:, -1])
+    for block, layer in zip(model.blocks, cache.layers, strict=True):
+        if isinstance(layer, FullCache):
+            keys, values, at = layer.keys[:1], layer.values[:1], block.attention
+            for queries in SHORT_PROMPTS:
+                q = keys.new_zeros((1, at.config.num_attention_heads, min(queries, keys.shape[2]), config.head_dim))
+                at.ops.attend_causal(q, keys, values, at.sinks, at.scale)
+            return  # the other layers' kernels are the same
 
 
 def sampled_in_graph(row: Row) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...sampling import Sampling
 from ..base import allowed_tokens
+from .transfer import to_device
 
 # SplitMix64 (Steele, Lea and Flood 2014; public domain reference code): the increment and two multipliers.
 GOLDEN = 0x9E3779B97F4A7C15
@@ -41,7 +42,7 @@ class SamplerState:
         state = SamplerState(seed)
         if sampling.penalized:
             state.seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
-            state.seen[torch.tensor(prompt, device=device)] = True
+            state.seen.index_fill_(0, to_device(torch.tensor(prompt, dtype=torch.int64), state.seen.device), True)
             state.counts = torch.zeros(vocabulary, dtype=torch.float32, device=device)
         return state
 
@@ -99,7 +100,7 @@ def gumbel(seeds: Sequence[int], positions: Sequence[int], vocabulary: int, devi
     """
     keys = noise_keys(seeds, positions)
     steps = torch.arange(vocabulary, device=device) * _signed(GOLDEN)
-    bits = _mix(torch.tensor(keys, device=device)[:, None] + steps)
+    bits = _mix(to_device(torch.tensor(keys), device)[:, None] + steps)
     uniform = (_shift(bits, 64 - UNIFORM_BITS).float() + 0.5) * 2.0**-UNIFORM_BITS
     # log1p is exact for small numbers. They become the largest noise, which decides the argmax.
     return -torch.log(-torch.log1p(-uniform))
@@ -138,7 +139,7 @@ def _signed(z: int) -> int:
 def _mask(logits: Tensor, masks: Sequence[bytes | None]) -> Tensor:
     if not any(masks):
         return logits
-    allowed = torch.from_numpy(allowed_tokens(masks, logits.shape[-1])).to(logits.device)
+    allowed = to_device(torch.from_numpy(allowed_tokens(masks, logits.shape[-1])), logits.device)
     return logits.masked_fill(~allowed, -torch.inf)
 
 
@@ -146,7 +147,7 @@ def _bias(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     entries = [(row, t, b) for row, s in enumerate(samplings) for t, b in (s.logit_bias or {}).items()]
     if not entries:
         return logits
-    rows, tokens, biases = (torch.tensor(column, device=logits.device) for column in zip(*entries, strict=True))
+    rows, tokens, biases = (to_device(torch.tensor(column), logits.device) for column in zip(*entries, strict=True))
     return logits.index_put((rows, tokens), biases.to(logits.dtype), accumulate=True)
 
 
@@ -183,7 +184,7 @@ def _top(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
     top_p."""
     vocabulary = logits.shape[-1]
     ranked, order = logits.sort(dim=-1, descending=True, stable=True)
-    top_k = torch.tensor([[min(s.top_k or vocabulary, vocabulary)] for s in samplings], device=logits.device)
+    top_k = to_device(torch.tensor([[min(s.top_k or vocabulary, vocabulary)] for s in samplings]), logits.device)
     ranked = ranked.masked_fill(torch.arange(vocabulary, device=logits.device) >= top_k, -torch.inf)
     probabilities = ranked.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities
@@ -194,4 +195,5 @@ def _top(logits: Tensor, samplings: Sequence[Sampling]) -> Tensor:
 
 def _column(samplings: Sequence[Sampling], name: str, like: Tensor) -> Tensor:
     """One sampling option of all rows, float32 [B, 1]."""
-    return torch.tensor([[float(getattr(s, name))] for s in samplings], dtype=torch.float32, device=like.device)
+    values = torch.tensor([[float(getattr(s, name))] for s in samplings], dtype=torch.float32)
+    return to_device(values, like.device)

@@ -75,6 +75,7 @@ class Kernels:
     """
 
     specs: tuple[Spec | None, ...] = (MXFP4, AFFINE4, NVFP4, MXFP8, AFFINE8, AFFINE8_G32, FP8_ROW, None)
+    masks: tuple[str, ...] = ()  # of fused_attention, which is none of this backend's
     packs_kv = False
     has_custom_kernels = False  # that depend on a check
 
@@ -200,6 +201,15 @@ class Kernels:
         same = Identity((), None, self._ops)
         layer = Attention(self.config, self._ops, self._ranks, given, same, sink, scale)
         return self._run(lambda: layer(self._tensor(qkv), cache, span, self._rotary.rotation(span.positions)))
+
+    def fused_attention(
+        self, q: Floats, keys: Floats, values: Floats, sinks: Floats, scale: float, mask: str
+    ) -> Floats:
+        raise NotImplementedError("this backend has no such kernel: `masks` is empty")
+
+    def layers_in_flight(self) -> int:
+        """Layers of a model for the check of what overlapping steps allocate."""
+        return 2
 
     @torch.inference_mode()
     def sample(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 
@@ -12,11 +13,13 @@ from ...machine import ram_copy_bandwidth, system_available
 from ...weights.adapters import Adapter
 from ...weights.split import RankShard
 from ...weights.tensor import Weights
-from ..base import Limits
+from ..base import Limits, Read
+from . import command_buffers, wiring
 from .elementwise import UNCOMPILED, compiled
 from .kernels.choose import chooser, verdicts_of
 from .layers import takes_global_scale
 from .load import load_model
+from .model import GptOss
 from .ranks import Ranks
 from .runner import MlxRunner
 from .streams import CpuStreams, check_process
@@ -62,7 +65,10 @@ def load(
                 global_scales=takes_global_scale,
                 chooser=chooser(checkpoint.config, kind, limits.kv_bits, pick_device(device)) if with_kernels else None,
             )
-            return MlxRunner(model, limits, where, streams)
+            if not (gpu and mx.metal.is_available()):
+                return MlxRunner(model, limits, where, streams)
+            architecture = str(mx.device_info(pick_device(device))["architecture"])
+            return metal_runner(model, limits, where, streams, architecture, available_memory(device), wiring.PROCESS)
     except BaseException:
         streams.close()
         raise
@@ -108,6 +114,32 @@ def device_name(device: str | None) -> str:
     if not _on_gpu(device):
         return "cpu"
     return str(mx.device_info(pick_device(device)).get("device_name", "gpu"))
+
+
+def metal_runner(
+    model: GptOss,
+    limits: Limits,
+    where: mx.Device | mx.Stream,
+    streams: CpuStreams,
+    architecture: str,
+    recommended: int,
+    wired: wiring.Wiring,
+) -> MlxRunner:
+    """The runner of a model that a Mac's GPU has loaded. architecture: Metal's name of it. recommended: bytes of its
+    recommended working set."""
+    in_force = command_buffers.limits_in_force(architecture)
+    in_turn = command_buffers.must_take_turns(command_buffers.loaded_elements(model), in_force)
+    runner = MlxRunner(model, limits, where, streams, in_turn=in_turn, on_close=wired.remove)
+    wired.add(recommended)
+    return runner
+
+
+def prepare(device: str | None, reads: Sequence[Read], resident_bytes: int) -> None:
+    """As Backend.prepare: the limits on command buffers, if a Mac's GPU computes."""
+    is_default = device is None and mx.default_device() == mx.Device(mx.gpu)
+    # Not pick_device(): it uses the device, which has to be used first with the variables set.
+    if sys.platform == "darwin" and (is_default or device in ("gpu", "metal")):
+        command_buffers.prepare(reads, resident_bytes)
 
 
 def copy_bandwidth(device: str | None) -> float:

@@ -8,7 +8,7 @@ positions are absolute from 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -56,6 +56,7 @@ class Span:
     seen: bool [B, 1 or H, 1, end], the positions visible to each of several rows of unequal length; None is all.
     flat_rows: by S, K and C of a cache, the indices of what the rows write in it (flat_rows_of).
     adapters: of the rows: each one's index, and bool [B], the rows that use it; None if all do.
+    saves_inside: keep what the one row overwrites in the rings, for snapshots of positions inside of it.
     """
 
     slots: tuple[int, ...]
@@ -69,6 +70,7 @@ class Span:
     pairs: mx.array
     seen: mx.array | None
     adapters: tuple[tuple[int, mx.array | None], ...] = ()
+    saves_inside: bool = False
     flat_rows: dict[tuple[int, ...], mx.array] = field(default_factory=dict)
 
     @staticmethod
@@ -80,6 +82,7 @@ class Span:
         slack: int = 0,
         adapters: Sequence[tuple[int, list[bool] | None]] = (),
         mask_heads: int = 1,
+        saves_inside: bool = False,
     ) -> Span:
         """mask_heads: heads of the masks of several rows: H where attention needs them all, so that they are copied
         once a step and not in every layer; otherwise 1."""
@@ -99,6 +102,7 @@ class Span:
             pairs=_count_up(len(slots) * length, config.num_experts_per_tok),
             seen=_causal_mask(starts, max(starts) + length, mask_heads) if len(set(starts)) > 1 else None,
             adapters=tuple((index, None if uses is None else mx.array(uses)) for index, uses in adapters),
+            saves_inside=saves_inside,
         )
 
     @property
@@ -201,14 +205,18 @@ class RingCache:
 
     R is the window plus the slack: up to slack tokens may be written and taken back, because what they overwrote is
     outside every remaining window. Nothing has to be undone: attention masks by position.
+
+    kept: by slot, of a row whose inside may be saved: its first position, and the R positions before it with its own,
+        [2, 1, K, R + L, 64].
     """
 
     window: int
     slack: int
+    kept: dict[int, tuple[int, mx.array]]
 
     def __init__(self, shape: tuple[int, int, int], dtype: mx.Dtype, window: int, slack: int) -> None:
         """shape: S, K and 64."""
-        self.window, self.slack = window, slack
+        self.window, self.slack, self.kept = window, slack, {}
         self._kv = mx.zeros((2, *shape[:2], window + slack, shape[2]), dtype=dtype)
 
     @property
@@ -220,8 +228,16 @@ class RingCache:
         return min(end, self._kv.shape[3])
 
     def part(self, slot: int, start: int, end: int) -> list[mx.array]:
-        """The filled part of one slot, [2, 1, K, min(end, R), 64], without remains of an earlier sequence."""
-        return [self._kv[:, slot : slot + 1, :, : self.snapshot_places(start, end)]]
+        """The filled part of one slot as of `end`, [2, 1, K, min(end, R), 64], without remains of an earlier
+        sequence."""
+        filled, ring = self.snapshot_places(start, end), self._kv.shape[3]
+        if slot in self.kept:
+            first, joined = self.kept[slot]
+            stop = ring + end - first  # of the positions before `end` in `joined`
+            if ring < stop < joined.shape[3]:
+                latest = joined[..., stop - filled : stop, :]
+                return [latest if filled < ring else mx.roll(latest, end % ring, 3)]
+        return [self._kv[:, slot : slot + 1, :, :filled]]
 
     def restore(self, slot: int, chain: Sequence[Sequence[mx.array]]) -> None:
         """Put the last part into a slot."""
@@ -247,6 +263,8 @@ class RingCache:
         # Rolled so that the oldest position, start - R, comes first.
         past = mx.roll(self._kv[:, slot : slot + 1], -(span.starts[0] % ring), 3)
         joined = mx.concatenate([past, kv], axis=3)
+        if span.saves_inside:
+            self.kept[slot] = (span.starts[0], joined)
         self._kv[:, slot : slot + 1] = mx.roll(joined[..., -ring:, :], span.end % ring, 3)
         return joined[0, ..., self.slack :, :], joined[1, ..., self.slack :, :]
 
@@ -275,10 +293,22 @@ class Cache:
             else RingCache(shape, dtype, window, slack)
             for layer, window in enumerate(config.windows)
         ]
+        self.rings: list[RingCache] = [layer for layer in self.layers if isinstance(layer, RingCache)]
 
     @property
     def arrays(self) -> list[mx.array]:
         return [array for layer in self.layers for array in layer.arrays]
+
+    def drop_kept(self, unless: Container[int]) -> None:
+        """Free what is kept for snapshots inside of rows, except for these slots."""
+        for ring in self.rings:
+            if ring.kept:
+                ring.kept = {slot: kept for slot, kept in ring.kept.items() if slot in unless}
+
+    def release(self, slot: int) -> None:
+        """Free what is kept for snapshots inside of the slot's last row."""
+        for ring in self.rings:
+            ring.kept.pop(slot, None)
 
     def save(self, slot: int, start: int, end: int) -> SlotSnapshot:
         """As Runner.save. Waits for the steps in flight: while a copy is pending, a step could not write in place."""

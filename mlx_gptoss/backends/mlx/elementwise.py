@@ -24,7 +24,9 @@ def swiglu(
 
 
 def finish(y: mx.array, outer: mx.array | None, base: mx.array | None, dtype: str) -> mx.array:
-    """y * outer + base in `dtype`, by its name in mlx.core: what is left of a product with a quantized matrix."""
+    """y * outer + base in `dtype`, by its name in mlx.core: what is left of a product with a quantized matrix.
+
+    y [..., N], outer [], [N] or [..., N], base [N] or [..., N]; None is 1 and 0."""
     y = y if outer is None else y * outer
     return (y if base is None else y + base).astype(getattr(mx, dtype))
 

@@ -71,6 +71,22 @@ class HostMatrix(DenseMatrix):
 
 
 @dataclass(frozen=True)
+class NarrowMatrix(DenseMatrix):
+    """A DenseMatrix for a CPU with narrow activations: MLX's gather_mm takes only float32 there."""
+
+    def gather(self, x: mx.array, experts: mx.array, tokens: mx.array | None) -> mx.array:
+        """As ExpertLinear."""
+        return self.matmul_each_expert(x, experts)
+
+
+def dense_kind(*, on_cpu: bool, dtype: mx.Dtype) -> type[DenseMatrix]:
+    """The class of dense matrices for activations of `dtype`."""
+    if enabled(on_cpu=on_cpu, dtype=dtype):
+        return HostMatrix
+    return NarrowMatrix if on_cpu and dtype != mx.float32 else DenseMatrix
+
+
+@dataclass(frozen=True)
 class HostExperts(ExpertLinear):
     """Experts; one with many rows is decoded once for all of them."""
 

@@ -31,6 +31,8 @@ MODES: dict[Spec, str] = {  # what MLX calls them
     MXFP8: "mxfp8",
     **dict.fromkeys(AFFINE.values(), "affine"),
 }
+# MLX fuses attention on Metal for up to 32 queries of a KV head in one kernel, and for more than 8 tokens in another.
+VECTOR_QUERIES, MATRIX_TOKENS = 32, 9
 MLX_NVFP4_SCALE = 448.0 * 6.0  # MLX divides a global scale by the largest scale times the largest code
 
 Mask = mx.array | str | None
@@ -40,8 +42,23 @@ Attend = Callable[[mx.array, mx.array, mx.array, float, Mask, mx.array], mx.arra
 def fused(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: Mask, sinks: mx.array) -> mx.array:
     """MLX's attention with sinks: q [B, H, L, 64], keys and values [B, K, S, 64], sinks [H] -> [B, H, L, 64].
 
-    mask: bool [B, 1, L, S], true for visible keys, or "causal" for queries at the last L of S positions."""
+    mask: bool [B, 1 or H, L, S], true for visible keys, or "causal" for queries at the last L of S positions."""
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask, sinks=sinks)
+
+
+def query_blocks(q: mx.array, keys: mx.array, max_scores: int | None) -> list[tuple[int, int]]:
+    """(first, end) of the tokens that attend at once, of q [B, H, L, 64] with keys [B, K, S, 64]: as many as max_scores
+    allows (None is all), and a number that MLX fuses."""
+    (_, H, L, _), (_, K, S, _) = q.shape, keys.shape
+    if max_scores is None:
+        return [(0, L)]
+    most, vector = max(1, max_scores // (H * S)), max(1, VECTOR_QUERIES // (H // K))
+    blocks, first = [], 0
+    while first < L:
+        rows = min(most, L - first)
+        blocks.append((first, first + (rows if rows >= MATRIX_TOKENS else min(rows, vector))))
+        first = blocks[-1][1]
+    return blocks
 
 
 @dataclass(frozen=True)

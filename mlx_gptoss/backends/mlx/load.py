@@ -198,6 +198,7 @@ class _WeightLoader:
         self._cpu_streams = streams
         self.on_cpu = on_cpu
         self._by_host = host.enabled(on_cpu=on_cpu, dtype=dtype)
+        self._dense_kind = host.dense_kind(on_cpu=on_cpu, dtype=dtype)
         self.attend = host.attend if self._by_host else fused
         self.max_scores = None if self._by_host else max_scores
         self._checkpoint = checkpoint
@@ -247,10 +248,9 @@ class _WeightLoader:
         factors = adapter.stacked(names)
         if factors is None:
             return None
-        kind = host.HostMatrix if self._by_host else DenseMatrix
         a, b = (mx.array(values).astype(self._dtype) for values in (factors.a, factors.b))
         mx.eval(a, b)
-        return LowRank(kind(a), kind(b))
+        return LowRank(self._dense_kind(a), self._dense_kind(b))
 
     def _split_matrices(self, names: Sequence[str]) -> tuple[tuple[Matrix, ...], tuple[mx.Stream, ...]]:
         """The matrices and their streams. A large matrix is split by rows into one part per stream."""
@@ -259,7 +259,7 @@ class _WeightLoader:
         by_blas = self._by_host and isinstance(weights[0], Dense)
         if not self.on_cpu or by_blas or size < MIN_BYTES_TO_SPLIT or not same_storage(weights):
             return self._matrices(names), ()
-        matrices = tuple(self.fuse(part) for part in split_rows(weights, len(self._streams)))
+        matrices = tuple(self._for_device(self.fuse(part)) for part in split_rows(weights, len(self._streams)))
         self._materialize(matrices)
         return matrices, self._streams
 
@@ -283,9 +283,11 @@ class _WeightLoader:
         weights = [self._checkpoint.read(name) for name in names]
         matrices = (self.fuse(weights),) if same_storage(weights) else tuple(self.fuse([w]) for w in weights)
         self._materialize(matrices)
-        if not self._by_host:
-            return matrices
-        return tuple(host.HostMatrix(m.weight) if isinstance(m, DenseMatrix) else m for m in matrices)
+        return tuple(map(self._for_device, matrices))
+
+    def _for_device(self, matrix: Matrix) -> Matrix:
+        """The matrix; a dense one in the class for this device."""
+        return self._dense_kind(matrix.weight) if isinstance(matrix, DenseMatrix) else matrix
 
     def fuse(self, weights: Sequence[Weight]) -> Matrix:
         """As fuse, as the activations' dtype and the device need it."""

@@ -17,13 +17,11 @@ from .adapters import LowRank, add_experts, add_linear
 from .cache import Cache, FullCache, LayerCache, RingCache, Span
 from .elementwise import Elementwise, by_expert
 from .kernels.choose import PLAIN, LayerKernels
-from .layers import Attend, ExpertLinear, Linear, MappedRows, Matrix
+from .layers import Attend, ExpertLinear, Linear, MappedRows, Matrix, query_blocks
 from .quantized_kv import QuantizedKV
 from .ranks import Ranks
 
 MAX_PACKED_QUERIES = 8  # queries; with more, decoding an 8-bit cache first costs less than products with its codes
-# MLX fuses attention on Metal for up to 32 queries of a KV head in one kernel, and for more than 8 tokens in another.
-VECTOR_QUERIES, MATRIX_TOKENS = 32, 9
 
 
 @dataclass(frozen=True)
@@ -88,13 +86,13 @@ class Attention:
         """x [B, L, D] -> attention of x, [B, L, H * 64]"""
         B, L, _ = x.shape
         x = add_linear(self.qkv(x), x, self.qkv_adapters, span)
-        if L == 1 and self.kernels.attend is not None:
+        if L == 1 and self.kernels.attend is not None and not span.saves_inside:
             vectors = self._rotated_token(x, span)
             cached, window = cache.write(self._split(vectors)[1], span), getattr(cache, "window", None)
             y = self.kernels.attend(vectors, cached, span.rows, span.offsets, window, self.sinks, span.end)
             return y.reshape(B, 1, self.config.q_size)
         q, kv = self._rotated(x, span)
-        if isinstance(cache, RingCache) and 1 + cache.slack < L:
+        if isinstance(cache, RingCache) and (1 + cache.slack < L or span.saves_inside):
             y = self._sliding(q, *cache.extend(kv, span), past=min(span.starts[0], cache.window))
         else:
             mask = span.seen if isinstance(cache, FullCache) else span.rings[cache.window].seen
@@ -157,7 +155,7 @@ class Attention:
         L = q.shape[2]
         P = keys.shape[2] - L
         parts = []
-        for first, end in self._query_blocks(L, keys.shape[2]):
+        for first, end in query_blocks(q, keys, self.max_scores):
             start = max(0, P + first - window + 1)  # the oldest key that any of these queries sees
             i, j = mx.arange(P + first, P + end)[:, None], mx.arange(start, P + end)[None, :]
             mask = ((j > i - window) & (j <= i))[None, None]
@@ -171,23 +169,9 @@ class Attention:
         start = keys.shape[2] - L
         parts = [
             self._attend(q[:, :, first:end], keys[:, :, : start + end], values[:, :, : start + end], "causal")
-            for first, end in self._query_blocks(L, keys.shape[2])
+            for first, end in query_blocks(q, keys, self.max_scores)
         ]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=2)
-
-    def _query_blocks(self, queries: int, keys: int) -> list[tuple[int, int]]:
-        """(first, end) of the tokens that attend at once: as many as max_scores allows, and a number that MLX fuses."""
-        if self.max_scores is None:
-            return [(0, queries)]
-        heads = self.config.num_attention_heads
-        most = max(1, self.max_scores // (heads * keys))
-        vector = max(1, VECTOR_QUERIES // (heads // self.config.num_key_value_heads))
-        blocks, first = [], 0
-        while first < queries:
-            rows = min(most, queries - first)
-            blocks.append((first, first + (rows if rows >= MATRIX_TOKENS else min(rows, vector))))
-            first = blocks[-1][1]
-        return blocks
 
     def _attend_quantized(self, q: mx.array, cached: QuantizedKV, mask: mx.array | None) -> mx.array:
         """Attention over keys and values in 8 bits. For few queries, scores are products with the codes; for a prompt,
@@ -217,10 +201,10 @@ class Attention:
 @dataclass(frozen=True)
 class MixtureOfExperts:
     """router: D -> E; gate_up: D -> 2 I per expert, gate rows first; down: I -> D per expert.
-    bias [E, 2 I + D]: of both, so that those of a token's experts are fetched at once. own: the router's numbers of
-    this rank's experts, which are those held here. min_pairs_to_sort: token-expert pairs from which sorting them by
-    expert is faster. kernels: the custom ones. router_adapters, gate_up_adapters, down_adapters: what each adapter adds
-    to them."""
+    bias [E, 2 I + D]: of both, so that those of a token's experts are fetched at once; float32 if the products are.
+    own: the router's numbers of this rank's experts, which are those held here. min_pairs_to_sort: token-expert pairs
+    from which sorting them by expert is faster. kernels: the custom ones. router_adapters, gate_up_adapters,
+    down_adapters: what each adapter adds to them."""
 
     config: ModelConfig
     router: Linear

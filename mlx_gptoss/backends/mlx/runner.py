@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -67,9 +67,19 @@ class MlxRunner:
     for the device."""
 
     def __init__(
-        self, model: GptOss, limits: Limits, where: mx.Device | mx.Stream, streams: CpuStreams | None = None
+        self,
+        model: GptOss,
+        limits: Limits,
+        where: mx.Device | mx.Stream,
+        streams: CpuStreams | None = None,
+        *,
+        in_turn: bool = False,
+        on_close: Callable[[], None] | None = None,
     ) -> None:
-        """where: the device or the stream that computes. streams: closed with the runner."""
+        """where: the device or the stream that computes. streams: closed with the runner. in_turn: a step is only
+        submitted when the one before it has ended (command_buffers.py). on_close: called last."""
+        self._in_turn, self._on_close = in_turn, on_close
+        self._submitted: Step | None = None
         self.config: ModelConfig = model.config
         self.limits = limits
         self._model = model
@@ -87,8 +97,12 @@ class MlxRunner:
         self._previous_cache_limit = mx.set_cache_limit(cache_limit)
 
     def submit(self, rows: Sequence[Row]) -> Step:
+        if self._in_turn and self._submitted is not None:
+            mx.eval(self._submitted.last)
         with mx.stream(self._where):
+            self._cache.drop_kept(unless=self._hidden)  # of chunks that are not finished
             step = self.build(rows)
+            self._submitted = step if self._in_turn else None
             mx.async_eval(step.last, step.arrays)  # type: ignore[no-untyped-call]
             self._steps += 1
             if self._steps % CLEAR_CACHE_STEPS == 0:
@@ -116,6 +130,7 @@ class MlxRunner:
     def release(self, slot: int) -> None:
         self._last.pop(slot, None)
         self._hidden.pop(slot, None)
+        self._cache.release(slot)
         self._states.pop(slot, None)
 
     def save(self, slot: int, start: int, end: int) -> SlotSnapshot:
@@ -153,6 +168,7 @@ class MlxRunner:
 
     def close(self) -> None:
         del self._model, self._cache
+        self._submitted = None
         self._last.clear()
         self._hidden.clear()
         self._states.clear()
@@ -160,6 +176,8 @@ class MlxRunner:
             self._streams.close()
         mx.clear_cache()
         mx.set_cache_limit(self._previous_cache_limit)
+        if self._on_close is not None:
+            self._on_close()
 
     def _forward(self, rows: Sequence[Row], places: Sequence[int], results: list[SampledRow | None]) -> mx.array:
         """Run either any number of one-token rows, or one row of several tokens. Returns the array computed last."""
@@ -167,7 +185,14 @@ class MlxRunner:
         starts = [row.start for row in rows]
         slots, adapters = [row.slot for row in rows], used_adapters(rows)
         span = Span.of(
-            self.config, slots, starts, ids.shape[1], self.limits.drafts, adapters, mask_heads=self._model.mask_heads
+            self.config,
+            slots,
+            starts,
+            ids.shape[1],
+            self.limits.drafts,
+            adapters,
+            mask_heads=self._model.mask_heads,
+            saves_inside=rows[0].saves_inside,
         )
         samples = 1 + len(rows[0].drafts)  # per row
         if rows[0].stages is None:

@@ -36,9 +36,10 @@ from ...weights.tensor import (
 from ..rope import yarn_frequencies
 from . import DTYPES, dtype_name, max_scores, pick_device
 from .cache import FullCache, RingCache, Span
+from .command_buffers import BufferLimits, current_setting, describe, layers_for, limits_in_force
 from .elementwise import UNCOMPILED, compiled
 from .kernels.selftest import checked_cases
-from .layers import Linear
+from .layers import Linear, fused
 from .load import MIN_PAIRS_TO_SORT, _WeightLoader
 from .model import Attention, MixtureOfExperts, Rotary
 from .ranks import Ranks
@@ -77,6 +78,7 @@ class Kernels:
     """
 
     specs: tuple[Spec | None, ...] = SPECS
+    masks: tuple[str, ...] = ("causal", "bool")  # of fused_attention
     counts_memory = True
     packs_kv = True
 
@@ -103,8 +105,11 @@ class Kernels:
         )
 
     def facts(self) -> dict[str, Any]:
-        """What MLX says of the device."""
-        return {"metal": mx.metal.is_available(), "device": str(self._device), **mx.device_info(self._device)}
+        """What MLX says of the device, and on a Mac's GPU the limits on command buffers and who set them."""
+        found = {"metal": mx.metal.is_available(), "device": str(self._device), **mx.device_info(self._device)}
+        if not (self.on_gpu and mx.metal.is_available()):
+            return found
+        return found | {"command_buffers": describe(current_setting(), self._buffer_limits())}
 
     def linear(self, weight: Weight) -> Callable[[Floats], Floats]:
         """The product with a stored matrix [N, D]: x [T, D] -> [T, N]"""
@@ -194,6 +199,26 @@ class Kernels:
             residual = mx.zeros((B, L, self.config.q_size), dtype=self._dtype)
             span = Span.of(self.config, range(B), starts, L)
         return self._run(lambda: layer(residual, residual, cache, span))
+
+    def fused_attention(
+        self, q: Floats, keys: Floats, values: Floats, sinks: Floats, scale: float, mask: str
+    ) -> Floats:
+        """MLX's own attention: q [B, H, L, 64], keys and values [B, K, S, 64], sinks [H] -> [B, H, L, 64]. mask: one of
+        `masks`, both of which let the last L of S positions see what is not after them."""
+        L, S = q.shape[2], keys.shape[2]
+
+        def run() -> mx.array:
+            seen = "causal" if mask == "causal" else (mx.arange(S) <= mx.arange(S - L, S)[:, None])[None, None]
+            return fused(self._array(q), self._array(keys), self._array(values), scale, seen, self._array(sinks))
+
+        return self._run(run)
+
+    def layers_in_flight(self) -> int:
+        """Layers, however small, of a model whose steps overlap as those of gpt-oss do. On a CPU any number."""
+        return layers_for(self._buffer_limits()) if self.on_gpu and mx.metal.is_available() else 2
+
+    def _buffer_limits(self) -> BufferLimits:
+        return limits_in_force(str(mx.device_info(self._device)["architecture"]))
 
     def sample(
         self,

@@ -59,8 +59,8 @@ async def unload(body: ModelRequest, request: Request, service: ServiceDep) -> R
 
 
 def _model_object(service: Service, name: str) -> dict[str, Any]:
-    """The fields of OpenAI and of Anthropic, the context length under the names of OpenRouter and vLLM, and the state
-    under llama.cpp's."""
+    """The fields of OpenAI and of Anthropic, the context length under the names of OpenRouter and vLLM, the model of an
+    adapter under vLLM's, and the state under llama.cpp's."""
     context, created = service.model.max_context, datetime.fromtimestamp(service.created, timezone.utc)
     return {
         "id": name,
@@ -76,4 +76,5 @@ def _model_object(service: Service, name: str) -> dict[str, Any]:
         "context_length": context,
         "max_model_len": context,
         "status": {"value": service.selected.state},
+        **({"parent": service.selected.base} if service.selected.base else {}),
     }

@@ -18,7 +18,8 @@ class NamedModel:
     """A model and its names.
 
     id: the model's name in responses. aliases: other names of it, which /v1/models lists, too. other_names: more names
-    that requests may use. adapter: the name of the model's adapter that answers; None is the model as it is.
+    that requests may use. adapter: the name of the model's adapter that answers; None is the model as it is. base: of
+    an adapter, the id of its model.
     """
 
     model: ServedModel
@@ -26,6 +27,7 @@ class NamedModel:
     other_names: Sequence[str] = ()
     aliases: Sequence[str] = ()
     adapter: str | None = None
+    base: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -54,8 +56,11 @@ class NamedModel:
 def with_adapters(named: NamedModel, adapters: Sequence[str]) -> list[NamedModel]:
     """The model, and after it each of its adapters: by its own name and as MODEL:NAME."""
     bases = (*named.names, *named.other_names)
-    others = [NamedModel(named.model, name, [f"{base}:{name}" for base in bases], adapter=name) for name in adapters]
-    return [named, *others]
+
+    def of(name: str) -> NamedModel:
+        return NamedModel(named.model, name, [f"{base}:{name}" for base in bases], adapter=name, base=named.id)
+
+    return [named, *map(of, adapters)]
 
 
 def model_names(model: str | None) -> tuple[str, tuple[str, ...]]:

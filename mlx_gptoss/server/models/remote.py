@@ -14,9 +14,8 @@ from ...chat.stream import Events
 from ...config import ModelConfig
 from ...engine import Status
 from ...errors import CheckpointError, ModelUnavailable
-from ...loading import hub
 from ...loading.memory import MemoryPlan
-from ...loading.plan import LoadRequest
+from ...loading.plan import LoadRequest, adapter_folders
 from ...options import LoadOptions
 from ...sampling import Sampling, default_sampling
 from ...tokenizer import Tokenizer
@@ -37,13 +36,13 @@ class RemoteModel:
     at the end of the last one.
     loads, crashes: how often it was loaded, and how often its process ended by itself.
 
-    Raises CheckpointError if the checkpoint cannot be opened.
+    Raises CheckpointError if the checkpoint cannot be opened, and for an adapter that does not fit it.
     """
 
     def __init__(self, name: str, path: Path, options: LoadOptions) -> None:
         checkpoint = checkpoints.open(path)
         cache = options.prompt_cache and Path(options.prompt_cache).resolve()
-        adapters = options.adapters and {name: hub.resolve_adapter(each) for name, each in options.adapters.items()}
+        adapters = options.adapters and adapter_folders(options.adapters, checkpoint.config)
         options = replace(options, prompt_cache=cache, adapters=adapters)
         self.request: LoadRequest = LoadRequest.of(str(path.resolve()), options)
         self.name = name

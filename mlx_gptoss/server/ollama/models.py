@@ -157,15 +157,19 @@ for (_method, _path), _message in REFUSED.items():
 def listed_names(service: Service) -> list[str]:
     """The names in /api/tags, each with a tag, as Open WebUI compares them.
 
-    A gpt-oss of a published size also has its name in Ollama's library, which clients such as Codex look for, unless
-    the server is strict about names.
+    A gpt-oss of a published size also has its name in Ollama's library, which clients such as Codex look for, where
+    that name gets an answer of this model.
     """
-    names = [name if ":" in name.rpartition("/")[2] else f"{name}:latest" for name in service.names]
+    names = [_tagged(name) for name in service.names]
     config = service.model.config
     family = FAMILY_NAMES.get((config.num_hidden_layers, config.num_local_experts))
-    if family is not None and not service.strict_model:
+    if family is not None and service.answers_to(family):
         names.append(family)
     return list(dict.fromkeys(names))
+
+
+def _tagged(name: str) -> str:
+    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
 def _digest(service: Service) -> str:
@@ -176,7 +180,7 @@ def _digest(service: Service) -> str:
 
 def _details(service: Service) -> dict[str, Any]:
     return {
-        "parent_model": "",
+        "parent_model": _tagged(service.selected.base) if service.selected.base else "",
         "format": file_format(service.model),
         "family": FAMILY,
         "families": [FAMILY],

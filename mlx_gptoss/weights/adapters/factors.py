@@ -34,7 +34,7 @@ class Entry:
 
     source: names the tensors; entries of one source (gate and up, stored fused) have the same a. rank: R. inputs,
     outputs: K and N. experts: E; None for a matrix. scale: multiplies b @ a. read_a, read_b: a [.., R, K] and
-    b [.., N, R], as stored.
+    b [.., N, R], as stored. scales: those of single experts where they may differ; read_b has applied them.
     """
 
     source: str
@@ -45,18 +45,19 @@ class Entry:
     scale: float
     read_a: Callable[[], Array]
     read_b: Callable[[], Array]
+    scales: tuple[float, ...] = ()
 
     def a(self) -> Array:
         """float32. Raises CheckpointError if a value is not finite."""
-        return self._finite(self.read_a())
+        return self._finite(self.read_a, 1.0)
 
     def b(self) -> Array:
         """float32, with the scale. Raises CheckpointError if a value is not finite."""
-        scaled: Array = self._finite(self.read_b()) * np.float32(self.scale)
-        return scaled
+        return self._finite(self.read_b, self.scale)
 
-    def _finite(self, values: Array) -> Array:
-        values = values.astype(np.float32)
+    def _finite(self, read: Callable[[], Array], scale: float) -> Array:
+        with np.errstate(over="ignore", invalid="ignore"):  # told below
+            values: Array = read().astype(np.float32) * np.float32(scale)
         if not np.isfinite(values).all():
             raise CheckpointError(f"{self.source} has values that are not finite; the training has diverged")
         return values
@@ -78,7 +79,7 @@ class Adapter:
 
     config: of the model. name: for messages. entries: by the parameter's name without `.weight`, such as
     `layers.3.experts.gate`. outputs: N of every matrix of the model, by the same names. digest: of everything that the
-    adapter's numbers depend on.
+    adapter's numbers depend on; "" where it is only looked at.
     """
 
     config: ModelConfig
@@ -129,12 +130,29 @@ class Adapter:
         product: Array = b @ a if entry.experts is None else b[experts] @ a[experts]
         return product
 
+    def first_layers(self, count: int) -> Adapter:
+        """What it adds to the first layers, for the model that has only those."""
+
+        def is_first(name: str) -> bool:
+            return not name.startswith("layers.") or int(name.split(".")[1]) < count
+
+        entries = {name: entry for name, entry in self.entries.items() if is_first(name)}
+        outputs = {name: rows for name, rows in self.outputs.items() if is_first(name)}
+        return replace(self, config=self.config.first_layers(count), entries=entries, outputs=outputs)
+
     def nbytes(self, value_bytes: int) -> int:
         """Bytes of the stacked factors on a device with values of value_bytes."""
+        return value_bytes * sum(values for values, _ in self.stacks())
+
+    def stacks(self) -> list[tuple[int, int | None]]:
+        """Of the stacked factors for each product: the number of values, and E; None for a matrix."""
+        outputs: dict[str, int] = {}
+        for name, count in self.outputs.items():
+            outputs[_group(name)] = outputs.get(_group(name), 0) + count
         groups: dict[str, list[Entry]] = {}
         for name, entry in self.entries.items():
             groups.setdefault(_group(name), []).append(entry)
-        return value_bytes * sum(_stacked_size(entries) for entries in groups.values())
+        return [(_stacked_size(entries, outputs[group]), entries[0].experts) for group, entries in groups.items()]
 
 
 def _group(name: str) -> str:
@@ -143,7 +161,7 @@ def _group(name: str) -> str:
     return f"{layer}.{'qkv' if kind in 'qkv' else 'gate_up' if kind in ('gate', 'up') else kind}"
 
 
-def _stacked_size(entries: Sequence[Entry]) -> int:
+def _stacked_size(entries: Sequence[Entry], outputs: int) -> int:
+    """Values of a and b. outputs: rows of b, those of parameters without an entry included."""
     rank = sum({entry.source: entry.rank for entry in entries}.values())
-    outputs = sum(entry.outputs for entry in entries)
     return (entries[0].experts or 1) * rank * (entries[0].inputs + outputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,19 @@ PEFT_WEIGHTS, MLX_LM_WEIGHTS = "adapter_model.safetensors", "adapters.safetensor
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """folder, config: adapter_config.json as parsed. file: the tensors. params: the model's matrices by their names
-    without `.weight`."""
+    """folder, config: adapter_config.json as parsed. file: the tensors. Of the model that they are for, from of():
+    params: its matrices by their names without `.weight`. model: its config."""
 
     folder: Path
     config: Mapping[str, Any]
     file: MappedFile
-    params: Mapping[str, Param]
-    model: ModelConfig
+    params: Mapping[str, Param] = field(default_factory=dict)
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+    def of(self, model: ModelConfig) -> AdapterFiles:
+        """The same files for the model with this config."""
+        params = {param.name.removesuffix(".weight"): param for param in parameters(model) if param.is_matrix}
+        return replace(self, params=params, model=model)
 
     @property
     def base(self) -> str:
@@ -85,7 +90,7 @@ class AdapterFiles:
         return Entry(pair[0], rank, param.shape[1], param.shape[0], None, scale, a, b)
 
 
-def open_files(folder: Path, model: ModelConfig) -> AdapterFiles:
+def open_files(folder: Path) -> AdapterFiles:
     """Read the config and the header. Raises CheckpointError for a folder that has none, or only a pickle."""
     if not (folder / CONFIG).exists():
         raise CheckpointError(f"{folder} has no {CONFIG}: give the folder that PEFT or mlx-lm saved the adapter to")
@@ -102,8 +107,7 @@ def open_files(folder: Path, model: ModelConfig) -> AdapterFiles:
         raise CheckpointError(f"{folder} has neither {PEFT_WEIGHTS} nor {MLX_LM_WEIGHTS}; save the adapter again")
     if len(found) > 1:
         raise CheckpointError(f"{folder} has both {PEFT_WEIGHTS} and {MLX_LM_WEIGHTS}; keep one of them")
-    params = {param.name.removesuffix(".weight"): param for param in parameters(model) if param.is_matrix}
-    return AdapterFiles(folder, config, MappedFile(found[0]), params, model)
+    return AdapterFiles(folder, config, MappedFile(found[0]))
 
 
 def checked_rank(rank: int, tensor: str) -> int:

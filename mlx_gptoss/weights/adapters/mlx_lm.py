@@ -23,6 +23,7 @@ MODULES = {
     ("mlp", "experts.down_proj"): "experts.down",
 }
 PARAMETERS = {"rank", "scale", "dropout", "keys"}
+SHOWN = {"fine_tune_type", "lora_parameters", "num_layers", "model"}  # fields of the config; others are of the training
 
 
 def entries_of(files: AdapterFiles) -> dict[str, Entry]:

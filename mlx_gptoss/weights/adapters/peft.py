@@ -177,6 +177,7 @@ def _interleaved(prefix: str, gate_up: Entry) -> dict[str, Entry]:
             gate_up.scale,
             gate_up.read_a,
             lambda: gate_up.read_b()[:, first::2],
+            gate_up.scales,
         )
 
     return {f"{prefix}.gate": half(0), f"{prefix}.up": half(1)}
@@ -218,5 +219,6 @@ def _bank(files: AdapterFiles, name: str, banks: Mapping[int, tuple[Pair, str]],
             values[expert, :, : one.shape[1]] = one * np.float32(scale_of[expert])
         return values
 
-    entry = Entry(some[0], rank, inputs, outputs, experts, 1.0, read_a, read_b)
+    scales_found = tuple(sorted(set(scale_of.values())))
+    entry = Entry(some[0], rank, inputs, outputs, experts, 1.0, read_a, read_b, scales_found)
     return _interleaved(prefix, entry) if fused else {f"{prefix}.{kind}": entry}

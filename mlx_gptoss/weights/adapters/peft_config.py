@@ -15,11 +15,15 @@ from ...errors import CheckpointError
 
 MERGE = "merge it into the model with PEFT's merge_and_unload() and use that"
 # Names, training and what the tensors themselves show: no bearing on the numbers.
-IGNORED = {
+TRAINING = {
+    "lora_dropout", "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config",
+    "lora_ga_config", "runtime_config", "velora_config",
+}  # fmt: skip
+TRAINING_DEFAULTS = {"megatron_core": "megatron.core", "qalora_group_size": 16}  # that PEFT writes; else empty or 0
+IGNORED = TRAINING | {
     "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
-    "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout",
-    "megatron_core", "qalora_group_size", "ensure_weight_tying", "loftq_config", "eva_config", "corda_config",
-    "lora_ga_config", "runtime_config", "unsloth_fixed", "trainable_parameters", "velora_config",
+    "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern",
+    "ensure_weight_tying", "unsloth_fixed", "trainable_parameters",
 }  # fmt: skip
 USED = {
     "r",

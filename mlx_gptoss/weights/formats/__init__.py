@@ -11,17 +11,21 @@ from ...errors import CheckpointError
 from ..params import Param
 from ..safetensors import TensorInfo
 from ..tensor import Dense
-from . import autoround, bf16, bitsandbytes, fp8, gguf, mlx, modelopt, mxfp4, original
+from . import autoround, bf16, bitsandbytes, fp8, gguf, gptq, mlx, modelopt, mxfp4, original, quark, torchao
 from .base import CheckpointHeaders, ExpectedTensor, Format, Recipe, Source
 from .hf_layout import HF_DENSE, hf_name
+from .tools import refusal
 
-# Each parameter is looked up in this order. bf16 is last because it also takes every dense tensor, and autoround comes
-# before mlx because both have tensors called `.scales`.
+# Each parameter is looked up in this order. bf16 is last because it also takes every dense tensor, and gptq and
+# autoround come before mlx because all have tensors called `.scales`.
 FORMATS: tuple[Format, ...] = (
     original.FORMAT,
     gguf.FORMAT,
     bitsandbytes.FORMAT,
+    gptq.FORMAT,
     autoround.FORMAT,
+    quark.FORMAT,
+    torchao.FORMAT,
     fp8.FORMAT,
     mlx.FORMAT,
     mxfp4.FORMAT,
@@ -31,7 +35,11 @@ FORMATS: tuple[Format, ...] = (
 WRITERS: Mapping[str, Format] = {name: fmt for fmt in FORMATS if fmt.writes for name in fmt.recipes}
 CONVERTERS: Mapping[str, Format] = {**WRITERS, **dict.fromkeys(gguf.GGUF_NAMES, gguf.FORMAT)}  # values of --to
 
-_UNUSED_NAMES = (".rotary_emb.inv_freq", ".k_scale", ".v_scale", ".q_scale")  # frequencies, and scales of FP8 caches
+_UNUSED_NAMES = (  # frequencies, and scales of FP8 caches
+    ".rotary_emb.inv_freq",
+    *(f".{x}_scale" for x in "qkv"),
+    *(f".{x}_proj.output_scale" for x in "qkv"),  # Quark's
+)
 _UNUSED_MODULES = ("v_head.", "value_head.", "score.")  # heads that trainers put on top
 _REFUSED_NAMES = (  # (what a tensor name ends in, why the checkpoint is refused)
     (
@@ -71,7 +79,10 @@ def bind(headers: CheckpointHeaders, params: Sequence[Param]) -> Binding:
     problems: dict[str, list[str]] = {"missing": [], "of a wrong shape": [], "of a wrong dtype": [], "unknown": []}
     used: set[str] = set()
     for param in params:
-        source = _left_out(param, headers) or _find(param, headers)
+        try:
+            source = _left_out(param, headers) or _find(param, headers)
+        except CheckpointError as error:
+            raise CheckpointError(f"{reason} ({error})" if (reason := refusal(headers)) else str(error)) from error
         if source is None:
             problems["missing"].append(hf_name(param))
             continue
@@ -87,7 +98,8 @@ def bind(headers: CheckpointHeaders, params: Sequence[Param]) -> Binding:
     problems["unknown"] = sorted(set(headers.tensors) - used)
     if any(problems.values()):
         listed = "; ".join(f"{len(names)} {kind}: {_first_names(names)}" for kind, names in problems.items() if names)
-        raise CheckpointError(f"the tensors do not match a gpt-oss model of the sizes in config.json: {listed}")
+        mismatch = f"the tensors do not match a gpt-oss model of the sizes in config.json: {listed}"
+        raise CheckpointError(f"{reason} ({mismatch})" if (reason := refusal(headers)) else mismatch)
     note = "; ".join(sorted({source.note for source in sources.values()} - {""}))
     heads = sorted(name for name in unused if name.startswith(_UNUSED_MODULES))
     if heads:

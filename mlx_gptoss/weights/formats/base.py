@@ -8,7 +8,7 @@ tensors to write (names, dtypes and shapes, known before any data is read) and h
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ...config import ModelConfig
@@ -29,11 +29,13 @@ class CheckpointHeaders:
     tensors: name, dtype and shape of every stored tensor, by name.
     config: the network's sizes.
     raw: config.json as parsed JSON.
+    metadata: what the headers of safetensors files say beside their tensors, of all files together. Untrusted text.
     """
 
     tensors: Mapping[str, TensorInfo]
     config: ModelConfig
     raw: Mapping[str, Any]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def has(self, *names: str) -> bool:
         """True if at least one of these tensors is stored."""
@@ -67,7 +69,7 @@ class Source:
     spec: how its numbers are stored; None for dense weights.
     expected: every tensor it is read from; the caller checks their presence, dtypes and shapes.
     load: returns the Weight. It returns lazy views where the layout allows and never changes a value.
-    scale_tensor: the name of the first scale tensor if the scales are floats, because a conversion keeps their dtype.
+    scale_dtype: the safetensors dtype of the scales that `load` returns if they are floats: a conversion keeps it.
     note: one line that the user should know about weights stored this way, or "".
     load_experts: returns the Weight of a range of the first axis (experts, or rows); None where slicing the whole
         Weight is just as good.
@@ -80,7 +82,7 @@ class Source:
     spec: Spec | None
     expected: tuple[ExpectedTensor, ...]
     load: Callable[[GetTensor], Weight]
-    scale_tensor: str | None = None
+    scale_dtype: str | None = None
     note: str = ""
     load_experts: Callable[[GetTensor, range], Weight] | None = None
     memory_bits: float | None = None

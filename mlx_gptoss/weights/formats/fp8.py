@@ -2,7 +2,8 @@
 
 Each linear layer is its own module, output-major: `.weight` F8_E4M3 [N, K] and `.weight_scale` [N, 1], with
 w = e4m3 * scale. Activations are quantized at run time by engines that do so; this program does not. The FP4 schemes
-of compressed-tensors (nvfp4-pack-quantized, mxfp4-pack-quantized) are read but not written.
+of compressed-tensors (nvfp4-pack-quantized, mxfp4-pack-quantized) and its integers (compressed_ints.py) are read but
+not written.
 
 Expert modules are called `mlp.experts.7.gate_proj` or, in older releases, `mlp.experts.experts.7.gate_proj`; or the
 experts stay fused as in `bf16`. llm-compressor 0.12 and 0.13 split the interleaved rows of gate and up in halves: their
@@ -36,11 +37,13 @@ from .base import (
     Unit,
     matrix_recipe,
 )
-from .hf_layout import HF_DENSE, dense_unit, fused_rows, hf_name
+from .compressed_ints import integer_weights
+from .hf_layout import HF_DENSE, dense_unit, hf_name
 from .per_expert import (
     Modules,
     dense_experts_source,
     dense_experts_unit,
+    half_split_modules,
     is_per_expert,
     modules_of,
     modules_source,
@@ -73,12 +76,11 @@ class Fp8(Format):
             return _fp8_source(modules, param, headers)
         if packed == "U8":
             return _fp4_source(modules, param, headers)
-        if packed is not None or weight == "I8":
-            scheme = "pack-quantized" if packed else "int-quantized"
-            raise CheckpointError(
-                f"{modules.first} is {scheme} (an integer scheme of compressed-tensors), which is not supported; use a "
-                "float-quantized (FP8), nvfp4-pack-quantized or mxfp4-pack-quantized checkpoint, or the original one"
-            )
+        integers = integer_weights(modules, param, headers)
+        if integers is not None:
+            return integers
+        if packed is not None:
+            raise CheckpointError(f"{modules.first}.weight_packed is {packed}; I32 and U8 are supported")
         return dense_experts_source(modules, "weight", param, headers) if param.role == "experts" else None
 
     def units(self, target: str, params: Sequence[Param], dtypes: Mapping[str, str]) -> list[Unit]:
@@ -147,13 +149,7 @@ def _modules(param: Param, headers: CheckpointHeaders) -> Modules | None:
     part = param.kind.split(".")[1]
     if part == "down" or not _is_half_split(modules.first, headers):
         return modules
-    first_half, second_half = (modules_of(_sibling(param, part, other)) for other in ("gate", "up"))
-    both = zip(first_half.names, second_half.names, strict=True)
-    return Modules(tuple((*gate, *up) for gate, up in both), fused_rows(part))
-
-
-def _sibling(param: Param, part: str, other: str) -> Param:
-    return Param(param.name.replace(f".{part}.", f".{other}."), param.layer, param.role, param.shape)
+    return half_split_modules(param)
 
 
 def _is_half_split(module: str, headers: CheckpointHeaders) -> bool:
@@ -188,7 +184,7 @@ def _fp8_source(modules: Modules, param: Param, headers: CheckpointHeaders) -> S
         outer = modules.read(get, "weight_scale", lambda scale: _per_row(scale, rows))
         return Quantized(FP8_ROW, modules.read(get, "weight"), outer=outer)
 
-    return modules_source(modules, FAMILY, FP8_ROW, expected, load, scales)
+    return modules_source(modules, FAMILY, FP8_ROW, expected, load, headers.dtype(scales))
 
 
 def _block_source(modules: Modules, param: Param, headers: CheckpointHeaders) -> Source:
@@ -225,6 +221,12 @@ def _fp4_source(modules: Modules, param: Param, headers: CheckpointHeaders) -> S
 
     NVFP4: scales are e4m3, one per 16 values, divided by `.weight_global_scale`. MXFP4: e8m0, one per 32 values.
     """
+    data_type = quantization_config(headers).get("data_type")
+    if isinstance(data_type, str) and data_type.startswith("mx_int"):  # AutoRound's MXINT4, with MXFP4's shapes
+        raise CheckpointError(
+            f"{modules.first}.weight_packed holds integers with power-of-two scales ({data_type[:20]}), which are not "
+            "supported; use a checkpoint in MXFP4 or int4, or the original one"
+        )
     rows, width = param.shape[-2:]
     with_global = headers.dtype(f"{modules.first}.weight_scale") == "F8_E4M3"
     spec: Spec = NVFP4 if with_global else MXFP4

@@ -145,7 +145,7 @@ def _quantized_source(module: str, param: Param, headers: CheckpointHeaders) -> 
             outer = (get(names["global_scale"]) / np.float32(_NVFP4_MAX)).reshape(*lead[:-1], 1, 1)
         return Quantized(spec, codes, get(names["scales"]), get(names["biases"]) if affine else None, outer)
 
-    return Source(FAMILY, spec, tuple(expected), load, scale_tensor=names["scales"] if affine else None)
+    return Source(FAMILY, spec, tuple(expected), load, scale_dtype=headers.dtype(names["scales"]) if affine else None)
 
 
 def _infer_spec(module: str, param: Param, headers: CheckpointHeaders) -> Spec:

@@ -16,7 +16,7 @@ from ..params import Param
 from ..safetensors import DTYPES, TensorInfo
 from ..tensor import Array, Dense, Spec, Weight
 from .base import FLOATS, CheckpointHeaders, Encoder, ExpectedTensor, GetTensor, Source, TensorSlice, Unit
-from .hf_layout import HF_DENSE, experts_prefix, hf_name
+from .hf_layout import HF_DENSE, experts_prefix, fused_rows, hf_name
 
 Transform = Callable[[Array], Array]  # from a stored tensor to rows [N, ...]
 
@@ -44,21 +44,30 @@ class Modules:
         return [ExpectedTensor(f"{name}.{part}", dtypes, shape) for names in self.names for name in names]
 
     def read(self, get: GetTensor, part: str, transform: Transform = lambda array: array) -> Array:
-        """The tensor `part` of all modules, each passed through `transform`.
+        """The tensor `part` of all modules, each passed through `transform`. The rest is as for `gather`."""
+        return self.gather(lambda name: transform(get(f"{name}.{part}")))
+
+    def gather(self, rows_of: Callable[[str], Array]) -> Array:
+        """The rows [N, ...] that `rows_of` returns for the name of each module.
 
         Experts are copied into one array [E, N, ...]; an attention tensor [N, ...] is returned as it is.
         """
         if not self.stacked:
-            return transform(get(f"{self.first}.{part}"))
+            return rows_of(self.first)
         stack: Array | None = None
         for expert, names in enumerate(self.names):
-            parts = [transform(get(f"{name}.{part}")) for name in names]
-            rows = parts[0] if len(parts) == 1 else np.concatenate(parts)[self.rows]
+            parts = [rows_of(name) for name in names]
+            rows = (parts[0] if len(parts) == 1 else np.concatenate(parts))[self.rows]
             if stack is None:
                 stack = np.empty((len(self.names), *rows.shape), rows.dtype)
             _as_uints(stack)[expert] = _as_uints(rows)
         assert stack is not None
         return stack
+
+    def stored_rows(self, param: Param) -> int:
+        """The rows of each module, which are twice the parameter's where a module has both gate and up."""
+        rows = param.shape[0] if not self.stacked else param.shape[1]
+        return 2 * rows if self.rows != slice(None) and len(self.names[0]) == 1 else rows
 
     def select(self, experts: range) -> Modules:
         """The modules of some experts."""
@@ -82,6 +91,17 @@ def modules_of(param: Param, infix: str = "") -> Modules:
     part = param.kind.split(".")[1]
     prefix = experts_prefix(param) + infix
     return Modules(tuple((f"{prefix}{expert}.{part}_proj",) for expert in range(param.shape[0])))
+
+
+def half_split_modules(param: Param) -> Modules:
+    """The modules of a parameter where `gate_proj` and `up_proj` are the two halves of the interleaved rows."""
+    part = param.kind.split(".")[1]
+    first, second = (
+        modules_of(Param(param.name.replace(f".{part}.", f".{other}."), param.layer, param.role, param.shape))
+        for other in ("gate", "up")
+    )
+    both = zip(first.names, second.names, strict=True)
+    return Modules(tuple((*gate, *up) for gate, up in both), fused_rows(part))
 
 
 def is_per_expert(param: Param, headers: CheckpointHeaders, infix: str = "") -> bool:
@@ -114,7 +134,7 @@ def modules_source(
     spec: Spec | None,
     expected: Sequence[ExpectedTensor],
     load: Callable[[GetTensor, Modules], Weight],
-    scale_tensor: str | None = None,
+    scale_dtype: str | None = None,
 ) -> Source:
     """The Source of a parameter that `load` assembles from its modules, or from those of some experts alone."""
 
@@ -122,13 +142,13 @@ def modules_source(
         return load(get, modules.select(experts))
 
     some = load_experts if modules.stacked else None
-    return Source(family, spec, tuple(expected), lambda get: load(get, modules), scale_tensor, load_experts=some)
+    return Source(family, spec, tuple(expected), lambda get: load(get, modules), scale_dtype, load_experts=some)
 
 
 def dense_experts_source(modules: Modules, part: str, param: Param, headers: CheckpointHeaders) -> Source:
     """Expert biases [E, N], or expert weights [E, N, K] that were left unquantized."""
     dtypes = same_float_dtype(headers, f"{modules.first}.{part}")
-    expected = modules.expected(part, dtypes, param.shape[1:])
+    expected = modules.expected(part, dtypes, (modules.stored_rows(param), *param.shape[2:]))
     return modules_source(modules, HF_DENSE, None, expected, lambda get, modules: Dense(modules.read(get, part)))
 
 

@@ -1,4 +1,4 @@
-"""GPTQ packings of symmetric int4: equivalent ones read alike, and all others are refused by name."""
+"""GPTQ packings of symmetric int4: equivalent ones read alike, and what config.json does not say is refused."""
 
 from __future__ import annotations
 
@@ -92,9 +92,12 @@ def with_value(part: str, value: float):
             both(with_zeros(EIGHTS), with_g_idx()),
             only(quant_method="auto-round", packing_format="auto_round:gptqmodel"),
         ),
-        (with_zeros(EIGHTS), only(quant_method="gptq", checkpoint_format="gptq_v2", sym=True)),
-        (with_g_idx(), only(quant_method="gptq", bits=4, group_size=64, sym=True, desc_act=False)),
-        (with_g_idx(), only(quant_method="gptq", checkpoint_format="gptq", desc_act=True)),
+        (with_zeros(EIGHTS), only(quant_method="gptq", provider="auto-round", checkpoint_format="gptq_v2", sym=True)),
+        (
+            with_g_idx(),
+            only(quant_method="gptq", provider="auto-round", bits=4, group_size=64, sym=True, desc_act=False),
+        ),
+        (with_g_idx(), only(quant_method="gptq", provider="auto-round", checkpoint_format="gptq", desc_act=True)),
         (with_zeros(EIGHTS), only()),
         (with_zeros(SEVENS), only()),
     ],
@@ -107,18 +110,19 @@ def test_equivalent_packings_read_alike(tensors, config, edited, decode, mini):
 @pytest.mark.parametrize(
     ("tensors", "config", "message"),
     [
-        (unchanged, also(packing_format="auto_round:auto_awq"), "uses AWQ packing"),
-        (unchanged, only(quant_method="awq"), "uses AWQ packing"),
-        (repacked((192, 8)), only(), "uses AWQ packing"),
-        (unchanged, also(sym=False), "asymmetrically"),
-        (repacked((48, 64)), unchanged, "has 8 bits per weight"),
-        (repacked((12, 64)), unchanged, "has 2 bits per weight"),
-        (repacked((18, 64)), unchanged, "has 3 bits per weight"),
-        (repacked((24, 64), scales=(6, 64)), unchanged, "has groups of 32"),
-        (repacked((24, 64), scales=(1, 64)), unchanged, "has groups of 192"),
-        (repacked((24, 64), scales=(2, 64)), unchanged, "has groups of 96"),
+        (unchanged, also(packing_format="auto_round:auto_awq"), "says AWQ"),
+        (unchanged, only(quant_method="awq", provider="auto-round"), "says AWQ"),
+        (repacked((192, 8)), unchanged, "has AWQ packing"),
+        (repacked((48, 64)), unchanged, "has 8 bits and 3 scales .* says 4 bits in groups of 64"),
+        (repacked((12, 64)), unchanged, "has 2 bits and 3 scales"),
+        (repacked((18, 64)), unchanged, "has 3 bits and 3 scales"),
+        (repacked((42, 64)), only(), "has 7 bits per weight"),
+        (repacked((24, 64), scales=(6, 64)), unchanged, "6 scales for each row of 192"),
+        (repacked((24, 64), scales=(1, 64)), unchanged, "1 scales for each row of 192"),
+        (repacked((24, 64), scales=(2, 64)), unchanged, "2 scales for each row of 192"),
+        (unchanged, only(quant_method="gptq"), "meta.quantizer"),
         (renamed, unchanged, r"names like .*_projs\.0"),
-        (repacked((23, 64)), unchanged, "wrong shape: .*0.gate_proj.qweight"),
+        (repacked((23, 64)), unchanged, "0.gate_proj.qweight is of a wrong shape"),
         (without(MODULE.format(2) + ".qzeros"), unchanged, "missing: .*2.gate_proj.qzeros"),
         (adding(MODULE.format(1) + ".extra"), unchanged, "unknown: .*gate_proj.extra"),
         (adding(MODULE.format(1) + ".g_idx"), unchanged, "unknown: .*gate_proj.g_idx"),

@@ -90,7 +90,7 @@ def test_modules_may_be_dense_or_integer_in_any_mix(edited, decode, mini, load_t
         tensors[f"{module}.qzeros"] = torch.full((3, 16), ZERO_WORD, dtype=torch.int32)
         tensors[f"{module}.scales"] = torch.randn(3, 128).half()
 
-    folder = edited("int4-autoround", mix)
+    folder = edited("int4-autoround", mix, lambda settings: settings["quantization_config"].pop("extra_config"))
     opened, tensors = checkpoint.open(folder), load_tensors(folder)
     assert opened.format == "int4-autoround"
     assert opened.summary().roles["experts"]["format"] == "affine4-g64+bf16"

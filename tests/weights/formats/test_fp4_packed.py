@@ -1,6 +1,11 @@
-"""The FP4 schemes of compressed-tensors, nvfp4-pack-quantized and mxfp4-pack-quantized, are read and run."""
+"""The FP4 schemes of compressed-tensors, nvfp4-pack-quantized and mxfp4-pack-quantized, are read and run.
+
+The values that compressed-tensors itself decodes are compared by ../judge_tools.py.
+"""
 
 from __future__ import annotations
+
+import json
 
 import numpy as np
 import pytest
@@ -107,3 +112,13 @@ def test_reads_what_compressed_tensors_packs(kind, edited, decode):
     got = decode(edited("fp8-dynamic", replace), "layers.0.attention.q.weight")
     theirs = compressor.decompress(dict(state), scheme)["weight"]
     assert torch.equal(torch.from_numpy(got).to(theirs.dtype), theirs)
+
+
+def test_integers_of_the_same_shapes_are_refused(edited):
+    """AutoRound's MXINT4 stores what MXFP4 stores, and means other values."""
+    folder = edited("fp8-dynamic", lambda tensors: pack_at_random(tensors, "mxfp4"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= {"quant_method": "auto-round", "data_type": "mx_int", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"mx_int.*not supported"):
+        checkpoint.open(folder)

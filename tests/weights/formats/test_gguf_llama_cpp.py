@@ -1,5 +1,5 @@
 """llama.cpp itself, where llama-cpp-python is installed: it loads the GGUF files that are written, with our tokens and
-our logits, and the files that its quantizer writes are read."""
+our logits, and what its quantizer writes of every type has its own values."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from judges import with_ggml
 from safetensors.numpy import load_file
 
 import mlx_gptoss
 from mlx_gptoss.backends import mlx
 from mlx_gptoss.backends.base import Limits
-from mlx_gptoss.weights import checkpoint, codecs
+from mlx_gptoss.weights import checkpoint, codecs, gguf_blocks
 from mlx_gptoss.weights.convert import convert
 from mlx_gptoss.weights.formats.gguf import GGUF_NAMES, tensor_name
 
 from .test_gguf_types import config, package, write  # noqa: F401
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not importlib.util.find_spec("llama_cpp"), reason="llama-cpp-python is not installed"),
-]
+pytestmark = pytest.mark.slow
+needs_llama_cpp = pytest.mark.skipif(
+    not importlib.util.find_spec("llama_cpp"), reason="llama-cpp-python is not installed"
+)
 QUANTIZE = """
 import sys, llama_cpp
 llama_cpp.llama_backend_init()
@@ -56,6 +57,7 @@ def run(code: str, *arguments) -> str:
     return done.stdout
 
 
+@needs_llama_cpp
 @pytest.mark.parametrize("name", GGUF_NAMES)
 def test_it_computes_our_logits_from_a_written_file(mini, tmp_path, relative_error, name):
     """In float32, to which llama.cpp decodes the file itself, since its products with blocks round the activations; and
@@ -76,6 +78,20 @@ def test_it_computes_our_logits_from_a_written_file(mini, tmp_path, relative_err
     assert (logits["new/model.gguf"].argmax(-1) == ours.argmax(-1)).mean() > 0.9
 
 
+@pytest.mark.parametrize("name", with_ggml.NUMBERS)
+def test_what_ggml_quantizes_decodes_to_its_own_values(name):
+    """Of rows of very different sizes, and of zeros."""
+    if with_ggml.version() is None:
+        pytest.skip("no library of ggml")
+    values = np.random.default_rng(1).standard_normal((4, 6, 512)).astype(np.float32)
+    values *= np.array([1e-4, 0.02, 1, 30, 0, 5], np.float32)[:, None]
+    blocks, decoded = with_ggml.quantize(values, name)
+    kind = gguf_blocks.BY_NAME[name]
+    weight = gguf_blocks.load(kind, blocks.reshape(4, 6, -1, kind.size))
+    np.testing.assert_array_equal(codecs.dequantize(weight), decoded)
+
+
+@needs_llama_cpp
 @pytest.mark.parametrize("name", TYPES)
 def test_what_its_quantizer_writes_decodes_to_the_packages_values(mini, tmp_path, config, name):  # noqa: F811
     from gguf.quants import dequantize

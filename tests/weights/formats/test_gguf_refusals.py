@@ -85,8 +85,8 @@ ATTACKS = {
     "dimensions that overflow": (container((), [tensor(shape=(2**40, 2**40))], DATA), "truncated: 'a' ends at"),
     "half a block": (container((), [tensor(shape=(40,), kind=39)], DATA), r"shape \[40\]"),
     "an unsupported quantization": (
-        container((), [tensor(kind=19)], DATA),
-        "a is IQ1_S, which cannot be read; Q2_K to Q8_0",
+        container((), [tensor(kind=15)], DATA),
+        "a is Q8_K, which cannot be read; Q1_0 to Q8_0",
     ),
     "an unknown tensor type": (container((), [tensor(kind=1000)], DATA), "of the unknown type 1000"),
     "a name that is not text": (container((), [tensor(b"\xff")], DATA), "not UTF-8"),

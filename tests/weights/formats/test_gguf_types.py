@@ -1,7 +1,8 @@
 """Every block type that is read decodes to the gguf package's values and gives the logits of the decoded file.
 
-The files are mixtures, as dynamic quantization makes them: one type for the experts, others for the rest. Types that
-the package cannot quantize are made of random codes with sensible scales.
+The files are mixtures, as dynamic quantization makes them: one type for the experts, others for the rest. Blocks are
+random codes with sensible scales. Q1_0 and Q2_0, which the package cannot decode, are decoded here value by value as
+ggml-quants.c does; test_gguf_llama_cpp.py lets that library decode them.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ TYPES = sorted(set(NUMBERS) - {OLLAMAS})
 SCALES = {  # offset of each float16 of a block
     "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "Q4_1": (0, 2), "Q5_1": (0, 2),
     "Q4_0": (0,), "Q5_0": (0,), "Q8_0": (0,), "IQ4_NL": (0,), "IQ4_XS": (0,), "IQ2_XXS": (0,), "IQ2_XS": (0,),
-    "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,),
+    "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,), "IQ1_S": (0,), "TQ1_0": (52,), "TQ2_0": (64,), "Q1_0": (0,),
+    "Q2_0": (0,),
 }  # fmt: skip
 SIZE = {  # of a value over the block's scale
     "Q2_K": 60, "Q3_K": 90, "Q4_K": 400, "Q5_K": 800, "Q6_K": 2000, "IQ4_XS": 2000, "IQ4_NL": 80, "IQ2_XXS": 80,
-    "IQ2_XS": 80, "IQ2_S": 80, "IQ3_XXS": 160, "IQ3_S": 120,
+    "IQ2_XS": 80, "IQ2_S": 80, "IQ3_XXS": 160, "IQ3_S": 120, "IQ1_S": 8, "IQ1_M": 8, "TQ1_0": 1, "TQ2_0": 1, "Q1_0": 1,
+    "Q2_0": 1,
 }  # fmt: skip
 
 
@@ -46,6 +49,10 @@ def blocks_of(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     for offset in SCALES.get(name, ()):
         scale = chance.uniform(0.5, 1.5, (*blocks.shape[:-1], 1)) * 0.05 / SIZE.get(name, 16)
         blocks[..., offset : offset + 2] = scale.astype(np.float16).view(np.uint8)
+    if name == "IQ1_M":  # its scale is in the top bits of four words
+        scale = chance.uniform(0.5, 1.5, (*blocks.shape[:-1], 1)) * 0.05 / SIZE[name]
+        spread = scale.astype(np.float16).view(np.uint16) >> np.arange(0, 16, 4, dtype=np.uint16) & 15
+        blocks[..., 49:56:2] = blocks[..., 49:56:2] & 15 | (spread << 4).astype(np.uint8)
     if name.startswith("MXFP4"):
         blocks[..., 0] = chance.integers(119, 122, blocks.shape[:-1])
     if name == "NVFP4":
@@ -53,8 +60,20 @@ def blocks_of(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return blocks
 
 
+def one_by_one(blocks: np.ndarray, bits: int) -> np.ndarray:
+    """Q1_0 and Q2_0 by their definition: a float16 scale, then codes of `bits` bits, lowest first."""
+    rows = []
+    for block in blocks.reshape(-1, blocks.shape[-1]):
+        d, codes = block[:2].view("<f2").astype(np.float32)[0], int.from_bytes(block[2:].tobytes(), "little")
+        found = [codes >> bits * j & 2**bits - 1 for j in range(128 // bits)]
+        rows.append([d * (2 * code - 1 if bits == 1 else code - 1) for code in found])
+    return np.array(rows, np.float32).reshape(*blocks.shape[:-2], -1)
+
+
 def values_of(name: str, blocks: np.ndarray) -> np.ndarray:
     """As the gguf package decodes them."""
+    if name in ("Q1_0", "Q2_0"):
+        return one_by_one(blocks, int(name[1]))
     flat = blocks.reshape(*blocks.shape[:-2], -1)
     return dequantize(flat, package.GGMLQuantizationType(NUMBERS[name]))
 
@@ -78,10 +97,32 @@ def test_a_scale_that_is_not_a_number_is_refused(name):
             codecs.check_scales(gguf_blocks.load(BY_NAME[name], blocks), name)
 
 
-@pytest.fixture(scope="module")
-def config(mini):
+def test_a_scale_in_four_parts_that_is_not_a_number_is_refused():
+    blocks = blocks_of("IQ1_M", (3, 512))
+    blocks[1, 0, 49:56:2] = [0, 0, 0xC0, 0x70]
+    with pytest.raises(CheckpointError, match="not a number"):
+        gguf_blocks.load(BY_NAME["IQ1_M"], blocks)
+
+
+def test_a_scale_whose_bias_float16_cannot_hold_is_float32():
+    for name in ("Q5_0", "TQ1_0", "TQ2_0"):
+        blocks = blocks_of(name, (2, 512))
+        assert gguf_blocks.load(BY_NAME[name], blocks).scale.dtype == np.float16
+        at = SCALES[name][0]
+        blocks[1, 0, at : at + 2] = np.array([60000], "<f2").view(np.uint8)
+        weight = gguf_blocks.load(BY_NAME[name], blocks)
+        assert weight.scale.dtype == np.float32
+        np.testing.assert_array_equal(codecs.dequantize(weight), values_of(name, blocks))
+
+
+def small_config(mini):
     """The small model's, with sizes that blocks of 256 divide."""
     return replace(checkpoint.open(mini / "mxfp4").config, hidden_size=256, intermediate_size=256)
+
+
+@pytest.fixture(scope="module")
+def config(mini):
+    return small_config(mini)
 
 
 def write(path, mini, config, types, metadata=(), rename=lambda name: name):
@@ -120,6 +161,7 @@ MIXTURES = {
     "Q4_K": {"ffn_down": "Q6_K", "_exps": "Q4_K", "attn_v": "Q5_1", "attn_output": "Q5_K", "attn": "Q4_1", "": "Q8_0"},
     "IQ4": {"ffn_down": "NVFP4", "_exps": "IQ4_XS", "attn_v": "Q5_K", "attn": "IQ4_NL", "": "IQ4_XS"},
     "IQ2": {"ffn_down": "IQ3_S", "_exps": "IQ2_XXS", "attn_v": "IQ2_S", "attn": "IQ3_XXS", "": "IQ2_XS"},
+    "IQ1": {"ffn_down": "IQ1_M", "_exps": "IQ1_S", "attn_q": "TQ2_0", "attn": "TQ1_0", "": "Q1_0"},
     "Q5_1": {"ffn_down": "MXFP4", "_exps": "Q5_1", "attn_q": "Q5_0", "attn": "Q8_0", "": "Q5_K"},
 }
 

@@ -165,6 +165,12 @@ def _splits(B: int, KV: int, C: int, N: int) -> tuple[int, int]:
     return splits, max(splits, triton.next_power_of_2(triton.cdiv(C, MAX_SPLIT)))
 
 
+def entries(keys: Tensor) -> int:
+    """How many entries a slot of the cache has that keys [..., KV, C, 64] are the first C of. Splits follow from it and
+    not from C, so that kernels are compiled for one cache and not for each length of a context."""
+    return keys.stride(-3) // 64
+
+
 def decode_scratch(B: int, H: int, KV: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialized float32 [B, H, splits, PARTIAL] for `decode_attention` over `capacity` entries of `dtype`."""
     max_splits = _splits(B, KV, capacity, tiles.decode_attention_tile(H // KV, dtype).N)[1]
@@ -189,7 +195,7 @@ def decode_attention(
     q: [B, H, 64]. keys, values: [S, KV, C, 64], or the first C entries of such caches
     slots, positions: int32 [B]; a row at position -1 is idle, reads nothing and becomes zeros
     sinks: float32 [H]. scale: > 0. out: [B, H * 64] of q's dtype
-    scratch: from `decode_scratch` for this B and C; None with `ring`
+    scratch: from `decode_scratch` for this B and the entries of a slot; None with `ring`
     ring: position p is entry p % C, and a row sees all entries written so far; else it sees those up to its position
 
     Which kernels are launched depends on shapes alone, so that a CUDA graph can capture them.
@@ -197,9 +203,11 @@ def decode_attention(
     """
     (B, H, _), (_, KV, C, _) = q.shape, keys.shape
     tile = tiles.decode_attention_tile(H // KV, keys.dtype)
-    splits, max_splits = (1, 1) if ring else _splits(B, KV, C, tile.N)
+    splits, max_splits = (1, 1) if ring else _splits(B, KV, entries(keys), tile.N)
     if max_splits > 1 and (scratch is None or scratch.numel() < B * H * max_splits * PARTIAL.value):
-        raise ValueError(f"the scratch is too small for {B} rows of {C} entries; decode_scratch makes one that fits")
+        raise ValueError(
+            f"the scratch is too small for {B} rows of {entries(keys)} entries; decode_scratch makes one that fits"
+        )
     division = {"SPLITS": splits, "MAX_SPLIT": C if ring else MAX_SPLIT}
     launch(
         _decode_kernel,

@@ -33,9 +33,9 @@ class Fused(TorchOperations):
                 f"has {config.head_dim} and {A}; use --device cpu"
             )
 
-    def product(self, x: Tensor, matrix: Matrix) -> Tensor:
-        """x [T, D] @ matrix [N, D]^T -> [T, N]"""
-        return linear.product(x, matrix)
+    def product(self, x: Tensor, matrix: Matrix, *, wide: bool = False) -> Tensor:
+        """x [T, D] @ matrix [N, D]^T -> [T, N] of x's dtype, or float32 if `wide`"""
+        return linear.product(x, matrix, wide=wide)
 
     def rotate(self, x: Tensor, rotation: Rotation) -> Tensor:
         """x [1, L, heads * 64], rotated -> [1, heads, L, 64], a view of [L, heads, 64]"""
@@ -77,7 +77,7 @@ def _attend_split(q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale:
     (_, H, L, dim), (_, KV, C, _) = q.shape, keys.shape
     positions = torch.arange(C - L, C, dtype=torch.int32, device=q.device)
     out = q.new_empty((L, H * dim))
-    scratch = attention.decode_scratch(L, H, KV, C, q.dtype, q.device)
+    scratch = attention.decode_scratch(L, H, KV, attention.entries(keys), q.dtype, q.device)
     rows = q[0].transpose(0, 1).contiguous()
     slots = torch.zeros_like(positions)  # keys and values are one slot's
     attention.decode_attention(rows, keys, values, slots, positions, sinks, scale, out, scratch, ring=False)

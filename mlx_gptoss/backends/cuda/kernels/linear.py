@@ -9,6 +9,7 @@ Legend: T tokens, N output rows, K columns, D hidden, B rows of a decoding step,
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -70,7 +71,7 @@ def multiply(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _linear_kernel(
     x,
     norm,
@@ -149,11 +150,13 @@ def linear(
     )
 
 
-def product(x: Tensor, matrix: Matrix) -> Tensor:
-    """x [T, K] @ matrix [N, K]^T -> [T, N] of x's dtype, with cuBLAS if the matrix is stored in that dtype."""
-    if isinstance(matrix, DenseMatrix) and matrix.weight.dtype == x.dtype:
+def product(x: Tensor, matrix: Matrix, *, wide: bool = False) -> Tensor:
+    """x [T, K] @ matrix [N, K]^T -> [T, N] of x's dtype, with cuBLAS if the matrix is stored in that dtype; float32 if
+    `wide`."""
+    dtype = torch.float32 if wide else x.dtype
+    if isinstance(matrix, DenseMatrix) and matrix.weight.dtype == dtype == x.dtype:
         return x @ matrix.weight.mT
-    out = x.new_empty((x.shape[0], matrix.shape[0]))
+    out = x.new_empty((x.shape[0], matrix.shape[0]), dtype=dtype)
     linear(x, matrix, out)
     return out
 

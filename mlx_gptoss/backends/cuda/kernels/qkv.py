@@ -17,7 +17,7 @@ from .launch import launch
 from .linear import multiply
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _qkv_kernel(
     x,
     norm,

@@ -105,7 +105,7 @@ def top_experts(logits, n, E: tl.constexpr, A: tl.constexpr, BE: tl.constexpr):
     return experts, scores / tl.sum(scores, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _sort_pairs_kernel(
     logits,
     positions,

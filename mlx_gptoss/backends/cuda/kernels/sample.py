@@ -69,7 +69,7 @@ def _draw_blocks_kernel(logits, temperatures, keys, maxima, totals, bests, ids, 
         values = tl.where(mask, values, -float("inf"))
     best = tl.argmax(values, 0)
     tl.store(bests + at, tl.max(values, 0))
-    tl.store(ids + at, (block * BLOCK + best).to(tl.int32))
+    tl.store(ids + at, tl.minimum(block * BLOCK + best, V - 1).to(tl.int32))  # NaNs have no largest one
 
 
 @triton.jit

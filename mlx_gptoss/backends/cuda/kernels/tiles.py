@@ -20,7 +20,8 @@ Legend: T tokens, N output rows, K columns; H query heads, KV key heads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import triton
@@ -28,6 +29,7 @@ import triton
 from ..layers import DenseMatrix, Matrix
 
 WIDE = 16384  # output rows that make more programs than a GPU runs at once: lm_head
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 PREFILL_TOKENS = 64  # the most tokens of a decoding step; with more, arithmetic limits the experts, with fewer memory
 
 
@@ -78,14 +80,32 @@ def linear_tile(tokens: int, matrix: Matrix, dtype: torch.dtype) -> Tile:
         row = TILES["quantized"]
     else:
         row = TILES["dense" if matrix.shape[-2] < WIDE else "dense and wide"]
-    return row[0 if tokens == 1 else 1 if tokens <= 16 else 2]
+    return _safe(row[0 if tokens == 1 else 1 if tokens <= 16 else 2], matrix)
 
 
 def grouped_tile(tokens: int, matrix: Matrix, dtype: torch.dtype) -> Tile:
     """The tile of an expert product of several tokens, grouped by expert."""
     if tokens > PREFILL_TOKENS and dtype != torch.float32:
-        return PREFILL_EXPERTS
+        return _safe(PREFILL_EXPERTS, matrix)
     return linear_tile(tokens, matrix, dtype)
+
+
+@cache
+def capability(device: torch.device) -> int:
+    """The compute capability of a device, 90 for 9.0; 0 without a GPU."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _safe(tile: Tile, matrix: Matrix) -> Tile:
+    """The tile as this Triton compiles it right. Before Triton 3.9, wgmma on sm_90 with a left operand that a pipelined
+    loop decodes reads registers that the next step has overwritten (triton-lang/triton#9433): one stage instead."""
+    wgmma = tile.BN >= 64 and tile.num_warps >= 4
+    if wgmma and TRITON < (3, 9) and not isinstance(matrix, DenseMatrix) and capability(matrix.codes.device) == 90:
+        return replace(tile, num_stages=1)
+    return tile
 
 
 def down_one_token_tile(dtype: torch.dtype) -> Tile:

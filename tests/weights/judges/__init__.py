@@ -1,0 +1,1 @@
+"""One module for each tool whose checkpoints judge_tools.py makes, opens and compares."""

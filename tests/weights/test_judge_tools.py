@@ -1,0 +1,111 @@
+"""What judge_tools.py finds with the tools that are installed is what the README's table says.
+
+The default run makes the first case of the tools in the extra `test`; the slow one every case of every tool.
+"""
+
+from __future__ import annotations
+
+import judge_tools
+import pytest
+from judges import base
+
+from mlx_gptoss.weights.formats import FORMATS
+
+IN_THE_EXTRA = {  # a few cases each, for their time
+    "transformers": ["bf16", "mxfp4"],
+    "mlx_lm": ["mlx-mxfp4-q8", "mlx-3bit-g64"],
+    "compressed_tensors": ["fp8-dynamic", "fp8-block", "nvfp4a16", "w4a16-asym-g64"],
+    "gguf": ["gguf-mxfp4", "gguf-tq1_0"],
+    "peft": ["lora"],
+}
+README = judge_tools.README.read_text("utf-8")
+
+
+def check(name, cases, folder):
+    if judge_tools.load_judge(name).version() is None:
+        pytest.skip(f"{judge_tools.load_judge(name).NAME} is not installed")
+    base.write_source(folder / "source")
+    found = list(judge_tools.judge_tool(name, folder, cases))
+    assert not [each for each in found if isinstance(each, str)]
+    assert judge_tools.disagreements(README, found) == []
+    return found
+
+
+@pytest.mark.parametrize("name", IN_THE_EXTRA)
+def test_the_table_is_what_the_tools_of_the_extra_give(name, tmp_path):
+    found = check(name, IN_THE_EXTRA[name], tmp_path)
+    assert all(each.cells[0].startswith(("`", "an adapter")) for each in found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", judge_tools.JUDGES)
+def test_the_table_is_what_every_tool_gives(name, tmp_path):
+    check(name, judge_tools.chosen_cases([name], False)[name], tmp_path)
+
+
+def test_the_table_has_every_row_and_every_format():
+    table = judge_tools.read_table(README)
+    expected = {(row.kind, judge_tools.load_judge(name).NAME) for name, row in judge_tools.rows()}
+    assert set(table) == expected
+    opened = {found.cells[0].strip("`") for found in table.values()}
+    if judge_tools.NOT_TRIED not in opened:
+        assert {name for fmt in FORMATS for name in fmt.recipes} - opened == set()
+    assert not [cell for found in table.values() for cell in found.cells if cell.startswith(("no:", "wrong:"))]
+
+
+def found(kind, cells, tool="ggml", version="1.2"):
+    return judge_tools.Found(kind, tool, version, cells)
+
+
+GOOD = ("`gguf`", "all bits", "as stored", "as stored", "no")
+
+
+def test_a_row_is_replaced_and_the_others_are_kept():
+    changed = ("`gguf`", "yes, to rounding", *GOOD[2:])
+    text = judge_tools.updated(README, [found("MXFP4", changed)], False)
+    table, old = judge_tools.read_table(text), judge_tools.read_table(README)
+    assert table["MXFP4", "ggml"] == found("MXFP4", changed)
+    assert {k: v for k, v in table.items() if k != ("MXFP4", "ggml")} == {
+        k: v for k, v in old.items() if k != ("MXFP4", "ggml")
+    }
+    assert text.partition(judge_tools.BEGIN)[0] == README.partition(judge_tools.BEGIN)[0]
+    assert text.partition(judge_tools.END)[2] == README.partition(judge_tools.END)[2]
+
+
+def test_rows_of_tools_that_are_not_installed_are_marked():
+    text = judge_tools.updated(README, [found("MXFP4", GOOD)], True)
+    assert "| MXFP4 | ggml 1.2 |" in text
+    assert text.count(judge_tools.LAST_TRIED) == len(judge_tools.read_table(README)) - 1
+    assert judge_tools.read_table(text).keys() == judge_tools.read_table(README).keys()
+    again = judge_tools.updated(text, [found("MXFP4", GOOD)], True)
+    assert again == text
+
+
+def test_versions_do_not_disagree_and_cells_do():
+    table = judge_tools.read_table(README)
+    known = table["MXFP4", "ggml"]
+    assert judge_tools.disagreements(README, [found("MXFP4", known.cells, version="99")]) == []
+    (line,) = judge_tools.disagreements(README, [found("MXFP4", (*known.cells[:4], "perhaps"))])
+    assert "perhaps" in line
+    (line,) = judge_tools.disagreements(README, [found("nothing", known.cells)])
+    assert "no row" in line
+
+
+def test_wrong_values_and_wrong_logits_are_seen(tmp_path):
+    """The judge itself: a checkpoint whose decoding is said to be another."""
+    source = base.write_source(tmp_path / "source")
+    weights = base.by_parameter(base.load(source))
+    assert judge_tools.judge_checkpoint(source, weights, source) == (
+        "`bf16`",
+        "all bits",
+        "as stored",
+        "as stored",
+        "yes",
+    )
+    name = "layers.1.experts.up.weight"
+    weights[name] = weights[name][::-1]
+    cells = judge_tools.judge_checkpoint(source, weights, source)
+    assert cells[1].startswith("no: ") and cells[2].startswith("wrong: ") and cells[3].startswith("wrong: ")
+    config = source / "config.json"
+    config.write_text(config.read_text().replace("gpt_oss", "other"))
+    assert judge_tools.judge_checkpoint(source, weights, source)[0].startswith("refused: ")
