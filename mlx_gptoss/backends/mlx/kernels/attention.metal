@@ -48,10 +48,12 @@ if (BITS == 8 && thread_index_in_threadgroup < GROUP) {
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
 float top[GROUP], total[GROUP], shift[GROUP], sums[GROUP * PER_LANE];  // total and shift: of the lane's own keys
+#pragma clang loop unroll(full)
 for (int h = 0; h < GROUP; h++) {
   top[h] = LOWEST;
   total[h] = shift[h] = 0;
 }
+#pragma clang loop unroll(full)
 for (int i = 0; i < GROUP * PER_LANE; i++) sums[i] = 0;
 
 const int quarter = lane % 4;
@@ -62,15 +64,20 @@ for (int start = (block * SIMDGROUPS + simdgroup) * 32; start < places; start +=
     const ulong at = key_row + metal::min(start + part * 8 + int(lane) / 4, places - 1);
     float key[QUARTER];
     if constexpr (BITS == 8) {
+      #pragma clang loop unroll(full)
       for (int i = 0; i < QUARTER / 4; i++) {
         const uint word = kv[at * (DIM / 4) + quarter * (QUARTER / 4) + i];
+        #pragma clang loop unroll(full)
         for (int j = 0; j < 4; j++) key[4 * i + j] = float((word >> (8 * j)) & 255);
       }
     } else {
+      #pragma clang loop unroll(full)
       for (int d = 0; d < QUARTER; d++) key[d] = float(kv[at * DIM + quarter * QUARTER + d]);
     }
+    #pragma clang loop unroll(full)
     for (int h = 0; h < GROUP; h++) {
       float score = 0;
+      #pragma clang loop unroll(full)
       for (int d = 0; d < QUARTER; d++) score += queries[h * DIM + quarter * QUARTER + d] * key[d];
       score += simd_shuffle_xor(score, 1);
       score += simd_shuffle_xor(score, 2);
@@ -83,10 +90,12 @@ for (int start = (block * SIMDGROUPS + simdgroup) * 32; start < places; start +=
   if constexpr (BITS == 8) {
     const int at = metal::min(own, places - 1);
     const float key_scale = float(scales[key_row + at]), key_bias = float(biases[key_row + at]);
+    #pragma clang loop unroll(full)
     for (int h = 0; h < GROUP; h++) scores[h] = scores[h] * key_scale + query_sums[h] * key_bias;
     scale = float(scales[value_row + at]);
     bias = float(biases[value_row + at]);
   }
+  #pragma clang loop unroll(full)
   for (int h = 0; h < GROUP; h++) {
     const float new_top = metal::max(top[h], simd_max(seen ? scores[h] : LOWEST));
     const float shrink = metal::exp(top[h] - new_top);
@@ -94,6 +103,7 @@ for (int start = (block * SIMDGROUPS + simdgroup) * 32; start < places; start +=
     top[h] = new_top;
     total[h] = total[h] * shrink + power;
     shift[h] = shift[h] * shrink + power * bias;
+    #pragma clang loop unroll(full)
     for (int i = 0; i < PER_LANE; i++) sums[h * PER_LANE + i] *= shrink;
     powers[(simdgroup * 32 + own - start) * GROUP + h] = power * scale;
   }
@@ -103,6 +113,7 @@ for (int start = (block * SIMDGROUPS + simdgroup) * 32; start < places; start +=
   const int count = metal::min(32, places - start);
   for (int j = 0; j < count; j++) {
     const ulong at = (value_row + start + j) * DIM + lane * PER_LANE;
+    #pragma clang loop unroll(full)
     for (int i = 0; i < PER_LANE; i++) {
       float value;
       if constexpr (BITS == 8) {
@@ -110,6 +121,7 @@ for (int start = (block * SIMDGROUPS + simdgroup) * 32; start < places; start +=
       } else {
         value = float(kv[at + i]);
       }
+      #pragma clang loop unroll(full)
       for (int h = 0; h < GROUP; h++) {
         sums[h * PER_LANE + i] += powers[(simdgroup * 32 + j) * GROUP + h] * value;
       }
@@ -118,12 +130,14 @@ for (int start = (block * SIMDGROUPS + simdgroup) * 32; start < places; start +=
   simdgroup_barrier(mem_flags::mem_threadgroup);
 }
 
+#pragma clang loop unroll(full)
 for (int h = 0; h < GROUP; h++) {
   const float whole = simd_sum(total[h]), moved = simd_sum(shift[h]);
   if (lane == 0) {
     tops[simdgroup * GROUP + h] = top[h];
     totals[simdgroup * GROUP + h] = whole;
   }
+  #pragma clang loop unroll(full)
   for (int i = 0; i < PER_LANE; i++) {
     outs[(simdgroup * GROUP + h) * DIM + lane * PER_LANE + i] = sums[h * PER_LANE + i] + moved;
   }

@@ -10,10 +10,13 @@ inline float product_of_8(const device uint8_t* codes, const thread float* x) {
   float sum = 0;
   if constexpr (BITS == 4) {
     const uint word = *(const device uint*)codes;
+    #pragma clang loop unroll(full)
     for (int i = 0; i < 8; i++) sum += float(word >> 4 * i & 15) * x[i];
   } else {
     ulong word = 0;
+    #pragma clang loop unroll(full)
     for (int i = 0; i < BITS; i++) word |= ulong(codes[i]) << 8 * i;
+    #pragma clang loop unroll(full)
     for (int i = 0; i < 8; i++) sum += float(uint(word >> BITS * i) & ((1u << BITS) - 1)) * x[i];
   }
   return sum;
@@ -23,6 +26,7 @@ inline float product_of_8(const device uint8_t* codes, const thread float* x) {
 // smaller by 14: code s of the word's low half and code s of its high half.
 inline float product_of_8_floats(uint word, const thread float* x) {
   float sum = 0;
+  #pragma clang loop unroll(full)
   for (int i = 0; i < 4; i++) {
     const uint pair = word >> 4 * i;
     const half2 values = as_type<half2>((pair & 0x00070007) << 9 | (pair & 0x00080008) << 12);

@@ -20,16 +20,19 @@ const ulong input = ulong(pair) * D;
 float sums[ROWS] = {0};
 for (int k = lane * STEP; k < D; k += 32 * STEP) {
   float values[STEP], total = 0;
+  #pragma clang loop unroll(full)
   for (int i = 0; i < STEP; i++) {
     values[i] = float(hidden[input + k + i]);
     total += values[i];
   }
+  #pragma clang loop unroll(full)
   for (int r = 0; r < ROWS; r++) {
     const int row = metal::min(first + r, N - 1);  // beyond the last row it is computed again
     sums[r] += product_of_step<D, GROUP, BITS, E2M1>(
         (const device uint8_t*)codes, scales, biases, expert * N + row, k, values, total);
   }
 }
+#pragma clang loop unroll(full)
 for (int r = 0; r < ROWS; r++) {
   const float sum = simd_sum(sums[r]);
   if (lane == r && first + r < N) {

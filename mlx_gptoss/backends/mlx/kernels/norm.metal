@@ -13,6 +13,7 @@ const ulong start = ulong(row) * D;
 
 float values[PER_THREAD];
 float square = 0;
+#pragma clang loop unroll(full)
 for (int i = 0; i < PER_THREAD; i++) {
   const uint at = index + i * THREADS;
   values[i] = 0;
@@ -30,6 +31,7 @@ threadgroup_barrier(mem_flags::mem_threadgroup);
 float total = 0;
 for (int i = 0; i < THREADS / 32; i++) total += squares[i];
 const float scale = metal::precise::rsqrt(total / D + epsilon[0]);
+#pragma clang loop unroll(full)
 for (int i = 0; i < PER_THREAD; i++) {
   const uint at = index + i * THREADS;
   if (at < D) normed[start + at] = T(values[i] * scale * float(weight[at]));

@@ -13,6 +13,7 @@ const uint lane = thread_index_in_simdgroup;
 // Keys are ordered like the logits. They are integers, so that even NaNs have an order and every expert chosen is one
 // that exists, and another one each time. 0 is no expert.
 uint keys[PER_LANE];
+#pragma clang loop unroll(full)
 for (int i = 0; i < PER_LANE; i++) {
   const uint expert = lane + 32 * i;
   keys[i] = 0;
@@ -26,13 +27,16 @@ float largest = 0, total = 0, share = 0;  // share: of the lane's place among th
 uint chosen = 0;
 for (uint place = 0; place < ACTIVE; place++) {
   uint best = keys[0];
+  #pragma clang loop unroll(full)
   for (int i = 1; i < PER_LANE; i++) best = metal::max(best, keys[i]);
   const uint top = simd_max(best);
   uint candidate = EXPERTS;
+  #pragma clang loop unroll(full)
   for (int i = PER_LANE - 1; i >= 0; i--) {
     if (keys[i] == top) candidate = lane + 32 * i;
   }
   const uint expert = simd_min(candidate);
+  #pragma clang loop unroll(full)
   for (int i = 0; i < PER_LANE; i++) {
     if (lane + 32 * i == expert) keys[i] = 0;
   }

@@ -16,10 +16,12 @@ const ulong input = pair / ACTIVE * D;
 float sums[2 * ROWS] = {0};
 for (int k = lane * STEP; k < D; k += 32 * STEP) {
   float values[STEP], total = 0;
+  #pragma clang loop unroll(full)
   for (int i = 0; i < STEP; i++) {
     values[i] = float(x[input + k + i]);
     total += values[i];
   }
+  #pragma clang loop unroll(full)
   for (int r = 0; r < 2 * ROWS; r++) {
     // Beyond the last row it is computed again.
     const int row = (r < ROWS ? 0 : I) + metal::min(first + r % ROWS, I - 1);
@@ -27,9 +29,11 @@ for (int k = lane * STEP; k < D; k += 32 * STEP) {
         (const device uint8_t*)codes, scales, biases, expert * (2 * I) + row, k, values, total);
   }
 }
+#pragma clang loop unroll(full)
 for (int r = 0; r < 2 * ROWS; r++) sums[r] = simd_sum(sums[r]);
 
 const float limit = limits[0], alpha = limits[1];
+#pragma clang loop unroll(full)
 for (int r = 0; r < ROWS; r++) {
   const int row = first + r;
   if (lane == r && row < I) {
