@@ -1,49 +1,19 @@
 """Random damage to adapters of PEFT, Unsloth and mlx-lm: to the config, the header and the tensors. Each gives an
-adapter or one CheckpointError, in little time and memory. The damage is that of tests/weights/test_fuzz.py."""
+adapter or one CheckpointError, in little time and memory. The damage is that of tests/weights/damage.py."""
 
 from __future__ import annotations
 
-import ast
 import json
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import fuzz
 from safetensors.numpy import save_file
 
 from mlx_gptoss.errors import CheckpointError
 from mlx_gptoss.weights import checkpoint as checkpoints
 from mlx_gptoss.weights.adapters import open_adapter
-
-WEIGHTS = Path(__file__).parents[1] / "weights/test_fuzz.py"
-USE = """def use(folder):
-    try:
-        summarize(folder, {"model": CONFIG, "other": PRESETS["20b"]})
-    except CheckpointError:
-        pass
-    adapter = open_adapter(folder, CONFIG)
-    for name in adapter.entries:
-        adapter.stacked([name])
-    assert adapter.nbytes(2) > 0
-
-from mlx_gptoss.config import PRESETS
-from mlx_gptoss.weights.adapters import open_adapter
-from mlx_gptoss.weights.adapters.summary import summarize
-CONFIG = checkpoint.open(os.environ["MODEL"]).config
-"""
-
-
-def script() -> str:
-    """The script of test_fuzz.py, which damages copies of a folder; it opens them as adapters, not as checkpoints."""
-    statements = [each for each in ast.parse(WEIGHTS.read_text()).body if isinstance(each, ast.Assign)]
-    (fuzz,) = (each.value for each in statements if ast.unparse(each.targets[0]) == "FUZZ")
-    text, count = re.subn(r"def use\(folder\):\n(?:    .*\n)+", lambda _: USE, ast.literal_eval(fuzz))
-    assert count == 1
-    return text
 
 
 def factors(rng, *shapes):
@@ -108,12 +78,7 @@ def test_damage_gives_one_clear_error(mini, tmp_path, make, rounds):
     source.mkdir()
     save_file(tensors, source / file)
     (source / "adapter_config.json").write_text(json.dumps(settings | extra))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", script(), str(source), str(tmp_path), str(rounds)],
-        capture_output=True, text=True, timeout=1200, env={**os.environ, "MODEL": str(model)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
+    found = fuzz(source, tmp_path, rounds, model)
     assert found["escaped"] == []
     assert rounds / 3 < found["refused"] < rounds  # some damage is harmless
     assert found["slowest"] < 5

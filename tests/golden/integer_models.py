@@ -15,7 +15,7 @@ import numpy as np
 Tensors = dict[str, np.ndarray]
 Encoder = Callable[..., tuple[Tensors, np.ndarray]]  # (rows, width, seed) -> tensors by suffix, decoded float32 values
 
-HIDDEN, INNER, EXPERTS, WINDOW = 192, 64, 3, 8
+HIDDEN, INNER, EXPERTS, WINDOW = 192, 64, 4, 8
 CONFIG: dict[str, Any] = family.CONFIG | {
     "num_hidden_layers": 2,
     "num_local_experts": EXPERTS,
@@ -51,20 +51,20 @@ def decoded(codes: np.ndarray, scale: np.ndarray, zeros: np.ndarray, order: np.n
 
 
 def model(
-    encode: Encoder, half_split: bool = False, names: Mapping[str, str] | None = None, lm_head: bool = False
+    encode: Encoder,
+    half_split: bool = False,
+    names: Mapping[str, str] | None = None,
+    lm_head: bool = False,
+    router: bool = False,
 ) -> tuple[Tensors, Tensors]:
     """(the stored tensors, the same in float32 as `bf16` has them).
 
-    Attention, router and experts are encoded; lm_head on request. half_split: gate_proj and up_proj are the halves of
-    the interleaved rows. names: the expert modules, with {} for the expert; without "up", "gate" has both, interleaved.
+    Attention and experts are encoded; lm_head and router on request. half_split: gate_proj and up_proj are the halves
+    of the interleaved rows. names: the expert modules, with {} for the expert; without "up", "gate" has both,
+    interleaved.
     """
     names = names or {part: f"{{}}.{part}_proj" for part in ("gate", "up", "down")}
-    hidden, inner = family.HIDDEN, family.INNER
-    try:
-        family.HIDDEN, family.INNER = HIDDEN, INNER
-        plain = family.random_tensors([EXPERTS] * 2)
-    finally:
-        family.HIDDEN, family.INNER = hidden, inner
+    plain = family.random_tensors([EXPERTS] * 2, config=CONFIG)
     stored = dict(plain)
 
     def store(module: str, rows: int, width: int) -> np.ndarray:
@@ -72,10 +72,10 @@ def model(
         stored.update({f"{module}.{suffix}": np.ascontiguousarray(array) for suffix, array in parts.items()})
         return values
 
-    for name in [name for name in plain if name.endswith("weight") and ("self_attn" in name or "lm_head" in name)]:
-        if "self_attn" in name or lm_head:
-            del stored[name]
-            plain[name] = store(name.removesuffix(".weight"), *plain[name].shape)
+    encoded = ["self_attn", *["lm_head"] * lm_head, *["router"] * router]
+    for name in [name for name in plain if name.endswith("weight") and any(part in name for part in encoded)]:
+        del stored[name]
+        plain[name] = store(name.removesuffix(".weight"), *plain[name].shape)
     for layer in range(2):
         prefix = f"model.layers.{layer}.mlp.experts"
         for fused in ("gate_up_proj", "down_proj"):

@@ -6,9 +6,12 @@ tool's own decoding. The result is the table of mlx_gptoss/weights/README.md.
 --only: tools, or cases such as fp8-block. --quick: the first case of each row. --check leaves the README as it is, and
 fails if the run disagrees with it (versions aside). --json prints what was found instead, and changes no file.
 
-Each tool runs in a process of its own. A tool that is not installed keeps its rows, marked "last tried". What a backend
-computes with and what `convert` writes comes from the program's own tables. A row counts only if both backends compute,
-in float32, the logits of the tool's weights in float64 and then the tokens that these choose.
+Each tool runs in a process of its own. Rows that a run does not make stay as they are, so a table can be made in
+pieces; if all tools were to run, those that are not installed are marked "last tried". An exception while a checkpoint
+is opened or run becomes that row's result, and the script fails after the other rows.
+
+What a backend computes with and what `convert` writes comes from the program's own tables. A row counts only if both
+backends compute, in float32, the logits of the tool's weights in float64 and then the tokens that these choose.
 """
 
 from __future__ import annotations
@@ -58,6 +61,7 @@ IDS = np.random.default_rng(5).integers(2, base.CONFIG["vocab_size"], 20).tolist
 TOKENS = 4
 MAX_LOGIT_ERROR, MIN_MARGIN = 1e-4, 1e-3
 ROUNDING = 1e-6  # of products and sums in float32 in another order
+WRONG = ("no:", "wrong:", "failed:")  # beginnings of cells
 LAST_TRIED, NOT_INSTALLED, NOT_TRIED = " (last tried)", "not installed", "not tried yet"
 
 
@@ -155,11 +159,22 @@ def judge_checkpoint(path: Path, weights: base.Weights, source: Path) -> tuple[s
         )  # fmt: skip
     except GptOssError as error:
         return f"refused: {re.split(';|: ', str(error).replace('|', '/'))[0]}", "", "", "", "no"
+    except Exception as error:
+        return _failed(error), "", "", "", "no"
     runs = []
     for backend in BACKENDS:
-        wrong = run(path, weights, backend, source if is_adapter else None)
+        try:
+            wrong = run(path, weights, backend, source if is_adapter else None)
+        except Exception as error:
+            wrong = _failed(error)
         runs.append(wrong or ("beside the weights" if is_adapter else runs_as(opened, backend)))
     return name, same, *runs, "no" if is_adapter else written(opened)
+
+
+def _failed(error: Exception) -> str:
+    """The cell for an exception, whose traceback goes to stderr."""
+    traceback.print_exception(error)
+    return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:160]}".replace("|", "/")
 
 
 def _compare(opened: Checkpoint, weights: base.Weights) -> str:
@@ -353,12 +368,7 @@ def main() -> int:
                 else:
                     failed.append(each)
     text = README.read_text("utf-8")
-    wrong = [
-        f"{each.tool}, {each.kind}: {cell}"
-        for each in found
-        for cell in each.cells
-        if cell.startswith(("no:", "wrong:"))
-    ]
+    wrong = [f"{each.tool}, {each.kind}: {cell}" for each in found for cell in each.cells if cell.startswith(WRONG)]
     if options.json:
         print(json.dumps([asdict(each) for each in found], indent=1))
     elif options.check:

@@ -50,7 +50,7 @@ def test_the_table_has_every_row_and_every_format():
     opened = {found.cells[0].strip("`") for found in table.values()}
     if judge_tools.NOT_TRIED not in opened:
         assert {name for fmt in FORMATS for name in fmt.recipes} - opened == set()
-    assert not [cell for found in table.values() for cell in found.cells if cell.startswith(("no:", "wrong:"))]
+    assert not [cell for found in table.values() for cell in found.cells if cell.startswith(judge_tools.WRONG)]
 
 
 def found(kind, cells, tool="ggml", version="1.2"):
@@ -109,3 +109,30 @@ def test_wrong_values_and_wrong_logits_are_seen(tmp_path):
     config = source / "config.json"
     config.write_text(config.read_text().replace("gpt_oss", "other"))
     assert judge_tools.judge_checkpoint(source, weights, source)[0].startswith("refused: ")
+
+
+def test_an_exception_is_a_row_that_fails_the_run(tmp_path, monkeypatch, capsys):
+    """One that a backend raises, and one while a checkpoint is opened."""
+    source = base.write_source(tmp_path / "source")
+    weights = base.by_parameter(base.load(source))
+
+    def broken(*words):
+        raise IndexError("a | b")
+
+    monkeypatch.setattr(judge_tools, "run", broken)
+    cells = judge_tools.judge_checkpoint(source, weights, source)
+    assert cells == ("`bf16`", "all bits", "failed: IndexError: a / b", "failed: IndexError: a / b", "yes")
+    monkeypatch.setattr(judge_tools.checkpoint, "open", broken)
+    assert judge_tools.judge_checkpoint(source, weights, source)[0] == "failed: IndexError: a / b"
+    assert "Traceback" in capsys.readouterr().err
+
+    rows = [found("MXFP4", cells), found("TQ1_0", GOOD)]
+    readme = tmp_path / "README.md"
+    readme.write_text(README, "utf-8")
+    monkeypatch.setattr(judge_tools, "README", readme)
+    monkeypatch.setattr(judge_tools, "judge_tool", lambda *words: iter(rows))
+    monkeypatch.setattr("sys.argv", ["judge_tools.py", "--only", "ggml"])
+    assert judge_tools.main() == 1
+    table, old = judge_tools.read_table(readme.read_text("utf-8")), judge_tools.read_table(README)
+    assert table["MXFP4", "ggml"].cells == cells and table["TQ1_0", "ggml"].cells == GOOD
+    assert {k: v for k, v in table.items() if k[1] != "ggml"} == {k: v for k, v in old.items() if k[1] != "ggml"}

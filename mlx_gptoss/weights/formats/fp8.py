@@ -1,9 +1,9 @@
 """`fp8-dynamic`: the output of llm-compressor, stored with compressed-tensors.
 
 Each linear layer is its own module, output-major: `.weight` F8_E4M3 [N, K] and `.weight_scale` [N, 1], with
-w = e4m3 * scale. Activations are quantized at run time by engines that do so; this program does not. The FP4 schemes
-of compressed-tensors (nvfp4-pack-quantized, mxfp4-pack-quantized) and its integers (compressed_ints.py) are read but
-not written.
+w = e4m3 * scale. Activations are quantized at run time by engines that do so; this program does not. The other schemes
+of compressed-tensors for floats (fp8-block, mxfp8-quantized, nvfp4-pack-quantized, mxfp4-pack-quantized) and its
+integers (compressed_ints.py) are read but not written.
 
 Expert modules are called `mlp.experts.7.gate_proj` or, in older releases, `mlp.experts.experts.7.gate_proj`; or the
 experts stay fused as in `bf16`. llm-compressor 0.12 and 0.13 split the interleaved rows of gate and up in halves: their
@@ -23,7 +23,7 @@ import numpy as np
 from ...errors import CheckpointError
 from .. import codecs, quantization
 from ..params import Param
-from ..tensor import FP8_ROW, MXFP4, NVFP4, Array, Dense, Quantized, Spec, Weight
+from ..tensor import FP8_ROW, MXFP4, MXFP8, NVFP4, Array, Dense, Quantized, Spec, Weight
 from .base import (
     FLOATS,
     CheckpointHeaders,
@@ -56,6 +56,7 @@ _VERSION = re.compile(r"(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?")
 _HALF_SPLIT_SINCE, _HALF_SPLIT_BEFORE = (0, 17, 1), (0, 19, 0)  # compressed-tensors releases; llm-compressor pins them
 _WRITTEN_VERSION = "0.19.0"
 BLOCK = 128  # rows and columns of a block of FP8_BLOCK
+_E8M0 = ("U8", "F8_E8M0")
 
 
 class Fp8(Format):
@@ -172,6 +173,8 @@ def _fp8_source(modules: Modules, param: Param, headers: CheckpointHeaders) -> S
     """`.weight` F8_E4M3 [N, K] with `.weight_scale` [N, 1], or one scale [] or [1] that applies to every row."""
     rows, width = param.shape[-2:]
     scales = f"{modules.first}.weight_scale"
+    if headers.dtype(scales) in _E8M0:
+        return _mxfp8_source(modules, param, headers)
     shape = headers.shape(scales)
     if len(shape) == 2 and shape != (rows, 1):
         return _block_source(modules, param, headers)
@@ -216,6 +219,19 @@ def _block_source(modules: Modules, param: Param, headers: CheckpointHeaders) ->
     return replace(source, note=note, memory_bits=32, stored_bits=8 + 16 / BLOCK**2, stored_name="fp8-block")
 
 
+def _mxfp8_source(modules: Modules, param: Param, headers: CheckpointHeaders) -> Source:
+    """`.weight` F8_E4M3 [N, K] with `.weight_scale` U8 [N, K/32], e8m0."""
+    rows, width = param.shape[-2:]
+    expected = modules.expected("weight", ("F8_E4M3",), (rows, width))
+    expected += modules.expected("weight_scale", _E8M0, (rows, width // MXFP8.group))
+    expected += _activation_scales(modules, headers)
+
+    def load(get: GetTensor, modules: Modules) -> Weight:
+        return Quantized(MXFP8, modules.read(get, "weight"), modules.read(get, "weight_scale"))
+
+    return modules_source(modules, "mxfp8-quantized", MXFP8, expected, load)
+
+
 def _fp4_source(modules: Modules, param: Param, headers: CheckpointHeaders) -> Source:
     """`.weight_packed` U8 [N, K/2], low nibble first, with `.weight_scale`.
 
@@ -228,9 +244,14 @@ def _fp4_source(modules: Modules, param: Param, headers: CheckpointHeaders) -> S
             "supported; use a checkpoint in MXFP4 or int4, or the original one"
         )
     rows, width = param.shape[-2:]
+    if headers.shape(f"{modules.first}.weight_packed") == (rows, width * 3 // 4):
+        raise CheckpointError(
+            f"{modules.first}.weight_packed holds 6-bit floats (compressed-tensors' MXFP6, mxfp6-pack-quantized), which "
+            "are not supported; use a checkpoint in MXFP4 or MXFP8, or the original one"
+        )
     with_global = headers.dtype(f"{modules.first}.weight_scale") == "F8_E4M3"
     spec: Spec = NVFP4 if with_global else MXFP4
-    dtypes = ("F8_E4M3",) if with_global else ("U8", "F8_E8M0")
+    dtypes = ("F8_E4M3",) if with_global else _E8M0
     expected = modules.expected("weight_packed", ("U8",), (rows, width // 2))
     expected += modules.expected("weight_scale", dtypes, (rows, width // spec.group))
     if with_global:

@@ -163,6 +163,12 @@ CASES = {  # name -> (encoder, quantization_config, keywords of the model, the s
         {"lm_head": True},
         (8, 32),
     ),
+    "with a quantized router": (
+        lambda: gptq(8),
+        gptqmodel_config(8, 64),
+        {"half_split": True, "router": True},
+        (8, 64),
+    ),
     "AutoRound v1 8 bits": (
         lambda: gptq(8, 128, version=1, symmetric=True),
         autoround_config(8, 128, V1, sym=True),
@@ -224,6 +230,9 @@ def test_values(tmp_path, case):
         found, wanted = (codecs.dequantize(each.read(param.name)) for each in (source, reference))
         assert np.array_equal(found, wanted), param.name
     name, expected = "layers.1.experts.up.weight", CASES[case][3]
+    assert source.stored_as("layers.1.router.weight")[0] == (
+        AFFINE[8, 64] if case == "with a quantized router" else None
+    )
     assert source.stored_as("layers.0.attention.q.weight")[0] == (AFFINE[expected] if expected else None)
     part = codecs.dequantize(source.read(name, range(1, 3)))
     assert np.array_equal(part, codecs.dequantize(source.read(name))[1:3])
@@ -233,7 +242,7 @@ def test_values(tmp_path, case):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    "case", ["g128, whose last group is shorter", "act-order", "3 bits", "AutoRound v1 8 bits", "AWQ"]
+    "case", ["g128, whose last group is shorter", "act-order", "3 bits", "with a quantized router", "AWQ"]
 )
 def test_logits(tmp_path, relative_error, backend_module, device_of, case, backend):
     backend_module(backend)

@@ -150,6 +150,18 @@ def test_conversion_keeps_codes_and_a_silent_config_is_read(tmp_path):
     assert np.array_equal(found, plain["model.layers.1.mlp.experts.down_proj"].swapaxes(1, 2))
 
 
+def test_conversion_keeps_the_codes_and_the_scales_of_fp8(tmp_path):
+    stored, _ = layout(ENCODERS["ptpc_fp8"], ENCODERS["ptpc_fp8"])
+    folder = family.write_checkpoint(tmp_path / "quark", CONFIG, stored)
+    mlx_gptoss.convert(folder, tmp_path / "out", to="fp8-dynamic")
+    source, written = checkpoints.open(folder), checkpoints.open(tmp_path / "out")
+    for name in ("layers.0.attention.k.weight", "layers.1.experts.gate.weight"):
+        one, other = source.read(name), written.read(name)
+        assert one.outer.dtype == other.outer.dtype == ml_dtypes.bfloat16
+        assert np.array_equal(one.codes.view(np.uint8), other.codes.view(np.uint8))
+        assert np.array_equal(one.outer, other.outer)
+
+
 Q = "model.layers.0.self_attn.q_proj"
 E = "model.layers.1.mlp.experts.2.down_proj"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ def version() -> str | None:
 
 
 def _make(source: Path, folder: Path, bits: int, group: int, symmetric: bool, reorder: bool) -> base.Weights:
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # half of the cores by default, and its loader wants two
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     config = QuantizeConfig(bits=bits, group_size=group, sym=symmetric, desc_act=reorder, device="cpu")

@@ -32,22 +32,26 @@ def _make(source: Path, folder: Path, config: str) -> base.Weights:
 
 
 def _decoded(stored: dict) -> base.Weights:
-    """Packed matrices are [N, K / 2] in the attention; those of the experts are input-major, [E, K / 2, N]."""
+    """Packed matrices are [N, K / 2] in the attention; those of the experts are input-major, [E, K / 2, N].
+
+    Their scales are `q_proj.weight_scale` and, of experts, which have no `.weight`, `down_proj_weight_scale`.
+    """
     import torch
     from modelopt.torch.quantization.qtensor.nvfp4_tensor import NVFP4QTensor
 
     tensors = {}
     for name, values in stored.items():
-        scale = stored.get(f"{name}_scale")
+        fused = name.endswith(("gate_up_proj", "down_proj"))
+        prefix = f"{name}_weight" if fused else name
+        scale = stored.get(f"{prefix}_scale")
         if name.endswith(("_scale", "_scale_2")):
             continue
         if scale is None:
             tensors[name] = values.float().numpy()
             continue
-        fused = name.endswith(("gate_up_proj", "down_proj"))
         codes = values.transpose(1, 2).contiguous() if fused else values
         scales = scale.transpose(1, 2).contiguous() if fused else scale
-        outer = stored[f"{name}_scale_2"].float()
+        outer = stored[f"{prefix}_scale_2"].float()
         parts = []
         for matrix, own in zip(codes if fused else [codes], scales if fused else [scales], strict=True):
             tensor = NVFP4QTensor(torch.Size((matrix.shape[0], 2 * matrix.shape[1])), torch.float32, matrix)
