@@ -118,10 +118,13 @@ def judge_tool(name: str, folder: Path, cases: Sequence[str], say=print) -> Iter
     if version is None:
         yield f"{judge.NAME}: {NOT_INSTALLED}"
         return
-    words = [sys.executable, str(Path(__file__)), "--make", name, str(folder), *cases]
+    folder = folder.resolve()
+    words = [sys.executable, str(Path(__file__).resolve()), "--make", name, str(folder), *cases]
     one_thread = {"OMP_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     with (folder / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | one_thread)
+        process = subprocess.Popen(  # in the folder, as tools leave logs where they run
+            words, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | one_thread, cwd=folder
+        )
         for line in process.stdout:
             if line.startswith("made "):
                 say(f"{judge.NAME}: {line.strip()}")

@@ -246,8 +246,8 @@ def _fp4_source(modules: Modules, param: Param, headers: CheckpointHeaders) -> S
     rows, width = param.shape[-2:]
     if headers.shape(f"{modules.first}.weight_packed") == (rows, width * 3 // 4):
         raise CheckpointError(
-            f"{modules.first}.weight_packed holds 6-bit floats (compressed-tensors' MXFP6, mxfp6-pack-quantized), which "
-            "are not supported; use a checkpoint in MXFP4 or MXFP8, or the original one"
+            f"{modules.first}.weight_packed holds 6-bit floats (compressed-tensors' MXFP6, mxfp6-pack-quantized), "
+            "which are not supported; use a checkpoint in MXFP4 or MXFP8, or the original one"
         )
     with_global = headers.dtype(f"{modules.first}.weight_scale") == "F8_E4M3"
     spec: Spec = NVFP4 if with_global else MXFP4

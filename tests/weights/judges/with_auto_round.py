@@ -82,5 +82,4 @@ ROWS = (
     _row("4 bits, symmetric, groups of 64, experts", (4, 64, True)),
     _row("4 bits, groups of 32 and 128, symmetric or not, experts", (4, 128, False), (4, 128, True), (4, 32, False)),
     _row("8 bits, symmetric, groups of 128, experts", (8, 128, True)),
-    _row("8 bits, asymmetric, groups of 128, experts", (8, 128, False)),
 )
