@@ -75,7 +75,7 @@ def stages(tiny: bool) -> list[Stage]:
         Stage("bundled model", (python, "tests/kernels/first_contact.py", "--bundled"), 120),
         Stage("tiles in use", (*tune, "--tiles", "0", *rows, "--context"), 120),
         *(Stage(f"speed {form}", (*bench, "--format", form, *speed), 180) for form in FORMATS),
-        Stage("profile", (python, "tests/kernels/profile_step.py"), 120),
+        Stage("profile", (python, "tests/kernels/profile_step.py", *(("--layers", "2") if tiny else ())), 180),
         *(Stage(f"prompt of {p[1]}", (*bench, "--format", "mxfp4", *p), 150) for p in prompts),
         Stage("other tiles, experts", (*tune, "--case", "experts", *rows, "--context"), 300),
         Stage("other tiles, qkv and output", (*tune, "--case", "qkv", "out", *rows, "--context"), 300),
