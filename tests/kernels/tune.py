@@ -64,7 +64,7 @@ def cases(model: GptOss, b: Buffers, cache: Cache, positions: torch.Tensor) -> I
     table = tuple(
         t[0, 0].contiguous() for t in vars(model.rotary.rotation(torch.arange(4096, device=b.x.device)[None])).values()
     )
-    chosen = b.routes[c.num_local_experts]
+    routed = b.routes[c.num_local_experts]
     x = b.x.clone()
     fused = rows == 1
 
@@ -97,18 +97,18 @@ def cases(model: GptOss, b: Buffers, cache: Cache, positions: torch.Tensor) -> I
 
     def route(block: Block) -> None:
         y, gain, eps = normed(block.mlp_norm)
-        routing.router(y, block.mlp.router.matrices[0], block.mlp.router.bias, chosen.scores, norm=gain, eps=eps)
+        routing.router(y, block.mlp.router.matrices[0], block.mlp.router.bias, routed.scores, norm=gain, eps=eps)
 
     def experts(block: Block) -> None:
         route(block)
         b.x.copy_(x)
         if fused:
             moe.forward_one_token(
-                b.x, chosen.scores, block.mlp.experts, b.hidden, block.mlp_norm.weight, block.mlp_norm.eps
+                b.x, routed.scores, block.mlp.experts, b.hidden, block.mlp_norm.weight, block.mlp_norm.eps
             )
         else:
-            routing.sort_pairs(chosen.scores, i.positions, c.num_experts_per_tok, chosen.groups)
-            moe.forward_grouped(b.x, b.normed, chosen.groups, block.mlp.experts, b.hidden, b.parts, b.x, i.positions)
+            routing.sort_pairs(routed.scores, i.positions, c.num_experts_per_tok, routed.groups)
+            moe.forward_grouped(b.x, b.normed, routed.groups, block.mlp.experts, b.hidden, b.parts, b.x, i.positions)
 
     def mixed(block: Block) -> torch.Tensor:
         y, layer = reference(block.mlp_norm), block.mlp.experts
@@ -127,7 +127,7 @@ def cases(model: GptOss, b: Buffers, cache: Cache, positions: torch.Tensor) -> I
     yield Case("qkv", project, lambda: b.q, q_oracle, sum(map(nbytes, block.attention.qkv.matrices)))
     yield Case("out", out, lambda: b.x, lambda k: x.float() + product(b.y, k.attention.out),
                nbytes(block.attention.out.matrices[0]))  # fmt: skip
-    yield Case("router", route, lambda: chosen.scores, lambda k: product(reference(k.mlp_norm), k.mlp.router),
+    yield Case("router", route, lambda: routed.scores, lambda k: product(reference(k.mlp_norm), k.mlp.router),
                nbytes(block.mlp.router.matrices[0]))  # fmt: skip
     yield Case("experts", experts, lambda: b.x, mixed, bank * touched // c.num_local_experts)
     yield Case("lm_head", head, lambda: b.logits, lambda k: product(reference(model.norm), model.lm_head),
