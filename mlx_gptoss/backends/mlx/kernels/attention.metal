@@ -3,15 +3,15 @@
 // among the SIMDGROUPS of each, in tiles of 32 keys. In a ring of R places, place j has the latest position that is j
 // modulo R, and those WINDOW or more positions old are not seen.
 //
-// q: T [rows, VECTORS, DIM], of which the first KV_HEADS * GROUP are queries; kv: T [2, slots, KV_HEADS, places, DIM], or with BITS = 8 uint codes
-// [2, slots, KV_HEADS, places, DIM / 4], with scales and biases float [2, slots, KV_HEADS, places, 1]; sinks: T
-// [KV_HEADS * GROUP]; slots, positions: int [rows], where each row is in the cache and in its sequence; factor: float
-// [1], on scores
+// q: T [rows, VECTORS, DIM], of which the first KV_HEADS * GROUP are queries; kv: T [2, slots, KV_HEADS, places, DIM],
+// or with BITS = 8 uint codes [2, slots, KV_HEADS, places, DIM / 4], with scales and biases float [2, slots, KV_HEADS,
+// places, 1]; sinks: T [KV_HEADS * GROUP]; slots, positions: int [rows], where each row is in the cache and in its
+// sequence; factor: float [1], on scores
 // -> out: if SPLIT float [rows, KV_HEADS * GROUP, BLOCKS, DIM], sums of exp(score - top) * value, with states: float
 // [rows, KV_HEADS * GROUP, BLOCKS, 2], top and the sum of exp(score - top); otherwise T [rows, KV_HEADS * GROUP, DIM],
 // the result with the sinks, and states is not written.
-// Template: T, OUT (out's type), int VECTORS, int GROUP, int DIM (a multiple of 32), int WINDOW (0: all are seen), int BITS (16 or 8),
-// int SIMDGROUPS, bool SPLIT. Threadgroup: 32 * SIMDGROUPS. Grid: x: KV_HEADS; y: BLOCKS; z: rows.
+// Template: T, OUT (out's type), int VECTORS, int GROUP, int DIM (a multiple of 32), int WINDOW (0: all are seen), int
+// BITS (16 or 8), int SIMDGROUPS, bool SPLIT. Threadgroup: 32 * SIMDGROUPS. Grid: x: KV_HEADS; y: BLOCKS; z: rows.
 
 constexpr int QUARTER = DIM / 4;     // of a key, which four lanes share
 constexpr int PER_LANE = DIM / 32;   // of a value, which all lanes share
