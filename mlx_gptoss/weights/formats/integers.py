@@ -235,7 +235,8 @@ def _affine(layout: Layout, spec: Spec, codes: Array, scale: Array, zeros: Array
     else:
         scale = scale.astype(np.float32)
         bias = np.negative(zeros, dtype=np.float32)
-        bias *= scale
+        with np.errstate(over="ignore", invalid="ignore"):  # Checkpoint.read refuses what is not finite
+            bias *= scale
     if spec.group != layout.group:
         part = layout.default_order()[:: spec.group]
         scale, bias = scale[..., part], bias[..., part]
@@ -258,7 +259,12 @@ def _decode(layout: Layout, rows: Rows, module: str) -> Array:
         out = values[part]
         out[...] = codecs.unpack(codes[part], layout.bits)
         out -= layout.middle if zeros is None else zeros[part][:, order]
-        out *= scale[part][:, order]
+        with np.errstate(over="ignore"):
+            out *= scale[part][:, order]
+        if not np.isfinite(out).all():
+            raise CheckpointError(
+                f"{module} has scales that no weights have; the checkpoint is damaged, download it again"
+            )
     return values
 
 
