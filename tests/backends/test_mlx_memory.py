@@ -185,8 +185,8 @@ def test_50_overlapping_steps_need_no_second_cache(slots, monkeypatch):
     write, held = cache_module._write, []
 
     def write_to_a_copy(cache, *rest):
-        """What somebody holds is not written in place."""
-        held[:] = [*held[-3:], cache.reshape(-1)]
+        """What somebody holds, here the last steps' of every layer, is not written in place."""
+        held[:] = [*held[-15:], cache.reshape(-1)]
         return write(cache, *rest)
 
     monkeypatch.setattr(cache_module, "_write", write_to_a_copy)
