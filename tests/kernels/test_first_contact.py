@@ -28,7 +28,7 @@ def result_of(code: str, limit_s: float = 60.0) -> first_contact.Result:
     [("", "passed"), ("raise SystemExit(3)", "failed"), ("import time; time.sleep(600)", "out of time")],
 )
 def test_what_a_stage_printed_is_kept(ending, state):
-    result = result_of(PRINT + ending, 20.0 if state == "out of time" else 60.0)
+    result = result_of(PRINT + ending, 6.0 if state == "out of time" else 60.0)
     assert result.state == state
     assert result.found == [{"n": 1}] and result.lines[:2] == ["before", "{no json"]
 
@@ -41,7 +41,7 @@ def test_a_stage_that_ignores_the_end_of_its_time_is_killed_with_its_children(tm
         f"open({str(path)!r}, 'w').write(str(child.pid))\n"
         "time.sleep(600)"
     )
-    assert result_of(code, 20.0).state == "out of time"
+    assert result_of(code, 8.0).state == "out of time"
     child = int(path.read_text())
     for _ in range(100):
         if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:

@@ -18,7 +18,10 @@ from mlx_gptoss.backends.cuda.kernels import launch
 SCRIPT = Path(__file__).parent / "after_warm_up.py"
 
 
-@pytest.mark.parametrize(("form", "slots"), [("mxfp4", 1), ("mxfp4", 4), ("mlx-4bit", 4)])
+@pytest.mark.parametrize(
+    ("form", "slots"),
+    [("mxfp4", 4), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("mxfp4", 1), ("mlx-4bit", 4)))],
+)
 def test_no_request_compiles_a_kernel(form, slots):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     words = [sys.executable, SCRIPT, form, str(slots)]
