@@ -148,6 +148,7 @@ def test_a_tool_says_which_package_it_needs(tmp_path, tool, words, package, inst
     assert out.stderr == f"error: this program needs {package}, which is not installed; run: {install}\n"
 
 
+@pytest.mark.slow
 def test_the_format_table_has_a_row_a_format():
     words = [TOOLS / "format_table.py", "--exact", "1", "mlx-mxfp4-q8"]
     out = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)

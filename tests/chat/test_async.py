@@ -84,7 +84,7 @@ def test_rendering_does_not_hold_the_event_loop(model, monkeypatch):
         return render(*arguments, **named)
 
     async def run():
-        reply = asyncio.create_task(model.agenerate("Hi", max_tokens=5))
+        reply = asyncio.create_task(model.agenerate("Hi", max_tokens=5, temperature=0))
         while not rendering.is_set():
             await asyncio.sleep(0.001)
         go_on.set()

@@ -35,7 +35,9 @@ def load(folder, device, limits: Limits, kernels: bool = True):
     return cuda.load(checkpoints.open(folder), device=str(device), dtype="float32", limits=limits, kernels=kernels)
 
 
-@pytest.mark.parametrize("name", FIXTURES)
+@pytest.mark.parametrize(
+    "name", [name if name in ("mxfp4", "mlx-4bit") else pytest.param(name, marks=pytest.mark.slow) for name in FIXTURES]
+)
 def test_logits_of_every_format(mini, device, relative_error, name):
     """A prefill in two chunks; the length of the second does not divide the window."""
     reference = load_file(mini / f"{FIXTURES[name]}.safetensors")

@@ -241,6 +241,7 @@ def test_a_kernel_that_is_broken_on_purpose_is_found(fault, monkeypatch):
     assert not result.ok and result.advice, result.worst
 
 
+@pytest.mark.slow
 def test_the_triton_kernels_pass_in_the_interpreter(monkeypatch):
     """What a GPU would run, on small shapes. Decode steps take their own way through the experts and attention."""
     pytest.importorskip("triton")

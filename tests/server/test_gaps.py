@@ -54,6 +54,7 @@ def quick(bodies):
     return [(name, *found[name]) for name in names]
 
 
+@pytest.mark.slow
 def test_no_body_holds_the_event_loop_or_the_lock(serve, model) -> None:
     bodies = quick([*longest_gap.texts(SIZE), *longest_gap.structures(SIZE, guard.MAX_JSON_VALUES)])
     longest = {}
