@@ -101,7 +101,7 @@ def test_waiting_for_tokens_does_not_hold_the_event_loop(model, handles):
     async def run():
         held = threading.Thread(target=model._engine.call, args=(lambda runner: go_on.wait(WAIT_S),))
         held.start()
-        reply = asyncio.create_task(model.agenerate("Hi", max_tokens=5))
+        reply = asyncio.create_task(model.agenerate("Hi", max_tokens=5, temperature=0))
         while not handles:
             await asyncio.sleep(0.001)
         await asyncio.sleep(0.01)
