@@ -60,7 +60,7 @@ AGAINST = ["mlx-lm", "transformers", "mlx", "cuda"]
     "report_path",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE.json",
-    help="Write a report that you can send, and a plot beside it: no names, paths or addresses are in it.",
+    help="Write a report to send to us, and a plot next to it. Neither contains names, paths or addresses.",
 )
 @options((PLOT_STYLE_OPTION,))
 @options((JSON_OPTION,))

@@ -54,8 +54,9 @@ def check_report(path: Path) -> None:
 
 
 def write_report(path: Path, report: Report, config: ModelConfig, facts: Mapping[str, Any], style: str) -> None:
-    """Write the report to `path`, and its plot beside it with the ending .png. facts: as measure.facts has them. style:
-    of plot.THEMES.
+    """Write the report to `path`, and its plot to the same path with the suffix .png.
+
+    facts: from measure.facts. style: a key of plot.THEMES.
 
     Raises GptOssError if matplotlib is missing, and InvalidRequest if the path is not one of a JSON file in an existing
     folder."""

@@ -255,7 +255,7 @@ def report(source, workplace, rounds, model=None):
         except CheckpointError as error:
             refused += 1
             longest = max(longest, len(str(error)) - str(error).count(str(folder)) * len(str(folder)))
-        except Exception:
+        except Exception:  # what the test fails for
             escaped.append(traceback.format_exc()[-600:])
         slowest = max(slowest, time.process_time() - started)
     return {"refused": refused, "escaped": escaped, "slowest": slowest, "longest": longest, "peak": peak() - before}

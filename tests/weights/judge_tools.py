@@ -96,7 +96,7 @@ def make(judge: ModuleType, folder: Path, names: Sequence[str]) -> None:
         try:
             weights = cases[name](folder / "source", folder / name)
             save_file({key: np.ascontiguousarray(value) for key, value in weights.items()}, _values(folder, name))
-        except Exception:
+        except Exception:  # of somebody else's tool; it is shown, and the other cases go on
             (folder / f"{name}.error").write_text(traceback.format_exc())
         print(f"made {name}", flush=True)
 

@@ -205,7 +205,7 @@ class Kernels:
     def fused_attention(
         self, q: Floats, keys: Floats, values: Floats, sinks: Floats, scale: float, mask: str
     ) -> Floats:
-        raise NotImplementedError("this backend has no such kernel: `masks` is empty")
+        raise ValueError(f"the attention kernels of this backend take no mask, so there is none called {mask!r}")
 
     def layers_in_flight(self) -> int:
         """Layers of a model for the check of what overlapping steps allocate."""

@@ -112,7 +112,7 @@ def apply(limits: BufferLimits, environ: MutableMapping[str, str], use_device: C
 def choose(
     chip_name: str, memory: int, reads: Sequence[Read], resident_bytes: int, environ: Mapping[str, str]
 ) -> Setting:
-    """The largest limits that keep MIN_BUFFERS a token and whose temporary arrays fit beside the model.
+    """The largest limits that leave MIN_BUFFERS a token and enough memory for the model and their temporary arrays.
 
     chip_name: as machine.chip() has it. memory: bytes of the Mac. reads, resident_bytes: as of prepare(). environ: the
     process's variables."""
@@ -133,7 +133,7 @@ def choose(
     fitting = [limits for limits in useful if in_flight_bytes(limits) <= spare]
     if not fitting:
         more = f"{in_flight_bytes(useful[-1]) / 1e9:.1f} GB more"
-        return Setting(None, f"MLX's own: temporary arrays could take {more} beside this model in a prompt")
+        return Setting(None, f"MLX's own: with larger ones, a prompt could need {more} for temporary arrays")
     count = count_buffers(elements, 0, fitting[0])
     return Setting(fitting[0], f"for an M{generation}: at least {count} buffers a token, by MLX's own {own}")
 

@@ -1,4 +1,4 @@
-"""Custom Metal kernels from the texts beside this file, by mx.fast.metal_kernel.
+"""Custom Metal kernels, compiled by mx.fast.metal_kernel from the .metal files in this folder.
 
 MLX writes a kernel's signature from the arrays that it is called with, and compiles it at its first use for these
 dtypes and template arguments. So an error in a text appears when a result is evaluated, as a RuntimeError.
