@@ -78,8 +78,8 @@ class Pace:
         return None if end == first else (Piece(tokens, first, end), total)
 
     def chunk_tokens(self, decoding: int, least: int, most: int) -> int:
-        """The size of a chunk that starts while `decoding` sequences decode: `least` tokens, doubled as long as the result
-        is at most `most` and no stage is expected to take longer than a decoding step."""
+        """The size of a chunk that starts while `decoding` sequences decode: `least` tokens, doubled as long as the
+        result is at most `most` and no stage is expected to take longer than a decoding step."""
         tokens, decoding_s = least, self._decoding_s(decoding)
         while 2 * tokens <= most:
             stage_s = self._known(_size_class(2 * tokens))
