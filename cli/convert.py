@@ -37,21 +37,54 @@ def _formats(ctx: click.Context, param: click.Parameter, incomplete: str) -> lis
     type=click.Choice(["mse"]),
     help="Search the 4-bit affine scales with the least squared error; slower.",
 )
+@click.option(
+    "--calibrate",
+    is_flag=False,
+    flag_value="",
+    metavar="[FILE]",
+    help="Choose the codes that change the outputs least on a text: FILE (.txt, .jsonl), or one that is built in.",
+)
 @click.option("--adapter", metavar="PATH", help="Merge this LoRA adapter into the weights; with --to bf16 alone.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing DEST.")
-def convert(source: str, destination: str, to: str, search: str | None, adapter: str | None, overwrite: bool) -> None:
+def convert(
+    source: str,
+    destination: str,
+    to: str,
+    search: str | None,
+    calibrate: str | None,
+    adapter: str | None,
+    overwrite: bool,
+) -> None:
     """Write SOURCE (a folder, a hub id or nano) to the folder DEST in another format.
 
     Streams: at most one layer is in memory. DEST appears when it is complete and verified, or not at all. After an
     interruption the same command continues after the last complete shard (2 GB), kept in a hidden folder next to DEST.
+
+    --calibrate computes the model on a text, layer by layer, and quantizes each matrix so that its outputs change
+    least. It takes longer and changes neither layout nor size. It continues after the last complete layer.
     """
     from mlx_gptoss import api
     from mlx_gptoss.loading.memory import gigabytes
 
+    plan = None
+    if calibrate is not None:
+        plan = api.plan_calibration(source, to, calibrate or True)
+        click.echo(
+            f"calibrating on {plan.text.tokens} tokens; needs at most {gigabytes(plan.memory_bytes)} of memory and "
+            f"{gigabytes(plan.disk_bytes)} of disk space until it is done",
+            err=True,
+        )
     try:
         with byte_bar("Converting") as update:
             report = api.convert(
-                source, destination, to, search=search, adapter=adapter, overwrite=overwrite, progress=update
+                source,
+                destination,
+                to,
+                search=search,
+                calibrate=plan,
+                adapter=adapter,
+                overwrite=overwrite,
+                progress=update,
             )
     except KeyboardInterrupt as stop:
         click.echo(f"interrupted; {stop or 'nothing was written'}", err=True)

@@ -7,6 +7,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+from .calibration.plan import Calibration
+from .calibration.plan import plan_calibration as _plan_calibration
 from .engine import Engine, LoadedAdapter, PrefixFiles
 from .loading import hub
 from .loading.distributed import coordinate, serve_rank
@@ -23,6 +25,7 @@ from .model import Model
 from .options import LoadOptions
 from .options.load import loads
 from .ranks import find_launch
+from .weights import checkpoint as checkpoints
 from .weights import convert as conversion
 from .weights.checkpoint import Checkpoint, Summary
 
@@ -93,6 +96,7 @@ def convert(
     to: str = "mlx-4bit",
     *,
     search: str | None = None,
+    calibrate: bool | str | Path | Calibration | None = None,
     adapter: str | Path | None = None,
     overwrite: bool = False,
     progress: conversion.Progress | None = None,
@@ -104,24 +108,40 @@ def convert(
         "mlx-mxfp8", "mlx-nvfp4", "mlx-mxfp4", "mlx-mxfp4-q8", "mlx-mxfp4-q4", "gguf", "gguf-f16" or "gguf-bf16".
     search: "mse" searches the scales with the least squared error for 4-bit affine weights, which takes about nine
         times as long; None rounds as mlx-lm does.
+    calibrate: choose the codes of a 4-bit or 3-bit format so that the model's outputs change least on a text: True for
+        the text that comes with the program, a .txt or .jsonl file, or what plan_calibration returned. The result has
+        the same layout and size; see mlx_gptoss/weights/README.md. None or False does not.
     adapter: a LoRA adapter, a folder or a hub id, to merge into the weights; into bf16 alone.
     overwrite: replace an existing destination once the new one is complete.
     progress: called as progress(bytes done, bytes in all, what is being done).
 
-    The same call continues an interrupted conversion after its last complete file. The Report has the size, the number
-    of tensors, the time and the memory used. Raises CheckpointError for a source that cannot be read, and GptOssError
-    for an unknown format, an existing destination or a full disk.
+    The same call continues an interrupted conversion after its last complete file or calibrated layer. The Report has
+    the size, the number of tensors, the time and the memory used. Raises CheckpointError for a source that cannot be
+    read, and GptOssError for an unknown format, an existing destination or a full disk.
     """
     merged = None if adapter is None else hub.resolve_adapter(adapter)
+    if calibrate is not None and not isinstance(calibrate, Calibration):
+        calibrate = None if calibrate is False else plan_calibration(source, to, calibrate)
     return conversion.convert(
         hub.resolve(source),
         Path(destination),
         to,
         search=search,
         adapter=merged,
+        calibration=calibrate,
         overwrite=overwrite,
         progress=progress,
     )
+
+
+def plan_calibration(source: str | Path, to: str, text: bool | str | Path = True) -> Calibration:
+    """What convert(source, ..., to, calibrate=text) computes with: the tokens of the text, memory and disk space.
+
+    Raises InvalidRequest for a format that is not calibrated or a text that cannot be read, DoesNotFit if there is too
+    little memory.
+    """
+    path = None if isinstance(text, bool) else Path(text)
+    return _plan_calibration(checkpoints.open(hub.resolve(source)), to, path)
 
 
 def _require_fit(plan: LoadPlan) -> None:

@@ -47,6 +47,7 @@ QUICK = (  # the tests of `-m quick`, by the beginning of their ids: every packa
     "tests/backends/test_mlx_devices.py",
     "tests/backends/test_rope.py",
     "tests/backends/test_torch_layers.py",
+    "tests/calibration/test_moments.py",
     "tests/chat/test_reply.py",
     "tests/cli/test_commands.py::test_errors_are_one_line",
     "tests/clients/test_requests.py",

@@ -40,15 +40,16 @@ MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it ma
     "ranks": {"backends.base", "config", "errors", "machine", "sampling"},
     # 3
     "chat": LEVEL_0 | {"options", "engine", "harmony"},
+    "calibration": LEVEL_0 | {"backends.rope", "harmony", "weights"},
     "loading": LEVEL_0 | {"options", "backends", "backends.base", "ranks", "weights"},
     # 4
     "model": LEVEL_0 | {"options", "chat", "engine", "harmony.messages", "loading.memory", "weights.checkpoint"},
     # 5
-    "api": LEVEL_0 | {"options", "engine", "loading", "model", "ranks", "weights"},
+    "api": LEVEL_0 | {"options", "calibration", "engine", "loading", "model", "ranks", "weights"},
     "tools": LEVEL_0 | {"chat", "harmony.messages", "model"},
     # 6, 7
     "__main__": set(),
-    "measure": LEVEL_0 | {"api", "backends", "backends.base", "loading", "ranks", "weights"},
+    "measure": LEVEL_0 | {"api", "calibration", "backends", "backends.base", "loading", "ranks", "weights"},
     "server": LEVEL_0 | {"chat", "engine", "harmony", "model", "weights.params"},
     "server.models": LEVEL_0
     | {"api", "chat", "engine", "harmony.grammar", "loading", "model", "options", "weights.checkpoint"},

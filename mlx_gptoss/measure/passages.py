@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from ..calibration.text import split_documents
 from ..errors import InvalidRequest
-from ..tokenizer import ENDOFTEXT, START, Tokenizer
+from ..tokenizer import START, Tokenizer
 
 Score = Literal["all", "replies"]
 
@@ -38,9 +38,8 @@ def read_documents(text: str, tokenizer: Tokenizer, score: Score = "all") -> lis
     """
     if score not in ("all", "replies"):
         raise InvalidRequest(f"score must be all or replies, not {score!r}")
-    parts = [part for part in re.split(re.escape(ENDOFTEXT) + r"\r?\n?", text) if part]
     documents = []
-    for number, part in enumerate(parts, 1):
+    for number, part in enumerate(split_documents(text), 1):
         prompt, rest = ("", part) if score == "all" else _split_at_reply(part, number)
         before = tokenizer.encode_with_specials(prompt)
         document = Document((*before, *tokenizer.encode_with_specials(rest)), max(1, len(before)))

@@ -23,7 +23,7 @@ from functools import partial
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import CheckpointError, GptOssError, InvalidRequest
 from ..machine import cores
@@ -52,6 +52,24 @@ COMPANION_FILES = (
     "chat_template.jinja",
     "special_tokens_map.json",
 )
+
+
+class Calibration(Protocol):
+    """Chooses the codes of a checkpoint before it is written (calibration/).
+
+    identity: everything that its result depends on beside the source and the format, as JSON. memory_bytes: upper bound
+    of the memory that it needs; disk_bytes: of the disk space, beside that of the result.
+    """
+
+    @property
+    def identity(self) -> Any: ...
+    @property
+    def memory_bytes(self) -> int: ...
+    @property
+    def disk_bytes(self) -> int: ...
+    def run(self, source: CheckpointLike, folder: Path, progress: Progress) -> CheckpointLike:
+        """The checkpoint with the chosen codes. folder: for what is finished; it outlives an interruption. progress:
+        called with parameters done, parameters in total and what is being done."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +106,7 @@ def convert(
     *,
     search: str | None = None,
     adapter: Path | str | None = None,
+    calibration: Calibration | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -99,13 +118,17 @@ def convert(
     search: None quantizes as the format's own tools do. "mse" searches for the scales and biases of the least squared
         error of 4-bit affine weights, in the same storage (search.py).
     adapter: the folder of a LoRA adapter to merge, into bf16 alone.
+    calibration: chooses the codes, in the same storage; not together with search.
     overwrite: replace an existing checkpoint, which stays in place until the new one is complete.
-    progress: called in this thread with the bytes done, the bytes in total and "writing" or "verifying".
+    progress: called in this thread with the bytes done, the bytes in total and "writing", "verifying" or what is
+        being calibrated.
     Raises CheckpointError for a source that cannot be read or a format that cannot be written; GptOssError if the
     destination exists or overlaps the source, if the disk is full or if writing fails.
     """
     started = time.perf_counter()
     recipe_of(to, search)
+    if calibration is not None and search is not None:
+        raise InvalidRequest("calibration searches the scales by itself: leave out --search (search= in Python)")
     if adapter is not None and to != "bf16":
         raise InvalidRequest(
             f"an adapter is merged into bf16 alone, not {to}: most of its changes are smaller than half a step of "
@@ -119,7 +142,7 @@ def convert(
         weights = Merged(checkpoint, open_adapter(adapter, checkpoint.config))
     plan = plan_conversion(weights, to, search)
     companions = _companions(checkpoint.tokenizer_folder, checkpoint.embedded_files())
-    resumed_bytes, working_bytes = _write(weights, target, to, plan, search, progress, companions)
+    resumed_bytes, working_bytes = _write(weights, target, to, plan, search, calibration, progress, companions)
     return Report(
         source=checkpoint.folder,
         destination=target,
@@ -143,7 +166,7 @@ def write_checkpoint(source: CheckpointLike, destination: Path, to: str, *, prog
     if destination.exists():
         raise GptOssError(f"{destination} exists already; choose another destination")
     plan = plan_conversion(source, to)
-    _write(source, Path(os.path.abspath(destination)), to, plan, None, progress, {})
+    _write(source, Path(os.path.abspath(destination)), to, plan, None, None, progress, {})
 
 
 def _write(
@@ -152,6 +175,7 @@ def _write(
     to: str,
     plan: ConversionPlan,
     search: str | None,
+    calibration: Calibration | None,
     progress: Progress | None,
     companions: Mapping[str, bytes],
 ) -> tuple[int, int]:
@@ -159,14 +183,18 @@ def _write(
 
     Returns (bytes that an earlier run had left, upper bound of the working memory in bytes).
     """
-    with open_workspace(target, _identity(source, plan, search)) as workspace:
+    report = progress or (lambda done, total, what: None)
+    with open_workspace(target, _identity(source, plan, search, calibration)) as workspace:
+        if calibration is not None:
+            _check_free_space(target.parent, plan.size_bytes + calibration.disk_bytes)
+            source = _calibrated(source, calibration, workspace, plan.size_bytes, report)
         gguf = None
         if plan.is_gguf:
             entries = gguf_metadata.entries(plan.config, companions, int(plan.metadata["file_type"]), target.name)
             gguf = partial(gguf_writing.layout, entries)
         writer = Writer(workspace.folder, plan.tensors, plan.metadata, SHARD_BYTES, workspace, gguf)
         _check_free_space(target.parent, plan.size_bytes - writer.resumed_bytes)
-        working_bytes = _write_tensors(source, plan, writer, progress or (lambda done, total, what: None))
+        working_bytes = _write_tensors(source, plan, writer, report)
         if not plan.is_gguf:
             for name, data in companions.items():
                 write_text(workspace.folder / name, data)
@@ -174,10 +202,23 @@ def _write(
                 write_text(workspace.folder / name, json.dumps(content, indent=2) + "\n")
         _check_result(workspace, to, plan)
         workspace.install()
-    return writer.resumed_bytes, working_bytes
+    return writer.resumed_bytes, max(working_bytes, calibration.memory_bytes if calibration else 0)
 
 
-def _identity(checkpoint: CheckpointLike, plan: ConversionPlan, search: str | None) -> dict[str, Any]:
+def _calibrated(
+    source: CheckpointLike, calibration: Calibration, workspace: Workspace, size_bytes: int, progress: Progress
+) -> CheckpointLike:
+    """Calibrate in the workspace. progress: gets bytes of the result."""
+
+    def parameters_done(done: int, total: int, what: str) -> None:
+        progress(size_bytes * done // total, size_bytes, what)
+
+    return calibration.run(source, workspace.calibration, parameters_done)
+
+
+def _identity(
+    checkpoint: CheckpointLike, plan: ConversionPlan, search: str | None, calibration: Calibration | None
+) -> dict[str, Any]:
     """Everything that the bytes of the result depend on, as JSON."""
     try:
         program = metadata.version("mlx-gptoss")
@@ -188,6 +229,7 @@ def _identity(checkpoint: CheckpointLike, plan: ConversionPlan, search: str | No
         "source": checkpoint.fingerprint(),
         "plan": plan.digest,
         "search": search,
+        "calibration": None if calibration is None else calibration.identity,
         "shard_bytes": SHARD_BYTES,
     }
 

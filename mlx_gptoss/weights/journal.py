@@ -3,10 +3,11 @@
     .NAME.partial/
         journal       JSON lines: first the identity of the conversion, then one line per complete shard
         checkpoint/   the result as it grows; renamed to the destination when it is complete
+        calibration/  a folder for each part of the network whose codes are chosen (calibration/store.py)
         old/          the checkpoint that is being replaced, between the two renames
 
-The same conversion, started again, continues after the complete shards; another conversion clears the folder. The
-folder stays only if it has a complete shard. The process that uses it holds a lock on the journal.
+The same conversion, started again, continues after the complete shards and parts; another conversion clears the folder.
+The folder stays only if it has a complete shard or part. The process that uses it holds a lock on the journal.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ..errors import CheckpointError, GptOssError
 from ..machine import sync_folder
 from .writer import WrittenRange
 
-_JOURNAL, _RESULT, _OLD = "journal", "checkpoint", "old"
+_JOURNAL, _RESULT, _CALIBRATION, _OLD = "journal", "checkpoint", "calibration", "old"
 
 
 @contextlib.contextmanager
@@ -61,7 +62,9 @@ def open_workspace(target: Path, identity: Mapping[str, Any]) -> Iterator[Worksp
 class Workspace:
     """The locked folder of one conversion.
 
-    folder: where the result grows. complete_shards: file name -> the ranges it was written in (writer.Journal).
+    folder: where the result grows. calibration: where a calibration keeps what it has finished: a folder for each part,
+    whose name ends in ".unfinished" until then. complete_shards: file name -> the ranges it was written in
+    (writer.Journal).
     """
 
     def __init__(self, target: Path) -> None:
@@ -72,6 +75,7 @@ class Workspace:
         self._target = target
         self._root = _root_of(target)
         self.folder: Path = self._root / _RESULT
+        self.calibration: Path = self._root / _CALIBRATION
         self._file = _lock(self._root, target)
         self._append_lock = Lock()
         self.complete_shards: dict[str, Sequence[WrittenRange]] = {}
@@ -84,6 +88,8 @@ class Workspace:
             self._read_entries(lines)
         else:
             os.truncate(self._file, 0)
+            if self.calibration.exists():
+                shutil.rmtree(self.calibration)
             self._append(identity)
         self._remove_incomplete()
         self.folder.mkdir(exist_ok=True)
@@ -114,17 +120,23 @@ class Workspace:
         sync_folder(self._target.parent)
 
     def suspend(self) -> str:
-        """After a failure: remove incomplete files, or the whole folder if no shard is complete.
+        """After a failure: remove incomplete files, or the whole folder if no shard or calibrated part is complete.
 
         Returns what to tell the user.
         """
         self._remove_incomplete()
-        count = len(self.complete_shards)
+        count, what = len(self.complete_shards), "complete shard"
+        if not count:
+            count, what = self._calibrated_parts(), "calibrated part"
         if not count:
             self.remove()
             return "nothing was kept"
         self._unlock()
-        return f"the same command continues after the {count} complete shard{'s' * (count > 1)} kept in {self._root}"
+        return f"the same command continues after the {count} {what}{'s' * (count > 1)} kept in {self._root}"
+
+    def _calibrated_parts(self) -> int:
+        folders = self.calibration.iterdir() if self.calibration.is_dir() else ()
+        return sum(path.is_dir() and path.suffix != ".unfinished" for path in folders)
 
     def remove(self) -> None:
         """Remove the folder with everything in it."""

@@ -1,4 +1,5 @@
-"""Least-squares scales for 4-bit affine weights: what `convert --search mse` quantizes with.
+"""Least-squares scales for affine weights: what `convert --search mse` quantizes 4-bit weights with, and where
+calibration/rounding.py begins.
 
 MLX's recipe spans a group from its smallest to its largest value. Two things lose less in the same storage: finer
 steps that clip a few values, and steps that match the few distinct values of weights that came from MXFP4. On such
@@ -38,6 +39,11 @@ def to_spec(weight: Weight, spec: Spec, scale_dtype: np.dtype[Any] = BFLOAT16) -
     is_stored_so = isinstance(weight, Quantized) and weight.spec == spec and weight.outer is None
     if is_stored_so or (spec.element, spec.bits) != ("uint", 4):
         return quantization.to_spec(weight, spec, scale_dtype)
+    return quantize(weight, spec, scale_dtype)
+
+
+def quantize(weight: Weight, spec: Spec, scale_dtype: np.dtype[Any] = BFLOAT16) -> Quantized:
+    """The weight, decoded and quantized to affine codes of any width with scales and biases of the least error."""
     return quantization.quantize_with(weight, spec, partial(_encode, dtype=scale_dtype), scale_dtype)
 
 
@@ -49,88 +55,105 @@ def _encode(groups: Floats, spec: Spec, *, dtype: np.dtype[Any]) -> tuple[Bytes,
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, len(groups), _BLOCK_GROUPS):
             part = slice(start, start + _BLOCK_GROUPS)
-            scale[part], bias[part] = found = _search(groups[part], spec, dtype)
-            codes[part] = _nearest_codes(groups[part], *found)
+            scale[part], bias[part] = found = best_scales(groups[part], spec, dtype)
+            codes[part] = nearest_codes(groups[part], *found, 2**spec.bits - 1)
     return codes, scale, bias
 
 
-def _search(groups: Floats, spec: Spec, dtype: np.dtype[Any]) -> tuple[Floats, Floats]:
-    """The best scale and bias [n] of groups [n, g]: those of the recipe, unless a proposal has a smaller error."""
+def best_scales(
+    groups: Floats, spec: Spec, dtype: np.dtype[Any], weights: Floats | None = None
+) -> tuple[Floats, Floats]:
+    """The scale and bias [n] of groups [n, g]: those of the recipe, unless a proposal has a smaller error.
+
+    weights: of the squared error of each place in a group, [g]; None weighs all alike.
+    """
     _, scale, bias = quantization.encode_affine(groups.copy(), spec)
-    scale, bias = _round_scale(scale, dtype), _round(bias, dtype)
-    best_error = _squared_error(groups, scale, bias)
-    for proposed_scale, proposed_bias in _proposals(groups, dtype):
-        error = _squared_error(groups, proposed_scale, proposed_bias)
+    top = 2**spec.bits - 1
+    scale, bias = round_scale(scale, dtype), round_to(bias, dtype)
+    best_error = _squared_error(groups, scale, bias, top, weights)
+    for proposed_scale, proposed_bias in _proposals(groups, top, dtype, weights):
+        error = _squared_error(groups, proposed_scale, proposed_bias, top, weights)
         better = error < best_error
         scale, bias = np.where(better, proposed_scale, scale), np.where(better, proposed_bias, bias)
         best_error = np.where(better, error, best_error)
     return scale, bias
 
 
-def _proposals(groups: Floats, dtype: np.dtype[Any]) -> Iterator[tuple[Floats, Floats]]:
+def _proposals(
+    groups: Floats, top: int, dtype: np.dtype[Any], weights: Floats | None
+) -> Iterator[tuple[Floats, Floats]]:
     """Scale and bias [n] of each group's best candidate, then of its refinements, all rounded to `dtype`."""
-    scale, bias = _best_candidate(groups)
+    scale, bias = _best_candidate(groups, top, weights)
     for refinements_left in reversed(range(_REFINEMENTS + 1)):
-        scale, bias = _round_scale(scale, dtype), _round(bias, dtype)
+        scale, bias = round_scale(scale, dtype), round_to(bias, dtype)
         yield scale, bias
         if refinements_left:
-            scale, bias = _least_squares(groups, _nearest_codes(groups, scale, bias), scale)
+            scale, bias = _least_squares(groups, nearest_codes(groups, scale, bias, top), scale, weights)
 
 
-def _best_candidate(groups: Floats) -> tuple[Floats, Floats]:
-    """Scale and bias [n] of the candidate with the smallest error in each group [n, g]."""
+def _best_candidate(groups: Floats, top: int, weights: Floats | None) -> tuple[Floats, Floats]:
+    """Scale and bias [n] of the candidate with the smallest error in each group [n, g]. Codes are from 0 to `top`."""
     low, high = groups.min(axis=1), groups.max(axis=1)
     amax = np.where(-low >= high, -low, -high)  # negative where the sign of the group is turned
     normalized = groups * np.divide(1, amax, out=np.zeros_like(amax), where=amax != 0)[:, None]
     best_error = np.full(len(groups), np.inf, np.float32)
     best = np.zeros(len(groups), np.intp)
     steps, work = np.empty_like(normalized), np.empty_like(normalized)
+    root = None if weights is None else np.sqrt(weights)
     for index, (step, edge) in enumerate(_CANDIDATES):
-        np.multiply(normalized, np.float32(192 / step), out=steps)
-        steps += np.float32(4 * edge / step)
+        width = step * 15 / top
+        np.multiply(normalized, np.float32(192 / width), out=steps)
+        steps += np.float32(4 * edge / width)
         np.rint(steps, out=work)
-        np.clip(work, 0, 15, out=work)
+        np.clip(work, 0, top, out=work)
         work -= steps
-        error = np.einsum("ng,ng->n", work, work) * np.float32(step**2)
+        if root is not None:
+            work *= root
+        error = np.einsum("ng,ng->n", work, work) * np.float32(width**2)
         best[error < best_error] = index
         np.minimum(best_error, error, out=best_error)
     step, edge = np.array(_CANDIDATES, np.float32).T
+    step *= np.float32(15 / top)
     return step[best] / 192 * amax, -edge[best] / 48 * amax
 
 
-def _least_squares(groups: Floats, codes: Floats, scale: Floats) -> tuple[Floats, Floats]:
+def _least_squares(groups: Floats, codes: Floats, scale: Floats, weights: Floats | None) -> tuple[Floats, Floats]:
     """Scale and bias [n] of least squares for these codes [n, g], which are overwritten; `scale` if all are equal."""
-    size = np.float32(groups.shape[1])
-    mean_code, mean = codes.sum(axis=1) / size, groups.sum(axis=1) / size
+    total = np.float32(groups.shape[1]) if weights is None else weights.sum()
+    mean_code = (codes if weights is None else codes * weights).sum(axis=1) / total
+    mean = (groups if weights is None else groups * weights).sum(axis=1) / total
     codes -= mean_code[:, None]
-    variance = np.einsum("ng,ng->n", codes, codes)
-    covariance = np.einsum("ng,ng->n", codes, groups)
+    weighted = codes if weights is None else codes * weights
+    variance = np.einsum("ng,ng->n", codes, weighted)
+    covariance = np.einsum("ng,ng->n", weighted, groups)
     found = np.divide(covariance, variance, out=scale.copy(), where=variance > 0)
     return found, mean - found * mean_code
 
 
-def _nearest_codes(groups: Floats, scale: Floats, bias: Floats) -> Floats:
-    """The nearest codes [n, g], as float32."""
+def nearest_codes(groups: Floats, scale: Floats, bias: Floats, top: int) -> Floats:
+    """The nearest codes [n, g] from 0 to `top`, as float32."""
     codes = groups - bias[:, None]
     codes /= scale[:, None]
     np.rint(codes, out=codes)
-    return np.clip(codes, 0, 15, out=codes)
+    return np.clip(codes, 0, top, out=codes)
 
 
-def _squared_error(groups: Floats, scale: Floats, bias: Floats) -> Floats:
+def _squared_error(groups: Floats, scale: Floats, bias: Floats, top: int, weights: Floats | None) -> Floats:
     """The squared error [n] of each group with its nearest codes."""
-    values = _nearest_codes(groups, scale, bias)
+    values = nearest_codes(groups, scale, bias, top)
     values *= scale[:, None]
     values += bias[:, None]
     values -= groups
-    found: Floats = np.einsum("ng,ng->n", values, values)
+    weighted = values if weights is None else values * weights
+    found: Floats = np.einsum("ng,ng->n", values, weighted)
     return found
 
 
-def _round_scale(scale: Floats, dtype: np.dtype[Any]) -> Floats:
+def round_scale(scale: Floats, dtype: np.dtype[Any]) -> Floats:
     """The scale as stored. Its magnitude is at least 1e-7, as in MLX."""
-    return _round(np.where(np.abs(scale) < 1e-7, np.float32(1e-7), scale), dtype)
+    return round_to(np.where(np.abs(scale) < 1e-7, np.float32(1e-7), scale), dtype)
 
 
-def _round(values: Floats, dtype: np.dtype[Any]) -> Floats:
+def round_to(values: Floats, dtype: np.dtype[Any]) -> Floats:
+    """The values as `dtype` holds them, in float32."""
     return values.astype(dtype).astype(np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -107,6 +108,17 @@ def test_convert_then_generate(run, tmp_path):
     assert run("convert", "MINI", tmp_path / "q", "--to", "mlx-8bit", "--overwrite").returncode == 0
     report = json.loads(run("generate", "x", "--model", tmp_path / "q", "--max-tokens", 2, "--json").stdout)
     assert report["format"] == "mlx-8bit"
+
+
+def test_convert_calibrated(run, tmp_path):
+    """--calibrate says what it needs first, and takes a file or none. With none it stands last or before an option."""
+    (tmp_path / "text.txt").write_text("One and two are three. " * 20)
+    out = run("convert", "MINI", tmp_path / "q", "--to", "mlx-4bit", "--calibrate", tmp_path / "text.txt")
+    assert out.returncode == 0, out.stderr
+    assert re.match(r"calibrating on \d+ tokens; needs at most \d+ MB of memory and \d+", out.stderr)
+    assert out.stdout.startswith("mxfp4 -> mlx-4bit:")
+    wrong = run("convert", "MINI", tmp_path / "r", "--to", "nvfp4", "--calibrate")
+    assert wrong.returncode == 1 and "nvfp4 is not calibrated" in wrong.stderr
 
 
 @pytest.mark.parametrize(
