@@ -216,8 +216,8 @@ def _bytes_in_memory(weights: Requantized, backend: str) -> int:
 
 def _check_options(backend: str, kv_bits: int | None, speculate: bool) -> None:
     """Raise InvalidRequest for options that only the mlx backend has."""
-    if kv_bits is not None and (kv_bits != 8 or backend != "mlx"):
-        raise InvalidRequest(f"kv_bits must be 8, and the backend mlx, not {kv_bits!r} and {backend}; or leave it out")
+    if kv_bits not in (None, 8):
+        raise InvalidRequest(f"kv_bits must be 8, not {kv_bits!r}; or leave it out")
     if speculate and backend != "mlx":
         raise InvalidRequest(f"the {backend} backend cannot speculate; leave it out, or use the mlx backend")
 

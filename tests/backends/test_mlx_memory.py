@@ -1,20 +1,16 @@
-"""Memory of the MLX backend: within the plan, constant over a long run, and the 8-bit cache has its stated size."""
+"""Memory of the MLX backend: within the plan, constant over a long run."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import mlx.core as mx
-import numpy as np
 import psutil
 import pytest
 
-import mlx_gptoss
-from mlx_gptoss.api import NANO
 from mlx_gptoss.backends import mlx as backend
 from mlx_gptoss.backends.base import Limits, Row, snapshot_space
 from mlx_gptoss.config import TINY
-from mlx_gptoss.errors import InvalidRequest
 from mlx_gptoss.loading.memory import RUNTIME_BYTES, plan_memory
 from mlx_gptoss.sampling import Sampling
 from mlx_gptoss.weights import checkpoint as checkpoints
@@ -115,41 +111,6 @@ def test_mlx_keeps_no_more_freed_buffers_than_a_prefill_step_needs(mini, monkeyp
     assert len(set_to) == 1 and 0 < set_to[0] < 16 * MB
     runner.close()
     assert set_to[1:] == [12345]
-
-
-def test_a_cache_in_8_bits_decodes_what_it_prefills(mini):
-    """One token's scores are products with the codes, a prompt's with the decoded keys. Both give the same numbers,
-    for one slot and for several of different lengths."""
-    checkpoint = checkpoints.open(mini / "mxfp4")
-    runner = backend.load(checkpoint, device="cpu", dtype=None, limits=Limits(3, 400, 64, kv_bits=8))
-    prompts = [tuple(np.random.default_rng(n).integers(0, 300, n).tolist()) for n in (60, 30, 7)]
-    ids = [[runner.submit([Row(i, 0, p, GREEDY, p)]).wait()[0].token] for i, p in enumerate(prompts)]
-    for step in range(12):
-        rows = [Row(i, len(p) + step, None, GREEDY) for i, p in enumerate(prompts)]
-        for mine, sampled in zip(ids, runner.submit(rows).wait(), strict=True):
-            mine.append(sampled.token)
-            assert np.isfinite(sampled.logprob)
-    for prompt, mine in zip(prompts, ids, strict=True):
-        logits = runner.logits([*prompt, *mine])[len(prompt) - 1 : -1]
-        margin = np.sort(logits, axis=-1)[:, -1] - np.take_along_axis(logits, np.array(mine)[:, None], -1)[:, 0]
-        assert margin.max() < 1e-3
-    whole = backend.load(checkpoint, device="cpu", dtype=None, limits=Limits(1, 400, 64)).logits(prompts[0])
-    packed = runner.logits(prompts[0])
-    error = np.abs(packed - whole).max() / np.abs(whole).max()
-    assert 1e-6 < error < 0.02
-
-
-def test_a_cache_in_8_bits_costs_little_quality():
-    (result,) = mlx_gptoss.evaluate(against=NANO, kv_bits=8, backend="mlx", device="cpu", max_tokens=200)
-    assert 0 < result.against[0].kl_mean < 1e-4
-    assert result.against[0].top1_agreement > 0.999
-
-
-def test_a_cache_in_other_bits_or_elsewhere_is_refused(mini):
-    with pytest.raises(InvalidRequest, match="kv_bits must be 8"):
-        mlx_gptoss.load(mini / "mxfp4", kv_bits=4, backend="mlx")
-    with pytest.raises(InvalidRequest, match="backend mlx"):
-        mlx_gptoss.load(mini / "mxfp4", kv_bits=8, backend="cuda", device="cpu")
 
 
 def memory_of_50_overlapping_steps(slots: int) -> float:

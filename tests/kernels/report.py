@@ -92,7 +92,7 @@ def record(
     preset: str, form: str, rows: list[int], dtype: torch.dtype = torch.bfloat16, arch: int = 90
 ) -> dict[Launch, int]:
     """The different launches of a decoding step for each of `rows` and of a prefill chunk, on a GPU of compute
-    capability `arch`, and how often each happens.
+    capability `arch`, and how often each happens: with keys and values as they are, and in 8 bits.
 
     The model has two layers, a sliding and a full one.
     """
@@ -101,14 +101,15 @@ def record(
     model = load_model(Shapes(config, form), dtype, META, Fused())
     what = ""
     with recording(arch, lambda: what) as found:
-        cache = Cache(config, max(rows), CONTEXT, dtype, META, whole=True)
-        decoder = Decoder(model, cache, torch.zeros(max(rows), dtype=torch.int64, device=META), CONTEXT)
-        for count in rows:
-            what = f"{form}, {count} row{'s' * (count > 1)}"
-            decoder._run(decoder._ready(count), ())
-        what = f"{form}, prefill"
-        ids = torch.zeros((1, CHUNK), dtype=torch.int64, device=META)
-        model(ids, cache, Span.of([0], [CHUNK], CHUNK, META))
+        for pack, bits in ((None, ""), (Fused().pack, ", 8-bit K/V")):
+            cache = Cache(config, max(rows), CONTEXT, dtype, META, whole=True, pack=pack)
+            decoder = Decoder(model, cache, torch.zeros(max(rows), dtype=torch.int64, device=META), CONTEXT)
+            for count in rows:
+                what = f"{form}, {count} row{'s' * (count > 1)}{bits}"
+                decoder._run(decoder._ready(count), ())
+            what = f"{form}, prefill{bits}"
+            ids = torch.zeros((1, CHUNK), dtype=torch.int64, device=META)
+            model(ids, cache, Span.of([0], [CHUNK], CHUNK, META))
     return found
 
 
@@ -130,7 +131,7 @@ def recording(arch: int = 90, what: Callable[[], str] = str) -> Iterator[dict[La
         JITFunction.run, tiles.capability = original, capability
 
 
-ROW = "{:<19}{:<22}{:>5}{:>10}{:>7}{:>11}{:>8}{:>8}{:>14}{:>7}{:>7}{:>13}"
+ROW = "{:<19}{:<33}{:>5}{:>10}{:>7}{:>11}{:>8}{:>8}{:>14}{:>7}{:>7}{:>13}"
 
 
 @dataclass(frozen=True)

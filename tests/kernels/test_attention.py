@@ -1,4 +1,4 @@
-"""Attention against float64: rows of different lengths, splits, rings, windows, chunks.
+"""Attention against float64: rows of different lengths, splits, rings, windows, chunks, keys and values in 8 bits.
 
 Keys and values that no query may see are NaN, and so are outputs before a kernel writes them.
 """
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mlx_gptoss.backends.cuda.kernels import attention as kernels
+from mlx_gptoss.backends.cuda.quantized_kv import Packed, pack
 
 SCALE = 0.125
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -45,7 +46,8 @@ def oracle(q, keys, values, sinks, seen) -> torch.Tensor:
 
 @dataclass
 class Step:
-    """One decoding step: B rows in other slots than their own number, NaN wherever a row has not been."""
+    """One decoding step: B rows in other slots than their own number, NaN wherever a row has not been. packed: the
+    cache is in 8 bits, and keys and values are what it holds."""
 
     positions: list[int]
     H: int
@@ -53,6 +55,7 @@ class Step:
     C: int
     dtype: torch.dtype
     device: torch.device
+    packed: bool = False
 
     def __post_init__(self) -> None:
         B = len(self.positions)
@@ -66,6 +69,10 @@ class Step:
             written = min(position + 1, self.C)
             for seed, cache in enumerate((self.keys, self.values)):
                 cache[slot, :, :written] = random(self.K, written, 64, seed=10 * slot + seed).to(cache)
+        self.cached: list[torch.Tensor] | list[Packed] = [self.keys, self.values]
+        if self.packed:
+            self.cached = [pack(cache) for cache in (self.keys, self.values)]
+            self.keys, self.values = (cache.dequantized(torch.float64) for cache in self.cached)
 
     def run(self, ring: bool) -> torch.Tensor:
         B, on = len(self.positions), torch.tensor(self.positions, dtype=torch.int32, device=self.device)
@@ -73,9 +80,7 @@ class Step:
         scratch = None
         if not ring:
             scratch = kernels.decode_scratch(B, self.H, self.K, self.C, self.dtype, self.device).fill_(torch.nan)
-        kernels.decode_attention(
-            *(self.q, self.keys, self.values, self.slots, on, self.sinks, SCALE, out, scratch), ring=ring
-        )
+        kernels.decode_attention(*(self.q, *self.cached, self.slots, on, self.sinks, SCALE, out, scratch), ring=ring)
         return out
 
     def wanted(self) -> torch.Tensor:
@@ -87,12 +92,15 @@ class Step:
 
 
 @dtypes
-@pytest.mark.parametrize("programs, longest", [(1, 8192), (24, 8192), (264, 8192), (24, 64)])
-def test_decoding_splits_rows_of_very_different_lengths(monkeypatch, close, device, dtype, programs, longest):
+@pytest.mark.parametrize(
+    "programs, longest, packed",
+    [(1, 8192, False), (24, 8192, False), (264, 8192, False), (24, 64, False), (1, 8192, True), (24, 8192, True)],
+)
+def test_decoding_splits_rows_of_very_different_lengths(monkeypatch, close, device, dtype, programs, longest, packed):
     """One split, two, and more than most rows have blocks; last, MAX_SPLIT makes more than PROGRAMS asks for."""
     monkeypatch.setattr(kernels, "PROGRAMS", programs)
     monkeypatch.setattr(kernels, "MAX_SPLIT", longest)
-    step = Step([0, 299, 63, -1, 64, 31], H=8, K=2, C=300, dtype=dtype, device=device)
+    step = Step([0, 299, 63, -1, 64, 31], H=8, K=2, C=300, dtype=dtype, device=device, packed=packed)
     out = step.run(ring=False)
     close(out, step.wanted(), TOLERANCES[dtype])
     assert (out[3] == 0).all()

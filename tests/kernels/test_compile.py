@@ -16,6 +16,7 @@ EXPECTED = {"embed", "qkv", "decode", "linear", "router", "gate_up_one_token", "
 EXPECTED |= {"merge_splits", "draw_blocks", "draw_rows"}
 EXPECTED |= {"rms_norm", "sort_pairs", "gate_up_grouped", "down_grouped", "sum_experts"}  # several rows
 EXPECTED |= {"rope", "prefill"}
+EXPECTED |= {"quantize", "dequantize"}  # keys and values in 8 bits
 
 
 def report(*options: str, triton: str | None = None) -> list[dict]:

@@ -1,6 +1,7 @@
 """The KV cache: growing tensors for full layers, rings for sliding ones. Every layer holds all slots.
 
-CUDA graphs need fixed addresses, so the full-attention layers are allocated whole there.
+Keys and values of a layer are one tensor, so that one kernel can write both. CUDA graphs need fixed addresses, so the
+full-attention layers are allocated whole there.
 
 Legend: S slots, B rows in this step, K kv heads, L tokens, C capacity, W window.
 A row's keys are stored rotated; positions are absolute from 0.
@@ -8,7 +9,7 @@ A row's keys are stored rotated; positions are absolute from 0.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from ...config import ModelConfig
+from .quantized_kv import KeysOrValues, Packed
 from .transfer import to_device
 
 GROWTH = 256  # full layers grow by multiples of this many tokens
+Pack = Callable[[Tensor], Packed]  # keys or values [..., 64] in 8 bits
 
 
 @dataclass(frozen=True)
@@ -65,45 +68,62 @@ class Span:
 class Visible:
     """What one-token queries attend to: keys, values [B, K, C, 64]; mask bool [B, 1, 1, C], or None for all of them."""
 
-    keys: Tensor
-    values: Tensor
+    keys: KeysOrValues
+    values: KeysOrValues
     mask: Tensor | None
 
 
 class FullCache:
-    """Keys and values of every position so far, [S, K, C, 64]; C grows from `capacity` in steps of GROWTH up to
-    max_context."""
+    """Keys and values of every position so far, [2, S, K, C, 64]; C grows from `capacity` in steps of GROWTH up to
+    max_context. pack: turns them into 8 bits, of which the arrays are codes and scales (Packed); None keeps them."""
 
     def __init__(
         self,
-        slots: int,
-        heads: int,
-        head_dim: int,
+        shape: tuple[int, int, int],
         max_context: int,
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
+        pack: Pack | None = None,
     ) -> None:
-        self._max_context = max_context
-        self.keys: Tensor = torch.zeros((slots, heads, capacity, head_dim), dtype=dtype, device=device)
-        self.values: Tensor = torch.zeros((slots, heads, capacity, head_dim), dtype=dtype, device=device)
+        """shape: S, K and 64."""
+        slots, heads, dim = shape
+        self._max_context, self._pack = max_context, pack
+        kinds = [(dim, dtype)] if pack is None else [(dim, torch.uint8), (2, torch.float32)]
+        self.arrays: list[Tensor] = [
+            torch.zeros((2, slots, heads, capacity, width), dtype=kind, device=device) for width, kind in kinds
+        ]
+
+    @property
+    def packed(self) -> bool:
+        return self._pack is not None
+
+    @property
+    def keys(self) -> KeysOrValues:
+        """[S, K, C, 64]"""
+        return self._part(0)
+
+    @property
+    def values(self) -> KeysOrValues:
+        """[S, K, C, 64]"""
+        return self._part(1)
 
     def append(self, k: Tensor, v: Tensor, span: Span) -> Visible:
         """Store one token per row, k, v [B, K, 1, 64], and return all keys and values so far."""
         self._grow(span.end)
         slots = _indices(span)
-        self.keys[slots, :, span.offsets] = k[:, :, 0]
-        self.values[slots, :, span.offsets] = v[:, :, 0]
+        for array, new in self._stored(k, v):
+            array[slots, :, span.offsets] = new[:, :, 0]
         rows = _slot_index(span)
         mask = None if len(set(span.starts)) == 1 else _causal_mask(span.offsets, span.end)
         return Visible(self.keys[rows, :, : span.end], self.values[rows, :, : span.end], mask)
 
-    def extend(self, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+    def extend(self, k: Tensor, v: Tensor, span: Span) -> tuple[KeysOrValues, KeysOrValues]:
         """Store one slot's next L tokens, k, v [1, K, L, 64], and return all up to them, [1, K, start + L, 64]."""
         self._grow(span.end)
         slot, start = span.slots[0], span.starts[0]
-        self.keys[slot, :, start : span.end] = k[0]
-        self.values[slot, :, start : span.end] = v[0]
+        for array, new in self._stored(k, v):
+            array[slot, :, start : span.end] = new[0]
         return self.keys[slot : slot + 1, :, : span.end], self.values[slot : slot + 1, :, : span.end]
 
     @staticmethod
@@ -111,69 +131,94 @@ class FullCache:
         """The number of positions that a snapshot holds."""
         return end - start
 
-    def part(self, slot: int, start: int, end: int) -> Part:
-        """Copies of one slot's positions from start to end, [K, end - start, 64] each."""
-        return self.keys[slot, :, start:end].clone(), self.values[slot, :, start:end].clone()
+    def part(self, slot: int, start: int, end: int) -> list[Tensor]:
+        """Copies of one slot's positions from start to end, [2, K, end - start, ...] each."""
+        return [array[:, slot, :, start:end].clone() for array in self.arrays]
 
-    def restore(self, slot: int, chain: Sequence[Part]) -> None:
+    def restore(self, slot: int, chain: Sequence[Sequence[Tensor]]) -> None:
         """Put consecutive parts, the first from position 0, into a slot."""
-        self._grow(sum(keys.shape[1] for keys, _ in chain))
+        self._grow(sum(part[0].shape[2] for part in chain))
         start = 0
-        for keys, values in chain:
-            end = start + keys.shape[1]
-            self.keys[slot, :, start:end], self.values[slot, :, start:end] = keys, values
+        for part in chain:
+            end = start + part[0].shape[2]
+            for array, values in zip(self.arrays, part, strict=True):
+                array[:, slot, :, start:end] = values
             start = end
 
+    def _part(self, which: int) -> KeysOrValues:
+        parts = [array[which] for array in self.arrays]
+        return Packed(parts[0], parts[1]) if self.packed else parts[0]
+
+    def _stored(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each array of the keys and of the values, [S, K, C, ...], with what it stores of k or v, [B, K, L, ...]."""
+        for which, new in enumerate((k, v)):
+            if self._pack is None:
+                yield self.arrays[0][which], new
+            else:
+                packed = self._pack(new)
+                yield self.arrays[0][which], packed.codes
+                yield self.arrays[1][which], packed.scale_bias
+
     def _grow(self, needed: int) -> None:
-        slots, heads, capacity, dim = self.keys.shape
+        capacity = self.arrays[0].shape[3]
         if needed <= capacity:
             return
         # Growing by a quarter keeps the copies few; the memory plan counts max_context.
         wanted = max(needed, capacity + capacity // 4)
         more = min(-(-wanted // GROWTH) * GROWTH, max(self._max_context, needed)) - capacity
-        pad = self.keys.new_zeros((slots, heads, more, dim))
-        self.keys = torch.cat([self.keys, pad], dim=2)
-        self.values = torch.cat([self.values, pad], dim=2)
-
-
-Part = tuple[Tensor, Tensor]
+        for i, array in enumerate(self.arrays):
+            pad = array.new_zeros((*array.shape[:3], more, array.shape[4]))
+            self.arrays[i] = torch.cat([array, pad], dim=3)
 
 
 @dataclass(frozen=True)
 class SlotSnapshot:
-    """A Snapshot of one slot. parts: keys and values of each layer, in order. A full-attention layer has the positions
-    from start to end, [K, end - start, 64]; a ring its filled part at the end, [K, min(end, W), 64]."""
+    """A Snapshot of one slot. parts: of each layer's arrays, in order. A full-attention layer has the positions from
+    start to end, [2, K, end - start, ...]; a ring its filled part at the end, [2, K, min(end, W), 64]."""
 
     start: int
     end: int
-    parts: tuple[Part, ...]
+    parts: tuple[tuple[Tensor, ...], ...]
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for pair in self.parts for part in pair)
+        return sum(part.nbytes for parts in self.parts for part in parts)
 
 
 class RingCache:
-    """The last W positions of each slot, [S, K, W, 64]; position p is at index p % W.
+    """The last W positions of each slot, [2, S, K, W, 64]; position p is at index p % W.
 
     kept: by slot, of a row whose inside may be saved: its first position, and keys and values of the W positions before
-        it with its own, [1, K, W + L, 64] each.
+        it with its own, [2, K, W + L, 64].
     """
 
-    kept: dict[int, tuple[int, tuple[Tensor, Tensor]]]
+    kept: dict[int, tuple[int, Tensor]]
 
-    def __init__(
-        self, slots: int, heads: int, head_dim: int, window: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, shape: tuple[int, int, int], window: int, dtype: torch.dtype, device: torch.device) -> None:
+        """shape: S, K and 64."""
+        slots, heads, dim = shape
         self.window, self.kept = window, {}
-        self.keys: Tensor = torch.zeros((slots, heads, window, head_dim), dtype=dtype, device=device)
-        self.values: Tensor = torch.zeros((slots, heads, window, head_dim), dtype=dtype, device=device)
+        self._kv = torch.zeros((2, slots, heads, window, dim), dtype=dtype, device=device)
+
+    @property
+    def arrays(self) -> list[Tensor]:
+        return [self._kv]
+
+    @property
+    def keys(self) -> Tensor:
+        """[S, K, W, 64]"""
+        return self._kv[0]
+
+    @property
+    def values(self) -> Tensor:
+        """[S, K, W, 64]"""
+        return self._kv[1]
 
     def append(self, k: Tensor, v: Tensor, span: Span) -> Visible:
         """Store one token per row, k, v [B, K, 1, 64]. The order within a ring does not matter to softmax."""
         slots, places = _indices(span), span.offsets % self.window
-        self.keys[slots, :, places] = k[:, :, 0]
-        self.values[slots, :, places] = v[:, :, 0]
+        for ring, new in ((self.keys, k), (self.values, v)):
+            ring[slots, :, places] = new[:, :, 0]
         filled = min(span.end, self.window)
         everywhere = min(span.starts) + 1 >= filled
         rows = _slot_index(span)
@@ -184,38 +229,37 @@ class RingCache:
         """Store one slot's next L tokens, k, v [1, K, L, 64], and return them after the W positions before them:
         [1, K, W + L, 64]. Entries for positions before 0 must be masked."""
         slot, start, w = span.slots[0], span.starts[0], self.window
-        both = []
-        for ring, new in ((self.keys, k), (self.values, v)):
-            # Rolled so that the oldest position, start - W, comes first.
-            past = torch.roll(ring[slot : slot + 1], -(start % w), 2)
-            joined = torch.cat([past, new], dim=2)
-            both.append(joined)
-            ring[slot : slot + 1] = torch.roll(joined[:, :, -w:], span.end % w, 2)
+        ring = self._kv[:, slot]  # [2, K, W, 64]
+        joined = ring.new_empty((*ring.shape[:2], w + span.length, ring.shape[3]))
+        # Rolled so that the oldest position, start - W, comes first.
+        joined[:, :, :w] = torch.roll(ring, -(start % w), 2)
+        joined[0, :, w:], joined[1, :, w:] = k[0], v[0]
+        ring.copy_(torch.roll(joined[:, :, -w:], span.end % w, 2))
         if span.saves_inside:
-            self.kept[slot] = (start, (both[0], both[1]))
-        return both[0], both[1]
+            self.kept[slot] = (start, joined)
+        return joined[:1], joined[1:]
 
     def snapshot_places(self, start: int, end: int) -> int:
         """The number of indices that are filled at the end of a snapshot."""
         return min(end, self.window)
 
-    def part(self, slot: int, start: int, end: int) -> Part:
-        """Copies of the filled part of one slot as of `end`, [K, min(end, W), 64] each, without remains of an earlier
+    def part(self, slot: int, start: int, end: int) -> list[Tensor]:
+        """A copy of the filled part of one slot as of `end`, [2, K, min(end, W), 64], without remains of an earlier
         sequence."""
         filled, w = self.snapshot_places(start, end), self.window
-        keys, values, turned = self.keys[slot, :, :filled], self.values[slot, :, :filled], 0
+        latest, turned = self._kv[:, slot, :, :filled], 0
         if slot in self.kept:
             first, joined = self.kept[slot]
             stop = w + end - first  # of the positions before `end` in `joined`
-            if w < stop < joined[0].shape[2]:
-                keys, values = (each[0, :, stop - filled : stop] for each in joined)
+            if w < stop < joined.shape[2]:
+                latest = joined[:, :, stop - filled : stop]
                 turned = end % w if filled == w else 0
-        return torch.roll(keys, turned, 1), torch.roll(values, turned, 1)
+        return [torch.roll(latest, turned, 2)]
 
-    def restore(self, slot: int, chain: Sequence[Part]) -> None:
+    def restore(self, slot: int, chain: Sequence[Sequence[Tensor]]) -> None:
         """Put the last part into a slot."""
-        keys, values = chain[-1]
-        self.keys[slot, :, : keys.shape[1]], self.values[slot, :, : keys.shape[1]] = keys, values
+        (part,) = chain[-1]
+        self._kv[:, slot, :, : part.shape[2]] = part
 
 
 LayerCache = FullCache | RingCache
@@ -223,7 +267,7 @@ LayerCache = FullCache | RingCache
 
 class Cache:
     """One FullCache or RingCache per layer, for `slots` sequences of at most max_context tokens. whole: allocate all
-    memory at once, at fixed addresses."""
+    memory at once, at fixed addresses. pack: as in FullCache; rings are small and stay as they are."""
 
     def __init__(
         self,
@@ -234,19 +278,21 @@ class Cache:
         device: torch.device,
         *,
         whole: bool = False,
+        pack: Pack | None = None,
     ) -> None:
-        heads, dim = config.num_key_value_heads, config.head_dim
+        shape, capacity = (slots, config.num_key_value_heads, config.head_dim), max_context if whole else 0
         self.layers: list[LayerCache] = [
-            FullCache(slots, heads, dim, max_context, max_context if whole else 0, dtype, device)
+            FullCache(shape, max_context, capacity, dtype, device, pack)
             if window is None
-            else RingCache(slots, heads, dim, window, dtype, device)
+            else RingCache(shape, window, dtype, device)
             for window in config.windows
         ]
         self.rings: list[RingCache] = [layer for layer in self.layers if isinstance(layer, RingCache)]
+        self.pack: Pack | None = pack
 
     def save(self, slot: int, start: int, end: int) -> SlotSnapshot:
         """As Runner.save."""
-        return SlotSnapshot(start, end, tuple(layer.part(slot, start, end) for layer in self.layers))
+        return SlotSnapshot(start, end, tuple(tuple(layer.part(slot, start, end)) for layer in self.layers))
 
     def drop_kept(self, unless: Container[int]) -> None:
         """Free what is kept for snapshots inside of rows, except for these slots."""
@@ -266,16 +312,23 @@ class Cache:
 
     def unpack(self, start: int, end: int, data: bytes) -> SlotSnapshot:
         """As Runner.unpack: the concatenated bytes of all parts."""
-        places = [layer.snapshot_places(start, end) for layer in self.layers]
-        keys = [layer.keys for layer in self.layers]
-        shapes = [(2, k.shape[1], count, k.shape[3] * k.itemsize) for k, count in zip(keys, places, strict=True)]
-        if len(data) != (size := sum(prod(shape) for shape in shapes)):
+        kinds = [
+            [
+                (array, (2, array.shape[2], layer.snapshot_places(start, end), array.shape[4] * array.itemsize))
+                for array in layer.arrays
+            ]
+            for layer in self.layers
+        ]
+        if len(data) != (size := sum(prod(shape) for layer in kinds for _, shape in layer)):
             raise ValueError(f"a snapshot of the positions {start} to {end} has {size} bytes, not {len(data)}")
         whole, parts, begin = torch.frombuffer(bytearray(data), dtype=torch.uint8), [], 0
-        for shape, like in zip(shapes, keys, strict=True):
-            piece = whole[begin : begin + prod(shape)].view(shape).clone().view(like.dtype).to(like.device)
-            parts.append((piece[0], piece[1]))
-            begin += prod(shape)
+        for layer in kinds:
+            found = []
+            for like, shape in layer:
+                piece = whole[begin : begin + prod(shape)].view(shape).clone()
+                found.append(piece.view(like.dtype).to(like.device))
+                begin += prod(shape)
+            parts.append(tuple(found))
         return SlotSnapshot(start, end, tuple(parts))
 
 

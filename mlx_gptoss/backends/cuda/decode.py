@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..base import Row
 from .adapters import LowRank, Uses, expert_adapters
-from .cache import Cache, RingCache
-from .kernels import attention, linear, moe, qkv, routing, sample
+from .cache import Cache, FullCache, LayerCache, RingCache
+from .kernels import attention, linear, moe, qkv, quantized_kv, routing, sample
 from .model import Block, GptOss, Norm
 
 IDLE = -1
@@ -88,6 +88,8 @@ class Buffers:
     normed: Tensor
     q: Tensor
     y: Tensor
+    fresh: Tensor
+    own_rows: Tensor
     hidden: Tensor
     parts: Tensor
     share: Tensor
@@ -95,7 +97,8 @@ class Buffers:
     tokens: Tensor
     logprobs: Tensor
 
-    def __init__(self, model: GptOss, rows: int, capacity: int, device: torch.device) -> None:
+    def __init__(self, model: GptOss, rows: int, capacity: int, device: torch.device, *, packed: bool = False) -> None:
+        """packed: for full-attention layers that keep keys and values in 8 bits."""
         c = model.config
         D, pairs = c.hidden_size, rows * c.num_experts_per_tok
 
@@ -106,6 +109,9 @@ class Buffers:
         self.x, self.normed = new(rows, D), new(rows, D)
         self.q, self.y = new(rows, c.num_attention_heads, c.head_dim), new(rows, c.q_size)
         heads = c.num_attention_heads, c.num_key_value_heads
+        if packed:  # a layer's new keys and values, as a ring of one entry for each row
+            self.fresh = new(2, rows, c.num_key_value_heads, 1, c.head_dim)
+            self.own_rows = torch.arange(rows, dtype=torch.int32, device=device)
         self.attention: Tensor = attention.decode_scratch(rows, *heads, capacity, model.dtype, device)
         order, weights = new(pairs, dtype=torch.int32), new(pairs, dtype=torch.float32)
         self.routes: dict[int, Route] = {
@@ -184,7 +190,9 @@ class Decoder:
     def _idle_buffers(self, rows: int) -> Buffers:
         """The buffers of a step, with every row idle."""
         if rows not in self._buffers:
-            self._buffers[rows] = Buffers(self._model, rows, self._capacity, self._device)
+            self._buffers[rows] = Buffers(
+                self._model, rows, self._capacity, self._device, packed=self._cache.pack is not None
+            )
         self._buffers[rows].inputs.positions.fill_(IDLE)
         return self._buffers[rows]
 
@@ -207,24 +215,8 @@ class Decoder:
         uses = [(index, i.adapters == index) for index in used]
         linear.embed(i.given, self._last, i.slots, i.positions, model.embed, b.x)
         for block, layer in zip(model.blocks, self._cache.layers, strict=True):
-            ring = isinstance(layer, RingCache)
-            at = block.attention
-            x, gain, eps = self._normed(b, block.attention_norm, uses)
-            qkv.project_qkv(
-                x,
-                at.qkv.matrices,
-                at.qkv.bias,
-                self._table,
-                i.slots,
-                i.positions,
-                b.q,
-                layer.keys,
-                layer.values,
-                ring=ring,
-                norm=gain,
-                eps=eps,
-                delta=_delta(x, at.qkv_adapters, uses),
-            )
+            at, ring = block.attention, isinstance(layer, RingCache)
+            self._project(b, block, layer, uses)
             attention.decode_attention(
                 b.q, layer.keys, layer.values, i.slots, i.positions, at.sinks, at.scale, b.y, b.attention, ring=ring
             )
@@ -243,6 +235,30 @@ class Decoder:
         if not model.ranks.alone:
             b.logits.copy_(model.ranks.gather(own, b.logits.shape[-1]))
         sample.draw(b.logits, i.temperatures, i.keys, i.slots, i.positions, b.tokens, b.logprobs, self._last, b.draw)
+
+    def _project(self, b: Buffers, block: Block, layer: LayerCache, uses: Uses) -> None:
+        """Queries to b.q, keys and values to the cache."""
+        at, i, packed = block.attention, b.inputs, isinstance(layer, FullCache) and layer.packed
+        x, gain, eps = self._normed(b, block.attention_norm, uses)
+        # An 8-bit scale needs the whole head, of which a program of this kernel has a part.
+        slots, (keys, values) = (b.own_rows, b.fresh) if packed else (i.slots, layer.arrays[0])
+        qkv.project_qkv(
+            x,
+            at.qkv.matrices,
+            at.qkv.bias,
+            self._table,
+            slots,
+            i.positions,
+            b.q,
+            keys,
+            values,
+            ring=packed or isinstance(layer, RingCache),
+            norm=gain,
+            eps=eps,
+            delta=_delta(x, at.qkv_adapters, uses),
+        )
+        if packed:
+            quantized_kv.write_rows(b.fresh, layer.arrays, i.slots, i.positions)
 
     def _mixture(self, b: Buffers, block: Block, uses: Uses) -> None:
         router, experts = block.mlp.router, block.mlp.experts

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...weights.codecs import E2M1, E4M3, E8M0
 from ...weights.tensor import Element, ScaleKind, Spec
 from .adapters import ExpertAdapter
+from .quantized_kv import KeysOrValues, Packed
 
 Index = int | slice | Tensor
 
@@ -102,14 +103,18 @@ class Operations(Protocol):
         """x [B, L, heads * 64], whose pairs are (i, i + 32) of a head -> rotated [B, heads, L, 64]"""
         ...
 
+    def pack(self, x: Tensor) -> Packed:
+        """Keys or values [B, K, L, 64] in 8 bits"""
+        ...
+
     def attend_one(
-        self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sinks: Tensor, scale: float
+        self, q: Tensor, keys: KeysOrValues, values: KeysOrValues, mask: Tensor | None, sinks: Tensor, scale: float
     ) -> Tensor:
         """One query a row, [B, H, 1, 64], over keys [B, K, C, 64] where mask, bool [B, 1, 1, C], is true or None ->
         [B, 1, H * 64]. Softmax with one more column per head, the sink, float32 [H], which is dropped afterwards."""
         ...
 
-    def attend_causal(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float) -> Tensor:
+    def attend_causal(self, q: Tensor, keys: KeysOrValues, values: KeysOrValues, sinks: Tensor, scale: float) -> Tensor:
         """One slot's L new queries [1, H, L, 64] over all C keys [1, K, C, 64], the last L of which are their own ->
         [1, L, H * 64]"""
         ...

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .adapters import ExpertAdapter, LowRank, add_linear
 from .layers import DenseMatrix, Experts, Matrix, Rotation
+from .quantized_kv import KeysOrValues, Packed, as_computed, pack
 
 # Elements decoded at once. On a CPU the block stays in the cache until the product reads it.
 CPU_BLOCK = 1 << 20
@@ -69,14 +70,20 @@ class TorchOperations:
         a, b = heads_of(x, 2 * rotation.cos.shape[-1]).float().chunk(2, dim=-1)
         return torch.cat([a * rotation.cos - b * rotation.sin, b * rotation.cos + a * rotation.sin], dim=-1).to(x.dtype)
 
+    def pack(self, x: Tensor) -> Packed:
+        """Keys or values [B, K, L, 64] in 8 bits"""
+        return pack(x)
+
     def attend_one(
-        self, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sinks: Tensor, scale: float
+        self, q: Tensor, keys: KeysOrValues, values: KeysOrValues, mask: Tensor | None, sinks: Tensor, scale: float
     ) -> Tensor:
         """One query a row, [B, H, 1, 64], over keys [B, K, C, 64] where mask, bool [B, 1, 1, C], is true or None."""
+        keys, values = as_computed(keys, q.dtype), as_computed(values, q.dtype)
         return _merge_heads(_attend(q, keys, values, mask, sinks, scale), q.dtype)
 
-    def attend_causal(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float) -> Tensor:
+    def attend_causal(self, q: Tensor, keys: KeysOrValues, values: KeysOrValues, sinks: Tensor, scale: float) -> Tensor:
         """A block of queries at a time, each over the keys up to its end."""
+        keys, values = as_computed(keys, q.dtype), as_computed(values, q.dtype)
         L, C = q.shape[2], keys.shape[2]
         size = _queries_at_a_time(q, C)
         parts = []

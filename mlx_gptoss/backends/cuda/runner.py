@@ -62,9 +62,7 @@ class CudaRunner:
         self._model = model
         self._device = device
         with torch.inference_mode():
-            self._cache = Cache(
-                model.config, limits.slots, limits.max_context, model.dtype, device, whole=device.type == "cuda"
-            )
+            self._cache = self._make_cache(limits.slots, limits.max_context, whole=device.type == "cuda")
             self._last = torch.zeros(limits.slots, dtype=torch.int64, device=device)  # the last token of each slot
             self._decoder: Decoder | None = self._make_decoder() if kernels else None
         self._states: dict[int, SamplerState] = {}
@@ -111,7 +109,7 @@ class CudaRunner:
 
     @torch.inference_mode()
     def logits(self, ids: Sequence[int], adapter: int | None = None) -> NDArray[np.float32]:
-        cache = Cache(self.config, 1, len(ids), self._model.dtype, self._device)
+        cache = self._make_cache(1, len(ids))
         out = np.empty((len(ids), self.config.vocab_size), dtype=np.float32)
         step = min(self.limits.chunk, LOGITS_CHUNK)
         for start in range(0, len(ids), step):
@@ -137,6 +135,10 @@ class CudaRunner:
         self._hidden.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _make_cache(self, slots: int, max_context: int, *, whole: bool = False) -> Cache:
+        pack = self._model.lm_head.ops.pack if self.limits.kv_bits == 8 else None
+        return Cache(self.config, slots, max_context, self._model.dtype, self._device, whole=whole, pack=pack)
 
     def _make_decoder(self) -> Decoder:
         from .decode import Decoder  # imports triton
@@ -269,18 +271,19 @@ def warm_up(model: GptOss, cache: Cache) -> None:
     """Launch every kernel that prompts can need: prompts of each length for which kernels/tiles.py has other tiles,
     with the logits of their last token, without an adapter and with each; and short prompts after a long context. Slot
     0 of the cache must be free."""
-    config, device = model.config, cache.layers[0].keys.device
+    config, device = model.config, cache.layers[0].arrays[0].device
     adapters = range(len(model.blocks[0].attention.qkv_adapters))
     for length in WARM_UP_LENGTHS:
         for uses in ([], *([(index, None)] for index in adapters)):
-            scratch = Cache(config, 1, length, model.dtype, device)
+            scratch = Cache(config, 1, length, model.dtype, device, pack=cache.pack)
             ids = torch.zeros((1, length), dtype=torch.int64, device=device)
             model.logits(model(ids, scratch, Span.of([0], [0], length, device, uses))[:, -1])
     for block, layer in zip(model.blocks, cache.layers, strict=True):
         if isinstance(layer, FullCache):
             keys, values, at = layer.keys[:1], layer.values[:1], block.attention
             for queries in SHORT_PROMPTS:
-                q = keys.new_zeros((1, at.config.num_attention_heads, min(queries, keys.shape[2]), config.head_dim))
+                shape = (1, at.config.num_attention_heads, min(queries, keys.shape[2]), config.head_dim)
+                q = torch.zeros(shape, dtype=model.dtype, device=device)
                 at.ops.attend_causal(q, keys, values, at.sinks, at.scale)
             return  # the other layers' kernels are the same
 

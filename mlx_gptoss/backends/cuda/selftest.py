@@ -76,7 +76,7 @@ class Kernels:
 
     specs: tuple[Spec | None, ...] = (MXFP4, AFFINE4, NVFP4, MXFP8, AFFINE8, AFFINE8_G32, FP8_ROW, None)
     masks: tuple[str, ...] = ()  # of fused_attention, which is none of this backend's
-    packs_kv = False
+    packs_kv = True
     has_custom_kernels = False  # that depend on a check
 
     def __init__(self, config: ModelConfig, device: str | None, dtype: str | None, kernels: bool | None = None) -> None:
@@ -181,14 +181,15 @@ class Kernels:
         kv_bits: int | None,
     ) -> Floats:
         """One step of B rows with L new tokens, qkv [B, L, (H + 2 K) * 64], each after its own number of past ones,
-        keys (rotated) and values [B, K, P, 64], in a cache -> [B, L, H * 64]. kv_bits: None, as the cache is."""
+        keys (rotated) and values [B, K, P, 64], in a cache -> [B, L, H * 64]. kv_bits: 8 for a cache in 8 bits."""
         B, L, _ = qkv.shape
-        heads, dim, capacity = self.config.num_key_value_heads, self.config.head_dim, max(starts) + L
+        shape, capacity = (B, self.config.num_key_value_heads, self.config.head_dim), max(starts) + L
         cache: FullCache | RingCache
         if window is None:
-            cache = FullCache(B, heads, dim, capacity, capacity if self.on_gpu else 0, self._dtype, self._device)
+            allocated, pack = capacity if self.on_gpu else 0, None if kv_bits is None else self._ops.pack
+            cache = FullCache(shape, capacity, allocated, self._dtype, self._device, pack)
         else:
-            cache = RingCache(B, heads, dim, window, self._dtype, self._device)
+            cache = RingCache(shape, window, self._dtype, self._device)
         for row, start in enumerate(starts):
             if start:
                 keys, values = (self._tensor(a[row : row + 1, :, :start]) for a in (past_keys, past_values))
@@ -274,7 +275,7 @@ class Kernels:
         q, k = rotated[:, : c.num_attention_heads].contiguous(), rotated[:, c.num_attention_heads :, None]
         cache.append(k, qkv[:, 0, c.q_size + c.kv_size :].view(B, -1, 1, c.head_dim), span)
         ring, out = isinstance(cache, RingCache), q.new_empty((B, c.q_size))
-        heads, capacity = (c.num_attention_heads, c.num_key_value_heads), cache.keys.shape[2]
+        heads, capacity = (c.num_attention_heads, c.num_key_value_heads), cache.arrays[0].shape[3]
         scratch = None if ring else attention.decode_scratch(B, *heads, capacity, self._dtype, self._device)
         slots, positions = (torch.tensor(a, dtype=torch.int32, device=self._device) for a in (span.slots, span.starts))
         attention.decode_attention(q, cache.keys, cache.values, slots, positions, sinks, scale, out, scratch, ring=ring)

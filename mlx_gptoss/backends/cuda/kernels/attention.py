@@ -17,9 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..quantized_kv import KeysOrValues, Packed
 from . import tiles
-from .interpreter import dot
+from .interpreter import dot, to_float32
 from .launch import launch
+from .quantized_kv import centered, load_scales
 
 PROGRAMS = 264  # that decoding aims to run at once: two for each multiprocessor of an H100
 MAX_SPLIT = 8192  # keys of one split, so that a long row's programs do not run much longer than all others
@@ -65,6 +67,8 @@ def _decode_kernel(
     q,
     keys,
     values,
+    key_scales,
+    value_scales,
     slots,
     positions,
     sinks,
@@ -82,8 +86,9 @@ def _decode_kernel(
 ):
     """One split of one row's query heads that share a KV head. program_id(0): row and KV head; program_id(1): split.
 
-    q: [B, H, 64]. keys, values: [S, KV, C, 64], heads `stride` elements apart. slots, positions: int32 [B]; a row at -1
-    is idle and sees no keys. sinks: float32 [H]
+    q: [B, H, 64]. keys, values: [S, KV, C, 64], heads `stride` elements apart; codes in 8 bits with key_scales and
+    value_scales, float32 [S, KV, C, 2], which are None otherwise. slots, positions: int32 [B]; a row at -1 is idle and
+    sees no keys. sinks: float32 [H]
     out: with DIRECT there is one split, and out is [B, H * 64]; else it is float32 scratch [B, H, splits, PARTIAL]
     """
     row, kv, split = tl.program_id(0) // KV, tl.program_id(0) % KV, tl.program_id(1)
@@ -105,13 +110,31 @@ def _decode_kernel(
     row_max = sink
     sums = tl.zeros((M, N), tl.float32)  # of weights; reduced after the loop, as warps wait for each other to reduce
     acc = tl.zeros((M, 64), tl.float32)
+    if key_scales is not None:
+        query_sums = tl.sum(to_float32(queries), 1)
+        middles = tl.zeros((M, N), tl.float32)  # the weights times the middles of values, reduced after the loop
     for at in range(start, end, N):
+        j = tl.arange(0, N)
         k = _load_block(keys + base, at, end, 64, N, False)
         v = _load_block(values + base, at, end, 64, N, False)
-        scores = tl.where((tl.arange(0, N) < end - at)[None, :], _scores(queries, k), -float("inf"))
+        if key_scales is None:
+            scores = _scores(queries, k)
+        else:
+            k_scale, k_middle = load_scales(key_scales + base // 32, at + j, j < end - at)
+            scores = _scores(queries, centered(k, queries.dtype)) * k_scale[None, :]
+            scores += query_sums[:, None] * k_middle[None, :]
+        scores = tl.where((j < end - at)[None, :], scores, -float("inf"))
         weights, rescale, row_max = _softmax_step(scores, scale, row_max)
         sums = sums * rescale[:, None] + weights
-        acc = dot(weights.to(v.dtype), v, acc * rescale[:, None])
+        if value_scales is None:
+            acc = dot(weights.to(v.dtype), v, acc * rescale[:, None])
+        else:
+            v_scale, v_middle = load_scales(value_scales + base // 32, at + j, j < end - at)
+            middles = middles * rescale[:, None] + weights * v_middle[None, :]
+            weights *= v_scale[None, :]
+            acc = dot(weights.to(queries.dtype), centered(v, queries.dtype), acc * rescale[:, None])
+    if value_scales is not None:
+        acc += tl.sum(middles, 1)[:, None]
     if DIRECT:
         acc /= (tl.sum(sums, 1) + tl.exp2(sink - row_max))[:, None]
         tl.store(out + heads[:, None] * 64 + d[None, :], acc.to(out.dtype.element_ty), mask=head_mask[:, None])
@@ -165,10 +188,10 @@ def _splits(B: int, KV: int, C: int, N: int) -> tuple[int, int]:
     return splits, max(splits, triton.next_power_of_2(triton.cdiv(C, MAX_SPLIT)))
 
 
-def entries(keys: Tensor) -> int:
+def entries(keys: KeysOrValues) -> int:
     """How many entries a slot of the cache has that keys [..., KV, C, 64] are the first C of. Splits follow from it and
     not from C, so that kernels are compiled for one cache and not for each length of a context."""
-    return keys.stride(-3) // 64
+    return (keys.codes if isinstance(keys, Packed) else keys).stride(-3) // 64
 
 
 def decode_scratch(B: int, H: int, KV: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -179,8 +202,8 @@ def decode_scratch(B: int, H: int, KV: int, capacity: int, dtype: torch.dtype, d
 
 def decode_attention(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: KeysOrValues,
+    values: KeysOrValues,
     slots: Tensor,
     positions: Tensor,
     sinks: Tensor,
@@ -192,7 +215,7 @@ def decode_attention(
 ) -> None:
     """Attention of one new token a row over the cache, which has the token's own key already.
 
-    q: [B, H, 64]. keys, values: [S, KV, C, 64], or the first C entries of such caches
+    q: [B, H, 64]. keys, values: [S, KV, C, 64], or the first C entries of such caches, in q's dtype or in 8 bits
     slots, positions: int32 [B]; a row at position -1 is idle, reads nothing and becomes zeros
     sinks: float32 [H]. scale: > 0. out: [B, H * 64] of q's dtype
     scratch: from `decode_scratch` for this B and the entries of a slot; None with `ring`
@@ -202,20 +225,26 @@ def decode_attention(
     Raises ValueError if the scratch is too small.
     """
     (B, H, _), (_, KV, C, _) = q.shape, keys.shape
-    tile = tiles.decode_attention_tile(H // KV, keys.dtype)
+    tile = tiles.decode_attention_tile(H // KV, q.dtype)
     splits, max_splits = (1, 1) if ring else _splits(B, KV, entries(keys), tile.N)
     if max_splits > 1 and (scratch is None or scratch.numel() < B * H * max_splits * PARTIAL.value):
         raise ValueError(
             f"the scratch is too small for {B} rows of {entries(keys)} entries; decode_scratch makes one that fits"
         )
     division = {"SPLITS": splits, "MAX_SPLIT": C if ring else MAX_SPLIT}
+    stored: tuple[Tensor | None, ...]
+    if isinstance(keys, Packed) and isinstance(values, Packed):
+        stored = keys.codes, values.codes, keys.scale_bias, values.scale_bias
+    else:
+        assert isinstance(keys, Tensor) and isinstance(values, Tensor)
+        stored = keys, values, None, None
     launch(
         _decode_kernel,
         (B * KV, max_splits),
-        *(q, keys, values, slots, positions, sinks, out if max_splits == 1 else scratch),
+        *(q, *stored, slots, positions, sinks, out if max_splits == 1 else scratch),
         scale=scale,
         C=C,
-        stride=keys.stride(1),
+        stride=64 * entries(keys),
         H=H,
         KV=KV,
         DIRECT=max_splits == 1,

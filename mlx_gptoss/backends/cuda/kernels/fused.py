@@ -12,7 +12,8 @@ from ....errors import CheckpointError
 from ..adapters import ExpertAdapter
 from ..layers import Experts, Matrix, Rotation
 from ..plain import TorchOperations
-from . import attention, linear, moe, qkv, routing
+from ..quantized_kv import KeysOrValues, Packed
+from . import attention, linear, moe, qkv, quantized_kv, routing
 
 SPLIT_QUERIES, SPLIT_KEYS = 64, 4096  # up to so many queries over more than so many keys, keys are split among programs
 
@@ -41,15 +42,23 @@ class Fused(TorchOperations):
         """x [1, L, heads * 64], rotated -> [1, heads, L, 64], a view of [L, heads, 64]"""
         return qkv.rope(x[0], rotation.cos[0, 0], rotation.sin[0, 0]).transpose(0, 1)[None]
 
-    def attend_causal(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float) -> Tensor:
+    def pack(self, x: Tensor) -> Packed:
+        """Keys or values [B, KV, L, 64] in 8 bits"""
+        return quantized_kv.pack(x)
+
+    def attend_causal(self, q: Tensor, keys: KeysOrValues, values: KeysOrValues, sinks: Tensor, scale: float) -> Tensor:
         """q [1, H, L, 64] over keys and values [1, KV, C, 64] -> [1, L, H * 64].
 
         A short message after a long context has too few queries to fill a GPU. Its queries are computed as rows of a
-        decoding step, which splits the keys among programs.
+        decoding step, which splits the keys among programs. For other prompts, keys and values in 8 bits are decoded
+        first: once, instead of for each block of queries.
         """
         L, C = q.shape[2], keys.shape[2]
         if L <= SPLIT_QUERIES and C > SPLIT_KEYS:
             return _attend_split(q, keys, values, sinks, scale)
+        if isinstance(keys, Packed) and isinstance(values, Packed):
+            keys, values = (quantized_kv.dequantize(part, q.dtype) for part in (keys, values))
+        assert isinstance(keys, Tensor) and isinstance(values, Tensor)
         return _attend(q, keys, values, sinks, scale, window=None, first=0)
 
     def attend_sliding(self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float, past: int) -> Tensor:
@@ -72,7 +81,7 @@ class Fused(TorchOperations):
         return out
 
 
-def _attend_split(q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor, scale: float) -> Tensor:
+def _attend_split(q: Tensor, keys: KeysOrValues, values: KeysOrValues, sinks: Tensor, scale: float) -> Tensor:
     """Causal attention with every query as a row of a decoding step over the same slot -> [1, L, H * 64]"""
     (_, H, L, dim), (_, KV, C, _) = q.shape, keys.shape
     positions = torch.arange(C - L, C, dtype=torch.int32, device=q.device)
