@@ -152,12 +152,8 @@ class FullCache:
     def _stored(self, k: Tensor, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Each array of the keys and of the values, [S, K, C, ...], with what it stores of k or v, [B, K, L, ...]."""
         for which, new in enumerate((k, v)):
-            if self._pack is None:
-                yield self.arrays[0][which], new
-            else:
-                packed = self._pack(new)
-                yield self.arrays[0][which], packed.codes
-                yield self.arrays[1][which], packed.scale_bias
+            parts = [new] if self._pack is None else vars(self._pack(new)).values()
+            yield from zip((array[which] for array in self.arrays), parts, strict=True)
 
     def _grow(self, needed: int) -> None:
         capacity = self.arrays[0].shape[3]

@@ -21,7 +21,7 @@ from ..quantized_kv import KeysOrValues, Packed
 from . import tiles
 from .interpreter import dot, to_float32
 from .launch import launch
-from .quantized_kv import centered, load_scales
+from .quantized_kv import centered, load_scales, scale_pairs
 
 PROGRAMS = 264  # that decoding aims to run at once: two for each multiprocessor of an H100
 MAX_SPLIT = 8192  # keys of one split, so that a long row's programs do not run much longer than all others
@@ -87,7 +87,7 @@ def _decode_kernel(
     """One split of one row's query heads that share a KV head. program_id(0): row and KV head; program_id(1): split.
 
     q: [B, H, 64]. keys, values: [S, KV, C, 64], heads `stride` elements apart; codes in 8 bits with key_scales and
-    value_scales, float32 [S, KV, C, 2], which are None otherwise. slots, positions: int32 [B]; a row at -1 is idle and
+    value_scales, int64 [S, KV, C] of `scale_pairs`, which are None otherwise. slots, positions: int32 [B]; a row at -1 is idle and
     sees no keys. sinks: float32 [H]
     out: with DIRECT there is one split, and out is [B, H * 64]; else it is float32 scratch [B, H, splits, PARTIAL]
     """
@@ -120,7 +120,7 @@ def _decode_kernel(
         if key_scales is None:
             scores = _scores(queries, k)
         else:
-            k_scale, k_middle = load_scales(key_scales + base // 32, at + j, j < end - at)
+            k_scale, k_middle = load_scales(key_scales + base // 64 + at + j, j < end - at)
             scores = _scores(queries, centered(k, queries.dtype)) * k_scale[None, :]
             scores += query_sums[:, None] * k_middle[None, :]
         scores = tl.where((j < end - at)[None, :], scores, -float("inf"))
@@ -129,7 +129,7 @@ def _decode_kernel(
         if value_scales is None:
             acc = dot(weights.to(v.dtype), v, acc * rescale[:, None])
         else:
-            v_scale, v_middle = load_scales(value_scales + base // 32, at + j, j < end - at)
+            v_scale, v_middle = load_scales(value_scales + base // 64 + at + j, j < end - at)
             middles = middles * rescale[:, None] + weights * v_middle[None, :]
             weights *= v_scale[None, :]
             acc = dot(weights.to(queries.dtype), centered(v, queries.dtype), acc * rescale[:, None])
@@ -234,7 +234,7 @@ def decode_attention(
     division = {"SPLITS": splits, "MAX_SPLIT": C if ring else MAX_SPLIT}
     stored: tuple[Tensor | None, ...]
     if isinstance(keys, Packed) and isinstance(values, Packed):
-        stored = keys.codes, values.codes, keys.scale_bias, values.scale_bias
+        stored = keys.codes, values.codes, scale_pairs(keys), scale_pairs(values)
     else:
         assert isinstance(keys, Tensor) and isinstance(values, Tensor)
         stored = keys, values, None, None

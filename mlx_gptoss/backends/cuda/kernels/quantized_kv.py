@@ -128,24 +128,31 @@ def _quantize(
 
 @triton.jit(do_not_specialize=["C"])
 def _dequantize_kernel(codes, scale_bias, out, C, stride, N: tl.constexpr):
-    """N entries of one head. codes: uint8 [KV, C, 64], heads `stride` elements apart. scale_bias: float32 [KV, C, 2].
-    out: [KV, C, 64]. program_id(1): the head."""
+    """N entries of one head. codes: uint8 [KV, C, 64], heads `stride` elements apart. scale_bias: int64 [KV, C], see
+    `scale_pairs`. out: [KV, C, 64]. program_id(1): the head."""
     head = tl.program_id(1).to(tl.int64)
     j, d = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, 64)
     mask, offsets = j < C, j[:, None] * 64 + d[None, :]
     numbers = centered(tl.load(codes + head * stride + offsets, mask=mask[:, None], other=0), tl.float32)
-    scale, middle = load_scales(scale_bias + head * (stride // 32), j, mask)
+    scale, middle = load_scales(scale_bias + head * (stride // 64) + j, mask)
     values = numbers * scale[:, None] + middle[:, None]
     tl.store(out + head * C * 64 + offsets, values.to(out.dtype.element_ty), mask=mask[:, None])
 
 
 @triton.jit
-def load_scales(scale_bias, j, mask):
-    """(scales, middles), float32 as j is shaped, of some vectors: a value is `centered` code * scale + middle. 0 where
-    the mask is false."""
-    scale = tl.load(scale_bias + j * 2, mask=mask, other=0)
-    bias = tl.load(scale_bias + j * 2 + 1, mask=mask, other=0)
+def load_scales(pointers, mask):
+    """(scales, middles), float32 as the pointers to `scale_pairs` are shaped: a value is `centered` code * scale +
+    middle. 0 where the mask is false."""
+    pair = tl.load(pointers, mask=mask, other=0)
+    scale = (pair & 0xFFFFFFFF).to(tl.uint32).to(tl.float32, bitcast=True)
+    bias = (pair >> 32).to(tl.uint32).to(tl.float32, bitcast=True)
     return scale, scale * 128 + bias
+
+
+def scale_pairs(packed: Packed) -> Tensor:
+    """Scale and bias of each vector as one number of 64 bits, int64 [..., KV, C]: a pipelined loop then loads both,
+    and would not load ahead what no product needs."""
+    return packed.scale_bias.view(torch.int64)[..., 0]
 
 
 def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
@@ -155,7 +162,7 @@ def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
     launch(
         _dequantize_kernel,
         (triton.cdiv(C, ENTRIES), KV),
-        *(packed.codes, packed.scale_bias, out),
+        *(packed.codes, scale_pairs(packed), out),
         C=C,
         stride=packed.codes.stride(1),
         N=ENTRIES,
