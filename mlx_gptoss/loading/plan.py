@@ -215,7 +215,7 @@ def _bytes_in_memory(weights: Requantized, backend: str) -> int:
 
 
 def _check_options(backend: str, kv_bits: int | None, speculate: bool) -> None:
-    """Raise InvalidRequest for options that only the mlx backend has."""
+    """Raise InvalidRequest for other bits, and for an option that only the mlx backend has."""
     if kv_bits not in (None, 8):
         raise InvalidRequest(f"kv_bits must be 8, not {kv_bits!r}; or leave it out")
     if speculate and backend != "mlx":

@@ -46,7 +46,6 @@ class Kernels(Protocol):
     ways: dict[str, int | None]
     masks: tuple[str, ...]
     counts_memory: bool
-    packs_kv: bool
     has_custom_kernels: bool
 
     def facts(self) -> dict[str, Any]: ...

@@ -161,9 +161,6 @@ def _two_sequences(k: Kernels, window: int | None) -> Iterator[Outcome]:
 
 
 def _packed(k: Kernels) -> Iterator[Outcome]:
-    if not k.packs_kv:
-        yield Skipped("all", "this backend keeps keys and values as they are computed")
-        return
     limit = LIMITS[k.dtype] + PACKED_KV
     for keys, length in ((1, 1), (4, 4), (9, 9), *((keys, length) for keys in KEYS for length in (1, 4, 9))):
         case = _case(k, [keys - length], length, None, kv_bits=8)

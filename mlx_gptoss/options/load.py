@@ -55,7 +55,7 @@ class LoadOptions:
     )
     kv_bits: int | None = option(
         None,
-        "8 keeps keys and values of the full-attention layers in 8 bits, 9/16 of their memory in bfloat16 (mlx only).",
+        "8 keeps keys and values of the full-attention layers in 8 bits, 9/16 of their memory in bfloat16.",
         Flag(choices=("8",)),
     )
     speculate: bool = option(

@@ -113,7 +113,6 @@ def test_the_script_is_preferred_since_its_path_outlives_an_upgrade(tmp_path):
         (["--api-key", " "], "empty"),
         (["--alias", "x"], "NAME=M"),
         (["--tools", "nonsense"], "nonsense"),
-        (["--kv-bits", "8", "--backend", "cuda"], "kv_bits"),
         (["--cors", "a\nb"], "character"),
         (["--api-key", "a\x7fb"], "character"),
         (["--port", "0"], "port"),

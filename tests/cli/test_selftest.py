@@ -52,14 +52,14 @@ def test_json_has_the_promised_fields():
 def test_what_cannot_run_here_is_named_and_not_counted():
     if find_spec("torch") is None:
         pytest.skip("torch is not installed")
-    words = [*CLI, "--backend", "cuda", "--device", "cpu", "--only", "8-bit K/V", "--only", "RMS"]
+    words = [*CLI, "--backend", "cuda", "--device", "cpu", "--only", "the fused kernel", "--only", "RMS"]
     done = subprocess.run([*words, "--json"], capture_output=True, text=True, timeout=300)
     report = json.loads(done.stdout)
     assert [check["name"] for check in report["checks"]] == ["RMSNorm"]
     (skipped,) = report["skipped"]
-    assert skipped["name"] == "attention, 8-bit K/V" and skipped["reason"]
+    assert skipped["name"] == "attention, the fused kernel" and skipped["reason"]
     shown = subprocess.run(words, capture_output=True, text=True, timeout=300).stdout
-    assert "skipped attention, 8-bit K/V" in shown and "1 failed" not in shown and "1 skipped" in shown
+    assert "skipped attention, the fused kernel" in shown and "1 failed" not in shown and "1 skipped" in shown
 
 
 def test_a_broken_kernel_ends_with_code_1_and_says_what_to_do():

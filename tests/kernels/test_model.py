@@ -18,6 +18,7 @@ from mlx_gptoss.backends import cuda
 from mlx_gptoss.backends.base import Limits, Row
 from mlx_gptoss.backends.cuda.kernels import fused
 from mlx_gptoss.backends.cuda.plain import TorchOperations
+from mlx_gptoss.backends.cuda.quantized_kv import pack
 from mlx_gptoss.errors import CheckpointError
 from mlx_gptoss.sampling import Sampling
 from mlx_gptoss.weights import checkpoint as checkpoints
@@ -57,14 +58,15 @@ def test_greedy_text(mini, device):
     assert [*ids, *(p.wait()[0].token for p in pending)] == wanted
 
 
-def test_a_batch_matches_plain_torch(mini, device):
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_a_batch_matches_plain_torch(mini, device, kv_bits):
     """Three rows of a step of four, in slots used before: one greedy and masked, one at a temperature, one through the
     whole sampler. One row joins later, and the host feeds one a token."""
     samplings = [GREEDY, Sampling(seed=5), Sampling(seed=6, top_p=0.8, frequency_penalty=0.5, logprobs=2)]
     prompts = [tuple(range(n, n + length)) for n, length in ((3, 11), (50, 4), (200, 1))]
     results = []
     for kernels in (True, False):
-        runner = load(mini / "nvfp4", device, Limits(5, 64, 32), kernels)
+        runner = load(mini / "nvfp4", device, Limits(5, 64, 32, kv_bits=kv_bits), kernels)
         runner.submit([Row(slot, 0, (7, 8), GREEDY, (7, 8)) for slot in range(5)]).wait()
         slots, got = (4, 0, 2), []
         for step in range(4):
@@ -86,14 +88,15 @@ def test_a_batch_matches_plain_torch(mini, device):
         assert [[i for i, _ in s.top] for s in ours] == [[i for i, _ in s.top] for s in plain]
 
 
-def test_a_short_message_after_a_long_context(device, close, monkeypatch):
+@pytest.mark.parametrize("packed", [False, True], ids=["", "8 bits"])
+def test_a_short_message_after_a_long_context(device, close, monkeypatch, packed):
     """Its few queries are rows of a decoding step over a view of the cache; the rest of the cache is NaN."""
     monkeypatch.setattr(fused, "SPLIT_KEYS", 100)
     generator = torch.Generator().manual_seed(0)
     q = torch.randn((1, 4, 3, 64), generator=generator)
     cache = torch.full((2, 3, 2, 200, 64), torch.nan)
     cache[:, 1, :, :150] = torch.randn((2, 2, 150, 64), generator=generator)
-    keys, values = (part[1:2, :, :150].to(device) for part in cache.to(device))
+    keys, values = ((pack(part) if packed else part)[1:2, :, :150] for part in cache.to(device))
     sinks = torch.tensor([0.5, -2.0, 3.0, 0.0], device=device)
     wanted = TorchOperations(1).attend_causal(q.to(device), keys, values, sinks, 0.125)
     close(fused.Fused().attend_causal(q.to(device), keys, values, sinks, 0.125), wanted, 1e-5)

@@ -2,7 +2,7 @@
 
 All data is in buffers at fixed addresses; the host says only which slots take part, their positions and how they
 sample. So on a GPU a step is one copy to the device and the replay of one CUDA graph. Six or seven kernels a
-layer for one sequence, ten or eleven for more.
+layer for one sequence, ten or eleven for more, and one more to write keys and values in 8 bits.
 
 Legend: B rows (a power of two; those without a request are idle, at position -1), S slots, D hidden, V vocabulary.
 """

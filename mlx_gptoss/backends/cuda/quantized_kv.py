@@ -18,7 +18,8 @@ LEAST_SCALE = 1e-7
 @dataclass(frozen=True)
 class Packed:
     """Keys or values in 8 bits, with a scale and a bias per vector of 64: codes uint8 [..., K, C, 64], and those two
-    float32 [..., K, C, 2], so that a kernel reads both at once. A value is code * scale + bias. 72 bytes instead of 128 in bfloat16."""
+    float32 [..., K, C, 2], so that a kernel reads both at once. A value is code * scale + bias. 72 bytes a vector
+    instead of 128 in bfloat16."""
 
     codes: Tensor
     scale_bias: Tensor

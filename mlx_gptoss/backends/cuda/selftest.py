@@ -71,12 +71,11 @@ class Kernels:
 
     dtype: of the activations. specs: what matrices may be stored as; None is bfloat16. ways: through the experts, each
     with the most rows that it is given; None is any number. counts_memory: whether peak_memory() sees what a step
-    allocates. packs_kv: whether a cache may be in 8 bits.
+    allocates.
     """
 
     specs: tuple[Spec | None, ...] = (MXFP4, AFFINE4, NVFP4, MXFP8, AFFINE8, AFFINE8_G32, FP8_ROW, None)
     masks: tuple[str, ...] = ()  # of fused_attention, which is none of this backend's
-    packs_kv = True
     has_custom_kernels = False  # that depend on a check
 
     def __init__(self, config: ModelConfig, device: str | None, dtype: str | None, kernels: bool | None = None) -> None:

@@ -73,14 +73,12 @@ class Kernels:
 
     dtype: of the activations. specs: what matrices may be stored as; None is bfloat16. ways: through the experts, each
     with the most rows that it is given; None is any number. counts_memory: whether peak_memory() sees what a step
-    allocates. packs_kv: whether a cache may be in 8 bits. has_custom_kernels: whether load() checks some
-    here.
+    allocates. has_custom_kernels: whether load() checks some here.
     """
 
     specs: tuple[Spec | None, ...] = SPECS
     masks: tuple[str, ...] = ("causal", "bool")  # of fused_attention
     counts_memory = True
-    packs_kv = True
 
     def __init__(self, config: ModelConfig, device: str | None, dtype: str | None) -> None:
         check_process()

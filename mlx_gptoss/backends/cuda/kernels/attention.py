@@ -86,9 +86,9 @@ def _decode_kernel(
 ):
     """One split of one row's query heads that share a KV head. program_id(0): row and KV head; program_id(1): split.
 
-    q: [B, H, 64]. keys, values: [S, KV, C, 64], heads `stride` elements apart; codes in 8 bits with key_scales and
-    value_scales, int64 [S, KV, C] of `scale_pairs`, which are None otherwise. slots, positions: int32 [B]; a row at -1 is idle and
-    sees no keys. sinks: float32 [H]
+    q: [B, H, 64]. keys, values: [S, KV, C, 64], heads `stride` elements apart: in q's dtype, or codes in 8 bits, which
+    have key_scales and value_scales, int64 [S, KV, C] (`scale_pairs`)
+    slots, positions: int32 [B]; a row at -1 is idle and sees no keys. sinks: float32 [H]
     out: with DIRECT there is one split, and out is [B, H * 64]; else it is float32 scratch [B, H, splits, PARTIAL]
     """
     row, kv, split = tl.program_id(0) // KV, tl.program_id(0) % KV, tl.program_id(1)
