@@ -58,7 +58,7 @@ def test_greedy_text(mini, device):
     assert [*ids, *(p.wait()[0].token for p in pending)] == wanted
 
 
-@pytest.mark.parametrize("kv_bits", [None, 8])
+@pytest.mark.parametrize("kv_bits", [None, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_batch_matches_plain_torch(mini, device, kv_bits):
     """Three rows of a step of four, in slots used before: one greedy and masked, one at a temperature, one through the
     whole sampler. One row joins later, and the host feeds one a token."""
@@ -84,8 +84,20 @@ def test_a_batch_matches_plain_torch(mini, device, kv_bits):
         assert all(step[0].token < 64 for step in got)
     for ours, plain in zip(*results, strict=True):
         assert [s.token for s in ours] == [s.token for s in plain]
-        assert np.allclose([s.logprob for s in ours], [s.logprob for s in plain], atol=1e-4)
+        assert np.allclose([s.logprob for s in ours], [s.logprob for s in plain], atol=5e-3 if kv_bits else 1e-4)
         assert [[i for i, _ in s.top] for s in ours] == [[i for i, _ in s.top] for s in plain]
+
+
+def test_a_step_over_a_cache_in_8_bits_matches_plain_torch(mini, device):
+    """A prompt that is decoded from its codes, and a step that writes and reads them. A key on the border of two codes
+    may take either, by the rounding of the products before it."""
+    results = []
+    for kernels in (True, False):
+        runner = load(mini / "mxfp4", device, Limits(2, 16, 16, kv_bits=8), kernels)
+        first = runner.submit([Row(1, 0, (3, 4, 5), GREEDY, (3, 4, 5))]).wait()
+        results.append([*first, *runner.submit([Row(1, 3, (9,), GREEDY)]).wait()])
+    for ours, plain in zip(*results, strict=True):
+        assert ours.token == plain.token and abs(ours.logprob - plain.logprob) < 5e-3
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["", "8 bits"])
