@@ -56,6 +56,8 @@ MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it ma
 }
 ONLY_IN = {  # outside packages -> the only modules that may import them
     "mlx": ("backends.mlx",),
+    "llvmlite": ("backends.mlx.cpu.emit", "backends.mlx.cpu.kernels"),
+    "threadpoolctl": ("backends.mlx.cpu.pool",),
     "torch": ("backends.cuda",),
     "triton": ("backends.cuda",),
     "huggingface_hub": ("loading.hub", "loading.cache"),

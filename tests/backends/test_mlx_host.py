@@ -1,4 +1,4 @@
-"""Products computed by numpy on a CPU match MLX's, for weights in every kind of storage."""
+"""Products and attention of a CPU match float64, for weights in every kind of storage, with kernels and by numpy."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from mlx_gptoss.backends.mlx import host
+from mlx_gptoss.backends.mlx.cpu import products as cpu_products
+from mlx_gptoss.backends.mlx.cpu.products import Products, Stored
+from mlx_gptoss.backends.mlx.fuse import fuse, split_rows
 from mlx_gptoss.backends.mlx.layers import DenseMatrix, ExpertLinear
-from mlx_gptoss.backends.mlx.load import fuse, split_rows
 from mlx_gptoss.config import PRESETS
 from mlx_gptoss.weights import codecs
 from mlx_gptoss.weights.synthetic import Synthetic
@@ -38,53 +40,89 @@ def error(found, wanted):
     return np.abs(np.asarray(found) - wanted).max() / np.abs(wanted).max()
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+@pytest.fixture(params=[True, False], ids=["compiled", "numpy"], scope="module")
+def products(request):
+    if request.param:
+        pytest.importorskip("llvmlite")
+    made = Products(compiled=request.param)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
 @pytest.mark.parametrize("lead", [(1,), (3,), (1, 40), (2, 3, 5)], ids=str)
 @pytest.mark.parametrize("biased", [False, True])
-def test_a_dense_matrix(monkeypatch, dtype, lead, biased):
-    monkeypatch.setattr(host, "MIN_FLOPS_FOR_BLAS", 1)
-    monkeypatch.setattr(host, "UPCAST_ELEMENTS", 50 * 192)  # seven blocks of rows
+def test_a_dense_matrix(monkeypatch, products, dtype, lead, biased):
+    monkeypatch.setattr(host, "MIN_FLOPS", 1)
+    monkeypatch.setattr(cpu_products, "MAX_DECODED", 50 * 192)  # numpy: seven blocks of rows
+    monkeypatch.setattr(cpu_products, "MIN_WORK_TO_SHARE", 1)
     weight, x, bias = normal(320, 192).astype(dtype), normal(*lead, 192), normal(320) if biased else None
     wanted = np.asarray(x, np.float64) @ np.asarray(weight.astype(mx.float32), np.float64).T
     wanted = wanted + np.asarray(bias) if biased else wanted
-    assert error(host.HostMatrix(weight).matmul(x, bias), wanted) < 1e-6
+    assert error(host.HostMatrix(weight, products).matmul(x, bias), wanted) < 1e-6
     assert error(DenseMatrix(weight).matmul(x, bias), wanted) < 1e-6
 
 
-def test_small_products_are_left_to_mlx(monkeypatch):
+def test_small_products_are_left_to_mlx(monkeypatch, products):
     monkeypatch.setattr(host, "to_numpy", None)
-    matrix = host.HostMatrix(normal(320, 192))
-    assert matrix.matmul(normal(4, 192)).shape == (4, 320)
+    matrix = host.HostMatrix(normal(320, 192), products)
+    assert matrix.matmul(normal(1, 192)).shape == (1, 320)
     with pytest.raises(TypeError):
         matrix.matmul(normal(64, 192))
 
 
+def test_inputs_that_are_not_contiguous(products):
+    """A transposed x, and a matrix whose inputs no vector divides (an adapter of rank 8)."""
+    for inputs in (192, 8, 100):
+        weight, x = normal(640, inputs), normal(inputs, 33).T
+        wanted = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+        assert error(host.HostMatrix(weight, products).matmul(x), wanted) < 1e-6
+
+
 @pytest.mark.parametrize(
     "name",
-    ["mxfp4", "fp8-dynamic", "int4-autoround", "mlx-4bit", "mlx-8bit", "mlx-mxfp8", "nvfp4", "mlx-nvfp4", "bf16"],
+    [
+        "mxfp4",
+        "fp8-dynamic",
+        "int4-autoround",
+        "mlx-4bit",
+        "mlx-8bit",
+        "mlx-3bit",
+        "mlx-mxfp8",
+        "nvfp4",
+        "mlx-nvfp4",
+        "bf16",
+    ],
 )
 @pytest.mark.parametrize("parts", [1, 2])
-def test_experts(monkeypatch, name, parts):
+def test_experts(monkeypatch, products, name, parts):
     """With many rows, few and none. The 60 rows use 5 of 6 experts, in ascending order."""
-    monkeypatch.setattr(host, "MAX_DECODED", 50 * 192)
-    monkeypatch.setattr(host, "MIN_FLOPS_FOR_BLAS", 1)
+    monkeypatch.setattr(cpu_products, "MAX_DECODED", 50 * 192)
     source = Synthetic(PRESETS["tiny"], name)
     weights = [source.read(expert) for expert in EXPERTS]
-    if name == "bf16":
-        matrices = (host.HostMatrix(fuse(weights).weight),)
-    else:
-        matrices = tuple(fuse(part) for part in split_rows(weights, parts))
+    plain = tuple(fuse(part) for part in split_rows(weights, parts))
     rows = np.array([1, 25, 0, 20, 13, 1])
     chosen = mx.array(np.repeat(np.arange(6), rows).astype(np.uint32))
     x = normal(len(chosen), 1, 192)
     decoded = np.concatenate([values(weight) for weight in weights], axis=1).astype(np.float64)
     wanted = np.einsum("pnd,pd->pn", decoded[np.asarray(chosen)], np.asarray(x)[:, 0])[:, None]
-    assert error(host.HostExperts(matrices)(x, chosen, None), wanted) < 1e-6
-    assert error(ExpertLinear(matrices)(x, chosen, None), wanted) < 2e-6
+    experts = host.HostExperts(tuple(on_host(matrix, products) for matrix in plain), (), products)
+    assert error(experts(x, chosen, None), wanted) < 1e-6
     if name != "bf16":
-        monkeypatch.setattr(host, "as_quantized", None)
-        few = host.HostExperts(matrices)(x[:19], chosen[:19], None)  # of two experts
-        assert error(few, wanted[:19]) < 2e-6
+        assert error(ExpertLinear(plain)(x, chosen, None), wanted) < 2e-6
+    assert error(experts(x[:19], chosen[:19], None), wanted[:19]) < 2e-6  # of two experts
+    tokens, pairs = mx.array([[0], [1], [2]], dtype=mx.uint32), mx.array([[5, 1], [1, 4], [2, 1]], dtype=mx.uint32)
+    each = normal(3, 1, 1, 192)
+    unsorted = np.einsum("tand,td->tan", decoded[np.asarray(pairs)], np.asarray(each)[:, 0, 0])[:, :, None]
+    assert error(experts(each, pairs, tokens), unsorted) < 2e-6
+
+
+def on_host(matrix, products):
+    """The matrix as load() makes it."""
+    if isinstance(matrix, DenseMatrix):
+        return host.HostMatrix(matrix.weight, products)
+    read = products.reads(Stored(host.as_weight(matrix)))
+    return host.HostQuantized(**vars(matrix), products=products) if read else matrix
 
 
 def values(weight):
@@ -108,9 +146,9 @@ def exact(q, k, v, mask, sinks):
 @pytest.mark.parametrize("slots", [1, 3])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 50), (7, 50), (50, 50)])
 @pytest.mark.parametrize("mask", ["causal", "some", None])
-def test_attention(monkeypatch, slots, queries, keys, mask):
+def test_attention(monkeypatch, products, slots, queries, keys, mask):
     """In blocks of a few queries, over keys that are views of a larger cache."""
-    monkeypatch.setattr(host, "MIN_FLOPS_FOR_BLAS", 1)
+    monkeypatch.setattr(host, "MIN_FLOPS", 1)
     monkeypatch.setattr(host, "MAX_SCORES", 3 * 2 * 50)
     q = normal(slots, queries, 4, 64).swapaxes(1, 2)
     k, v = (normal(slots, 2, 90, 64)[:, :, 20 : 20 + keys] for _ in range(2))
@@ -118,5 +156,5 @@ def test_attention(monkeypatch, slots, queries, keys, mask):
         mask = mx.array(RNG.random((slots, 1, queries, keys)) < 0.3)
         mask[:, :, 0] = queries == 1  # otherwise the first query has no key, and the sink takes all probability
     sinks = normal(4)
-    found = host.attend(q, k, v, 0.125, mask, sinks)
+    found = host.attention_on(products.pool)(q, k, v, 0.125, mask, sinks)
     assert error(found, exact(q, k, v, mask, sinks)) < 1e-6

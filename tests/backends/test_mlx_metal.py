@@ -16,9 +16,10 @@ from mlx_gptoss.backends.mlx import layers, model, sample
 from mlx_gptoss.backends.mlx.adapters import LowRank, add_experts
 from mlx_gptoss.backends.mlx.cache import FullCache, Span
 from mlx_gptoss.backends.mlx.elementwise import UNCOMPILED
+from mlx_gptoss.backends.mlx.fuse import fuse
 from mlx_gptoss.backends.mlx.launches import decode_step, launches_of, primitives, traced
 from mlx_gptoss.backends.mlx.layers import DenseMatrix, QuantizedMatrix, global_scale
-from mlx_gptoss.backends.mlx.load import fuse, load_model
+from mlx_gptoss.backends.mlx.load import load_model
 from mlx_gptoss.backends.mlx.quantized_kv import QuantizedKV, empty, pack
 from mlx_gptoss.config import TINY
 from mlx_gptoss.loading.plan import memory_plan

@@ -14,7 +14,8 @@ from ...weights.adapters import Adapter
 from ...weights.split import RankShard
 from ...weights.tensor import Weights
 from ..base import Limits, Read
-from . import command_buffers, wiring
+from . import command_buffers, host, wiring
+from .cpu.products import Products
 from .elementwise import UNCOMPILED, compiled
 from .kernels.choose import chooser, verdicts_of
 from .layers import takes_global_scale
@@ -49,6 +50,7 @@ def load(
     kind = DTYPES[dtype_name(device, dtype)]
     # Ranks choose the same experts only if all of them compute alike.
     with_kernels = limits.custom_kernels and shard is None
+    products = Products() if host.enabled(on_cpu=not gpu, dtype=kind) else None
     try:
         with mx.stream(where):
             model = load_model(
@@ -64,13 +66,16 @@ def load(
                 adapters=adapters,
                 global_scales=takes_global_scale,
                 chooser=chooser(checkpoint.config, kind, limits.kv_bits, pick_device(device)) if with_kernels else None,
+                products=products,
             )
             if not (gpu and mx.metal.is_available()):
-                return MlxRunner(model, limits, where, streams)
+                return MlxRunner(model, limits, where, streams, on_close=None if products is None else products.close)
             architecture = str(mx.device_info(pick_device(device))["architecture"])
             return metal_runner(model, limits, where, streams, architecture, available_memory(device), wiring.PROCESS)
     except BaseException:
         streams.close()
+        if products is not None:
+            products.close()
         raise
 
 

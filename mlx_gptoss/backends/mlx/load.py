@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
-from itertools import accumulate, pairwise
 
 import mlx.core as mx
 import numpy as np
@@ -18,15 +17,11 @@ import numpy as np
 from ...config import ModelConfig
 from ...errors import CheckpointError
 from ...machine import cores
-from ...weights import codecs
 from ...weights.adapters import Adapter
 from ...weights.split import RankShard
 from ...weights.tensor import (
-    FP8_ROW,
-    MXFP8,
     Array,
     Dense,
-    Quantized,
     Weight,
     Weights,
     same_storage,
@@ -34,11 +29,12 @@ from ...weights.tensor import (
 from ..rope import yarn_frequencies
 from . import host
 from .adapters import LowRank
+from .cpu.products import Products, Stored
 from .elementwise import Elementwise
+from .fuse import concatenate, fuse, split_rows
 from .kernels.choose import PLAIN, Chooser, score_factor
 from .kernels.experts import ExpertLayer
 from .layers import (
-    MODES,
     DenseMatrix,
     ExpertLinear,
     Linear,
@@ -52,7 +48,6 @@ from .model import Attention, Block, GptOss, MixtureOfExperts, Rotary
 from .ranks import Ranks
 from .streams import CpuStreams
 
-UNIT_E8M0 = 127  # the e8m0 byte for 2^0
 # Token-expert pairs from which sorting by expert is faster, because each expert is then read once: on a CPU, and for
 # each expert of the layer on a GPU. With fewer for an expert, MLX reads it for every pair, sorted or not.
 MIN_PAIRS_TO_SORT, MIN_PAIRS_PER_EXPERT = 64, 4
@@ -73,13 +68,14 @@ def load_model(
     adapters: Sequence[Adapter] = (),
     global_scales: Callable[[], bool] = lambda: False,
     chooser: Chooser | None = None,
+    products: Products | None = None,
 ) -> GptOss:
     """Load the whole model with activations of `dtype`. Peak memory: the checkpoint plus its largest weight.
 
     elementwise, max_scores: as in model.py. resident_vocab, upcast: as in Limits. on_cpu: split large matrices over
     one of the `streams` per core. ranks: the ranks that share the model, if the checkpoint is one rank's part of it.
     adapters: as of Backend.load. global_scales: whether MLX takes them (takes_global_scale). chooser: of custom
-    kernels, for a model that is not shared."""
+    kernels, for a model that is not shared. products: that a CPU computes with, if host.enabled."""
     config = checkpoint.config
     ranks = ranks or Ranks(RankShard.of(config, 0, 1), None)
     loader = _WeightLoader(
@@ -93,6 +89,7 @@ def load_model(
         streams or CpuStreams(),
         adapters,
         global_scales,
+        products,
     )
     assert chooser is None or ranks.alone
     # The two largest weights come first, while there is memory for a weight and its copy.
@@ -189,6 +186,7 @@ class _WeightLoader:
         streams: CpuStreams,
         adapters: Sequence[Adapter],
         global_scales: Callable[[], bool] = lambda: False,
+        products: Products | None = None,
     ) -> None:
         self._adapters = adapters
         self._global_scales = global_scales
@@ -197,10 +195,10 @@ class _WeightLoader:
         self._upcast = upcast
         self._cpu_streams = streams
         self.on_cpu = on_cpu
-        self._by_host = host.enabled(on_cpu=on_cpu, dtype=dtype)
-        self._dense_kind = host.dense_kind(on_cpu=on_cpu, dtype=dtype)
-        self.attend = host.attend if self._by_host else fused
-        self.max_scores = None if self._by_host else max_scores
+        self._products = products
+        self._dense_kind = host.dense_kind(on_cpu=on_cpu, dtype=dtype, products=products)
+        self.attend = fused if products is None else host.attention_on(products.pool)
+        self.max_scores = max_scores if products is None else None
         self._checkpoint = checkpoint
         self._dtype = dtype
 
@@ -223,7 +221,7 @@ class _WeightLoader:
     def vectors(self, names: Sequence[str], *, wide: bool = False) -> mx.array:
         """Several biases concatenated, in the activation dtype, or in float32 for products that are."""
         dtype = mx.float32 if wide else self._dtype
-        array = _concatenate([self._dense(name) for name in names], axis=-1).astype(dtype)
+        array = concatenate([self._dense(name) for name in names], axis=-1).astype(dtype)
         mx.eval(array)
         return array
 
@@ -237,8 +235,8 @@ class _WeightLoader:
         return Linear(matrices, self.vectors([f"{n}.bias" for n in names]) if biased else None, streams)
 
     def experts(self, names: Sequence[str]) -> ExpertLinear:
-        kind = host.HostExperts if self._by_host else ExpertLinear
-        return kind(*self._split_matrices([f"{n}.weight" for n in names]))
+        parts = self._split_matrices([f"{n}.weight" for n in names])
+        return ExpertLinear(*parts) if self._products is None else host.HostExperts(*parts, self._products)
 
     def low_rank(self, names: Sequence[str]) -> tuple[LowRank | None, ...]:
         """What each adapter adds to the fused matrix of these parameters."""
@@ -256,18 +254,21 @@ class _WeightLoader:
         """The matrices and their streams. A large matrix is split by rows into one part per stream."""
         weights = [self._checkpoint.read(name) for name in names]
         size = sum(weight.nbytes for weight in weights)
-        by_blas = self._by_host and isinstance(weights[0], Dense)
-        if not self.on_cpu or by_blas or size < MIN_BYTES_TO_SPLIT or not same_storage(weights):
+        if not self.on_cpu or self._by_products(weights[0]) or size < MIN_BYTES_TO_SPLIT or not same_storage(weights):
             return self._matrices(names), ()
         matrices = tuple(self._for_device(self.fuse(part)) for part in split_rows(weights, len(self._streams)))
         self._materialize(matrices)
         return matrices, self._streams
 
+    def _by_products(self, weight: Weight) -> bool:
+        """Whether `products` multiplies by weights like this one whole."""
+        return self._products is not None and (isinstance(weight, Dense) or self._products.reads(Stored(weight)))
+
     def _upcast_streams(self, matrices: Sequence[Matrix]) -> tuple[mx.Stream, ...]:
         """A stream to upcast each matrix on, if one is large and numpy multiplies it whole: on the default stream the
         next weights would wait for it."""
         large = any(isinstance(m, DenseMatrix) and m.weight.nbytes >= MIN_BYTES_TO_SPLIT for m in matrices)
-        return self._streams[:1] * len(matrices) if self._by_host and large else ()
+        return self._streams[:1] * len(matrices) if self._products is not None and large else ()
 
     @property
     def _streams(self) -> tuple[mx.Stream, ...]:
@@ -286,8 +287,12 @@ class _WeightLoader:
         return tuple(map(self._for_device, matrices))
 
     def _for_device(self, matrix: Matrix) -> Matrix:
-        """The matrix; a dense one in the class for this device."""
-        return self._dense_kind(matrix.weight) if isinstance(matrix, DenseMatrix) else matrix
+        """The matrix in the class for this device."""
+        if isinstance(matrix, DenseMatrix):
+            return self._dense_kind(matrix.weight)
+        if self._products is None or not self._products.reads(Stored(host.as_weight(matrix))):
+            return matrix
+        return host.HostQuantized(**vars(matrix), products=self._products)
 
     def fuse(self, weights: Sequence[Weight]) -> Matrix:
         """As fuse, as the activations' dtype and the device need it."""
@@ -308,55 +313,6 @@ class _WeightLoader:
         self._checkpoint.release()
 
 
-def split_rows(weights: Sequence[Weight], count: int) -> list[list[Weight]]:
-    """All rows in order, split into `count` parts with equal numbers of rows, as views."""
-    rows = [weight.shape[-2] for weight in weights]
-    ends = list(accumulate(rows))
-    edges = [ends[-1] * i // count for i in range(count + 1)]
-    return [
-        [
-            weight.output_rows(max(first - (end - n), 0), min(last - (end - n), n))
-            for weight, n, end in zip(weights, rows, ends, strict=True)
-            if first < end and last > end - n
-        ]
-        for first, last in pairwise(edges)
-    ]
-
-
-def fuse(weights: Sequence[Weight], dtype: mx.Dtype | None = None) -> Matrix:
-    """One matrix with the rows of all weights, in order. They are stored alike, so concatenating codes is exact.
-
-    dtype: of the activations, with which MLX can multiply by the matrix as it then is; None keeps it as stored."""
-    first = weights[0]
-    if isinstance(first, Dense):
-        matrix = _concatenate([w.values for w in weights if isinstance(w, Dense)], axis=-2)
-        # A product would round it to narrower activations every time; wider ones have their own way (DenseMatrix).
-        return DenseMatrix(matrix if dtype is None or matrix.dtype.size < dtype.size else matrix.astype(dtype))
-    parts = [w for w in weights if isinstance(w, Quantized)]
-    codes = _concatenate([w.codes for w in parts], axis=-2).view(mx.uint32)
-    if first.spec == FP8_ROW:
-        scales = mx.full((*codes.shape[:-1], codes.shape[-1] // 8), UNIT_E8M0, dtype=mx.uint8)
-        return QuantizedMatrix(codes, scales, None, _outer(parts), MXFP8)
-    if first.spec not in MODES:
-        raise CheckpointError(f"MLX has no kernel for {first.spec}; convert the checkpoint with --to mlx-4bit")
-    found = [[w.scale for w in parts if w.scale is not None], [w.bias for w in parts if w.bias is not None]]
-    joined = [part[0] if len(part) == 1 else np.concatenate(part, axis=-2) for part in found if part]
-    scales, *biases = (_to_mlx(array) for array in (joined if dtype is None else _without_casts(joined, dtype)))
-    return QuantizedMatrix(codes, scales, biases[0] if biases else None, _outer(parts), first.spec)
-
-
-def _without_casts(arrays: list[Array], dtype: mx.Dtype) -> list[Array]:
-    """The scales and biases of a matrix, float16 ones as bfloat16 if that is exact, else as float32, unless activations
-    are float16: at every product MLX would cast those of all experts."""
-    if arrays[0].dtype != np.float16 or dtype == mx.float16:
-        return arrays
-    if dtype == mx.bfloat16:
-        narrow = [array.astype(codecs.BFLOAT16) for array in arrays]
-        if all((short.astype(np.float32) == array).all() for short, array in zip(narrow, arrays, strict=True)):
-            return narrow
-    return [array.astype(np.float32) for array in arrays]
-
-
 def upcast_matrices(matrices: Sequence[Matrix], streams: Sequence[mx.Stream], dtype: mx.Dtype) -> tuple[Matrix, ...]:
     """Dense matrices in `dtype`, each upcast on its own stream if there are any, while the next weights are read.
     Quantized matrices are unchanged."""
@@ -369,27 +325,3 @@ def upcast_matrices(matrices: Sequence[Matrix], streams: Sequence[mx.Stream], dt
     dense = [matrix.weight for matrix in found if isinstance(matrix, DenseMatrix)]
     mx.async_eval(dense)  # type: ignore[no-untyped-call]
     return tuple(found)
-
-
-def _outer(parts: Sequence[Quantized]) -> mx.array | None:
-    """The factors on the output rows, float32: [] for one factor, else [N], [E, 1] or [E, N]."""
-    if all(part.outer is None for part in parts):
-        return None
-    factors = [np.float32(1.0) if part.outer is None else np.asarray(part.outer, dtype=np.float32) for part in parts]
-    if all(np.ndim(f) == 0 for f in factors) and len({float(f) for f in factors}) == 1:
-        return mx.array(float(factors[0]))
-    rows = [np.broadcast_to(f, (*p.codes.shape[:-1], 1))[..., 0] for f, p in zip(factors, parts, strict=True)]
-    return mx.array(np.concatenate(rows, axis=-1))
-
-
-def _concatenate(arrays: Sequence[Array], axis: int) -> mx.array:
-    """Mapped numpy arrays, concatenated, as one MLX array."""
-    return _to_mlx(arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=axis))
-
-
-def _to_mlx(values: Array) -> mx.array:
-    """A numpy array as an MLX array; bfloat16, which numpy lacks, by its bits."""
-    values = np.ascontiguousarray(values)
-    if values.dtype.name == "bfloat16":
-        return mx.array(values.view(np.uint16)).view(mx.bfloat16)
-    return mx.array(values)

@@ -34,9 +34,10 @@ from ...weights.tensor import (
     Weight,
 )
 from ..rope import yarn_frequencies
-from . import DTYPES, dtype_name, max_scores, pick_device
+from . import DTYPES, dtype_name, host, max_scores, pick_device
 from .cache import FullCache, RingCache, Span
 from .command_buffers import BufferLimits, current_setting, describe, layers_for, limits_in_force
+from .cpu.products import Products
 from .elementwise import UNCOMPILED, compiled
 from .kernels.selftest import checked_cases
 from .layers import Linear, fused
@@ -94,6 +95,7 @@ class Kernels:
         self._streams = CpuStreams()
         self._device = where
         self._where = where if self.on_gpu else self._streams.make_default()
+        self._products = Products() if host.enabled(on_cpu=not self.on_gpu, dtype=self._dtype) else None
         self._elementwise = compiled() if self.on_gpu else UNCOMPILED
         self._max_scores = max_scores(gpu=self.on_gpu)
         self._ranks = Ranks(RankShard.of(config, 0, 1), None)
@@ -263,6 +265,8 @@ class Kernels:
 
     def close(self) -> None:
         self._streams.close()
+        if self._products is not None:
+            self._products.close()
         mx.clear_cache()
 
     def _loader(self, weights: Mapping[str, Weight]) -> _WeightLoader:
@@ -276,6 +280,7 @@ class Kernels:
             on_cpu=not self.on_gpu,
             streams=self._streams,
             adapters=(),
+            products=self._products,
         )
 
     def _array(self, values: Floats) -> mx.array:

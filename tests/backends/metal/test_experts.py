@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from metal_numbers import narrow, wide
 
+from mlx_gptoss.backends.mlx.fuse import fuse
 from mlx_gptoss.backends.mlx.kernels.experts import ExpertLayer, Experts, mixture
 from mlx_gptoss.backends.mlx.layers import DenseMatrix, ExpertLinear
-from mlx_gptoss.backends.mlx.load import fuse
 from mlx_gptoss.measure.reference import random_weight
 from mlx_gptoss.weights import codecs
 from mlx_gptoss.weights.tensor import AFFINE, AFFINE4, MXFP4, NVFP4, Quantized, Spec, storage_name

@@ -1,0 +1,252 @@
+"""Loops over vectors as LLVM's intermediate representation: what kernels.py is written with. It needs llvmlite.
+
+Addresses are 64-bit integers and strides are bytes, except where a name says elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from llvmlite import binding, ir
+
+I8, I16, I32, I64, F16, F32 = (*(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.HalfType(), ir.FloatType())
+FAST = ("contract", "reassoc", "nsz")  # multiply-adds in one rounding, sums in any order
+Value = Any  # of llvmlite
+
+
+@dataclass(frozen=True)
+class Target:
+    """What vectors the processor has. lanes: float32 in a vector. rows, tokens: of the tile of sums that its registers
+    hold (kernels.py). tables: bits of the index of its look-up in a register, 4 or 3; 0 if it has none.
+    halves: whether it converts float16."""
+
+    lanes: int
+    rows: int
+    tokens: int
+    tables: int
+    halves: bool
+    cpu: str
+    features: str
+
+    @staticmethod
+    def of(cpu: str, features: dict[str, bool]) -> Target:
+        """Of a processor by LLVM's name and features. Intel's with AVX-512 compute with half of a register, as LLVM
+        compiles for them by default."""
+        flat = ",".join(f"{'+' if on else '-'}{name}" for name, on in features.items())
+        halves = bool(features.get("f16c") or features.get("neon"))
+        if features.get("avx512vl") and cpu.startswith("znver"):
+            return Target(16, 4, 6, 4, halves, cpu, flat)
+        if features.get("avx512vl"):
+            return Target(8, 4, 6, 3, halves, cpu, flat)
+        if features.get("avx2") and features.get("fma"):
+            return Target(8, 2, 5, 3, halves, cpu, flat)
+        return Target(4, 4, 6, 0, halves, cpu, flat) if features.get("neon") else Target(4, 2, 5, 0, halves, cpu, flat)
+
+    @staticmethod
+    def here() -> Target:
+        return Target.of(binding.get_host_cpu_name(), dict(binding.get_host_cpu_features()))
+
+
+class Function:
+    """A function in the making. Arguments are I64; it returns nothing."""
+
+    def __init__(self, module: Any, name: str, arguments: Sequence[str], target: Target) -> None:
+        self.module, self.target, self.lanes = module, target, target.lanes
+        function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * len(arguments)), name)
+        self.made: Any = function
+        self._entry = function.append_basic_block()
+        self._first = function.append_basic_block()
+        self.b: Any = ir.IRBuilder(self._first)
+        self.arguments: dict[str, Value] = dict(zip(arguments, function.args, strict=True))
+
+    def finish(self) -> Any:
+        self.b.ret_void()
+        ir.IRBuilder(self._entry).branch(self._first)
+        return self.made
+
+    def variable(self, value: Value) -> Value:
+        """A variable with this value, for load and store of the builder; LLVM keeps it in a register."""
+        with self.b.goto_block(self._entry):
+            place = self.b.alloca(value.type)
+        self.b.store(value, place)
+        return place
+
+    def zeros(self) -> Value:
+        """A variable, lanes float32 of 0."""
+        return self.variable(self.constant(F32, 0.0))
+
+    def constant(self, kind: Any, value: float, lanes: int | None = None) -> Value:
+        count = self.lanes if lanes is None else lanes
+        return ir.Constant(ir.VectorType(kind, count), [value] * count)
+
+    def integer(self, value: Value | int) -> Value:
+        return ir.Constant(I64, value) if isinstance(value, int) else value
+
+    def sum(self, *values: Value | int) -> Value:
+        total = self.integer(values[0])
+        for value in values[1:]:
+            total = self.b.add(total, self.integer(value))
+        return total
+
+    def times(self, a: Value, b: Value | int) -> Value:
+        return self.b.mul(a, self.integer(b))
+
+    def over(self, a: Value, b: Value | int) -> Value:
+        """Of integers that are not negative."""
+        return self.b.udiv(a, self.integer(b))
+
+    def smaller(self, a: Value, b: Value | int) -> Value:
+        return self.b.select(self.b.icmp_signed("<", a, self.integer(b)), a, self.integer(b))
+
+    @contextmanager
+    def loop(self, first: Value | int, end: Value | int, step: Value | int = 1) -> Iterator[Value]:
+        """for i in range(first, end, step)"""
+        b, place = self.b, self.variable(self.integer(first))
+        head, body, done = (b.append_basic_block() for _ in range(3))
+        b.branch(head)
+        b.position_at_end(head)
+        i = b.load(place)
+        b.cbranch(b.icmp_signed("<", i, self.integer(end)), body, done)
+        b.position_at_end(body)
+        yield i
+        b.store(self.sum(i, step), place)
+        b.branch(head)
+        b.position_at_end(done)
+
+    def load(self, address: Value, kind: Any, lanes: int = 1) -> Value:
+        kind = kind if lanes == 1 else ir.VectorType(kind, lanes)
+        return self.b.load(self.b.inttoptr(address, kind.as_pointer()), align=1)
+
+    def prefetch(self, address: Value) -> None:
+        """Fetch a line of the cache for reading; no address is a fault."""
+        kind = I8.as_pointer()
+        arguments = [self.b.inttoptr(address, kind), *(ir.Constant(I32, value) for value in (0, 2, 1))]
+        self.intrinsic("llvm.prefetch.p0", ir.VoidType(), *arguments)
+
+    def floats(self, address: Value) -> Value:
+        """Lanes float32."""
+        return self.load(address, F32, self.lanes)
+
+    def from_half(self, value: Value) -> Value:
+        """float32 of finite float16, a scalar or a vector."""
+        b, count = self.b, value.type.count if isinstance(value.type, ir.VectorType) else None
+        floats, integers = (F32, I32) if count is None else (ir.VectorType(F32, count), ir.VectorType(I32, count))
+        if self.target.halves:
+            return b.fpext(value, floats)
+
+        def same(kind: Any, number: float) -> Value:
+            return ir.Constant(kind, number) if count is None else self.constant(kind, number, count)
+
+        half = I16 if count is None else ir.VectorType(I16, count)
+        bits = b.zext(b.bitcast(value, half), integers)
+        sign = b.shl(b.and_(bits, same(I32, 0x8000)), same(I32, 16))
+        size = b.bitcast(b.shl(b.and_(bits, same(I32, 0x7FFF)), same(I32, 13)), floats)  # but for the exponent's bias
+        return b.bitcast(b.or_(b.bitcast(self.multiply(size, same(F32, 2.0**112)), integers), sign), floats)
+
+    def store(self, value: Value, address: Value) -> None:
+        self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=1)
+
+    def pick(self, a: Value, indices: Sequence[int], b: Value | None = None) -> Value:
+        """The lanes of a, and of b after them, by constant indices."""
+        b = ir.Constant(a.type, ir.Undefined) if b is None else b
+        return self.b.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(indices)), list(indices)))
+
+    def parts(self, vector: Value) -> list[Value]:
+        """A vector cut into vectors of `lanes`."""
+        count = vector.type.count
+        return [self.pick(vector, range(i, i + self.lanes)) for i in range(0, count, self.lanes)]
+
+    def everywhere(self, scalar: Value) -> Value:
+        """A vector of one value."""
+        vector = ir.Constant(ir.VectorType(scalar.type, self.lanes), ir.Undefined)
+        return self.pick(self.b.insert_element(vector, scalar, ir.Constant(I32, 0)), [0] * self.lanes)
+
+    def multiply(self, a: Value, b: Value) -> Value:
+        return self.b.fmul(a, b, flags=FAST)
+
+    def add(self, a: Value, b: Value) -> Value:
+        return self.b.fadd(a, b, flags=FAST)
+
+    def multiply_add(self, a: Value, b: Value, c: Value) -> Value:
+        return self.add(self.multiply(a, b), c)
+
+    def accumulate(self, a: Value, b: Value, place: Value) -> None:
+        """place += a * b"""
+        self.b.store(self.multiply_add(a, b, self.b.load(place)), place)
+
+    def intrinsic(self, name: str, kind: Any, *values: Value) -> Value:
+        found = self.module.globals.get(name)
+        if found is None:
+            found = ir.Function(self.module, ir.FunctionType(kind, [value.type for value in values]), name)
+        return self.b.call(found, values)
+
+    def look_up(self, table: Sequence[float], index: Value) -> Value:
+        """float32 of a table of 16 by the low 4 bits of int32 lanes; the second half of the table is the negated first,
+        or the whole is index + a constant, as it is for integers."""
+        b = self.b
+        half = ir.Constant(ir.VectorType(F32, 8), list(table[:8]))
+        if self.target.tables == 4:
+            whole = ir.Constant(ir.VectorType(F32, 16), list(table))
+            return self.intrinsic("llvm.x86.avx512.permvar.sf.512", whole.type, whole, index)
+        if table[9] - table[8] == 1:
+            low = b.sitofp(b.and_(index, self.constant(I32, 15)), self.constant(F32, 0).type)
+            return self.add(low, self.constant(F32, table[0]))
+        if self.target.tables == 3:
+            value = self.intrinsic("llvm.x86.avx2.permps", half.type, half, index)
+        else:
+            value = self._e2m1(b.and_(index, self.constant(I32, 7)))
+        sign = b.shl(b.and_(index, self.constant(I32, 8)), self.constant(I32, 28))
+        return b.bitcast(b.or_(b.bitcast(value, sign.type), sign), value.type)
+
+    def _e2m1(self, code: Value) -> Value:
+        """0, 0.5, 1, 1.5, 2, 3, 4, 6 by int32 of 0 to 7: twice these are code, code beyond 4, and twice that beyond 6,
+        added up."""
+        b = self.b
+
+        def beyond(limit: int) -> Value:
+            more = b.sub(code, self.constant(I32, limit))
+            return b.select(b.icmp_signed(">", more, self.constant(I32, 0)), more, self.constant(I32, 0))
+
+        last = beyond(6)
+        twice = b.add(b.add(code, beyond(4)), b.add(last, last))
+        return self.multiply(b.sitofp(twice, self.constant(F32, 0).type), self.constant(F32, 0.5))
+
+    def total(self, vector: Value) -> Value:
+        """The sum of the lanes."""
+        return self.b.extract_element(self.totals([vector]), ir.Constant(I32, 0))
+
+    def totals(self, vectors: list[Value]) -> Value:
+        """The sum of each of several vectors, in the lanes of one. Their number: a power of 2, at most `lanes`."""
+        count = len(vectors)
+        while len(vectors) > 1:
+            vectors = [self._halved(a, b) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+        found = vectors[0]
+        while found.type.count > count:
+            found = self._halved(found, None)
+        return found
+
+    def _halved(self, a: Value, b: Value | None) -> Value:
+        """The sums of neighbours, those of a and then those of b."""
+        count = a.type.count * (1 if b is None else 2)
+        return self.add(self.pick(a, range(0, count, 2), b), self.pick(a, range(1, count, 2), b))
+
+
+def compile_module(module: Any, target: Target) -> Any:
+    """The module as machine code of this process, whose functions' addresses `get_function_address` gives. Loops stay
+    as they are written."""
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    native = binding.Target.from_default_triple()
+    machine = native.create_target_machine(cpu=target.cpu, features=target.features, opt=3, jit=True)
+    parsed = binding.parse_assembly(str(module))
+    parsed.verify()
+    options = binding.create_pipeline_tuning_options(speed_level=2)
+    options.loop_unrolling = options.loop_vectorization = options.slp_vectorization = False
+    builder = binding.create_pass_builder(machine, options)
+    builder.getModulePassManager().run(parsed, builder)
+    engine = binding.create_mcjit_compiler(parsed, machine)
+    engine.finalize_object()
+    return engine

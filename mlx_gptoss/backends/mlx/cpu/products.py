@@ -1,0 +1,189 @@
+"""Products with matrices in numpy arrays, as they are stored, on the threads of a pool.
+
+With llvmlite, kernels.py multiplies by the codes. Without it, numpy multiplies by dense float32 matrices, and by others
+once they are decoded.
+
+Legend: E experts, N outputs, D inputs, P rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ....machine import cores
+from ....weights import codecs
+from ....weights.tensor import MXFP4, Dense, Weight
+from .pool import Pool
+
+if TYPE_CHECKING:
+    from .kernels import Compiled, Storage
+
+Floats = NDArray[np.float32]
+Integers = NDArray[Any]
+PIECE_ROWS, PIECE_ROWS_MANY = 64, 32  # rows of a piece, for one token and for several
+MIN_WORK_TO_SHARE = 1 << 18  # multiply-adds from which waking another thread is worth it
+MAX_DECODED = 1 << 20  # weights that numpy decodes at once, 4 MB
+SCALES = {np.dtype(np.float32): "float32", np.dtype(np.float16): "float16", codecs.BFLOAT16: "bfloat16"}
+
+
+def compiles() -> bool:
+    """Whether kernels can be compiled here."""
+    return find_spec("llvmlite") is not None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A matrix [N, D], or those of all experts, [E, N, D], with contiguous rows."""
+
+    weight: Weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @cached_property
+    def storage(self) -> Storage | None:
+        """As the kernels name it; None if they do not read it."""
+        from .kernels import UNIT, Storage
+
+        weight = self.weight
+        if weight.shape[-1] % UNIT:
+            return None
+        if isinstance(weight, Dense):
+            kind: Any = SCALES.get(weight.values.dtype)
+            return None if kind is None else Storage("float", 8 * weight.values.itemsize, 0, kind)
+        if weight.outer is not None:
+            return None
+        if weight.spec == MXFP4:
+            return Storage("e2m1", 4, weight.spec.group, "e8m0")
+        if weight.spec.element != "uint" or weight.scale is None or weight.bias is None:
+            return None
+        kind = SCALES.get(weight.scale.dtype)
+        return None if kind is None else Storage("uint", weight.spec.bits, weight.spec.group, kind)
+
+    @cached_property
+    def codes(self) -> Integers:
+        return self.weight.values if isinstance(self.weight, Dense) else self.weight.codes
+
+    @cached_property
+    def places(self) -> list[tuple[int, int]]:
+        """Address and bytes to the next expert, of codes, scales and biases; 0 for what there is not."""
+        weight = self.weight
+        arrays = [weight.values, None, None] if isinstance(weight, Dense) else [weight.codes, weight.scale, weight.bias]
+        return [(0, 0) if a is None else (a.ctypes.data, a.strides[0] if a.ndim == 3 else 0) for a in arrays]
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Bytes from row to row, of codes and scales."""
+        scale = None if isinstance(self.weight, Dense) else self.weight.scale
+        return self.codes.strides[-2], 0 if scale is None else scale.strides[-2]
+
+    def expert(self, number: int) -> Weight:
+        return self.weight[number]
+
+
+class Products:
+    """Computes products on all cores. compiled: with kernels, which llvmlite compiles."""
+
+    def __init__(self, *, compiled: bool | None = None) -> None:
+        self.pool = Pool(cores())
+        self.compiled = compiles() if compiled is None else compiled
+        self._counter = np.zeros(1, np.int64)
+        if self.compiled:
+            from .emit import Target
+            from .kernels import BLOCK, SCRATCH_ROWS
+
+            self._target = Target.here()
+            self._scratch = [np.empty(SCRATCH_ROWS * BLOCK, np.float32) for _ in range(self.pool.threads)]
+
+    def close(self) -> None:
+        self.pool.close()
+
+    def reads(self, matrix: Stored) -> bool:
+        """Whether a kernel multiplies by the matrix as it is."""
+        return self.compiled and matrix.storage is not None
+
+    def multiply(self, matrix: Stored, x: Floats) -> Floats:
+        """x [P, D] times a matrix [N, D] -> [P, N]"""
+        if self.reads(matrix):
+            y = np.empty((len(x), matrix.shape[-2]), np.float32)
+            self._run(matrix, x, y, [(0, 0, len(x))])
+            return y
+        return self._multiply_decoded([(matrix.weight, 0, len(x))], x, matrix.shape[-2])
+
+    def gather(self, matrix: Stored, x: Floats, experts: Integers) -> Floats:
+        """Each row of x [P, D] times the matrix of its expert, of [E, N, D] -> [P, N]. experts [P], ascending."""
+        found, starts = np.unique(experts, return_index=True)
+        ends = [*starts[1:].tolist(), len(x)]
+        jobs = list(zip(found.tolist(), starts.tolist(), ends, strict=True))
+        if self.reads(matrix):
+            y = np.empty((len(x), matrix.shape[-2]), np.float32)
+            self._run(matrix, x, y, jobs)
+            return y
+        return self._multiply_decoded([(matrix.expert(e), i, j) for e, i, j in jobs], x, matrix.shape[-2])
+
+    def _run(self, matrix: Stored, x: Floats, y: Floats, jobs: list[tuple[int, int, int]]) -> None:
+        """jobs: expert, and the first and the end of its rows of x and y."""
+        from .kernels import kernel
+
+        storage = matrix.storage
+        assert storage is not None
+        compiled = kernel(storage, self._target)
+        N, D = matrix.shape[-2:]
+        x = _ordered(x, storage, compiled)
+        sums = x.reshape(len(x), -1, storage.group).sum(axis=-1) if storage.element == "uint" else None
+        rows = PIECE_ROWS if len(x) == len(jobs) else PIECE_ROWS_MANY
+        table = [self._counter.ctypes.data, len(jobs), -(-N // rows), rows, N, D, *matrix.strides]
+        table += [4 * D, 4 * N]
+        data = [(a.ctypes.data, a.strides[0]) if a is not None else (0, 0) for a in (x, sums, y)]
+        for expert, first, end in jobs:
+            table += [base + expert * step for base, step in matrix.places]
+            table += [*(base + first * step for base, step in data), end - first]
+        values = np.array(table, np.int64)
+        self._counter[0] = 0
+        address, scratch = values.ctypes.data, [array.ctypes.data for array in self._scratch]
+
+        def work(thread: int) -> None:
+            compiled.run(address, scratch[thread])
+
+        if len(x) * N * D < MIN_WORK_TO_SHARE:
+            work(0)
+        else:
+            self.pool.run(work)
+
+    def _multiply_decoded(self, jobs: list[tuple[Weight, int, int]], x: Floats, outputs: int) -> Floats:
+        """As gather, by numpy. jobs: each expert's matrix, and the first and the end of its rows of x."""
+        y = np.empty((len(x), outputs), np.float32)
+        step = max(1, min(MAX_DECODED // x.shape[-1], -(-outputs // (2 * self.pool.threads))))
+
+        def piece(weight: Weight, at: int, first: int, end: int) -> Callable[[], None]:
+            def compute() -> None:
+                decoded = _decoded(weight.output_rows(at, at + step))
+                np.matmul(x[first:end], decoded.T, out=y[first:end, at : at + len(decoded)])
+
+            return compute
+
+        self.pool.each([piece(w, at, i, j) for w, i, j in jobs for at in range(0, outputs, step)])
+        return y
+
+
+def _decoded(weight: Weight) -> Floats:
+    if isinstance(weight, Dense) and weight.values.dtype == np.float32:
+        return weight.values
+    return codecs.dequantize(weight)
+
+
+def _ordered(x: Floats, storage: Storage, compiled: Compiled) -> Floats:
+    """x [P, D] contiguous, in the order in which a kernel reads it: for codes of 4 bits, in each 2 * lanes inputs those
+    of the low halves of `lanes` bytes, then those of the high halves."""
+    if not storage.paired:
+        return np.ascontiguousarray(x)
+    halves = x.reshape(len(x), -1, compiled.lanes, 2).swapaxes(-1, -2)
+    return np.ascontiguousarray(halves).reshape(x.shape)

@@ -1,0 +1,115 @@
+"""Compiled products against float64: every storage, odd sizes, and the code for processors with narrower vectors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mlx_gptoss.backends.mlx.cpu import products as cpu_products
+from mlx_gptoss.backends.mlx.cpu.products import Products, Stored
+from mlx_gptoss.weights import codecs
+from mlx_gptoss.weights.tensor import AFFINE, AFFINE_BITS, MXFP4, Dense, Quantized
+
+binding = pytest.importorskip("llvmlite.binding")
+
+from mlx_gptoss.backends.mlx.cpu.emit import Target  # noqa: E402
+
+RNG = np.random.default_rng(0)
+OUTPUTS = 37
+TYPES = {"bfloat16": codecs.BFLOAT16, "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
+STORAGES = ["mxfp4", *TYPES, *(f"{bits} bits" for bits in AFFINE_BITS)]
+
+
+def targets():
+    """This processor, and as if it had only AVX2, or only SSE."""
+    features = dict(binding.get_host_cpu_features())
+    found = {"here": Target.here()}
+    if features.get("avx512vl"):
+        found["avx-512, 8 lanes"] = Target.of("icelake-server", features)
+    if features.get("avx2"):
+        avx2 = {name: on and not name.startswith("avx512") for name, on in features.items()}
+        found["avx2"] = Target.of("haswell", avx2)
+    if features.get("sse4.2"):
+        wide = ("avx", "fma", "f16c", "vaes", "vpclmul", "xop")
+        found["sse"] = Target.of("x86-64-v2", {n: on and not n.startswith(wide) for n, on in features.items()})
+    return found
+
+
+OTHERS = [pytest.param(found, id=name, marks=pytest.mark.slow) for name, found in list(targets().items())[1:]]
+
+
+@pytest.fixture(params=[pytest.param(Target.here(), id="here"), *OTHERS], scope="module")
+def products(request):
+    made = Products(compiled=True)
+    made._target = request.param
+    yield made
+    made.close()
+
+
+def weight(kind, *shape, group=64, scale="bfloat16"):
+    """A matrix, or several, [..., N, K]"""
+    *lead, inputs = shape
+    if kind in TYPES:
+        return Dense(RNG.standard_normal(shape, np.float32).astype(TYPES[kind]))
+    if kind == "mxfp4":
+        codes = RNG.integers(0, 256, (*lead, inputs // 2), np.uint8)
+        scales = RNG.integers(118, 125, (*lead, inputs // 32), np.uint8)
+        scales[..., 0] = 0  # 2^-127
+        return Quantized(MXFP4, codes, scales)
+    bits = int(kind[0])
+    codes = RNG.integers(0, 256, (*lead, inputs * bits // 8), np.uint8)
+    scales = RNG.standard_normal((*lead, inputs // group), np.float32)
+    biases = RNG.standard_normal(scales.shape, np.float32) - scales * 2 ** (bits - 1)
+    return Quantized(AFFINE[bits, group], codes, scales.astype(TYPES[scale]), biases.astype(TYPES[scale]))
+
+
+def decoded(found):
+    return (codecs.dequantize(found) if isinstance(found, Quantized) else found.values).astype(np.float64)
+
+
+def error(found, wanted):
+    assert found.shape == wanted.shape
+    return np.abs(found - wanted).max() / np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("kind", STORAGES)
+def test_tokens_and_inputs(products, kind):
+    """One token, the few that are multiplied row by row, and tiles with what is left over; inputs in one block and in
+    several."""
+    for inputs in (64, 320, 1856):
+        matrix = weight(kind, OUTPUTS, inputs)
+        assert products.reads(Stored(matrix))
+        for tokens in (1, 2, 3, 4, 5, 6, 7, 8, 13):
+            x = RNG.standard_normal((tokens, inputs), np.float32)
+            assert error(products.multiply(Stored(matrix), x), x @ decoded(matrix).T) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("kind", "group", "scale"), [("3 bits", 32, "float16"), ("4 bits", 128, "float32"), ("8 bits", 32, "float32")]
+)
+def test_groups_and_scales(kind, group, scale):
+    products = Products(compiled=True)
+    for tokens in (1, 3, 7):
+        matrix, x = weight(kind, OUTPUTS, 384, group=group, scale=scale), RNG.standard_normal((tokens, 384), np.float32)
+        assert error(products.multiply(Stored(matrix), x), x @ decoded(matrix).T) < 1e-6
+    products.close()
+
+
+def test_experts(products, monkeypatch):
+    """With no row, one and many, on several threads."""
+    monkeypatch.setattr(cpu_products, "MIN_WORK_TO_SHARE", 1)
+    bank = weight("mxfp4", 6, OUTPUTS, 320)
+    experts = np.repeat(np.arange(6), [1, 25, 0, 3, 13, 1])
+    x = RNG.standard_normal((len(experts), 320), np.float32)
+    wanted = np.einsum("pnd,pd->pn", decoded(bank)[experts], x)
+    assert error(products.gather(Stored(bank), x, experts), wanted) < 1e-6
+
+
+def test_what_no_kernel_reads():
+    products = Products(compiled=True)
+    odd = Stored(Dense(RNG.standard_normal((OUTPUTS, 100), np.float32)))
+    outer = Quantized(MXFP4, np.zeros((4, 16), np.uint8), np.zeros((4, 1), np.uint8), outer=np.float32(2))
+    assert not products.reads(odd) and not products.reads(Stored(outer))
+    x = RNG.standard_normal((3, 100), np.float32)
+    assert error(products.multiply(odd, x), x @ decoded(odd.weight).T) < 1e-6
+    products.close()
