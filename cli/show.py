@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from mlx_gptoss.loading.recommend import Recommendation
     from mlx_gptoss.weights.checkpoint import Summary
 
+PRODUCTS = {
+    "compiled": "compiled for it by llvmlite, with weights as they are stored",
+    "numpy": "by numpy and MLX; pip install 'mlx-gptoss[cpu]' compiles them, which is several times faster",
+}
+
 
 @click.command()
 @click.argument("model", required=False, cls=ModelArgument, type=ModelName(), envvar=MODEL_VARIABLE)
@@ -86,8 +91,10 @@ def show(
         )
         parts = [plan_load(request, checkpoint, rank, ranks) for rank in range(ranks)]
     kernels = module.custom_kernels(given.get("device"))
+    products = module.cpu_products(given.get("device"), given.get("dtype"))
     if as_json:
         report = _report(summary, plan, best) | {"backend": name, "runs_as": wider, "custom_kernels": kernels}
+        report["cpu_products"] = products or None
         if adapters:
             report["adapters"] = [
                 adapter_report(each, adapters[each], about, size) for each, about in described.items()
@@ -99,6 +106,8 @@ def show(
             click.echo(f"The {name} backend has no kernel for {stored}: it runs as {ran}, with the same values.")
         for check, verdict in kernels.items():
             click.echo(f"Custom kernel ({check}): {f'not used here, {verdict}' if verdict else 'in use'}")
+        if products:
+            click.echo(f"Products on this CPU: {PRODUCTS[products]}")
         click.echo(_advice(best, model or "MODEL"))
         for each, about in described.items():
             print_adapter(each, about, size)

@@ -251,6 +251,11 @@ class Backend(Protocol):
         check, "" if it passed on this device, or why it did not. Empty where there are none, or none was checked."""
         ...
 
+    def cpu_products(self, device: str | None, dtype: str | None) -> str:
+        """How matrices are multiplied on a CPU: "compiled" for it by llvmlite, or "numpy". "" where the backend's
+        library does it."""
+        ...
+
     def copy_bandwidth(self, device: str | None) -> float:
         """Bytes per second of a copy in the device's memory, reads and writes counted: the bound of decoding.
 

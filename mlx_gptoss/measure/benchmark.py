@@ -150,7 +150,8 @@ def load(
     derived = upcastable = 0
     if not isinstance(model.weights, Requantized):
         derived = derived_bytes(model.weights, target.backend)
-        if target.backend == "mlx" and target.name == "cpu":
+        compiled = module.cpu_products(target.device, target.dtype) == "compiled"
+        if target.backend == "mlx" and target.name == "cpu" and not compiled:
             upcastable = upcastable_bytes(model.weights, activation_bytes)
     plan = plan_memory(
         config,

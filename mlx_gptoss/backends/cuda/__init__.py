@@ -114,6 +114,11 @@ def device_name(device: str | None) -> str:
     return "cpu" if where.type == "cpu" else torch.cuda.get_device_name(where)
 
 
+def cpu_products(device: str | None, dtype: str | None) -> str:
+    """As Backend: PyTorch multiplies."""
+    return ""
+
+
 def copy_bandwidth(device: str | None) -> float:
     """Bytes per second, reads and writes counted: the best of ten copies of 1 GiB on a GPU; RAM's on a CPU."""
     where = pick_device(device)

@@ -15,7 +15,7 @@ from ...weights.split import RankShard
 from ...weights.tensor import Weights
 from ..base import Limits, Read
 from . import command_buffers, host, wiring
-from .cpu.products import Products
+from .cpu.products import Products, compiles
 from .elementwise import UNCOMPILED, compiled
 from .kernels.choose import chooser, verdicts_of
 from .layers import takes_global_scale
@@ -145,6 +145,13 @@ def prepare(device: str | None, reads: Sequence[Read], resident_bytes: int) -> N
     # Not pick_device(): it uses the device, which has to be used first with the variables set.
     if sys.platform == "darwin" and (is_default or device in ("gpu", "metal")):
         command_buffers.prepare(reads, resident_bytes)
+
+
+def cpu_products(device: str | None, dtype: str | None) -> str:
+    """As Backend."""
+    if not host.enabled(on_cpu=not _on_gpu(device), dtype=DTYPES[dtype_name(device, dtype)]):
+        return ""
+    return "compiled" if compiles() else "numpy"
 
 
 def copy_bandwidth(device: str | None) -> float:
