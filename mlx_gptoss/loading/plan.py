@@ -241,8 +241,8 @@ def memory_plan(
     """The memory plan of a checkpoint on the backend's device.
 
     weights_bytes: the size of the weights, if they are quantized while loading; None is the checkpoint's size.
-    as_stored: the backend (mlx) may leave the embeddings in the mapped file if memory is short and, on a CPU whose products
-        are not compiled, upcast dense matrices if there is enough.
+    as_stored: the backend (mlx) may leave the embeddings in the mapped file if memory is short and, on a CPU whose
+        products are not compiled, upcast dense matrices if there is enough.
     prefix_bytes: as in plan_memory. ranks_on_host: processes that share the device's memory equally. available_bytes:
         that memory; None asks the device. adapter_values: of the factors of all adapters that are loaded with it.
     Raises InvalidRequest for a context or kv_bits that the model does not allow.

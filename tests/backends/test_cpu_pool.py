@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from functools import partial
 
 import numpy as np
@@ -64,6 +65,16 @@ def test_a_thread_that_comes_late_is_not_waited_for(pool):
     assert held_again.wait(60) and done[0] == 0
     hold.set()
     caller.join(60)
+
+
+def test_a_job_in_the_queue_holds_nothing():
+    pool = Pool(1)  # nobody takes from its queue
+    pool._workers = [threading.Thread()]
+    array = np.zeros(3)
+    held = weakref.ref(array)
+    pool.run(partial(lambda array, thread: None, array))
+    del array
+    assert pool._jobs.qsize() == 1 and held() is None
 
 
 def test_an_error_of_any_thread_is_raised(pool):

@@ -59,16 +59,14 @@ def test_a_dense_matrix(monkeypatch, products, dtype, lead, biased):
     weight, x, bias = normal(320, 192).astype(dtype), normal(*lead, 192), normal(320) if biased else None
     wanted = np.asarray(x, np.float64) @ np.asarray(weight.astype(mx.float32), np.float64).T
     wanted = wanted + np.asarray(bias) if biased else wanted
-    assert error(host.HostMatrix(weight, products).matmul(x, bias), wanted) < 1e-6
+    assert error(host.HostMatrix(stored(weight), products).matmul(x, bias), wanted) < 1e-6
     assert error(DenseMatrix(weight).matmul(x, bias), wanted) < 1e-6
 
 
-def test_small_products_are_left_to_mlx(monkeypatch, products):
-    monkeypatch.setattr(host, "to_numpy", None)
-    matrix = host.HostMatrix(normal(320, 192), products)
-    assert matrix.matmul(normal(1, 192)).shape == (1, 320)
-    with pytest.raises(TypeError):
-        matrix.matmul(normal(64, 192))
+def stored(weight):
+    """A dense MLX array as load() holds it."""
+    values = np.asarray(weight.view(mx.uint16)).view(codecs.BFLOAT16) if weight.dtype == mx.bfloat16 else weight
+    return Stored(Dense(np.asarray(values)))
 
 
 def test_inputs_that_are_not_contiguous(products):
@@ -76,7 +74,7 @@ def test_inputs_that_are_not_contiguous(products):
     for inputs in (192, 8, 100):
         weight, x = normal(640, inputs), normal(inputs, 33).T
         wanted = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
-        assert error(host.HostMatrix(weight, products).matmul(x), wanted) < 1e-6
+        assert error(host.HostMatrix(stored(weight), products).matmul(x), wanted) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -100,13 +98,14 @@ def test_experts(monkeypatch, products, name, parts):
     monkeypatch.setattr(cpu_products, "MAX_DECODED", 50 * 192)
     source = Synthetic(PRESETS["tiny"], name)
     weights = [source.read(expert) for expert in EXPERTS]
-    plain = tuple(fuse(part) for part in split_rows(weights, parts))
+    groups = split_rows(weights, parts)
+    plain = tuple(fuse(group) for group in groups)
     rows = np.array([1, 25, 0, 20, 13, 1])
     chosen = mx.array(np.repeat(np.arange(6), rows).astype(np.uint32))
     x = normal(len(chosen), 1, 192)
     decoded = np.concatenate([values(weight) for weight in weights], axis=1).astype(np.float64)
     wanted = np.einsum("pnd,pd->pn", decoded[np.asarray(chosen)], np.asarray(x)[:, 0])[:, None]
-    experts = host.HostExperts(tuple(on_host(matrix, products) for matrix in plain), (), products)
+    experts = host.HostExperts(tuple(on_host(group, products) for group in groups), (), products)
     assert error(experts(x, chosen, None), wanted) < 1e-6
     if name != "bf16":
         assert error(ExpertLinear(plain)(x, chosen, None), wanted) < 2e-6
@@ -117,12 +116,28 @@ def test_experts(monkeypatch, products, name, parts):
     assert error(experts(each, pairs, tokens), unsorted) < 2e-6
 
 
-def on_host(matrix, products):
+def on_host(weights, products):
     """The matrix as load() makes it."""
-    if isinstance(matrix, DenseMatrix):
-        return host.HostMatrix(matrix.weight, products)
-    read = products.reads(Stored(host.as_weight(matrix)))
-    return host.HostQuantized(**vars(matrix), products=products) if read else matrix
+    copied = Stored(products.copied(weights))
+    read = isinstance(copied.weight, Dense) or products.reads(copied)
+    return host.HostMatrix(copied, products) if read else fuse(weights)
+
+
+def test_the_rows_of_an_embedding(products):
+    for name in ("mxfp4", "mlx-8bit"):
+        weight = Synthetic(PRESETS["tiny"], name).read("embed.weight")
+        ids = mx.array([[3, 0, 3], [7, 1, 2]])
+        found = on_host([weight], products).rows(ids, mx.float32)
+        np.testing.assert_array_equal(np.asarray(found), values(weight)[np.asarray(ids)])
+
+
+def test_a_copy_is_upcast(products):
+    """Parts with rows that are not adjacent, as OpenAI interleaves gate and up."""
+    whole = RNG.standard_normal((3, 10, 64), np.float32).astype(codecs.BFLOAT16)
+    found = products.copied([Dense(whole[:, 0::2]), Dense(whole[:, 1::2])], upcast=True)
+    wanted = np.concatenate([whole[:, 0::2], whole[:, 1::2]], axis=1).astype(np.float32)
+    np.testing.assert_array_equal(found.values, wanted)
+    assert found.values.dtype == np.float32
 
 
 def values(weight):

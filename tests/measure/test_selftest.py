@@ -127,14 +127,24 @@ def copying(write):
     return run
 
 
+def both(name, change):
+    """MLX's quantized matrices, and those of a CPU, by which kernels multiply if llvmlite is installed."""
+
+    def breaks(monkeypatch, package):
+        for place in ("layers.QuantizedMatrix", "host.HostMatrix"):
+            replaced(place, name, change)(monkeypatch, package)
+
+    return breaks
+
+
 MLX_FAULTS = {
     "a product off by a thousandth": (
         "linear, mxfp4",
-        replaced("layers.QuantizedMatrix", "matmul", off),
+        both("matmul", off),
     ),
     "experts off by a thousandth": (
         "experts, mxfp4",
-        replaced("layers.QuantizedMatrix", "gather", off),
+        both("gather", off),
     ),
     "lm_head off by a thousandth": (
         "lm_head, bfloat16",
@@ -143,7 +153,7 @@ MLX_FAULTS = {
     "an up without its one": ("experts, affine 4-bit, groups of 64", broken_mlx_swiglu),
     "rows of the wrong tokens": (
         "embeddings",
-        replaced("layers.QuantizedMatrix", "rows", lambda f: lambda self, ids, dtype: f(self, ids + 1, dtype)),
+        both("rows", lambda f: lambda self, ids, dtype: f(self, ids + 1, dtype)),
     ),
     "positions off by one": (
         "RoPE",
@@ -151,7 +161,7 @@ MLX_FAULTS = {
     ),
     "attention without its sink": (
         "attention, full",
-        replaced("host", "attend", lambda f: lambda q, k, v, scale, mask, sinks: f(q, k, v, scale, mask, sinks - 99)),
+        replaced("host", "_attend", lambda f: lambda q, k, v, sink, seen, out: f(q, k, v, sink - 99, seen, out)),
     ),
     "a window of one key too many": (
         "attention, sliding",

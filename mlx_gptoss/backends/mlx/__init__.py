@@ -69,7 +69,10 @@ def load(
                 products=products,
             )
             if not (gpu and mx.metal.is_available()):
-                return MlxRunner(model, limits, where, streams, on_close=None if products is None else products.close)
+                if products is None:
+                    return MlxRunner(model, limits, where, streams)
+                held = products.held_bytes
+                return MlxRunner(model, limits, where, streams, on_close=products.close, host_bytes=held)
             architecture = str(mx.device_info(pick_device(device))["architecture"])
             return metal_runner(model, limits, where, streams, architecture, available_memory(device), wiring.PROCESS)
     except BaseException:

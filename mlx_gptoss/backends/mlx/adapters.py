@@ -11,15 +11,19 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from .cache import Span
-from .layers import DenseMatrix
+from .layers import DenseMatrix, Matrix
 
 
 @dataclass(frozen=True)
 class LowRank:
     """a: [R, D], b: [N, R]; or [E, R, D] and [E, N, R] of experts. In the activations' dtype, b with the scale."""
 
-    a: DenseMatrix
-    b: DenseMatrix
+    a: Matrix
+    b: Matrix
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.a.weight.dtype if isinstance(self.a, DenseMatrix) else mx.float32
 
 
 def add_linear(y: mx.array, x: mx.array, adapters: Sequence[LowRank | None], span: Span) -> mx.array:
@@ -46,7 +50,7 @@ def add_experts(
     for index, uses in span.adapters:
         if (low_rank := adapters[index]) is not None:
             uses = uses if uses is None or rows is None else uses[rows]
-            u = low_rank.a.gather(x.astype(low_rank.a.weight.dtype), experts, tokens)
+            u = low_rank.a.gather(x.astype(low_rank.dtype), experts, tokens)
             y = y + low_rank.b.gather(_of_rows(u, uses), experts, pairs)
     return y
 

@@ -13,10 +13,15 @@ import numpy as np
 
 from ...errors import CheckpointError
 from ...weights import codecs
-from ...weights.tensor import FP8_ROW, MXFP8, Array, Dense, Quantized, Weight
-from .layers import MODES, DenseMatrix, Matrix, QuantizedMatrix
+from ...weights.tensor import FP8_ROW, MXFP8, Array, Dense, Quantized, Weight, same_storage
+from .layers import MODES, DenseMatrix, QuantizedMatrix
 
 UNIT_E8M0 = 127  # the e8m0 byte for 2^0
+
+
+def storage_groups(weights: Sequence[Weight]) -> list[list[Weight]]:
+    """All weights together if they are stored alike, else each alone."""
+    return [list(weights)] if same_storage(weights) else [[weight] for weight in weights]
 
 
 def split_rows(weights: Sequence[Weight], count: int) -> list[list[Weight]]:
@@ -34,7 +39,7 @@ def split_rows(weights: Sequence[Weight], count: int) -> list[list[Weight]]:
     ]
 
 
-def fuse(weights: Sequence[Weight], dtype: mx.Dtype | None = None) -> Matrix:
+def fuse(weights: Sequence[Weight], dtype: mx.Dtype | None = None) -> DenseMatrix | QuantizedMatrix:
     """One matrix with the rows of all weights, in order. They are stored alike, so concatenating codes is exact.
 
     dtype: of the activations, with which MLX can multiply by the matrix as it then is; None keeps it as stored."""

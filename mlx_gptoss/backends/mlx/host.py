@@ -11,9 +11,8 @@ Legend: P rows, N outputs, D inputs, E experts; in attention B slots, H heads, K
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -22,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...weights import codecs
-from ...weights.tensor import Dense, Quantized, Weight
+from ...weights.tensor import Quantized
 from .cpu.pool import Pool
 from .cpu.products import Products, Stored
-from .layers import Attend, DenseMatrix, ExpertLinear, Mask, Matrix, QuantizedMatrix, fused
+from .layers import Attend, DenseMatrix, ExpertLinear, Mask, QuantizedMatrix, fused
 
 Floats = NDArray[np.float32]
 MIN_FLOPS = 1 << 16  # multiply-adds from which a product is worth waiting for its input
@@ -46,61 +45,33 @@ def to_numpy(x: mx.array) -> NDArray[Any]:
 
 
 @dataclass(frozen=True)
-class HostMatrix(DenseMatrix):
-    """A DenseMatrix whose larger products with float32 activations are computed by `products`."""
+class HostMatrix:
+    """A matrix in numpy arrays, [N, D] or of all experts [E, N, D], by which `products` multiplies float32."""
 
+    stored: Stored
     products: Products
 
     def matmul(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
         """x float32 [..., D] -> [..., N]"""
-        if x.size * self.weight.shape[-2] < MIN_FLOPS:
-            return super().matmul(x, bias)
-        return _product(self.products, self.stored, x, bias)
+        y = mx.array(self.products.multiply(self.stored, to_numpy(x.reshape(-1, x.shape[-1]))))
+        y = y.reshape(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
 
     def gather(self, x: mx.array, experts: mx.array, tokens: mx.array | None) -> mx.array:
-        """As ExpertLinear."""
-        return _gather(self.products, self.stored, x, experts)
+        """As ExpertLinear, whether experts are in ascending order or not."""
+        mx.eval(x, experts)
+        chosen = np.asarray(experts)
+        rows = np.broadcast_to(np.asarray(x), (*chosen.shape, 1, x.shape[-1])).reshape(chosen.size, -1)
+        order = np.argsort(chosen, axis=None, kind="stable")
+        y = np.empty((len(rows), self.stored.shape[-2]), np.float32)
+        y[order] = self.products.gather(self.stored, rows[order], chosen.ravel()[order])
+        return mx.array(y.reshape(*chosen.shape, 1, -1))
 
-    @cached_property
-    def stored(self) -> Stored:
-        return Stored(as_weight(self))
-
-
-@dataclass(frozen=True)
-class HostQuantized(QuantizedMatrix):
-    """A QuantizedMatrix that `products` multiplies by."""
-
-    products: Products | None = None
-
-    def matmul(self, x: mx.array, bias: mx.array | None = None) -> mx.array:
-        """x float32 [..., D] -> [..., N]"""
-        assert self.products is not None
-        return _product(self.products, self.stored, x, bias)
-
-    def gather(self, x: mx.array, experts: mx.array, tokens: mx.array | None) -> mx.array:
-        """As ExpertLinear."""
-        assert self.products is not None
-        return _gather(self.products, self.stored, x, experts)
-
-    @cached_property
-    def stored(self) -> Stored:
-        return Stored(as_weight(self))
-
-
-def _product(products: Products, matrix: Stored, x: mx.array, bias: mx.array | None) -> mx.array:
-    y = mx.array(products.multiply(matrix, to_numpy(x.reshape(-1, x.shape[-1])))).reshape(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
-
-
-def _gather(products: Products, matrix: Stored, x: mx.array, experts: mx.array) -> mx.array:
-    """As ExpertLinear, whether experts are in ascending order or not."""
-    mx.eval(x, experts)
-    chosen = np.asarray(experts)
-    rows = np.broadcast_to(np.asarray(x), (*chosen.shape, 1, x.shape[-1])).reshape(chosen.size, -1)
-    order = np.argsort(chosen, axis=None, kind="stable")
-    y = np.empty((len(rows), matrix.shape[-2]), np.float32)
-    y[order] = products.gather(matrix, rows[order], chosen.ravel()[order])
-    return mx.array(y.reshape(*chosen.shape, 1, -1))
+    def rows(self, ids: mx.array, dtype: mx.Dtype) -> mx.array:
+        """ids [...] -> [..., D]"""
+        numbers = to_numpy(ids)
+        rows = codecs.dequantize(self.stored.weight[numbers.ravel()])
+        return mx.array(rows.reshape(*numbers.shape, -1)).astype(dtype)
 
 
 @dataclass(frozen=True)
@@ -112,10 +83,8 @@ class NarrowMatrix(DenseMatrix):
         return self.matmul_each_expert(x, experts)
 
 
-def dense_kind(*, on_cpu: bool, dtype: mx.Dtype, products: Products | None) -> Callable[[mx.array], DenseMatrix]:
-    """What makes dense matrices for activations of `dtype`."""
-    if products is not None:
-        return partial(HostMatrix, products=products)
+def dense_kind(*, on_cpu: bool, dtype: mx.Dtype) -> type[DenseMatrix]:
+    """The class of MLX's dense matrices for activations of `dtype`."""
     return NarrowMatrix if on_cpu and dtype != mx.float32 else DenseMatrix
 
 
@@ -126,18 +95,15 @@ class HostExperts(ExpertLinear):
     products: Products | None = None
 
     def __call__(self, x: mx.array, experts: mx.array, tokens: mx.array | None) -> mx.array:
-        if self.products is None or tokens is not None or not self._decodes:
+        quantized = [matrix for matrix in self.matrices if isinstance(matrix, QuantizedMatrix)]
+        if self.products is None or tokens is not None or len(quantized) < len(self.matrices):
             return super().__call__(x, experts, tokens)
         chosen = to_numpy(experts)
         if len(chosen) < MIN_ROWS_PER_EXPERT * len(np.unique(chosen)):
             return super().__call__(x, experts, tokens)
         rows = to_numpy(x.reshape(-1, x.shape[-1]))
-        parts = [self.products.gather(Stored(as_weight(matrix)), rows, chosen) for matrix in self.matrices]
+        parts = [self.products.gather(Stored(as_weight(matrix)), rows, chosen) for matrix in quantized]
         return mx.array(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1))[:, None]
-
-    @cached_property
-    def _decodes(self) -> bool:
-        return not any(isinstance(matrix, HostMatrix | HostQuantized) for matrix in self.matrices)
 
 
 def attention_on(pool: Pool) -> Attend:
@@ -187,10 +153,8 @@ def _attend(
     np.divide(found, total, out=out)
 
 
-def as_weight(matrix: Matrix) -> Weight:
+def as_weight(matrix: QuantizedMatrix) -> Quantized:
     """The matrix as numpy views of the same memory; FP8_ROW stays MXFP8."""
-    if isinstance(matrix, DenseMatrix):
-        return Dense(_as_stored(matrix.weight))
     scale, bias = _as_stored(matrix.scales), None if matrix.biases is None else _as_stored(matrix.biases)
     outer = None if matrix.outer is None else to_numpy(matrix.outer)[..., None]
     return Quantized(matrix.spec, to_numpy(matrix.codes).view(np.uint8), scale, bias, outer)

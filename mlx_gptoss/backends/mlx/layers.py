@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -192,7 +192,12 @@ def _name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 
-Matrix = DenseMatrix | QuantizedMatrix
+class Matrix(Protocol):
+    """DenseMatrix, QuantizedMatrix, or a CPU's HostMatrix."""
+
+    def matmul(self, x: mx.array, bias: mx.array | None = None) -> mx.array: ...
+    def gather(self, x: mx.array, experts: mx.array, tokens: mx.array | None) -> mx.array: ...
+    def rows(self, ids: mx.array, dtype: mx.Dtype) -> mx.array: ...
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from . import host
 from .adapters import LowRank
 from .cpu.products import Products, Stored
 from .elementwise import Elementwise
-from .fuse import concatenate, fuse, split_rows
+from .fuse import concatenate, fuse, split_rows, storage_groups
 from .kernels.choose import PLAIN, Chooser, score_factor
 from .kernels.experts import ExpertLayer
 from .layers import (
@@ -98,7 +98,7 @@ def load_model(
         lm_head, rest = loader.linear(["lm_head"], biased=False), None
     else:
         embed = MappedRows(checkpoint.read("embed.weight"), lambda weight: fuse([weight]))
-        lm_head, rest = _split_lm_head(checkpoint.read("lm_head.weight"), resident_vocab, loader.fuse)
+        lm_head, rest = _split_lm_head(checkpoint.read("lm_head.weight"), resident_vocab, loader.on_device)
         checkpoint.release()
     frequencies = mx.array((1.0 / yarn_frequencies(config.yarn, config.head_dim)).astype(np.float32))
     rotary = Rotary(frequencies, score_factor(config))
@@ -113,7 +113,6 @@ def _split_lm_head(
 ) -> tuple[Linear, Callable[[], Linear] | None]:
     """The first rows of lm_head on the device, and a function that loads the others."""
     first = to_device([weight[0:resident]])
-    mx.eval([array for array in vars(first).values() if isinstance(array, mx.array)])
     size = weight.shape[0]
     if resident >= size:
         return Linear((first,)), None
@@ -196,7 +195,7 @@ class _WeightLoader:
         self._cpu_streams = streams
         self.on_cpu = on_cpu
         self._products = products
-        self._dense_kind = host.dense_kind(on_cpu=on_cpu, dtype=dtype, products=products)
+        self._dense_kind = host.dense_kind(on_cpu=on_cpu, dtype=dtype)
         self.attend = fused if products is None else host.attention_on(products.pool)
         self.max_scores = max_scores if products is None else None
         self._checkpoint = checkpoint
@@ -226,12 +225,12 @@ class _WeightLoader:
         return array
 
     def matrix(self, name: str) -> Matrix:
-        return self._matrices([name])[0]
+        return self.on_device([self._checkpoint.read(name)])
 
     def linear(self, names: Sequence[str], *, biased: bool = True) -> Linear:
-        matrices, streams = self._split_matrices([f"{n}.weight" for n in names])
+        matrices, streams = self._split_matrices([f"{n}.weight" for n in names], upcast=self._upcast)
         if self._upcast:
-            matrices = upcast_matrices(matrices, streams or self._upcast_streams(matrices), self._dtype)
+            matrices = upcast_matrices(matrices, streams, self._dtype)
         return Linear(matrices, self.vectors([f"{n}.bias" for n in names]) if biased else None, streams)
 
     def experts(self, names: Sequence[str]) -> ExpertLinear:
@@ -246,29 +245,37 @@ class _WeightLoader:
         factors = adapter.stacked(names)
         if factors is None:
             return None
+        if self._products is not None:
+            return LowRank(*(self._on_host([Dense(values)], upcast=True) for values in (factors.a, factors.b)))
         a, b = (mx.array(values).astype(self._dtype) for values in (factors.a, factors.b))
         mx.eval(a, b)
         return LowRank(self._dense_kind(a), self._dense_kind(b))
 
-    def _split_matrices(self, names: Sequence[str]) -> tuple[tuple[Matrix, ...], tuple[mx.Stream, ...]]:
-        """The matrices and their streams. A large matrix is split by rows into one part per stream."""
+    def _split_matrices(
+        self, names: Sequence[str], *, upcast: bool = False
+    ) -> tuple[tuple[Matrix, ...], tuple[mx.Stream, ...]]:
+        """The matrices and their streams. A large matrix is split by rows into one part per stream, unless `products`
+        computes with it; upcast: those hold dense matrices in float32."""
         weights = [self._checkpoint.read(name) for name in names]
         size = sum(weight.nbytes for weight in weights)
-        if not self.on_cpu or self._by_products(weights[0]) or size < MIN_BYTES_TO_SPLIT or not same_storage(weights):
-            return self._matrices(names), ()
-        matrices = tuple(self._for_device(self.fuse(part)) for part in split_rows(weights, len(self._streams)))
-        self._materialize(matrices)
-        return matrices, self._streams
+        if self._by_products(weights):
+            return tuple(self._on_host(group, upcast=upcast) for group in storage_groups(weights)), ()
+        if not self.on_cpu or size < MIN_BYTES_TO_SPLIT or not same_storage(weights):
+            return tuple(map(self.on_device, storage_groups(weights))), ()
+        return tuple(map(self.on_device, split_rows(weights, len(self._streams)))), self._streams
 
-    def _by_products(self, weight: Weight) -> bool:
-        """Whether `products` multiplies by weights like this one whole."""
-        return self._products is not None and (isinstance(weight, Dense) or self._products.reads(Stored(weight)))
+    def _by_products(self, weights: Sequence[Weight]) -> bool:
+        """Whether `products` multiplies by weights like these whole."""
+        return self._products is not None and all(
+            isinstance(w, Dense) or self._products.reads(Stored(w)) for w in weights
+        )
 
-    def _upcast_streams(self, matrices: Sequence[Matrix]) -> tuple[mx.Stream, ...]:
-        """A stream to upcast each matrix on, if one is large and numpy multiplies it whole: on the default stream the
-        next weights would wait for it."""
-        large = any(isinstance(m, DenseMatrix) and m.weight.nbytes >= MIN_BYTES_TO_SPLIT for m in matrices)
-        return self._streams[:1] * len(matrices) if self._products is not None and large else ()
+    def _on_host(self, weights: Sequence[Weight], *, upcast: bool = False) -> host.HostMatrix:
+        assert self._products is not None
+        found = host.HostMatrix(Stored(self._products.copied(weights, upcast=upcast)), self._products)
+        self._products.prepare(found.stored)
+        self._checkpoint.release()
+        return found
 
     @property
     def _streams(self) -> tuple[mx.Stream, ...]:
@@ -280,25 +287,20 @@ class _WeightLoader:
             raise CheckpointError(f"{name} is quantized; gpt-oss keeps it dense")
         return weight.values
 
-    def _matrices(self, names: Sequence[str]) -> tuple[Matrix, ...]:
-        weights = [self._checkpoint.read(name) for name in names]
-        matrices = (self.fuse(weights),) if same_storage(weights) else tuple(self.fuse([w]) for w in weights)
-        self._materialize(matrices)
-        return tuple(map(self._for_device, matrices))
+    def on_device(self, weights: Sequence[Weight]) -> Matrix:
+        """One matrix with the rows of all weights, in memory."""
+        if self._by_products(weights):
+            return self._on_host(weights)
+        matrix = self._fuse(weights)
+        mx.eval([array for array in vars(matrix).values() if isinstance(array, mx.array)])
+        self._checkpoint.release()
+        return matrix
 
-    def _for_device(self, matrix: Matrix) -> Matrix:
-        """The matrix in the class for this device."""
-        if isinstance(matrix, DenseMatrix):
-            return self._dense_kind(matrix.weight)
-        if self._products is None or not self._products.reads(Stored(host.as_weight(matrix))):
-            return matrix
-        return host.HostQuantized(**vars(matrix), products=self._products)
-
-    def fuse(self, weights: Sequence[Weight]) -> Matrix:
+    def _fuse(self, weights: Sequence[Weight]) -> DenseMatrix | QuantizedMatrix:
         """As fuse, as the activations' dtype and the device need it."""
         matrix = fuse(weights, self._dtype)
         if isinstance(matrix, DenseMatrix):
-            return matrix
+            return self._dense_kind(matrix.weight)
         scale = global_scale(matrix)
         scale = scale if scale is not None and self._takes_global_scale else None
         return replace(matrix, global_scale=scale, finish=self.elementwise.finish)
@@ -306,11 +308,6 @@ class _WeightLoader:
     @cached_property
     def _takes_global_scale(self) -> bool:
         return self._global_scales()
-
-    def _materialize(self, matrices: Sequence[Matrix]) -> None:
-        for matrix in matrices:
-            mx.eval([array for array in vars(matrix).values() if isinstance(array, mx.array)])
-        self._checkpoint.release()
 
 
 def upcast_matrices(matrices: Sequence[Matrix], streams: Sequence[mx.Stream], dtype: mx.Dtype) -> tuple[Matrix, ...]:

@@ -75,9 +75,12 @@ class MlxRunner:
         *,
         in_turn: bool = False,
         on_close: Callable[[], None] | None = None,
+        host_bytes: int = 0,
     ) -> None:
         """where: the device or the stream that computes. streams: closed with the runner. in_turn: a step is only
-        submitted when the one before it has ended (command_buffers.py). on_close: called last."""
+        submitted when the one before it has ended (command_buffers.py). on_close: called last. host_bytes: of weights
+        in memory outside of MLX."""
+        self._host_bytes = host_bytes
         self._in_turn, self._on_close = in_turn, on_close
         self._submitted: Step | None = None
         self.config: ModelConfig = model.config
@@ -164,7 +167,7 @@ class MlxRunner:
             return out
 
     def peak_memory(self) -> int:
-        return int(mx.get_peak_memory())
+        return self._host_bytes + int(mx.get_peak_memory())
 
     def close(self) -> None:
         del self._model, self._cache

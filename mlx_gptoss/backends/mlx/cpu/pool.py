@@ -18,33 +18,36 @@ Work = Callable[[int], None]  # receives the thread's number, 0 for the caller; 
 
 
 class _Job:
-    """One call of Pool.run. Threads that come when the caller is done find it closed."""
+    """One call of Pool.run. Threads that come when the caller is done find it closed, and empty: it may stay in the
+    queue for a while, and must not hold what it computed with."""
 
     def __init__(self, work: Work) -> None:
         self.error: BaseException | None = None
-        self._work = work
+        self._work: Work | None = work
         self._lock, self._ended = Lock(), Lock()
-        self._active, self._closed = 0, False
+        self._active = 0
 
     def join(self, thread: int) -> None:
         """Work, unless the job is closed."""
         with self._lock:
-            if self._closed:
+            if self._work is None:
                 return
+            work = self._work
             self._active += 1
         try:
-            self._work(thread)
+            work(thread)
         except BaseException as error:
             self.error = error
+        del work
         with self._lock:
             self._active -= 1
-            if self._closed and not self._active:
+            if self._work is None and not self._active:
                 self._ended.release()
 
     def close(self) -> None:
         """Let no more threads begin, and wait for those that have."""
         with self._lock:
-            self._closed = True
+            self._work = None
             if not self._active:
                 return
             self._ended.acquire()

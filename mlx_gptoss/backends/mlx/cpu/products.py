@@ -8,10 +8,12 @@ Legend: E experts, N outputs, D inputs, P rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 
 from ....machine import cores
 from ....weights import codecs
-from ....weights.tensor import MXFP4, Dense, Weight
+from ....weights.tensor import MXFP4, Array, Dense, Quantized, Weight
 from .pool import Pool
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ Floats = NDArray[np.float32]
 Integers = NDArray[Any]
 PIECE_ROWS, PIECE_ROWS_MANY = 64, 32  # rows of a piece, for one token and for several
 MIN_WORK_TO_SHARE = 1 << 18  # multiply-adds from which waking another thread is worth it
+COPY_BYTES = 1 << 20  # of a matrix that a thread copies at a time
 MAX_DECODED = 1 << 20  # weights that numpy decodes at once, 4 MB
 SCALES = {np.dtype(np.float32): "float32", np.dtype(np.float16): "float16", codecs.BFLOAT16: "bfloat16"}
 
@@ -95,16 +98,64 @@ class Products:
     def __init__(self, *, compiled: bool | None = None) -> None:
         self.pool = Pool(cores())
         self.compiled = compiles() if compiled is None else compiled
+        self.held_bytes = 0  # of the matrices that were copied
         self._counter = np.zeros(1, np.int64)
         if self.compiled:
             from .emit import Target
             from .kernels import BLOCK, SCRATCH_ROWS
 
             self._target = Target.here()
+            self._compiler = ThreadPoolExecutor(1, "mlx-gptoss-compiler")
+            self._kernels: dict[Storage, Future[Compiled]] = {}
             self._scratch = [np.empty(SCRATCH_ROWS * BLOCK, np.float32) for _ in range(self.pool.threads)]
 
     def close(self) -> None:
         self.pool.close()
+        if self.compiled:
+            self._compiler.shutdown()
+
+    def prepare(self, matrix: Stored) -> None:
+        """Compile what multiplies by the matrix, while other weights are read."""
+        if self.reads(matrix):
+            self._kernel(matrix.storage)
+
+    def _kernel(self, storage: Storage | None) -> Future[Compiled]:
+        from .kernels import kernel
+
+        assert storage is not None
+        if storage not in self._kernels:
+            self._kernels[storage] = self._compiler.submit(kernel, storage, self._target)
+        return self._kernels[storage]
+
+    def copied(self, weights: Sequence[Weight], *, upcast: bool = False) -> Weight:
+        """One weight with the rows of all, which are stored alike, in memory of its own, copied by all threads. upcast:
+        a dense one becomes float32."""
+        first = weights[0]
+        if isinstance(first, Dense):
+            dense = [weight.values for weight in weights if isinstance(weight, Dense)]
+            return Dense(self._joined(dense, np.dtype(np.float32) if upcast else first.values.dtype))
+        parts = [weight for weight in weights if isinstance(weight, Quantized)]
+        codes = [part.codes for part in parts]
+        scales = [part.scale for part in parts if part.scale is not None]
+        biases = [part.bias for part in parts if part.bias is not None]
+        all_, scale, bias = (self._joined(a, a[0].dtype) if a else None for a in (codes, scales, biases))
+        assert all_ is not None
+        return Quantized(first.spec, all_, scale, bias)
+
+    def _joined(self, arrays: Sequence[Array], dtype: np.dtype[Any]) -> Array:
+        """Matrices [..., N, D], concatenated along N."""
+        rows = [array.shape[-2] for array in arrays]
+        out = np.empty((*arrays[0].shape[:-2], sum(rows), arrays[0].shape[-1]), dtype)
+        self.held_bytes += out.nbytes
+        pieces = []
+        for array, end in zip(arrays, accumulate(rows), strict=True):
+            target = out[..., end - array.shape[-2] : end, :]
+            for lead in np.ndindex(array.shape[:-2]):
+                step = max(1, COPY_BYTES // (array.shape[-1] * array.itemsize))
+                for at in range(0, array.shape[-2], step):
+                    pieces.append(partial(_copy, array[lead][at : at + step], target[lead][at : at + step]))
+        self.pool.each(pieces)
+        return out
 
     def reads(self, matrix: Stored) -> bool:
         """Whether a kernel multiplies by the matrix as it is."""
@@ -131,11 +182,9 @@ class Products:
 
     def _run(self, matrix: Stored, x: Floats, y: Floats, jobs: list[tuple[int, int, int]]) -> None:
         """jobs: expert, and the first and the end of its rows of x and y."""
-        from .kernels import kernel
-
         storage = matrix.storage
         assert storage is not None
-        compiled = kernel(storage, self._target)
+        compiled = self._kernel(storage).result()
         N, D = matrix.shape[-2:]
         x = _ordered(x, storage, compiled)
         sums = x.reshape(len(x), -1, storage.group).sum(axis=-1) if storage.element == "uint" else None
@@ -172,6 +221,13 @@ class Products:
 
         self.pool.each([piece(w, at, i, j) for w, i, j in jobs for at in range(0, outputs, step)])
         return y
+
+
+def _copy(source: Array, target: Array) -> None:
+    """source to target, float32 or of the same dtype."""
+    if source.dtype == target.dtype:  # numpy copies bfloat16 value by value, integers in runs
+        source, target = (array.view(f"u{array.itemsize}") for array in (source, target))
+    np.copyto(target, source)
 
 
 def _decoded(weight: Weight) -> Floats:
