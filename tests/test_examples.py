@@ -136,7 +136,7 @@ def test_every_example_and_tool_has_a_line_in_the_readme():
     [
         ("train_nano.py", ["train", "--run", "unused"], "torch", "python -m pip install -e '.[test]'"),
         ("write_gguf.py", ["tiny", "2", "unused.gguf"], "gguf", "python -m pip install -e '.[test]'"),
-        ("time_llama_cpp.py", ["unused.gguf"], "llama_cpp", "python -m pip install llama-cpp-python"),
+        ("time_llama_cpp.py", ["unused.gguf", "tiny", "2"], "llama_cpp", "python -m pip install llama-cpp-python"),
     ],
 )
 def test_a_tool_says_which_package_it_needs(tmp_path, tool, words, package, install):

@@ -1,40 +1,108 @@
-"""Time llama.cpp's prefill and decode on the CPU: python examples/tools/time_llama_cpp.py FILE.gguf"""
+"""Time this CPU's prefill and decode, llama.cpp's and ours in turns, on synthetic weights of the same shapes.
 
+python examples/tools/write_gguf.py 20b 4 FILE.gguf
+python examples/tools/time_llama_cpp.py FILE.gguf 20b 4 [--format mlx-mxfp4-q8] [--busy 2]
+
+FILE.gguf has experts in MXFP4 and the rest in Q8_0. --busy N runs N programs beside that never wait.
+"""
+
+import argparse
 import os
+import subprocess
 import sys
 import time
+from statistics import median
 
 import numpy as np
 from requires import llama_cpp as llama
 
-prompt, generate = 512, 16
-llama.llama_backend_init()
-model = llama.llama_model_load_from_file(sys.argv[1].encode(), llama.llama_model_default_params())
-vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
-options = llama.llama_context_default_params()
-options.n_ctx, options.n_batch, options.n_ubatch = prompt + generate + 8, prompt, min(prompt, 512)
-options.n_threads = options.n_threads_batch = os.cpu_count()
-context = llama.llama_init_from_model(model, options)
-batch = llama.llama_batch_init(prompt, 0, 1)
+from mlx_gptoss.backends import find_backend
+from mlx_gptoss.backends.base import Limits
+from mlx_gptoss.measure.timing import Case, OurEngine
+from mlx_gptoss.weights.synthetic import Synthetic, preset
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("file", metavar="FILE.gguf")
+parser.add_argument("preset", choices=["20b", "120b", "tiny"])
+parser.add_argument("layers", type=int)
+parser.add_argument("--format", default="mxfp4", help="of our weights")
+parser.add_argument("--prompt", type=int, nargs="+", default=[16, 128, 512], metavar="N")
+parser.add_argument("--generate", type=int, default=16, metavar="N")
+parser.add_argument("--turns", type=int, default=3, metavar="N")
+parser.add_argument("--busy", type=int, default=0, metavar="N")
 
 
-def feed(ids, start):
-    """Feed tokens at positions from `start`; return the likeliest next token."""
-    batch.n_tokens = len(ids)
-    for i, token in enumerate(ids):
-        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, start + i, 1, i == len(ids) - 1
-        batch.seq_id[i][0] = 0
-    assert llama.llama_decode(context, batch) == 0
-    return int(np.ctypeslib.as_array(llama.llama_get_logits_ith(context, len(ids) - 1), (vocab,)).argmax())
+class LlamaCpp:
+    """llama.cpp on all cores."""
+
+    def __init__(self, path: str, tokens: int) -> None:
+        llama.llama_backend_init()
+        self.model = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
+        self.vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self.model))
+        options = llama.llama_context_default_params()
+        options.n_ctx, options.n_batch, options.n_ubatch = tokens, tokens, 512
+        options.n_threads = options.n_threads_batch = os.cpu_count()
+        self.context = llama.llama_init_from_model(self.model, options)
+        self.batch = llama.llama_batch_init(tokens, 0, 1)
+
+    def feed(self, ids: list[int], start: int) -> int:
+        """Feed tokens at positions from `start`; return the likeliest next token."""
+        batch = self.batch
+        batch.n_tokens = len(ids)
+        for i, token in enumerate(ids):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, start + i, 1, i == len(ids) - 1
+            batch.seq_id[i][0] = 0
+        assert llama.llama_decode(self.context, batch) == 0
+        return int(
+            np.ctypeslib.as_array(llama.llama_get_logits_ith(self.context, len(ids) - 1), (self.vocab,)).argmax()
+        )
+
+    def run(self, prompt: int, generate: int, turn: int) -> tuple[float, float]:
+        """Tokens per second of prefill and of decode."""
+        llama.llama_memory_clear(llama.llama_get_memory(self.context), True)
+        ids = np.random.default_rng(turn).integers(0, self.vocab, prompt).tolist()
+        began = time.perf_counter()
+        token = self.feed(ids, 0)
+        fed = time.perf_counter()
+        for step in range(generate):
+            token = self.feed([token], prompt + step)
+        return prompt / (fed - began), generate / (time.perf_counter() - fed)
 
 
-for turn in range(3):
-    llama.llama_memory_clear(llama.llama_get_memory(context), True)
-    ids = np.random.default_rng(turn).integers(0, vocab, prompt).tolist()
-    began = time.perf_counter()
-    token = feed(ids, 0)
-    fed = time.perf_counter()
-    for step in range(generate):
-        token = feed([token], prompt + step)
-    done = time.perf_counter()
-    print(f"prefill {prompt / (fed - began):.1f} tok/s, decode {generate / (done - fed):.1f} tok/s")
+class Ours:
+    """The mlx backend on all cores."""
+
+    def __init__(self, source: Synthetic, tokens: int) -> None:
+        module, name = find_backend("mlx")
+        limits = Limits(1, tokens, module.prefill_chunk("cpu"))
+        runner = module.load(source, device="cpu", dtype=None, limits=limits)
+        self.engine = OurEngine(runner, name, "cpu", source.format, 0.0)
+
+    def run(self, prompt: int, generate: int, turn: int) -> tuple[float, float]:
+        """Tokens per second of prefill and of decode."""
+        if turn == 0:
+            self.engine.begin(Case(1, prompt, prompt, generate))
+        seconds = self.engine.prefill()
+        return prompt / seconds, generate / self.engine.decode()
+
+
+chosen = parser.parse_args()
+longest = max(chosen.prompt) + 2 * chosen.generate + 32
+theirs = LlamaCpp(chosen.file, longest)
+ours = Ours(Synthetic(preset(chosen.preset, chosen.layers), chosen.format), longest)
+busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(chosen.busy)]
+try:
+    for prompt in chosen.prompt:
+        runs = [
+            (ours.run(prompt, chosen.generate, n), theirs.run(prompt, chosen.generate, n)) for n in range(chosen.turns)
+        ]
+        for what, i in (("prefill", 0), ("decode", 1)):
+            mine, other = median(run[0][i] for run in runs), median(run[1][i] for run in runs)
+            print(
+                f"{prompt} tokens, {what}: ours {mine:.1f}, llama.cpp {other:.1f} tok/s, ratio {mine / other:.2f}",
+                flush=True,
+            )
+finally:
+    for program in busy:
+        program.kill()
+    ours.engine.close()
