@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 @click.option(
     "--score",
     type=click.Choice(["all", "replies"]),
-    help="Count all tokens (the default with --text), or only the assistant's replies at the ends of documents.",
+    default="all",
+    help="Count all tokens (the default), or only the assistant's replies at the ends of documents.",
 )
 @click.option("--context", type=click.IntRange(min=1), metavar="N", help="Maximum tokens before a prediction.")
 @click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Stop after N predictions.")
@@ -45,7 +47,7 @@ def eval(
     models: tuple[str, ...],
     against: tuple[str, ...],
     text: Path | None,
-    score: Literal["all", "replies"] | None,
+    score: Literal["all", "replies"],
     context: int | None,
     max_tokens: int | None,
     plot: Path | None,
@@ -60,6 +62,7 @@ def eval(
 
     `<|endoftext|>` in the text ends a document. The default text is a sample of what the bundled model was trained on,
     which says little about other models. A reference's logits are kept on disk: 4 bytes per token and vocabulary entry.
+    Standard errors are those of documents. A reply is exact if every token of it is the model's first choice.
     With --kv-bits, the references still keep their K/V cache as computed, and with --adapter they are without it.
     """
     if adapters and len(adapters) > 1:
@@ -83,7 +86,11 @@ def eval(
         **where,
     )
     if as_json:
-        reports = [_report(result, divergence) for result in results for divergence in result.against or (None,)]
+        reports = [
+            _report(result, divergence, results[0].against[index] if number and divergence else None)
+            for number, result in enumerate(results)
+            for index, divergence in enumerate(result.against or (None,))
+        ]
         click.echo(json.dumps(reports if len(reports) > 1 else reports[0]))
     else:
         _print(results)
@@ -121,9 +128,11 @@ def _evaluate(models: tuple[str, ...], **options: Any) -> tuple[Evaluation, ...]
         )
 
 
-def _report(result: Evaluation, divergence: Divergence | None) -> dict[str, Any]:
+def _report(result: Evaluation, divergence: Divergence | None, first: Divergence | None) -> dict[str, Any]:
+    """first: the comparison of the first model with the same reference, for a model that comes after it."""
     report: dict[str, Any] = {
         "perplexity": result.perplexity,
+        "perplexity_error": _known(result.perplexity_error),
         "tokens": result.tokens,
         "model": result.model,
         "format": result.format,
@@ -131,9 +140,12 @@ def _report(result: Evaluation, divergence: Divergence | None) -> dict[str, Any]
         "bits_per_weight": result.bits_per_weight,
         "context": result.context,
     } | ({"adapter": result.adapter} if result.adapter else {})
+    if result.replies is not None:
+        report["replies_exact"], report["replies"] = result.replies
     if divergence is not None:
         report |= {
             "kl_mean": divergence.kl_mean,
+            "kl_error": _known(divergence.kl_error),
             "kl_median": divergence.kl_median,
             "kl_p99": divergence.kl_p99,
             "kl_max": divergence.kl_max,
@@ -141,8 +153,25 @@ def _report(result: Evaluation, divergence: Divergence | None) -> dict[str, Any]
             "against": divergence.reference.model,
             "against_format": divergence.reference.format,
             "against_perplexity": divergence.reference.perplexity,
+            "channels": {
+                name: {
+                    "tokens": len(part.kl),
+                    "kl_mean": part.kl_mean,
+                    "kl_error": _known(part.kl_error),
+                    "top1_agreement": part.top1_agreement,
+                }
+                for name, part in divergence.by_channel()
+            },
         }
+        if first is not None:
+            difference = divergence.difference(first)
+            report |= {"kl_difference": difference.mean, "kl_difference_error": _known(difference.error)}
     return report
+
+
+def _known(error: float) -> float | None:
+    """A standard error, or null in JSON where a text of one window has none."""
+    return None if isnan(error) else error
 
 
 def _print(results: tuple[Evaluation, ...]) -> None:
@@ -169,6 +198,8 @@ def _print(results: tuple[Evaluation, ...]) -> None:
         reference = divergence.reference
         console.print(f"\nKL in nats against [bold]{escape(reference.model)}[/bold], {reference.format}:")
         console.print(_divergences(results, index))
+        if len(results) > 1 or first.replies is not None:
+            console.print(_details(results, index))
 
 
 def _divergences(results: tuple[Evaluation, ...], index: int) -> Any:
@@ -179,10 +210,38 @@ def _divergences(results: tuple[Evaluation, ...], index: int) -> Any:
     table = Table(box=None, header_style="bold")
     table.add_column("model", overflow="fold")
     table.add_column("format", no_wrap=True)
-    for column in ("KL mean", "median", "p99", "max", "top-1 agreement"):
+    for column in ("KL mean", "±", "median", "p99", "max", "top-1 agreement"):
         table.add_column(column, justify="right")
     for result in results:
         kl = result.against[index]
-        numbers = [f"{value:.3g}" for value in (kl.kl_mean, kl.kl_median, kl.kl_p99, kl.kl_max)]
-        table.add_row(escape(result.label), result.format, *numbers, f"{kl.top1_agreement:.2%}")
+        numbers = [f"{value:.3g}" for value in (kl.kl_median, kl.kl_p99, kl.kl_max)]
+        mean, error = f"{kl.kl_mean:.3g}", _error(kl.kl_error)
+        table.add_row(escape(result.label), result.format, mean, error, *numbers, f"{kl.top1_agreement:.2%}")
     return table
+
+
+def _details(results: tuple[Evaluation, ...], index: int) -> Any:
+    """A table of each model's KL less the first's on the same predictions, of its KL in each channel, and of the
+    replies that it gives token by token."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    first = results[0].against[index]
+    channels = [name for name, _ in first.by_channel()]
+    table = Table(box=None, header_style="bold")
+    table.add_column("model", overflow="fold")
+    for column in ("less the first's", "±", *channels, "exact replies"):
+        table.add_column(column, justify="right")
+    for result in results:
+        kl = result.against[index]
+        difference = kl.difference(first)
+        numbers = ("", "") if kl is first else (f"{difference.mean:+.3g}", _error(difference.error))
+        parts = [f"{part.kl_mean:.3g}" for _, part in kl.by_channel()]
+        replies = "" if result.replies is None else "{} of {}".format(*result.replies)
+        table.add_row(escape(result.label), *numbers, *parts, replies)
+    return table
+
+
+def _error(value: float) -> str:
+    """A standard error, to two digits; nothing if it is not known."""
+    return "" if isnan(value) else f"{value:.2g}"

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -25,14 +25,16 @@ from .. import api
 from ..errors import CheckpointError, GptOssError, InvalidRequest
 from ..loading.memory import gigabytes
 from ..tokenizer import Tokenizer
-from .passages import Score, Window, read_documents, windows
+from .passages import Score, Window, places, read_documents, windows
+from .results import Divergence as Divergence
+from .results import Doubles
+from .results import Evaluation as Evaluation
 
 if TYPE_CHECKING:
     from ..weights.checkpoint import Checkpoint
 
 Source = str | Path | None  # a model, as for load()
 Progress = Callable[[int, int, str], None]  # predictions done, predictions in total, name of the running model
-Doubles = NDArray[np.float64]
 Logits = NDArray[np.float32]
 
 BUNDLED_TEXT = api.NANO / "eval.txt"  # written by examples/tools/nano_eval_text.py
@@ -41,77 +43,11 @@ MAX_WINDOW = 2048
 MAX_FLOAT64_VALUES = 2**20  # logits converted to float64 at once
 
 
-@dataclass(frozen=True)
-class Divergence:
-    """A model's predictions compared with a reference's, in the order of the text.
-
-    kl: KL(reference || model), the sum over the vocabulary of P log(P / Q), in nats, float64 [N].
-    agrees: whether both rank the same token first, bool [N].
-    """
-
-    reference: Evaluation
-    kl: Doubles = field(repr=False, compare=False)
-    agrees: NDArray[np.bool_] = field(repr=False, compare=False)
-
-    @property
-    def kl_mean(self) -> float:
-        return float(self.kl.mean())
-
-    @property
-    def kl_median(self) -> float:
-        return float(np.median(self.kl))
-
-    @property
-    def kl_p99(self) -> float:
-        return float(np.quantile(self.kl, 0.99))
-
-    @property
-    def kl_max(self) -> float:
-        return float(self.kl.max())
-
-    @property
-    def top1_agreement(self) -> float:
-        return float(self.agrees.mean())
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The predictions of one model on a text.
-
-    context: maximum number of tokens before a prediction. nll: -log(probability) that each prediction gave the actual
-    token, in nats, float64 [N]. against: one entry per reference. adapter: name of the LoRA adapter that the model ran
-    with; size_bytes and bits_per_weight are without it.
-    """
-
-    model: str
-    format: str
-    size_bytes: int
-    bits_per_weight: float
-    context: int
-    nll: Doubles = field(repr=False, compare=False)
-    against: tuple[Divergence, ...] = ()
-    adapter: str | None = None
-
-    @property
-    def label(self) -> str:
-        """The model, and with it the adapter."""
-        return f"{self.model} + {self.adapter}" if self.adapter else self.model
-
-    @property
-    def tokens(self) -> int:
-        """Number of predictions."""
-        return len(self.nll)
-
-    @property
-    def perplexity(self) -> float:
-        return float(np.exp(self.nll.mean()))
-
-
 def evaluate(
     *models: Source,
     against: str | Path | Sequence[str | Path] = (),
     text: str | None = None,
-    score: Score | None = None,
+    score: Score = "all",
     context: int | None = None,
     max_tokens: int | None = None,
     backend: str = "auto",
@@ -127,8 +63,8 @@ def evaluate(
     models, against: folders or hub ids; no model is the bundled one. All need the same vocabulary.
     text: special tokens in it are encoded as such. None is a sample of the tasks that the bundled model was trained on,
         with conversations that it was not trained on; it says little about other models.
-    score: "all" scores every token (the default if `text` is given). "replies" (the default without `text`) scores the
-        assistant's messages after the last message of another role in each document, and needs a text in Harmony.
+    score: "all", the default, scores every token. "replies" scores the assistant's messages after the last message of
+        another role in each document, and needs a text in Harmony.
     context: tokens; the default is the largest power of two, up to 2048, that keeps a window's logits under 1 GB.
     max_tokens: stop after this many predictions.
     backend, device, dtype: as for load(). kv_bits: as for load(), for the models but not for the references.
@@ -151,7 +87,7 @@ def evaluate(
     documents = read_documents(
         BUNDLED_TEXT.read_text(encoding="utf-8") if text is None else text,
         candidates[0].tokenizer,
-        score or ("replies" if text is None else "all"),
+        score,
     )
     run = _Evaluator(
         tuple(windows(documents, context, max_tokens)),
@@ -254,6 +190,7 @@ class _Evaluator:
         self._vocab = vocab
         self._options = options
         self._targets = np.array([id for window in windows for id in window.targets])
+        self._places = places(windows)
 
     def evaluate(
         self, candidates: Sequence[_Candidate], references: Sequence[_Candidate], progress: Progress
@@ -280,7 +217,7 @@ class _Evaluator:
         for span, rows in self._predictions(reference, report):
             nll[span], top[span] = self._nll_rows(span, log_softmax(rows)), rows.argmax(-1)
             file.append(rows)
-        return _Reference(self._evaluation(reference, nll), top, file)
+        return _Reference(self._evaluation(reference, nll, top), top, file)
 
     def _compare(
         self, candidate: _Candidate, references: Sequence[_Reference], report: Callable[[int], None]
@@ -293,8 +230,10 @@ class _Evaluator:
             nll[span], top[span] = self._nll_rows(span, log_q), rows.argmax(-1)
             for index, reference in enumerate(references):
                 kl[index, span] = kl_divergence(log_softmax(reference.logits.read(span)), log_q)
-        against = [Divergence(r.evaluation, kl[index], top == r.top) for index, r in enumerate(references)]
-        return self._evaluation(candidate, nll, against)
+        against = [
+            Divergence(r.evaluation, kl[index], top == r.top, self._places) for index, r in enumerate(references)
+        ]
+        return self._evaluation(candidate, nll, top, against)
 
     def _nll_rows(self, span: slice, log_q: Doubles) -> Doubles:
         """-log of the probability that each row [V] gave the actual token."""
@@ -323,7 +262,9 @@ class _Evaluator:
                 start += len(logits)
                 report(start)
 
-    def _evaluation(self, candidate: _Candidate, nll: Doubles, against: Sequence[Divergence] = ()) -> Evaluation:
+    def _evaluation(
+        self, candidate: _Candidate, nll: Doubles, top: NDArray[np.int64], against: Sequence[Divergence] = ()
+    ) -> Evaluation:
         summary = candidate.checkpoint.summary()
         return Evaluation(
             model=candidate.name,
@@ -334,6 +275,8 @@ class _Evaluator:
             nll=nll,
             against=tuple(against),
             adapter=candidate.adapter and candidate.adapter[0],
+            hits=top == self._targets,
+            places=self._places,
         )
 
     def _require_disk(self, references: int) -> None:

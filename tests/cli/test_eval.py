@@ -12,9 +12,10 @@ import pytest
 import mlx_gptoss
 
 CLI = [sys.executable, "-m", "mlx_gptoss_cli"]
-ONE = {"perplexity", "tokens", "model", "format", "size_bytes", "bits_per_weight", "context"}
+ONE = {"perplexity", "perplexity_error", "tokens", "model", "format", "size_bytes", "bits_per_weight", "context"}
 COMPARED = ONE | {
-    "kl_mean", "kl_median", "kl_p99", "kl_max", "top1_agreement", "against", "against_format", "against_perplexity",
+    "kl_mean", "kl_error", "channels", "kl_median", "kl_p99", "kl_max", "top1_agreement", "against", "against_format",
+    "against_perplexity",
 }  # fmt: skip
 
 
@@ -45,6 +46,7 @@ def test_json_has_the_promised_fields(run, mini):
     assert set(compared) == COMPARED
     assert {key: compared[key] for key in ONE} == report
     assert compared["against_format"] == "mlx-4bit"
+    assert compared["kl_error"] > 0 and compared["channels"] == {}
     assert 0 < compared["kl_median"] <= compared["kl_mean"] <= compared["kl_p99"] <= compared["kl_max"]
     assert 0 <= compared["top1_agreement"] <= 1
 
@@ -68,6 +70,9 @@ def test_several_comparisons_are_a_list(run):
     ]  # fmt: skip
     assert [r["kl_mean"] > 0 for r in reports] == [False, True, True, False]
     assert [r["top1_agreement"] == 1 for r in reports] == [True, False, False, True]
+    differences = [r.get("kl_difference") for r in reports]
+    assert differences == [None, None, reports[2]["kl_mean"], -reports[1]["kl_mean"]]
+    assert all(r["kl_difference_error"] > 0 for r in reports[2:])
 
 
 def test_the_table_and_the_plot(run, tmp_path):

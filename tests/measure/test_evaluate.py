@@ -21,7 +21,8 @@ from mlx_gptoss import api
 from mlx_gptoss.errors import CheckpointError, GptOssError, InvalidRequest
 from mlx_gptoss.measure import evaluation, plot
 from mlx_gptoss.measure.evaluation import Divergence, Evaluation, evaluate, kl_divergence, log_softmax
-from mlx_gptoss.measure.passages import Document, read_documents, windows
+from mlx_gptoss.measure.passages import Document, places, read_documents, windows
+from mlx_gptoss.measure.results import Places, mean_of
 from mlx_gptoss.tokenizer import Tokenizer
 
 TEXT = "<|start|>user<|message|>What is 12 + 30?<|end|>The quick brown fox jumps over the lazy dog. " * 3
@@ -161,7 +162,7 @@ def test_the_bundled_text_is_what_its_example_writes(tokenizer):
     written = subprocess.run(script, capture_output=True, check=True).stdout
     assert evaluation.BUNDLED_TEXT.read_bytes() == written, "run examples/tools/nano_eval_text.py again"
     documents = read_documents(written.decode(), tokenizer, "replies")
-    assert len(documents) == 50 and all(d.first > 20 for d in documents)
+    assert len(documents) == 200 and all(d.first > 20 for d in documents)
 
 
 # ---- models --------------------------------------------------------------------------------------------------------
@@ -258,8 +259,8 @@ def test_max_tokens_takes_the_first(mini):
     assert np.allclose(part.nll, whole.nll[:25], atol=1e-4)
 
 
-def test_the_bundled_text_counts_replies_only(mini, tokenizer):
-    (result,) = evaluate(mini / "mxfp4", max_tokens=60)
+def test_replies_of_the_bundled_text(mini, tokenizer):
+    (result,) = evaluate(mini / "mxfp4", max_tokens=60, score="replies")
     (document, *_) = read_documents(evaluation.BUNDLED_TEXT.read_text(encoding="utf-8"), tokenizer, "replies")
     with mlx_gptoss.load(mini / "mxfp4") as model:
         logits = model.logits(document.ids)[document.first - 1]
@@ -389,3 +390,73 @@ def test_plots_that_cannot_be_written_are_refused_beforehand(comparisons, tmp_pa
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
     with pytest.raises(GptOssError, match=r"mlx-gptoss\[bench\]"):
         plot.check_plot(tmp_path / "kl.png")
+
+
+# ---- errors, channels and replies ----------------------------------------------------------------------------------
+
+
+def test_the_standard_error_is_that_of_resampled_documents():
+    """Against the spread of the mean over 2000 resamplings of whole documents."""
+    rng = np.random.default_rng(1)
+    sizes = rng.integers(5, 60, 80)
+    window = np.repeat(np.arange(80), sizes)
+    values = rng.exponential(1, len(window)) * np.repeat(rng.exponential(1, 80), sizes)
+    found = mean_of(values, window)
+    sums, counts = np.bincount(window, values), np.bincount(window)
+    drawn = rng.integers(0, 80, (2000, 80))
+    spread = (sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)).std()
+    assert found.mean == pytest.approx(values.mean())
+    assert found.error == pytest.approx(spread, rel=0.1)
+    assert mean_of(values, None).error == pytest.approx(values.std(ddof=1) / len(values) ** 0.5)
+    assert math.isnan(mean_of(values, np.zeros(len(values), int)).error)
+
+
+def test_a_difference_is_that_of_pairs():
+    rng = np.random.default_rng(2)
+    hard = np.repeat(rng.exponential(1, 40), 25)
+    places = Places(np.repeat(np.arange(40), 25), np.full(1000, ""), np.full(1000, -1))
+    reference = Evaluation("a", "bf16", 1, 16.0, 64, hard)
+    first, second = (
+        Divergence(reference, hard * factor + rng.normal(0, 0.01, 1000), hard > 0, places) for factor in (1.0, 1.1)
+    )
+    found = second.difference(first)
+    assert found.mean == pytest.approx(second.kl_mean - first.kl_mean)
+    assert found.error < 0.2 * (first.kl_error**2 + second.kl_error**2) ** 0.5
+
+
+def test_channels_and_replies_of_a_text(tokenizer):
+    first = (
+        "<|start|>user<|message|>Hi<|end|><|start|>assistant<|channel|>analysis<|message|>Think<|end|>"
+        "<|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>"
+    )
+    text = f"{first}<|endoftext|>\nprose<|endoftext|><|start|>user<|message|>No reply<|end|>"
+    documents = read_documents(text, tokenizer)
+    by_channel = {
+        name: tokenizer.decode(
+            [id for id, at in zip(documents[0].ids, documents[0].channels, strict=True) if at == name], specials=True
+        )
+        for name in ("analysis", "commentary")
+    }
+    assert by_channel == {"analysis": "Think<|end|>", "commentary": "{}<|call|>"}
+    reply = documents[0].reply
+    assert reply and tokenizer.decode(documents[0].ids[reply:], specials=True).startswith("<|channel|>analysis")
+    assert [document.reply for document in documents[1:]] == [None, None]
+    assert not any(any(document.channels) for document in documents[1:])
+    for context in (10, 500):
+        found = places(list(windows(documents, context)))
+        assert (found.reply == 0).sum() == len(documents[0].ids) - reply and (found.reply <= 0).all()
+        assert (found.channel == "commentary").sum() == 3 and len(found.window) == sum(
+            len(d.ids) - 1 for d in documents
+        )
+    assert (places(list(windows(documents, 500, 12))).reply == -1).all()  # a reply that was cut is none
+
+
+def test_the_bundled_model_writes_most_replies_as_the_text_has_them():
+    text = "<|endoftext|>".join(evaluation.BUNDLED_TEXT.read_text("utf-8").split("<|endoftext|>")[::20])
+    (result,) = evaluate(None, text=text)
+    assert result.replies is not None and result.hits is not None and result.places is not None
+    right, count = result.replies
+    assert count == 10 and right >= 8
+    inside = result.places.reply == result.places.reply.max()
+    assert np.exp(-result.nll[inside].max()) > 0.4 if result.hits[inside].all() else not result.hits[inside].all()
+    assert result.perplexity_error > 0
