@@ -44,6 +44,12 @@ def _formats(ctx: click.Context, param: click.Parameter, incomplete: str) -> lis
     metavar="[FILE]",
     help="Choose the codes that change the outputs least on a text: FILE (.txt, .jsonl), or one that is built in.",
 )
+@click.option(
+    "--bits-per-weight",
+    type=click.FloatRange(min=3),
+    metavar="B",
+    help="With --calibrate: 3, 4, 6 or 8 bits for each matrix, by what it gains, and B in all.",
+)
 @click.option("--adapter", metavar="PATH", help="Merge this LoRA adapter into the weights; with --to bf16 alone.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing DEST.")
 def convert(
@@ -52,6 +58,7 @@ def convert(
     to: str,
     search: str | None,
     calibrate: str | None,
+    bits_per_weight: float | None,
     adapter: str | None,
     overwrite: bool,
 ) -> None:
@@ -66,9 +73,12 @@ def convert(
     from mlx_gptoss import api
     from mlx_gptoss.loading.memory import gigabytes
 
+    if bits_per_weight is not None and calibrate is None:
+        raise click.UsageError("--bits-per-weight is measured on a text: give --calibrate, too")
     plan = None
     if calibrate is not None:
-        plan = api.plan_calibration(source, to, calibrate or True)
+        with byte_bar("Planning") as update:
+            plan = api.plan_calibration(source, to, calibrate or True, bits_per_weight=bits_per_weight, progress=update)
         click.echo(
             f"calibrating on {plan.text.tokens} tokens; needs at most {gigabytes(plan.memory_bytes)} of memory and "
             f"{gigabytes(plan.disk_bytes)} of disk space until it is done",

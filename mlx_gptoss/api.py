@@ -10,6 +10,7 @@ from pathlib import Path
 from .calibration.plan import Calibration
 from .calibration.plan import plan_calibration as _plan_calibration
 from .engine import Engine, LoadedAdapter, PrefixFiles
+from .errors import InvalidRequest
 from .loading import hub
 from .loading.distributed import coordinate, serve_rank
 from .loading.memory import require_fit
@@ -97,6 +98,7 @@ def convert(
     *,
     search: str | None = None,
     calibrate: bool | str | Path | Calibration | None = None,
+    bits_per_weight: float | None = None,
     adapter: str | Path | None = None,
     overwrite: bool = False,
     progress: conversion.Progress | None = None,
@@ -111,6 +113,8 @@ def convert(
     calibrate: choose the codes of a 4-bit or 3-bit format so that the model's outputs change least on a text: True for
         the text that comes with the program, a .txt or .jsonl file, or what plan_calibration returned. The result has
         the same layout and size; see mlx_gptoss/weights/README.md. None or False does not.
+    bits_per_weight: with calibrate, for mlx-4bit, mlx-3bit and mlx-mxfp4-q4: matrices get 3, 4, 6 or 8 bits each, those
+        more whose rounding changes the outputs most, so that the whole result has at most this many bits per weight.
     adapter: a LoRA adapter, a folder or a hub id, to merge into the weights; into bf16 alone.
     overwrite: replace an existing destination once the new one is complete.
     progress: called as progress(bytes done, bytes in all, what is being done).
@@ -120,8 +124,11 @@ def convert(
     read, and GptOssError for an unknown format, an existing destination or a full disk.
     """
     merged = None if adapter is None else hub.resolve_adapter(adapter)
+    if bits_per_weight is not None and (calibrate in (None, False) or isinstance(calibrate, Calibration)):
+        raise InvalidRequest("bits_per_weight is measured on a text: give calibrate=True or a file, too")
     if calibrate is not None and not isinstance(calibrate, Calibration):
-        calibrate = None if calibrate is False else plan_calibration(source, to, calibrate)
+        measured = partial(plan_calibration, bits_per_weight=bits_per_weight, progress=progress)
+        calibrate = None if calibrate is False else measured(source, to, calibrate)
     return conversion.convert(
         hub.resolve(source),
         Path(destination),
@@ -134,14 +141,23 @@ def convert(
     )
 
 
-def plan_calibration(source: str | Path, to: str, text: bool | str | Path = True) -> Calibration:
+def plan_calibration(
+    source: str | Path,
+    to: str,
+    text: bool | str | Path = True,
+    *,
+    bits_per_weight: float | None = None,
+    progress: conversion.Progress | None = None,
+) -> Calibration:
     """What convert(source, ..., to, calibrate=text) computes with: the tokens of the text, memory and disk space.
 
+    bits_per_weight: as for convert(); what each matrix costs is measured here, with progress(matrices done, in total,
+        what is being done).
     Raises InvalidRequest for a format that is not calibrated or a text that cannot be read, DoesNotFit if there is too
     little memory.
     """
     path = None if isinstance(text, bool) else Path(text)
-    return _plan_calibration(checkpoints.open(hub.resolve(source)), to, path)
+    return _plan_calibration(checkpoints.open(hub.resolve(source)), to, path, bits_per_weight, progress)
 
 
 def _require_fit(plan: LoadPlan) -> None:

@@ -56,14 +56,19 @@ class Target:
     symmetric: bool
 
     @staticmethod
-    def of(source: CheckpointLike, recipe: Recipe, *, symmetric: bool) -> Target:
-        """The target of a recipe. What the source stores as the recipe does is kept, as in every conversion."""
+    def of(
+        source: CheckpointLike, recipe: Recipe, *, symmetric: bool, widths: Mapping[str, Spec] | None = None
+    ) -> Target:
+        """The target of a recipe. What the source stores as the recipe does is kept, as in every conversion.
+
+        widths: specs of single matrices by name, in place of the recipe's.
+        """
         specs: dict[str, Spec] = {}
         stored: dict[str, Spec | None] = {}
         for param in source.params:
             if not param.is_matrix:
                 continue
-            spec = recipe[param.role][1]
+            spec = (widths or {}).get(param.name, recipe[param.role][1])
             if spec is not None and spec.group and param.shape[-1] % spec.group:
                 spec = None
             if spec is not None and is_rounded(spec) and source.stored_as(param.name)[0] != spec:

@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import api
+from ..calibration.divergence import kl_divergence as kl_divergence
+from ..calibration.divergence import log_softmax as log_softmax
 from ..errors import CheckpointError, GptOssError, InvalidRequest
 from ..loading.memory import gigabytes
 from ..tokenizer import Tokenizer
@@ -288,21 +290,3 @@ class _Evaluator:
                 f"{gigabytes(free)} free: use --max-tokens {free // (5 * references * self._vocab)}, or set TMPDIR to "
                 "a folder on a larger disk"
             )
-
-
-# ---- the numbers ---------------------------------------------------------------------------------------------------
-
-
-def log_softmax(logits: NDArray[np.floating[Any]]) -> Doubles:
-    """Natural log-probabilities over the last axis, in float64. Logits must be finite."""
-    shifted = logits.astype(np.float64)
-    shifted -= shifted.max(-1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return shifted
-
-
-def kl_divergence(log_p: Doubles, log_q: Doubles) -> Doubles:
-    """KL(P || Q) in nats over the last axis, from natural log-probabilities. Clipped at 0, because rounding may make it
-    negative."""
-    divergence: Doubles = (np.exp(log_p) * (log_p - log_q)).sum(-1)
-    return np.maximum(divergence, 0.0)

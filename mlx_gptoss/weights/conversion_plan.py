@@ -11,10 +11,10 @@ from typing import Any
 from . import codecs
 from .checkpoint import CheckpointLike
 from .config_json import published
-from .formats import gguf, gguf_metadata, recipe_of
+from .formats import gguf, gguf_metadata, mlx, recipe_of
 from .formats.base import Recipe, Unit
 from .safetensors import TensorInfo
-from .tensor import Dense
+from .tensor import Dense, Spec
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,25 @@ class ConversionPlan:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def plan_conversion(checkpoint: CheckpointLike, to: str, search: str | None = None) -> ConversionPlan:
+def plan_conversion(
+    checkpoint: CheckpointLike, to: str, search: str | None = None, widths: Mapping[str, Spec] | None = None
+) -> ConversionPlan:
     """The plan for writing `checkpoint` in the format `to`. search: as in convert. Reads headers and vectors only.
+
+    widths: specs of single matrices by name, in place of those of an MLX format.
 
     Raises CheckpointError if the format cannot be written, or not from this model's shapes.
     """
     target_format, recipe = recipe_of(to, search)
+    if widths:
+        target_format = mlx.Mlx(widths=widths)
     config = checkpoint.config
     if not config.eos_token_id:  # `original/config.json` has none
         config = replace(config, eos_token_id=checkpoint.stop_ids)
     content = published(config) | target_format.config_entries(to, checkpoint.params)
     if not config.eos_token_id:
         del content["eos_token_id"]
-    dtypes = _vector_dtypes(checkpoint) | _scale_dtypes(checkpoint, recipe)
+    dtypes = _vector_dtypes(checkpoint) | _scale_dtypes(checkpoint, recipe, widths or {})
     units = target_format.units(to, checkpoint.params, dtypes)
     extra_files = target_format.extra_files(to, checkpoint.params)
     if to in gguf.GGUF_NAMES:
@@ -83,11 +89,11 @@ def _vector_dtypes(checkpoint: CheckpointLike) -> dict[str, str]:
     return found
 
 
-def _scale_dtypes(checkpoint: CheckpointLike, recipe: Recipe) -> dict[str, str]:
+def _scale_dtypes(checkpoint: CheckpointLike, recipe: Recipe, widths: Mapping[str, Spec]) -> dict[str, str]:
     """The dtype of the float scales of each matrix that is stored as the target stores it, which keeps them."""
     found = {}
     for param in checkpoint.params:
         spec, dtype = checkpoint.stored_as(param.name)
-        if param.is_matrix and dtype is not None and spec == recipe[param.role][1]:
+        if param.is_matrix and dtype is not None and spec == widths.get(param.name, recipe[param.role][1]):
             found[param.name] = dtype
     return found

@@ -37,7 +37,7 @@ from .files import child
 from .formats import gguf_metadata, recipe_of
 from .formats.base import Encoder, Unit
 from .journal import Workspace, open_workspace, recover
-from .tensor import Weight
+from .tensor import Spec, Weight
 from .writer import SHARD_BYTES, Writer, write_text
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in total, what is being done
@@ -58,11 +58,14 @@ class Calibration(Protocol):
     """Chooses the codes of a checkpoint before it is written (calibration/).
 
     identity: everything that its result depends on beside the source and the format, as JSON. memory_bytes: upper bound
-    of the memory that it needs; disk_bytes: of the disk space, beside that of the result.
+    of the memory that it needs; disk_bytes: of the disk space, beside that of the result. widths: specs of single
+    matrices, as for plan_conversion.
     """
 
     @property
     def identity(self) -> Any: ...
+    @property
+    def widths(self) -> Mapping[str, Spec]: ...
     @property
     def memory_bytes(self) -> int: ...
     @property
@@ -140,7 +143,7 @@ def convert(
     weights: CheckpointLike = checkpoint
     if adapter is not None:
         weights = Merged(checkpoint, open_adapter(adapter, checkpoint.config))
-    plan = plan_conversion(weights, to, search)
+    plan = plan_conversion(weights, to, search, calibration.widths if calibration else None)
     companions = _companions(checkpoint.tokenizer_folder, checkpoint.embedded_files())
     resumed_bytes, working_bytes = _write(weights, target, to, plan, search, calibration, progress, companions)
     return Report(
@@ -200,7 +203,7 @@ def _write(
                 write_text(workspace.folder / name, data)
             for name, content in {**plan.extra_files, "config.json": plan.config}.items():
                 write_text(workspace.folder / name, json.dumps(content, indent=2) + "\n")
-        _check_result(workspace, to, plan)
+        _check_result(workspace, {"gguf"} if plan.is_gguf else {to, "mlx"} if _is_mixed(calibration) else {to}, plan)
         workspace.install()
     return writer.resumed_bytes, max(working_bytes, calibration.memory_bytes if calibration else 0)
 
@@ -335,10 +338,15 @@ def _check_free_space(parent: Path, needed_bytes: int) -> None:
         )
 
 
-def _check_result(workspace: Workspace, to: str, plan: ConversionPlan) -> None:
-    """Open the result as any reader would. Its bytes have been compared already."""
+def _is_mixed(calibration: Calibration | None) -> bool:
+    return calibration is not None and bool(calibration.widths)
+
+
+def _check_result(workspace: Workspace, names: set[str], plan: ConversionPlan) -> None:
+    """Open the result as any reader would. Its bytes have been compared already. names: of the formats it may have."""
     found = checkpoints.open(workspace.folder)
-    if found.format != ("gguf" if plan.is_gguf else to) or found.size_bytes != plan.size_bytes:
+    if found.format not in names or found.size_bytes != plan.size_bytes:
         raise CheckpointError(
-            f"what was written as {to} reads back as {found.format}, {found.size_bytes} bytes; please report this"
+            f"what was written as {' or '.join(sorted(names))} reads back as {found.format}, {found.size_bytes} bytes; "
+            "please report this"
         )

@@ -49,6 +49,7 @@ class Mlx(Format):
     """The MLX family.
 
     quantize: converts a weight to a spec. A weight that is already stored in that spec must come back bit for bit.
+    widths: specs of single matrices by name, in place of the recipe's: what is written is then of mixed widths.
     """
 
     family = FAMILY
@@ -65,8 +66,9 @@ class Mlx(Format):
         "mlx-mxfp4-q4": matrix_recipe(FAMILY, AFFINE4, experts=(FAMILY, MXFP4), router=(FAMILY, AFFINE8)),
     }
 
-    def __init__(self, quantize: Quantizer = quantization.to_spec) -> None:
+    def __init__(self, quantize: Quantizer = quantization.to_spec, widths: Mapping[str, Spec] | None = None) -> None:
         self._quantize = quantize
+        self._widths = widths or {}
 
     def find(self, param: Param, headers: CheckpointHeaders) -> Source | None:
         name = hf_name(param)
@@ -78,7 +80,7 @@ class Mlx(Format):
         return None
 
     def units(self, target: str, params: Sequence[Param], dtypes: Mapping[str, str]) -> list[Unit]:
-        specs = _specs(self.recipes[target], params)
+        specs = {**_specs(self.recipes[target], params), **self._widths}
 
         def unit(param: Param) -> Unit:
             spec = specs.get(param.name)
@@ -94,7 +96,7 @@ class Mlx(Format):
         default = recipe["experts"][1]
         assert default is not None
         block: dict[str, Any] = _config_entry(default)
-        specs = _specs(recipe, params)
+        specs = {**_specs(recipe, params), **self._widths}
         for param in params:
             if param.name in specs:
                 block[hf_name(param).rpartition(".")[0]] = _config_entry(specs[param.name])
