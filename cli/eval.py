@@ -23,6 +23,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from mlx_gptoss.measure.evaluation import Divergence, Evaluation
+    from mlx_gptoss.measure.layers import LayerError
 
 
 @click.command()
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 )
 @click.option("--context", type=click.IntRange(min=1), metavar="N", help="Maximum tokens before a prediction.")
 @click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="Stop after N predictions.")
+@click.option("--layers", is_flag=True, help="With --against: the error after each layer, on 2048 tokens, in numpy.")
 @click.option("--plot", type=Path, metavar="FILE.png", help="Plot KL by position and, for several models, by format.")
 @options((PLOT_STYLE_OPTION,))
 @options(DEVICE_OPTIONS, declared(LoadOptions, "kv_bits"), (ADAPTER_OPTION,))
@@ -50,6 +52,7 @@ def eval(
     score: Literal["all", "replies"],
     context: int | None,
     max_tokens: int | None,
+    layers: bool,
     plot: Path | None,
     plot_style: str,
     as_json: bool,
@@ -67,6 +70,8 @@ def eval(
     """
     if adapters and len(adapters) > 1:
         raise click.UsageError("give one --adapter")
+    if layers and not against:
+        raise click.UsageError("--layers shows the difference from a reference: give one with --against")
     if plot and not against:
         raise click.UsageError("--plot shows the divergence from a reference: give one with --against")
     if plot:
@@ -85,15 +90,19 @@ def eval(
         adapter_name=next(iter(adapters)) if adapters else None,
         **where,
     )
+    errors = _layers(results, None if text is None else _read(text)) if layers else []
     if as_json:
         reports = [
             _report(result, divergence, results[0].against[index] if number and divergence else None)
             for number, result in enumerate(results)
             for index, divergence in enumerate(result.against or (None,))
         ]
+        for report, (_, found) in zip(reports, errors, strict=False):
+            report["layers"] = [vars(one) for one in found]
         click.echo(json.dumps(reports if len(reports) > 1 else reports[0]))
     else:
         _print(results)
+        _print_layers(errors)
     if plot:
         from mlx_gptoss.measure.plot import plot_divergences
 
@@ -218,6 +227,38 @@ def _divergences(results: tuple[Evaluation, ...], index: int) -> Any:
         mean, error = f"{kl.kl_mean:.3g}", _error(kl.kl_error)
         table.add_row(escape(result.label), result.format, mean, error, *numbers, f"{kl.top1_agreement:.2%}")
     return table
+
+
+def _layers(results: tuple[Evaluation, ...], text: str | None) -> list[tuple[Divergence, list[LayerError]]]:
+    """The errors of each model's layers against each reference, in the order of the reports."""
+    from mlx_gptoss.measure.layers import layer_errors
+
+    def name(model: str) -> str | None:
+        return None if model == "the bundled model" else model
+
+    return [
+        (divergence, layer_errors(name(result.model), divergence.reference.model, text))
+        for result in results
+        for divergence in result.against
+    ]
+
+
+def _print_layers(errors: list[tuple[Divergence, list[LayerError]]]) -> None:
+    from rich.table import Table
+
+    from .terminal import new_console
+
+    if not errors:
+        return
+    console = new_console(highlight=False)
+    table = Table(box=None, header_style="bold")
+    table.add_column("relative error, own / so far", no_wrap=True)
+    for number in range(1, len(errors) + 1):
+        table.add_column(f"({number})", justify="right")
+    for rows in zip(*(found for _, found in errors), strict=True):
+        table.add_row(rows[0].part, *(f"{one.own:.2g} / {one.total:.2g}" for one in rows))
+    console.print()
+    console.print(table)
 
 
 def _details(results: tuple[Evaluation, ...], index: int) -> Any:

@@ -83,6 +83,16 @@ def test_the_table_and_the_plot(run, tmp_path):
     assert (tmp_path / "kl.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_layers(run):
+    words = ("Q4", "MINI", "--against", "MINI", "--text", "TEXT", "--layers")
+    q4, same = json.loads(run(*words, "--json").stdout)
+    assert [one["part"] for one in q4["layers"]] == ["embed", "layer 0", "layer 1"]
+    assert all(0 < one["own"] < 1 and one["own"] <= 1.5 * one["total"] for one in q4["layers"])
+    assert all(one["own"] == one["total"] == 0 for one in same["layers"])
+    out = run(*words)
+    assert out.returncode == 0 and "layer 1" in out.stdout and "own / so far" in out.stdout
+
+
 def test_without_a_text_the_bundled_one_is_read(run):
     report = json.loads(run("MINI", "--max-tokens", 30, "--context", 64, "--json").stdout)
     assert (report["tokens"], report["context"]) == (30, 64)
@@ -108,7 +118,9 @@ def test_errors_are_one_line_and_exit_with_1(run, tmp_path, words, message):
     assert out.stderr.startswith("error: ") and message in out.stderr and out.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("words", [("MINI", "--plot", "kl.png"), ("MINI", "--score", "some"), ("MINI", "--context", 0)])
+@pytest.mark.parametrize(
+    "words", [("MINI", "--plot", "kl.png"), ("MINI", "--layers"), ("MINI", "--score", "some"), ("MINI", "--context", 0)]
+)
 def test_usage_errors_exit_with_2(run, words):
     out = run(*words)
     assert out.returncode == 2 and "Usage:" in out.stderr
