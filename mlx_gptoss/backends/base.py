@@ -274,6 +274,12 @@ def run_as(backend: str, spec: Spec) -> Spec:
     return replace(spec, bits=next(bits for bits in AFFINE_KERNELS[backend] if bits >= spec.bits))
 
 
+def padded_groups(groups: int, itemsize: int) -> int:
+    """How many scales a row of the cuda kernels' matrices has room for: as many as its groups, and then up to a whole
+    multiple of 16 bytes. itemsize: bytes of a scale."""
+    return -(-groups * itemsize // 16) * 16 // itemsize
+
+
 def snapshot_space(config: ModelConfig, chunk: int, slots: int, activation_bytes: int) -> int:
     """Bytes that the sliding layers keep of prefill chunks until the snapshots inside of them are saved (Row.save_at):
     the keys and values of `chunk` tokens, and each slot's window before its chunk."""

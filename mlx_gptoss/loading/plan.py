@@ -27,7 +27,14 @@ from . import hub
 from .hub import NANO as NANO
 from .hub import NANO_ALIAS as NANO_ALIAS
 from .memory import MemoryPlan, plan_memory
-from .recommend import derived_bytes, mappable_bytes, units_by_format, upcastable_bytes, used_vocabulary
+from .recommend import (
+    derived_bytes,
+    mappable_bytes,
+    padding_bytes,
+    units_by_format,
+    upcastable_bytes,
+    used_vocabulary,
+)
 from .step_reads import resident_bytes, step_reads
 
 MAX_DRAFTS = 3  # plus the token before them: 4 queries, the maximum of Metal's attention kernel for decoding
@@ -164,7 +171,7 @@ def plan_load(
     memory = memory_plan(
         part,
         module,
-        _bytes_in_memory(weights, backend) if isinstance(weights, Requantized) else None,
+        _bytes_in_memory(weights, module, request.device) if isinstance(weights, Requantized) else None,
         device=request.device,
         dtype=request.dtype,
         max_context=request.max_context,
@@ -210,8 +217,9 @@ def is_adapter(path_or_repo_id: str | Path) -> bool:
     return is_adapter_folder(hub.resolve(path_or_repo_id))
 
 
-def _bytes_in_memory(weights: Requantized, backend: str) -> int:
-    return weights.size_bytes + weights.added_bytes(partial(run_as, backend))
+def _bytes_in_memory(weights: Requantized, backend: Backend, device: str | None) -> int:
+    padding = padding_bytes(weights, backend.NAME, backend.device_name(device))
+    return weights.size_bytes + weights.added_bytes(partial(run_as, backend.NAME)) + padding
 
 
 def _check_options(backend: str, kv_bits: int | None, speculate: bool) -> None:
@@ -253,11 +261,14 @@ def memory_plan(
     if max_context is not None and not 1 <= max_context <= config.max_position_embeddings:
         raise InvalidRequest(f"max_context must be from 1 to {config.max_position_embeddings}, not {max_context}")
     activation_bytes = ACTIVATION_BYTES[backend.dtype_name(device, dtype)]
-    on_cpu, compiled = backend.device_name(device) == "cpu", backend.cpu_products(device, dtype) == "compiled"
-    may_upcast = as_stored and on_cpu and not compiled
+    name, compiled = backend.device_name(device), backend.cpu_products(device, dtype) == "compiled"
+    may_upcast = as_stored and name == "cpu" and not compiled
+    if weights_bytes is None:
+        weights_bytes = checkpoint.size_bytes + derived_bytes(checkpoint, backend.NAME)
+        weights_bytes += padding_bytes(checkpoint, backend.NAME, name)
     return plan_memory(
         config,
-        checkpoint.size_bytes + derived_bytes(checkpoint, backend.NAME) if weights_bytes is None else weights_bytes,
+        weights_bytes,
         (backend.available_memory(device) if available_bytes is None else available_bytes) // ranks_on_host,
         activation_bytes=activation_bytes,
         context=max_context,

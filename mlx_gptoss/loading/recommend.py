@@ -19,13 +19,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..backends.base import run_as
+from ..backends.base import padded_groups, run_as
 from ..errors import CheckpointError
 from ..weights import codecs, quantization
 from ..weights.checkpoint import Checkpoint, CheckpointLike
 from ..weights.formats import WRITERS
 from ..weights.formats.base import Unit
 from ..weights.params import MATRIX_ROLES, Role
+from ..weights.requantize import Requantized
 from ..weights.tensor import MXFP4, Dense, Spec
 from .memory import MIN_CONTEXT, PREFERRED_CONTEXT, MemoryPlan
 
@@ -171,6 +172,21 @@ def _wider_scale_bytes(weights: CheckpointLike) -> int:
     vectors = [param for param in weights.params if param.role == "experts" and not param.is_matrix]
     of_experts = sum(param.size for param in vectors) if any(param.role == "experts" for param in matrices) else 0
     return 2 * (sum(2 * size // spec.group for size, spec in specs) + of_experts)
+
+
+def padding_bytes(weights: CheckpointLike | Requantized, backend: str, device_name: str) -> int:
+    """Bytes that the kernels of the cuda backend add on a GPU, where rows of scales and of biases are padded."""
+    if backend != "cuda" or device_name == "cpu":
+        return 0
+    found = 0
+    for param in weights.params:
+        spec, dtype = weights.stored_as(param.name)
+        if spec is not None and spec.group and param.is_matrix:
+            itemsize = (4 if dtype == "F32" else 2) if spec.scale == "float" else 1
+            groups = param.shape[-1] // spec.group
+            padding = (padded_groups(groups, itemsize) - groups) * itemsize * (2 if spec.scale == "float" else 1)
+            found += param.size // param.shape[-1] * padding
+    return found
 
 
 def derived_bytes(weights: CheckpointLike, backend: str | None = None) -> int:

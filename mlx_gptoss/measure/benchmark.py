@@ -20,7 +20,7 @@ from ..errors import InvalidRequest
 from ..loading.distributed import coordinate
 from ..loading.memory import plan_memory, require_fit
 from ..loading.plan import ACTIVATION_BYTES, LoadRequest, open_adapters
-from ..loading.recommend import derived_bytes, upcastable_bytes
+from ..loading.recommend import derived_bytes, padding_bytes, upcastable_bytes
 from ..loading.step_reads import resident_bytes, step_reads
 from ..machine import chip, gpu_cores
 from ..ranks import Launch, find_launch
@@ -155,7 +155,7 @@ def load(
             upcastable = upcastable_bytes(model.weights, activation_bytes)
     plan = plan_memory(
         config,
-        model.size_bytes + derived,
+        model.size_bytes + derived + padding_bytes(model.weights, target.backend, target.name),
         module.available_memory(target.device),
         activation_bytes=activation_bytes,
         context=context,

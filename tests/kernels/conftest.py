@@ -6,6 +6,7 @@ Without a GPU the kernels run under Triton's interpreter (tests/conftest.py swit
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -16,8 +17,9 @@ pytest.importorskip("triton", reason="triton is not installed (pip install 'mlx-
 
 import torch
 
-from mlx_gptoss.backends.cuda.layers import Matrix
+from mlx_gptoss.backends.cuda.kernels.fused import Fused
 from mlx_gptoss.backends.cuda.load import fuse
+from mlx_gptoss.backends.cuda.matrices import Matrix
 from mlx_gptoss.weights import codecs
 from mlx_gptoss.weights.tensor import FP8_ROW, MXFP4, MXFP8, NVFP4, Dense, Quantized, Spec
 
@@ -76,14 +78,24 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def stored(device):
-    """stored(kind, *shape) makes a random matrix: all codes occur, and scales and biases of both signs where their type
-    has a sign. exponents: the range of e8m0 codes."""
+def weight():
+    """weight(kind, *shape) makes random numbers as stored, a Dense or Quantized: all codes occur, and scales and biases
+    of both signs where their type has a sign. exponents: the range of e8m0 codes."""
 
-    def make(kind: str, *shape: int, seed: int = 0, exponents: tuple[int, int] = (118, 126)) -> Stored:
-        weight = _weight(np.random.default_rng(seed), kind, shape, exponents)
-        values = torch.from_numpy(codecs.dequantize(weight)).double()
-        return Stored(fuse([weight], device), values)
+    def make(kind: str, *shape: int, seed: int = 0, exponents: tuple[int, int] = (118, 126)) -> Dense | Quantized:
+        return _weight(np.random.default_rng(seed), kind, shape, exponents)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def stored(device, weight):
+    """stored(kind, *shape) makes such a weight into a matrix as the kernels read it."""
+
+    def make(kind: str, *shape: int, **options: Any) -> Stored:
+        made = weight(kind, *shape, **options)
+        values = torch.from_numpy(codecs.dequantize(made)).double()
+        return Stored(Fused().stored(fuse([made], device)), values)
 
     return make
 

@@ -131,25 +131,28 @@ def recording(arch: int = 90, what: Callable[[], str] = str) -> Iterator[dict[La
         JITFunction.run, tiles.capability = original, capability
 
 
-ROW = "{:<19}{:<33}{:>5}{:>10}{:>7}{:>11}{:>8}{:>8}{:>14}{:>7}{:>7}{:>13}"
+ROW = "{:<19}{:<33}{:>5}{:>10}{:>7}{:>8}{:>11}{:>8}{:>8}{:>14}{:>7}{:>12}{:>7}{:>13}"
 
 
 @dataclass(frozen=True)
 class Compiled:
     """A compiled kernel. registers: of a thread. spills: bytes of local memory of a thread. shared: bytes of a program.
-    loop: instructions in the body of the longest loop. waits: those that load from global memory into registers, so
-    that the program waits for each. late_writes: see sass.py; anything but 0 is wrong results."""
+    loop: instructions in the body of the longest loop; 0 if the compiler unrolled it all. per_weight: of a product,
+    instructions of the loop for each weight. waits: those that load from global memory into registers, so that the
+    program waits for each. late_writes: see sass.py; anything but 0 is wrong results."""
 
     kernel: str
     what: str
     arch: int
     programs: int
     warps: int
+    stages: int
     registers: int
     spills: int
     shared: int
     instructions: int
     loop: int
+    per_weight: float
     waits: int
     late_writes: int
 
@@ -165,17 +168,22 @@ def build(launch: Launch, arch: int) -> Compiled:
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
     cubin = Cubin.read(compiled.asm["cubin"])
+    c = dict(launch.constants)
+    rows = c.get("BN", 0) * (c["A"] if "down_one_token" in launch.name else 1)
+    weights = rows * c["SPLIT"] * c["BK"] if "SPLIT" in c else 0  # of a step
     return Compiled(
         launch.name.strip("_").removesuffix("_kernel"),
         launch.what,
         arch,
         launch.programs,
         compiled.metadata.num_warps,
+        compiled.metadata.num_stages,
         cubin.registers,
         cubin.spills,
         compiled.metadata.shared,
         len(cubin.code.instructions),
         len(cubin.code.longest_loop),
+        round(32 * compiled.metadata.num_warps * len(cubin.code.longest_loop) / weights, 2) if weights else 0.0,
         cubin.code.count("LDG."),
         len(cubin.code.late_writes()),
     )

@@ -19,6 +19,8 @@ from mlx_gptoss.backends.cuda.kernels import attention, linear, moe, qkv, quanti
 from mlx_gptoss.backends.cuda.kernels.fused import Fused
 from mlx_gptoss.backends.cuda.load import load_model
 from mlx_gptoss.config import PRESETS
+from mlx_gptoss.loading.recommend import padding_bytes
+from mlx_gptoss.weights.params import MATRIX_ROLES
 from mlx_gptoss.weights.synthetic import Synthetic
 
 META = torch.device("meta")
@@ -75,6 +77,22 @@ def no_kernels(monkeypatch) -> list:
     return launched
 
 
+@pytest.mark.parametrize("form", ["mxfp4", "nvfp4", "mlx-4bit", "mlx-8bit"])
+def test_the_plan_counts_the_padding_of_scales(form):
+    """Bytes of all matrices as loaded for the kernels: those stored, and the padding, which a CPU does not have."""
+    config = replace(PRESETS["20b"], num_hidden_layers=1, layer_types=PRESETS["20b"].layer_types[:1], vocab_size=1024)
+    source = Shapes(replace(config, num_local_experts=4), form)
+    model = load_model(source, torch.bfloat16, META, Fused())
+    (block,) = model.blocks
+    layers = block.attention.qkv, block.attention.out, block.mlp.router, block.mlp.experts.gate_up
+    matrices = [m for layer in (*layers, block.mlp.experts.down, model.lm_head) for m in layer.matrices]
+    parts = [t for m in (*matrices, model.embed) for t in vars(m).values() if isinstance(t, torch.Tensor)]
+    padding = padding_bytes(source, "cuda", "a GPU")
+    stored = sum(map(source.matrix_bytes, MATRIX_ROLES))
+    assert sum(part.nbytes for part in parts) == pytest.approx(stored + padding, abs=100)  # but for NVFP4's factors
+    assert padding > 100 and padding_bytes(source, "cuda", "cpu") == padding_bytes(source, "mlx", "a GPU") == 0
+
+
 @pytest.mark.parametrize(("kv_bits", "bounds", "kernels"), [(None, (13.9e9, 14.5e9), 160), (8, (13.8e9, 14.4e9), 172)])
 @torch.inference_mode()
 def test_mxfp4_takes_at_most_14_5_gb_with_8k_of_context(no_kernels, kv_bits, bounds, kernels):
@@ -96,7 +114,8 @@ def test_mxfp4_takes_at_most_14_5_gb_with_8k_of_context(no_kernels, kv_bits, bou
         decoder = Decoder(replace(model, config=config), cache, last, CONTEXT)
         decoder.prepare(1)
     kv = stored * CONTEXT * config.full_layers + token * config.sliding_window * config.sliding_layers
-    weights = Synthetic(config, "mxfp4").size_bytes
+    source = Synthetic(config, "mxfp4")
+    weights = source.size_bytes + padding_bytes(source, "cuda", "a GPU")
     total = weights + kv + (prefill.peak - held) + decode.peak
     print(f"weights {weights}, cache {kv}, prefill {prefill.peak - held}, decoding {decode.peak}: {total}")
     assert bounds[0] < total < bounds[1]

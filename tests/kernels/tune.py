@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from triton.errors import TritonError
@@ -29,8 +30,8 @@ from mlx_gptoss.backends.cuda.decode import Buffers, Decoder
 from mlx_gptoss.backends.cuda.kernels import attention, linear, moe, qkv, routing, tiles
 from mlx_gptoss.backends.cuda.kernels.fused import Fused
 from mlx_gptoss.backends.cuda.kernels.tiles import Tile
-from mlx_gptoss.backends.cuda.layers import DenseMatrix, Matrix
 from mlx_gptoss.backends.cuda.load import load_model
+from mlx_gptoss.backends.cuda.matrices import DenseMatrix, Matrix
 from mlx_gptoss.backends.cuda.model import Block, GptOss
 from mlx_gptoss.backends.cuda.plain import TorchOperations
 from mlx_gptoss.config import PRESETS
@@ -41,6 +42,7 @@ HEAD = 64  # rows of the qkv matrix in a head
 CANDIDATES = [Tile(BN, BK, warps, stages) for BN, BK, warps in
          ((16, 128, 1), (16, 256, 1), (16, 256, 2), (16, 512, 2), (32, 128, 1), (32, 128, 2), (32, 128, 4),
           (64, 64, 4), (64, 128, 4), (128, 64, 4)) for stages in (2, 3, 4)]  # fmt: skip
+CHOICES = ("linear_tile", "gate_up_one_token_tile", "down_one_token_tile", "grouped_tile")
 CASES = ("qkv", "out", "router", "experts", "lm_head")
 PLAIN = TorchOperations(threads=1)
 
@@ -143,26 +145,28 @@ def nbytes(matrix: Matrix) -> int:
 @contextmanager
 def with_tile(tile: Tile | None) -> Iterator[None]:
     """Use `tile` for all products; None is the tiles in use."""
-    kept = tiles.linear_tile, tiles.grouped_tile, tiles.down_one_token_tile
-    if tile is not None:
-        tiles.linear_tile = tiles.grouped_tile = lambda tokens, matrix, dtype: tile
-        tiles.down_one_token_tile = lambda dtype: tile
-    try:
+    with _choosing(lambda choose, *args: choose(*args) if tile is None else tile):
         yield
-    finally:
-        tiles.linear_tile, tiles.grouped_tile, tiles.down_one_token_tile = kept
 
 
 @contextmanager
 def with_stages(stages: int) -> Iterator[None]:
     """Use the tiles in use, but with another number of pipeline stages."""
-    kept = tiles.linear_tile, tiles.grouped_tile, tiles.down_one_token_tile
-    chosen = [lambda *args, choose=choose: replace(choose(*args), num_stages=stages) for choose in kept]
-    tiles.linear_tile, tiles.grouped_tile, tiles.down_one_token_tile = chosen
+    with _choosing(lambda choose, *args: replace(choose(*args), num_stages=stages)):
+        yield
+
+
+@contextmanager
+def _choosing(instead: Callable[..., Tile]) -> Iterator[None]:
+    """Call `instead` with each function of tiles.py that chooses a tile, and its arguments."""
+    kept = {name: getattr(tiles, name) for name in CHOICES}
+    for name, choose in kept.items():
+        setattr(tiles, name, partial(instead, choose))
     try:
         yield
     finally:
-        tiles.linear_tile, tiles.grouped_tile, tiles.down_one_token_tile = kept
+        for name, choose in kept.items():
+            setattr(tiles, name, choose)
 
 
 def timed(run: Callable[[], None], device: torch.device) -> float:

@@ -1,7 +1,6 @@
-"""The layers of model.py: matrices as they are stored, linear layers and experts over them.
+"""The layers of model.py: linear layers and experts over the matrices of matrices.py.
 
-A matrix stays in device memory as the checkpoint stores it. An Operations computes with it: plain.py in PyTorch,
-kernels/ in Triton.
+An Operations computes with a matrix: plain.py in PyTorch, kernels/ in Triton.
 
 Legend: D in, N out, E experts, A active experts, T tokens, B rows, L tokens a row, H query heads, K kv heads.
 """
@@ -9,79 +8,15 @@ Legend: D in, N out, E experts, A active experts, T tokens, B rows, L tokens a r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ...weights.codecs import E2M1, E4M3, E8M0
-from ...weights.tensor import Element, ScaleKind, Spec
 from .adapters import ExpertAdapter
+from .matrices import Matrix
 from .quantized_kv import KeysOrValues, Packed
-
-Index = int | slice | Tensor
-
-
-@dataclass(frozen=True)
-class DenseMatrix:
-    """weight: [N, D] or [E, N, D] in the dtype it is stored in."""
-
-    weight: Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.weight.shape
-
-    def at(self, index: Index) -> DenseMatrix:
-        """A part along the first axis: one expert, a block of rows, or rows by their ids."""
-        return DenseMatrix(self.weight[index])
-
-    def decode(self, dtype: torch.dtype) -> Tensor:
-        """All values, [..., N, D]"""
-        return self.weight.to(dtype)
-
-
-@dataclass(frozen=True)
-class QuantizedMatrix:
-    """codes uint8 [..., N, D * bits / 8]; scale and bias [..., N, D / group] as stored, or None;
-    outer float32, [] for the whole matrix or [..., N, 1], or None."""
-
-    spec: Spec
-    codes: Tensor
-    scale: Tensor | None
-    bias: Tensor | None
-    outer: Tensor | None
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size((*self.codes.shape[:-1], self.codes.shape[-1] * 8 // self.spec.bits))
-
-    def at(self, index: Index) -> QuantizedMatrix:
-        """Its part along the first axis: one expert, a block of rows, or rows by their ids."""
-        return replace(
-            self,
-            codes=self.codes[index],
-            scale=None if self.scale is None else self.scale[index],
-            bias=None if self.bias is None else self.bias[index],
-            outer=self.outer if self.outer is None or self.outer.ndim == 0 else self.outer[index],
-        )
-
-    def decode(self, dtype: torch.dtype) -> Tensor:
-        """All its values, [..., N, D]: (value(code) * scale + bias) * outer in float32, then rounded to `dtype`"""
-        w = _values(self.codes, self.spec)
-        if self.scale is not None:
-            grouped = w.view(*self.scale.shape, self.spec.group)
-            grouped.mul_(_scales(self.scale, self.spec.scale)[..., None])
-            if self.bias is not None:
-                grouped.add_(self.bias.float()[..., None])
-        if self.outer is not None:
-            w.mul_(self.outer)
-        return w.to(dtype)
-
-
-Matrix = DenseMatrix | QuantizedMatrix
 
 
 @dataclass(frozen=True)
@@ -94,6 +29,10 @@ class Rotation:
 
 class Operations(Protocol):
     """The operations of a forward pass, chosen when a model is loaded."""
+
+    def stored(self, matrix: Matrix) -> Matrix:
+        """A matrix that was just read, in the form that its products read. It may take the given one's memory."""
+        ...
 
     def product(self, x: Tensor, matrix: Matrix, *, wide: bool = False) -> Tensor:
         """x [T, D] times a matrix [N, D], transposed -> [T, N] of x's dtype, or float32 if `wide`"""
@@ -181,41 +120,3 @@ class Experts:
     limit: float
     alpha: float
     local_experts: range
-
-
-def _values(codes: Tensor, spec: Spec) -> Tensor:
-    """The codes' values, float32 [..., D]"""
-    if spec.element == "uint" and spec.bits == 8:
-        return codes.float()
-    if spec.bits == 8:
-        return _decode_bytes("e4m3", codes)
-    # Four codes per look-up, because decoding on a CPU spends its time on look-ups.
-    words = codes.view(torch.uint16).flatten().int()
-    found = _four_code_table(spec.element, codes.device).index_select(0, words)
-    return found.view(torch.float16).view(*codes.shape[:-1], -1).float()
-
-
-def _scales(scale: Tensor, kind: ScaleKind) -> Tensor:
-    """float32, as `scale` is shaped"""
-    return scale.float() if kind == "float" else _decode_bytes(kind, scale)
-
-
-def _decode_bytes(kind: str, codes: Tensor) -> Tensor:
-    """e8m0 or e4m3 codes to float32"""
-    return _byte_table(kind, codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
-
-
-@cache
-def _four_code_table(element: Element, device: torch.device) -> Tensor:
-    """From 16 bits to the values of their four codes, lowest first: [65536] int64, each of which is four float16. They
-    hold every e2m1 value and every integer to 15 exactly."""
-    nibbles = torch.from_numpy(E2M1) if element == "e2m1" else torch.arange(16, dtype=torch.float32)
-    words = torch.arange(1 << 16)
-    quads = torch.stack([nibbles[words >> shift & 15] for shift in (0, 4, 8, 12)], dim=-1)
-    return quads.half().view(torch.int64)[:, 0].contiguous().to(device)
-
-
-@cache
-def _byte_table(kind: str, device: torch.device) -> Tensor:
-    """float32 [256]"""
-    return torch.from_numpy(E8M0 if kind == "e8m0" else E4M3).to(device)

@@ -1,7 +1,7 @@
-"""Load a checkpoint into a model on the device, one weight at a time, each as it is stored.
+"""Load a checkpoint into a model on the device, one weight at a time, each with the codes that are stored.
 
-No weight is in memory twice: its bytes go from the mapped file to the device, and the file's pages are released before
-the next weight is read.
+No weight is in memory twice: its bytes go from the mapped file to the device, where the kernels' form of it takes their
+place (matrices.py), and the file's pages are released before the next weight is read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from ...weights.tensor import Array, Dense, Quantized, Weight, Weights, same_sto
 from ..base import run_as
 from ..rope import yarn_frequencies
 from .adapters import LowRank
-from .layers import DenseMatrix, ExpertLinear, Experts, Linear, Matrix, Operations, QuantizedMatrix
+from .layers import ExpertLinear, Experts, Linear, Operations
+from .matrices import DenseMatrix, Matrix, QuantizedMatrix
 from .model import Attention, Block, GptOss, MixtureOfExperts, Norm, Rotary
 from .ranks import Ranks
 
@@ -142,7 +143,7 @@ class _WeightLoader:
     def _matrices(self, names: Sequence[str]) -> tuple[Matrix, ...]:
         weights = [_runnable(self._checkpoint.read(name)) for name in names]
         groups = [weights] if same_storage(weights) else [[weight] for weight in weights]
-        matrices = tuple(fuse(group, self._device) for group in groups)
+        matrices = tuple(self.ops.stored(fuse(group, self._device)) for group in groups)
         self._checkpoint.release()
         return matrices
 

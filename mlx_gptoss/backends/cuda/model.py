@@ -16,7 +16,8 @@ from torch import Tensor
 from ...config import ModelConfig
 from .adapters import LowRank, add_linear, expert_adapters
 from .cache import Cache, FullCache, LayerCache, Span
-from .layers import Experts, Linear, Matrix, Operations, Rotation
+from .layers import Experts, Linear, Operations, Rotation
+from .matrices import Matrix
 from .plain import heads_of
 from .ranks import Ranks
 

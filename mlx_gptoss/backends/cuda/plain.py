@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .adapters import ExpertAdapter, LowRank, add_linear
-from .layers import DenseMatrix, Experts, Matrix, Rotation
+from .layers import Experts, Rotation
+from .matrices import DenseMatrix, Matrix
 from .quantized_kv import KeysOrValues, Packed, as_computed, pack
 
 # Elements decoded at once. On a CPU the block stays in the cache until the product reads it.
@@ -39,6 +40,10 @@ class TorchOperations:
     def __init__(self, threads: int) -> None:
         self._threads = threads
         self._pool = _single_core_pool(threads) if threads > 1 else None
+
+    def stored(self, matrix: Matrix) -> Matrix:
+        """As it is."""
+        return matrix
 
     def product(self, x: Tensor, matrix: Matrix, *, wide: bool = False) -> Tensor:
         """x [T, D] times a matrix [N, D], transposed -> [T, N] of x's dtype, or float32 if `wide`"""

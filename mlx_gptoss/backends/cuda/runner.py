@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 LOGITS_CHUNK = 256  # positions whose logits are on the device at once in logits()
 MAX_ROWS = 64  # of one step of decode.py
-WARM_UP_LENGTHS = (256, 64, 32, 16)  # lengths of prompts for which kernels/tiles.py has different tiles
+WARM_UP_LENGTHS = (2048, 1024, 512, 256, 64, 32, 16)  # lengths of prompts for which kernels/tiles.py has other tiles
 SHORT_PROMPTS = (2, 4, 8, 16, 32, 64)  # lengths after which attention splits keys among other numbers of programs
 GREEDY = Sampling(temperature=0)
 

@@ -18,7 +18,8 @@
 | lora.py         | `_expert_factor_kernel`: an adapter's thin products with experts        | moe.py               |
 | sample.py       | `_draw_blocks_kernel`, `_draw_rows_kernel`: sample a token for each row | decode.py            |
 
-The other files have no kernels. dequant.py: device functions that decode weights. tiles.py: the tile of every product.
+The other files have no kernels. dequant.py: device functions that decode weights, from matrices as ../matrices.py packs
+them. swiglu.py: those of gate and up projections. tiles.py: the tile of every product.
 interpreter.py: arithmetic that Triton's interpreter gets wrong. launch.py: the function that starts every kernel.
 fused.py: the Operations of a prefill (layers.py), which call the launching functions above.
 

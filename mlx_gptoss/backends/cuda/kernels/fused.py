@@ -10,7 +10,8 @@ from torch import Tensor
 from ....config import ModelConfig
 from ....errors import CheckpointError
 from ..adapters import ExpertAdapter
-from ..layers import Experts, Matrix, Rotation
+from ..layers import Experts, Rotation
+from ..matrices import Matrix, QuantizedMatrix, pack
 from ..plain import TorchOperations
 from ..quantized_kv import KeysOrValues, Packed
 from . import attention, linear, moe, qkv, quantized_kv, routing
@@ -28,11 +29,20 @@ class Fused(TorchOperations):
     def check(config: ModelConfig) -> None:
         """Raise CheckpointError for a model that the kernels do not support. They support every gpt-oss."""
         A = config.num_experts_per_tok
+        if any(size % 32 for size in (config.hidden_size, config.intermediate_size)):
+            raise CheckpointError(
+                "the CUDA kernels need hidden and intermediate sizes that are multiples of 32, and this model has "
+                f"{config.hidden_size} and {config.intermediate_size}; use --device cpu"
+            )
         if config.head_dim != 64 or A & (A - 1) or config.num_attention_heads % config.num_key_value_heads:
             raise CheckpointError(
                 "the CUDA kernels need heads of 64 dimensions and a power of two of experts per token, and this model "
                 f"has {config.head_dim} and {A}; use --device cpu"
             )
+
+    def stored(self, matrix: Matrix) -> Matrix:
+        """The matrix as the kernels read it."""
+        return pack(matrix) if isinstance(matrix, QuantizedMatrix) else matrix
 
     def product(self, x: Tensor, matrix: Matrix, *, wide: bool = False) -> Tensor:
         """x [T, D] @ matrix [N, D]^T -> [T, N] of x's dtype, or float32 if `wide`"""

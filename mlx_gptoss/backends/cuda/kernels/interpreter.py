@@ -8,8 +8,9 @@ numpy has no bfloat16, so the interpreter keeps bfloat16 values as their 16 bits
 - bfloat16 to float32 is wrong for subnormals       -> `to_float32`
 - float32 to bfloat16 is, too, and does not round to nearest even -> `to_bfloat16`
 
-Compiled for a GPU, each function but `to_bfloat16` is the single Triton expression in its `else` branch. A conversion
-with `.to` is good enough in a kernel where subnormals and the last bit do not matter.
+Compiled for a GPU, each function but `to_bfloat16` is the single Triton expression in its `else` branch, but that
+products of bfloat16 are one instruction for two values: left to the compiler, it swaps the halves of many pairs before
+and after. A conversion with `.to` is good enough in a kernel where subnormals and the last bit do not matter.
 """
 
 from __future__ import annotations
@@ -35,6 +36,15 @@ def times(a, b):
     """a * b in their dtype, float32 or bfloat16."""
     if INTERPRETED and a.dtype == tl.bfloat16:
         y = to_bfloat16(to_float32(a) * to_float32(b))
+    elif a.dtype == tl.bfloat16:
+        y = tl.inline_asm_elementwise(
+            "{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }",
+            "=r,r,r",
+            [a, b],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=2,
+        )
     else:
         y = a * b
     return y
@@ -57,6 +67,10 @@ def times_plus(a, b, c):
         y = to_float32(a) * to_float32(b) + to_float32(c)
         if a.dtype == tl.bfloat16:
             y = to_bfloat16(y)
+    elif a.dtype == tl.bfloat16:
+        y = tl.inline_asm_elementwise(
+            "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
     else:
         y = tl.fma(a, b, c)
     return y

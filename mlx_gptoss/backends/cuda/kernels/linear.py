@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layers import DenseMatrix, Matrix
+from ..matrices import DenseMatrix, Matrix
 from . import tiles
 from .dequant import load_rows, outer_factor, weight_args, weight_tile
 from .interpreter import dot
@@ -42,33 +42,131 @@ def multiply(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BT: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """float32 [BN, BT]: w[rows] @ RMSNorm(x[tokens])^T before `outer`, the product that every kernel is built on.
 
-    x: [any, K]. tokens: int64 [BT], rows of x; token_mask: bool [BT], or None if every token exists
+    x: [any, K]. tokens: int64 [BT], rows of x; token_mask: bool [BT], or None if every token exists. With BT = 1 it is
+        the first row of x, without a mask
     norm: [K], the norm's weights, or None for no norm. Its factor 1 / rms(x) is computed on the way and applied to the
         sums.
     w, w_scale, w_bias, rows, row_mask: see `weight_tile`
     """
-    acc = tl.zeros((BN, BT), tl.float32)
-    squares = tl.zeros((BK, BT), tl.float32)
-    for k0 in range(0, K, BK):
+    if BT == 1:
+        acc = multiply_one(
+            x, norm, eps, w, w_scale, w_bias, rows, row_mask, K, ELEMENT, SCALE, GROUP, BN, BK, 1, SPLIT
+        )[:, None]
+    elif SPLIT == 1:
+        acc = tl.zeros((BN, BT), tl.float32)
+        squares = tl.zeros((BK, BT), tl.float32)
+        for k0 in range(0, K, BK):
+            weights = weight_tile(
+                w, w_scale, w_bias, rows, row_mask, k0, K, ELEMENT, SCALE, GROUP, BN, BK, x.dtype.element_ty
+            )
+            k = k0 + tl.arange(0, BK)
+            pointers = x + tokens[None, :] * K + k[:, None]  # [BK, BT]
+            mask = (k < K)[:, None] if token_mask is None else token_mask[None, :] & (k < K)[:, None]
+            values = tl.load(pointers, mask=mask, other=0)
+            if norm is not None:
+                wide = values.to(tl.float32)
+                squares += wide * wide
+                gain = tl.load(norm + k, mask=k < K, other=0).to(tl.float32)
+                values = (wide * gain[:, None]).to(values.dtype)
+            acc = dot(weights, values, acc)
+        if norm is not None:
+            acc *= tl.rsqrt(tl.sum(squares, 0) / K + eps)[None, :]
+    else:
+        M: tl.constexpr = SPLIT * BN
+        parts = tl.arange(0, M) // BN * BK
+        tile_rows = _repeat(rows, BN, 1, SPLIT)
+        tile_mask = row_mask if row_mask is None else _repeat(row_mask, BN, 1, SPLIT)
+        sums = tl.zeros((SPLIT, BN, BT), tl.float32)
+        for k0 in range(0, K, SPLIT * BK):
+            weights = weight_tile(
+                w,
+                w_scale,
+                w_bias,
+                tile_rows,
+                tile_mask,
+                k0 + parts[:, None],
+                K,
+                ELEMENT,
+                SCALE,
+                GROUP,
+                M,
+                BK,
+                x.dtype.element_ty,
+            )
+            k = k0 + (tl.arange(0, SPLIT) * BK)[:, None, None] + tl.arange(0, BK)[None, :, None]
+            values = tl.load(x + tokens[None, None, :] * K + k, mask=token_mask[None, None, :] & (k < K), other=0)
+            sums = dot(weights.reshape(SPLIT, BN, BK), values, sums)
+        acc = tl.sum(sums, 0)
+    return acc
+
+
+@triton.jit
+def multiply_one(
+    x,
+    norm,
+    eps,
+    w,
+    w_scale,
+    w_bias,
+    rows,
+    row_mask,
+    K: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    SCALE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    VECTORS: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """float32 [VECTORS * BN]: w[rows] @ RMSNorm(x)^T before `outer`, BN rows for each of VECTORS vectors.
+
+    x: [VECTORS, K]. rows, row_mask: [VECTORS * BN], those of the first vector first. norm: only with one vector
+
+    Tensor cores multiply with at least 8 columns. The columns here are the vectors, each in SPLIT parts: a step takes
+    SPLIT * BK columns of w, and the SPLIT parts of a row are as many rows of the tile, each of which keeps the sum of
+    its own column. So a program has more rows for its warps, and each value of x is decoded, scaled and loaded once.
+    """
+    PARTS: tl.constexpr = VECTORS * SPLIT
+    M: tl.constexpr = PARTS * BN
+    part = tl.arange(0, PARTS)
+    row_part = tl.arange(0, M) // BN
+    own = row_part[:, None] == part[None, :]  # [M, PARTS]
+    rows = _repeat(rows, BN, VECTORS, SPLIT)
+    if row_mask is not None:
+        row_mask = _repeat(row_mask, BN, VECTORS, SPLIT)
+    acc = tl.zeros((M, PARTS), tl.float32)
+    squares = tl.zeros((BK, PARTS), tl.float32)
+    for k0 in range(0, K, SPLIT * BK):
+        first = k0 if SPLIT == 1 else k0 + (row_part % SPLIT * BK)[:, None]
         weights = weight_tile(
-            w, w_scale, w_bias, rows, row_mask, k0, K, ELEMENT, SCALE, GROUP, BN, BK, x.dtype.element_ty
+            w, w_scale, w_bias, rows, row_mask, first, K, ELEMENT, SCALE, GROUP, M, BK, x.dtype.element_ty
         )
-        k = k0 + tl.arange(0, BK)
-        pointers = x + tokens[None, :] * K + k[:, None]  # [BK, BT]
-        mask = (k < K)[:, None] if token_mask is None else token_mask[None, :] & (k < K)[:, None]
-        values = tl.load(pointers, mask=mask, other=0)
+        k = k0 + (part % SPLIT * BK)[None, :] + tl.arange(0, BK)[:, None]  # [BK, PARTS]
+        values = tl.load(x + (part // SPLIT * K)[None, :] + k, mask=k < K, other=0)
         if norm is not None:
             wide = values.to(tl.float32)
             squares += wide * wide
-            gain = tl.load(norm + k, mask=k < K, other=0).to(tl.float32)
-            values = (wide * gain[:, None]).to(values.dtype)
+            values = (wide * tl.load(norm + k, mask=k < K, other=0).to(tl.float32)).to(values.dtype)
         acc = dot(weights, values, acc)
+    sums = tl.sum(tl.where(own, acc, 0), 1)
+    if SPLIT > 1:
+        sums = tl.sum(sums.reshape(VECTORS, SPLIT, BN), 1).reshape(VECTORS * BN)
     if norm is not None:
-        acc *= tl.rsqrt(tl.sum(squares, 0) / K + eps)[None, :]
-    return acc
+        sums *= tl.rsqrt(tl.sum(tl.sum(squares, 0), 0) / K + eps)
+    return sums
+
+
+@triton.jit
+def _repeat(values, BN: tl.constexpr, VECTORS: tl.constexpr, SPLIT: tl.constexpr):
+    """values [VECTORS * BN] to [VECTORS * SPLIT * BN], each BN of them SPLIT times."""
+    if SPLIT > 1:
+        values = values.reshape(VECTORS, 1, BN).broadcast_to(VECTORS, SPLIT, BN).reshape(VECTORS * SPLIT * BN)
+    return values
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -94,6 +192,7 @@ def _linear_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BT: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """out = RMSNorm(x) @ w^T + bias + residual, one [BN, BT] tile of its transpose for each program.
 
@@ -106,7 +205,24 @@ def _linear_kernel(
     row_mask = rows < N
     token_mask = tokens < T
     acc = multiply(
-        x, tokens, token_mask, norm, eps, w, w_scale, w_bias, rows, row_mask, K, ELEMENT, SCALE, GROUP, BN, BK, BT
+        x,
+        tokens,
+        token_mask,
+        norm,
+        eps,
+        w,
+        w_scale,
+        w_bias,
+        rows,
+        row_mask,
+        K,
+        ELEMENT,
+        SCALE,
+        GROUP,
+        BN,
+        BK,
+        BT,
+        SPLIT,
     )
     acc *= outer_factor(w_outer, rows, row_mask, OUTER, BN)[:, None]
     if bias is not None:
@@ -134,7 +250,7 @@ def linear(
     has the strides of `out`.
     """
     T, (N, K) = x.shape[0], matrix.shape
-    tile, BT = tiles.linear_tile(T, matrix, x.dtype), tiles.token_block(T, x.dtype)
+    tile, BT = tiles.linear_tile(T, matrix, x.dtype), tiles.token_block(T, matrix, x.dtype)
     launch(
         _linear_kernel,
         (triton.cdiv(N, tile.BN), triton.cdiv(T, BT)),

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..adapters import LowRank
-from ..layers import DenseMatrix
+from ..matrices import DenseMatrix
 from . import tiles
 from .dequant import weight_args
 from .launch import launch
@@ -45,6 +45,7 @@ def _expert_factor_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BT: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """out = x @ w[expert]^T, or out += with ADD: BN columns of up to BT pairs of one expert for each program.
     program_id(0): which block of pairs; program_id(1): which columns.
@@ -63,7 +64,7 @@ def _expert_factor_kernel(
     rows = expert.to(tl.int64) * N + column
     x_rows = pairs // PER_ROW
     acc = multiply(
-        x, x_rows, pair_mask, None, 0.0, w, w_scale, w_bias, rows, row_mask, K, ELEMENT, SCALE, GROUP, BN, BK, BT
+        x, x_rows, pair_mask, None, 0.0, w, w_scale, w_bias, rows, row_mask, K, ELEMENT, SCALE, GROUP, BN, BK, BT, SPLIT
     )
     if uses is not None:
         used = tl.load(uses + pairs // A, mask=pair_mask, other=0) != 0
@@ -94,7 +95,8 @@ def _product(
     (E, N, K), P = bank.shape, len(out)
     T = P // active
     matrix = DenseMatrix(bank)
-    tile, BT = tiles.grouped_tile(T, matrix, out.dtype), tiles.grouped_token_block(T, out.dtype)
+    BT = tiles.grouped_token_block(P, E, matrix, out.dtype)
+    tile = tiles.grouped_tile(BT, matrix, out.dtype)
     blocks = min(E, P) + P // BT if BT < T else min(E, P)  # the most that find_block can count
     launch(
         _expert_factor_kernel,

@@ -20,35 +20,11 @@ from torch import Tensor
 from ..adapters import ExpertAdapter
 from ..layers import Experts
 from . import lora, tiles
-from .dequant import load_rows, outer_factor, weight_args, weight_tile
-from .interpreter import dot
+from .dequant import load_rows, outer_factor, weight_args
 from .launch import launch
-from .linear import multiply
+from .linear import multiply, multiply_one
 from .routing import Groups, find_block, top_experts
-
-
-@triton.jit
-def _gate_up_rows(expert, I: tl.constexpr, BN: tl.constexpr):
-    """The BN rows of a program: (rows int64 [BN] of the bank, row_mask [BN]), BN / 2 gate rows and their up rows.
-
-    An expert has 2 * I rows, gate rows first. program_id(1) counts blocks of BN / 2.
-    """
-    HALF: tl.constexpr = BN // 2
-    i = tl.arange(0, BN)
-    column = tl.program_id(1) * HALF + i % HALF
-    return expert.to(tl.int64) * (2 * I) + i // HALF * I + column, column < I
-
-
-@triton.jit
-def _swiglu(acc, limit, alpha, BN: tl.constexpr, BT: tl.constexpr):
-    """acc [BN, BT], gate rows over up rows, to hidden [BN / 2, BT] = gate * sigmoid(alpha * gate) * (up + 1).
-
-    gate is clamped to at most `limit`, up to [-limit, limit].
-    """
-    gate, up = tl.split(acc.reshape(2, BN // 2, BT).permute(1, 2, 0))
-    gate = tl.minimum(gate, limit)
-    up = tl.minimum(tl.maximum(up, -limit), limit)
-    return gate / (1 + tl.exp(-alpha * gate)) * (up + 1)
+from .swiglu import gate_up_rows, swiglu
 
 
 @triton.jit
@@ -76,6 +52,7 @@ def _gate_up_one_token_kernel(
     OUTER: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """out = swiglu(RMSNorm(x) @ w[expert]^T + bias[expert]): BN / 2 columns of one of the token's experts for each
     program. program_id(0): which of the A experts; program_id(1): which columns.
@@ -86,12 +63,13 @@ def _gate_up_one_token_kernel(
     a = tl.program_id(0)
     experts, _ = top_experts(logits, 0, E, A, BE)
     expert = tl.sum(tl.where(tl.arange(0, A) == a, experts, 0), 0)
-    rows, row_mask = _gate_up_rows(expert, I, BN)
-    tokens = tl.zeros((1,), tl.int64)
-    acc = multiply(x, tokens, None, norm, eps, w, w_scale, w_bias, rows, row_mask, K, ELEMENT, SCALE, GROUP, BN, BK, 1)
+    rows, row_mask = gate_up_rows(expert, I, BN)
+    acc = multiply(
+        x, None, None, norm, eps, w, w_scale, w_bias, rows, row_mask, K, ELEMENT, SCALE, GROUP, BN, BK, 1, SPLIT
+    )
     acc *= outer_factor(w_outer, rows, row_mask, OUTER, BN)[:, None]
     acc += load_rows(bias, rows, row_mask).to(tl.float32)[:, None]
-    hidden = _swiglu(acc, limit, alpha, BN, 1)
+    hidden = swiglu(acc, limit, alpha, BN, 1)
     column = (tl.program_id(1) * (BN // 2) + tl.arange(0, BN // 2))[:, None]
     tl.store(out + a.to(tl.int64) * I + column, hidden.to(out.dtype.element_ty), mask=column < I)
 
@@ -117,14 +95,14 @@ def _down_one_token_kernel(
     OUTER: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """x += the sum over the token's experts of weight * (w[expert] @ hidden[a] + bias[expert]): BN columns for each
     program.
 
     hidden: [A, K]. logits: float32 [1, E]. bias: [E, N]. x: [1, N]. w, ..., OUTER: the matrix [E, N, K]
 
-    BN rows of each of the A experts are one tile of A * BN rows. It is multiplied with all A hidden vectors, because
-    the tensor cores pad to more columns than that anyway; each row then keeps the column of its own expert.
+    BN rows of each of the A experts are one tile of A * BN rows, multiplied with all A hidden vectors.
     """
     experts, weights = top_experts(logits, 0, E, A, BE)
     i = tl.arange(0, A * BN)
@@ -133,15 +111,10 @@ def _down_one_token_kernel(
     column = tl.program_id(0) * BN + i % BN
     row_mask = column < N
     rows = tl.sum(tl.where(own, experts[None, :], 0), 1).to(tl.int64) * N + column
-    acc = tl.zeros((A * BN, A), tl.float32)
-    for k0 in range(0, K, BK):
-        tile = weight_tile(
-            w, w_scale, w_bias, rows, row_mask, k0, K, ELEMENT, SCALE, GROUP, A * BN, BK, hidden.dtype.element_ty
-        )
-        k = k0 + tl.arange(0, BK)
-        vectors = tl.load(hidden + a[None, :] * K + k[:, None], mask=(k < K)[:, None], other=0)
-        acc = dot(tile, vectors, acc)
-    result = tl.sum(tl.where(own, acc, 0), 1) * outer_factor(w_outer, rows, row_mask, OUTER, A * BN)
+    result = multiply_one(
+        hidden, None, 0.0, w, w_scale, w_bias, rows, row_mask, K, ELEMENT, SCALE, GROUP, BN, BK, A, SPLIT
+    )
+    result *= outer_factor(w_outer, rows, row_mask, OUTER, A * BN)
     result += load_rows(bias, rows, row_mask).to(tl.float32)
     result *= tl.sum(tl.where(own, weights[None, :], 0), 1)
     total = tl.sum(result.reshape(A, BN), 0)
@@ -158,7 +131,7 @@ def forward_one_token(x: Tensor, logits: Tensor, experts: Experts, hidden: Tenso
     (A, I), (E, D) = hidden.shape, experts.down.bias.shape
     (gate_up,), (down,) = experts.gate_up.matrices, experts.down.matrices
     choice = {"E": E, "A": A, "BE": triton.next_power_of_2(E)}
-    tile = tiles.linear_tile(1, gate_up, x.dtype)
+    tile = tiles.gate_up_one_token_tile(gate_up, x.dtype)
     launch(
         _gate_up_one_token_kernel,
         (A, triton.cdiv(2 * I, tile.BN)),
@@ -172,7 +145,7 @@ def forward_one_token(x: Tensor, logits: Tensor, experts: Experts, hidden: Tenso
         **tile.options(),
         **weight_args(gate_up),
     )
-    tile = tiles.down_one_token_tile(x.dtype)
+    tile = tiles.down_one_token_tile(down, x.dtype)
     launch(
         _down_one_token_kernel,
         (triton.cdiv(D, tile.BN),),
@@ -211,6 +184,7 @@ def _gate_up_grouped_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BT: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """out = swiglu(x @ w[expert]^T + bias[expert]): BN / 2 columns of up to BT pairs of one expert for each program.
     program_id(0): which block of pairs; program_id(1): which columns.
@@ -224,16 +198,33 @@ def _gate_up_grouped_kernel(
     index = start + tl.arange(0, BT)
     pair_mask = index < end
     pairs = tl.load(order + index, mask=pair_mask, other=0).to(tl.int64)
-    rows, row_mask = _gate_up_rows(expert, I, BN)
+    rows, row_mask = gate_up_rows(expert, I, BN)
     acc = multiply(
-        x, pairs // A, pair_mask, None, 0.0, w, w_scale, w_bias, rows, row_mask, K, ELEMENT, SCALE, GROUP, BN, BK, BT
+        x,
+        pairs // A,
+        pair_mask,
+        None,
+        0.0,
+        w,
+        w_scale,
+        w_bias,
+        rows,
+        row_mask,
+        K,
+        ELEMENT,
+        SCALE,
+        GROUP,
+        BN,
+        BK,
+        BT,
+        SPLIT,
     )
     acc *= outer_factor(w_outer, rows, row_mask, OUTER, BN)[:, None]
     acc += load_rows(bias, rows, row_mask).to(tl.float32)[:, None]
     if delta is not None:
         offsets = pairs[None, :] * (2 * I) + (rows - expert.to(tl.int64) * (2 * I))[:, None]
         acc += tl.load(delta + offsets, mask=row_mask[:, None] & pair_mask[None, :], other=0).to(tl.float32)
-    hidden = _swiglu(acc, limit, alpha, BN, BT)
+    hidden = swiglu(acc, limit, alpha, BN, BT)
     column = (tl.program_id(1) * (BN // 2) + tl.arange(0, BN // 2))[:, None]
     mask = (column < I) & pair_mask[None, :]
     tl.store(out + pairs[None, :] * I + column, hidden.to(out.dtype.element_ty), mask=mask)
@@ -261,6 +252,7 @@ def _down_grouped_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BT: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """out = hidden @ w[expert]^T + bias[expert]: BN columns of up to BT pairs of one expert for each program.
     program_id(0): which block of pairs; program_id(1): which columns.
@@ -278,7 +270,24 @@ def _down_grouped_kernel(
     row_mask = column < N
     rows = expert.to(tl.int64) * N + column
     acc = multiply(
-        hidden, pairs, pair_mask, None, 0.0, w, w_scale, w_bias, rows, row_mask, K, ELEMENT, SCALE, GROUP, BN, BK, BT
+        hidden,
+        pairs,
+        pair_mask,
+        None,
+        0.0,
+        w,
+        w_scale,
+        w_bias,
+        rows,
+        row_mask,
+        K,
+        ELEMENT,
+        SCALE,
+        GROUP,
+        BN,
+        BK,
+        BT,
+        SPLIT,
     )
     acc *= outer_factor(w_outer, rows, row_mask, OUTER, BN)[:, None]
     acc += load_rows(bias, rows, row_mask).to(tl.float32)[:, None]
@@ -327,11 +336,11 @@ def forward_grouped(
     (T, D), (P, I) = out.shape, hidden.shape
     A, E = P // T, len(experts.down.bias)
     (gate_up,), (down,) = experts.gate_up.matrices, experts.down.matrices
-    BT = tiles.grouped_token_block(T, out.dtype)
+    BT = tiles.grouped_token_block(P, E, gate_up, out.dtype)
     blocks = min(E, P) + P // BT if BT < T else min(E, P)  # the most that find_block can count
     shared = {"E": E, "BE": triton.next_power_of_2(E), "BT": BT}
     delta = _gate_up_delta(normed, groups, adapters, A, parts.new_zeros((P, 2 * I))) if adapters else None
-    tile = tiles.grouped_tile(T, gate_up, out.dtype)
+    tile = tiles.grouped_tile(BT, gate_up, out.dtype)
     launch(
         _gate_up_grouped_kernel,
         (blocks, triton.cdiv(2 * I, tile.BN)),
@@ -345,7 +354,7 @@ def forward_grouped(
         **tile.options(),
         **weight_args(gate_up),
     )
-    tile = tiles.grouped_tile(T, down, out.dtype)
+    tile = tiles.grouped_tile(BT, down, out.dtype)
     launch(
         _down_grouped_kernel,
         (blocks, triton.cdiv(D, tile.BN)),

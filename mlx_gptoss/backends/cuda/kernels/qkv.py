@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layers import Matrix
+from ..matrices import Matrix
 from . import tiles
 from .dequant import load_rows, outer_factor, weight_args
 from .launch import launch
@@ -49,6 +49,7 @@ def _qkv_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BT: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """BN / 2 pairs of one head for BT tokens: projected, rotated, and written to q, keys or values.
 
@@ -79,7 +80,7 @@ def _qkv_kernel(
     tokens = t.to(tl.int64)
     token_mask = t < T
     acc = multiply(
-        x, tokens, token_mask, norm, eps, w, w_scale, w_bias, rows, None, K, ELEMENT, SCALE, GROUP, BN, BK, BT
+        x, tokens, token_mask, norm, eps, w, w_scale, w_bias, rows, None, K, ELEMENT, SCALE, GROUP, BN, BK, BT, SPLIT
     )
     acc *= outer_factor(w_outer, rows, None, OUTER, BN)[:, None]
     acc += load_rows(bias + head0 * 64, rows, None).to(tl.float32)[:, None]
@@ -141,9 +142,10 @@ def project_qkv(
     q: [B, H, 64], written. keys, values: [S, KV, C, 64]; with `ring`, position p is entry p % C
     """
     (B, H, _), (_, KV, C, _) = q.shape, keys.shape
-    BT, head0 = tiles.token_block(B, x.dtype), 0
+    head0 = 0
     for matrix in matrices:
-        (N, K), tile = matrix.shape, tiles.linear_tile(B, matrix, x.dtype)
+        N, K = matrix.shape
+        tile, BT = tiles.linear_tile(B, matrix, x.dtype), tiles.token_block(B, matrix, x.dtype)
         launch(
             _qkv_kernel,
             (N // tile.BN, triton.cdiv(B, BT)),

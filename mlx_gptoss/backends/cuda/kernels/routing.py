@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layers import Matrix
+from ..matrices import Matrix
 from .dequant import outer_factor, weight_args, weight_tile
 from .launch import launch
 

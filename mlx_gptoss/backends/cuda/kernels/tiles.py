@@ -1,16 +1,18 @@
 """The tile of every matrix product: how much a program computes at once, with how many warps and pipeline stages.
 
 A product with a weight matrix [N, K] runs one program for each BN output rows and BT tokens. The program walks over K
-in steps of BK columns, with the loads of `num_stages` steps in flight. Attention walks over keys: M query rows by N
-keys.
+in steps of SPLIT * BK columns, with the loads of `num_stages` steps in flight. Attention walks over keys: M query rows
+by N keys.
 
 How the sizes were chosen: by counting, for an H200 with 132 multiprocessors, on the shapes of gpt-oss. None has been
-timed on a GPU yet. Three counts decide:
+timed on a GPU yet. Four counts decide:
 
-- programs: enough for every multiprocessor. A small N takes narrow tiles. They are not too narrow either, because each
-  program reads all of its tokens.
-- bytes in flight: BN * BK weights times `num_stages`, for all programs that run at once.
+- programs: enough for every multiprocessor. A small N takes narrow tiles, and then SPLIT gives each program work for
+  four warps. They are not too narrow either, because each program reads all of its tokens.
+- bytes in flight: BN * SPLIT * BK weights times `num_stages`, for all programs that run at once.
 - instructions per weight: up to 3.7 per 4-bit weight keep up with an H200's memory.
+- loads that wait: a step of scales is copied while earlier ones are computed only if it is whole words, so BK is at
+  least the columns of a word.
 
 `python tests/kernels/report.py` compiles every kernel and prints its programs, registers and instructions;
 `python tests/kernels/tune.py` times other tiles on a GPU. To change a tile, edit the table and run both.
@@ -26,21 +28,23 @@ from functools import cache
 import torch
 import triton
 
-from ..layers import DenseMatrix, Matrix
+from ..matrices import DenseMatrix, Matrix, PackedMatrix
 
 WIDE = 16384  # output rows that make more programs than a GPU runs at once: lm_head
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
-PREFILL_TOKENS = 64  # the most tokens of a decoding step; with more, arithmetic limits the experts, with fewer memory
+PREFILL_TOKENS = 256  # with more, arithmetic limits a product, with fewer memory
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A product's BN output rows by BK columns, `num_warps` warps a program, `num_stages` steps of loads in flight."""
+    """A product's BN output rows by SPLIT * BK columns, `num_warps` warps a program, `num_stages` steps of loads in
+    flight. SPLIT: see `multiply` in linear.py."""
 
     BN: int
     BK: int
     num_warps: int
     num_stages: int
+    SPLIT: int = 1
 
     def options(self) -> dict[str, int]:
         """The fields as keyword arguments of a launch."""
@@ -61,33 +65,90 @@ class AttentionTile:
         return vars(self).copy()
 
 
-FLOAT32 = Tile(16, 64, 4, 2)  # float32 activations: no tensor cores
-#                      1 token              2 to 16 tokens       more tokens
+FLOAT32 = Tile(16, 128, 4, 2)  # float32 activations: no tensor cores
+COLUMNS = (1, 16, 32)  # the most tokens of the first three columns
 TILES = {
-    "quantized":      (Tile(16, 256, 1, 3), Tile(32, 128, 2, 3), Tile(64, 64, 4, 3)),
-    "dense":          (Tile(16, 256, 1, 4), Tile(16, 128, 1, 4), Tile(32, 128, 2, 4)),
-    "dense and wide": (Tile(16, 256, 1, 4), Tile(32, 128, 2, 4), Tile(64, 64, 4, 4)),
+    #                     1 token                   2 to 16 tokens            17 to 32                  more
+    "quantized":         (Tile(16, 128, 4, 3, 4), Tile(16, 128, 4, 3, 4), Tile(16, 128, 4, 2, 4), Tile(64, 128, 4, 3)),
+    "quantized and wide": (Tile(16, 128, 1, 3, 2), Tile(64, 128, 2, 3), Tile(64, 128, 4, 3), Tile(64, 128, 4, 3)),
+    "dense":             (Tile(16, 128, 4, 3, 4), Tile(16, 64, 4, 4, 4), Tile(16, 64, 4, 3, 4), Tile(32, 64, 4, 3, 2)),
+    "dense and wide":    (Tile(16, 256, 1, 4), Tile(32, 128, 2, 4), Tile(64, 64, 4, 4), Tile(64, 64, 4, 4)),
 }  # fmt: skip
-DOWN_ONE_TOKEN = Tile(16, 128, 4, 3)  # BN rows of each of the A experts: A * BN rows in one program
-PREFILL_EXPERTS = Tile(128, 64, 8, 3)
+GATE_UP_ONE_TOKEN = {"quantized": Tile(16, 128, 1, 3, 2), "dense": Tile(16, 256, 1, 4)}
+DOWN_ONE_TOKEN = {"quantized": Tile(4, 128, 1, 3, 2), "dense": Tile(4, 128, 1, 4, 2)}  # BN rows of each of A experts
+GROUPED = {"quantized": Tile(64, 128, 2, 3), "dense": Tile(32, 128, 2, 4)}  # experts with few tokens each
+PREFILL = {"quantized": Tile(128, 128, 8, 2), "dense": Tile(128, 64, 8, 3)}
 
 
 def linear_tile(tokens: int, matrix: Matrix, dtype: torch.dtype) -> Tile:
-    """The tile of a product of `tokens` activations of `dtype` with a matrix [..., N, K]."""
+    """The tile of a product of `tokens` activations of `dtype` with a matrix [N, K]."""
     if dtype == torch.float32:
         return FLOAT32
-    if not isinstance(matrix, DenseMatrix):
-        row = TILES["quantized"]
-    else:
-        row = TILES["dense" if matrix.shape[-2] < WIDE else "dense and wide"]
-    return _safe(row[0 if tokens == 1 else 1 if tokens <= 16 else 2], matrix)
+    kind = _kind(matrix)
+    if tokens > PREFILL_TOKENS and kind == "quantized":
+        return _fitting(PREFILL[kind], matrix)
+    row = TILES[kind if matrix.shape[-2] < WIDE else f"{kind} and wide"]
+    return _fitting(row[sum(tokens > most for most in COLUMNS)], matrix)
 
 
-def grouped_tile(tokens: int, matrix: Matrix, dtype: torch.dtype) -> Tile:
-    """The tile of an expert product of several tokens, grouped by expert."""
-    if tokens > PREFILL_TOKENS and dtype != torch.float32:
-        return _safe(PREFILL_EXPERTS, matrix)
-    return linear_tile(tokens, matrix, dtype)
+def token_block(tokens: int, matrix: Matrix, dtype: torch.dtype) -> int:
+    """BT of a product with a matrix [N, K]: 1 for one token, else a power of two from 16, the least that tl.dot takes,
+    to 64 in a decoding step and 128 in a long prefill."""
+    if tokens == 1:
+        return 1
+    if dtype == torch.float32:
+        return 16
+    if tokens > PREFILL_TOKENS and _kind(matrix) == "quantized":
+        return 128
+    return min(64, max(16, 1 << (tokens - 1).bit_length()))
+
+
+def gate_up_one_token_tile(matrix: Matrix, dtype: torch.dtype) -> Tile:
+    """The tile of one token's gate and up projections with a matrix [E, 2 I, K]."""
+    return FLOAT32 if dtype == torch.float32 else _fitting(GATE_UP_ONE_TOKEN[_kind(matrix)], matrix)
+
+
+def down_one_token_tile(matrix: Matrix, dtype: torch.dtype) -> Tile:
+    """The tile of one token's down projection, which takes BN rows of each of the token's experts."""
+    return FLOAT32 if dtype == torch.float32 else _fitting(DOWN_ONE_TOKEN[_kind(matrix)], matrix)
+
+
+def grouped_token_block(pairs: int, experts: int, matrix: Matrix, dtype: torch.dtype) -> int:
+    """BT of an expert product of several tokens, with `pairs` of them and an expert for `experts`: 16 where decoding
+    weights takes most of the time, so that few columns are computed for nothing, up to 256 where products do."""
+    average = pairs // experts
+    if dtype == torch.float32 or average <= 8:
+        return 16
+    if average <= 32:
+        return 64
+    largest = isinstance(matrix, PackedMatrix) and matrix.spec.bits == 4 and capability(matrix.codes.device) == 90
+    return 256 if average >= 256 and largest else 128
+
+
+def grouped_tile(BT: int, matrix: Matrix, dtype: torch.dtype) -> Tile:
+    """The tile of an expert product of blocks of BT tokens, grouped by expert."""
+    if dtype == torch.float32:
+        return FLOAT32
+    return _fitting((GROUPED if BT == 16 else PREFILL)[_kind(matrix)], matrix)
+
+
+def _kind(matrix: Matrix) -> str:
+    return "dense" if isinstance(matrix, DenseMatrix) else "quantized"
+
+
+def _fitting(tile: Tile, matrix: Matrix) -> Tile:
+    """The tile with a BK of whole words of scales, and as this Triton compiles it right. Before Triton 3.9, wgmma on
+    sm_90 with a left operand that a pipelined loop decodes reads registers that the next step has overwritten
+    (triton-lang/triton#9433): one stage instead."""
+    if isinstance(matrix, DenseMatrix):
+        return tile
+    columns = matrix.spec.group * 4 // matrix.scale.itemsize if matrix.scale is not None else 0
+    if columns > tile.BK:
+        tile = replace(tile, BK=columns, num_stages=min(2, tile.num_stages))
+    wgmma = tile.BN >= 64 and tile.num_warps >= 4
+    if wgmma and TRITON < (3, 9) and capability(matrix.codes.device) == 90:
+        return replace(tile, num_stages=1)
+    return tile
 
 
 @cache
@@ -97,30 +158,6 @@ def capability(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-def _safe(tile: Tile, matrix: Matrix) -> Tile:
-    """The tile as this Triton compiles it right. Before Triton 3.9, wgmma on sm_90 with a left operand that a pipelined
-    loop decodes reads registers that the next step has overwritten (triton-lang/triton#9433): one stage instead."""
-    wgmma = tile.BN >= 64 and tile.num_warps >= 4
-    if wgmma and TRITON < (3, 9) and not isinstance(matrix, DenseMatrix) and capability(matrix.codes.device) == 90:
-        return replace(tile, num_stages=1)
-    return tile
-
-
-def down_one_token_tile(dtype: torch.dtype) -> Tile:
-    """The tile of one token's down projection, which takes BN rows of each of the token's experts."""
-    return FLOAT32 if dtype == torch.float32 else DOWN_ONE_TOKEN
-
-
-def token_block(tokens: int, dtype: torch.dtype) -> int:
-    """BT of a dense product: 1 for one token, else a power of two from 16 (the least that tl.dot takes) to 64."""
-    return 1 if tokens == 1 else _power_of_two(tokens, 16, 16 if dtype == torch.float32 else 64)
-
-
-def grouped_token_block(tokens: int, dtype: torch.dtype) -> int:
-    """BT of an expert product of several tokens: a power of two from 16 to 128."""
-    return _power_of_two(tokens, 16, 16 if dtype == torch.float32 else 128)
 
 
 def decode_attention_tile(heads: int, dtype: torch.dtype) -> AttentionTile:
@@ -133,7 +170,3 @@ def prefill_attention_tile(heads: int, dtype: torch.dtype) -> AttentionTile:
     if dtype == torch.float32:
         return AttentionTile(max(32, heads), 32, 4, 3)
     return AttentionTile(max(128, heads), 64, 8, 3)
-
-
-def _power_of_two(count: int, least: int, most: int) -> int:
-    return min(most, max(least, 1 << (count - 1).bit_length()))
