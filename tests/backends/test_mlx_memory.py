@@ -58,9 +58,9 @@ def test_the_peak_stays_within_the_plan(kv_bits):
 
 def test_what_snapshots_inside_of_a_chunk_take():
     """Until the next step, no more than the plan counts; each snapshot is one copy, as at the end of a chunk."""
-    limits, length = Limits(2, 1100, 1024), 1024
+    limits, length = Limits(2, 600, 512), 512
     runner = backend.load(Synthetic(CACHE_HEAVY, "mlx-4bit"), device="cpu", dtype=None, limits=limits)
-    tokens, points = tuple(range(256)) * 4, tuple(range(256, length + 1, 256))
+    tokens, points = tuple(range(256)) * 2, tuple(range(128, length + 1, 128))
     runner.submit([Row(1, length, (1,))]).wait()  # the cache has its full size
     used = []
     for save_at in ((), points):
@@ -69,7 +69,7 @@ def test_what_snapshots_inside_of_a_chunk_take():
         used.append(mx.get_active_memory())
     kept = used[1] - used[0]
     assert 0.9 * snapshot_space(CACHE_HEAVY, length, 1, 4) < kept <= snapshot_space(CACHE_HEAVY, length, 2, 4)
-    saved = [runner.save(0, end - 256, end) for end in points]
+    saved = [runner.save(0, end - 128, end) for end in points]
     taken = mx.get_active_memory() - used[1]
     assert abs(taken - sum(each.nbytes for each in saved)) < MB
     runner.submit([Row(1, length + 1, (1,))]).wait()

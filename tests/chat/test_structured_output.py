@@ -108,7 +108,7 @@ def test_every_object_of_the_corpus_as_arguments(model, validate, name):
 
 def test_any_json_object(model):
     options = {"response_format": {"type": "json_object"}, "max_tokens": 600}
-    samplings = [Sampling(temperature=0), *(Sampling(seed=seed, temperature=0.3) for seed in range(3))]
+    samplings = [Sampling(temperature=0), Sampling(seed=1, temperature=0.3)]
     questions = (SUM, f"{SUM} Answer in JSON.", "Add 12 and 30. Use JSON.")
     replies = [model.generate(text, sampling=how, **options) for text in questions for how in samplings]
     ended = [reply for reply in replies if reply.finish_reason == "stop"]  # a string may go on and on

@@ -49,13 +49,13 @@ def test_logits_of_every_format(mini, device, relative_error, name):
 def test_greedy_text(mini, device):
     """One sequence, so one row a step, at positions where the ring has wrapped several times."""
     reference = load_file(mini / "reference.safetensors")
-    prompt, wanted = tuple(reference["prompt"].tolist()), reference["greedy"][:3].tolist()
-    assert reference["margin"][:3].min() > 1e-3
+    prompt, wanted = tuple(reference["prompt"].tolist()), reference["greedy"][:2].tolist()
+    assert reference["margin"][:2].min() > 1e-3
     runner = load(mini / "mxfp4", device, Limits(2, 128, 64))
     runner.submit([Row(1, 0, prompt[:64])])
     ids = [runner.submit([Row(1, 64, prompt[64:], GREEDY, prompt)]).wait()[0].token]
-    pending = [runner.submit([Row(1, len(prompt) + i, None, GREEDY)]) for i in range(2)]
-    assert [*ids, *(p.wait()[0].token for p in pending)] == wanted
+    ids.append(runner.submit([Row(1, len(prompt), None, GREEDY)]).wait()[0].token)
+    assert ids == wanted
 
 
 @pytest.mark.parametrize("kv_bits", [None, pytest.param(8, marks=pytest.mark.slow)])
@@ -69,7 +69,7 @@ def test_a_batch_matches_plain_torch(mini, device, kv_bits):
         runner = load(mini / "nvfp4", device, Limits(5, 64, 32, kv_bits=kv_bits), kernels)
         runner.submit([Row(slot, 0, (7, 8), GREEDY, (7, 8)) for slot in range(5)]).wait()
         slots, got = (4, 0, 2), []
-        for step in range(4):
+        for step in range(3):
             rows = []
             for slot, prompt, sampling in zip(slots, prompts, samplings, strict=True):
                 if step == 0 and slot == 2:

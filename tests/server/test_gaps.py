@@ -81,6 +81,8 @@ def test_a_body_in_chunks_of_one_byte_does_not_hold_the_event_loop(serve, model)
                 connection.sendall(head + b"1\r\na\r\n" * 100_000 + b"0\r\n\r\n")
                 assert connection.recv(100).startswith(b"HTTP/1.1 400")
             tries.append(held.callback)
+            if tries[-1][0] < 5 * HOLD_S:
+                break
     assert min(tries)[0] < 5 * HOLD_S  # the profiler takes most of it; without pieces it is sixteen times as long
 
 
