@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import import_module
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ import triton
 from sass import Cubin
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from mlx_gptoss.backends.cuda.cache import Cache, Span
@@ -35,7 +37,7 @@ from mlx_gptoss.weights.synthetic import Synthetic
 META = torch.device("meta")
 CONTEXT, CHUNK = 131072, 4096
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u8", "int32": "i32", "int64": "i64"}
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def recording(arch: int = 90, what: Callable[[], str] = str) -> Iterator[dict[La
         JITFunction.run, tiles.capability = original, capability
 
 
-ROW = "{:<19}{:<33}{:>5}{:>10}{:>7}{:>8}{:>11}{:>8}{:>8}{:>14}{:>7}{:>12}{:>7}{:>13}"
+ROW = "{:<19}{:<33}{:>5}{:>10}{:>7}{:>8}{:>11}{:>8}{:>8}{:>14}{:>7}{:>12}{:>7}{:>13}{:>11}{:>7}"
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ class Compiled:
     """A compiled kernel. registers: of a thread. spills: bytes of local memory of a thread. shared: bytes of a program.
     loop: instructions in the body of the longest loop; 0 if the compiler unrolled it all. per_weight: of a product,
     instructions of the loop for each weight. waits: those that load from global memory into registers, so that the
-    program waits for each. late_writes: see sass.py; anything but 0 is wrong results."""
+    program waits for each. late_writes, in_flight: see sass.py; late writes are wrong results. early: accesses to
+    global memory before the kernel waits for the one before it; None if it does not wait."""
 
     kernel: str
     what: str
@@ -155,6 +158,8 @@ class Compiled:
     per_weight: float
     waits: int
     late_writes: int
+    in_flight: int
+    early: int | None
 
 
 def build(launch: Launch, arch: int) -> Compiled:
@@ -166,8 +171,11 @@ def build(launch: Launch, arch: int) -> Compiled:
         {place[name]: value for name, value in launch.constants},
         {place[name]: [["tt.divisibility", 16]] for name in launch.aligned},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
+    target = GPUTarget("cuda", arch, 32)
+    driver.set_active(SimpleNamespace(get_current_target=lambda: target))  # of which kernels ask the capability
+    compiled = triton.compile(source, target=target, options=dict(launch.options))
     cubin = Cubin.read(compiled.asm["cubin"])
+    early = cubin.code.before_inputs()
     c = dict(launch.constants)
     rows = c.get("BN", 0) * (c["A"] if "down_one_token" in launch.name else 1)
     weights = rows * c["SPLIT"] * c["BK"] if "SPLIT" in c else 0  # of a step
@@ -186,6 +194,8 @@ def build(launch: Launch, arch: int) -> Compiled:
         round(32 * compiled.metadata.num_warps * len(cubin.code.longest_loop) / weights, 2) if weights else 0.0,
         cubin.code.count("LDG."),
         len(cubin.code.late_writes()),
+        cubin.code.in_flight,
+        None if early is None else len(early),
     )
 
 
@@ -212,7 +222,7 @@ def main() -> None:
         for job in as_completed(jobs):
             done.append(job.result())
             if not options.json:
-                print(ROW.format(*asdict(done[-1]).values()), flush=True)
+                print(ROW.format(*map(str, asdict(done[-1]).values())), flush=True)
     if options.json:
         print(json.dumps([asdict(compiled) for compiled in done]))
 

@@ -19,6 +19,7 @@ import triton
 BIN = Path(triton.__file__).parent / "backends/nvidia/bin"
 OPERAND_REGISTERS = 4  # of a thread: 64 by 16 values of 16 bits among 128 threads
 _NO_RESULT = ("ST", "RED", "BAR", "EXIT", "BRA", "NOP", "LDGSTS", "LDGDEPBAR", "DEPBAR", "WARPGROUP", "HGMMA", "MEMBAR")
+GLOBAL = ("LDG", "STG", "ATOM", "RED", "UTMA")
 _TESTS = ("SETP", "PLOP3", "R2P")  # their results are predicates
 
 
@@ -82,6 +83,19 @@ class Code:
     def count(self, opcode: str) -> int:
         """How many instructions of the longest loop begin with `opcode`."""
         return sum(instruction.opcode.startswith(opcode) for instruction in self.longest_loop)
+
+    @property
+    def in_flight(self) -> int:
+        """Groups of HGMMAs that the longest loop leaves running while its next turn decodes their successors."""
+        waits = [i.operands[1] for i in self.longest_loop if i.opcode.startswith("WARPGROUP.DEPBAR")]
+        return int(waits[-1], 16) if waits else 0
+
+    def before_inputs(self) -> list[str] | None:
+        """Opcodes that touch global memory before the kernel waits for the kernels before it; None if it never does."""
+        opcodes = [instruction.opcode for instruction in self.instructions]
+        if "ACQBULK" not in opcodes:
+            return None
+        return [opcode for opcode in opcodes[: opcodes.index("ACQBULK")] if opcode.startswith(GLOBAL)]
 
     def late_writes(self) -> list[str]:
         """Instructions that write an operand's register while an HGMMA may still read it, each with the register."""

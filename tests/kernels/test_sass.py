@@ -68,3 +68,22 @@ def test_a_loop_and_what_is_in_it():
 )
 def test_registers_that_an_instruction_writes(opcode, operands, registers):
     assert list(Instruction(opcode, operands).written()) == registers
+
+
+def test_what_is_left_running_at_the_end_of_a_loop():
+    assert Code.parse(LOOP.format(first="0x0", second="0x1")).in_flight == 1
+    assert Code.parse(LOOP.format(first="0x1", second="0x0")).in_flight == 0
+
+
+def test_accesses_before_the_inputs_are_there():
+    """ACQBULK is griddepcontrol.wait; a load before it may read what an earlier kernel has yet to write."""
+    listing = """
+        /*0010*/                   S2R R0, SR_TID.X ;
+        /*0020*/                   LDG.E R2, desc[UR4][R2.64] ;
+        /*0030*/                   ACQBULK ;
+        /*0040*/                   LDGSTS.E [R17], desc[UR8][R12.64] ;
+        /*0050*/                   EXIT ;
+    """
+    assert Code.parse(listing).before_inputs() == ["LDG.E"]
+    assert Code.parse(listing.replace("LDG.E R2,", "MOV R2,")).before_inputs() == []
+    assert Code.parse(listing.replace("ACQBULK", "NOP")).before_inputs() is None

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import triton
 
 from mlx_gptoss.backends.cuda.kernels import launch
@@ -34,6 +35,10 @@ def test_no_request_compiles_a_kernel(form, slots):
 class Kernel:
     """Stands for a Triton kernel: counts how often it is compiled and run, and by which threads."""
 
+    @staticmethod
+    def fn() -> None:
+        """A kernel that does not wait for the one before it."""
+
     def __init__(self) -> None:
         self.compiled: list[dict] = []
         self.ran: list[dict] = []
@@ -48,13 +53,24 @@ class Kernel:
 def test_compiling_runs_nothing_and_only_this_thread_compiles():
     kernel = Kernel()
     with launch.compiling():
-        launch.launch(kernel, (3,), num_warps=4)
-        other = threading.Thread(target=launch.launch, args=(kernel, (5,)))
+        launch.launch(kernel, (3,), torch.zeros(1), num_warps=4)
+        other = threading.Thread(target=launch.launch, args=(kernel, (5,), torch.zeros(1)))
         other.start()
         other.join()
-    launch.launch(kernel, (7,))
+    launch.launch(kernel, (7,), torch.zeros(1))
     assert [c["grid"] for c in kernel.compiled] == [(3,)] and kernel.compiled[0]["num_warps"] == 4
     assert [c["grid"] for c in kernel.ran] == [(5,), (7,)]
+
+
+@pytest.mark.parametrize(("capability", "early"), [(80, False), (90, True), (120, True)])
+def test_only_a_kernel_that_waits_for_its_inputs_starts_early(monkeypatch, capability, early):
+    """One that does not wait would read what the kernel before it has yet to write."""
+    monkeypatch.setattr(launch.tiles, "capability", lambda device: capability)
+    waiting, other = Kernel(), Kernel()
+    waiting.fn = lambda: launch.wait_for_inputs()
+    for kernel in (waiting, other):
+        launch.launch(kernel, (1,), torch.zeros(1))
+    assert waiting.ran[0].get("launch_pdl", False) is early and "launch_pdl" not in other.ran[0]
 
 
 def test_kernels_are_compiled_side_by_side_and_all_in_the_end(monkeypatch, caplog):
@@ -75,7 +91,7 @@ def test_kernels_are_compiled_side_by_side_and_all_in_the_end(monkeypatch, caplo
 
     with launch.compiling():
         for n in range(2):
-            launch.launch(Slow(), (n,))
+            launch.launch(Slow(), (n,), torch.zeros(1))
     assert finished == ["kernel", "kernel"]
     assert ["compiling the kernels" in record.message for record in caplog.records] == [True]
 
@@ -86,7 +102,7 @@ def test_an_error_of_the_compiler_is_raised():
             raise ValueError("cannot compile")
 
     with pytest.raises(ValueError, match="cannot compile"), launch.compiling():
-        launch.launch(Broken(), (1,))
+        launch.launch(Broken(), (1,), torch.zeros(1))
     kernel = Kernel()
-    launch.launch(kernel, (1,))
+    launch.launch(kernel, (1,), torch.zeros(1))
     assert kernel.ran

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..quantized_kv import KeysOrValues, Packed
 from . import tiles
 from .interpreter import dot, to_float32
-from .launch import launch
+from .launch import launch, wait_for_inputs
 from .quantized_kv import centered, load_scales, scale_pairs
 
 PROGRAMS = 264  # that decoding aims to run at once: two for each multiprocessor of an H100
@@ -91,6 +91,7 @@ def _decode_kernel(
     slots, positions: int32 [B]; a row at -1 is idle and sees no keys. sinks: float32 [H]
     out: with DIRECT there is one split, and out is [B, H * 64]; else it is float32 scratch [B, H, splits, PARTIAL]
     """
+    wait_for_inputs()
     row, kv, split = tl.program_id(0) // KV, tl.program_id(0) % KV, tl.program_id(1)
     length = tl.minimum(tl.load(positions + row) + 1, C)  # 0 for an idle row
     start, end = 0, length
@@ -162,6 +163,7 @@ def _merge_splits_kernel(
 
     scratch: float32 [B, H, MAX_SPLITS, PARTIAL]. positions: int32 [B]. sinks: float32 [H]. out: [B, H * 64]
     """
+    wait_for_inputs()
     head, row = tl.program_id(0), tl.program_id(1)
     length = tl.minimum(tl.load(positions + row) + 1, C)
     s, d = tl.arange(0, MAX_SPLITS), tl.arange(0, 64)
@@ -297,6 +299,7 @@ def _prefill_kernel(
 
     Two loops: over the blocks of keys that every query of the program sees, without a mask, and over the rest.
     """
+    wait_for_inputs()
     kv, block = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     r, d = tl.arange(0, M), tl.arange(0, 64)
     start = block * (M // GROUP)

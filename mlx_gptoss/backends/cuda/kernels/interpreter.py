@@ -4,7 +4,7 @@ With TRITON_INTERPRET=1 Triton runs a kernel in numpy on CPU tensors, and the te
 numpy has no bfloat16, so the interpreter keeps bfloat16 values as their 16 bits. That breaks four things:
 
 - tl.dot multiplies the bits as integers            -> `dot`
-- so do a * b, a + b and tl.fma                     -> `times`, `plus`, `times_plus`
+- so do a * b and tl.fma                             -> `times`, `times_plus`
 - bfloat16 to float32 is wrong for subnormals       -> `to_float32`
 - float32 to bfloat16 is, too, and does not round to nearest even -> `to_bfloat16`
 
@@ -47,16 +47,6 @@ def times(a, b):
         )
     else:
         y = a * b
-    return y
-
-
-@triton.jit
-def plus(a, b):
-    """a + b in their dtype, float32 or bfloat16."""
-    if INTERPRETED and a.dtype == tl.bfloat16:
-        y = to_bfloat16(to_float32(a) + to_float32(b))
-    else:
-        y = a + b
     return y
 
 

@@ -18,7 +18,7 @@ from ..matrices import DenseMatrix, Matrix
 from . import tiles
 from .dequant import load_rows, outer_factor, weight_args, weight_tile
 from .interpreter import dot
-from .launch import launch
+from .launch import launch, wait_for_inputs
 
 EMBED_BLOCK = 512  # columns
 
@@ -200,6 +200,7 @@ def _linear_kernel(
     out: [T, N], float32 or x's dtype, rows STRIDE apart
     w, ..., OUTER: the matrix [N, K], see `weight_args`
     """
+    wait_for_inputs()
     rows = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
     tokens = (tl.program_id(1) * BT + tl.arange(0, BT)).to(tl.int64)
     row_mask = rows < N
@@ -280,6 +281,7 @@ def product(x: Tensor, matrix: Matrix, *, wide: bool = False) -> Tensor:
 @triton.jit
 def _rms_norm_kernel(x, norm, out, eps, D: tl.constexpr, BLOCK: tl.constexpr):
     """out [T, D] = RMSNorm(x [T, D]) with weights norm [D], one token for each program. out: of any float dtype."""
+    wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     values = tl.load(x + row * D + k, mask=k < D, other=0).to(tl.float32)
@@ -317,6 +319,7 @@ def _embed_kernel(
     given: int64 [B], a token or -1. last: int64 [S]. slots, positions: int32 [B]. out: [B, K]
     w, ..., OUTER: the matrix [V, K], see `weight_args`
     """
+    wait_for_inputs()
     row = tl.program_id(0)
     token = tl.load(given + row)
     if token < 0:

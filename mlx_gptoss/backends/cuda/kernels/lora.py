@@ -15,7 +15,7 @@ from ..adapters import LowRank
 from ..matrices import DenseMatrix
 from . import tiles
 from .dequant import weight_args
-from .launch import launch
+from .launch import launch, wait_for_inputs
 from .linear import multiply
 from .routing import Groups, find_block
 
@@ -53,6 +53,7 @@ def _expert_factor_kernel(
     x: [P / PER_ROW, K], each row of PER_ROW pairs. order, starts: see Groups. out: [P, N]
     uses: bool [T], tokens whose product is not 0, or None for all. w: a dense matrix [E, N, K], see `weight_args`
     """
+    wait_for_inputs()
     expert, start, end = find_block(starts, tl.program_id(0), E, BE, BT)
     if start >= end:
         return

@@ -21,7 +21,7 @@ from ..adapters import ExpertAdapter
 from ..layers import Experts
 from . import lora, tiles
 from .dequant import load_rows, outer_factor, weight_args
-from .launch import launch
+from .launch import launch, wait_for_inputs
 from .linear import multiply, multiply_one
 from .routing import Groups, find_block, top_experts
 from .swiglu import gate_up_rows, swiglu
@@ -60,6 +60,7 @@ def _gate_up_one_token_kernel(
     x: [1, K]. norm: [K]. logits: float32 [1, E]. bias: [E, 2 I]. out: [A, I]
     w, ..., OUTER: the matrix [E, 2 I, K], see `weight_args`
     """
+    wait_for_inputs()
     a = tl.program_id(0)
     experts, _ = top_experts(logits, 0, E, A, BE)
     expert = tl.sum(tl.where(tl.arange(0, A) == a, experts, 0), 0)
@@ -104,6 +105,7 @@ def _down_one_token_kernel(
 
     BN rows of each of the A experts are one tile of A * BN rows, multiplied with all A hidden vectors.
     """
+    wait_for_inputs()
     experts, weights = top_experts(logits, 0, E, A, BE)
     i = tl.arange(0, A * BN)
     a = tl.arange(0, A)
@@ -192,6 +194,7 @@ def _gate_up_grouped_kernel(
     x: [T, K]. order, starts: see Groups. bias: [E, 2 I]. delta: [P, 2 I], added to the product, or None. out: [P, I]
     w, ..., OUTER: the matrix [E, 2 I, K], see `weight_args`
     """
+    wait_for_inputs()
     expert, start, end = find_block(starts, tl.program_id(0), E, BE, BT)
     if start >= end:
         return
@@ -260,6 +263,7 @@ def _down_grouped_kernel(
     hidden: [P, K]. order, starts: see Groups. bias: [E, N]. out: [P, N], not yet weighted
     w, ..., OUTER: the matrix [E, N, K], see `weight_args`
     """
+    wait_for_inputs()
     expert, start, end = find_block(starts, tl.program_id(0), E, BE, BT)
     if start >= end:
         return
@@ -302,6 +306,7 @@ def _sum_experts_kernel(x, parts, weights, positions, out, D: tl.constexpr, A: t
     x: [T, D] or None, which is 0. parts: [T * A, D]. weights: float32 [T * A]. out: [T, D]
     positions: int32 [T] or None; a row at -1 is idle and left as it is
     """
+    wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     if positions is not None:
         if tl.load(positions + row) < 0:

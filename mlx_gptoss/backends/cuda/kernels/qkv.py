@@ -13,7 +13,7 @@ from torch import Tensor
 from ..matrices import Matrix
 from . import tiles
 from .dequant import load_rows, outer_factor, weight_args
-from .launch import launch
+from .launch import launch, wait_for_inputs
 from .linear import multiply
 
 
@@ -71,6 +71,7 @@ def _qkv_kernel(
     is a (first run) over b (second run), and the rotated pair is (a cos - b sin, b cos + a sin). Of all heads the first
     H are queries, the next KV keys, and the last KV values, which are not rotated.
     """
+    wait_for_inputs()
     HALF: tl.constexpr = BN // 2
     head = tl.program_id(0) * HALF // 32
     pair = tl.program_id(0) * HALF % 32
@@ -169,6 +170,7 @@ def project_qkv(
 def _rope_kernel(x, cos, sin, out, STRIDE: tl.constexpr, HEADS: tl.constexpr, BH: tl.constexpr):
     """Rotate one token's HEADS heads. x: [L, HEADS * 64], rows STRIDE apart. cos, sin: float32 [L, 32].
     out: [L, HEADS, 64]. BH: HEADS or the next power of two."""
+    wait_for_inputs()
     row = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, BH)[:, None]
     pair = tl.arange(0, 32)[None, :]

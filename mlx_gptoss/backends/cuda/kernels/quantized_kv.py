@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..quantized_kv import LEAST_SCALE, TOP, Packed
 from .interpreter import to_float32
-from .launch import launch
+from .launch import launch, wait_for_inputs
 
 ENTRIES = 64  # that a program of `_dequantize_kernel` decodes
 _TOP, _LEAST_SCALE = tl.constexpr(float(TOP)), tl.constexpr(LEAST_SCALE)
@@ -59,6 +59,7 @@ def _quantize_kernel(
     slots, positions: int32 [B], where the rows go; a row at -1 is idle and writes nothing. None: row n is entry n of
         the only slot. BH: KV or the next power of two
     """
+    wait_for_inputs()
     row, part = tl.program_id(0), tl.program_id(1)
     slot, position = 0, row
     if positions is not None:
@@ -130,6 +131,7 @@ def _quantize(
 def _dequantize_kernel(codes, scale_bias, out, C, stride, N: tl.constexpr):
     """N entries of one head. codes: uint8 [KV, C, 64], heads `stride` elements apart. scale_bias: int64 [KV, C], see
     `scale_pairs`. out: [KV, C, 64]. program_id(1): the head."""
+    wait_for_inputs()
     head = tl.program_id(1).to(tl.int64)
     j, d = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, 64)
     mask, offsets = j < C, j[:, None] * 64 + d[None, :]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..matrices import Matrix
 from .dequant import outer_factor, weight_args, weight_tile
-from .launch import launch
+from .launch import launch, wait_for_inputs
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def _router_kernel(
 
     x: [T, K]. norm: [K] or None. bias: [E]. out: float32 [T, E]. w, ..., OUTER: the matrix [E, K], see `weight_args`
     """
+    wait_for_inputs()
     expert = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     rows = expert + tl.zeros((1,), tl.int64)
@@ -124,6 +125,7 @@ def _sort_pairs_kernel(
     logits: float32 [T, E]. positions: int32 [T]; a row at -1 is idle and gets no pairs
     order, starts, weights: written; see Groups
     """
+    wait_for_inputs()
     t = tl.arange(0, BT)
     e = tl.arange(0, BE)
     a = tl.arange(0, A)

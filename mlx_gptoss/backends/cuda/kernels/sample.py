@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..sample import GOLDEN, MIX_1, MIX_2, UNIFORM_BITS
-from .launch import launch
+from .launch import launch, wait_for_inputs
 
 BLOCK = 4096  # logits of a program
 # As int64, which is what the kernels compute in: its bits are those of uint64, and it wraps alike.
@@ -55,6 +55,7 @@ def _draw_blocks_kernel(logits, temperatures, keys, maxima, totals, bests, ids, 
     logits: float32 [B, V]. temperatures: float32 [B]. keys: int64 [B]
     maxima, totals, bests: float32 [B, BLOCKS], and ids: int32 [B, BLOCKS], written
     """
+    wait_for_inputs()
     block, row = tl.program_id(0), tl.program_id(1)
     tokens = block * BLOCK + tl.arange(0, BLOCK)
     mask = tokens < V
@@ -81,6 +82,7 @@ def _draw_rows_kernel(
     logits to ids: see `_draw_blocks_kernel`. slots, positions: int32 [B]
     tokens: int64 [B], logprobs: float32 [B] and last: int64 [S], written; `last` not by a row at position -1
     """
+    wait_for_inputs()
     row = tl.program_id(0)
     at = tl.arange(0, BLOCK)
     mask = at < BLOCKS
