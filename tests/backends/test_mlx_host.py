@@ -6,17 +6,24 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_gptoss.backends.base import Limits, Row
 from mlx_gptoss.backends.mlx import host
 from mlx_gptoss.backends.mlx.cpu import products as cpu_products
 from mlx_gptoss.backends.mlx.cpu.products import Products, Stored
+from mlx_gptoss.backends.mlx.elementwise import UNCOMPILED
 from mlx_gptoss.backends.mlx.fuse import fuse, split_rows
+from mlx_gptoss.backends.mlx.host_step import HostBlock
 from mlx_gptoss.backends.mlx.layers import DenseMatrix, ExpertLinear
+from mlx_gptoss.backends.mlx.load import load_model
+from mlx_gptoss.backends.mlx.runner import MlxRunner
 from mlx_gptoss.config import PRESETS
+from mlx_gptoss.sampling import Sampling
 from mlx_gptoss.weights import codecs
 from mlx_gptoss.weights.synthetic import Synthetic
 from mlx_gptoss.weights.tensor import Dense
 
 RNG = np.random.default_rng(0)
+GREEDY = Sampling(temperature=0)
 EXPERTS = ["layers.0.experts.gate.weight", "layers.0.experts.up.weight"]
 
 pytestmark = pytest.mark.skipif(
@@ -173,3 +180,31 @@ def test_attention(monkeypatch, products, slots, queries, keys, mask):
     sinks = normal(4)
     found = host.attention_on(products.pool)(q, k, v, 0.125, mask, sinks)
     assert error(found, exact(q, k, v, mask, sinks)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["mxfp4", "mlx-8bit"])
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_decoding_in_numpy_is_decoding_by_mlx(products, name, drafts):
+    """Eight sequences of unequal lengths, some beyond the window of 128, then one alone: log-probabilities as of the
+    model without `products`."""
+    source, limits = Synthetic(PRESETS["tiny"], name), Limits(8, 300, 256, drafts=drafts)
+    elsewhere = load_model(source, mx.float32, UNCOMPILED, on_cpu=True)
+    ours = load_model(source, mx.float32, UNCOMPILED, on_cpu=True, products=products)
+    assert not any(isinstance(block, HostBlock) for block in elsewhere.blocks)
+    assert products.compiled == all(isinstance(block, HostBlock) for block in ours.blocks)
+    runners = [MlxRunner(model, limits, mx.cpu) for model in (elsewhere, ours)]
+    lengths = [1, 40, 130, 200, 127, 128, 5, 129]
+    prompts = [tuple(RNG.integers(0, 300, length).tolist()) for length in lengths]
+    for runner in runners:
+        for slot, prompt in enumerate(prompts):
+            runner.submit([Row(slot, 0, prompt)]).wait()
+    for step in range(6):
+        slots = range(8) if step < 4 else [3]
+        tokens = RNG.integers(0, 300, 8).tolist()
+        rows = [Row(s, lengths[s] + step, (tokens[s],), GREEDY, (1,) if step == 0 else None) for s in slots]
+        found, wanted = (runner.submit(rows).wait() for runner in runners)
+        for one, other in zip(found, wanted, strict=True):
+            assert one.token == other.token
+            assert one.logprob == pytest.approx(other.logprob, abs=2e-4)
+    for runner in runners:
+        runner.close()

@@ -148,7 +148,7 @@ class FullCache:
 
     def write(self, kv: mx.array, span: Span) -> list[mx.array]:
         """Store kv [2, B, K, L, 64] and return the arrays of all slots."""
-        self._grow(span.end)
+        self.reserve(span.end)
         parts = pack(kv) if self._packed else (kv,)
         self.arrays = [_write(a, p, span) for a, p in zip(self.arrays, parts, strict=True)]
         return self.arrays
@@ -168,11 +168,12 @@ class FullCache:
             parts[0] if len(parts) == 1 else mx.concatenate(list(parts), axis=3) for parts in zip(*chain, strict=True)
         ]
         end = whole[0].shape[3]
-        self._grow(end)
+        self.reserve(end)
         for array, part in zip(self.arrays, whole, strict=True):
             array[:, slot : slot + 1, :, :end] = part
 
-    def _grow(self, needed: int) -> None:
+    def reserve(self, needed: int) -> None:
+        """Have room for so many positions."""
         capacity = self.arrays[0].shape[3]
         if needed <= capacity:
             return

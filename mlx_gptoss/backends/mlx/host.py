@@ -138,19 +138,32 @@ def _attend(
 ) -> None:
     """Queries [H / K, L, D], scaled, over keys and values [S, D] of their KV head -> out [H / K, L, D]. sink:
     [H / K, 1, 1]. seen: bool [L, S], None for all, or "causal"."""
-    each, rows, _ = query.shape
-    scores = (query.reshape(each * rows, -1) @ keys.T).reshape(each, rows, len(keys))
+    each, rows, dim = query.shape
     if isinstance(seen, str):
-        np.copyto(scores[..., len(keys) - rows :], -np.inf, where=np.triu(np.ones((rows, rows), np.bool_), 1))
-    elif seen is not None:
-        np.copyto(scores, -np.inf, where=~np.asarray(seen))
+        seen = np.arange(len(keys)) <= np.arange(len(keys) - rows, len(keys))[:, None]
+    visible = (
+        None if seen is None else np.broadcast_to(np.asarray(seen), (each, rows, len(keys))).reshape(-1, len(keys))
+    )
+    sinks = np.broadcast_to(sink, (each, rows, 1)).reshape(-1, 1)
+    found = np.empty((each * rows, dim), np.float32)
+    attend_rows(query.reshape(-1, dim), keys, values, sinks, visible, found)
+    out[...] = found.reshape(query.shape)
+
+
+def attend_rows(
+    query: Floats, keys: Floats, values: Floats, sink: Floats, seen: NDArray[np.bool_] | None, out: Floats
+) -> None:
+    """Queries [..., R, D], scaled, over keys and values [..., S, D] -> out [..., R, D]. sink: [..., R, 1]. seen: bool
+    [R, S] or [S]; None for all."""
+    scores = query @ keys.swapaxes(-1, -2)
+    if seen is not None:
+        np.copyto(scores, -np.inf, where=~seen)
     top = np.maximum(scores.max(axis=-1, keepdims=True), sink)
     np.subtract(scores, top, out=scores)
     np.copyto(scores, -np.inf, where=scores < MIN_EXPONENT)
     np.exp(scores, out=scores)
     total = scores.sum(axis=-1, keepdims=True) + np.exp(sink - top)
-    found = (scores.reshape(each * rows, -1) @ values).reshape(each, rows, -1)
-    np.divide(found, total, out=out)
+    np.divide(scores @ values, total, out=out)
 
 
 def as_weight(matrix: QuantizedMatrix) -> Quantized:

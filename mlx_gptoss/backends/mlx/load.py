@@ -32,6 +32,7 @@ from .adapters import LowRank
 from .cpu.products import Products, Stored
 from .elementwise import Elementwise
 from .fuse import concatenate, fuse, split_rows, storage_groups
+from .host_step import HostBlock, Rotations, all_on_host
 from .kernels.choose import PLAIN, Chooser, score_factor
 from .kernels.experts import ExpertLayer
 from .layers import (
@@ -102,7 +103,10 @@ def load_model(
         checkpoint.release()
     frequencies = mx.array((1.0 / yarn_frequencies(config.yarn, config.head_dim)).astype(np.float32))
     rotary = Rotary(frequencies, score_factor(config))
-    blocks = tuple(_block(loader, config, layer, rotary, chooser) for layer in range(config.num_hidden_layers))
+    rotations = Rotations(yarn_frequencies(config.yarn, config.head_dim))
+    blocks = tuple(
+        _block(loader, config, layer, rotary, rotations, chooser) for layer in range(config.num_hidden_layers)
+    )
     mask_heads = 1 if on_cpu else config.num_attention_heads
     norm = loader.vector("norm.weight")
     return GptOss(config, dtype, embed, blocks, norm, lm_head, rest, mask_heads, elementwise, loader.ranks)
@@ -119,7 +123,14 @@ def _split_lm_head(
     return Linear((first,)), lambda: Linear((to_device([weight[resident:size]]),))
 
 
-def _block(loader: _WeightLoader, config: ModelConfig, layer: int, rotary: Rotary, chooser: Chooser | None) -> Block:
+def _block(
+    loader: _WeightLoader,
+    config: ModelConfig,
+    layer: int,
+    rotary: Rotary,
+    rotations: Rotations,
+    chooser: Chooser | None,
+) -> Block:
     prefix = f"layers.{layer}"
     out = loader.linear([f"{prefix}.attention.o"])
     gate_up = loader.experts([f"{prefix}.experts.gate", f"{prefix}.experts.up"])
@@ -161,13 +172,9 @@ def _block(loader: _WeightLoader, config: ModelConfig, layer: int, rotary: Rotar
         gate_up_adapters=loader.low_rank([f"{prefix}.experts.gate", f"{prefix}.experts.up"]),
         down_adapters=loader.low_rank([f"{prefix}.experts.down"]),
     )
-    return Block(
-        config,
-        loader.vector(f"{prefix}.attention_norm.weight"),
-        attention,
-        loader.vector(f"{prefix}.mlp_norm.weight"),
-        mlp,
-    )
+    norms = (loader.vector(f"{prefix}.{norm}_norm.weight") for norm in ("attention", "mlp"))
+    block = Block(config, next(norms), attention, next(norms), mlp)
+    return block if loader.products is None else loader.host_block(block, loader.products, rotations)
 
 
 class _WeightLoader:
@@ -194,7 +201,7 @@ class _WeightLoader:
         self._upcast = upcast
         self._cpu_streams = streams
         self.on_cpu = on_cpu
-        self._products = products
+        self.products = products
         self._dense_kind = host.dense_kind(on_cpu=on_cpu, dtype=dtype)
         self.attend = fused if products is None else host.attention_on(products.pool)
         self.max_scores = max_scores if products is None else None
@@ -235,7 +242,15 @@ class _WeightLoader:
 
     def experts(self, names: Sequence[str]) -> ExpertLinear:
         parts = self._split_matrices([f"{n}.weight" for n in names])
-        return ExpertLinear(*parts) if self._products is None else host.HostExperts(*parts, self._products)
+        return ExpertLinear(*parts) if self.products is None else host.HostExperts(*parts, self.products)
+
+    def host_block(self, block: Block, products: Products, rotations: Rotations) -> Block:
+        """The block that decodes in numpy, if its matrices are there."""
+        attention, mlp = block.attention, block.mlp
+        linear = (attention.qkv, attention.out, mlp.router, mlp.gate_up, mlp.down)
+        if self.adapted or not self.ranks.alone or not all_on_host(*(m for part in linear for m in part.matrices)):
+            return block
+        return HostBlock(**vars(block), products=products, rotations=rotations)
 
     def low_rank(self, names: Sequence[str]) -> tuple[LowRank | None, ...]:
         """What each adapter adds to the fused matrix of these parameters."""
@@ -245,7 +260,7 @@ class _WeightLoader:
         factors = adapter.stacked(names)
         if factors is None:
             return None
-        if self._products is not None:
+        if self.products is not None:
             return LowRank(*(self._on_host([Dense(values)], upcast=True) for values in (factors.a, factors.b)))
         a, b = (mx.array(values).astype(self._dtype) for values in (factors.a, factors.b))
         mx.eval(a, b)
@@ -266,14 +281,14 @@ class _WeightLoader:
 
     def _by_products(self, weights: Sequence[Weight]) -> bool:
         """Whether `products` multiplies by weights like these whole."""
-        return self._products is not None and all(
-            isinstance(w, Dense) or self._products.reads(Stored(w)) for w in weights
+        return self.products is not None and all(
+            isinstance(w, Dense) or self.products.reads(Stored(w)) for w in weights
         )
 
     def _on_host(self, weights: Sequence[Weight], *, upcast: bool = False) -> host.HostMatrix:
-        assert self._products is not None
-        found = host.HostMatrix(Stored(self._products.copied(weights, upcast=upcast)), self._products)
-        self._products.prepare(found.stored)
+        assert self.products is not None
+        found = host.HostMatrix(Stored(self.products.copied(weights, upcast=upcast)), self.products)
+        self.products.prepare(found.stored)
         self._checkpoint.release()
         return found
 

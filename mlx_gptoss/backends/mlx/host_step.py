@@ -1,0 +1,170 @@
+"""A layer of a decoding step in numpy, for a CPU: one token of each of several sequences.
+
+Between products a step has some fifty small operations. MLX computes each graph on another thread, which has to be
+woken, and beside busy programs waits for a core; here the caller computes them itself. model.py has the same network.
+
+Legend: B rows, D hidden, H query heads, K KV heads, S keys, E experts, A active per token, I intermediate, P = B * A.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from .cache import FullCache, LayerCache, RingCache, Span
+from .cpu.products import Products
+from .host import HostMatrix, attend_rows, to_numpy
+from .layers import Linear, Matrix
+from .model import Block
+
+Floats = NDArray[np.float32]
+MIN_KEYS_TO_SHARE = 1024  # from which the heads of a row are divided among threads
+
+
+class Rotations:
+    """Cosines and sines of positions. frequencies: radians per position, float64 [32]."""
+
+    def __init__(self, frequencies: NDArray[np.float64]) -> None:
+        self._frequencies = frequencies
+        self._starts: tuple[int, ...] = ()
+        self._turns = np.empty((2, 0))
+
+    def of(self, starts: Sequence[int]) -> NDArray[Any]:
+        """float32 [2, B, 1, 32], computed once a step."""
+        if self._starts != tuple(starts):
+            angles = np.multiply.outer(np.asarray(starts, np.float64), self._frequencies)[:, None]
+            self._starts, self._turns = tuple(starts), np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
+        return self._turns
+
+
+def all_on_host(*matrices: Matrix) -> bool:
+    return all(isinstance(matrix, HostMatrix) for matrix in matrices)
+
+
+@dataclass(frozen=True)
+class HostBlock(Block):
+    """A Block whose matrices are all HostMatrix, of one process, without adapters. Several tokens of a row, and 8-bit
+    keys and values, are computed as in Block."""
+
+    products: Products
+    rotations: Rotations
+
+    def attend(
+        self, x: mx.array, base: mx.array | None, cache: LayerCache, span: Span, last: int
+    ) -> tuple[mx.array, mx.array | None]:
+        """As Block."""
+        if span.length > 1 or span.saves_inside or len(cache.arrays) > 1:
+            return super().attend(x, base, cache, span, last)
+        tokens = to_numpy(x)[:, 0]
+        qkv = self._linear(self.attention.qkv, _norm(tokens, self._norms[0], self.config.rms_norm_eps))
+        queries = self._write(qkv, cache, span)
+        heads = self._heads(queries, to_numpy(cache.arrays[0]), getattr(cache, "window", None), span)
+        return mx.array((tokens + self._linear(self.attention.out, heads))[:, None]), None
+
+    def mix(
+        self, x: mx.array, normed: mx.array | None, span: Span, next_bias: mx.array | None
+    ) -> tuple[mx.array, mx.array | None]:
+        """As Block; without the second result, which the next layer then computes."""
+        if span.length > 1:
+            return super().mix(x, normed, span, next_bias)
+        residual, active = to_numpy(x)[:, 0], self.config.num_experts_per_tok
+        tokens = _norm(residual, self._norms[1], self.config.rms_norm_eps)
+        scores = self._linear(self.mlp.router, tokens)  # [B, E]
+        chosen = np.argpartition(scores, -active, axis=-1)[:, -active:]
+        weights = np.take_along_axis(scores, chosen, axis=-1)
+        weights = np.exp(weights - weights.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        order = np.argsort(chosen, axis=None, kind="stable")
+        experts = chosen.ravel()[order]
+        bias, width = self._bias, self._bias.shape[1] - residual.shape[1]
+        hidden = self._swiglu(
+            self._gather(self.mlp.gate_up.matrices, tokens[order // active], experts), bias[experts, :width]
+        )
+        outputs = np.empty((len(order), residual.shape[1]), np.float32)
+        outputs[order] = self._gather(self.mlp.down.matrices, hidden, experts) + bias[experts, width:]
+        mixed = np.einsum("ba,bad->bd", weights, outputs.reshape(*chosen.shape, -1))
+        return mx.array((residual + mixed)[:, None]), None
+
+    def _write(self, qkv: Floats, cache: FullCache | RingCache, span: Span) -> Floats:
+        """Rotate qkv [B, (H + 2 K) * 64], write keys and values into the cache, and return the queries [B, H, 64]."""
+        H, K, dim = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
+        vectors = qkv.reshape(len(qkv), H + 2 * K, dim)
+        cos, sin = self.rotations.of(span.starts)
+        low, high = vectors[:, : H + K, : dim // 2], vectors[:, : H + K, dim // 2 :]
+        turned = np.concatenate([low * cos - high * sin, low * sin + high * cos], axis=-1)
+        if isinstance(cache, FullCache):
+            cache.reserve(span.end)
+        kept = to_numpy(cache.arrays[0])  # of MLX, written in place: what has been computed is not computed again
+        for b, (slot, start) in enumerate(zip(span.slots, span.starts, strict=True)):
+            place = start % kept.shape[3]
+            kept[0, slot, :, place], kept[1, slot, :, place] = turned[b, H:], vectors[b, H + K :]
+        return turned[:, :H]
+
+    def _heads(self, queries: Floats, kept: Floats, window: int | None, span: Span) -> Floats:
+        """queries [B, H, 64] over a cache [2, S, K, C, 64] -> [B, H * 64]"""
+        K = self.config.num_key_value_heads
+        grouped = (queries * np.float32(self.attention.rotary.score_scale)).reshape(
+            len(queries), K, -1, queries.shape[-1]
+        )
+        out, ring = np.empty_like(grouped), kept.shape[3]
+        for b, (slot, start) in enumerate(zip(span.slots, span.starts, strict=True)):
+            end, seen = min(start + 1, ring), None
+            if window is not None and window < end:
+                seen = (start - np.arange(end)) % ring < window
+            keys, values = kept[0, slot, :, :end], kept[1, slot, :, :end]
+            if end < MIN_KEYS_TO_SHARE:
+                attend_rows(grouped[b], keys, values, self._sinks, seen, out[b])
+                continue
+            q, k, v, s = grouped[b], keys, values, self._sinks
+            self.products.pool.each([partial(attend_rows, q[h], k[h], v[h], s[h], seen, out[b, h]) for h in range(K)])
+        found: Floats = out.reshape(len(queries), -1)
+        return found
+
+    def _linear(self, linear: Linear, x: Floats) -> Floats:
+        """x [B, D] -> [B, N]"""
+        y = _joined([self.products.multiply(m.stored, x) for m in linear.matrices if isinstance(m, HostMatrix)])
+        if linear.bias is not None:
+            y += to_numpy(linear.bias)
+        return y
+
+    def _gather(self, matrices: Sequence[Matrix], x: Floats, experts: NDArray[Any]) -> Floats:
+        """x [P, D] with experts in ascending order -> [P, N]"""
+        return _joined([self.products.gather(m.stored, x, experts) for m in matrices if isinstance(m, HostMatrix)])
+
+    def _swiglu(self, y: Floats, bias: Floats) -> Floats:
+        """gate_up [P, 2 I] without bias [P, 2 I] -> [P, I]"""
+        gate, up = np.split(y + bias, 2, axis=-1)
+        limit = self.config.swiglu_limit
+        gate = np.minimum(gate, limit)
+        with np.errstate(over="ignore"):  # the sigmoid of a large negative gate is 0
+            found: Floats = gate / (1 + np.exp(-self.config.swiglu_alpha * gate)) * (np.clip(up, -limit, limit) + 1)
+        return found
+
+    @cached_property
+    def _norms(self) -> tuple[Floats, Floats]:
+        return to_numpy(self.attention_norm), to_numpy(self.mlp_norm)
+
+    @cached_property
+    def _sinks(self) -> Floats:
+        """[K, H / K, 1]"""
+        return to_numpy(self.attention.sinks).reshape(self.config.num_key_value_heads, -1, 1)
+
+    @cached_property
+    def _bias(self) -> Floats:
+        return to_numpy(self.mlp.bias)
+
+
+def _norm(x: Floats, weight: Floats, eps: float) -> Floats:
+    """RMSNorm of x [B, D] by weight [D]"""
+    found: Floats = x * (1 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(eps))) * weight
+    return found
+
+
+def _joined(parts: list[Floats]) -> Floats:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
