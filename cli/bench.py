@@ -229,6 +229,7 @@ def _json(report: Report) -> dict[str, Any]:
     found: dict[str, Any] = {"results": results, "agreement": [asdict(agreement) for agreement in report.agreements]}
     found |= {"launches_per_token": report.launches} if report.launches else {}
     found |= {"command_buffers_per_token": report.command_buffers} if report.command_buffers else {}
+    found |= {"cpu": asdict(report.cpu)} if report.cpu else {}
     found |= {"published_bandwidth": asdict(report.chip)} if report.chip else {}
     return found | ({"ratio": report.ratio} if report.ratio else {})
 
@@ -247,6 +248,10 @@ def _per_token(report: Report) -> list[str]:
         lines.append(f"A token, batch {r.batch}, context {r.context}: {', '.join(filter(None, costs))}")
     if report.chip:
         lines.append(f"{report.chip.chip}: {report.chip.gb_s:g} GB/s ({report.chip.source})")
+    if report.cpu:
+        cpu = report.cpu
+        lines.append(f"This CPU: {cpu.threads} threads, products {cpu.products}, sgemm {cpu.sgemm_gflops:.0f} GFLOP/s")
+        lines += [f"A prompt of {r.prompt}, batch {r.batch}: {r.fraction_of_sgemm:.0%} of sgemm" for r in ours[:1]]
     if report.launches:
         lines.append(f"Launches a token: {', '.join(f'{name} {n}' for name, n in report.launches.items())}")
     if report.command_buffers:

@@ -17,6 +17,7 @@ from pathlib import Path
 OPEN_FILES = 4096  # that a server asks for: 1024 connections, the files of its models, and its tools' pipes
 COPY_BYTES = 128 << 20  # bytes: more than caches hold
 COPY_RUNS = 10
+SGEMM_RUNS = 5
 
 
 def cores() -> int:
@@ -83,6 +84,19 @@ def ram_copy_bandwidth() -> float:
             list(pool.map(copy, range(threads)))
             best = min(best, time.perf_counter() - started)
     return 2 * source.nbytes / best
+
+
+def sgemm_flops() -> float:
+    """Multiplications and additions a second of numpy's float32 product; the best of SGEMM_RUNS."""
+    import numpy as np
+
+    size, best = 2048, float("inf")
+    a = np.full((size, size), 0.5, np.float32)
+    for _ in range(SGEMM_RUNS):
+        started = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
 
 
 def mac_memory() -> int:

@@ -27,13 +27,14 @@ from ..ranks import Launch, find_launch
 from ..weights.adapters import Adapter
 from ..weights.checkpoint import CheckpointLike
 from ..weights.formats import WRITERS
-from ..weights.params import Param, parameters
 from ..weights.requantize import Requantized
 from ..weights.synthetic import Synthetic
 from ..weights.tensor import Weight, Weights
 from . import agreement
 from .agreement import Agreement
 from .chips import ChipBandwidth, published_bandwidth
+from .costs import prefill_flops, step_bytes
+from .cpu import CpuLimits
 from .timing import Case, OurEngine, TimedEngine
 
 Log = Callable[[str], None]  # receives a line for each thing that begins
@@ -51,6 +52,7 @@ class Measurement:
     load_s: seconds; for synthetic weights, generating them is included. ratio: our speeds divided by the other
         engine's. None means unknown or not requested. prefill_runs, decode_runs: the speed of each repetition.
     host_ms_per_step: what the host takes to build and submit a decode step, mostly while the device computes.
+    fraction_of_sgemm: on a CPU, the arithmetic of the prompts a second over numpy's (cpu.py).
     published_bound_tok_s: tokens per second by the bandwidth that Apple publishes for the chip.
     """
 
@@ -76,6 +78,7 @@ class Measurement:
     adapter: str | None = None
     host_ms_per_step: float | None = None
     published_bound_tok_s: float | None = None
+    fraction_of_sgemm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class Report:
     launches: of one decoded token by engine, from launches_per_token; empty if they cannot be counted.
     command_buffers: of one decoded token at batch 1 on an Apple GPU, estimated from the launches and from what they
         read, by whose limits; empty without launches. chip: its published bandwidth; None if it is not Apple's.
+    cpu: None on a GPU.
     """
 
     results: tuple[Measurement, ...]
@@ -94,6 +98,7 @@ class Report:
     launches: dict[str, int]
     command_buffers: dict[str, int] = field(default_factory=dict)
     chip: ChipBandwidth | None = None
+    cpu: CpuLimits | None = None
 
 
 class CountedWeights:
@@ -241,6 +246,7 @@ def bench(
         )
     log("measuring the copy bandwidth")
     bandwidth = target.module.copy_bandwidth(target.device)
+    limits = CpuLimits.of(target.module, target.device, target.dtype) if target.name == "cpu" else None
     published = None if target.name == "cpu" else published_bandwidth(chip(), gpu_cores())
     ours, counted = load(model, cases, repeat, target, log)
     try:
@@ -253,19 +259,19 @@ def bench(
         for case in cases:
             mine, *theirs = _measure([ours, *others], case, repeat, log)
             host = median(ours.host_seconds[-repeat:]) / case.generate * 1e3
-            mine = _bounded(mine, counted, target.dtype, bandwidth, published)
+            mine = _bounded(mine, counted, target.dtype, bandwidth, published, limits)
             results += [replace(mine, host_ms_per_step=host), *theirs]
     finally:
         ours.close()
     ratios = [result.ratio for result in results if result.ratio]
     overall = {key: geometric_mean(ratio[key] for ratio in ratios) for key in ("prefill", "decode")} if ratios else None
     if find_launch() is not None or model.adapter is not None:  # what is counted is the model as it is
-        return Report(tuple(results), tuple(agreements), overall, {}, chip=published)
+        return Report(tuple(results), tuple(agreements), overall, {}, chip=published, cpu=limits)
     log("counting launches")
     with_mlx_lm = any(other.engine.startswith("mlx-lm") for other in others)
     launches = launches_per_token(target, model, count_mlx_lm=with_mlx_lm)
     buffers = command_buffers(model, launches["mlx-gptoss"], cases[0].context, target) if launches else {}
-    return Report(tuple(results), tuple(agreements), overall, launches, buffers, published)
+    return Report(tuple(results), tuple(agreements), overall, launches, buffers, published, limits)
 
 
 def launches_per_token(target: Target, model: BenchModel, *, count_mlx_lm: bool) -> dict[str, int]:
@@ -350,13 +356,20 @@ def _measurement(engine: TimedEngine, prefills: list[float], decodes: list[float
 
 
 def _bounded(
-    result: Measurement, counted: CountedWeights, dtype: str, bandwidth: float, published: ChipBandwidth | None
+    result: Measurement,
+    counted: CountedWeights,
+    dtype: str,
+    bandwidth: float,
+    published: ChipBandwidth | None,
+    limits: CpuLimits | None,
 ) -> Measurement:
     config = counted.config
     adapter, value_bytes = counted.adapter, ACTIVATION_BYTES[dtype]
     step = step_bytes(counted.sizes, config, result.batch, result.context, value_bytes, adapter)
+    flops = result.prefill_tok_s / result.prompt * prefill_flops(config, result.prompt)
     return replace(
         result,
+        fraction_of_sgemm=None if limits is None else flops / limits.sgemm_gflops / 1e9,
         adapter=None if adapter is None else adapter.name,
         bytes_per_step=step,
         bytes_per_token=step / result.batch,
@@ -364,34 +377,3 @@ def _bounded(
         fraction_of_bound=result.decode_tok_s * step / result.batch / bandwidth,
         published_bound_tok_s=None if published is None else published.gb_s * 1e9 * result.batch / step,
     )
-
-
-def step_bytes(
-    sizes: dict[str, int],
-    config: ModelConfig,
-    batch: int,
-    context: int,
-    activation_bytes: int,
-    adapter: Adapter | None = None,
-) -> float:
-    """Bytes that one decode step of `batch` sequences must read. sizes: bytes of each parameter as stored, by name.
-    adapter: that all sequences use.
-
-    Experts are assumed to be chosen at random: `batch` tokens use E (1 - (1 - A/E)^batch) of E experts in expectation.
-    """
-
-    def used(experts: int) -> float:
-        return 1 - (1 - config.num_experts_per_tok / experts) ** batch
-
-    def read(param: Param) -> float:
-        if param.role == "embed":
-            return batch * sizes[param.name] / config.vocab_size
-        if param.role == "experts":
-            return sizes[param.name] * used(param.shape[0])
-        return sizes[param.name]
-
-    seen = (context if window is None else min(context, window) for window in config.windows)
-    cache = batch * sum(seen) * 2 * config.kv_size * activation_bytes
-    stacks = [] if adapter is None else adapter.stacks()
-    factors = activation_bytes * sum(values * (1 if experts is None else used(experts)) for values, experts in stacks)
-    return sum(read(param) for param in parameters(config)) + factors + cache

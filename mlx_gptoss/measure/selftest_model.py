@@ -16,6 +16,7 @@ from ..sampling import Sampling
 from ..weights.synthetic import Synthetic
 from . import agreement, benchmark
 from .benchmark import BenchModel, Target
+from .costs import step_bytes
 from .selftest import REPORT, Check, Compared, Machine, Measured, Outcome, Skipped
 from .timing import Case
 
@@ -179,6 +180,6 @@ def _decode_step(machine: Machine) -> Iterator[Outcome]:
         seconds = min(engine.decode() for _ in range(TIMES)) / STEPS_TIMED
     finally:
         engine.close()
-    size = benchmark.step_bytes(counted.sizes, counted.config, 1, case.context, ACTIVATION_BYTES[target.dtype])
+    size = step_bytes(counted.sizes, counted.config, 1, case.context, ACTIVATION_BYTES[target.dtype])
     yield Measured("one step", seconds * 1e3, "ms")
     yield Measured("share of the bound by bytes", 100 * size / bandwidth / seconds, "%")

@@ -16,7 +16,8 @@ from mlx_gptoss.backends import BACKENDS
 from mlx_gptoss.errors import GptOssError
 from mlx_gptoss.loading.plan import NANO, LoadRequest
 from mlx_gptoss.measure import agreement, benchmark
-from mlx_gptoss.measure.benchmark import BenchModel, Target, step_bytes
+from mlx_gptoss.measure.benchmark import BenchModel, Target
+from mlx_gptoss.measure.costs import step_bytes
 from mlx_gptoss.measure.timing import Case
 from mlx_gptoss.weights import checkpoint as checkpoints
 from mlx_gptoss.weights.adapters import open_adapter

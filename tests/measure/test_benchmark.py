@@ -10,11 +10,12 @@ import pytest
 from mlx_gptoss import api
 from mlx_gptoss.backends import BACKENDS
 from mlx_gptoss.backends.base import Limits, Sampled
-from mlx_gptoss.config import TINY
+from mlx_gptoss.config import PRESETS, TINY
 from mlx_gptoss.errors import DoesNotFit, GptOssError, InvalidRequest
 from mlx_gptoss.measure import agreement
 from mlx_gptoss.measure.agreement import FirstLayers
-from mlx_gptoss.measure.benchmark import BenchModel, CountedWeights, Target, bench, step_bytes
+from mlx_gptoss.measure.benchmark import BenchModel, CountedWeights, Target, bench
+from mlx_gptoss.measure.costs import prefill_flops, step_bytes
 from mlx_gptoss.measure.timing import WARM_STEPS, Case, OurEngine, prefill_steps, prompts
 from mlx_gptoss.weights import checkpoint
 from mlx_gptoss.weights.synthetic import Synthetic, preset
@@ -139,8 +140,21 @@ def test_a_report_of_every_case(backend, backend_module):
         assert result.prefill_tok_s > 0 and result.decode_tok_s > 0 and result.peak_memory_bytes > 0
         assert result.bytes_per_token * case.batch == result.bytes_per_step
         assert 1 < result.bandwidth_gb_s < 10_000
+        flops = result.prefill_tok_s / case.prompt * prefill_flops(TINY, case.prompt)
+        assert result.fraction_of_sgemm == pytest.approx(flops / report.cpu.sgemm_gflops / 1e9)
         share = result.decode_tok_s * result.bytes_per_token / result.bandwidth_gb_s / 1e9
         assert result.fraction_of_bound == pytest.approx(share) and share < 1
+
+
+def test_the_arithmetic_of_a_prompt():
+    """Of 20b: two for each active weight and token, lm_head once, and attention by hand."""
+    config = PRESETS["20b"]
+    attention, experts = 2880 * 5120 + 4096 * 2880, 4 * 3 * 2880 * 2880
+    matrices = 24 * 2 * (attention + 2880 * 32 + experts)
+    lm_head = 2 * 201_088 * 2880
+    assert prefill_flops(config, 1) == matrices + lm_head + 24 * 4 * 4096
+    seen = 12 * sum(n + 1 for n in range(200)) + 12 * sum(min(n + 1, 128) for n in range(200))
+    assert prefill_flops(config, 200) == 200 * matrices + lm_head + 4 * 4096 * seen
 
 
 def test_what_cannot_be_run_is_refused(backend_module):
