@@ -20,7 +20,7 @@ from .linear import Target
 from .memory import Memory, plan_memory
 from .rounding import is_rounded
 from .text import CalibrationText, read_text
-from .widths import GROUP, choose_widths, measure_choices
+from .widths import GROUP, WIDTHS, choose_widths, measure_choices
 
 MAX_BITS = 4  # of formats that are calibrated: with more bits, plain rounding loses little
 _VERSION = 1  # of the method: another one starts an interrupted calibration anew
@@ -64,9 +64,10 @@ def plan_calibration(
 ) -> Calibration:
     """The plan for calibrating a checkpoint for the format `to`.
 
-    path: a text, as read_text takes it; None is the default one. bits_per_weight: of the whole result, in which the
-        matrices that the format stores as affine codes get 3, 4, 6 or 8 bits each. What each matrix costs is measured
-        first, with progress(matrices done, in total, what is being done).
+    path: a text, as read_text takes it; None is the default one.
+    bits_per_weight: of the whole result, in which the matrices that the format stores as affine codes get 3, 4, 6 or 8
+        bits each (4, 6 or 8 for mlx-mxfp4-q4). What each matrix costs is measured first, with progress(matrices done,
+        in total, what is being done).
     Raises InvalidRequest for a format that is not calibrated and a text that cannot be read, CheckpointError for a
     checkpoint without a tokenizer, DoesNotFit if there is not enough memory.
     """
@@ -124,4 +125,6 @@ def _widths(
     bytes_chosen = sum(sum(t.nbytes for t in unit.tensors) for unit in plan.units if unit.params[0].name in set(chosen))
     choices = measure_choices(checkpoint, checkpoint.params, chosen, text, progress)
     parameters = sum(param.size for param in checkpoint.params)
-    return choose_widths(choices, 8 * (plan.size_bytes - bytes_chosen), bits_per_weight, parameters)
+    # Where the experts keep their codes, 3 bits elsewhere lose more than 6 or 8 can win back.
+    widths = WIDTHS if any(".experts." in name for name in chosen) else WIDTHS[1:]
+    return choose_widths(choices, 8 * (plan.size_bytes - bytes_chosen), bits_per_weight, parameters, widths)

@@ -50,47 +50,43 @@ class Choice:
 
 
 def choose_widths(
-    choices: Sequence[Choice], fixed_bits: int, bits_per_weight: float, parameters: int
+    choices: Sequence[Choice],
+    fixed_bits: int,
+    bits_per_weight: float,
+    parameters: int,
+    widths: Sequence[int] = WIDTHS,
 ) -> dict[str, Spec]:
     """The spec of each matrix by name, such that the model has at most these bits per weight.
 
-    fixed_bits: size of everything that is not in `choices`. parameters: number of weights of the whole model. Raises
-    InvalidRequest if 3 bits are too many, or 8 bits everywhere not enough.
+    fixed_bits: size of everything that is not in `choices`. parameters: number of weights of the whole model. widths:
+    to choose from. Raises InvalidRequest if the narrowest everywhere takes more, or the widest less.
     """
     overhead = 32 / GROUP  # of a scale and a bias
     least, most = (
         (fixed_bits + sum(choice.size * (bits + overhead) for choice in choices)) / parameters
-        for bits in (WIDTHS[0], WIDTHS[-1])
+        for bits in (widths[0], widths[-1])
     )
     if not least <= bits_per_weight < most:
         raise InvalidRequest(
             f"bits per weight can be from {least:.2f} to {most:.2f} for this model and format, not {bits_per_weight:g}"
         )
     level = [0] * len(choices)
-    left = bits_per_weight * parameters - least * parameters
+    left = (bits_per_weight - least) * parameters
     while True:
-        gains = [
-            (_gain(choice, at), index)
-            for index, (choice, at) in enumerate(zip(choices, level, strict=True))
-            if at + 1 < len(WIDTHS) and choice.size * (WIDTHS[at + 1] - WIDTHS[at]) <= left
-        ]
+        gains = []
+        for index, (choice, at) in enumerate(zip(choices, level, strict=True)):
+            if at + 1 < len(widths) and (bits := choice.size * (widths[at + 1] - widths[at])) <= left:
+                gains.append(((choice.cost_at(widths[at]) - choice.cost_at(widths[at + 1])) / bits, -index, bits))
         if not gains:
             break
-        _, index = max(gains, key=lambda gain: (gain[0], -gain[1]))
-        at = level[index]
-        left -= choices[index].size * (WIDTHS[at + 1] - WIDTHS[at])
-        level[index] += 1
+        _, index, bits = max(gains)
+        level[-index] += 1
+        left -= bits
     return {
-        param.name: AFFINE[WIDTHS[at], GROUP]
+        param.name: AFFINE[widths[at], GROUP]
         for choice, at in zip(choices, level, strict=True)
         for param in choice.params
     }
-
-
-def _gain(choice: Choice, at: int) -> float:
-    """The divergence gained per bit by the next width."""
-    now, then = WIDTHS[at], WIDTHS[at + 1]
-    return (choice.cost_at(now) - choice.cost_at(then)) / (choice.size * (then - now))
 
 
 def measure_choices(
