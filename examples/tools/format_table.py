@@ -1,9 +1,10 @@
 """Print what each format costs in quality: a checkpoint in every format against its bfloat16 conversion, as Markdown.
 
-    python examples/tools/format_table.py [--model PATH] [--text FILE] [FORMAT[+mse|+calibrate] ...]
+    python examples/tools/format_table.py [--model PATH] [--text FILE] [FORMAT[+mse|+calibrate[@BITS]] ...]
 
 The default is every writable format, and the 4-bit and 3-bit ones also with `--search mse` and `--calibrate` where they
-have them. The text is that of `mlx-gptoss eval`, of which neither training nor calibration saw a question."""
+have them; @BITS is --bits-per-weight. The text is that of `mlx-gptoss eval`, of which neither training nor calibration
+saw a question."""
 
 import argparse
 import tempfile
@@ -19,6 +20,12 @@ CHOSEN = (
     "int4-autoround+calibrate",
 )  # fmt: skip
 
+
+def title(name: str) -> str:
+    """A format with the options of `convert` that made it."""
+    return name.replace("+", "` `--").replace("--mse", "--search mse").replace("@", " --bits-per-weight ")
+
+
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("formats", nargs="*", metavar="FORMAT")
 parser.add_argument("--model", default=NANO, type=Path)
@@ -31,7 +38,8 @@ with tempfile.TemporaryDirectory() as folder:
     paths = {name: Path(folder) / name for name in names}
     for name, path in paths.items():
         to, _, how = name.partition("+")
-        mlx_gptoss.convert(options.model, path, to=to, **OPTIONS[how])
+        how, _, bits = how.partition("@")
+        mlx_gptoss.convert(options.model, path, to=to, **OPTIONS[how], bits_per_weight=float(bits) if bits else None)
     found = mlx_gptoss.evaluate(*paths.values(), *options.beside, against=paths["bf16"], text=text)
     channels = [name for name, _ in found[0].against[0].by_channel()]
     print(f"{found[0].tokens} tokens\n")
@@ -42,7 +50,7 @@ with tempfile.TemporaryDirectory() as folder:
     for result in sorted(found, key=lambda result: result.against[0].kl_mean):
         kl = result.against[0]
         cells = [
-            f"`{Path(result.model).name.replace('+', '` `--').replace('--mse', '--search mse')}`",
+            f"`{title(Path(result.model).name)}`",
             f"{result.size_bytes / 1e6:.2f} MB",
             f"{result.bits_per_weight:.2f}",
             f"{result.perplexity:.4f}",
