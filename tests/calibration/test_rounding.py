@@ -7,10 +7,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from mlx_gptoss.calibration.moments import MomentSums
 from mlx_gptoss.calibration.rounding import DAMPING, Rounder, _Rounding
 from mlx_gptoss.weights import codecs, quantization, search
 from mlx_gptoss.weights.codecs import BFLOAT16
-from mlx_gptoss.weights.tensor import AFFINE, AFFINE4, AFFINE8, Dense
+from mlx_gptoss.weights.tensor import AFFINE, AFFINE4, AFFINE8, MXFP4, Dense
 
 FLOAT16 = np.dtype(np.float16)
 
@@ -108,3 +109,25 @@ def test_inputs_that_are_constant_or_missing():
 def test_weights_of_zero():
     found = codecs.dequantize(Rounder(np.eye(64)).quantize(np.zeros((4, 64), np.float32), AFFINE8, BFLOAT16))
     assert (np.abs(found) < 1e-4).all()
+
+
+@pytest.mark.slow
+def test_a_matrix_of_real_width():
+    """Weights that came from MXFP4, rows of 2880, on inputs that the statistics did not see, whose directions differ
+    thirtyfold in size: the error is 0.22 of plain rounding's and 0.47 of the search's."""
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.standard_normal((2880, 2880)))[0] * np.geomspace(1, 0.03, 2880)[:, None]
+    seen, unseen = ((rng.standard_normal((count, 2880)) @ basis).astype(np.float32) for count in (8192, 1024))
+    weight = codecs.dequantize(quantization.quantize(gaussian(512, 2880), MXFP4))
+    sums = MomentSums(2880)
+    sums.add(seen, seen)
+    kinds = {
+        "plain": quantization.quantize(weight, AFFINE4),
+        "mse": search.to_spec(Dense(weight), AFFINE4),
+        "calibrated": sums.moments().quantize(weight, AFFINE4, BFLOAT16),
+    }
+    wanted = unseen @ weight.T
+    errors = {name: np.square(unseen @ codecs.dequantize(found).T - wanted).mean() for name, found in kinds.items()}
+    print({name: float(value / errors["plain"]) for name, value in errors.items()})
+    assert errors["calibrated"] < 0.35 * errors["plain"]
+    assert errors["calibrated"] < 0.55 * errors["mse"]
