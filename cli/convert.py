@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .options import ModelName
-from .progress import byte_bar
+from .progress import byte_bar, count_bar
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -77,7 +77,7 @@ def convert(
         raise click.UsageError("--bits-per-weight is measured on a text: give --calibrate, too")
     plan = None
     if calibrate is not None:
-        with byte_bar("Planning") as update:
+        with count_bar("Planning") as update:
             plan = api.plan_calibration(source, to, calibrate or True, bits_per_weight=bits_per_weight, progress=update)
         click.echo(
             f"calibrating on {plan.text.tokens} tokens; needs at most {gigabytes(plan.memory_bytes)} of memory and "

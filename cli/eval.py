@@ -120,21 +120,12 @@ def _read(file: Path) -> str:
 
 def _evaluate(models: tuple[str, ...], **options: Any) -> tuple[Evaluation, ...]:
     """evaluate(), with a progress bar if stderr is a terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from mlx_gptoss.measure.evaluation import evaluate
 
-    from .terminal import new_console
+    from .progress import count_bar
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = new_console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("Evaluating", total=None)
-        return evaluate(
-            *models,
-            progress=lambda done, total, model: bar.update(task, completed=done, total=total, description=model),
-            **options,
-        )
+    with count_bar("Evaluating") as update:
+        return evaluate(*models, progress=update, **options)
 
 
 def _report(result: Evaluation, divergence: Divergence | None, first: Divergence | None) -> dict[str, Any]:

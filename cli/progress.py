@@ -40,6 +40,18 @@ def byte_bar(description: str) -> Iterator[Callable[[int, int, str], None]]:
         yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
 
 
+@contextmanager
+def count_bar(description: str) -> Iterator[Callable[[int, int, str], None]]:
+    """As byte_bar, of things that are counted."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = new_console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
+
+
 def with_prefill_bar(events: Iterator[T], model: Model) -> Iterator[T]:
     """The events, and while the next one is waited for, a bar for the prompt that is being computed, on a terminal's
     stderr. It appears after PREFILL_AFTER_S and is gone before the event is passed on."""

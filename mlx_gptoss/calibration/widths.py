@@ -2,7 +2,7 @@
 
 What a matrix costs is measured: with that matrix alone in 3 bits, rounded to nearest, the KL divergence of the model's
 predictions from the original's on a short text. One pass over the network does it for all: each layer adds a copy of
-the activations for each of its matrices, and all copies go on together. With b bits a step is (2^3 - 1) / (2^b - 1)
+the activations for each of its matrices, and all copies go on. With b bits a step is (2^3 - 1) / (2^b - 1)
 times as wide. The divergence falls with a power of that: the second for small errors, less where other experts are
 chosen. The matrix with the most to gain per byte gets wider, again and again, until the size is reached.
 """
@@ -26,6 +26,7 @@ from .text import CalibrationText
 WIDTHS = (3, 4, 6, 8)
 GROUP = 64
 WINDOWS, WINDOW = 8, 128  # windows of the text that costs are measured on, and tokens of each
+TOGETHER = 8  # copies of the activations: their weights are decoded once
 POWER = 1.4  # of the step's width; measured on the bundled model from 3 to 4 and to 6 bits: 1.2 to 1.5
 _ROWS = 64  # of logits in float64 at once
 
@@ -112,9 +113,7 @@ def measure_choices(
             copies.append((group, narrow(group).embed(ids)))
     for layer in range(source.config.num_hidden_layers):
         new = [(group, narrow(group).layer(layer, plain, lengths)) for group in groups if group[0].layer == layer]
-        stack = np.concatenate([plain, *(x for _, x in copies)])
-        stack = network.layer(layer, stack, lengths * (1 + len(copies)))
-        plain, *rest = np.split(stack, 1 + len(copies))
+        plain, *rest = _through(network, layer, [plain, *(x for _, x in copies)], lengths)
         copies = [(group, x) for (group, _), x in zip(copies, rest, strict=True)] + new
         source.release()
     wanted = network.logits(plain)
@@ -122,6 +121,15 @@ def measure_choices(
     for group in groups:
         if group[0].role == "lm_head":
             found.append(Choice(group, _divergence(wanted, narrow(group).logits(plain))))
+    return found
+
+
+def _through(network: Forward, layer: int, copies: list[Floats], lengths: list[int]) -> list[Floats]:
+    """Each copy of the activations [T, D] after a layer, TOGETHER of them at a time."""
+    found: list[Floats] = []
+    for start in range(0, len(copies), TOGETHER):
+        part = copies[start : start + TOGETHER]
+        found += np.split(network.layer(layer, np.concatenate(part), lengths * len(part)), len(part))
     return found
 
 
