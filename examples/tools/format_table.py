@@ -17,7 +17,7 @@ from mlx_gptoss.weights.formats import WRITERS
 OPTIONS = {"": {}, "mse": {"search": "mse"}, "calibrate": {"calibrate": True}}
 CHOSEN = (
     "mlx-4bit+mse", "mlx-4bit+calibrate", "mlx-mxfp4-q4+mse", "mlx-mxfp4-q4+calibrate", "mlx-3bit+calibrate",
-    "int4-autoround+calibrate",
+    "int4-autoround+calibrate", "mlx-4bit+calibrate@4.58", "mlx-4bit+calibrate@4", "mlx-mxfp4-q4+calibrate@4.8",
 )  # fmt: skip
 
 
