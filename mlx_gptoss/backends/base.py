@@ -112,11 +112,11 @@ class Limits:
     """What a runner has memory for.
 
     slots: sequences at once. max_context: tokens per slot. chunk: maximum tokens of one row in one step. kv_bits: 8
-    keeps keys and values of the full-attention layers in 8 bits; None as they are computed.
+    keeps keys and values of the full-attention layers in 8 bits; None as they are computed. drafts: maximum per row.
 
-    Only the mlx backend uses the others. drafts: maximum per row. resident_vocab: None puts all weights on the device.
-    A number, for short memory, leaves the embeddings in the mapped file, and keeps only the first rows of lm_head on
-    the device, those of ids that the tokenizer has: the others are never sampled, and only logits() computes them.
+    Only the mlx backend uses the others. resident_vocab: None puts all weights on the device. A number, for short
+    memory, leaves the embeddings in the mapped file, and keeps only the first rows of lm_head on the device, those of
+    ids that the tokenizer has: the others are never sampled, and only logits() computes them.
     upcast: hold the dense matrices that every token reads in the activations' dtype, on a CPU with enough memory.
     custom_kernels: use the custom Metal kernels that agree with MLX's own operations here.
     """

@@ -90,6 +90,7 @@ def plan_memory(
     slots: int = 1,
     chunk: int = 2048,
     kv_bits: int | None = None,
+    drafts: int = 0,
     mappable_bytes: int = 0,
     upcastable_bytes: int = 0,
     prefix_bytes: int | None = 0,
@@ -102,6 +103,7 @@ def plan_memory(
     chunk: maximum tokens of one prefill step. It is halved, down to MIN_CHUNK, until `context` fits; for a default
         context, until DEFAULT_CHUNK_CONTEXT fits.
     kv_bits: 8 stores keys and values of the full-attention layers in 8 bits, with two float32 per 64 values.
+    drafts: maximum per row of a step, which has logits for each, and as many positions more in each ring.
     mappable_bytes: weights that may stay in the mapped file. They do if PREFERRED_CONTEXT does not fit otherwise.
     upcastable_bytes: additional bytes if dense matrices are upcast. They are if the plan still fits.
     adapter_bytes: size of the LoRA adapters' factors.
@@ -112,7 +114,7 @@ def plan_memory(
     wanted = context or config.max_position_embeddings
     steps = [
         RUNTIME_BYTES
-        + working_space(config, size, slots, activation_bytes)
+        + working_space(config, size, slots * (1 + drafts), activation_bytes)
         + (snapshot_space(config, size, slots, activation_bytes) if prefix_bytes else 0)
         for size in _chunks(chunk)
     ]
@@ -123,7 +125,7 @@ def plan_memory(
         weights_bytes=weights_bytes,
         kv_bytes_per_token=stored * config.full_layers,
         layer_bytes_per_token=entry if config.full_layers else 0,
-        ring_bytes=entry * sum(window for window in config.windows if window is not None),
+        ring_bytes=entry * sum(window + drafts for window in config.windows if window is not None),
         step_bytes=steps[0],
         available_bytes=available_bytes,
         prefix_bytes=prefix_bytes or 0,

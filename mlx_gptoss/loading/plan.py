@@ -65,6 +65,11 @@ class LoadRequest(LoadOptions):
         return LoadRequest(model=model, **named)
 
     @property
+    def drafts(self) -> int:
+        """Maximum drafts of a row."""
+        return MAX_DRAFTS if self.speculate else 0
+
+    @property
     def name(self) -> str:
         return f"synthetic {self.synthetic[0]}" if self.synthetic else self.model or "the bundled model"
 
@@ -116,7 +121,7 @@ class LoadPlan:
             slots=self.request.slots,
             max_context=self.memory.context,
             chunk=self.memory.chunk,
-            drafts=MAX_DRAFTS if self.request.speculate else 0,
+            drafts=self.request.drafts,
             kv_bits=self.request.kv_bits,
             resident_vocab=resident,
             upcast=self.memory.upcast_bytes > 0,
@@ -164,7 +169,6 @@ def plan_load(
     if shard is None:  # the sums of several ranks end command buffers, too
         resident = resident_bytes(weights, request.max_context, request.slots)
         module.prepare(request.device, step_reads(weights, backend), resident)
-    _check_options(backend, request.kv_bits, request.speculate)
     adapters = open_adapters(request.adapters or {}, source.config)
     if shard is not None:
         adapters = {name: adapter.part(source.params, shard) for name, adapter in adapters.items()}
@@ -177,6 +181,7 @@ def plan_load(
         max_context=request.max_context,
         slots=request.slots,
         kv_bits=request.kv_bits,
+        drafts=request.drafts,
         as_stored=backend == "mlx" and request.quantize is None,
         prefix_bytes=request.prefix_cache,
         ranks_on_host=ranks_on_host,
@@ -222,14 +227,6 @@ def _bytes_in_memory(weights: Requantized, backend: Backend, device: str | None)
     return weights.size_bytes + weights.added_bytes(partial(run_as, backend.NAME)) + padding
 
 
-def _check_options(backend: str, kv_bits: int | None, speculate: bool) -> None:
-    """Raise InvalidRequest for other bits, and for an option that only the mlx backend has."""
-    if kv_bits not in (None, 8):
-        raise InvalidRequest(f"kv_bits must be 8, not {kv_bits!r}; or leave it out")
-    if speculate and backend != "mlx":
-        raise InvalidRequest(f"the {backend} backend cannot speculate; leave it out, or use the mlx backend")
-
-
 def memory_plan(
     checkpoint: CheckpointLike,
     backend: Backend,
@@ -240,6 +237,7 @@ def memory_plan(
     max_context: int | None = None,
     slots: int = 1,
     kv_bits: int | None = None,
+    drafts: int = 0,
     as_stored: bool = False,
     prefix_bytes: int | None = 0,
     ranks_on_host: int = 1,
@@ -275,6 +273,7 @@ def memory_plan(
         slots=slots,
         chunk=backend.prefill_chunk(device),
         kv_bits=kv_bits,
+        drafts=drafts,
         mappable_bytes=mappable(checkpoint) if as_stored else 0,
         upcastable_bytes=upcastable_bytes(checkpoint, activation_bytes) if may_upcast else 0,
         prefix_bytes=prefix_bytes,

@@ -60,8 +60,7 @@ class LoadOptions:
     )
     speculate: bool = option(
         False,
-        "Draft up to 3 tokens by prompt lookup and verify them in one step (mlx only). The text stays the same, up to "
-        "rounding.",
+        "Draft up to 3 tokens by prompt lookup and verify them in one step. The text stays the same, up to rounding.",
         Flag(),
     )
     custom_kernels: bool = option(

@@ -67,10 +67,8 @@ def test_logits(tmp_path, tensors, expected, load, relative_error, dialect):
 
 @pytest.mark.parametrize("length", [5, 40, 100])
 @pytest.mark.parametrize("options", [{}, {"speculate": True}, {"slots": 3}], ids=str)
-def test_greedy_text_and_its_logprobs(folder, tensors, load, backend, length, options):
+def test_greedy_text_and_its_logprobs(folder, tensors, load, length, options):
     """Windows of 8 and of 48 fill and turn while the text grows, in one slot and in several."""
-    if backend == "cuda" and "speculate" in options:
-        pytest.skip("the cuda backend does not speculate yet")
     with load(folder, **options) as model:
         found = model.complete(IDS[:length], max_tokens=30, sampling=GREEDY)
     scores = family.logits(tensors, WINDOWS, [*IDS[:length], *found.ids])[length - 1 : -1]

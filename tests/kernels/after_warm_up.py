@@ -12,11 +12,12 @@ from dataclasses import replace
 import torch
 from report import META, Launch, Shapes, recording
 
+from mlx_gptoss.backends.base import Limits
 from mlx_gptoss.backends.cuda.cache import Cache, Span
 from mlx_gptoss.backends.cuda.decode import Decoder
 from mlx_gptoss.backends.cuda.kernels.fused import Fused
 from mlx_gptoss.backends.cuda.load import load_model
-from mlx_gptoss.backends.cuda.runner import warm_up
+from mlx_gptoss.backends.cuda.runner import step_rows, warm_up
 from mlx_gptoss.config import PRESETS
 
 CONTEXT = 131072
@@ -28,21 +29,22 @@ PIECES = (  # (positions before, new tokens): prompts of any length, chunks of l
 
 @torch.inference_mode()
 def missing(form: str, slots: int) -> dict[str, object]:
-    """With keys and values as they are, and in 8 bits. launches: how many different ones the requests make. missing:
-    those that would compile then."""
+    """With keys and values as they are, and in 8 bits with drafts.
+
+    launches: how many different ones the requests make. missing: those that would compile then."""
     config = PRESETS["20b"]
     config = replace(config, num_hidden_layers=2, layer_types=config.layer_types[:2], vocab_size=1024)
     model = load_model(Shapes(config, form), torch.bfloat16, META, Fused())
     late, launches = set(), 0
-    for pack in (None, Fused().pack):
-        cache = Cache(config, slots, CONTEXT, torch.bfloat16, META, whole=True, pack=pack)
+    for pack, drafts in ((None, 0), (Fused().pack, 3)):
+        cache = Cache(config, slots, CONTEXT, torch.bfloat16, META, whole=True, pack=pack, slack=drafts)
         decoder = Decoder(model, cache, torch.zeros(slots, dtype=torch.int64, device=META), CONTEXT)
         with recording() as before:
-            decoder.compile(slots)
+            decoder.compile(step_rows(Limits(slots, CONTEXT, 4096, drafts=drafts)))
             warm_up(model, cache)
         compiled = {kernel(launch) for launch in before}
         with recording() as after:
-            for count in range(1, slots + 1):
+            for count in range(1, slots * (1 + drafts) + 1):
                 decoder._run(decoder._ready(1 << (count - 1).bit_length()), ())
             for start, length in PIECES:
                 ids = torch.zeros((1, length), dtype=torch.int64, device=META)

@@ -94,7 +94,7 @@ def record(
     preset: str, form: str, rows: list[int], dtype: torch.dtype = torch.bfloat16, arch: int = 90
 ) -> dict[Launch, int]:
     """The different launches of a decoding step for each of `rows` and of a prefill chunk, on a GPU of compute
-    capability `arch`, and how often each happens: with keys and values as they are, and in 8 bits.
+    capability `arch`, and how often each happens: with keys and values as they are, and in 8 bits with drafts.
 
     The model has two layers, a sliding and a full one.
     """
@@ -103,8 +103,8 @@ def record(
     model = load_model(Shapes(config, form), dtype, META, Fused())
     what = ""
     with recording(arch, lambda: what) as found:
-        for pack, bits in ((None, ""), (Fused().pack, ", 8-bit K/V")):
-            cache = Cache(config, max(rows), CONTEXT, dtype, META, whole=True, pack=pack)
+        for pack, slack, bits in ((None, 0, ""), (Fused().pack, 3, ", 8-bit K/V")):
+            cache = Cache(config, max(rows), CONTEXT, dtype, META, whole=True, pack=pack, slack=slack)
             decoder = Decoder(model, cache, torch.zeros(max(rows), dtype=torch.int64, device=META), CONTEXT)
             for count in rows:
                 what = f"{form}, {count} row{'s' * (count > 1)}{bits}"

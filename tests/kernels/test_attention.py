@@ -74,19 +74,23 @@ class Step:
             self.cached = [pack(cache) for cache in (self.keys, self.values)]
             self.keys, self.values = (cache.dequantized(torch.float64) for cache in self.cached)
 
-    def run(self, ring: bool) -> torch.Tensor:
+    def run(self, window: int | None) -> torch.Tensor:
         B, on = len(self.positions), torch.tensor(self.positions, dtype=torch.int32, device=self.device)
         out = nan(B, self.H * 64, dtype=self.dtype, device=self.device)
         scratch = None
-        if not ring:
+        if window is None:
             scratch = kernels.decode_scratch(B, self.H, self.K, self.C, self.dtype, self.device).fill_(torch.nan)
-        kernels.decode_attention(*(self.q, *self.cached, self.slots, on, self.sinks, SCALE, out, scratch), ring=ring)
+        kernels.decode_attention(
+            *(self.q, *self.cached, self.slots, on, self.sinks, SCALE, out, scratch), window=window
+        )
         return out
 
-    def wanted(self) -> torch.Tensor:
+    def wanted(self, window: int | None = None) -> torch.Tensor:
         rows = []
         for q, slot, position in zip(self.q, self.slots.tolist(), self.positions, strict=True):
             seen = torch.arange(self.C, device=self.device)[None] <= position
+            if window is not None:  # position p is entry p % C
+                seen = seen & ((position - torch.arange(self.C, device=self.device)) % self.C < window)[None]
             rows.append(oracle(q[None], self.keys[slot], self.values[slot], self.sinks, seen).view(-1))
         return torch.stack(rows)
 
@@ -101,7 +105,7 @@ def test_decoding_splits_rows_of_very_different_lengths(monkeypatch, close, devi
     monkeypatch.setattr(kernels, "PROGRAMS", programs)
     monkeypatch.setattr(kernels, "MAX_SPLIT", longest)
     step = Step([0, 299, 63, -1, 64, 31], H=8, K=2, C=300, dtype=dtype, device=device, packed=packed)
-    out = step.run(ring=False)
+    out = step.run(window=None)
     close(out, step.wanted(), TOLERANCES[dtype])
     assert (out[3] == 0).all()
 
@@ -109,22 +113,27 @@ def test_decoding_splits_rows_of_very_different_lengths(monkeypatch, close, devi
 @pytest.mark.parametrize("H, K", [(4, 4), (6, 2), (20, 1)])
 def test_decoding_with_other_numbers_of_heads(close, device, H, K):
     step = Step([130, 5], H=H, K=K, C=140, dtype=torch.float32, device=device)
-    close(step.run(ring=False), step.wanted(), TOLERANCES[torch.float32])
+    close(step.run(window=None), step.wanted(), TOLERANCES[torch.float32])
 
 
 @dtypes
-@pytest.mark.parametrize("window", [8, 128])
-def test_rings_at_the_border(close, device, dtype, window):
-    positions = [0, 1, window - 2, window - 1, window, window + 1, 1000, -1]
-    step = Step(positions, H=8, K=2, C=window, dtype=dtype, device=device)
-    out = step.run(ring=True)
-    close(out, step.wanted(), TOLERANCES[dtype])
+@pytest.mark.parametrize("window, slack", [(8, 0), (128, 0), (8, 3), (128, 3)])
+def test_rings_at_the_border(close, device, dtype, window, slack):
+    """With slack, what a row does not see any more is there, and here NaN."""
+    positions = [0, 1, window - 2, window - 1, window, window + 1, window + slack + 1, 1000, -1]
+    step = Step(positions, H=8, K=2, C=window + slack, dtype=dtype, device=device)
+    for slot, position in zip(step.slots.tolist(), positions, strict=True):
+        for p in range(position - window - slack + 1, position - window + 1):
+            if p >= 0:
+                step.keys[slot, :, p % step.C], step.values[slot, :, p % step.C] = torch.nan, torch.nan
+    out = step.run(window)
+    close(out, step.wanted(window), TOLERANCES[dtype])
     assert (out[-1] == 0).all()
 
 
 def test_a_sink_far_above_or_below_every_score(close, device):
     step = Step([200], H=4, K=2, C=256, dtype=torch.float32, device=device)
-    out, wanted = step.run(ring=False).view(4, 64), step.wanted().view(4, 64)
+    out, wanted = step.run(window=None).view(4, 64), step.wanted().view(4, 64)
     assert (out[0] == 0).all()
     close(out[1], wanted[1], 2e-6)
 
@@ -134,7 +143,7 @@ def test_too_little_scratch_is_refused(device):
     args = (step.q, step.keys, step.values, step.slots, step.slots, step.sinks, SCALE, step.q.view(1, -1))
     for scratch in (None, nan(4)):
         with pytest.raises(ValueError, match="decode_scratch"):
-            kernels.decode_attention(*args, scratch, ring=False)
+            kernels.decode_attention(*args, scratch, window=None)
 
 
 def prefill(q, keys, values, sinks, window, first) -> torch.Tensor:
@@ -237,7 +246,7 @@ def test_decoding_at_real_sizes(gpu, close, record_property, S, C):
 
     def step(rows: slice, scratch: torch.Tensor) -> None:
         some = q[rows], keys, values, slots[rows], positions[rows], sinks, SCALE, out[rows], scratch
-        kernels.decode_attention(*some, ring=False)
+        kernels.decode_attention(*some, window=None)
 
     def check(graph: torch.cuda.CUDAGraph) -> None:
         out.fill_(torch.nan)

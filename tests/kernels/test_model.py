@@ -88,6 +88,30 @@ def test_a_batch_matches_plain_torch(mini, device, kv_bits):
         assert [[i for i, _ in s.top] for s in ours] == [[i for i, _ in s.top] for s in plain]
 
 
+def test_drafts_give_the_tokens_of_decoding_without_them(mini, device):
+    """One step of plain torch a token, and one step of the kernels for rows with 3, 2 and no drafts, of which all, one
+    and none are right, past the window: greedy, at a temperature, and through the whole sampler."""
+    samplings = [GREEDY, Sampling(seed=5), Sampling(seed=6, top_p=0.8)]
+    prompts, limits = [tuple(range(n, n + 9)) for n in (40, 50, 60)], Limits(3, 32, 16, drafts=3)
+    plain = load(mini / "mxfp4", device, limits, kernels=False)
+    begin = [Row(slot, 0, *row) for slot, row in enumerate(zip(prompts, samplings, prompts, strict=True))]
+    steps, saved = [plain.submit(begin).wait()], [plain.save(slot, 0, 9) for slot in range(3)]
+    for n in range(4):
+        rows = [Row(slot, 9 + n, None, sampling) for slot, sampling in enumerate(samplings)]
+        steps.append(plain.submit(rows).wait())
+    texts = [[step[slot] for step in steps] for slot in range(3)]
+    ids = [[sampled.token for sampled in text] for text in texts]
+    drafts = [tuple(ids[0][1:4]), (ids[1][1], (ids[1][2] + 1) % 320), ()]
+    runner, rows = load(mini / "mxfp4", device, limits), []
+    for slot, given in enumerate(drafts):
+        runner.restore(slot, [saved[slot]])
+        rows.append(Row(slot, 9, (ids[slot][0],), samplings[slot], prompts[slot], drafts=given))
+    for sampled, text, count in zip(runner.submit(rows).wait(), texts, (4, 2, 1), strict=True):
+        tokens = [sampled, *sampled.accepted]
+        assert [s.token for s in tokens] == [s.token for s in text[1 : 1 + count]]
+        assert np.allclose([s.logprob for s in tokens], [s.logprob for s in text[1 : 1 + count]], atol=1e-4)
+
+
 def test_a_step_over_a_cache_in_8_bits_matches_plain_torch(mini, device):
     """A prompt that is decoded from its codes, and a step that writes and reads them. A key on the border of two codes
     may take either, by the rounding of the products before it."""

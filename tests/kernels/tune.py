@@ -258,7 +258,7 @@ def time_step(model: GptOss, rows: int, context: int, device: torch.device) -> N
 
     def attend() -> None:
         attention.decode_attention(b.q, full.keys, full.values, b.inputs.slots, b.inputs.positions, at.sinks, at.scale,
-                                   b.y, b.attention, ring=False)  # fmt: skip
+                                   b.y, b.attention, window=None)  # fmt: skip
 
     alone = timed(attend, device)
     rate = rows * context * 4 * model.config.kv_size / alone / 1e9

@@ -37,8 +37,6 @@ def assert_same(split, whole, within=1e-4):
 @pytest.mark.parametrize("backend", ["mlx", pytest.param("cuda", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", [{"kv_bits": 8}, {"speculate": True}, {"quantize": "mlx-4bit"}], ids=str)
 def test_options(ring, torchrun, backend, options):
-    if backend == "cuda" and "speculate" in options:
-        pytest.skip("the cuda backend does not speculate yet")
     start, options = ring if backend == "mlx" else torchrun, {**options, "backend": backend, "device": "cpu"}
     split, whole = run_on_two_ranks(start, **options), run_alone(**options)
     # Sums in another order round otherwise, and a key on the border of two 8-bit steps then takes the other one.

@@ -170,7 +170,7 @@ class FullCache:
 @dataclass(frozen=True)
 class SlotSnapshot:
     """A Snapshot of one slot. parts: of each layer's arrays, in order. A full-attention layer has the positions from
-    start to end, [2, K, end - start, ...]; a ring its filled part at the end, [2, K, min(end, W), 64]."""
+    start to end, [2, K, end - start, ...]; a ring its filled part at the end, [2, K, min(end, R), 64]."""
 
     start: int
     end: int
@@ -182,19 +182,24 @@ class SlotSnapshot:
 
 
 class RingCache:
-    """The last W positions of each slot, [2, S, K, W, 64]; position p is at index p % W.
+    """The last R positions of each slot, [2, S, K, R, 64]; position p is at index p % R.
 
-    kept: by slot, of a row whose inside may be saved: its first position, and keys and values of the W positions before
-        it with its own, [2, K, W + L, 64].
+    R is the window plus the slack: up to slack tokens may be written and taken back, because what they overwrote is
+    outside every remaining window. Nothing has to be undone: attention masks by position.
+
+    kept: by slot, of a row whose inside may be saved: its first position, and keys and values of the R positions before
+        it with its own, [2, K, R + L, 64].
     """
 
     kept: dict[int, tuple[int, Tensor]]
 
-    def __init__(self, shape: tuple[int, int, int], window: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, shape: tuple[int, int, int], window: int, slack: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         """shape: S, K and 64."""
         slots, heads, dim = shape
-        self.window, self.kept = window, {}
-        self._kv = torch.zeros((2, slots, heads, window, dim), dtype=dtype, device=device)
+        self.window, self.slack, self.kept = window, slack, {}
+        self._kv = torch.zeros((2, slots, heads, window + slack, dim), dtype=dtype, device=device)
 
     @property
     def arrays(self) -> list[Tensor]:
@@ -202,54 +207,55 @@ class RingCache:
 
     @property
     def keys(self) -> Tensor:
-        """[S, K, W, 64]"""
+        """[S, K, R, 64]"""
         return self._kv[0]
 
     @property
     def values(self) -> Tensor:
-        """[S, K, W, 64]"""
+        """[S, K, R, 64]"""
         return self._kv[1]
 
     def append(self, k: Tensor, v: Tensor, span: Span) -> Visible:
         """Store one token per row, k, v [B, K, 1, 64]. The order within a ring does not matter to softmax."""
-        slots, places = _indices(span), span.offsets % self.window
+        size = self.window + self.slack
+        slots, places = _indices(span), span.offsets % size
         for ring, new in ((self.keys, k), (self.values, v)):
             ring[slots, :, places] = new[:, :, 0]
-        filled = min(span.end, self.window)
-        everywhere = min(span.starts) + 1 >= filled
+        filled = min(span.end, size)
+        everywhere = min(span.starts) + 1 >= filled <= self.window
         rows = _slot_index(span)
-        mask = None if everywhere else _causal_mask(span.offsets, filled)
+        mask = None if everywhere else _window_mask(span.offsets, filled, self.window, size)
         return Visible(self.keys[rows, :, :filled], self.values[rows, :, :filled], mask)
 
     def extend(self, k: Tensor, v: Tensor, span: Span) -> tuple[Tensor, Tensor]:
         """Store one slot's next L tokens, k, v [1, K, L, 64], and return them after the W positions before them:
         [1, K, W + L, 64]. Entries for positions before 0 must be masked."""
-        slot, start, w = span.slots[0], span.starts[0], self.window
-        ring = self._kv[:, slot]  # [2, K, W, 64]
-        joined = ring.new_empty((*ring.shape[:2], w + span.length, ring.shape[3]))
-        # Rolled so that the oldest position, start - W, comes first.
-        joined[:, :, :w] = torch.roll(ring, -(start % w), 2)
-        joined[0, :, w:], joined[1, :, w:] = k[0], v[0]
-        ring.copy_(torch.roll(joined[:, :, -w:], span.end % w, 2))
+        slot, start, size = span.slots[0], span.starts[0], self.window + self.slack
+        ring = self._kv[:, slot]  # [2, K, R, 64]
+        joined = ring.new_empty((*ring.shape[:2], size + span.length, ring.shape[3]))
+        # Rolled so that the oldest position, start - R, comes first.
+        joined[:, :, :size] = torch.roll(ring, -(start % size), 2)
+        joined[0, :, size:], joined[1, :, size:] = k[0], v[0]
+        ring.copy_(torch.roll(joined[:, :, -size:], span.end % size, 2))
         if span.saves_inside:
             self.kept[slot] = (start, joined)
-        return joined[:1], joined[1:]
+        return joined[:1, :, self.slack :], joined[1:, :, self.slack :]
 
     def snapshot_places(self, start: int, end: int) -> int:
         """The number of indices that are filled at the end of a snapshot."""
-        return min(end, self.window)
+        return min(end, self.window + self.slack)
 
     def part(self, slot: int, start: int, end: int) -> list[Tensor]:
-        """A copy of the filled part of one slot as of `end`, [2, K, min(end, W), 64], without remains of an earlier
+        """A copy of the filled part of one slot as of `end`, [2, K, min(end, R), 64], without remains of an earlier
         sequence."""
-        filled, w = self.snapshot_places(start, end), self.window
+        filled, size = self.snapshot_places(start, end), self.window + self.slack
         latest, turned = self._kv[:, slot, :, :filled], 0
         if slot in self.kept:
             first, joined = self.kept[slot]
-            stop = w + end - first  # of the positions before `end` in `joined`
-            if w < stop < joined.shape[2]:
+            stop = size + end - first  # of the positions before `end` in `joined`
+            if size < stop < joined.shape[2]:
                 latest = joined[:, :, stop - filled : stop]
-                turned = end % w if filled == w else 0
+                turned = end % size if filled == size else 0
         return [torch.roll(latest, turned, 2)]
 
     def restore(self, slot: int, chain: Sequence[Sequence[Tensor]]) -> None:
@@ -263,7 +269,8 @@ LayerCache = FullCache | RingCache
 
 class Cache:
     """One FullCache or RingCache per layer, for `slots` sequences of at most max_context tokens. whole: allocate all
-    memory at once, at fixed addresses. pack: as in FullCache; rings are small and stay as they are."""
+    memory at once, at fixed addresses. pack: as in FullCache; rings are small and stay as they are. slack: tokens that
+    can be taken back."""
 
     def __init__(
         self,
@@ -275,12 +282,13 @@ class Cache:
         *,
         whole: bool = False,
         pack: Pack | None = None,
+        slack: int = 0,
     ) -> None:
         shape, capacity = (slots, config.num_key_value_heads, config.head_dim), max_context if whole else 0
         self.layers: list[LayerCache] = [
             FullCache(shape, max_context, capacity, dtype, device, pack)
             if window is None
-            else RingCache(shape, window, dtype, device)
+            else RingCache(shape, window, slack, dtype, device)
             for window in config.windows
         ]
         self.rings: list[RingCache] = [layer for layer in self.layers if isinstance(layer, RingCache)]
@@ -336,6 +344,13 @@ def _slot_index(span: Span) -> slice | Tensor:
     """An index of the slots: a slice (a view) if they are adjacent, otherwise a tensor (a copy)."""
     first, last = span.slots[0], span.slots[-1]
     return slice(first, last + 1) if last - first + 1 == len(span.slots) else _indices(span)
+
+
+def _window_mask(offsets: Tensor, filled: int, window: int, ring: int) -> Tensor:
+    """Boolean [B, 1, 1, filled]: whether row b, at position offsets[b], sees a place of a ring, which holds the latest
+    position that fell on it up to the row's, or one taken back."""
+    age = (offsets[:, None, None, None] - torch.arange(filled, device=offsets.device)) % ring
+    return (age < window) & (age <= offsets[:, None, None, None])
 
 
 def _causal_mask(offsets: Tensor, end: int) -> Tensor:

@@ -1,8 +1,11 @@
-"""One decoding step: up to 64 sequences, one token each, from the ids fed back on the device to the ids chosen.
+"""One decoding step: up to 64 tokens, one of each sequence, from the ids fed back on the device to the ids chosen.
 
 All data is in buffers at fixed addresses; the host says only which slots take part, their positions and how they
 sample. So on a GPU a step is one copy to the device and the replay of one CUDA graph. Six or seven kernels a
 layer for one sequence, ten or eleven for more, and one more to write keys and values in 8 bits.
+
+A sequence with drafts has a row for each of them: they write their keys before any row reads keys, and each sees those
+up to its own position, so the drafts are verified as if they were decoded one after the other.
 
 Legend: B rows (a power of two; those without a request are idle, at position -1), S slots, D hidden, V vocabulary.
 """
@@ -128,7 +131,8 @@ class Buffers:
 
 
 class Decoder:
-    """Steps of one model over one cache. last: int64 [S], what each slot sampled last, read and written here.
+    """Steps of one model over one cache. last: int64 [S], what each slot sampled last, read and written here; of a slot
+    with several rows, what any of them sampled.
 
     Steps with adapters have graphs of their own: for each adapter, and one with all of them for rows that differ. Steps
     without are what they are without any adapter loaded.
@@ -215,10 +219,10 @@ class Decoder:
         uses = [(index, i.adapters == index) for index in used]
         linear.embed(i.given, self._last, i.slots, i.positions, model.embed, b.x)
         for block, layer in zip(model.blocks, self._cache.layers, strict=True):
-            at, ring = block.attention, isinstance(layer, RingCache)
+            at, window = block.attention, layer.window if isinstance(layer, RingCache) else None
             self._project(b, block, layer, uses)
             attention.decode_attention(
-                b.q, layer.keys, layer.values, i.slots, i.positions, at.sinks, at.scale, b.y, b.attention, ring=ring
+                b.q, layer.keys, layer.values, i.slots, i.positions, at.sinks, at.scale, b.y, b.attention, window=window
             )
             delta = _delta(b.y, at.out_adapters, uses)
             if model.ranks.alone:

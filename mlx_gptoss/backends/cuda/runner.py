@@ -5,8 +5,8 @@ from __future__ import annotations
 import resource
 import secrets
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,27 +33,57 @@ GREEDY = Sampling(temperature=0)
 
 
 @dataclass(frozen=True)
+class SampledRow:
+    """The entries of a sampler's output on the host that belong to one row: [first, first + 1 + len(drafts))."""
+
+    output: SamplerOutput
+    first: int
+    sampling: Sampling
+    drafts: tuple[int, ...]
+
+    def read(self) -> Sampled:
+        """The sampled token, followed by one more token for each draft that was right. Each token is drawn as it would
+        be without drafts, so drafts change only the speed."""
+        tokens = []
+        for index, draft in enumerate((*self.drafts, None), self.first):
+            tokens.append(_sampled(self.output, index, self.sampling))
+            if tokens[-1].token != draft:
+                break
+        return replace(tokens[0], accepted=tuple(tokens[1:])) if self.drafts else tokens[0]
+
+
+@dataclass(frozen=True)
 class Step:
     """A step in progress on the device.
 
-    rows: for each row that samples, a sampler's output on the host, the row's index in it, and its sampling options.
     done: set once the copies to the host are complete; None on a CPU, where nothing is asynchronous.
     """
 
-    rows: tuple[tuple[SamplerOutput, int, Sampling] | None, ...]
+    rows: tuple[SampledRow | None, ...]
     done: torch.cuda.Event | None
 
     def wait(self) -> list[Sampled | None]:
         if self.done is not None:
             self.done.synchronize()
-        return [None if row is None else _sampled(*row) for row in self.rows]
+        return [None if row is None else row.read() for row in self.rows]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One token to sample: for a row, or for one of its drafts. position: of the token in its sequence."""
+
+    row: Row
+    sampling: Sampling
+    state: SamplerState
+    position: int
 
 
 class CudaRunner:
     """The Runner of the cuda backend. `submit` starts the step's kernels and the copy of the sampled tokens; only
     `Step.wait` and `logits` wait for the device.
 
-    kernels: run one-token rows through decode.py's step. Otherwise they go through model.py, as prompts do.
+    kernels: run rows of one given token, with its drafts, through decode.py's step. Otherwise they go through model.py,
+        as prompts do.
     """
 
     def __init__(self, model: GptOss, limits: Limits, device: torch.device, *, kernels: bool) -> None:
@@ -71,16 +101,16 @@ class CudaRunner:
     @torch.inference_mode()
     def submit(self, rows: Sequence[Row]) -> Step:
         self._cache.drop_kept(unless=self._hidden)  # of chunks that are not finished
-        results: list[tuple[SamplerOutput, int, Sampling] | None] = [None] * len(rows)
+        results: list[SampledRow | None] = [None] * len(rows)
         single = [i for i, row in enumerate(rows) if row.tokens is None or len(row.tokens) == 1]
-        single.sort(key=lambda i: rows[i].slot)
         if self._decoder is None:
-            for group in [single] if single else []:
-                self._forward([rows[i] for i in group], group, results)
-        else:
-            for start in range(0, len(single), MAX_ROWS):
-                group = single[start : start + MAX_ROWS]
+            single = [i for i in single if not rows[i].drafts]
+        single.sort(key=lambda i: rows[i].slot)
+        if self._decoder is not None:
+            for group in _groups(single, rows):
                 self._decode(self._decoder, [rows[i] for i in group], group, results)
+        elif single:
+            self._forward([rows[i] for i in single], single, results)
         for i in sorted(set(range(len(rows))) - set(single)):
             self._forward([rows[i]], [i], results)
         return Step(tuple(results), self._record_event())
@@ -138,7 +168,8 @@ class CudaRunner:
 
     def _make_cache(self, slots: int, max_context: int, *, whole: bool = False) -> Cache:
         pack = self._model.lm_head.ops.pack if self.limits.kv_bits == 8 else None
-        return Cache(self.config, slots, max_context, self._model.dtype, self._device, whole=whole, pack=pack)
+        c, dtype, slack = self.config, self._model.dtype, self.limits.drafts
+        return Cache(c, slots, max_context, dtype, self._device, whole=whole, pack=pack, slack=slack)
 
     def _make_decoder(self) -> Decoder:
         from .decode import Decoder  # imports triton
@@ -146,7 +177,7 @@ class CudaRunner:
 
         decoder = Decoder(self._model, self._cache, self._last, self.limits.max_context)
         if self._device.type == "cuda":  # so that no request waits for compilation
-            rows = min(self.limits.slots, MAX_ROWS)
+            rows = step_rows(self.limits)
             with compiling():
                 decoder.compile(rows)
                 warm_up(self._model, self._cache)
@@ -155,9 +186,7 @@ class CudaRunner:
             torch.cuda.synchronize(self._device)
         return decoder
 
-    def _forward(
-        self, rows: Sequence[Row], places: Sequence[int], results: list[tuple[SamplerOutput, int, Sampling] | None]
-    ) -> None:
+    def _forward(self, rows: Sequence[Row], places: Sequence[int], results: list[SampledRow | None]) -> None:
         """Run either any number of one-token rows, or one row of several tokens, through model.py."""
         ids = torch.cat([self._tokens(row) for row in rows])  # [B, L]
         slots, starts = [row.slot for row in rows], [row.start for row in rows]
@@ -168,8 +197,9 @@ class CudaRunner:
             hidden = self._run_stages(rows[0].slot, rows[0].stages, ids, span)
         wanted = [b for b, row in enumerate(rows) if row.sampling is not None]
         if wanted:
-            last = hidden[:, -1] if len(wanted) == len(rows) else self._picked(hidden[:, -1], wanted)
-            self._choose(self._model.logits(last), wanted, rows, places, results)
+            last = hidden[:, -1 - len(rows[0].drafts) :]  # several rows have one position each
+            last = last if len(wanted) == len(rows) else self._picked(last, wanted)
+            self._choose(self._model.logits(last.flatten(0, 1)), wanted, rows, places, results)
 
     def _run_stages(self, slot: int, stages: tuple[int, int], ids: Tensor, span: Span) -> Tensor:
         """Run some stages of a chunk, ids [1, L]. Hidden states [1, L, D]."""
@@ -181,29 +211,32 @@ class CudaRunner:
         return x
 
     def _decode(
-        self,
-        decoder: Decoder,
-        rows: Sequence[Row],
-        places: Sequence[int],
-        results: list[tuple[SamplerOutput, int, Sampling] | None],
+        self, decoder: Decoder, rows: Sequence[Row], places: Sequence[int], results: list[SampledRow | None]
     ) -> None:
-        """Run one-token rows through decode.py, which also samples for requests with plain sampling options."""
-        samplings = [row.sampling if row.sampling and sampled_in_graph(row) else GREEDY for row in rows]
-        seeds = [0 if sampling.greedy else self._state(row).seed for row, sampling in zip(rows, samplings, strict=True)]
-        keys = noise_keys(seeds, [row.start + 1 for row in rows])
-        buffers = decoder.step(rows, keys, [sampling.temperature for sampling in samplings])
-        count = len(rows)
+        """Run rows of one given token, with its drafts, through decode.py, which also samples for requests with plain
+        sampling options."""
+        fed, keys, temperatures, firsts = list[Row](), list[int](), list[float](), list[int]()
+        for row in rows:
+            sampling = row.sampling if row.sampling and sampled_in_graph(row) else GREEDY
+            seed = 0 if sampling.greedy else self._state(row, sampling).seed
+            firsts.append(len(fed))
+            fed += _single_tokens(row)
+            count = 1 + len(row.drafts)
+            keys += noise_keys([seed] * count, range(row.start + 1, row.start + 1 + count))
+            temperatures += [sampling.temperature] * count
+        buffers, count = decoder.step(fed, keys, temperatures), len(fed)
         drawn = self._fetch(SamplerOutput(buffers.tokens[:count], buffers.logprobs[:count], None, None))
         others = []
-        for b, (row, place) in enumerate(zip(rows, places, strict=True)):
+        for b, (row, place, first) in enumerate(zip(rows, places, firsts, strict=True)):
             if row.sampling is None:
                 continue
             if sampled_in_graph(row):
-                results[place] = (drawn, b, row.sampling)
+                results[place] = SampledRow(drawn, first, row.sampling, row.drafts)
             else:
                 others.append(b)
         if others:
-            self._choose(self._picked(buffers.logits, others), others, rows, places, results)
+            picked = [firsts[b] + n for b in others for n in range(1 + len(rows[b].drafts))]
+            self._choose(self._picked(buffers.logits, picked), others, rows, places, results)
 
     def _choose(
         self,
@@ -211,23 +244,33 @@ class CudaRunner:
         wanted: Sequence[int],
         rows: Sequence[Row],
         places: Sequence[int],
-        results: list[tuple[SamplerOutput, int, Sampling] | None],
+        results: list[SampledRow | None],
     ) -> None:
-        """Sample the next token of rows[b] for each b in `wanted`, from float32 logits [len(wanted), V]."""
-        chosen = [(rows[b], rows[b].sampling or GREEDY) for b in wanted]
-        states = [self._state(row) for row, _ in chosen]
-        positions = [row.start + max(1, len(row.tokens or ())) for row, _ in chosen]
-        masks = [row.mask for row, _ in chosen]
-        output = sample_tokens(logits, [sampling for _, sampling in chosen], states, positions, masks)
+        """Sample the next token of rows[b] for each b in `wanted`, and the tokens after its drafts, from float32 logits
+        [N, V] of them all."""
+        draws, firsts = list[Draw](), list[int]()
+        for row in (rows[b] for b in wanted):
+            sampling = row.sampling or GREEDY
+            state, position = self._state(row, sampling), row.start + max(1, len(row.tokens or ()))
+            firsts.append(len(draws))
+            draws += [Draw(row, sampling, state, position + n) for n in range(1 + len(row.drafts))]
+        output = sample_tokens(
+            logits,
+            [draw.sampling for draw in draws],
+            [draw.state for draw in draws],
+            [draw.position for draw in draws],
+            [draw.row.mask for draw in draws],
+        )
         on_host = self._fetch(output)
-        slots = torch.tensor([row.slot for row, _ in chosen])
-        self._last[to_device(slots, self._device)] = output.tokens
-        for n, (b, (_, sampling)) in enumerate(zip(wanted, chosen, strict=True)):
-            results[places[b]] = (on_host, n, sampling)
+        if any(not draw.row.drafts for draw in draws):  # of the others, none is fed back
+            slots = torch.tensor([draw.row.slot for draw in draws])
+            self._last[to_device(slots, self._device)] = output.tokens
+        for b, first in zip(wanted, firsts, strict=True):
+            results[places[b]] = SampledRow(on_host, first, rows[b].sampling or GREEDY, rows[b].drafts)
 
     def _tokens(self, row: Row) -> Tensor:
         """int64 [1, L]"""
-        return self._last[None, row.slot : row.slot + 1] if row.tokens is None else self._ids([row.tokens])
+        return self._last[None, row.slot : row.slot + 1] if row.tokens is None else self._ids([row.tokens + row.drafts])
 
     def _ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
         return to_device(torch.tensor(ids, dtype=torch.int64), self._device)
@@ -236,10 +279,9 @@ class CudaRunner:
         """Some rows of values [B, N], a copy."""
         return values.index_select(0, to_device(torch.tensor(rows), self._device))
 
-    def _state(self, row: Row) -> SamplerState:
+    def _state(self, row: Row, sampling: Sampling) -> SamplerState:
         """The sampler state of the row's slot, reset by the first sampled row of a request."""
-        if row.prompt is not None and row.sampling is not None:
-            sampling = row.sampling
+        if row.prompt is not None:
             seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
             self._states[row.slot] = SamplerState.begin(
                 sampling, row.prompt, seed, self.config.vocab_size, self._device
@@ -286,6 +328,33 @@ def warm_up(model: GptOss, cache: Cache) -> None:
                 q = torch.zeros(shape, dtype=model.dtype, device=device)
                 at.ops.attend_causal(q, keys, values, at.sinks, at.scale)
             return  # the other layers' kernels are the same
+
+
+def step_rows(limits: Limits) -> int:
+    """The most rows of one step of decode.py: a token of every slot, with its drafts."""
+    return min(limits.slots * (1 + limits.drafts), MAX_ROWS)
+
+
+def _groups(single: Sequence[int], rows: Sequence[Row]) -> Iterator[list[int]]:
+    """The rows of one given token, by their indices, for each of the steps of at most MAX_ROWS tokens."""
+    group, size = list[int](), 0
+    for i in single:
+        count = 1 + len(rows[i].drafts)
+        if size + count > MAX_ROWS:
+            yield group
+            group, size = [], 0
+        group.append(i)
+        size += count
+    if group:
+        yield group
+
+
+def _single_tokens(row: Row) -> list[Row]:
+    """A row of one token, and a row for each of its drafts."""
+    if not row.drafts:
+        return [row]
+    tokens = (row.tokens or ()) + row.drafts
+    return [replace(row, start=row.start + n, tokens=(token,), drafts=()) for n, token in enumerate(tokens)]
 
 
 def sampled_in_graph(row: Row) -> bool:

@@ -188,7 +188,7 @@ class Kernels:
             allocated, pack = capacity if self.on_gpu else 0, None if kv_bits is None else self._ops.pack
             cache = FullCache(shape, capacity, allocated, self._dtype, self._device, pack)
         else:
-            cache = RingCache(shape, window, self._dtype, self._device)
+            cache = RingCache(shape, window, 0, self._dtype, self._device)
         for row, start in enumerate(starts):
             if start:
                 keys, values = (self._tensor(a[row : row + 1, :, :start]) for a in (past_keys, past_values))
@@ -273,11 +273,13 @@ class Kernels:
         rotated = self._ops.rotate(qkv[:, 0, : c.q_size + c.kv_size][None], rotation)[0].transpose(0, 1)
         q, k = rotated[:, : c.num_attention_heads].contiguous(), rotated[:, c.num_attention_heads :, None]
         cache.append(k, qkv[:, 0, c.q_size + c.kv_size :].view(B, -1, 1, c.head_dim), span)
-        ring, out = isinstance(cache, RingCache), q.new_empty((B, c.q_size))
+        window, out = cache.window if isinstance(cache, RingCache) else None, q.new_empty((B, c.q_size))
         heads, capacity = (c.num_attention_heads, c.num_key_value_heads), cache.arrays[0].shape[3]
-        scratch = None if ring else attention.decode_scratch(B, *heads, capacity, self._dtype, self._device)
+        scratch = None if window else attention.decode_scratch(B, *heads, capacity, self._dtype, self._device)
         slots, positions = (torch.tensor(a, dtype=torch.int32, device=self._device) for a in (span.slots, span.starts))
-        attention.decode_attention(q, cache.keys, cache.values, slots, positions, sinks, scale, out, scratch, ring=ring)
+        attention.decode_attention(
+            q, cache.keys, cache.values, slots, positions, sinks, scale, out, scratch, window=window
+        )
         return out[:, None]
 
     def _decode_experts(self, x: Tensor, scores: Tensor, experts: Experts) -> Tensor:

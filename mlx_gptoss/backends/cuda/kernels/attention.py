@@ -17,11 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..quantized_kv import KeysOrValues, Packed
+from ..quantized_kv import KeysOrValues
 from . import tiles
 from .interpreter import dot, to_float32
 from .launch import launch, wait_for_inputs
-from .quantized_kv import centered, load_scales, scale_pairs
+from .quantized_kv import centered, load_scales, with_scales
 
 PROGRAMS = 264  # that decoding aims to run at once: two for each multiprocessor of an H100
 MAX_SPLIT = 8192  # keys of one split, so that a long row's programs do not run much longer than all others
@@ -38,6 +38,17 @@ def _load_block(pointer, start, end, stride, N: tl.constexpr, FULL: tl.constexpr
     if FULL:
         return tl.load(pointers)
     return tl.load(pointers, mask=(j < end - start)[:, None], other=0)
+
+
+@triton.jit
+def _load_ring_block(pointer, first, start, end, C, N: tl.constexpr):
+    """As `_load_block`, of a ring of C entries, counted from entry `first` on."""
+    j = tl.arange(0, N)
+    entry = first + start + j
+    entry = tl.where(entry < C, entry, entry - C)
+    return tl.load(
+        pointer + (entry[:, None] * 64 + tl.arange(0, 64)[None, :]), mask=(j < end - start)[:, None], other=0
+    )
 
 
 @triton.jit
@@ -81,6 +92,7 @@ def _decode_kernel(
     SPLITS: tl.constexpr,
     MAX_SPLIT: tl.constexpr,
     DIRECT: tl.constexpr,
+    WINDOW: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
 ):
@@ -90,10 +102,14 @@ def _decode_kernel(
     have key_scales and value_scales, int64 [S, KV, C] (`scale_pairs`)
     slots, positions: int32 [B]; a row at -1 is idle and sees no keys. sinks: float32 [H]
     out: with DIRECT there is one split, and out is [B, H * 64]; else it is float32 scratch [B, H, splits, PARTIAL]
+    WINDOW: keys that a row sees of a ring that has more of them, or None for all entries written
     """
     wait_for_inputs()
     row, kv, split = tl.program_id(0) // KV, tl.program_id(0) % KV, tl.program_id(1)
-    length = tl.minimum(tl.load(positions + row) + 1, C)  # 0 for an idle row
+    length = tl.minimum(tl.load(positions + row) + 1, C if WINDOW is None else WINDOW)  # 0 for an idle row
+    first = 0
+    if WINDOW is not None:
+        first = (tl.load(positions + row) + 1 - length) % C
     start, end = 0, length
     if not DIRECT:
         split_length = _split_length(length, SPLITS, MAX_SPLIT, N)
@@ -116,8 +132,12 @@ def _decode_kernel(
         middles = tl.zeros((M, N), tl.float32)  # the weights times the middles of values, reduced after the loop
     for at in range(start, end, N):
         j = tl.arange(0, N)
-        k = _load_block(keys + base, at, end, 64, N, False)
-        v = _load_block(values + base, at, end, 64, N, False)
+        if WINDOW is None:
+            k = _load_block(keys + base, at, end, 64, N, False)
+            v = _load_block(values + base, at, end, 64, N, False)
+        else:
+            k = _load_ring_block(keys + base, first, at, end, C, N)
+            v = _load_ring_block(values + base, first, at, end, C, N)
         if key_scales is None:
             scores = _scores(queries, k)
         else:
@@ -193,7 +213,7 @@ def _splits(B: int, KV: int, C: int, N: int) -> tuple[int, int]:
 def entries(keys: KeysOrValues) -> int:
     """How many entries a slot of the cache has that keys [..., KV, C, 64] are the first C of. Splits follow from it and
     not from C, so that kernels are compiled for one cache and not for each length of a context."""
-    return (keys.codes if isinstance(keys, Packed) else keys).stride(-3) // 64
+    return with_scales(keys)[0].stride(-3) // 64
 
 
 def decode_scratch(B: int, H: int, KV: int, capacity: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -213,43 +233,40 @@ def decode_attention(
     out: Tensor,
     scratch: Tensor | None,
     *,
-    ring: bool,
+    window: int | None,
 ) -> None:
     """Attention of one new token a row over the cache, which has the token's own key already.
 
     q: [B, H, 64]. keys, values: [S, KV, C, 64], or the first C entries of such caches, in q's dtype or in 8 bits
     slots, positions: int32 [B]; a row at position -1 is idle, reads nothing and becomes zeros
     sinks: float32 [H]. scale: > 0. out: [B, H * 64] of q's dtype
-    scratch: from `decode_scratch` for this B and the entries of a slot; None with `ring`
-    ring: position p is entry p % C, and a row sees all entries written so far; else it sees those up to its position
+    scratch: from `decode_scratch` for this B and the entries of a slot; None with `window`
+    window: of a ring of C >= window entries, where position p is entry p % C, and a row sees the last `window` of them
+        up to its own; None for entries by position, of which a row sees all up to its own
 
     Which kernels are launched depends on shapes alone, so that a CUDA graph can capture them.
     Raises ValueError if the scratch is too small.
     """
     (B, H, _), (_, KV, C, _) = q.shape, keys.shape
     tile = tiles.decode_attention_tile(H // KV, q.dtype)
-    splits, max_splits = (1, 1) if ring else _splits(B, KV, entries(keys), tile.N)
+    splits, max_splits = (1, 1) if window else _splits(B, KV, entries(keys), tile.N)
     if max_splits > 1 and (scratch is None or scratch.numel() < B * H * max_splits * PARTIAL.value):
         raise ValueError(
             f"the scratch is too small for {B} rows of {entries(keys)} entries; decode_scratch makes one that fits"
         )
-    division = {"SPLITS": splits, "MAX_SPLIT": C if ring else MAX_SPLIT}
-    stored: tuple[Tensor | None, ...]
-    if isinstance(keys, Packed) and isinstance(values, Packed):
-        stored = keys.codes, values.codes, scale_pairs(keys), scale_pairs(values)
-    else:
-        assert isinstance(keys, Tensor) and isinstance(values, Tensor)
-        stored = keys, values, None, None
+    division = {"SPLITS": splits, "MAX_SPLIT": C if window else MAX_SPLIT}
+    (k, k_scales), (v, v_scales) = with_scales(keys), with_scales(values)
     launch(
         _decode_kernel,
         (B * KV, max_splits),
-        *(q, *stored, slots, positions, sinks, out if max_splits == 1 else scratch),
+        *(q, k, v, k_scales, v_scales, slots, positions, sinks, out if max_splits == 1 else scratch),
         scale=scale,
         C=C,
         stride=64 * entries(keys),
         H=H,
         KV=KV,
         DIRECT=max_splits == 1,
+        WINDOW=None if window == C else window,
         **division,
         **tile.options(),
     )

@@ -99,7 +99,7 @@ def _attend_split(q: Tensor, keys: KeysOrValues, values: KeysOrValues, sinks: Te
     scratch = attention.decode_scratch(L, H, KV, attention.entries(keys), q.dtype, q.device)
     rows = q[0].transpose(0, 1).contiguous()
     slots = torch.zeros_like(positions)  # keys and values are one slot's
-    attention.decode_attention(rows, keys, values, slots, positions, sinks, scale, out, scratch, ring=False)
+    attention.decode_attention(rows, keys, values, slots, positions, sinks, scale, out, scratch, window=None)
     return out[None]
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..quantized_kv import LEAST_SCALE, TOP, Packed
+from ..quantized_kv import LEAST_SCALE, TOP, KeysOrValues, Packed
 from .interpreter import to_float32
 from .launch import launch, wait_for_inputs
 
@@ -155,6 +155,11 @@ def scale_pairs(packed: Packed) -> Tensor:
     """Scale and bias of each vector as one number of 64 bits, int64 [..., KV, C]: a pipelined loop then loads both,
     and would not load ahead what no product needs."""
     return packed.scale_bias.view(torch.int64)[..., 0]
+
+
+def with_scales(kv: KeysOrValues) -> tuple[Tensor, Tensor | None]:
+    """Keys or values as a kernel takes them: codes and `scale_pairs`, or as they are and None."""
+    return (kv.codes, scale_pairs(kv)) if isinstance(kv, Packed) else (kv, None)
 
 
 def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:

@@ -10,9 +10,8 @@ import pytest
 
 import mlx_gptoss
 from mlx_gptoss.api import NANO
-from mlx_gptoss.backends import mlx as backend
+from mlx_gptoss.backends import BACKENDS
 from mlx_gptoss.backends.base import Limits, Row
-from mlx_gptoss.errors import InvalidRequest
 from mlx_gptoss.sampling import Sampling
 from mlx_gptoss.weights import checkpoint as checkpoints
 
@@ -20,10 +19,20 @@ GREEDY = Sampling(temperature=0)
 REPEATING = [*range(40, 60)] * 4
 
 
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request, backend_module):
+    return backend_module(request.param)
+
+
+@pytest.fixture(scope="module")
+def name(backend):
+    return backend.__name__.rpartition(".")[2]
+
+
 @pytest.fixture(scope="module", params=[None, 8], ids=["whole cache", "cache in 8 bits"])
-def runner(request, mini, device_of):
+def runner(request, backend, name, mini, device_of):
     limits = Limits(2, 300, 64, drafts=3, kv_bits=request.param)
-    return backend.load(checkpoints.open(mini / "mxfp4"), device=device_of("mlx"), dtype=None, limits=limits)
+    return backend.load(checkpoints.open(mini / "mxfp4"), device=device_of(name), dtype=None, limits=limits)
 
 
 def begin(runner, prompt, sampling, slot=0) -> int:
@@ -41,7 +50,8 @@ def test_stepping_back_is_exact_at_every_position(runner):
         wrong = tuple((plain.token + step) % 320 for step in (1, 2, 3))
         (drafted,) = runner.submit([Row(0, position, (token,), GREEDY, drafts=wrong)]).wait()
         assert (drafted.token, drafted.accepted) == (plain.token, ())
-        assert drafted.logprob == pytest.approx(plain.logprob, abs=1e-4)
+        # A verified key may round otherwise, and then take the other of two 8-bit codes.
+        assert drafted.logprob == pytest.approx(plain.logprob, abs=1e-4 if runner.limits.kv_bits is None else 3e-3)
         token = plain.token
 
 
@@ -61,6 +71,7 @@ def test_exactly_the_right_drafts_are_accepted(runner, right):
     assert after.token == expected[right + 1]
 
 
+@pytest.mark.parametrize("runner", [None, pytest.param(8, marks=pytest.mark.slow)], indirect=True)
 def test_drafted_draws_follow_the_distribution(runner):
     """First tokens follow their probabilities; second tokens after a right draft follow theirs given that draft."""
     prompt, hot = tuple(REPEATING[:20]), 0.7
@@ -69,7 +80,7 @@ def test_drafted_draws_follow_the_distribution(runner):
     given = runner.logits([*prompt, draft])[-1].astype(np.float64) / hot
     firsts, seconds = [], []
     runner.submit([Row(0, 0, prompt[:-1])]).wait()
-    for seed in range(1500):
+    for seed in range(1000):
         sampling = Sampling(temperature=hot, seed=seed)
         row = Row(0, 19, prompt[-1:], sampling, prompt, drafts=(draft, 5))
         (sampled,) = runner.submit([row]).wait()
@@ -91,11 +102,11 @@ def test_drafted_draws_follow_the_distribution(runner):
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.6, seed=4, logprobs=2)], ids=["greedy", "seeded"])
 @pytest.mark.parametrize("folder", ["mxfp4", None], ids=["random", "bundled"])
-def test_the_text_is_the_same_and_some_drafts_are_accepted(mini, folder, sampling):
+def test_the_text_is_the_same_and_some_drafts_are_accepted(mini, name, folder, sampling):
     results = []
     for speculate in (False, True):
         source = None if folder is None else mini / folder
-        with mlx_gptoss.load(source, backend="mlx", device="cpu", speculate=speculate, max_context=400) as model:
+        with mlx_gptoss.load(source, backend=name, device="cpu", speculate=speculate, max_context=400) as model:
             ids = model.tokenizer.encode("a b c a b c a b c") if folder is None else REPEATING
             never_end = replace(sampling, logit_bias=dict.fromkeys(checkpoints.open(source or NANO).stop_ids, -100.0))
             *_, finished = model.stream_raw(ids, max_tokens=150, sampling=never_end)
@@ -109,12 +120,12 @@ def test_the_text_is_the_same_and_some_drafts_are_accepted(mini, folder, samplin
     assert fast.accepted > 0 or (folder is not None and not sampling.greedy)
 
 
-def test_several_sequences_speculate_side_by_side(mini):
+def test_several_sequences_speculate_side_by_side(mini, name):
     prompts = [REPEATING, REPEATING[:7], [9, 8, 7] * 5]
     texts = []
     for speculate, slots in ((False, 1), (True, 3)):
         with mlx_gptoss.load(
-            mini / "mxfp4", backend="mlx", device="cpu", speculate=speculate, slots=slots, max_context=300
+            mini / "mxfp4", backend=name, device="cpu", speculate=speculate, slots=slots, max_context=300
         ) as model:
             streams = [model.stream_raw(p, max_tokens=40 + i, sampling=GREEDY) for i, p in enumerate(prompts)]
             texts.append([[t.id for t in list(stream)[-1].tokens] for stream in streams])
@@ -122,13 +133,8 @@ def test_several_sequences_speculate_side_by_side(mini):
     assert all(text for text in texts[0])
 
 
-def test_penalized_requests_get_no_drafts(mini):
-    with mlx_gptoss.load(mini / "mxfp4", backend="mlx", device="cpu", speculate=True, max_context=300) as model:
+def test_penalized_requests_get_no_drafts(mini, name):
+    with mlx_gptoss.load(mini / "mxfp4", backend=name, device="cpu", speculate=True, max_context=300) as model:
         penalized = Sampling(temperature=0, frequency_penalty=0.5)
         *_, finished = model.stream_raw(REPEATING, max_tokens=60, sampling=penalized)
     assert finished.drafted == 0
-
-
-def test_another_backend_refuses(mini):
-    with pytest.raises(InvalidRequest, match="cannot speculate"):
-        mlx_gptoss.load(mini / "mxfp4", backend="cuda", device="cpu", speculate=True)
