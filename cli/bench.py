@@ -53,7 +53,7 @@ AGAINST = ["mlx-lm", "transformers", "mlx", "cuda"]
 @click.option("--repeat", type=COUNT, default=3, show_default=True, metavar="R", help="Report the median of R runs.")
 @click.option("--against", type=click.Choice(AGAINST), help="Time this engine or our other backend as well, in turns.")
 @click.option("--against-dtype", metavar="NAME", help="Data type for --against. Default: its own.")
-@options(DEVICE_OPTIONS, declared(LoadOptions, "quantize"), (ADAPTER_OPTION,))
+@options(DEVICE_OPTIONS, declared(LoadOptions, "quantize", "kv_bits"), (ADAPTER_OPTION,))
 @click.option("--plot", type=Path, metavar="FILE.png", help="Plot speed by context and by batch.")
 @click.option(
     "--report",
@@ -87,6 +87,8 @@ def bench(
         raise click.UsageError("--against loads the checkpoint as it is: convert it first and leave out --quantize")
     if choices["adapters"] and (choices["against"] or len(choices["adapters"]) > 1):
         raise click.UsageError("give one --adapter, and leave out --against")
+    if choices["kv_bits"] and choices["against"] in AGAINST[:2]:
+        raise click.UsageError("the other engine has no 8-bit K/V cache: leave out --kv-bits or --against")
     source = click.get_current_context().get_parameter_source("model")
     if choices["synthetic"] and source is not click.core.ParameterSource.COMMANDLINE:
         choices["model"] = None  # the default of the environment or of the config file
@@ -156,14 +158,16 @@ def _bench(cases: list[Case], repeat: int, log: Callable[[str], None], **choices
             synthetic=synthetic,
             backend=choices["backend"],
             quantize=quantize,
+            kv_bits=choices["kv_bits"],
             prefix_cache=0,
             adapters=choices["adapters"],
         )
-        model = BenchModel(source, source.size_bytes, source.format, request)
+        cache = ", 8-bit K/V" if choices["kv_bits"] else ""
+        model = BenchModel(source, source.size_bytes, source.format + cache, request)
         if quantize:
             weights = Requantized(source, quantize)
             format_name = quantize if quantize in WRITERS else f"{source.format}, {quantize}"
-            model = BenchModel(weights, weights.size_bytes, format_name, request)
+            model = BenchModel(weights, weights.size_bytes, format_name + cache, request)
         context = max(case.length(repeat) for case in cases)
         single = None if launch is not None else model
         target = Target.find(choices["backend"], choices["device"], choices["dtype"], single, context)

@@ -102,10 +102,10 @@ class Report:
 
 
 class CountedWeights:
-    """Weights that record the bytes of each parameter that is read, by name. adapter: that is timed with them."""
+    """Weights that record the bytes of each parameter that is read, by name. adapter, kv_bits: timed with them."""
 
-    def __init__(self, source: Weights, adapter: Adapter | None = None) -> None:
-        self.adapter = adapter
+    def __init__(self, source: Weights, adapter: Adapter | None = None, kv_bits: int | None = None) -> None:
+        self.adapter, self.kv_bits = adapter, kv_bits
         self.config: ModelConfig = source.config
         self.sizes: dict[str, int] = {}
         self._source = source
@@ -150,7 +150,8 @@ def load(
     if launch is not None:
         return _load_split(model, replace(model.request, max_context=context, slots=_slots(cases)), launch, target, log)
     adapters = () if model.adapter is None else (model.adapter,)
-    limits = Limits(_slots(cases), context, module.prefill_chunk(target.device))
+    kv_bits = model.request.kv_bits
+    limits = Limits(_slots(cases), context, module.prefill_chunk(target.device), kv_bits=kv_bits)
     activation_bytes = ACTIVATION_BYTES[target.dtype]
     derived = upcastable = 0
     if not isinstance(model.weights, Requantized):
@@ -166,13 +167,14 @@ def load(
         context=context,
         slots=limits.slots,
         chunk=limits.chunk,
+        kv_bits=kv_bits,
         upcastable_bytes=upcastable,
         adapter_bytes=sum(adapter.nbytes(activation_bytes) for adapter in adapters),
     )
     require_fit(plan, "this benchmark", {})
     log(f"loading onto {target.name}, backend {target.backend}")
     limits = replace(limits, upcast=plan.upcast_bytes > 0)
-    counted, started = CountedWeights(model.weights, model.adapter), time.perf_counter()
+    counted, started = CountedWeights(model.weights, model.adapter, kv_bits), time.perf_counter()
     runner = module.load(counted, device=target.device, dtype=target.dtype, limits=limits, adapters=adapters)
     engine = OurEngine(runner, target.backend, target.name, model.format_name, time.perf_counter() - started)
     engine.adapter = 0 if adapters else None
@@ -186,7 +188,7 @@ def _load_split(
     log(f"loading onto {target.name}, backend {target.backend}, with {launch.ranks - 1} other ranks")
     started = time.perf_counter()
     plan, start = coordinate(replace(request, device=target.device, dtype=target.dtype), launch)
-    counted = CountedWeights(plan.weights, next(iter(plan.adapters.values()), None))
+    counted = CountedWeights(plan.weights, next(iter(plan.adapters.values()), None), request.kv_bits)
     runner = start(partial(replace(plan, weights=counted).load, plan.limits()))
     load_s, name = time.perf_counter() - started, f"mlx-gptoss, {launch.ranks} ranks"
     engine = OurEngine(runner, target.backend, target.name, model.format_name, load_s, name)
@@ -363,9 +365,8 @@ def _bounded(
     published: ChipBandwidth | None,
     limits: CpuLimits | None,
 ) -> Measurement:
-    config = counted.config
-    adapter, value_bytes = counted.adapter, ACTIVATION_BYTES[dtype]
-    step = step_bytes(counted.sizes, config, result.batch, result.context, value_bytes, adapter)
+    sizes, config, adapter, bits = counted.sizes, counted.config, counted.adapter, counted.kv_bits
+    step = step_bytes(sizes, config, result.batch, result.context, ACTIVATION_BYTES[dtype], adapter, bits)
     flops = result.prefill_tok_s / result.prompt * prefill_flops(config, result.prompt)
     return replace(
         result,

@@ -14,9 +14,10 @@ def step_bytes(
     context: int,
     activation_bytes: int,
     adapter: Adapter | None = None,
+    kv_bits: int | None = None,
 ) -> float:
     """Bytes that one decode step of `batch` sequences must read. sizes: bytes of each parameter as stored, by name.
-    adapter: that all sequences use.
+    adapter: that all sequences use. kv_bits: of the full-attention layers' cache, as for load().
 
     Experts are assumed to be chosen at random: `batch` tokens use E (1 - (1 - A/E)^batch) of E experts in expectation.
     """
@@ -31,8 +32,9 @@ def step_bytes(
             return sizes[param.name] * used(param.shape[0])
         return sizes[param.name]
 
-    seen = (context if window is None else min(context, window) for window in config.windows)
-    cache = batch * sum(seen) * 2 * config.kv_size * activation_bytes
+    full = activation_bytes if kv_bits is None else 72 / 64  # bytes of a value; 8 for the scale and the bias of 64
+    seen = (context * full if w is None else min(context, w) * activation_bytes for w in config.windows)
+    cache = batch * sum(seen) * 2 * config.kv_size
     stacks = [] if adapter is None else adapter.stacks()
     factors = activation_bytes * sum(values * (1 if experts is None else used(experts)) for values, experts in stacks)
     return sum(read(param) for param in parameters(config)) + factors + cache

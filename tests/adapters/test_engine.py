@@ -10,15 +10,16 @@ import pytest
 from tiny_peft import rewrite
 
 import mlx_gptoss
+from mlx_gptoss.backends import BACKENDS
 from mlx_gptoss.errors import InvalidRequest
 from mlx_gptoss.loading.plan import LoadRequest, open_source, plan_load
 
 PROMPT = [7 + n % 80 for n in range(300)]
 
 
-def load(tiny, made_by_peft, *cases, **options):
+def load(tiny, made_by_peft, *cases, backend="mlx", **options):
     adapters = {case: made_by_peft(case)[0] for case in cases}
-    return mlx_gptoss.load(tiny, backend="mlx", device="cpu", dtype="float32", adapters=adapters, **options)
+    return mlx_gptoss.load(tiny, backend=backend, device="cpu", dtype="float32", adapters=adapters, **options)
 
 
 def run(model, adapter):
@@ -26,9 +27,11 @@ def run(model, adapter):
     return done.ids, done.usage.cached_tokens
 
 
-@pytest.mark.parametrize("options", [{}, {"speculate": True}, {"kv_bits": 8}])
-def test_prompts_of_different_adapters_share_no_prefix(tiny, made_by_peft, options):
-    with load(tiny, made_by_peft, "both", "experts", prefix_cache=1 << 28, **options) as model:
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"speculate": True}, {"kv_bits": 8}], ids=str)
+def test_prompts_of_different_adapters_share_no_prefix(tiny, made_by_peft, backend_module, backend, options):
+    backend_module(backend)
+    with load(tiny, made_by_peft, "both", "experts", backend=backend, prefix_cache=1 << 28, **options) as model:
         first = {name: run(model, name) for name in (None, "both", "experts")}
         again = {name: run(model, name) for name in ("experts", None, "both")}
     assert all(cached == 0 for _, cached in first.values())

@@ -11,6 +11,7 @@ Without a GPU it runs in Triton's interpreter at tiny sizes (set TRITON_INTERPRE
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import selectors
@@ -68,6 +69,7 @@ def stages(tiny: bool) -> list[Stage]:
         prompts = [("--prompt", "8192", "--generate", "8"), ("--prompt", "131000", "--generate", "32", "--repeat", "1")]
     tune = (python, "tests/kernels/tune.py", "--format", *FORMATS)
     rows = ("--rows", "1", "2") if tiny else ("--rows", "1", "32")
+    profile = ("--layers", "2") if tiny else ("--rows", "1", "4", "32")  # 4: a token with three drafts
     return [
         Stage("versions", (python, "tests/kernels/first_contact.py", "--versions"), 60, needed=True),
         Stage("kernels against float64", tests, 420),
@@ -75,8 +77,11 @@ def stages(tiny: bool) -> list[Stage]:
         Stage("bundled model", (python, "tests/kernels/first_contact.py", "--bundled"), 120),
         Stage("tiles in use", (*tune, "--tiles", "0", *rows, "--context"), 120),
         *(Stage(f"speed {form}", (*bench, "--format", form, *speed), 180) for form in FORMATS),
-        Stage("profile", (python, "tests/kernels/profile_step.py", *(("--layers", "2") if tiny else ())), 180),
+        Stage("profile", (python, "tests/kernels/profile_step.py", *profile), 240),
         *(Stage(f"prompt of {p[1]}", (*bench, "--format", "mxfp4", *p), 150) for p in prompts),
+        Stage(
+            f"prompt of {prompts[1][1]}, 8-bit K/V", (*bench, "--format", "mxfp4", "--kv-bits", "8", *prompts[1]), 150
+        ),
         Stage("other tiles, experts", (*tune, "--case", "experts", *rows, "--context"), 300),
         Stage("other tiles, qkv and output", (*tune, "--case", "qkv", "out", *rows, "--context"), 300),
     ]
@@ -186,7 +191,7 @@ def versions() -> dict[str, Any]:
 
 def bundled() -> dict[str, Any]:
     """The bundled model in bfloat16 with the kernels, against float32 on the CPU: KL of its next-token distributions,
-    and how many greedy tokens are the same."""
+    and whether the greedy answer is the same. Then a cache in 8 bits and drafts, against the same kernels without."""
     import numpy as np
     import torch
 
@@ -196,15 +201,22 @@ def bundled() -> dict[str, Any]:
     gpu = torch.cuda.is_available()
     prompt = "What is 12 + 30? Reverse the word planet. What is the capital of France?"
     answers, logits = [], []
-    for device in ("cpu", None if gpu else "cpu"):
-        with mlx_gptoss.load(NANO, backend="cuda", device=device) as model:
+    device = None if gpu else "cpu"
+    for options in ({"device": "cpu"}, {"device": device}, {"device": device, "kv_bits": 8, "speculate": True}):
+        with mlx_gptoss.load(NANO, backend="cuda", **options) as model:
             ids = model.tokenizer.encode(prompt)
             logits.append(model.logits(ids).astype(np.float64))
             answers.append(model.generate(prompt, max_tokens=48, temperature=0).text)
     wide = [values - values.max(-1, keepdims=True) for values in logits]
-    p, q = (values - np.log(np.exp(values).sum(-1, keepdims=True)) for values in wide)
-    kl = (np.exp(p) * (p - q)).sum(-1)
-    return {"kl_mean": float(kl.mean()), "kl_max": float(kl.max()), "same_answer": answers[0] == answers[1]}
+    logprobs = [values - np.log(np.exp(values).sum(-1, keepdims=True)) for values in wide]
+    kl, packed = ((np.exp(p) * (p - q)).sum(-1) for p, q in itertools.pairwise(logprobs))
+    return {
+        "kl_mean": float(kl.mean()),
+        "kl_max": float(kl.max()),
+        "same_answer": answers[0] == answers[1],
+        "kl_mean_8_bit_kv": float(packed.mean()),
+        "same_answer_8_bit_kv_and_drafts": answers[1] == answers[2],
+    }
 
 
 def draw(results: Sequence[Result], path: Path) -> None:

@@ -50,6 +50,12 @@ def test_a_cache_in_8_bits_takes_9_sixteenths_of_one_in_bfloat16():
     assert packed.ring_bytes == plan(100 * GB).ring_bytes
 
 
+def test_drafts_are_more_positions_in_each_ring_and_more_logits():
+    plain, drafting = (plan_memory(GPT_OSS_20B, 0, 100 * GB, activation_bytes=2, drafts=drafts) for drafts in (0, 3))
+    assert drafting.ring_bytes - plain.ring_bytes == 12 * 3 * 2 * GPT_OSS_20B.kv_size * 2
+    assert drafting.step_bytes - plain.step_bytes == 3 * 4 * GPT_OSS_20B.vocab_size * 4
+
+
 def test_the_default_context_shrinks_to_what_fits():
     tight = plan(16 * GB)
     assert tight.fits and 2048 <= tight.context < 131072

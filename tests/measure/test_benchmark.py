@@ -116,6 +116,8 @@ def test_bytes_of_a_step_of_the_published_models(name, form, wanted):
     with_keys = step_bytes(sizes, source.config, 1, 100_000, 2) / 1e9 - found[0]
     full, sliding = source.config.full_layers, source.config.sliding_layers
     assert with_keys == pytest.approx(2048e-9 * (100_000 * full + 128 * sliding))
+    packed = step_bytes(sizes, source.config, 1, 100_000, 2, kv_bits=8) / 1e9 - found[0]
+    assert packed == pytest.approx(2048e-9 * (100_000 * full * 9 / 16 + 128 * sliding))
 
 
 def test_counted_bytes_are_those_of_the_checkpoint(mini, backend_module):
