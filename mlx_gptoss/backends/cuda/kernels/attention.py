@@ -41,8 +41,10 @@ def _load_block(pointer, start, end, stride, N: tl.constexpr, FULL: tl.constexpr
 
 
 @triton.jit
-def _load_ring_block(pointer, first, start, end, C, N: tl.constexpr):
-    """As `_load_block`, of a ring of C entries, counted from entry `first` on."""
+def _load_entries(pointer, first, start, end, C, N: tl.constexpr, WINDOW: tl.constexpr):
+    """As `_load_block`; with WINDOW, of a ring of C entries, counted from entry `first` on."""
+    if WINDOW is None:
+        return _load_block(pointer, start, end, 64, N, False)
     j = tl.arange(0, N)
     entry = first + start + j
     entry = tl.where(entry < C, entry, entry - C)
@@ -107,9 +109,7 @@ def _decode_kernel(
     wait_for_inputs()
     row, kv, split = tl.program_id(0) // KV, tl.program_id(0) % KV, tl.program_id(1)
     length = tl.minimum(tl.load(positions + row) + 1, C if WINDOW is None else WINDOW)  # 0 for an idle row
-    first = 0
-    if WINDOW is not None:
-        first = (tl.load(positions + row) + 1 - length) % C
+    first = 0 if WINDOW is None else (tl.load(positions + row) + 1 - length) % C
     start, end = 0, length
     if not DIRECT:
         split_length = _split_length(length, SPLITS, MAX_SPLIT, N)
@@ -132,12 +132,8 @@ def _decode_kernel(
         middles = tl.zeros((M, N), tl.float32)  # the weights times the middles of values, reduced after the loop
     for at in range(start, end, N):
         j = tl.arange(0, N)
-        if WINDOW is None:
-            k = _load_block(keys + base, at, end, 64, N, False)
-            v = _load_block(values + base, at, end, 64, N, False)
-        else:
-            k = _load_ring_block(keys + base, first, at, end, C, N)
-            v = _load_ring_block(values + base, first, at, end, C, N)
+        k = _load_entries(keys + base, first, at, end, C, N, WINDOW)
+        v = _load_entries(values + base, first, at, end, C, N, WINDOW)
         if key_scales is None:
             scores = _scores(queries, k)
         else:
