@@ -262,12 +262,15 @@ def _details(results: tuple[Evaluation, ...], index: int) -> Any:
     channels = [name for name, _ in first.by_channel()]
     table = Table(box=None, header_style="bold")
     table.add_column("model", overflow="fold")
-    for column in ("less the first's", "±", *channels, "exact replies"):
+    several = len(results) > 1
+    for column in (*(("less the first's", "±") if several else ()), *channels, "exact replies"):
         table.add_column(column, justify="right")
     for result in results:
         kl = result.against[index]
         difference = kl.difference(first)
-        numbers = ("", "") if kl is first else (f"{difference.mean:+.3g}", _error(difference.error))
+        numbers = (
+            [f"{difference.mean:+.3g}", _error(difference.error)] if kl is not first else ["", ""] if several else []
+        )
         parts = [f"{part.kl_mean:.3g}" for _, part in kl.by_channel()]
         replies = "" if result.replies is None else "{} of {}".format(*result.replies)
         table.add_row(escape(result.label), *numbers, *parts, replies)
