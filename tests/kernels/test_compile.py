@@ -53,7 +53,11 @@ def check(compiled: list[dict], archs: set[int]) -> None:
     "arch", [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(120, marks=pytest.mark.slow)]
 )
 def test_kernels_of_the_published_checkpoint(arch):
-    check(report("--format", "mxfp4", "--arch", str(arch), "--rows", "1", "16"), {arch})
+    compiled = report("--format", "mxfp4", "--arch", str(arch), "--rows", "1", "16")
+    check(compiled, {arch})
+    for c in compiled:
+        if arch == 90 and c["kernel"].endswith("grouped") and "prefill" in c["what"] and c["stages"] > 1:
+            assert c["in_flight"], c  # weights are decoded while the tensor cores multiply the ones before
 
 
 @pytest.mark.parametrize(("form", "most"), [("mxfp4", 3.7), ("mlx-4bit", 4.5)])

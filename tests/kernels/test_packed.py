@@ -10,6 +10,7 @@ import torch
 
 from mlx_gptoss.backends.base import padded_groups
 from mlx_gptoss.backends.cuda.kernels import linear
+from mlx_gptoss.backends.cuda.kernels.fused import Fused
 from mlx_gptoss.backends.cuda.load import fuse
 from mlx_gptoss.backends.cuda.matrices import PackedMatrix, pack
 
@@ -90,3 +91,10 @@ def test_large_scales(matrices, device, close, largest):
     out = torch.empty((2, 32), device=device)
     linear.linear(x, packed, out)
     close(out, x.double().cpu() @ stored.decode(torch.float32).double().cpu().T, 1e-2)
+
+
+def test_large_scales_are_logged_once(weight, device, caplog):
+    ops = Fused()
+    for kind, exponents in (("mxfp4", (110, 129)), ("nvfp4", (0, 1)), ("mxfp4", (129, 140)), ("mxfp4", (129, 140))):
+        ops.stored(fuse([weight(kind, 4, 64, exponents=exponents)], device))
+    assert ["decoded in two steps" in record.message for record in caplog.records] == [True]

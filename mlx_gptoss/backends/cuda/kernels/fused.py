@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,7 @@ from ..plain import TorchOperations
 from ..quantized_kv import KeysOrValues, Packed
 from . import attention, linear, moe, qkv, quantized_kv, routing
 
+_log: logging.Logger = logging.getLogger(__name__)
 SPLIT_QUERIES, SPLIT_KEYS = 64, 4096  # up to so many queries over more than so many keys, keys are split among programs
 
 
@@ -24,6 +26,7 @@ class Fused(TorchOperations):
 
     def __init__(self) -> None:
         super().__init__(threads=1)
+        self._said = False
 
     @staticmethod
     def check(config: ModelConfig) -> None:
@@ -41,8 +44,15 @@ class Fused(TorchOperations):
             )
 
     def stored(self, matrix: Matrix) -> Matrix:
-        """The matrix as the kernels read it."""
-        return pack(matrix) if isinstance(matrix, QuantizedMatrix) else matrix
+        """The matrix as the kernels read it. Logs once if scales are so large that weights are scaled in two steps."""
+        if not isinstance(matrix, QuantizedMatrix):
+            return matrix
+        packed, scale = pack(matrix), matrix.scale
+        foldable = matrix.spec.scale == "e8m0" or (scale is not None and scale.dtype == torch.bfloat16)
+        if matrix.spec.bits == 4 and foldable and not packed.small_scales and not self._said:
+            self._said = True
+            _log.warning("some scales of this checkpoint are large; its 4-bit weights are decoded in two steps, slower")
+        return packed
 
     def product(self, x: Tensor, matrix: Matrix, *, wide: bool = False) -> Tensor:
         """x [T, D] @ matrix [N, D]^T -> [T, N] of x's dtype, or float32 if `wide`"""
