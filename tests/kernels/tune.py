@@ -39,9 +39,10 @@ from mlx_gptoss.weights.synthetic import Synthetic
 
 LAYERS, REPEAT = 4, 15
 HEAD = 64  # rows of the qkv matrix in a head
-CANDIDATES = [Tile(BN, BK, warps, stages) for BN, BK, warps in
-         ((16, 128, 1), (16, 256, 1), (16, 256, 2), (16, 512, 2), (32, 128, 1), (32, 128, 2), (32, 128, 4),
-          (64, 64, 4), (64, 128, 4), (128, 64, 4)) for stages in (2, 3, 4)]  # fmt: skip
+CANDIDATES = [Tile(BN, BK, warps, stages, SPLIT) for BN, BK, warps, SPLIT in
+         ((16, 128, 1, 2), (16, 128, 4, 4), (16, 64, 4, 4), (4, 128, 1, 2), (16, 128, 1, 1), (16, 256, 1, 1),
+          (32, 128, 2, 1), (32, 64, 4, 2), (64, 128, 2, 1), (64, 128, 4, 1), (64, 64, 4, 1))
+         for stages in (2, 3, 4)]  # fmt: skip
 CHOICES = ("linear_tile", "gate_up_one_token_tile", "down_one_token_tile", "grouped_tile")
 CASES = ("qkv", "out", "router", "experts", "lm_head")
 PLAIN = TorchOperations(threads=1)
