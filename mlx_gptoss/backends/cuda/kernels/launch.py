@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import triton
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
 from . import tiles
@@ -33,8 +33,8 @@ def wait_for_inputs():
     """The first line of a kernel: wait until the kernels before it have ended, and let the next one start."""
     if not INTERPRETED:
         if cuda_capability_geq(9, 0):
-            gdc_wait()
-            gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: object, **options: object) -> None:
