@@ -94,6 +94,17 @@ def test_formats(mini, tmp_path, text_file, to):
             assert param.role == "embed" or not np.array_equal(after[name], plain[name])
 
 
+@pytest.mark.parametrize("source", ["fp8-dynamic", "nvfp4"])
+def test_other_sources(mini, tmp_path, text_file, source):
+    """Experts that the target does not calibrate are quantized as in a plain conversion."""
+    mlx_gptoss.convert(mini / source, tmp_path / "plain", "mlx-mxfp4-q4")
+    mlx_gptoss.convert(mini / source, tmp_path / "out", "mlx-mxfp4-q4", calibrate=text_file)
+    assert tensors(tmp_path / "out") == tensors(tmp_path / "plain")
+    plain, after = dict(weights(tmp_path / "plain")), dict(weights(tmp_path / "out"))
+    assert all(np.array_equal(plain[name], after[name]) for name in plain if ".experts." in name)
+    assert not np.array_equal(plain["layers.0.attention.q.weight"], after["layers.0.attention.q.weight"])
+
+
 def test_codes_that_the_target_stores_so_are_kept(mini, tmp_path, text_file):
     mlx_gptoss.convert(mini / "int4-autoround", tmp_path / "out", "mlx-4bit", calibrate=text_file)
     before, after = dict(weights(mini / "int4-autoround")), dict(weights(tmp_path / "out"))
