@@ -7,7 +7,6 @@ FILE.gguf has experts in MXFP4 and the rest in Q8_0. --busy N runs N programs be
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from requires import llama_cpp as llama
 
 from mlx_gptoss.backends import find_backend
 from mlx_gptoss.backends.base import Limits
+from mlx_gptoss.machine import cores
 from mlx_gptoss.measure.timing import Case, OurEngine
 from mlx_gptoss.weights.synthetic import Synthetic, preset
 
@@ -41,7 +41,7 @@ class LlamaCpp:
         self.vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self.model))
         options = llama.llama_context_default_params()
         options.n_ctx, options.n_batch, options.n_ubatch = tokens, tokens, 512
-        options.n_threads = options.n_threads_batch = os.cpu_count()
+        options.n_threads = options.n_threads_batch = cores()
         self.context = llama.llama_init_from_model(self.model, options)
         self.batch = llama.llama_batch_init(tokens, 0, 1)
 

@@ -126,6 +126,16 @@ class Function:
         arguments = [self.b.inttoptr(address, kind), *(ir.Constant(I32, value) for value in (0, 2, 1))]
         self.intrinsic("llvm.prefetch.p0", ir.VoidType(), *arguments)
 
+    def table_entry(self, name: str, values: Sequence[float], index: Value) -> Value:
+        """float32 of a table in memory. index: I64."""
+        kind = ir.ArrayType(F32, len(values))
+        table = self.module.globals.get(name)
+        if table is None:
+            table = ir.GlobalVariable(self.module, kind, name)
+            table.initializer, table.global_constant = ir.Constant(kind, list(values)), True
+            table.linkage = "internal"
+        return self.b.load(self.b.gep(table, [self.integer(0), index], inbounds=True), align=4)
+
     def floats(self, address: Value) -> Value:
         """Lanes float32."""
         return self.load(address, F32, self.lanes)

@@ -17,7 +17,7 @@ from typing import Literal
 
 from llvmlite import ir
 
-from ....weights.codecs import E2M1
+from ....weights.codecs import E2M1, E8M0
 from .emit import F16, F32, I8, I16, I32, I64, Function, Target, Value, compile_module
 
 # The table of a call: int64 each, then the fields of each job. Jobs are products with matrices of one shape and format,
@@ -104,34 +104,45 @@ class _Reader:
         if not self.storage.group:
             return values
         scale = self.scale(row, k)
-        wide = f.everywhere(scale)
         if not self.biased:
-            return [f.multiply(value, wide) for value in values]
-        bias = f.everywhere(self.bias(row, k, scale))
-        return [f.multiply_add(value, wide, bias) for value in values]
+            return [f.multiply(value, scale) for value in values]
+        bias = f.everywhere(self.bias(row, k))
+        return [f.multiply_add(value, scale, bias) for value in values]
 
     def scale(self, row: _Row, k: Value) -> Value:
-        """Of the group of input k, float32."""
-        return self._scale_at(row.scales, k)
-
-    def bias(self, row: _Row, k: Value, scale: Value) -> Value:
-        """Of the group of input k, for centered integers, float32."""
-        middle = ir.Constant(F32, float(1 << self.storage.bits - 1))
-        return self.f.multiply_add(scale, middle, self._scale_at(row.biases, k))
-
-    def _scale_at(self, base: Value, k: Value) -> Value:
+        """Of the group of input k, float32 in every lane."""
         f, kind = self.f, self.storage.scale
-        at = f.sum(base, f.times(f.over(k, self.storage.group), SIZES[kind]))
-        b = f.b
+        at = f.sum(row.scales, f.times(f.over(k, self.storage.group), SIZES[kind]))
+        if kind != "bfloat16":
+            return f.everywhere(self._float(at))
+        twice = f.pick(f.everywhere(f.load(at, I16)), [0] * 2 * f.lanes)  # one operation with the load
+        wide = f.b.bitcast(twice, ir.VectorType(I32, f.lanes))
+        return f.b.bitcast(f.b.shl(wide, f.constant(I32, 16)), ir.VectorType(F32, f.lanes))
+
+    def bias(self, row: _Row, k: Value) -> Value:
+        """Of the group of input k, for centered integers, float32."""
+        f, kind = self.f, self.storage.scale
+        at = f.times(f.over(k, self.storage.group), SIZES[kind])
+        middle = ir.Constant(F32, float(1 << self.storage.bits - 1))
+        return f.multiply_add(self._float(f.sum(row.scales, at)), middle, self._float(f.sum(row.biases, at)))
+
+    def biases(self, row: _Row, group: Value) -> Value:
+        """Of `lanes` groups, as bias."""
+        f = self.f
+        at = f.times(group, SIZES[self.storage.scale])
+        middle = f.constant(F32, float(1 << self.storage.bits - 1))
+        return f.multiply_add(self._dense(f.sum(row.scales, at)), middle, self._dense(f.sum(row.biases, at)))
+
+    def _float(self, at: Value) -> Value:
+        """A scale or a bias as float32."""
+        f, kind, b = self.f, self.storage.scale, self.f.b
         if kind == "float32":
             return f.load(at, F32)
         if kind == "float16":
             return f.from_half(f.load(at, F16))
         if kind == "bfloat16":
             return b.bitcast(b.shl(b.zext(f.load(at, I16), I32), ir.Constant(I32, 16)), F32)
-        exponent = b.shl(b.zext(f.load(at, I8), I32), ir.Constant(I32, 23))
-        smallest = ir.Constant(I32, 1 << 22)  # 2^-127, which is no normal number
-        return b.bitcast(b.select(b.icmp_unsigned(">", exponent, smallest), exponent, smallest), F32)
+        return f.table_entry("e8m0", E8M0.tolist(), b.zext(f.load(at, I8), I64))
 
     def _dense(self, at: Value) -> Value:
         f, b = self.f, self.f.b
@@ -163,7 +174,6 @@ def _dot(f: Function, reader: _Reader, row: _Row, inputs: Value, x: Value, sums:
     lanes, group = f.lanes, reader.storage.group
     unit = group or UNIT
     together = max(1, 64 // unit)  # units in one turn, each with its own sum, so that none waits for another
-    bias = f.variable(ir.Constant(F32, 0.0))
     totals = [f.zeros() for _ in range(together * (1 if group else unit // lanes))]
 
     def one(k: Value, n: int) -> None:
@@ -176,18 +186,30 @@ def _dot(f: Function, reader: _Reader, row: _Row, inputs: Value, x: Value, sums:
         part = f.multiply(*pairs[0])
         for pair in pairs[1:]:
             part = f.multiply_add(*pair, part)
-        scale = reader.scale(row, k)
-        f.accumulate(part, f.everywhere(scale), totals[n])
-        if reader.biased:
-            f.accumulate(reader.bias(row, k, scale), f.load(f.sum(sums, f.times(f.over(k, group), 4)), F32), bias)
+        f.accumulate(part, reader.scale(row, k), totals[n])
 
     even = f.times(f.over(inputs, unit * together), unit * together)
     with f.loop(0, even, unit * together) as k:
+        if group:
+            reader.prefetch(row, k, unit * together)
         for n in range(together):
             one(f.sum(k, n * unit), n)
     with f.loop(even, inputs, unit) as k:
         one(k, 0)
-    return f.add(f.total(_whole(f, totals)), f.b.load(bias))
+    total = f.total(_whole(f, totals))
+    return f.add(total, _biases(f, reader, row, f.over(inputs, group), sums)) if reader.biased else total
+
+
+def _biases(f: Function, reader: _Reader, row: _Row, groups: Value, sums: Value) -> Value:
+    """What the biases of a row add to its product: the sum over groups of bias times the sum of the inputs."""
+    wide, rest = f.zeros(), f.variable(ir.Constant(F32, 0.0))
+    even = f.times(f.over(groups, f.lanes), f.lanes)
+    with f.loop(0, even, f.lanes) as g:
+        f.accumulate(reader.biases(row, g), f.floats(f.sum(sums, f.times(g, 4))), wide)
+    with f.loop(even, groups) as g:
+        at = f.sum(sums, f.times(g, 4))
+        f.accumulate(reader.bias(row, f.times(g, reader.storage.group)), f.load(at, F32), rest)
+    return f.add(f.total(f.b.load(wide)), f.b.load(rest))
 
 
 def _dots(f: Function, reader: _Reader, rows: Sequence[_Row], inputs: Value, xs: Sequence[Value]) -> list[list[Value]]:
