@@ -68,8 +68,8 @@ def mixed_batch(runner, ids, *, exact):
 
 
 def test_a_batch_of_several_adapters(runner_of, ids):
-    """torch multiplies all tokens of an expert at once, and its rounding depends on their number."""
-    mixed_batch(runner_of, ids, exact="backends.mlx" in type(runner_of).__module__)
+    """A CPU multiplies all tokens of an expert at once, and its rounding depends on their number."""
+    mixed_batch(runner_of, ids, exact=False)
 
 
 def test_rows_without_an_adapter_are_bit_for_bit_as_before(runner_of, backend_module, device_of, tiny, ids):

@@ -15,10 +15,11 @@ from mlx_gptoss.backends.mlx.cpu.pool import Pool, one_blas_thread
 
 @pytest.fixture
 def pool():
+    before = set(threading.enumerate())
     made = Pool(3)
     yield made
     made.close()
-    assert not any(thread.name.startswith("mlx-gptoss-") for thread in threading.enumerate())
+    assert not any(thread.name.startswith("mlx-gptoss-") for thread in set(threading.enumerate()) - before)
 
 
 def blas_threads():

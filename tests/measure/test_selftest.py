@@ -243,7 +243,7 @@ CUDA_FAULTS = {
     ),
     "a scale ignored": (
         "linear, mxfp8",
-        replaced("layers", "_scales", lambda f: scaled(f, 0.99)),
+        replaced("matrices", "_scales", lambda f: scaled(f, 0.99)),
     ),
     "an up without its one": ("experts, bfloat16", replaced("plain", "clamped_swiglu", without_one)),
     "positions off by one": (
