@@ -69,7 +69,7 @@ def best_scales(
     """
     _, scale, bias = quantization.encode_affine(groups.copy(), spec)
     top = 2**spec.bits - 1
-    scale, bias = round_scale(scale, dtype), round_to(bias, dtype)
+    scale, bias = round_to(scale, dtype), round_to(bias, dtype)
     best_error = _squared_error(groups, scale, bias, top, weights)
     for proposed_scale, proposed_bias in _proposals(groups, top, dtype, weights):
         error = _squared_error(groups, proposed_scale, proposed_bias, top, weights)
