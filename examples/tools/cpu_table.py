@@ -1,4 +1,4 @@
-"""Print what this CPU does with four layers of gpt-oss-20b, idle and beside two busy programs, ours and others.
+"""Time four layers of gpt-oss-20b on this CPU in several engines, when it is idle and while two other programs run.
 
 python examples/tools/cpu_table.py FOLDER      keeps 8 GB of synthetic weights there; 12 minutes on two idle cores
 

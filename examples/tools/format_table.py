@@ -30,7 +30,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("formats", nargs="*", metavar="FORMAT")
 parser.add_argument("--model", default=NANO, type=Path)
 parser.add_argument("--text", type=Path)
-parser.add_argument("--beside", type=Path, action="append", default=[], help="a finished checkpoint to list as well")
+parser.add_argument("--also", type=Path, action="append", default=[], help="a finished checkpoint to list as well")
 options = parser.parse_args()
 names = ["bf16", *(name for name in options.formats or (*WRITERS, *CHOSEN) if name != "bf16")]
 text = options.text and options.text.read_text("utf-8")
@@ -40,7 +40,7 @@ with tempfile.TemporaryDirectory() as folder:
         to, _, how = name.partition("+")
         how, _, bits = how.partition("@")
         mlx_gptoss.convert(options.model, path, to=to, **OPTIONS[how], bits_per_weight=float(bits) if bits else None)
-    found = mlx_gptoss.evaluate(*paths.values(), *options.beside, against=paths["bf16"], text=text)
+    found = mlx_gptoss.evaluate(*paths.values(), *options.also, against=paths["bf16"], text=text)
     channels = [name for name, _ in found[0].against[0].by_channel()]
     print(f"{found[0].tokens} tokens\n")
     print(

@@ -3,7 +3,7 @@
 python examples/tools/write_gguf.py 20b 4 FILE.gguf
 python examples/tools/time_llama_cpp.py FILE.gguf 20b 4 [--format mlx-mxfp4-q8] [--busy 2]
 
-FILE.gguf has experts in MXFP4 and the rest in Q8_0. --busy N runs N programs beside that never wait.
+FILE.gguf has experts in MXFP4 and the rest in Q8_0. --busy N keeps N other programs running without a pause.
 """
 
 import argparse

@@ -7,7 +7,7 @@ which returns numpy for evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -105,6 +105,19 @@ class Sampled:
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
     accepted: tuple[Sampled, ...] = ()
+
+
+def verified(drafts: Sequence[int], sampled: Callable[[int], Sampled]) -> Sampled:
+    """The token sampled for a row, with those after it in `accepted`: one more for each draft that was right.
+
+    sampled: the token at the row's last token, for 0, and at its drafts, for 1 and so on.
+    """
+    tokens = []
+    for index, draft in enumerate((*drafts, None)):
+        tokens.append(sampled(index))
+        if tokens[-1].token != draft:
+            break
+    return replace(tokens[0], accepted=tuple(tokens[1:]))
 
 
 @dataclass(frozen=True)

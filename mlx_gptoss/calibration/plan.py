@@ -47,7 +47,7 @@ class Calibration:
 
     @property
     def identity(self) -> list[Any]:
-        """What the result depends on beside the source and the format, as JSON."""
+        """What the result depends on, apart from the source and the format, as JSON."""
         return [_VERSION, self.text.digest]
 
     def run(self, source: CheckpointLike, folder: Path, progress: Progress) -> Calibrated:

@@ -1,4 +1,4 @@
-"""What a CPU can do at most, beside its memory's bandwidth."""
+"""What a CPU can do at most, apart from its memory's bandwidth."""
 
 from __future__ import annotations
 

@@ -57,8 +57,8 @@ COMPANION_FILES = (
 class Calibration(Protocol):
     """Chooses the codes of a checkpoint before it is written (calibration/).
 
-    identity: everything that its result depends on beside the source and the format, as JSON. memory_bytes: upper bound
-    of the memory that it needs; disk_bytes: of the disk space, beside that of the result. widths: specs of single
+    identity: everything that its result depends on but the source and the format, as JSON. memory_bytes: upper bound
+    of the memory that it needs; disk_bytes: of the disk space, without the result's own. widths: specs of single
     matrices, as for plan_conversion.
     """
 

@@ -1,8 +1,7 @@
-"""Evaluation: each token is predicted once, the numbers match a slow independent computation, and plots are drawn."""
+"""Evaluation: each token is predicted once, the numbers match a slow independent computation."""
 
 from __future__ import annotations
 
-import builtins
 import math
 import shutil
 import subprocess
@@ -19,11 +18,9 @@ from hypothesis.extra.numpy import arrays
 import mlx_gptoss
 from mlx_gptoss import api
 from mlx_gptoss.errors import CheckpointError, GptOssError, InvalidRequest
-from mlx_gptoss.measure import evaluation, plot
-from mlx_gptoss.measure.evaluation import Divergence, Evaluation, evaluate, kl_divergence, log_softmax
-from mlx_gptoss.measure.passages import Document, places, read_documents, windows
-from mlx_gptoss.measure.results import Places, mean_of
-from mlx_gptoss.tokenizer import Tokenizer
+from mlx_gptoss.measure import evaluation
+from mlx_gptoss.measure.evaluation import Evaluation, evaluate, kl_divergence, log_softmax
+from mlx_gptoss.measure.passages import Document, read_documents, windows
 
 TEXT = "<|start|>user<|message|>What is 12 + 30?<|end|>The quick brown fox jumps over the lazy dog. " * 3
 TOOLS = Path(__file__).parents[2] / "examples" / "tools"
@@ -44,11 +41,6 @@ def converted(request, tmp_path_factory, name):
     folder = tmp_path_factory.mktemp("eval") / name
     mlx_gptoss.convert(request.getfixturevalue("mini") / "mxfp4", folder, to=name)
     return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer(request):
-    return Tokenizer.from_folder(request.getfixturevalue("mini") / "mxfp4")
 
 
 # ---- the numbers ---------------------------------------------------------------------------------------------------
@@ -89,66 +81,6 @@ def test_divergence_ignores_a_shift_of_logits_and_the_order_of_tokens(logits, sh
 
 def test_logits_of_any_size_have_a_softmax():
     assert np.allclose(log_softmax(np.float32([[3e38, 3e38], [-3e38, 3e38]])), [[-math.log(2)] * 2, [-6e38, 0]])
-
-
-# ---- documents and windows -----------------------------------------------------------------------------------------
-
-
-@given(
-    st.lists(st.tuples(st.integers(2, 60), st.integers(1, 59)), min_size=1, max_size=4),
-    st.integers(1, 20),
-    st.none() | st.integers(1, 80),
-)
-def test_every_token_that_counts_is_predicted_once_from_what_precedes_it(sizes, context, max_tokens):
-    documents = [
-        Document(tuple(range(100 * n, 100 * n + size)), min(first, size - 1)) for n, (size, first) in enumerate(sizes)
-    ]
-    wanted = [id for document in documents for id in document.ids[document.first :]]
-    cut = windows(documents, context, max_tokens)
-    got = []
-    for window in cut:
-        assert 1 <= len(window.inputs) <= context
-        assert len(window.targets) <= len(window.inputs)
-        run = (*window.inputs, window.targets[-1])
-        assert run[-len(window.targets) :] == window.targets
-        assert list(run) == list(range(run[0], run[-1] + 1)) and run[0] // 100 == run[-1] // 100
-        for target in window.targets:
-            assert target - run[0] >= min(target % 100, context // 2 + 1)
-        got += window.targets
-    assert got == wanted[:max_tokens]
-
-
-def test_documents_end_where_the_text_says(tokenizer):
-    text = "One.<|endoftext|>\nTwo.<|endoftext|>Three.<|endoftext|>\r\n"
-    documents = read_documents(text, tokenizer)
-    assert [tokenizer.decode(d.ids) for d in documents] == ["One.", "Two.", "Three."]
-    assert [d.first for d in documents] == [1, 1, 1]
-
-
-def test_replies_are_what_follows_the_last_message_of_others(tokenizer):
-    history = "<|start|>user<|message|>Hi<|end|><|start|>assistant<|channel|>final<|message|>Hello<|end|>"
-    prompt = history + "<|start|>user<|message|>2 + 2?<|end|><|start|>assistant"
-    reply = "<|channel|>analysis<|message|>4<|end|><|start|>assistant<|channel|>final<|message|>4<|return|>"
-    (document,) = read_documents(prompt + reply, tokenizer, "replies")
-    assert tokenizer.decode(document.ids[: document.first], specials=True) == prompt
-    assert tokenizer.decode(document.ids[document.first :], specials=True) == reply
-
-
-@pytest.mark.parametrize(
-    ("text", "score", "message"),
-    [
-        ("", "all", "nothing to predict"),
-        ("<|endoftext|>\n<|endoftext|>", "all", "nothing to predict"),
-        ("<|return|>", "all", "two tokens"),
-        ("plain text", "replies", "document 1 .* without a reply"),
-        ("<|start|>assistant hi<|return|><|endoftext|><|start|>user<|message|>x<|end|>", "replies", "document 2"),
-        ("<|start|>user<|message|>x<|end|><|start|>assistant", "replies", "nothing to predict"),
-        ("text", "some", "score"),
-    ],
-)
-def test_texts_without_anything_to_predict(tokenizer, text, score, message):
-    with pytest.raises(InvalidRequest, match=message):
-        read_documents(text, tokenizer, score)
 
 
 @pytest.mark.parametrize(("vocab", "context"), [(201088, 1024), (320, 2048), (10**10, 1)])
@@ -319,136 +251,6 @@ def test_logits_that_are_not_numbers_are_an_error(mini, monkeypatch):
     monkeypatch.setattr(api.Model, "logits", broken)
     with pytest.raises(GptOssError, match="not finite"):
         evaluate(mini / "mxfp4", text=TEXT, max_tokens=5)
-
-
-# ---- the plot ------------------------------------------------------------------------------------------------------
-
-
-def made_up(name, bits, kl, reference=None):
-    against = () if reference is None else (Divergence(reference, np.asarray(kl), np.ones(len(kl), bool)),)
-    return Evaluation(name, name, 1000, bits, 64, np.ones(len(kl)), against)
-
-
-@pytest.fixture
-def comparisons():
-    kl = np.random.default_rng(0).exponential(size=300)
-    reference = made_up("bf16", 16.0, np.zeros(300))
-    means = {"mlx-4bit": (4.5, 0.02), "mlx-nvfp4": (4.5, 0.021), "mlx-8bit": (8.5, 5e-4), "same": (4.25, 0.0)}
-    return [made_up(name, bits, mean * kl, reference) for name, (bits, mean) in means.items()]
-
-
-@pytest.mark.parametrize("chosen", [slice(0, 1), slice(0, 4), slice(3, 4)], ids=["one", "four", "no difference"])
-def test_plots_are_drawn(comparisons, tmp_path, chosen):
-    from matplotlib.image import imread
-
-    plot.plot_divergences(comparisons[chosen], tmp_path / "kl.png")
-    pixels = imread(tmp_path / "kl.png")[..., :3]
-    assert pixels.shape[0] > 600 and pixels.shape[1] > 1000
-    assert 0.5 < (pixels == 1).all(-1).mean() < 0.99  # mostly white, but not empty
-
-
-def test_the_most_divergent_comes_first_under_the_name_of_its_format(comparisons):
-    assert [line.label for line in plot.comparisons(comparisons)] == ["mlx-nvfp4", "mlx-4bit", "mlx-8bit", "same"]
-    assert [line.differs for line in plot.comparisons(comparisons)] == [True, True, True, False]
-    assert plot.comparisons(comparisons[:1])[0].label == "mlx-4bit against bf16"
-
-
-def test_folders_name_checkpoints_of_one_format():
-    ones = np.ones(3)
-    reference = Evaluation("runs/a", "bf16", 1, 16.0, 64, ones)
-    model = Evaluation("runs/b", "bf16", 1, 16.0, 64, ones, (Divergence(reference, ones, ones > 0),))
-    assert plot.comparisons([model])[0].label == "b against a"
-
-
-def test_smoothing_keeps_the_mean():
-    assert plot.rolling_mean(np.array([1.0, 2.0, 6.0, 0.0]), 2).tolist() == [1.5, 4.0, 3.0]
-    assert plot.rolling_mean(np.array([1.0, 2.0]), 1).tolist() == [1.0, 2.0]
-
-
-def test_labels_of_points_in_one_place_do_not_overlap():
-    points = np.array([[10.0, 10.0], [10.0, 10.0], [12.0, 11.0], [200.0, 10.0]])
-    shifts = plot._shifts(["one", "two", "three", "four"], points)
-    assert shifts[0] == shifts[3] == 0
-    heights = sorted(y + shift for (_, y), shift in zip(points[:3], shifts[:3], strict=True))
-    assert min(np.diff(heights)) >= plot.FONT
-
-
-def test_plots_that_cannot_be_written_are_refused_beforehand(comparisons, tmp_path, monkeypatch):
-    with pytest.raises(InvalidRequest, match="PNG"):
-        plot.check_plot(tmp_path / "kl.pdf")
-    with pytest.raises(InvalidRequest, match="does not exist"):
-        plot.check_plot(tmp_path / "nowhere" / "kl.png")
-    with pytest.raises(InvalidRequest, match="nothing was compared"):
-        plot.plot_divergences([made_up("a", 4.0, np.ones(3))], tmp_path / "kl.png")
-    importing = builtins.__import__
-
-    def without_matplotlib(name, *rest):
-        if name.split(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return importing(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
-    with pytest.raises(GptOssError, match=r"mlx-gptoss\[bench\]"):
-        plot.check_plot(tmp_path / "kl.png")
-
-
-# ---- errors, channels and replies ----------------------------------------------------------------------------------
-
-
-def test_the_standard_error_is_that_of_resampled_documents():
-    """Against the spread of the mean over 2000 resamplings of whole documents."""
-    rng = np.random.default_rng(1)
-    sizes = rng.integers(5, 60, 80)
-    window = np.repeat(np.arange(80), sizes)
-    values = rng.exponential(1, len(window)) * np.repeat(rng.exponential(1, 80), sizes)
-    found = mean_of(values, window)
-    sums, counts = np.bincount(window, values), np.bincount(window)
-    drawn = rng.integers(0, 80, (2000, 80))
-    spread = (sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)).std()
-    assert found.mean == pytest.approx(values.mean())
-    assert found.error == pytest.approx(spread, rel=0.1)
-    assert mean_of(values, None).error == pytest.approx(values.std(ddof=1) / len(values) ** 0.5)
-    assert math.isnan(mean_of(values, np.zeros(len(values), int)).error)
-
-
-def test_a_difference_is_that_of_pairs():
-    rng = np.random.default_rng(2)
-    hard = np.repeat(rng.exponential(1, 40), 25)
-    places = Places(np.repeat(np.arange(40), 25), np.full(1000, ""), np.full(1000, -1))
-    reference = Evaluation("a", "bf16", 1, 16.0, 64, hard)
-    first, second = (
-        Divergence(reference, hard * factor + rng.normal(0, 0.01, 1000), hard > 0, places) for factor in (1.0, 1.1)
-    )
-    found = second.difference(first)
-    assert found.mean == pytest.approx(second.kl_mean - first.kl_mean)
-    assert found.error < 0.2 * (first.kl_error**2 + second.kl_error**2) ** 0.5
-
-
-def test_channels_and_replies_of_a_text(tokenizer):
-    first = (
-        "<|start|>user<|message|>Hi<|end|><|start|>assistant<|channel|>analysis<|message|>Think<|end|>"
-        "<|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>"
-    )
-    text = f"{first}<|endoftext|>\nprose<|endoftext|><|start|>user<|message|>No reply<|end|>"
-    documents = read_documents(text, tokenizer)
-    by_channel = {
-        name: tokenizer.decode(
-            [id for id, at in zip(documents[0].ids, documents[0].channels, strict=True) if at == name], specials=True
-        )
-        for name in ("analysis", "commentary")
-    }
-    assert by_channel == {"analysis": "Think<|end|>", "commentary": "{}<|call|>"}
-    reply = documents[0].reply
-    assert reply and tokenizer.decode(documents[0].ids[reply:], specials=True).startswith("<|channel|>analysis")
-    assert [document.reply for document in documents[1:]] == [None, None]
-    assert not any(any(document.channels) for document in documents[1:])
-    for context in (10, 500):
-        found = places(list(windows(documents, context)))
-        assert (found.reply == 0).sum() == len(documents[0].ids) - reply and (found.reply <= 0).all()
-        assert (found.channel == "commentary").sum() == 3 and len(found.window) == sum(
-            len(d.ids) - 1 for d in documents
-        )
-    assert (places(list(windows(documents, 500, 12))).reply == -1).all()  # a reply that was cut is none
 
 
 def test_the_bundled_model_writes_most_replies_as_the_text_has_them():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...config import ModelConfig
 from ...sampling import Sampling
-from ..base import Limits, Row, Sampled, Snapshot, stage_count, used_adapters
+from ..base import Limits, Row, Sampled, Snapshot, stage_count, used_adapters, verified
 from .cache import Cache, FullCache, SlotSnapshot, Span
 from .model import GptOss
 from .sample import SamplerOutput, SamplerState, noise_keys, sample_tokens
@@ -44,12 +44,7 @@ class SampledRow:
     def read(self) -> Sampled:
         """The sampled token, followed by one more token for each draft that was right. Each token is drawn as it would
         be without drafts, so drafts change only the speed."""
-        tokens = []
-        for index, draft in enumerate((*self.drafts, None), self.first):
-            tokens.append(_sampled(self.output, index, self.sampling))
-            if tokens[-1].token != draft:
-                break
-        return replace(tokens[0], accepted=tuple(tokens[1:])) if self.drafts else tokens[0]
+        return verified(self.drafts, lambda index: _sampled(self.output, self.first + index, self.sampling))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """A layer of a decoding step in numpy, for a CPU: one token of each of several sequences.
 
 Between products a step has some fifty small operations. MLX computes each graph on another thread, which has to be
-woken, and beside busy programs waits for a core; here the caller computes them itself. model.py has the same network.
+woken and, on a busy machine, waits for a core. Here the caller computes them itself. model.py has the same network.
 
 Legend: B rows, D hidden, H query heads, K KV heads, S keys, E experts, A active per token, I intermediate, P = B * A.
 """

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ...config import ModelConfig
 from ...sampling import Sampling
-from ..base import Limits, Row, Sampled, Snapshot, stage_count, used_adapters, working_space
+from ..base import Limits, Row, Sampled, Snapshot, stage_count, used_adapters, verified, working_space
 from .cache import Cache, SlotSnapshot, Span
 from .model import GptOss
 from .sample import SamplerOutput, SamplerState, sample_tokens
@@ -34,12 +34,7 @@ class SampledRow:
     def read(self, output: SamplerOutput) -> Sampled:
         """The sampled token, followed by one more token for each draft that was right. Each token is drawn as it would
         be without drafts, so drafts change only the speed. output: this row's, on the host."""
-        tokens = []
-        for index, draft in enumerate((*self.drafts, None), self.first):
-            tokens.append(_sampled(output, index, self.sampling))
-            if tokens[-1].token != draft:
-                break
-        return replace(tokens[0], accepted=tuple(tokens[1:])) if self.drafts else tokens[0]
+        return verified(self.drafts, lambda index: _sampled(output, self.first + index, self.sampling))
 
 
 @dataclass(frozen=True)
