@@ -163,7 +163,7 @@ def test_a_run_begins_with_the_weights_of_a_checkpoint(tmp_path: Path, monkeypat
     import train_nano
 
     monkeypatch.setattr(train_nano, "judge", lambda *_: {})
-    train_nano.train(tmp_path / "run", minutes=0, start=NANO)
+    train_nano.train(tmp_path / "run", tokens=0, start=NANO)
     train_nano.export(train_nano.Run(tmp_path / "run").model, tmp_path / "out")
     for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (NANO / name).read_bytes(), name
@@ -177,9 +177,9 @@ def test_the_trainer_trains_and_exports_what_the_runtime_loads(tmp_path: Path, m
     monkeypatch.setattr(train_nano, "SHAPE", nano_model.Shape(vocab=384, hidden=64, layers=2, intermediate=64))
     monkeypatch.setattr(train_nano, "POOL", 64)
     monkeypatch.setattr(train_nano, "judge", lambda *_: {})
-    train_nano.train(tmp_path / "run", minutes=0.03)
+    train_nano.train(tmp_path / "run", tokens=8000)
     trained = train_nano.Run(tmp_path / "run")
-    assert trained.steps > 0
+    assert trained.tokens >= 8000 and trained.steps > 0
     train_nano.export(trained.model, tmp_path / "out")
     ids = list(range(0, 300, 3))
     with torch.no_grad():
@@ -190,6 +190,39 @@ def test_the_trainer_trains_and_exports_what_the_runtime_loads(tmp_path: Path, m
     with mlx_gptoss.load(tmp_path / "out", dtype="float32") as model:
         assert model.format == "mxfp4"
         assert abs(model.logits(ids) - expected).max() < 1e-4 * abs(expected).max()
+
+
+def test_products_of_single_experts_equal_those_of_all() -> None:
+    torch = pytest.importorskip("torch", reason="training needs torch")
+    import nano_model
+
+    torch.manual_seed(0)
+    experts = nano_model.Experts(nano_model.Shape(vocab=384, hidden=64, experts=12, active=4, intermediate=32))
+    torch.nn.init.normal_(experts.gate_up_bias)
+    torch.nn.init.normal_(experts.down_bias)
+    x = torch.randn(9, 64, requires_grad=True)  # 36 choices: not every expert gets tokens
+    weights, chosen = torch.softmax(torch.randn(9, 4), -1), torch.rand(9, 11).topk(4).indices
+    share = torch.zeros(9, 12).scatter(-1, chosen, weights)
+    outputs = experts.sparse(x, chosen, weights), experts.dense(x, share)
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
+    learned = [x, experts.gate_up, experts.gate_up_bias, experts.down, experts.down_bias]
+    gradients = [torch.autograd.grad(out.square().sum(), learned) for out in outputs]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_resumed_run_keeps_its_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch", reason="training needs torch")
+    import nano_model
+    import train_nano
+
+    monkeypatch.setattr(train_nano, "judge", lambda *_: {})
+    monkeypatch.setattr(train_nano, "POOL", 64)
+    shape = nano_model.Shape(vocab=384, hidden=64, layers=1, experts=12, active=2, intermediate=32)
+    train_nano.train(tmp_path, tokens=1, shape=shape, seed=5, prompts=True)
+    train_nano.train(tmp_path, tokens=2, shape=train_nano.SHAPE)
+    run = train_nano.Run(tmp_path)
+    assert run.model.shape == shape and run.steps == 1
 
 
 def test_tuning_starts_from_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

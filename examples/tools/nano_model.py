@@ -1,6 +1,7 @@
-"""The bundled model in PyTorch, for training only: gpt-oss with all experts computed densely.
+"""The bundled model in PyTorch, for training only.
 
-Legend: B rows, L tokens, T = B * L, D hidden, H query heads, K kv heads, E experts, I intermediate, V vocabulary.
+Legend: B rows, L tokens, T = B * L, D hidden, H query heads, K kv heads, E experts, A active experts, I intermediate,
+V vocabulary.
 Every training step runs inside `on_grid`, with the experts' weights rounded to MXFP4 (a straight-through estimator), so
 the exported file loses nothing.
 """
@@ -151,14 +152,41 @@ class Experts(nn.Module):
         s = self.shape
         logits = self.router(x)  # [T, E]
         top, chosen = logits.topk(s.active, -1)
-        share = torch.zeros_like(logits).scatter(-1, chosen, top.softmax(-1))  # [T, E]
-        both = F.linear(x, self.gate_up.view(-1, s.hidden), self.gate_up_bias.view(-1))
-        gate, up = both.view(-1, s.experts, s.intermediate, 2).unbind(-1)  # [T, E, I]
-        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
-        act = gate * torch.sigmoid(1.702 * gate) * (up + 1) * share.unsqueeze(-1)
-        out = act.flatten(1) @ self.down.transpose(1, 2).reshape(-1, s.hidden) + share @ self.down_bias
+        weights = top.softmax(-1)  # [T, A]
+        share = torch.zeros_like(logits).scatter(-1, chosen, weights)  # [T, E]
+        # Of few experts, computing all in two large products is faster than a product per expert.
+        out = self.sparse(x, chosen, weights) if s.experts > 2 * s.active else self.dense(x, share)
         used = (share > 0).float().mean(0) / s.active
         return out, s.experts * (used * logits.softmax(-1).mean(0)).sum()
+
+    def dense(self, x: Tensor, share: Tensor) -> Tensor:
+        """All experts on x [T, D], summed with the weights share [T, E], zero where a token did not choose one."""
+        s = self.shape
+        both = F.linear(x, self.gate_up.view(-1, s.hidden), self.gate_up_bias.view(-1))
+        act = swiglu(both.view(-1, s.experts, 2 * s.intermediate)) * share.unsqueeze(-1)  # [T, E, I]
+        return act.flatten(1) @ self.down.transpose(1, 2).reshape(-1, s.hidden) + share @ self.down_bias
+
+    def sparse(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """The experts chosen [T, A] on x [T, D], summed with weights [T, A]: a product for each expert's tokens."""
+        order = chosen.flatten().argsort()
+        counts = chosen.flatten().bincount(minlength=self.shape.experts).tolist()
+        tokens = order // self.shape.active
+        both = linear_each(x[tokens], counts, self.gate_up, self.gate_up_bias)
+        out = linear_each(swiglu(both), counts, self.down, self.down_bias)
+        return torch.zeros_like(x).index_add(0, tokens, (out * weights.flatten()[order, None]).to(x.dtype))
+
+
+def linear_each(x: Tensor, counts: list[int], weight: Tensor, bias: Tensor) -> Tensor:
+    """x [N, in], rows sorted by expert -> [N, out], where expert e of weight [E, out, in] takes the next counts[e]."""
+    parts = zip(x.split(counts), weight.unbind(), bias.unbind(), strict=True)
+    return torch.cat([F.linear(part, w, b) for part, w, b in parts])
+
+
+def swiglu(both: Tensor) -> Tensor:
+    """gpt-oss's clamped SwiGLU of [..., 2I], gate and up interleaved."""
+    gate, up = both.unflatten(-1, (-1, 2)).unbind(-1)
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
 class Layer(nn.Module):

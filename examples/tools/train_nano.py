@@ -1,14 +1,19 @@
 """Train the bundled model on a CPU and write it as a checkpoint.
 
-    python examples/tools/train_nano.py train --run runs/nano --minutes 90      # resumes where it stopped
+    python examples/tools/train_nano.py train --run runs/nano --tokens 17       # millions; resumes where it stopped
     python examples/tools/train_nano.py export --run runs/nano --to my-nano     # at any time; MXFP4
-    python examples/tools/train_nano.py train --run runs/more --from mlx_gptoss/nano --rate 0.5 --minutes 60
+    python examples/tools/train_nano.py train --run runs/more --from mlx_gptoss/nano --rate 0.5 --tokens 10
     python examples/tools/train_nano.py judge --run runs/judge --from mlx_gptoss/nano --per-kind 200 --seed 3
 
 The third line starts from a checkpoint's weights instead of random ones. The last prints the share of held-out turns,
 reasoning included, of which every token is the likeliest one: faster than measure_nano.py, and stricter. All of it
-needs torch. Only the assistant's tokens after `<|start|>assistant` count in the loss. The learning rate follows the
-time used so far, so a run of any length ends with a full decay.
+needs torch. Only the assistant's tokens after `<|start|>assistant` count in the loss, unless --prompts is given. The
+learning rate follows the
+tokens seen so far, so a run of any length ends with a full decay, and so does a resumed one with another --tokens.
+
+`--shape small` is a model of 20 million parameters with 32 experts. It is not in the package: format_table.py judges
+the formats on it, too. On a busy machine `--threads 1` is several times as fast as two threads that wait for each
+other.
 
 The bundled model saw 17 million tokens in 99 minutes, on two cores that other programs used too. The run was stopped
 and resumed several times with other settings: until minute 34 a step took conversations of one length only (see
@@ -23,6 +28,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -39,11 +45,12 @@ from mlx_gptoss.harmony.render import render
 from mlx_gptoss.tokenizer import Tokenizer
 
 SHAPE = Shape(vocab=384, hidden=192, layers=4, heads=4, kv_heads=2, experts=8, active=4, intermediate=128)
+SHAPES = {"nano": SHAPE, "small": Shape(vocab=384, hidden=256, layers=6, heads=4, experts=32, active=4)}
 BATCH_TOKENS, BATCHES_A_STEP = 1280, 3
 POOL = 1024
 PEAK_MUON, PEAK_ADAM = 0.01, 1e-3
 WARM_UP, IMBALANCE = 0.02, 0.01
-SAVE_EVERY, JUDGE_EVERY = 150.0, 300.0
+SAVE_EVERY, JUDGE_EVERY = 150.0, 0.1  # seconds; of a run's tokens
 JUDGED = 2  # the seed of the judged questions; measure_nano.py asks those of seed 0, nano_eval_text.py of seed 1
 
 
@@ -51,7 +58,7 @@ Pair = tuple[list[int], list[int]]  # the ids of a prompt, and of the turn that 
 
 
 class Batch(NamedTuple):
-    """ids [B, L], padded at the end; loss [B, L], whether position t predicts a token of the assistant's turn."""
+    """ids [B, L], padded at the end; loss [B, L], whether what position t predicts counts: the assistant's turn."""
 
     ids: Tensor
     loss: Tensor
@@ -60,8 +67,10 @@ class Batch(NamedTuple):
 class Encoder:
     """Encodes examples as token ids, with the prompt exactly as the runtime renders it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, prompts: bool = False) -> None:
+        """prompts: the tokens before the assistant's turn count in the loss, too."""
         folder.mkdir(parents=True, exist_ok=True)
+        self.prompts = prompts
         self.specials = write_tokenizer(folder)
         self.tokenizer = Tokenizer.from_folder(folder)
 
@@ -75,7 +84,7 @@ class Encoder:
         loss = torch.zeros(len(pairs), longest, dtype=torch.bool)
         for row, (prompt, turn) in enumerate(pairs):
             ids[row, : len(prompt) + len(turn)] = torch.tensor(prompt + turn)
-            loss[row, len(prompt) - 1 : len(prompt) + len(turn) - 1] = True
+            loss[row, 0 if self.prompts else len(prompt) - 1 : len(prompt) + len(turn) - 1] = True
         return Batch(ids, loss)
 
 
@@ -83,8 +92,10 @@ def length(pair: Pair) -> int:
     return len(pair[0]) + len(pair[1])
 
 
-def batches(encoder: Encoder, r: Random, mix: Mapping[str, float] = tasks.MIX) -> Iterator[list[Batch]]:
-    """Yield the batches of one step, without end; a batch holds conversations of similar length, about BATCH_TOKENS.
+def batches(
+    encoder: Encoder, r: Random, mix: Mapping[str, float] = tasks.MIX, size: int = BATCH_TOKENS
+) -> Iterator[list[Batch]]:
+    """Yield the batches of one step, without end; a batch holds conversations of similar length, about `size` tokens.
 
     A step takes several batches because conversations of one length are mostly of one kind, and steps on a single kind
     make the training unstable.
@@ -92,7 +103,7 @@ def batches(encoder: Encoder, r: Random, mix: Mapping[str, float] = tasks.MIX) -
     while True:
         groups: list[list[Pair]] = [[]]
         for pair in sorted((encoder.encode(tasks.draw(r, mix=mix)) for _ in range(POOL)), key=length):
-            if (len(groups[-1]) + 1) * length(pair) > BATCH_TOKENS:
+            if (len(groups[-1]) + 1) * length(pair) > size:
                 groups.append([])
             groups[-1].append(pair)
         r.shuffle(groups)
@@ -130,11 +141,13 @@ def orthogonal(g: Tensor) -> Tensor:
 class Run:
     """The state of a training run, saved in `checkpoint.pt`."""
 
-    def __init__(self, folder: Path, seed: int = 1, start: Path | None = None) -> None:
-        """start: a folder that `export` wrote; a new run starts from its weights, a resumed one ignores it."""
+    def __init__(self, folder: Path, seed: int = 1, start: Path | None = None, shape: Shape | None = None) -> None:
+        """start: a folder that `export` wrote; a new run starts from its weights. A resumed run takes the model, its
+        shape included, from the run."""
         torch.manual_seed(seed)
         self.file = folder / "checkpoint.pt"
-        self.model = Nano(SHAPE)
+        saved = torch.load(self.file) if self.file.exists() else None
+        self.model = Nano(Shape(**saved["shape"]) if saved else shape or SHAPE)
         if start is not None:
             self.model.load_state_dict(parameters(start))
         names = [n for n, p in self.model.named_parameters() if p.ndim >= 2 and "layers" in n and not skipped(n)]
@@ -142,9 +155,9 @@ class Run:
         others = [p for n, p in self.model.named_parameters() if n not in names]
         self.muon = Muon(matrices)
         self.adam = torch.optim.AdamW(others, betas=(0.9, 0.98), eps=1e-10, weight_decay=0.0)
-        self.tokens, self.seconds, self.steps = 0, 0.0, 0
-        if self.file.exists():
-            self.load(torch.load(self.file))
+        self.tokens, self.seconds, self.steps = 0, 0.0, 0  # seconds of CPU time
+        if saved:
+            self.load(saved)
 
     def load(self, state: dict[str, object]) -> None:
         for name, part in (("model", self.model), ("muon", self.muon), ("adam", self.adam)):
@@ -153,7 +166,8 @@ class Run:
 
     def save(self) -> None:
         parts = {name: getattr(self, name).state_dict() for name in ("model", "muon", "adam")}
-        torch.save({**parts, "progress": (self.tokens, self.seconds, self.steps)}, self.file.with_suffix(".new"))
+        progress = {"progress": (self.tokens, self.seconds, self.steps), "shape": asdict(self.model.shape)}
+        torch.save({**parts, **progress}, self.file.with_suffix(".new"))
         os.replace(self.file.with_suffix(".new"), self.file)
 
     def step(self, batches: list[Batch], rate: float) -> float:
@@ -212,34 +226,48 @@ def judge(model: Nano, encoder: Encoder, per_kind: int = 24, seed: int = JUDGED)
     return {kind: sum(oks) / len(oks) for kind, oks in right.items()}
 
 
-def train(folder: Path, minutes: float, fused: bool = False, start: Path | None = None, peak: float = 1.0) -> None:
-    """Train until the run has used `minutes`. peak: the highest learning rates, relative to PEAK_MUON and PEAK_ADAM."""
-    encoder, run = Encoder(folder), Run(folder, start=start)
+def train(
+    folder: Path,
+    tokens: float,
+    fused: bool = False,
+    start: Path | None = None,
+    peak: float = 1.0,
+    shape: Shape | None = None,
+    seed: int = 1,
+    size: int = BATCH_TOKENS,
+    prompts: bool = False,
+) -> None:
+    """Train until the run has seen `tokens`.
+
+    peak: the highest learning rates, relative to PEAK_MUON and PEAK_ADAM. size: the tokens of a batch. prompts: as in
+    Encoder.
+    """
+    encoder, run = Encoder(folder, prompts), Run(folder, seed, start, shape)
     if fused:
         for layer in run.model.layers:
             layer.compile(dynamic=True)
-    source = batches(encoder, Random(f"{run.steps} training"))
-    saved = judged = run.seconds
+    source = batches(encoder, Random(f"{seed} {run.steps} training"), size=size)
+    saved, judged = time.monotonic(), run.tokens
     stops: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stops.append(number))
-    mean, before = 0.0, time.monotonic()
-    while run.seconds < minutes * 60 and not stops:
-        loss = run.step(next(source), peak * rate_at(run.seconds / (minutes * 60)))
+    mean, before = 0.0, time.process_time()
+    while run.tokens < tokens and not stops:
+        loss = run.step(next(source), peak * rate_at(run.tokens / tokens))
         mean = loss if mean == 0 else 0.95 * mean + 0.05 * loss
-        run.seconds, before = run.seconds + time.monotonic() - before, time.monotonic()
+        run.seconds, before = run.seconds + time.process_time() - before, time.process_time()
         if run.steps % 20 == 0:
-            done = f"{run.tokens / 1e6:.2f} M tokens  {run.tokens / run.seconds:.0f}/s"
+            done = f"{run.tokens / 1e6:.2f} M tokens  {run.tokens / run.seconds:.0f} a CPU second"
             clock = time.strftime("%H:%M:%S")
             print(f"{clock} {run.seconds / 60:6.1f} min  step {run.steps}  {done}  loss {mean:.4f}", flush=True)
-        if run.seconds - saved > SAVE_EVERY:
+        if time.monotonic() - saved > SAVE_EVERY:
             run.save()
-            saved = run.seconds
-        if run.seconds - judged > JUDGE_EVERY:
-            show(judge(run.model, encoder))
-            judged = run.seconds
+            saved = time.monotonic()
+        if run.tokens - judged > JUDGE_EVERY * tokens:
+            show(judge(run.model, Encoder(folder), 8))
+            judged = run.tokens
     run.save()
     if not stops:
-        show(judge(run.model, encoder, 50))
+        show(judge(run.model, Encoder(folder), 50))
 
 
 def show(shares: dict[str, float]) -> None:
@@ -250,7 +278,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("train", "export", "judge"))
     parser.add_argument("--run", type=Path, required=True, help="folder of the run's state")
-    parser.add_argument("--minutes", type=float, default=90, help="training time, including earlier parts of the run")
+    parser.add_argument("--shape", choices=SHAPES, default="nano", help="of a new run's model")
+    parser.add_argument("--tokens", type=float, default=17, help="millions, earlier parts of the run included")
+    parser.add_argument("--prompts", action="store_true", help="learn the tokens of prompts, too")
+    parser.add_argument("--batch", type=int, default=BATCH_TOKENS, help="tokens of each of a step's three batches")
     parser.add_argument("--to", type=Path, help="folder to write the model to")
     parser.add_argument(
         "--fused", action="store_true", help="compile the layers (needs a C++ compiler; 1.2 times as fast)"
@@ -258,15 +289,25 @@ def main() -> None:
     parser.add_argument("--from", type=Path, dest="start", metavar="FOLDER", help="start from a checkpoint's weights")
     parser.add_argument("--rate", type=float, default=1.0, help="the highest learning rate, relative to the usual one")
     parser.add_argument("--per-kind", type=int, default=24, help="questions that `judge` asks of each kind")
-    parser.add_argument("--seed", type=int, default=JUDGED, help="of the questions that `judge` asks")
+    parser.add_argument("--seed", type=int, help="of a new run's weights and text (1), or of `judge`'s questions (2)")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.what == "train":
-        train(options.run, options.minutes, options.fused, options.start, options.rate)
+        train(
+            options.run,
+            options.tokens * 1e6,
+            options.fused,
+            options.start,
+            options.rate,
+            SHAPES[options.shape],
+            options.seed or 1,
+            options.batch,
+            options.prompts,
+        )
     elif options.what == "judge":
         run = Run(options.run, start=options.start)
-        show(judge(run.model, Encoder(options.run), options.per_kind, options.seed))
+        show(judge(run.model, Encoder(options.run), options.per_kind, options.seed or JUDGED))
     elif options.to is None:
         parser.error("export needs --to FOLDER")
     else:
