@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .options import ModelName
-from .progress import byte_bar, count_bar
+from mlx_gptoss.options import LoadOptions
+
+from .options import ModelName, declared, options
+from .progress import byte_bar
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -50,6 +52,14 @@ def _formats(ctx: click.Context, param: click.Parameter, incomplete: str) -> lis
     metavar="B",
     help="With --calibrate: 3, 4, 6 or 8 bits for each matrix, by what it gains, and B in all.",
 )
+@click.option(
+    "--memory",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB",
+    help="Instead of --bits-per-weight: as many bits as fit into GB of a GPU's memory with --context tokens.",
+)
+@click.option("--context", type=click.IntRange(min=1), metavar="N", help="The tokens of --memory. Default: 8192.")
+@options(declared(LoadOptions, "backend", "device"))
 @click.option("--adapter", metavar="PATH", help="Merge this LoRA adapter into the weights; with --to bf16 alone.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing DEST.")
 def convert(
@@ -59,6 +69,10 @@ def convert(
     search: str | None,
     calibrate: str | None,
     bits_per_weight: float | None,
+    memory: float | None,
+    context: int | None,
+    backend: str,
+    device: str | None,
     adapter: str | None,
     overwrite: bool,
 ) -> None:
@@ -69,19 +83,34 @@ def convert(
 
     --calibrate computes the model on a text, layer by layer, and quantizes each matrix so that its outputs change
     least. It takes longer and changes neither layout nor size. It continues after the last complete layer.
+
+    --backend and --device: with --calibrate, their GPU computes the large products; without one, numpy does on the CPU.
+
+    --memory: what a Mac lets its GPU take is two thirds of its memory up to 32 GB, and three quarters above; more on
+    macOS 26. `mlx-gptoss show` prints it.
     """
     from mlx_gptoss import api
     from mlx_gptoss.loading.memory import gigabytes
 
-    if bits_per_weight is not None and calibrate is None:
-        raise click.UsageError("--bits-per-weight is measured on a text: give --calibrate, too")
+    mixed = {"--bits-per-weight": bits_per_weight, "--memory": memory, "--context": context}
+    for name, value in mixed.items():
+        if value is not None and calibrate is None:
+            raise click.UsageError(f"{name} is for widths measured on a text: give --calibrate, too")
     plan = None
     if calibrate is not None:
-        with count_bar("Planning") as update:
-            plan = api.plan_calibration(source, to, calibrate or True, bits_per_weight=bits_per_weight, progress=update)
+        plan = api.plan_calibration(
+            source,
+            to,
+            calibrate or True,
+            bits_per_weight=bits_per_weight,
+            memory=None if memory is None else int(memory * 1e9),
+            context=context,
+            backend=backend,
+            device=device,
+        )
         click.echo(
-            f"calibrating on {plan.text.tokens} tokens; needs at most {gigabytes(plan.memory_bytes)} of memory and "
-            f"{gigabytes(plan.disk_bytes)} of disk space until it is done",
+            f"calibrating on {plan.text.tokens} tokens, with {plan.products.name}; needs at most "
+            f"{gigabytes(plan.memory_bytes)} of memory and {gigabytes(plan.disk_bytes)} of disk space until it is done",
             err=True,
         )
     try:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from .calibration.plan import Calibration
 from .calibration.plan import plan_calibration as _plan_calibration
+from .calibration.widths import Budget
 from .engine import Engine, LoadedAdapter, PrefixFiles
 from .errors import InvalidRequest
 from .loading import hub
 from .loading.distributed import coordinate, serve_rank
-from .loading.memory import require_fit
+from .loading.memory import PREFERRED_CONTEXT, require_fit, weights_that_fit
 from .loading.plan import NANO as NANO
 from .loading.plan import LoadPlan, LoadRequest, Progress, open_source, plan_load
 from .loading.plan import describe_adapter as describe_adapter
@@ -21,6 +22,7 @@ from .loading.plan import is_adapter as is_adapter
 from .loading.plan import memory_plan as memory_plan
 from .loading.plan import open_checkpoint as open_checkpoint
 from .loading.plan import sizes_in_other_formats as sizes_in_other_formats
+from .loading.products import find_products
 from .loading.recommend import mappable_by_format, recommend
 from .model import Model
 from .options import LoadOptions
@@ -99,6 +101,10 @@ def convert(
     search: str | None = None,
     calibrate: bool | str | Path | Calibration | None = None,
     bits_per_weight: float | None = None,
+    memory: int | None = None,
+    context: int | None = None,
+    backend: str = "auto",
+    device: str | None = None,
     adapter: str | Path | None = None,
     overwrite: bool = False,
     progress: conversion.Progress | None = None,
@@ -115,6 +121,9 @@ def convert(
         the same layout and size; see mlx_gptoss/weights/README.md. None or False does not.
     bits_per_weight: with calibrate, for mlx-4bit, mlx-3bit and mlx-mxfp4-q4: matrices get 3, 4, 6 or 8 bits each, those
         more whose rounding changes the outputs most, so that the whole result has at most this many bits per weight.
+    memory, context: in place of bits_per_weight, the bytes of memory that the result may take while it runs on a GPU
+        with a sequence of `context` tokens (None is 8192), by the memory plan of MLX.
+    backend, device: as for load(); with calibrate, their GPU computes the large products, and numpy on a CPU.
     adapter: a LoRA adapter, a folder or a hub id, to merge into the weights; into bf16 alone.
     overwrite: replace an existing destination once the new one is complete.
     progress: called as progress(bytes done, bytes in all, what is being done).
@@ -124,11 +133,23 @@ def convert(
     read, and GptOssError for an unknown format, an existing destination or a full disk.
     """
     merged = None if adapter is None else hub.resolve_adapter(adapter)
-    if bits_per_weight is not None and (calibrate in (None, False) or isinstance(calibrate, Calibration)):
-        raise InvalidRequest("bits_per_weight is measured on a text: give calibrate=True or a file, too")
-    if calibrate is not None and not isinstance(calibrate, Calibration):
-        measured = partial(plan_calibration, bits_per_weight=bits_per_weight, progress=progress)
-        calibrate = None if calibrate is False else measured(source, to, calibrate)
+    mixed = {"bits_per_weight": bits_per_weight, "memory": memory, "context": context}
+    if calibrate in (None, False) or isinstance(calibrate, Calibration):
+        for name, value in mixed.items():
+            if value is not None:
+                raise InvalidRequest(f"{name} is for widths measured on a text: give calibrate=True or a file, too")
+        calibrate = calibrate or None
+    else:
+        calibrate = plan_calibration(
+            source,
+            to,
+            calibrate,
+            bits_per_weight=bits_per_weight,
+            memory=memory,
+            context=context,
+            backend=backend,
+            device=device,
+        )
     return conversion.convert(
         hub.resolve(source),
         Path(destination),
@@ -147,17 +168,42 @@ def plan_calibration(
     text: bool | str | Path = True,
     *,
     bits_per_weight: float | None = None,
-    progress: conversion.Progress | None = None,
+    memory: int | None = None,
+    context: int | None = None,
+    backend: str = "auto",
+    device: str | None = None,
 ) -> Calibration:
     """What convert(source, ..., to, calibrate=text) computes with: the tokens of the text, memory and disk space.
 
-    bits_per_weight: as for convert(); what each matrix costs is measured here, with progress(matrices done, in total,
-        what is being done).
-    Raises InvalidRequest for a format that is not calibrated or a text that cannot be read, DoesNotFit if there is too
-    little memory.
+    bits_per_weight, memory, context, backend, device: as for convert().
+    Raises InvalidRequest for a format that is not calibrated, a text that cannot be read or a size that mixed widths
+    cannot have, DoesNotFit if there is too little memory to calibrate.
     """
     path = None if isinstance(text, bool) else Path(text)
-    return _plan_calibration(checkpoints.open(hub.resolve(source)), to, path, bits_per_weight, progress)
+    checkpoint = checkpoints.open(hub.resolve(source))
+    budget = _budget(checkpoint, bits_per_weight, memory, context)
+    return _plan_calibration(checkpoint, to, path, budget, find_products(backend, device))
+
+
+def _budget(
+    checkpoint: Checkpoint, bits_per_weight: float | None, memory: int | None, context: int | None
+) -> Budget | None:
+    """The size of a result of mixed widths; None for a format's own widths. Raises InvalidRequest."""
+    if bits_per_weight is not None and memory is not None:
+        raise InvalidRequest("give bits_per_weight or memory, not both")
+    if bits_per_weight is not None:
+        parameters = sum(param.size for param in checkpoint.params)
+        return Budget(int(bits_per_weight * parameters / 8), f"{bits_per_weight:g} bits per weight")
+    if memory is None and context is not None:
+        raise InvalidRequest("context says for what memory is: give memory, too")
+    if memory is None:
+        return None
+    longest = checkpoint.config.max_position_embeddings
+    context = min(PREFERRED_CONTEXT, longest) if context is None else context
+    if not 1 <= context <= longest:
+        raise InvalidRequest(f"context must be from 1 to {longest}, not {context}")
+    reason = f"{memory / 1e9:g} GB of memory with {context} tokens of context"
+    return Budget(weights_that_fit(checkpoint.config, memory, context), reason)
 
 
 def _require_fit(plan: LoadPlan) -> None:

@@ -40,7 +40,7 @@ MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it ma
     "ranks": {"backends.base", "config", "errors", "machine", "sampling"},
     # 3
     "chat": LEVEL_0 | {"options", "engine", "harmony"},
-    "calibration": LEVEL_0 | {"backends.rope", "harmony", "weights"},
+    "calibration": LEVEL_0 | SEAM | {"harmony", "weights"},
     "loading": LEVEL_0 | {"options", "backends", "backends.base", "ranks", "weights"},
     # 4
     "model": LEVEL_0 | {"options", "chat", "engine", "harmony.messages", "loading.memory", "weights.checkpoint"},

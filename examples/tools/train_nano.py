@@ -12,8 +12,8 @@ learning rate follows the
 tokens seen so far, so a run of any length ends with a full decay, and so does a resumed one with another --tokens.
 
 `--shape small` is a model of 20 million parameters with 32 experts. It is not in the package: format_table.py judges
-the formats on it, too. On a busy machine `--threads 1` is several times as fast as two threads that wait for each
-other.
+the formats on it, too. The three batches of a step are computed on a thread each, because threads that share a product
+wait for each other, which on a busy machine made them several times as slow.
 
 The bundled model saw 17 million tokens in 99 minutes, on two cores that other programs used too. The run was stopped
 and resumed several times with other settings: until minute 34 a step took conversations of one length only (see
@@ -28,6 +28,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
@@ -114,18 +115,20 @@ def batches(
 class Muon(torch.optim.Optimizer):
     """Momentum with updates made orthogonal by five Newton-Schulz steps (Jordan et al. 2024); for [..., out, in]."""
 
-    def __init__(self, parameters: list[Tensor]) -> None:
+    def __init__(self, parameters: list[Tensor], pool: ThreadPoolExecutor) -> None:
         super().__init__(parameters, {"lr": 0.0})
+        self.pool = pool
 
-    @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 0.05)
-                update = orthogonal(p.grad.lerp(momentum, 0.95))
-                rate = group["lr"] * max(1, p.shape[-2] / p.shape[-1]) ** 0.5
-                p.mul_(1 - 0.01 * group["lr"]).sub_(update, alpha=rate)
+            list(self.pool.map(lambda p, rate=group["lr"]: self.update(p, rate), group["params"]))
+
+    @torch.no_grad()
+    def update(self, p: Tensor, rate: float) -> None:
+        momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+        momentum.lerp_(p.grad, 0.05)
+        update = orthogonal(p.grad.lerp(momentum, 0.95))
+        p.mul_(1 - 0.01 * rate).sub_(update, alpha=rate * max(1, p.shape[-2] / p.shape[-1]) ** 0.5)
 
 
 def orthogonal(g: Tensor) -> Tensor:
@@ -141,9 +144,11 @@ def orthogonal(g: Tensor) -> Tensor:
 class Run:
     """The state of a training run, saved in `checkpoint.pt`."""
 
-    def __init__(self, folder: Path, seed: int = 1, start: Path | None = None, shape: Shape | None = None) -> None:
+    def __init__(
+        self, folder: Path, seed: int = 1, start: Path | None = None, shape: Shape | None = None, threads: int = 1
+    ) -> None:
         """start: a folder that `export` wrote; a new run starts from its weights. A resumed run takes the model, its
-        shape included, from the run."""
+        shape included, from the run. threads: that compute the batches of a step."""
         torch.manual_seed(seed)
         self.file = folder / "checkpoint.pt"
         saved = torch.load(self.file) if self.file.exists() else None
@@ -153,7 +158,8 @@ class Run:
         names = [n for n, p in self.model.named_parameters() if p.ndim >= 2 and "layers" in n and not skipped(n)]
         matrices = [p for n, p in self.model.named_parameters() if n in names]
         others = [p for n, p in self.model.named_parameters() if n not in names]
-        self.muon = Muon(matrices)
+        self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+        self.muon = Muon(matrices, self.pool)
         self.adam = torch.optim.AdamW(others, betas=(0.9, 0.98), eps=1e-10, weight_decay=0.0)
         self.tokens, self.seconds, self.steps = 0, 0.0, 0  # seconds of CPU time
         if saved:
@@ -174,27 +180,26 @@ class Run:
         """Take one optimizer step on all the batches; return the mean loss per token."""
         for optimizer, highest in ((self.muon, PEAK_MUON), (self.adam, PEAK_ADAM)):
             optimizer.param_groups[0]["lr"] = rate * highest
-            optimizer.zero_grad()
         targets = sum(int(batch.loss.sum()) for batch in batches)
-        total = 0.0
         with on_grid(self.model):
-            for batch in batches:
-                total += self.backward(batch, targets)
+            parts = list(self.pool.map(lambda batch: self.gradients(batch, targets), batches))
+        for p, gradients in zip(self.model.parameters(), zip(*(part for _, part in parts), strict=True), strict=True):
+            p.grad = sum(gradients[1:], gradients[0])
         torch.nn.utils.clip_grad_norm_(self.adam.param_groups[0]["params"], 1.0)
         self.muon.step()
         self.adam.step()
         self.tokens, self.steps = self.tokens + sum(batch.ids.numel() for batch in batches), self.steps + 1
-        return total
+        return sum(loss for loss, _ in parts)
 
-    def backward(self, batch: Batch, targets: int) -> float:
-        """Add the gradients of one batch to a step with `targets` target tokens; return its share of the loss."""
+    def gradients(self, batch: Batch, targets: int) -> tuple[float, tuple[Tensor, ...]]:
+        """What one batch adds to the loss of a step with `targets` target tokens, and its parameters' gradients."""
         where = batch.loss[:, :-1]
         with torch.autocast("cpu", torch.bfloat16):
             hidden, imbalance = self.model(batch.ids)
             logits = self.model.lm_head(hidden[:, :-1][where])
         loss = F.cross_entropy(logits.float(), batch.ids[:, 1:][where], reduction="sum") / targets
-        (loss + IMBALANCE * imbalance / BATCHES_A_STEP).backward()
-        return loss.item()
+        whole = loss + IMBALANCE * imbalance / BATCHES_A_STEP
+        return loss.item(), torch.autograd.grad(whole, list(self.model.parameters()))
 
 
 def skipped(name: str) -> bool:
@@ -236,13 +241,14 @@ def train(
     seed: int = 1,
     size: int = BATCH_TOKENS,
     prompts: bool = False,
+    threads: int = BATCHES_A_STEP,
 ) -> None:
     """Train until the run has seen `tokens`.
 
     peak: the highest learning rates, relative to PEAK_MUON and PEAK_ADAM. size: the tokens of a batch. prompts: as in
-    Encoder.
+    Encoder. fused: compile the layers; then a step takes one thread, because compiling is not thread-safe.
     """
-    encoder, run = Encoder(folder, prompts), Run(folder, seed, start, shape)
+    encoder, run = Encoder(folder, prompts), Run(folder, seed, start, shape, 1 if fused else threads)
     if fused:
         for layer in run.model.layers:
             layer.compile(dynamic=True)
@@ -284,15 +290,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=BATCH_TOKENS, help="tokens of each of a step's three batches")
     parser.add_argument("--to", type=Path, help="folder to write the model to")
     parser.add_argument(
-        "--fused", action="store_true", help="compile the layers (needs a C++ compiler; 1.2 times as fast)"
+        "--fused", action="store_true", help="compile the layers (needs a C++ compiler)"
     )
     parser.add_argument("--from", type=Path, dest="start", metavar="FOLDER", help="start from a checkpoint's weights")
     parser.add_argument("--rate", type=float, default=1.0, help="the highest learning rate, relative to the usual one")
     parser.add_argument("--per-kind", type=int, default=24, help="questions that `judge` asks of each kind")
     parser.add_argument("--seed", type=int, help="of a new run's weights and text (1), or of `judge`'s questions (2)")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=BATCHES_A_STEP)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     if options.what == "train":
         train(
             options.run,
@@ -304,6 +309,7 @@ def main() -> None:
             options.seed or 1,
             options.batch,
             options.prompts,
+            options.threads,
         )
     elif options.what == "judge":
         run = Run(options.run, start=options.start)

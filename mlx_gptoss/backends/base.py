@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,23 @@ if TYPE_CHECKING:
     from ..weights.tensor import Weights
 
 
+MatMul = Callable[[NDArray[Any], NDArray[Any]], NDArray[Any]]  # float32 [M, K] @ [K, N], transposed or not
 Read = tuple[int, Spec | None]  # values of an array that a decode step reads, and their storage; None is dense
+
+
+@dataclass(frozen=True)
+class Products:
+    """What computes large products of numpy arrays (Backend.matmul).
+
+    name: for the user. on_device: whether it copies the arrays to a device.
+    """
+
+    name: str
+    matmul: MatMul
+    on_device: bool
+
+
+NUMPY_PRODUCTS = Products("numpy on the CPU", np.matmul, on_device=False)
 
 
 @dataclass(frozen=True)
@@ -267,6 +283,10 @@ class Backend(Protocol):
     def cpu_products(self, device: str | None, dtype: str | None) -> str:
         """How matrices are multiplied on a CPU: "compiled" for it by llvmlite, or "numpy". "" where the backend's
         library does it."""
+        ...
+
+    def matmul(self, device: str | None) -> MatMul:
+        """A function that multiplies numpy arrays on the device, in full float32. It may be called from any thread."""
         ...
 
     def copy_bandwidth(self, device: str | None) -> float:

@@ -126,7 +126,7 @@ class _Run:
         matrix = Matrix(self._source, self.target, writer, param, None)
         if matrix.is_calibrated:
             norm = codecs.dequantize(self._source.read("norm.weight"))
-            sums = MomentSums(config.hidden_size, with_mean=False)
+            sums = MomentSums(config.hidden_size, with_mean=False, matmul=self.target.matmul)
             for start in range(0, len(streams), CHUNK):
                 rows = slice(start, start + CHUNK)
                 original, actual = np.asarray(streams.original[rows]), np.asarray(streams.actual[rows])

@@ -100,13 +100,13 @@ class Layer:
     def _attention(self, before: Streams, after: Streams) -> None:
         """after = before + attention, in both models."""
         config, norm, sinks = self._config, self._vector("attention_norm.weight"), self._vector("attention.sinks")
-        sums = MomentSums(config.hidden_size)
+        sums = self._sums(config.hidden_size)
         for rows in _chunks(len(before)):
             sums.add(*(self._normed(stream[rows], norm) for stream in (before.original, before.actual)))
         moments = sums.moments()
         heads = [self._finish(f"attention.{name}", moments) for name in "qkv"]
         mixed = Streams(*(self._scratch(f"mixed-{name}", config.q_size) for name in ("a", "b")))
-        sums = MomentSums(config.q_size)
+        sums = self._sums(config.q_size)
         for rows in self._windows():
             for stream, out, side in ((before.original, mixed.original, 0), (before.actual, mixed.actual, 1)):
                 x = self._normed(stream[rows], norm)
@@ -129,7 +129,7 @@ class Layer:
     def _router(self, streams: Streams, normed: Streams) -> tuple[Routing, Routing]:
         """The routing of all tokens in both models. normed: the experts' inputs, filled in."""
         config, norm = self._config, self._vector("mlp_norm.weight")
-        sums = MomentSums(config.hidden_size)
+        sums = self._sums(config.hidden_size)
         for rows in _chunks(len(streams)):
             normed.original[rows] = self._normed(streams.original[rows], norm)
             normed.actual[rows] = self._normed(streams.actual[rows], norm)
@@ -190,7 +190,7 @@ class Layer:
         actual = self._hidden(normed.actual, tokens, inner[0].actual, inner[1].actual)
         moments = None
         if down.is_calibrated:
-            sums = MomentSums(self._config.intermediate_size)
+            sums = self._sums(self._config.intermediate_size)
             places = np.searchsorted(every, tokens)
             for rows in _chunks(len(tokens)):
                 sums.add(hidden[places[rows]], actual[rows], weights[rows])
@@ -201,7 +201,7 @@ class Layer:
         return _ExpertOutput((in_original, first), (own, second))
 
     def _input_moments(self, normed: Streams, tokens: Integers, weights: Floats) -> Moments:
-        sums = MomentSums(self._config.hidden_size)
+        sums = self._sums(self._config.hidden_size)
         for rows in _chunks(len(tokens)):
             part = tokens[rows]
             sums.add(normed.original[part], normed.actual[part], weights[rows])
@@ -217,6 +217,9 @@ class Layer:
         return out
 
     # ---- matrices and vectors
+
+    def _sums(self, width: int) -> MomentSums:
+        return MomentSums(width, matmul=self._target.matmul)
 
     def _finish(self, name: str, moments: Moments) -> Pair:
         matrix = self._matrix(name)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..backends.base import MatMul
 from ..weights import codecs, quantization
 from ..weights.checkpoint import CheckpointLike
 from ..weights.formats.base import Recipe
@@ -26,10 +27,11 @@ class Linear:
 
     weight: Floats
     bias: Floats | np.float32
+    matmul: MatMul
 
     def __call__(self, x: Floats) -> Floats:
         """x [T, K] -> [T, N]"""
-        y: Floats = x @ self.weight.T
+        y: Floats = self.matmul(x, self.weight.T)
         y += self.bias
         return y
 
@@ -47,17 +49,23 @@ class Target:
     """How the result stores matrices.
 
     specs: by name, of the matrices that are calibrated. stored: by name, of the other ones; None is bfloat16.
-    dtype: of float scales. symmetric: as in Rounder.quantize.
+    dtype: of float scales. symmetric: as in Rounder.quantize. matmul: computes all large products.
     """
 
     specs: Mapping[str, Spec]
     stored: Mapping[str, Spec | None]
     dtype: np.dtype[Any]
     symmetric: bool
+    matmul: MatMul = np.matmul
 
     @staticmethod
     def of(
-        source: CheckpointLike, recipe: Recipe, *, symmetric: bool, widths: Mapping[str, Spec] | None = None
+        source: CheckpointLike,
+        recipe: Recipe,
+        *,
+        symmetric: bool,
+        widths: Mapping[str, Spec] | None = None,
+        matmul: MatMul = np.matmul,
     ) -> Target:
         """The target of a recipe. What the source stores as the recipe does is kept, as in every conversion.
 
@@ -75,7 +83,7 @@ class Target:
                 specs[param.name] = spec
             else:
                 stored[param.name] = spec
-        return Target(specs, stored, np.dtype(np.float16) if symmetric else codecs.BFLOAT16, symmetric)
+        return Target(specs, stored, np.dtype(np.float16) if symmetric else codecs.BFLOAT16, symmetric, matmul)
 
 
 class Matrix:
@@ -104,7 +112,7 @@ class Matrix:
         """The layer of an expert, or of a matrix without experts, as the source has it."""
         index = slice(None) if expert is None else expert
         bias = np.float32(0) if self._bias is None else codecs.dequantize(self._part(self._bias, index))
-        return Linear(codecs.dequantize(self._part(self._weight, index)), bias)
+        return self._linear(codecs.dequantize(self._part(self._weight, index)), bias)
 
     def finish(self, original: Linear, moments: Moments | None, expert: int | None = None) -> Linear:
         """The layer as the result has it: quantized for inputs of these moments, unless it is not calibrated."""
@@ -117,10 +125,10 @@ class Matrix:
         self._fill(index, part)
         weight = codecs.dequantize(part)
         if self._new_bias is None:
-            return Linear(weight, original.bias)
+            return self._linear(weight, original.bias)
         bias = moments.bias(np.asarray(original.bias), original.weight, weight)
         self._new_bias[index] = _as_precise(bias, np.asarray(original.bias))
-        return Linear(weight, np.array(self._new_bias[index]))
+        return self._linear(weight, np.array(self._new_bias[index]))
 
     def finish_rows(self, moments: Moments, rows: slice) -> None:
         """As finish, for some rows of a matrix without a bias that is too large for one pass."""
@@ -136,8 +144,11 @@ class Matrix:
     def _uncalibrated(self, original: Linear, expert: int | None) -> Linear:
         part = self._part(self._weight, slice(None) if expert is None else expert)
         if self._kept is None:
-            return Linear(codecs.dequantize(Dense(codecs.to_bfloat16(part))), original.bias)
-        return Linear(codecs.dequantize(quantization.to_spec(part, self._kept)), original.bias)
+            return self._linear(codecs.dequantize(Dense(codecs.to_bfloat16(part))), original.bias)
+        return self._linear(codecs.dequantize(quantization.to_spec(part, self._kept)), original.bias)
+
+    def _linear(self, weight: Floats, bias: Floats | np.float32) -> Linear:
+        return Linear(weight, bias, self._target.matmul)
 
     @staticmethod
     def _part(weight: Weight, index: int | slice) -> Weight:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..backends.base import MatMul
 from ..weights.tensor import Quantized, Spec
 from .rounding import Rounder
 
@@ -28,24 +29,25 @@ class Moments:
     """Of inputs of width K, with each token's weight.
 
     original, actual [K]: the means of x and x', or 0 for a layer without a bias. covariance [K, K]: of x'. fit [K, K]:
-    (G + ridge)^-1 C^T; None where x and x' are equal. All float64.
+    (G + ridge)^-1 C^T; None where x and x' are equal. All float64. matmul: computes the large products, in float32.
     """
 
     original: Doubles
     actual: Doubles
     covariance: Doubles
     fit: Doubles | None
+    matmul: MatMul = np.matmul
 
     def target(self, weight: Floats) -> Floats:
         """The weights [N, K] that, given x', come closest to what `weight` gives for x."""
         if self.fit is None:
             return weight
-        return np.asarray(weight + weight @ self.fit.T.astype(np.float32))
+        return np.asarray(weight + self.matmul(weight, self.fit.T.astype(np.float32)))
 
     @cached_property
     def rounder(self) -> Rounder:
         """Rounds weights for these inputs."""
-        return Rounder(self.covariance)
+        return Rounder(self.covariance, self.matmul)
 
     def quantize(self, weight: Floats, spec: Spec, dtype: np.dtype[Any], *, symmetric: bool = False) -> Quantized:
         """The weight [N, K] fitted to these inputs and rounded. dtype, symmetric: as in Rounder.quantize."""
@@ -57,10 +59,13 @@ class Moments:
 
 
 class MomentSums:
-    """Adds up moments, some tokens at a time. with_mean: the layer has a bias, which takes up the means."""
+    """Adds up moments, some tokens at a time.
 
-    def __init__(self, width: int, *, with_mean: bool = True) -> None:
-        self._with_mean = with_mean
+    with_mean: the layer has a bias, which takes up the means. matmul: as in Moments.
+    """
+
+    def __init__(self, width: int, *, with_mean: bool = True, matmul: MatMul = np.matmul) -> None:
+        self._with_mean, self._matmul = with_mean, matmul
         self._total = 0.0
         self._original, self._actual = np.zeros(width), np.zeros(width)
         self._square, self._cross = np.zeros((width, width)), np.zeros((width, width))
@@ -75,12 +80,12 @@ class MomentSums:
         self._actual += weights @ actual
         root = np.sqrt(weights)[:, None]
         scaled = actual * root
-        self._square += scaled.T @ scaled
+        self._square += self._matmul(scaled.T, scaled)
         difference = original - actual
         if difference.any():
             self._differs = True
             difference *= root
-            self._cross += difference.T @ scaled
+            self._cross += self._matmul(difference.T, scaled)
 
     def moments(self) -> Moments:
         """The moments of all tokens added, of which there is at least one."""
@@ -95,4 +100,4 @@ class MomentSums:
         if self._differs:
             ridge = RIDGE * np.mean(np.diag(covariance)) + 1e-30
             fit = np.linalg.solve(covariance + ridge * np.eye(len(covariance)), cross.T)
-        return Moments(original, actual, covariance, fit)
+        return Moments(original, actual, covariance, fit, self._matmul)

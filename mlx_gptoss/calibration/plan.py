@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..backends.base import NUMPY_PRODUCTS, Products
 from ..config import ModelConfig
 from ..errors import CheckpointError, InvalidRequest
+from ..weights import codecs
 from ..weights.checkpoint import Checkpoint, CheckpointLike
-from ..weights.conversion_plan import plan_conversion
 from ..weights.formats import recipe_of
 from ..weights.formats.base import Recipe
 from ..weights.tensor import Spec
@@ -19,8 +20,10 @@ from .calibrated import Calibrated
 from .linear import Target
 from .memory import Memory, plan_memory
 from .rounding import is_rounded
+from .sensitivity import copies_bytes, measure_choices, measuring_bytes
+from .store import Store
 from .text import CalibrationText, read_text
-from .widths import GROUP, WIDTHS, choose_widths, measure_choices
+from .widths import Budget, Mixture, choose_widths, plan_mixture
 
 MAX_BITS = 4  # of formats that are calibrated: with more bits, plain rounding loses little
 _VERSION = 1  # of the method: another one starts an interrupted calibration anew
@@ -30,15 +33,18 @@ _VERSION = 1  # of the method: another one starts an interrupted calibration ane
 class Calibration:
     """A calibration to be run.
 
-    target: how the result stores matrices. disk_bytes: of activations and finished weights next to the destination,
-    until the end. widths: specs of single matrices by name, for a result of mixed widths.
+    recipe, symmetric: of the format, as Target.of takes them. disk_bytes: of activations and finished weights next to
+    the destination, until the end. mixture: the matrices whose widths are chosen, for a result of mixed widths.
+    products: what computes the large products.
     """
 
-    target: Target
+    recipe: Recipe
+    symmetric: bool
     text: CalibrationText
     memory: Memory
     disk_bytes: int
-    widths: Mapping[str, Spec] = field(default_factory=dict)
+    mixture: Mixture | None
+    products: Products
 
     @property
     def memory_bytes(self) -> int:
@@ -46,30 +52,43 @@ class Calibration:
         return self.memory.total_bytes
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether matrices get one of several widths."""
+        return self.mixture is not None
+
+    @property
     def identity(self) -> list[Any]:
         """What the result depends on, apart from the source and the format, as JSON."""
-        return [_VERSION, self.text.digest]
+        return [_VERSION, self.text.digest, self.mixture and self.mixture.max_bits, self.products.name]
 
-    def run(self, source: CheckpointLike, folder: Path, progress: Progress) -> Calibrated:
+    def widths(self, source: CheckpointLike, folder: Path, progress: Progress) -> dict[str, Spec]:
+        """The specs of single matrices by name, from what each costs; none without a mixture. progress(matrices
+        measured, in total, what is being done)."""
+        if self.mixture is None:
+            return {}
+        store = Store(folder, codecs.BFLOAT16)
+        return choose_widths(self.mixture, measure_choices(source, self.mixture.groups, self.text, store, progress))
+
+    def run(self, source: CheckpointLike, widths: Mapping[str, Spec], folder: Path, progress: Progress) -> Calibrated:
         """As calibrate()."""
-        return calibrate(source, self.target, self.text, self.memory, folder, progress)
+        target = Target.of(source, self.recipe, symmetric=self.symmetric, widths=widths, matmul=self.products.matmul)
+        return calibrate(source, target, self.text, self.memory, folder, progress)
 
 
 def plan_calibration(
     checkpoint: Checkpoint,
     to: str,
     path: Path | None = None,
-    bits_per_weight: float | None = None,
-    progress: Progress | None = None,
+    budget: Budget | None = None,
+    products: Products = NUMPY_PRODUCTS,
 ) -> Calibration:
     """The plan for calibrating a checkpoint for the format `to`.
 
     path: a text, as read_text takes it; None is the default one.
-    bits_per_weight: of the whole result, in which the matrices that the format stores as affine codes get 3, 4, 6 or 8
-        bits each (4, 6 or 8 for mlx-mxfp4-q4). What each matrix costs is measured first, with progress(matrices done,
-        in total, what is being done).
-    Raises InvalidRequest for a format that is not calibrated and a text that cannot be read, CheckpointError for a
-    checkpoint without a tokenizer, DoesNotFit if there is not enough memory.
+    budget: of the whole result, in which the matrices that the format stores as affine codes get 3, 4, 6 or 8 bits each
+        (4, 6 or 8 for mlx-mxfp4-q4).
+    Raises InvalidRequest for a format that is not calibrated, a text that cannot be read, and a budget that mixed
+    widths cannot keep; CheckpointError for a checkpoint without a tokenizer, DoesNotFit if there is not enough memory.
     """
     _, recipe = recipe_of(to)
     if not any(spec is not None and is_rounded(spec) and spec.bits <= MAX_BITS for _, spec in recipe.values()):
@@ -83,18 +102,21 @@ def plan_calibration(
             f"{checkpoint.folder} has no tokenizer.json, which calibrating needs: copy it there from the model's "
             "repository"
         )
-    text, symmetric = read_text(path, tokenizer), to == "int4-autoround"
-    _require_vocabulary(text, checkpoint.config)
-    widths: Mapping[str, Spec] = {}
-    if bits_per_weight is not None:
-        widths = _widths(checkpoint, to, recipe, bits_per_weight, text, progress or (lambda done, total, what: None))
-    target = Target.of(checkpoint, recipe, symmetric=symmetric, widths=widths)
-    config = checkpoint.config
-    memory = plan_memory(config, text.tokens, max(text.lengths))
+    text, symmetric, config = read_text(path, tokenizer), to == "int4-autoround", checkpoint.config
+    _require_vocabulary(text, config)
+    mixture = None if budget is None else plan_mixture(checkpoint, to, budget)
+    memory = plan_memory(
+        config, text.tokens, max(text.lengths), measuring_bytes(config) if mixture else 0, products.on_device
+    )
     streams = 4 * text.tokens * (6 * config.hidden_size + 2 * config.q_size)
-    sizes = {param.name: param.size for param in checkpoint.params}
-    stored = sum(sizes[name] * (spec.bits + 32 / spec.group) / 8 for name, spec in target.specs.items())
-    return Calibration(target, text, memory, streams + int(stored), widths)
+    if mixture is not None:
+        stored = mixture.max_bits / 8
+        streams = max(streams, copies_bytes(config, len(mixture.groups)))
+    else:
+        specs = Target.of(checkpoint, recipe, symmetric=symmetric).specs
+        sizes = {param.name: param.size for param in checkpoint.params}
+        stored = sum(sizes[name] * (spec.bits + 32 / spec.group) / 8 for name, spec in specs.items())
+    return Calibration(recipe, symmetric, text, memory, streams + int(stored), mixture, products)
 
 
 def _require_vocabulary(text: CalibrationText, config: ModelConfig) -> None:
@@ -104,27 +126,3 @@ def _require_vocabulary(text: CalibrationText, config: ModelConfig) -> None:
             f"the tokenizer has a token {largest}, and the model a vocabulary of {config.vocab_size}: "
             "tokenizer.json belongs to another model"
         )
-
-
-def _widths(
-    checkpoint: Checkpoint, to: str, recipe: Recipe, bits_per_weight: float, text: CalibrationText, progress: Progress
-) -> dict[str, Spec]:
-    """The specs of all matrices that get one of several widths: those that `to` stores as affine codes, but for the
-    router, which stays as it is there."""
-    if not to.startswith("mlx-"):
-        raise InvalidRequest(f"{to} has one width: choose mlx-4bit or mlx-mxfp4-q4 for --bits-per-weight")
-    chosen = [
-        param.name
-        for param in checkpoint.params
-        if param.is_matrix
-        and param.role != "router"
-        and is_rounded(recipe[param.role][1])
-        and not param.shape[-1] % GROUP
-    ]
-    plan = plan_conversion(checkpoint, to)
-    bytes_chosen = sum(sum(t.nbytes for t in unit.tensors) for unit in plan.units if unit.params[0].name in set(chosen))
-    choices = measure_choices(checkpoint, checkpoint.params, chosen, text, progress)
-    parameters = sum(param.size for param in checkpoint.params)
-    # Where the experts keep their codes, 3 bits elsewhere lose more than 6 or 8 can win back.
-    widths = WIDTHS if any(".experts." in name for name in chosen) else WIDTHS[1:]
-    return choose_widths(choices, 8 * (plan.size_bytes - bytes_chosen), bits_per_weight, parameters, widths)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..backends.base import MatMul
 from ..weights import codecs, search
 from ..weights.quantization import quantize_symmetric, symmetric_bias
 from ..weights.tensor import Dense, Quantized, Spec
@@ -39,9 +40,14 @@ def is_rounded(spec: Spec | None) -> bool:
 
 
 class Rounder:
-    """Rounds weights for inputs of one covariance G [K, K]: what all of them share is computed once."""
+    """Rounds weights for inputs of one covariance G [K, K]: what all of them share is computed once.
 
-    def __init__(self, covariance: Doubles) -> None:
+    matmul: computes the products of whole columns. What is done column by column, and Cholesky's factorization in
+    float64, stay in numpy.
+    """
+
+    def __init__(self, covariance: Doubles, matmul: MatMul = np.matmul) -> None:
+        self.matmul = matmul
         damped = covariance + np.eye(len(covariance)) * (DAMPING * np.mean(np.diag(covariance)) + 1e-30)
         self.covariance: Floats = damped.astype(np.float32)
         # G = U D U^T with U upper triangular and 1 on its diagonal: Cholesky from the last column to the first.
@@ -71,6 +77,7 @@ class _Rounding:
         self.top = np.float32(2**spec.bits - 1)
         self.weight: Floats = np.ascontiguousarray(weight.T, np.float32)
         self.covariance, self.feedback, self.left_over = rounder.covariance, rounder.feedback, rounder.left_over
+        self.matmul = rounder.matmul
         groups, rows = len(self.weight) // spec.group, self.weight.shape[1]
         self.codes: Floats = np.empty_like(self.weight)
         self.values: Floats = np.empty_like(self.weight)
@@ -81,7 +88,7 @@ class _Rounding:
         """Round the columns in order, each with the errors of those before it made up for."""
         errors = np.empty_like(self.weight)  # W - Q of the columns that are done
         for group, part in enumerate(self._parts()):
-            wanted = self.weight[part] + self.feedback[part, : part.start] @ errors[: part.start]
+            wanted = self.weight[part] + self.matmul(self.feedback[part, : part.start], errors[: part.start])
             scale, bias = self._search(wanted, self.left_over[part])
             self.scale[group], self.bias[group] = scale, bias
             for column in range(part.start, part.stop):
@@ -93,7 +100,7 @@ class _Rounding:
 
     def descend(self) -> None:
         """One sweep over all groups. The error of no row grows."""
-        gradient = self.covariance @ (self.values - self.weight)  # half the derivative of the error by Q
+        gradient = self.matmul(self.covariance, self.values - self.weight)  # half the derivative of the error by Q
         for group, part in enumerate(self._parts()):
             before = self.values[part].copy()
             inner = self.covariance[part, part]
@@ -101,7 +108,7 @@ class _Rounding:
             self._better_codes(group, part, inner, slope)
             self._better_scale(group, part, inner, slope)
             change = self.values[part] - before
-            gradient[part.stop :] += self.covariance[part.stop :, part] @ change
+            gradient[part.stop :] += self.matmul(self.covariance[part.stop :, part], change)
 
     def result(self) -> Quantized:
         """The weight as stored."""

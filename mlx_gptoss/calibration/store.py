@@ -4,6 +4,7 @@ next part. A part appears at once, by a rename, so that after an interruption wh
     FOLDER/
         embed/, layer-0/, ..., head/       NAME.codes.npy, .scale.npy and .bias.npy of a weight; NAME.values.npy
         original-3.npy, actual-3.npy       float32 [T, D], the input of layer 3 in the two models
+        copies-3/, then costs/             what is measured for mixed widths (sensitivity.py)
 """
 
 from __future__ import annotations
@@ -64,6 +65,15 @@ class Store:
             spec, arrays["codes"], arrays["scale"].view(self.scale_dtype), arrays["bias"].view(self.scale_dtype)
         )
 
+    def array(self, part: str, name: str) -> Array:
+        """An array of a finished part."""
+        found: Array = np.load(self.folder / part / f"{name}.npy", mmap_mode="r")
+        return found
+
+    def remove(self, part: str) -> None:
+        """Remove a finished part that is no longer needed."""
+        shutil.rmtree(self.folder / part, ignore_errors=True)
+
     def stream(self, name: str, shape: tuple[int, int] | None = None) -> Array:
         """An array of activations on disk, float32: a new one of this shape, or the one that is there."""
         path = self.folder / f"{name}.npy"
@@ -94,14 +104,20 @@ class PartWriter:
         """A weight to be filled in."""
         *lead, width = param.shape
         grouped = (*lead, width // spec.group)
-        codes = self._array(f"{param.name}.codes", np.uint8, (*lead, width * spec.bits // 8))
-        scale = self._array(f"{param.name}.scale", np.uint16, grouped)
-        bias = self._array(f"{param.name}.bias", np.uint16, grouped)
+        codes = self.array(f"{param.name}.codes", np.uint8, (*lead, width * spec.bits // 8))
+        scale = self.array(f"{param.name}.scale", np.uint16, grouped)
+        bias = self.array(f"{param.name}.bias", np.uint16, grouped)
         return Quantized(spec, codes, scale.view(self._scale_dtype), bias.view(self._scale_dtype))
 
     def values(self, param: Param) -> Array:
         """A dense parameter to be filled in, float32."""
-        return self._array(f"{param.name}.values", np.float32, param.shape)
+        return self.array(f"{param.name}.values", np.float32, param.shape)
+
+    def array(self, name: str, dtype: type[Any], shape: tuple[int, ...]) -> Array:
+        """An array to be filled in."""
+        array: Array = open_memmap(self._folder / f"{name}.npy", "w+", dtype, shape)
+        self._arrays.append(array)
+        return array
 
     def commit(self) -> None:
         """Make the part appear, once everything that was filled in is on the disk."""
@@ -113,11 +129,6 @@ class PartWriter:
         sync_folder(self._folder)
         self._folder.rename(self._finished)
         sync_folder(self._finished.parent)
-
-    def _array(self, name: str, dtype: type[Any], shape: tuple[int, ...]) -> Array:
-        array: Array = open_memmap(self._folder / f"{name}.npy", "w+", dtype, shape)
-        self._arrays.append(array)
-        return array
 
 
 def _sync(path: Path) -> None:

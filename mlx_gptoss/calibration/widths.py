@@ -1,48 +1,65 @@
 """Mixed widths: how many bits each matrix gets under a given size, by what it costs to make it narrow.
 
-What a matrix costs is measured: with that matrix alone in 3 bits, rounded to nearest, the KL divergence of the model's
-predictions from the original's on a short text. One pass over the network does it for all: each layer adds a copy of
-the activations for each of its matrices, and all copies go on. With b bits a step is (2^3 - 1) / (2^b - 1)
-times as wide. The divergence falls with a power of that: the second for small errors, less where other experts are
-chosen. The matrix with the most to gain per byte gets wider, again and again, until the size is reached.
+What a matrix costs in 3 bits is measured (sensitivity.py). With b bits a step is (2^3 - 1) / (2^b - 1) times as wide.
+The divergence falls with a power of that: the second for small errors, less where other experts are chosen. The matrix
+with the most to gain per byte gets wider, again and again, until the size is reached.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from ..errors import InvalidRequest
-from ..weights import quantization
+from ..weights.checkpoint import CheckpointLike
+from ..weights.conversion_plan import plan_conversion
+from ..weights.formats import recipe_of
 from ..weights.params import Param
-from ..weights.tensor import AFFINE, Spec, Weight, Weights
-from .divergence import kl_divergence, log_softmax
-from .forward import Forward
-from .network import Floats
-from .text import CalibrationText
+from ..weights.tensor import AFFINE, Spec
+from .rounding import is_rounded
 
 WIDTHS = (3, 4, 6, 8)
 GROUP = 64
-WINDOWS, WINDOW = 8, 128  # windows of the text that costs are measured on, and tokens of each
-TOGETHER = 8  # copies of the activations: their weights are decoded once
+OVERHEAD = 32 / GROUP  # bits per weight of a scale and a bias
 POWER = 1.4  # of the step's width; measured on the bundled model from 3 to 4 and to 6 bits: 1.2 to 1.5
-_ROWS = 64  # of logits in float64 at once
 
-Progress = Callable[[int, int, str], None]  # matrices done, in total, what is being done
+
+@dataclass(frozen=True)
+class Budget:
+    """The bytes that all weights together may take. reason: the user's words for it, such as "4.5 bits per weight"."""
+
+    max_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Matrices that get one of several widths.
+
+    groups: those that get the same one: gate and up of a layer, which kernels read together, or one alone; in the order
+    of the network. widths: to choose from. max_bits: of all these matrices, their scales and biases included.
+    """
+
+    groups: tuple[tuple[Param, ...], ...]
+    widths: tuple[int, ...]
+    max_bits: int
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return sum(param.size for group in self.groups for param in group)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Matrices that get one width: gate and up of a layer, or one alone. cost: the KL divergence with 3 bits, nats."""
+    """Matrices that get one width. cost: the KL divergence with 3 bits, in nats."""
 
     params: tuple[Param, ...]
     cost: float
 
     @property
     def size(self) -> int:
-        """Number of values."""
+        """Number of weights."""
         return sum(param.size for param in self.params)
 
     def cost_at(self, bits: int) -> float:
@@ -50,29 +67,48 @@ class Choice:
         return float(self.cost * ((2**3 - 1) / (2**bits - 1)) ** POWER)
 
 
-def choose_widths(
-    choices: Sequence[Choice],
-    fixed_bits: int,
-    bits_per_weight: float,
-    parameters: int,
-    widths: Sequence[int] = WIDTHS,
-) -> dict[str, Spec]:
-    """The spec of each matrix by name, such that the model has at most these bits per weight.
+def plan_mixture(checkpoint: CheckpointLike, to: str, budget: Budget) -> Mixture:
+    """What can be mixed in the format `to`: the matrices that it stores as affine codes, but for the router.
 
-    fixed_bits: size of everything that is not in `choices`. parameters: number of weights of the whole model. widths:
-    to choose from. Raises InvalidRequest if the narrowest everywhere takes more, or the widest less.
+    Raises InvalidRequest for a format with one width, and for a budget that the narrowest everywhere exceed or the
+    widest do not use up.
     """
-    overhead = 32 / GROUP  # of a scale and a bias
-    least, most = (
-        (fixed_bits + sum(choice.size * (bits + overhead) for choice in choices)) / parameters
-        for bits in (widths[0], widths[-1])
-    )
-    if not least <= bits_per_weight < most:
+    if not to.startswith("mlx-"):
         raise InvalidRequest(
-            f"bits per weight can be from {least:.2f} to {most:.2f} for this model and format, not {bits_per_weight:g}"
+            f"{to} has one width: choose mlx-4bit or mlx-mxfp4-q4 for --bits-per-weight or --memory (bits_per_weight=, "
+            "memory= in Python)"
         )
+    _, recipe = recipe_of(to)
+    chosen = [
+        param
+        for param in checkpoint.params
+        if param.is_matrix
+        and param.role != "router"
+        and is_rounded(recipe[param.role][1])
+        and not param.shape[-1] % GROUP
+    ]
+    names = {param.name for param in chosen}
+    plan = plan_conversion(checkpoint, to)
+    fixed_bytes = sum(info.nbytes for unit in plan.units if unit.params[0].name not in names for info in unit.tensors)
+    # Where the experts keep their codes, 3 bits elsewhere lose more than 6 or 8 can win back.
+    widths = WIDTHS if any(param.role == "experts" for param in chosen) else WIDTHS[1:]
+    mixture = Mixture(tuple(_groups(chosen)), widths, 8 * (budget.max_bytes - fixed_bytes))
+    parameters = sum(param.size for param in checkpoint.params)
+    least, most = (fixed_bytes + mixture.size * (bits + OVERHEAD) / 8 for bits in (widths[0], widths[-1]))
+    if not least <= budget.max_bytes < most:
+        raise InvalidRequest(
+            f"{budget.reason} are {max(0, budget.max_bytes) / 1e9:.3g} GB of weights, and mixed widths of {to} take "
+            f"from {least / 1e9:.3g} to {most / 1e9:.3g} GB for this model: {8 * least / parameters:.2f} to "
+            f"{8 * most / parameters:.2f} bits per weight"
+        )
+    return mixture
+
+
+def choose_widths(mixture: Mixture, choices: Sequence[Choice]) -> dict[str, Spec]:
+    """The spec of each matrix by name, within the mixture's bits. choices: of its groups."""
+    widths = mixture.widths
     level = [0] * len(choices)
-    left = (bits_per_weight - least) * parameters
+    left = mixture.max_bits - mixture.size * (widths[0] + OVERHEAD)
     while True:
         gains = []
         for index, (choice, at) in enumerate(zip(choices, level, strict=True)):
@@ -90,51 +126,8 @@ def choose_widths(
     }
 
 
-def measure_choices(
-    source: Weights, params: Sequence[Param], names: Sequence[str], text: CalibrationText, progress: Progress
-) -> list[Choice]:
-    """The choices for the matrices of these names, with their costs on a sample of the text."""
-    windows = _sample(text)
-    ids, lengths = [id for window in windows for id in window], [len(window) for window in windows]
-    groups = _groups([param for param in params if param.name in set(names)])
-    network = Forward(source)
-    plain = network.embed(ids)
-    copies: list[tuple[tuple[Param, ...], Floats]] = []
-    done = 0
-
-    def narrow(group: tuple[Param, ...]) -> Forward:
-        nonlocal done
-        done += 1
-        progress(done, len(groups), "measuring what each matrix costs")
-        return network.with_replaced({param.name: _narrow(source.read(param.name)) for param in group})
-
-    for group in groups:
-        if group[0].role == "embed":
-            copies.append((group, narrow(group).embed(ids)))
-    for layer in range(source.config.num_hidden_layers):
-        new = [(group, narrow(group).layer(layer, plain, lengths)) for group in groups if group[0].layer == layer]
-        plain, *rest = _through(network, layer, [plain, *(x for _, x in copies)], lengths)
-        copies = [(group, x) for (group, _), x in zip(copies, rest, strict=True)] + new
-        source.release()
-    wanted = network.logits(plain)
-    found = [Choice(group, _divergence(wanted, network.logits(x))) for group, x in copies]
-    for group in groups:
-        if group[0].role == "lm_head":
-            found.append(Choice(group, _divergence(wanted, narrow(group).logits(plain))))
-    return found
-
-
-def _through(network: Forward, layer: int, copies: list[Floats], lengths: list[int]) -> list[Floats]:
-    """Each copy of the activations [T, D] after a layer, TOGETHER of them at a time."""
-    found: list[Floats] = []
-    for start in range(0, len(copies), TOGETHER):
-        part = copies[start : start + TOGETHER]
-        found += np.split(network.layer(layer, np.concatenate(part), lengths * len(part)), len(part))
-    return found
-
-
 def _groups(params: Sequence[Param]) -> list[tuple[Param, ...]]:
-    """The parameters of each choice: gate and up, which kernels read together, get one width."""
+    """In the order of the network."""
     by_name = {param.name: param for param in params}
     groups: list[tuple[Param, ...]] = []
     for param in params:
@@ -142,25 +135,5 @@ def _groups(params: Sequence[Param]) -> list[tuple[Param, ...]]:
             groups.append((param, by_name[param.name.replace(".gate.", ".up.")]))
         elif param.kind != "experts.up.weight":
             groups.append((param,))
-    return groups
-
-
-def _sample(text: CalibrationText) -> list[tuple[int, ...]]:
-    """The beginnings of WINDOWS windows, evenly spaced in the text; of all windows if there are fewer."""
-    long_enough = [window for window in text.windows if len(window) > 1]
-    step = max(1, len(long_enough) // WINDOWS)
-    return [window[:WINDOW] for window in long_enough[::step][:WINDOWS]]
-
-
-def _narrow(weight: Weight) -> Weight:
-    """The weight in 3 bits."""
-    return quantization.to_spec(weight, AFFINE[WIDTHS[0], GROUP])
-
-
-def _divergence(wanted: Floats, found: Floats) -> float:
-    """The mean KL(wanted || found) of logits [T, V], in nats."""
-    total = 0.0
-    for start in range(0, len(wanted), _ROWS):
-        p, q = (log_softmax(logits[start : start + _ROWS]) for logits in (wanted, found))
-        total += float(kl_divergence(p, q).sum())
-    return total / len(wanted)
+    before_or_after = {"embed": -1.0, "lm_head": float("inf")}
+    return sorted(groups, key=lambda group: before_or_after.get(group[0].role, group[0].layer or 0))

@@ -146,6 +146,12 @@ def plan_memory(
     return _with_prefix(chosen, snapshot_space(config, chosen.chunk, slots, activation_bytes))
 
 
+def weights_that_fit(config: ModelConfig, available_bytes: int, context: int) -> int:
+    """The most bytes of weights with which one sequence of `context` tokens fits on a GPU, in bfloat16 and with full
+    prefill steps, and none of them in the mapped file. Negative if the rest alone does not fit."""
+    return available_bytes - plan_memory(config, 0, available_bytes, activation_bytes=2, context=context).needed_bytes
+
+
 def _with_prefix(plan: MemoryPlan, snapshot_bytes: int) -> MemoryPlan:
     """The plan with half of the spare memory as the prefix cache, PREFIX_BYTES at most. snapshot_bytes: what a chunk
     then needs in addition; without room for it there is no prefix cache."""

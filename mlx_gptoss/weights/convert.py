@@ -58,21 +58,28 @@ class Calibration(Protocol):
     """Chooses the codes of a checkpoint before it is written (calibration/).
 
     identity: everything that its result depends on but the source and the format, as JSON. memory_bytes: upper bound
-    of the memory that it needs; disk_bytes: of the disk space, without the result's own. widths: specs of single
-    matrices, as for plan_conversion.
+    of the memory that it needs; disk_bytes: of the disk space, without the result's own. is_mixed: whether widths()
+    chooses any.
+    folder: for what is finished; it outlives an interruption.
     """
 
     @property
     def identity(self) -> Any: ...
     @property
-    def widths(self) -> Mapping[str, Spec]: ...
+    def is_mixed(self) -> bool: ...
     @property
     def memory_bytes(self) -> int: ...
     @property
     def disk_bytes(self) -> int: ...
-    def run(self, source: CheckpointLike, folder: Path, progress: Progress) -> CheckpointLike:
-        """The checkpoint with the chosen codes. folder: for what is finished; it outlives an interruption. progress:
-        called with parameters done, parameters in total and what is being done."""
+    def widths(self, source: CheckpointLike, folder: Path, progress: Progress) -> Mapping[str, Spec]:
+        """Specs of single matrices by name, as for plan_conversion. progress: called with matrices measured, matrices
+        in total and what is being done."""
+
+    def run(
+        self, source: CheckpointLike, widths: Mapping[str, Spec], folder: Path, progress: Progress
+    ) -> CheckpointLike:
+        """The checkpoint with the chosen codes. progress: called with parameters done, parameters in total and what is
+        being done."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +150,9 @@ def convert(
     weights: CheckpointLike = checkpoint
     if adapter is not None:
         weights = Merged(checkpoint, open_adapter(adapter, checkpoint.config))
-    plan = plan_conversion(weights, to, search, calibration.widths if calibration else None)
+    plan = plan_conversion(weights, to, search)
     companions = _companions(checkpoint.tokenizer_folder, checkpoint.embedded_files())
-    resumed_bytes, working_bytes = _write(weights, target, to, plan, search, calibration, progress, companions)
+    plan, resumed_bytes, working_bytes = _write(weights, target, to, plan, search, calibration, progress, companions)
     return Report(
         source=checkpoint.folder,
         destination=target,
@@ -181,16 +188,17 @@ def _write(
     calibration: Calibration | None,
     progress: Progress | None,
     companions: Mapping[str, bytes],
-) -> tuple[int, int]:
+) -> tuple[ConversionPlan, int, int]:
     """Carry out a plan. companions: the tokenizer and the like, name -> content.
 
-    Returns (bytes that an earlier run had left, upper bound of the working memory in bytes).
+    Returns (the plan with the widths that calibration chose, bytes that an earlier run had left, upper bound of the
+    working memory in bytes).
     """
     report = progress or (lambda done, total, what: None)
     with open_workspace(target, _identity(source, plan, search, calibration)) as workspace:
         if calibration is not None:
             _check_free_space(target.parent, plan.size_bytes + calibration.disk_bytes)
-            source = _calibrated(source, calibration, workspace, plan.size_bytes, report)
+            source, plan = _calibrated(source, to, calibration, workspace, plan, report)
         gguf = None
         if plan.is_gguf:
             entries = gguf_metadata.entries(plan.config, companions, int(plan.metadata["file_type"]), target.name)
@@ -203,20 +211,30 @@ def _write(
                 write_text(workspace.folder / name, data)
             for name, content in {**plan.extra_files, "config.json": plan.config}.items():
                 write_text(workspace.folder / name, json.dumps(content, indent=2) + "\n")
-        _check_result(workspace, {"gguf"} if plan.is_gguf else {to, "mlx"} if _is_mixed(calibration) else {to}, plan)
+        _check_result(
+            workspace, {"gguf"} if plan.is_gguf else {to, "mlx"} if calibration and calibration.is_mixed else {to}, plan
+        )
         workspace.install()
-    return writer.resumed_bytes, max(working_bytes, calibration.memory_bytes if calibration else 0)
+    return plan, writer.resumed_bytes, max(working_bytes, calibration.memory_bytes if calibration else 0)
 
 
 def _calibrated(
-    source: CheckpointLike, calibration: Calibration, workspace: Workspace, size_bytes: int, progress: Progress
-) -> CheckpointLike:
-    """Calibrate in the workspace. progress: gets bytes of the result."""
+    source: CheckpointLike,
+    to: str,
+    calibration: Calibration,
+    workspace: Workspace,
+    plan: ConversionPlan,
+    progress: Progress,
+) -> tuple[CheckpointLike, ConversionPlan]:
+    """Calibrate in the workspace, and plan again if that chooses widths. progress: gets bytes of the result."""
 
-    def parameters_done(done: int, total: int, what: str) -> None:
-        progress(size_bytes * done // total, size_bytes, what)
+    def part_done(done: int, total: int, what: str) -> None:
+        progress(plan.size_bytes * done // total, plan.size_bytes, what)
 
-    return calibration.run(source, workspace.calibration, parameters_done)
+    widths = calibration.widths(source, workspace.calibration, part_done)
+    if widths:
+        plan = plan_conversion(source, to, widths=widths)
+    return calibration.run(source, widths, workspace.calibration, part_done), plan
 
 
 def _identity(
@@ -336,10 +354,6 @@ def _check_free_space(parent: Path, needed_bytes: int) -> None:
             f"the result takes {needed_bytes / 1e9:.2f} GB but only {free_bytes / 1e9:.2f} GB are free in {parent}; "
             "free some space or choose another disk"
         )
-
-
-def _is_mixed(calibration: Calibration | None) -> bool:
-    return calibration is not None and bool(calibration.widths)
 
 
 def _check_result(workspace: Workspace, names: set[str], plan: ConversionPlan) -> None:

@@ -1,4 +1,4 @@
-"""Mixed widths: what matrices cost, the widths that follow, and checkpoints that every reader opens."""
+"""Mixed widths: those that follow from costs and a size, and checkpoints that every reader opens."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 import mlx_gptoss
+from mlx_gptoss import api
 from mlx_gptoss.calibration import plan as plans
-from mlx_gptoss.calibration import widths
 from mlx_gptoss.calibration.forward import Forward
-from mlx_gptoss.calibration.text import read_text
-from mlx_gptoss.calibration.widths import WIDTHS, Choice, choose_widths, measure_choices
+from mlx_gptoss.calibration.widths import WIDTHS, Budget, Choice, Mixture, choose_widths, plan_mixture
+from mlx_gptoss.config import GPT_OSS_20B
 from mlx_gptoss.errors import InvalidRequest
-from mlx_gptoss.measure.evaluation import kl_divergence, log_softmax
-from mlx_gptoss.tokenizer import Tokenizer
-from mlx_gptoss.weights import checkpoint, quantization
+from mlx_gptoss.loading.memory import plan_memory
+from mlx_gptoss.weights import checkpoint
 from mlx_gptoss.weights.params import Param
+from mlx_gptoss.weights.synthetic import Synthetic
 from mlx_gptoss.weights.tensor import AFFINE
 
 
@@ -32,13 +32,18 @@ def choice(name: str, rows: int, cost: float) -> Choice:
     return Choice((Param(name, 0, "attention", (rows, 64)),), cost)
 
 
+def mixture(choices: list[Choice], bits_per_weight: float) -> Mixture:
+    size = sum(one.size for one in choices)
+    return Mixture(tuple(one.params for one in choices), WIDTHS, int(bits_per_weight * size))
+
+
 def test_widths_are_near_the_best_of_all():
     """Against every combination, for matrices of different sizes and costs."""
     rng = np.random.default_rng(0)
     for bits in (3.8, 4.5, 5.5, 7.0):
         choices = [choice(str(n), int(rng.integers(1, 9)), float(rng.exponential())) for n in range(6)]
         parameters = sum(one.size for one in choices)
-        found = choose_widths(choices, 0, bits, parameters)
+        found = choose_widths(mixture(choices, bits), choices)
         assert sum(one.size * (found[one.params[0].name].bits + 0.5) for one in choices) <= bits * parameters
         cost = sum(one.cost_at(found[one.params[0].name].bits) for one in choices)
         best = min(
@@ -50,33 +55,9 @@ def test_widths_are_near_the_best_of_all():
 
 
 def test_what_costs_more_gets_more():
-    found = choose_widths([choice("a", 4, 1.0), choice("b", 4, 0.1), choice("c", 4, 1e-6)], 640, 5.0, 12 * 64)
+    choices = [choice("a", 4, 1.0), choice("b", 4, 0.1), choice("c", 4, 1e-6)]
+    found = choose_widths(mixture(choices, 4.2), choices)
     assert found["a"].bits >= found["b"].bits >= found["c"].bits == 3 and found["a"].bits > 3
-    with pytest.raises(InvalidRequest, match=r"from 3\.50 to 8\.50"):
-        choose_widths([choice("a", 4, 1.0)], 0, 3.4, 256)
-    with pytest.raises(InvalidRequest, match=r"from 3\.50 to 8\.50"):
-        choose_widths([choice("a", 4, 1.0)], 0, 8.5, 256)
-
-
-def test_costs_are_divergences_of_the_model_with_one_narrow_matrix(mini, tmp_path, monkeypatch):
-    """Against a pass of its own for each."""
-    monkeypatch.setattr(widths, "TOGETHER", 2)
-    source = checkpoint.open(mini / "mxfp4")
-    path = tmp_path / "a.txt"
-    path.write_text("<|endoftext|>".join(f"{n} and {n * n}, so what is next? " * 2 for n in range(4)))
-    text = read_text(path, Tokenizer.from_folder(mini / "mxfp4"))
-    names = ["embed.weight", "layers.0.attention.v.weight", "layers.1.experts.gate.weight", "lm_head.weight"]
-    names.append("layers.1.experts.up.weight")
-    found = measure_choices(source, source.params, names, text, lambda *_: None)
-    assert {one.params[0].name for one in found} == set(names[:4])
-    ids, lengths = [id for window in text.windows for id in window], text.lengths
-    *_, plain = Forward(source).streams(ids, lengths)
-    wanted = log_softmax(Forward(source).logits(plain))
-    for one in found:
-        narrow = {p.name: quantization.to_spec(source.read(p.name), AFFINE[3, 64]) for p in one.params}
-        network = Forward(source, narrow)
-        *_, last = network.streams(ids, lengths)
-        assert one.cost == pytest.approx(kl_divergence(wanted, log_softmax(network.logits(last))).mean(), rel=1e-2)
 
 
 @pytest.mark.parametrize(("to", "bits"), [("mlx-4bit", 4.8), ("mlx-mxfp4-q4", 5.2)])
@@ -107,8 +88,53 @@ def test_checkpoints_of_mixed_widths(mini, tmp_path, to, bits):
         assert np.allclose(model.logits(ids), network.logits(last), atol=1e-2)
 
 
+def test_a_size_from_the_memory_that_a_gpu_has(mini, tmp_path):
+    """The result and its context take at most this memory by the plan that loading makes, and nearly all of it."""
+    config, context = checkpoint.open(mini / "mxfp4").config, 2048
+
+    def needed(weights: int) -> int:
+        return plan_memory(config, weights, 10**12, activation_bytes=2, context=context).needed_bytes
+
+    small = mlx_gptoss.convert(mini / "mxfp4", tmp_path / "4", "mlx-4bit").bytes
+    memory = needed(int(1.1 * small))
+    report = mlx_gptoss.convert(
+        mini / "mxfp4", tmp_path / "out", "mlx-4bit", calibrate=True, memory=memory, context=context
+    )
+    assert 1.0 * small < report.bytes and 0.97 * memory < needed(report.bytes) <= memory
+    assert checkpoint.open(tmp_path / "out").format == "mlx"
+
+
+def test_gpt_oss_20b_fits_the_gpu_of_a_mac_with_16_gb():
+    """11.45 GB are what macOS 15 recommends to it, for 16,384 tokens of context."""
+    source, available = Synthetic(GPT_OSS_20B, "mxfp4"), 11_453_250_000
+    budget = api._budget(source, None, available, 16_384)
+    found = plan_mixture(source, "mlx-4bit", budget)
+    narrow = found.size * 3.5 / 8
+    assert narrow < found.max_bits / 8 < budget.max_bytes
+    plan = plan_memory(GPT_OSS_20B, budget.max_bytes, available, activation_bytes=2, context=16_384)
+    assert plan.fits and plan.chunk == 2048 and available - plan.needed_bytes < 10
+    with pytest.raises(InvalidRequest, match=r"7 GB of memory with 16384 tokens of context are 5\.\d+ GB of weights"):
+        plan_mixture(source, "mlx-4bit", api._budget(source, None, 7_000_000_000, 16_384))
+    with pytest.raises(
+        InvalidRequest, match=r"from 9\.\d+ to 22\.2 GB for this model: 3\.5\d to 8\.5\d bits per weight"
+    ):
+        plan_mixture(source, "mlx-4bit", Budget(10**12, "400 bits per weight"))
+
+
 def test_refusals(mini, tmp_path):
-    with pytest.raises(InvalidRequest, match="give calibrate=True or a file"):
-        mlx_gptoss.convert(mini / "mxfp4", tmp_path / "a", "mlx-4bit", bits_per_weight=4.5)
+    source, out = mini / "mxfp4", tmp_path / "a"
+    for mixed in ({"bits_per_weight": 4.5}, {"memory": 10**9}, {"context": 2048}):
+        with pytest.raises(InvalidRequest, match="give calibrate=True or a file"):
+            mlx_gptoss.convert(source, out, "mlx-4bit", **mixed)
     with pytest.raises(InvalidRequest, match="int4-autoround has one width"):
-        mlx_gptoss.convert(mini / "mxfp4", tmp_path / "a", "int4-autoround", calibrate=True, bits_per_weight=4.5)
+        mlx_gptoss.convert(source, out, "int4-autoround", calibrate=True, bits_per_weight=4.5)
+    with pytest.raises(InvalidRequest, match="not both"):
+        mlx_gptoss.convert(source, out, "mlx-4bit", calibrate=True, bits_per_weight=4.5, memory=10**9)
+    with pytest.raises(InvalidRequest, match="give memory, too"):
+        mlx_gptoss.convert(source, out, "mlx-4bit", calibrate=True, context=2048)
+    with pytest.raises(InvalidRequest, match="context must be from 1 to 131072"):
+        mlx_gptoss.convert(source, out, "mlx-4bit", calibrate=True, memory=10**9, context=10**6)
+    with pytest.raises(
+        InvalidRequest, match=r"3\.4 bits per weight are .* GB of weights, and mixed widths of mlx-4bit"
+    ):
+        mlx_gptoss.convert(source, out, "mlx-4bit", calibrate=True, bits_per_weight=3.4)

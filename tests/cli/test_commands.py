@@ -113,12 +113,18 @@ def test_convert_then_generate(run, tmp_path):
 def test_convert_calibrated(run, tmp_path):
     """--calibrate says what it needs first, and takes a file or none. With none it stands last or before an option."""
     (tmp_path / "text.txt").write_text("One and two are three. " * 20)
-    out = run("convert", "MINI", tmp_path / "q", "--to", "mlx-4bit", "--calibrate", tmp_path / "text.txt")
+    words = ("--calibrate", tmp_path / "text.txt", "--device", "cpu")
+    out = run("convert", "MINI", tmp_path / "q", "--to", "mlx-4bit", *words)
     assert out.returncode == 0, out.stderr
-    assert re.match(r"calibrating on \d+ tokens; needs at most \d+ MB of memory and \d+", out.stderr)
+    says = r"calibrating on \d+ tokens, with numpy on the CPU; needs at most \d+ MB of memory and \d+"
+    assert re.match(says, out.stderr)
     assert out.stdout.startswith("mxfp4 -> mlx-4bit:")
     wrong = run("convert", "MINI", tmp_path / "r", "--to", "nvfp4", "--calibrate")
     assert wrong.returncode == 1 and "nvfp4 is not calibrated" in wrong.stderr
+    small = run("convert", "MINI", tmp_path / "r", "--to", "mlx-4bit", "--calibrate", "--memory", 0.1, "--context", 99)
+    assert small.returncode == 1 and "0.1 GB of memory with 99 tokens of context are 0 GB of weights" in small.stderr
+    alone = run("convert", "MINI", tmp_path / "r", "--to", "mlx-4bit", "--memory", 11)
+    assert alone.returncode == 2 and "--calibrate" in alone.stderr
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,10 @@ from ...machine import ram_copy_bandwidth, system_available
 from ...weights.adapters import Adapter
 from ...weights.split import RankShard
 from ...weights.tensor import Weights
-from ..base import Limits, Read
+from ..base import Limits, MatMul, Read
 from .layers import Operations
 from .load import load_model
+from .matmul import matmul_on
 from .plain import TorchOperations
 from .ranks import Ranks
 from .runner import CudaRunner
@@ -117,6 +118,11 @@ def device_name(device: str | None) -> str:
 def cpu_products(device: str | None, dtype: str | None) -> str:
     """As Backend: PyTorch multiplies."""
     return ""
+
+
+def matmul(device: str | None) -> MatMul:
+    """As Backend.matmul."""
+    return matmul_on(pick_device(device))
 
 
 def copy_bandwidth(device: str | None) -> float:

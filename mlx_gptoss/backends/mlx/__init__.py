@@ -13,13 +13,14 @@ from ...machine import ram_copy_bandwidth, system_available
 from ...weights.adapters import Adapter
 from ...weights.split import RankShard
 from ...weights.tensor import Weights
-from ..base import Limits, Read
+from ..base import Limits, MatMul, Read
 from . import command_buffers, host, wiring
 from .cpu.products import Products, compiles
 from .elementwise import UNCOMPILED, compiled
 from .kernels.choose import chooser, verdicts_of
 from .layers import takes_global_scale
 from .load import load_model
+from .matmul import matmul_on
 from .model import GptOss
 from .ranks import Ranks
 from .runner import MlxRunner
@@ -155,6 +156,11 @@ def cpu_products(device: str | None, dtype: str | None) -> str:
     if not host.enabled(on_cpu=not _on_gpu(device), dtype=DTYPES[dtype_name(device, dtype)]):
         return ""
     return "compiled" if compiles() else "numpy"
+
+
+def matmul(device: str | None) -> MatMul:
+    """As Backend.matmul."""
+    return matmul_on(pick_device(device))
 
 
 def copy_bandwidth(device: str | None) -> float:
