@@ -289,9 +289,7 @@ def main() -> None:
     parser.add_argument("--prompts", action="store_true", help="learn the tokens of prompts, too")
     parser.add_argument("--batch", type=int, default=BATCH_TOKENS, help="tokens of each of a step's three batches")
     parser.add_argument("--to", type=Path, help="folder to write the model to")
-    parser.add_argument(
-        "--fused", action="store_true", help="compile the layers (needs a C++ compiler)"
-    )
+    parser.add_argument("--fused", action="store_true", help="compile the layers (needs a C++ compiler)")
     parser.add_argument("--from", type=Path, dest="start", metavar="FOLDER", help="start from a checkpoint's weights")
     parser.add_argument("--rate", type=float, default=1.0, help="the highest learning rate, relative to the usual one")
     parser.add_argument("--per-kind", type=int, default=24, help="questions that `judge` asks of each kind")
