@@ -92,8 +92,7 @@ def convert(
     from mlx_gptoss import api
     from mlx_gptoss.loading.memory import gigabytes
 
-    mixed = {"--bits-per-weight": bits_per_weight, "--memory": memory, "--context": context}
-    for name, value in mixed.items():
+    for name, value in (("--bits-per-weight", bits_per_weight), ("--memory", memory), ("--context", context)):
         if value is not None and calibrate is None:
             raise click.UsageError(f"{name} is for widths measured on a text: give --calibrate, too")
     plan = None

@@ -133,14 +133,13 @@ def convert(
     read, and GptOssError for an unknown format, an existing destination or a full disk.
     """
     merged = None if adapter is None else hub.resolve_adapter(adapter)
-    mixed = {"bits_per_weight": bits_per_weight, "memory": memory, "context": context}
-    if calibrate in (None, False) or isinstance(calibrate, Calibration):
-        for name, value in mixed.items():
+    calibration = calibrate if isinstance(calibrate, Calibration) else None
+    if calibrate is None or calibrate is False or calibration is not None:
+        for name, value in (("bits_per_weight", bits_per_weight), ("memory", memory), ("context", context)):
             if value is not None:
                 raise InvalidRequest(f"{name} is for widths measured on a text: give calibrate=True or a file, too")
-        calibrate = calibrate or None
-    else:
-        calibrate = plan_calibration(
+    elif not isinstance(calibrate, Calibration):
+        calibration = plan_calibration(
             source,
             to,
             calibrate,
@@ -156,7 +155,7 @@ def convert(
         to,
         search=search,
         adapter=merged,
-        calibration=calibrate,
+        calibration=calibration,
         overwrite=overwrite,
         progress=progress,
     )
