@@ -11,8 +11,8 @@ needs torch. Only the assistant's tokens after `<|start|>assistant` count in the
 learning rate follows the
 tokens seen so far, so a run of any length ends with a full decay, and so does a resumed one with another --tokens.
 
-`--shape small` is a model of 20 million parameters with 32 experts. It is not in the package: format_table.py judges
-the formats on it, too. The three batches of a step are computed on a thread each, because threads that share a product
+`--shape small` is a model of 20 million parameters with 32 experts, to judge formats on; it has not been trained to the
+end yet. The three batches of a step are computed on a thread each, because threads that share a product
 wait for each other, which on a busy machine made them several times as slow.
 
 The bundled model saw 17 million tokens in 99 minutes, on two cores that other programs used too. The run was stopped
