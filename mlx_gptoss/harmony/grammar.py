@@ -37,7 +37,7 @@ MAX_LEXER_STATES = 25_000  # per match; a state takes 1 to 2 kB
 MAX_PARSER_ITEMS = 10_000  # per position of a match: for example, the properties that may come next
 MAX_TEXT_ITEMS = 2_000  # the same for text grammars, which may be ambiguous: a mask of 2,000 items takes 10 ms
 MAX_DEFINITION = 1 << 16  # characters of a Lark grammar or a regular expression
-CACHED_GRAMMARS = 512  # agents send the same 30 to 150 functions with every request
+CACHED_BYTES = 64 << 20  # in each cache, by `_size`: agents send the same 30 to 150 functions with every request
 
 _ANY_OBJECT = '{"type": "object"}'
 _NO_PARAMETERS = {"type": "object", "additionalProperties": False}
@@ -127,7 +127,13 @@ def arguments_grammar(parameters: Mapping[str, Any] | None, tokenizer: Tokenizer
     return _relaxed_grammar(tokenizer, text if len(text) <= MAX_CHARACTERS else "", where)
 
 
-@cached(CACHED_GRAMMARS)
+def _size(*texts: str) -> int:
+    """About the bytes of a grammar, from its definition: 40 to 70 kB, and 130 for each character of an object with many
+    properties, the most that was measured, with the published vocabulary."""
+    return (64 << 10) + 128 * sum(map(len, texts))
+
+
+@cached(CACHED_BYTES, _size)
 def _relaxed_grammar(tokenizer: Tokenizer, parameters: str, where: str) -> Grammar:
     """Return the arguments of a function that is not strict. parameters: as JSON; empty if they are not JSON or too
     long."""
@@ -157,7 +163,7 @@ def text_grammar(syntax: Syntax, definition: str, tokenizer: Tokenizer, where: s
     return _text_grammar(tokenizer, syntax, definition, where)
 
 
-@cached(64)
+@cached(CACHED_BYTES, _size)
 def _text_grammar(tokenizer: Tokenizer, syntax: Syntax, definition: str, where: str) -> Grammar:
     from llguidance import LLMatcher
 
@@ -167,7 +173,7 @@ def _text_grammar(tokenizer: Tokenizer, syntax: Syntax, definition: str, where: 
     )
 
 
-@cached(CACHED_GRAMMARS)
+@cached(CACHED_BYTES, _size)
 def _json_grammar(tokenizer: Tokenizer, schema: str, where: str) -> Grammar:
     from llguidance import LLMatcher
 

@@ -3,36 +3,35 @@ leaves nothing behind."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Concatenate, ParamSpec, TypeVar, cast
-from weakref import WeakKeyDictionary, ref
+from threading import Lock
+from typing import Concatenate, Generic, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
 
 from ..tokenizer import Tokenizer
 
 Key = ParamSpec("Key")
 Made = TypeVar("Made")
+Function = Callable[Concatenate[Tokenizer, Key], Made]
 
 
-def cached(
-    maxsize: int,
-) -> Callable[[Callable[Concatenate[Tokenizer, Key], Made]], Callable[Concatenate[Tokenizer, Key], Made]]:
-    """A decorator that keeps the last `maxsize` results of function(tokenizer, *key) for each tokenizer.
+def cached(limit: int, weigh: Callable[..., int] | None = None) -> Callable[[Function[Key, Made]], Function[Key, Made]]:
+    """A decorator that keeps the latest results of function(tokenizer, *key) for each tokenizer.
 
-    The results must not refer to the tokenizer: the cache would then keep it alive.
+    limit: how many, or with `weigh` the sum of weigh(*key) over those kept. The results must not refer to the
+    tokenizer: the cache would then keep it alive.
     """
 
-    def decorate(
-        function: Callable[Concatenate[Tokenizer, Key], Made],
-    ) -> Callable[Concatenate[Tokenizer, Key], Made]:
-        caches: WeakKeyDictionary[Tokenizer, Callable[Key, Made]] = WeakKeyDictionary()
+    def decorate(function: Function[Key, Made]) -> Function[Key, Made]:
+        caches: WeakKeyDictionary[Tokenizer, _Latest[Made]] = WeakKeyDictionary()
 
         def call(tokenizer: Tokenizer, /, *key: Key.args, **named: Key.kwargs) -> Made:
             cache = caches.get(tokenizer)
             if cache is None:
-                new = cast("Callable[Key, Made]", lru_cache(maxsize)(_weakly(function, tokenizer)))
-                cache = caches.setdefault(tokenizer, new)
-            return cache(*key, **named)
+                cache = caches.setdefault(tokenizer, _Latest(limit))
+            weight = 1 if weigh is None else weigh(*key, **named)
+            return cache.get((key, *named.items()), weight, lambda: function(tokenizer, *key, **named))
 
         call.__doc__ = function.__doc__
         return call
@@ -40,13 +39,25 @@ def cached(
     return decorate
 
 
-def _weakly(function: Callable[Concatenate[Tokenizer, Key], Made], tokenizer: Tokenizer) -> Callable[Key, Made]:
-    """Return the function for one tokenizer, without a reference to it. Callers have one."""
-    reference = ref(tokenizer)
+class _Latest(Generic[Made]):
+    """The results that were used last, up to a sum of weights. Threads may share it."""
 
-    def make(*key: Key.args, **named: Key.kwargs) -> Made:
-        tokenizer = reference()
-        assert tokenizer is not None
-        return function(tokenizer, *key, **named)
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._weight = 0
+        self._results: OrderedDict[object, tuple[Made, int]] = OrderedDict()  # the one used last is at the end
+        self._lock = Lock()
 
-    return make
+    def get(self, key: object, weight: int, make: Callable[[], Made]) -> Made:
+        with self._lock:
+            if key in self._results:
+                self._results.move_to_end(key)
+                return self._results[key][0]
+        made = make()  # without the lock: two threads may make the same
+        with self._lock:
+            if key not in self._results:
+                self._results[key] = made, weight
+                self._weight += weight
+            while self._weight > self._limit:
+                self._weight -= self._results.popitem(last=False)[1][1]
+        return made

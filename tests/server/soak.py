@@ -10,8 +10,8 @@ killed. It fails if
   word of its own, so a text shows whose it is (soak_dialects.py);
 - GET /health, asked twenty times a second by a process of its own, or a steady stream had a gap of half a second. Time
   in which the threads on its way were ready to run and had no CPU does not count (soak_probes.py);
-- memory, descriptors or threads grew after the first quarter. They are taken at quiet points, twelve times in all,
-  when every request has ended. glibc is told to return freed memory at once, so that memory is what the server holds;
+- memory, descriptors or threads grew after the first quarter, with full caches. They are taken at quiet points, twelve
+  times in all, when every request has ended. glibc is told to return freed memory at once;
 - a slot stays in use, a killed model does not come back, or the server does not end with 0 after SIGTERM.
 
 Prints a line every ten seconds and a report at the end.
@@ -44,7 +44,7 @@ from soak_client import Connection
 from soak_dialects import Dialect, Said, StreamError, ask, completions, is_beginning, spelled
 from soak_judges import PROBES, judge_gaps, judge_growth
 from soak_probes import descendants
-from soak_scenarios import SCENARIOS, Scenario
+from soak_scenarios import SCENARIOS, Scenario, warm_up
 
 from mlx_gptoss.api import NANO
 
@@ -142,10 +142,9 @@ class Soak:
         connection.close()
 
     async def run(self, minutes: float, requests: int, seed: int) -> None:
-        """Let the clients work, with quiet points at equal distances. First, everything once: it needs most memory."""
+        """Let the clients work, with quiet points at equal distances. First, what needs most memory."""
         connection = Connection(self.port)
-        for scenario, _ in SCENARIOS:
-            await scenario(self, connection, random.Random(seed))
+        await warm_up(self, connection, seed)
         connection.close()
         self.started = time.monotonic()
         self.open_gate.set()

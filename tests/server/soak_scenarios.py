@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Scenario = Callable[["Soak", Connection, random.Random], Awaitable[str]]
 GENERATING = (CHAT, RESPONSES, MESSAGES, OLLAMA_CHAT, OLLAMA_GENERATE)
+GRAMMARS = 1000  # of small schemas; grammar.py keeps 64 MB, about 65 kB each
 CITIES = ("Oslo", "Paris", "Cairo", "Lima", "Tokyo", "Rome")
 WEATHER = {
     "name": "get_weather",
@@ -143,23 +144,28 @@ async def call_tool(soak: Soak, connection: Connection, r: random.Random) -> str
     return f"tool {connection.status}"
 
 
-async def obey_schema(soak: Soak, connection: Connection, r: random.Random) -> str:
-    """A reply under a schema that allows one word only, of its own: another's schema would show."""
-    word = new_word(r)
+def under_schema(model: str, word: str, tokens: int) -> dict[str, Any]:
+    """A chat request of which the reply may be one word only."""
     schema = {
         "type": "object",
         "properties": {"id": {"enum": [word]}},
         "required": ["id"],
         "additionalProperties": False,
     }
-    body = {
-        "model": soak.choose_model(r),
+    return {
+        "model": model,
         "messages": [{"role": "user", "content": "Hi"}],
         "response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}},
         "reasoning_effort": "low",
         "temperature": 0,
-        "max_completion_tokens": 120,
+        "max_completion_tokens": tokens,
     }
+
+
+async def obey_schema(soak: Soak, connection: Connection, r: random.Random) -> str:
+    """A reply under a schema that allows one word only, of its own: another's schema would show."""
+    word = new_word(r)
+    body = under_schema(soak.choose_model(r), word, 120)
     reply = await soak.expect(connection, "POST", CHAT.path, body)
     choice = {"finish_reason": None} if reply is None else reply["choices"][0]
     if choice["finish_reason"] == "stop" and json.loads(choice["message"]["content"]) != {"id": word}:
@@ -254,3 +260,12 @@ SCENARIOS: tuple[tuple[Scenario, int], ...] = (  # with the times that each occu
     (obey_schema, 4),
     (read_long_prompt, 1),
 )
+
+
+async def warm_up(soak: Soak, connection: Connection, seed: int) -> None:
+    """Everything once, since it needs most memory; then as many schemas as the first model keeps grammars of."""
+    r = random.Random(seed)
+    for scenario, _ in SCENARIOS:
+        await scenario(soak, connection, r)
+    for _ in range(GRAMMARS):
+        await soak.expect(connection, "POST", CHAT.path, under_schema(soak.models[0], new_word(r), 1))
