@@ -136,6 +136,12 @@ def test_every_example_and_tool_has_a_line_in_the_readme():
     [
         ("train_nano.py", ["train", "--run", "unused"], "torch", "python -m pip install -e '.[test]'"),
         ("write_gguf.py", ["tiny", "2", "unused.gguf"], "gguf", "python -m pip install -e '.[test]'"),
+        (
+            "autoround_table.py",
+            ["--make", "unused"],
+            "auto_round",
+            "python -m pip install --no-deps auto-round (tests/README.md has what else it needs)",
+        ),
         ("time_llama_cpp.py", ["unused.gguf", "tiny", "2"], "llama_cpp", "python -m pip install llama-cpp-python"),
     ],
 )

@@ -4,8 +4,8 @@
 
 Experts and attention are quantized in groups of 64, which is what AutoRound does to gpt-oss, on the default calibration
 text in 512-token samples; what is compared are predictions on the text of `mlx-gptoss eval`. It needs torch,
-transformers and auto-round (`pip install --no-deps auto-round`, and what tests/README.md names), in this environment or
-in a folder that pip has filled (`--target`). AutoRound runs in a process of its own.
+transformers and auto-round with what tests/README.md names, in this environment or in a folder that `pip install
+--target` has filled. AutoRound runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -40,14 +40,13 @@ FORMAT = "int4-autoround"
 
 def make(source: Path, folder: Path, iters: int) -> None:
     """Let AutoRound quantize the bf16 checkpoint `source`, and leave the result in `folder`. In its own process."""
-    import torch
-    from auto_round import AutoRound
+    from requires import auto_round, torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     opened = checkpoint.open(source)
     ids = [id for window in read_text(None, opened.tokenizer()).windows for id in window]
     samples = [torch.tensor([ids[start : start + SAMPLE]]) for start in range(0, len(ids) - SAMPLE + 1, SAMPLE)]
-    tool = AutoRound(
+    tool = auto_round.AutoRound(
         AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16),
         AutoTokenizer.from_pretrained(source),
         bits=4,
@@ -58,6 +57,7 @@ def make(source: Path, folder: Path, iters: int) -> None:
         nsamples=len(samples),
         dataset=samples,
         device_map="cpu",
+        enable_torch_compile=False,  # which takes longer than these few iterations
     )
     work = folder.with_suffix(".made")
     tool.quantize_and_save(str(work), format="auto_round")
@@ -70,7 +70,8 @@ def networks(model: Path, folder: Path, iters: int) -> Mapping[str, Forward]:
     source = checkpoint.open(folder / "bf16")
     words = [sys.executable, __file__, "--make", str(folder / "autoround"), "--model", str(folder / "bf16")]
     started = time.monotonic()
-    subprocess.run([*words, "--iters", str(iters)], check=True, stdout=sys.stderr)
+    if code := subprocess.run([*words, "--iters", str(iters)], stdout=sys.stderr).returncode:
+        sys.exit(code)
     print(f"AutoRound took {time.monotonic() - started:.0f} s", file=sys.stderr)
     recipe = recipe_of(FORMAT)[1]
     target = Target.of(source, {**recipe, "attention": recipe["experts"]}, symmetric=True)

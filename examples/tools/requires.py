@@ -7,6 +7,7 @@ from types import ModuleType
 INSTALL = {
     "torch": "python -m pip install -e '.[test]'",
     "gguf": "python -m pip install -e '.[test]'",
+    "auto_round": "python -m pip install --no-deps auto-round (tests/README.md has what else it needs)",
     "llama_cpp": "python -m pip install llama-cpp-python",
 }
 

@@ -8,8 +8,8 @@
 The third line starts from a checkpoint's weights instead of random ones. The last prints the share of held-out turns,
 reasoning included, of which every token is the likeliest one: faster than measure_nano.py, and stricter. All of it
 needs torch. Only the assistant's tokens after `<|start|>assistant` count in the loss, unless --prompts is given. The
-learning rate follows the
-tokens seen so far, so a run of any length ends with a full decay, and so does a resumed one with another --tokens.
+learning rate follows the tokens seen so far, so a run of any length ends with a full decay, and so does a resumed one
+with another --tokens.
 
 `--shape small` is a model of 20 million parameters with 32 experts, to judge formats on; it has not been trained to the
 end yet. The three batches of a step are computed on a thread each, because threads that share a product
