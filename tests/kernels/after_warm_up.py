@@ -10,13 +10,13 @@ import sys
 from dataclasses import replace
 
 import torch
-from report import META, Launch, Shapes, recording
+from report import Launch, recording
+from shapes import META, meta_model
 
 from mlx_gptoss.backends.base import Limits
 from mlx_gptoss.backends.cuda.cache import Cache, Span
 from mlx_gptoss.backends.cuda.decode import Decoder
 from mlx_gptoss.backends.cuda.kernels.fused import Fused
-from mlx_gptoss.backends.cuda.load import load_model
 from mlx_gptoss.backends.cuda.runner import step_rows, warm_up
 from mlx_gptoss.config import PRESETS
 
@@ -34,7 +34,7 @@ def missing(form: str, slots: int) -> dict[str, object]:
     launches: how many different ones the requests make. missing: those that would compile then."""
     config = PRESETS["20b"]
     config = replace(config, num_hidden_layers=2, layer_types=config.layer_types[:2], vocab_size=1024)
-    model = load_model(Shapes(config, form), torch.bfloat16, META, Fused())
+    model = meta_model(config, form)
     late, launches = set(), 0
     for pack, drafts in ((None, 0), (Fused().pack, 3)):
         cache = Cache(config, slots, CONTEXT, torch.bfloat16, META, whole=True, pack=pack, slack=drafts)

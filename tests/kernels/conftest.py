@@ -17,6 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed (pip install 'mlx-
 
 import torch
 
+from mlx_gptoss.backends.cuda.kernels import attention, linear, moe, norm, qkv, quantized_kv, routing, sample
 from mlx_gptoss.backends.cuda.kernels.fused import Fused
 from mlx_gptoss.backends.cuda.load import fuse
 from mlx_gptoss.backends.cuda.matrices import Matrix
@@ -75,6 +76,28 @@ def interpreter_patches_once():
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A launch that was not run. options: the kernel's arguments by name, and the compiler's options."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    options: dict[str, Any]
+
+
+@pytest.fixture
+def no_kernels(monkeypatch) -> list[Launched]:
+    """What kernels/ launches; none of it runs, so tensors may be on torch's meta device."""
+    launched: list[Launched] = []
+
+    def launch(kernel: Any, grid: tuple[int, ...], *args: object, **options: Any) -> None:
+        launched.append(Launched(kernel.fn.__name__, grid, options))
+
+    for module in (attention, linear, moe, norm, qkv, quantized_kv, routing, sample):
+        monkeypatch.setattr(module, "launch", launch)
+    return launched
 
 
 @pytest.fixture(scope="session")

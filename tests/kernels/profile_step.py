@@ -18,7 +18,7 @@ import torch
 from mlx_gptoss.backends.base import Row
 from mlx_gptoss.backends.cuda.cache import Cache
 from mlx_gptoss.backends.cuda.decode import Decoder
-from mlx_gptoss.backends.cuda.kernels import attention, linear, lora, moe, qkv, routing, sample
+from mlx_gptoss.backends.cuda.kernels import attention, linear, lora, moe, norm, qkv, routing, sample
 from mlx_gptoss.backends.cuda.kernels.fused import Fused
 from mlx_gptoss.backends.cuda.load import load_model
 from mlx_gptoss.config import PRESETS
@@ -67,7 +67,7 @@ def profile(decoder: Decoder, rows: int, context: int, device: torch.device) -> 
 
 def _time_launches(step, totals: Counter[str], counts: Counter[str]) -> None:
     """Run a step in the interpreter with each launch timed."""
-    modules = (attention, linear, lora, moe, qkv, routing, sample)
+    modules = (attention, linear, lora, moe, norm, qkv, routing, sample)
     original = linear.launch
 
     def launch(kernel, *args, **options) -> None:

@@ -13,14 +13,18 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 from tune import with_stages
 
+from mlx_gptoss.backends.cuda.kernels import linear, norm, tiles
 from mlx_gptoss.backends.cuda.kernels.fused import Fused
 from mlx_gptoss.backends.cuda.load import load_model
+from mlx_gptoss.backends.cuda.matrices import Matrix
 from mlx_gptoss.backends.cuda.model import GptOss
+from mlx_gptoss.backends.cuda.runner import MAX_ROWS
 from mlx_gptoss.config import PRESETS
 from mlx_gptoss.weights.synthetic import Synthetic
 
@@ -34,6 +38,20 @@ def cases(model: GptOss, tokens: list[int]) -> Iterator[tuple[str, Callable[[], 
         scores = block.mlp.router(x)
         yield f"experts, {count} tokens", lambda x=x, s=scores: block.mlp.ops.mixture(x, s, block.mlp.experts)
         yield f"qkv, {count} tokens", lambda x=x: block.attention.qkv(x)
+        out = block.attention.out.matrices[0]
+        _, parts = tiles.split_k(count, out, model.dtype)
+        if count <= MAX_ROWS and parts > 1:
+            y = torch.randn((count, out.shape[1]), generator=generator).to(device, model.dtype)
+            yield f"output in {parts} parts, {count} tokens", partial(_in_parts, y, out, parts)
+
+
+def _in_parts(y: Tensor, out: Matrix, parts: int) -> Tensor:
+    """y [T, K] @ out [N, K]^T -> [T, N], as a step of decoding computes it: in parts, which the norm adds up."""
+    each = y.new_empty((parts, len(y), out.shape[0]), dtype=torch.float32)
+    linear.split_linear(y, out, each)
+    total = y.new_zeros(each.shape[1:])
+    norm.rms_norm(total, torch.ones_like(total[0]), 1e-5, torch.empty_like(total), partial=each)
+    return total
 
 
 def race(form: str, preset: str, runs: int, tokens: list[int], device: torch.device) -> Iterator[dict[str, object]]:

@@ -1,6 +1,6 @@
 """Compile every kernel that a model launches, for any GPU, and print its registers, spills and instructions.
 
-python tests/kernels/report.py [--preset 20b] [--format mxfp4 ...] [--arch 90 ...] [--rows 1 ...] [--dtype NAME]
+python tests/kernels/report.py [--preset 20b ...] [--format mxfp4 ...] [--arch 90 ...] [--rows 1 ...] [--dtype NAME]
 
 No GPU is needed. One decoding step for each number of rows and one prefill run on torch's meta device, which has shapes
 and no values. Their launches are recorded instead of started, and each different one is compiled to a cubin.
@@ -17,10 +17,10 @@ from importlib import import_module
 from itertools import product
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import triton
 from sass import Cubin
+from shapes import META, meta_model
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
@@ -30,11 +30,8 @@ from mlx_gptoss.backends.cuda.cache import Cache, Span
 from mlx_gptoss.backends.cuda.decode import Decoder
 from mlx_gptoss.backends.cuda.kernels import tiles
 from mlx_gptoss.backends.cuda.kernels.fused import Fused
-from mlx_gptoss.backends.cuda.load import load_model
 from mlx_gptoss.config import PRESETS
-from mlx_gptoss.weights.synthetic import Synthetic
 
-META = torch.device("meta")
 CONTEXT, CHUNK = 131072, 4096
 TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u8", "int32": "i32", "int64": "i64"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
@@ -83,13 +80,6 @@ def specialize(kernel: JITFunction, what: str, grid: tuple[int, ...], args: tupl
     return Launch(kernel.__module__, kernel.__name__, what, *fixed, programs)
 
 
-class Shapes(Synthetic):
-    """Synthetic weights without the work of drawing values: all zeros."""
-
-    def _array(self, key, shape, bits, draw):
-        return np.zeros(shape, bits if draw.table is None else draw.table.dtype)
-
-
 def record(
     preset: str, form: str, rows: list[int], dtype: torch.dtype = torch.bfloat16, arch: int = 90
 ) -> dict[Launch, int]:
@@ -100,7 +90,7 @@ def record(
     """
     config = PRESETS[preset]
     config = replace(config, num_hidden_layers=2, layer_types=config.layer_types[:2])
-    model = load_model(Shapes(config, form), dtype, META, Fused())
+    model = meta_model(config, form, dtype)
     what = ""
     with recording(arch, lambda: what) as found:
         for pack, slack, bits in ((None, 0, ""), (Fused().pack, 3, ", 8-bit K/V")):
@@ -201,7 +191,7 @@ def build(launch: Launch, arch: int) -> Compiled:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="20b", choices=PRESETS)
+    parser.add_argument("--preset", nargs="+", default=["20b"], choices=PRESETS)
     parser.add_argument("--format", nargs="+", default=["mxfp4", "mlx-4bit"])
     parser.add_argument("--arch", nargs="+", type=int, default=[80, 90, 120])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 64])
@@ -213,8 +203,8 @@ def main() -> None:
     launches: dict[tuple[Launch, int], Launch] = {}
     if not options.json:
         print(ROW.format(*(field.name for field in fields(Compiled))))
-    for form, arch in product(options.format, options.arch):
-        for launch in record(options.preset, form, options.rows, getattr(torch, options.dtype), arch):
+    for preset, form, arch in product(options.preset, options.format, options.arch):
+        for launch in record(preset, form, options.rows, getattr(torch, options.dtype), arch):
             launches.setdefault((replace(launch, what="", programs=0), arch), launch)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(build, launch, arch) for (_, arch), launch in launches.items()]

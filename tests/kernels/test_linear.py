@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mlx_gptoss.backends.cuda.kernels import linear as kernels
-from mlx_gptoss.backends.cuda.kernels import qkv
+from mlx_gptoss.backends.cuda.kernels import norm, qkv
 
 KINDS = ["bfloat16", "mxfp4", "nvfp4", "mxfp8", "fp8", "affine4", "affine8", "affine4-f16", "affine4-g32"]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -80,7 +80,7 @@ def test_output_in_columns_of_a_wider_tensor(stored, close, device):
 def test_norm_alone(close, device):
     x, gain = random(3, 200, device=device), random(200, seed=1, device=device)
     out = torch.empty_like(x)
-    kernels.rms_norm(x, gain, EPS, out)
+    norm.rms_norm(x, gain, EPS, out)
     close(out, rms_norm(x, gain), 1e-6)
 
 
@@ -124,7 +124,6 @@ def test_qkv_rotates_and_writes_the_cache(stored, close, device, ring, tokens, s
         q,
         keys,
         values,
-        ring=ring,
         norm=gain,
         eps=EPS,
     )

@@ -6,32 +6,22 @@ import weakref
 from collections import Counter
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
+from shapes import META, Shapes, meta_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mlx_gptoss.backends import cuda
 from mlx_gptoss.backends.cuda.cache import Cache, Span
 from mlx_gptoss.backends.cuda.decode import Decoder
-from mlx_gptoss.backends.cuda.kernels import attention, linear, moe, qkv, quantized_kv, routing, sample
 from mlx_gptoss.backends.cuda.kernels.fused import Fused
-from mlx_gptoss.backends.cuda.load import load_model
 from mlx_gptoss.config import PRESETS
 from mlx_gptoss.loading.recommend import padding_bytes
 from mlx_gptoss.weights.params import MATRIX_ROLES
 from mlx_gptoss.weights.synthetic import Synthetic
 
-META = torch.device("meta")
 CONTEXT = 8192
-
-
-class Shapes(Synthetic):
-    """Synthetic weights without the work of drawing values: all zeros."""
-
-    def _array(self, key, shape, bits, draw):
-        return np.zeros(shape, bits if draw.table is None else draw.table.dtype)
 
 
 class Live(TorchDispatchMode):
@@ -68,21 +58,12 @@ class Live(TorchDispatchMode):
             self.bytes -= size
 
 
-@pytest.fixture
-def no_kernels(monkeypatch) -> list:
-    """A list of the kernels launched; none is run."""
-    launched: list = []
-    for module in (attention, linear, moe, qkv, quantized_kv, routing, sample):
-        monkeypatch.setattr(module, "launch", lambda kernel, *args, **options: launched.append(kernel))
-    return launched
-
-
 @pytest.mark.parametrize("form", ["mxfp4", "nvfp4", "mlx-4bit", "mlx-8bit"])
 def test_the_plan_counts_the_padding_of_scales(form):
     """Bytes of all matrices as loaded for the kernels: those stored, and the padding, which a CPU does not have."""
     config = replace(PRESETS["20b"], num_hidden_layers=1, layer_types=PRESETS["20b"].layer_types[:1], vocab_size=1024)
     source = Shapes(replace(config, num_local_experts=4), form)
-    model = load_model(source, torch.bfloat16, META, Fused())
+    model = meta_model(source.config, form)
     (block,) = model.blocks
     layers = block.attention.qkv, block.attention.out, block.mlp.router, block.mlp.experts.gate_up
     matrices = [m for layer in (*layers, block.mlp.experts.down, model.lm_head) for m in layer.matrices]
@@ -99,7 +80,7 @@ def test_mxfp4_takes_at_most_14_5_gb_with_8k_of_context(no_kernels, kv_bits, bou
     config = PRESETS["20b"]
     chunk = cuda.GPU_CHUNK
     few = replace(config, num_hidden_layers=2, layer_types=config.layer_types[:2], vocab_size=1024)
-    model = load_model(Shapes(few, "mxfp4"), torch.bfloat16, META, Fused())
+    model = meta_model(few, "mxfp4")
     with Live() as prefill:
         pack = Fused().pack if kv_bits else None
         cache = Cache(few, 1, CONTEXT, torch.bfloat16, META, whole=True, pack=pack)

@@ -3,10 +3,10 @@
 python tests/kernels/tune.py [--preset 20b] [--format mxfp4 mlx-4bit] [--rows 1 8 32 64] [--context 1024 131072]
                              [--case experts qkv ...] [--tiles N]
 
-For each product (qkv, attention's output, router, experts, lm_head) it tries the tile in use ("in use") and then every
-candidate. It checks the result against torch in float32 on the same random weights. Then it prints the median time over
-several layers' weights, which together exceed the GPU's cache, and the bandwidth as a fraction of a copy's. Last it
-times the whole step as a CUDA graph.
+For each product (qkv, attention's output with the norm after it, router, experts, lm_head) it tries the tile in use
+("in use") and then every candidate. It checks the result against torch in float32 on the same random weights. Then it
+prints the median time over several layers' weights, which together exceed the GPU's cache, and the bandwidth as a
+fraction of a copy's. Last it times the whole step as a CUDA graph.
 
 Without a GPU it runs the tiny preset in Triton's interpreter (set TRITON_INTERPRET=1): every result is checked, and the
 times mean nothing.
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from triton.errors import TritonError
@@ -27,12 +28,12 @@ from mlx_gptoss.backends import cuda
 from mlx_gptoss.backends.base import Row
 from mlx_gptoss.backends.cuda.cache import Cache
 from mlx_gptoss.backends.cuda.decode import Buffers, Decoder
-from mlx_gptoss.backends.cuda.kernels import attention, linear, moe, qkv, routing, tiles
+from mlx_gptoss.backends.cuda.kernels import attention, linear, moe, norm, qkv, routing, tiles
 from mlx_gptoss.backends.cuda.kernels.fused import Fused
 from mlx_gptoss.backends.cuda.kernels.tiles import Tile
 from mlx_gptoss.backends.cuda.load import load_model
 from mlx_gptoss.backends.cuda.matrices import DenseMatrix, Matrix
-from mlx_gptoss.backends.cuda.model import Block, GptOss
+from mlx_gptoss.backends.cuda.model import Block, GptOss, Norm
 from mlx_gptoss.backends.cuda.plain import TorchOperations
 from mlx_gptoss.config import PRESETS
 from mlx_gptoss.weights.synthetic import Synthetic
@@ -43,6 +44,8 @@ CANDIDATES = [Tile(BN, BK, warps, stages, SPLIT) for BN, BK, warps, SPLIT in
          ((16, 128, 1, 2), (16, 128, 4, 4), (16, 64, 4, 4), (4, 128, 1, 2), (16, 128, 1, 1), (16, 256, 1, 1),
           (32, 128, 2, 1), (32, 64, 4, 2), (64, 128, 2, 1), (64, 128, 4, 1), (64, 64, 4, 1))
          for stages in (2, 3, 4)]  # fmt: skip
+PARTS = [(Tile(64, 128, 4, stages), parts) for stages in (2, 3) for parts in (2, 4, 8)]
+PARTS += [(Tile(64, 128, 2, 3), parts) for parts in (4, 8)] + [(Tile(32, 128, 4, 3, 2), parts) for parts in (2, 4)]
 CHOICES = ("linear_tile", "gate_up_one_token_tile", "down_one_token_tile", "grouped_tile")
 CASES = ("qkv", "out", "router", "experts", "lm_head")
 PLAIN = TorchOperations(threads=1)
@@ -71,14 +74,14 @@ def cases(model: GptOss, b: Buffers, cache: Cache, positions: torch.Tensor) -> I
     x = b.x.clone()
     fused = rows == 1
 
-    def normed(norm) -> tuple:
+    def normed(gain: Norm) -> tuple:
         if fused:
-            return x, norm.weight, norm.eps
-        linear.rms_norm(x, norm.weight, norm.eps, b.normed)
+            return x, gain.weight, gain.eps
+        norm.rms_norm(x, gain.weight, gain.eps, b.normed)
         return b.normed, None, 0.0
 
-    def reference(norm) -> torch.Tensor:
-        return replace(norm, weight=norm.weight.float())(x.float())
+    def reference(gain: Norm) -> torch.Tensor:
+        return replace(gain, weight=gain.weight.float())(x.float())
 
     def product(y: torch.Tensor, layer) -> torch.Tensor:
         done = torch.cat([PLAIN.product(y.float(), matrix) for matrix in layer.matrices], dim=-1)
@@ -88,15 +91,24 @@ def cases(model: GptOss, b: Buffers, cache: Cache, positions: torch.Tensor) -> I
         y, gain, eps = normed(block.attention_norm)
         at, layer = block.attention.qkv, cache.layers[0]
         qkv.project_qkv(y, at.matrices, at.bias, table, i.slots, i.positions, b.q, layer.keys, layer.values,
-                           ring=True, norm=gain, eps=eps)  # fmt: skip
+                           norm=gain, eps=eps)  # fmt: skip
 
     def q_oracle(block: Block) -> torch.Tensor:
         y = product(reference(block.attention_norm), block.attention.qkv)[:, None, : c.q_size]
         return PLAIN.rotate(y, rotation)[:, :, 0]
 
     def out(block: Block) -> None:
-        at = block.attention.out
-        linear.linear(b.y, at.matrices[0], b.x, bias=at.bias, residual=x)
+        """With the norm after it, which adds K's parts up."""
+        at, gain = block.attention.out, block.mlp_norm
+        _, parts = tiles.split_k(rows, at.matrices[0], b.x.dtype)
+        b.x.copy_(x)
+        if parts > 1:
+            partial = b.x.new_empty((parts, *b.x.shape), dtype=torch.float32)
+            linear.split_linear(b.y, at.matrices[0], partial)
+            norm.rms_norm(b.x, gain.weight, gain.eps, b.normed, partial=partial, bias=at.bias)
+        else:
+            linear.linear(b.y, at.matrices[0], b.x, bias=at.bias, residual=b.x)
+            norm.rms_norm(b.x, gain.weight, gain.eps, b.normed)
 
     def route(block: Block) -> None:
         y, gain, eps = normed(block.mlp_norm)
@@ -144,23 +156,31 @@ def nbytes(matrix: Matrix) -> int:
 
 
 @contextmanager
-def with_tile(tile: Tile | None) -> Iterator[None]:
-    """Use `tile` for all products; None is the tiles in use."""
-    with _choosing(lambda choose, *args: choose(*args) if tile is None else tile):
+def with_tile(tile: Tile | None, parts: int = 1) -> Iterator[None]:
+    """Use `tile` for all products, with attention's output in so many parts; None is the tiles in use."""
+    if tile is None:
+        yield
+        return
+    with _choosing(lambda choose, *args: tile), _choosing(lambda choose, *args: (tile, parts), ["split_k"]):
         yield
 
 
 @contextmanager
 def with_stages(stages: int) -> Iterator[None]:
     """Use the tiles in use, but with another number of pipeline stages."""
-    with _choosing(lambda choose, *args: replace(choose(*args), num_stages=stages)):
+
+    def split(choose: Callable[..., tuple[Tile, int]], *args: object) -> tuple[Tile, int]:
+        tile, parts = choose(*args)
+        return replace(tile, num_stages=stages), parts
+
+    with _choosing(lambda choose, *args: replace(choose(*args), num_stages=stages)), _choosing(split, ["split_k"]):
         yield
 
 
 @contextmanager
-def _choosing(instead: Callable[..., Tile]) -> Iterator[None]:
+def _choosing(instead: Callable[..., Any], choices: Sequence[str] = CHOICES) -> Iterator[None]:
     """Call `instead` with each function of tiles.py that chooses a tile, and its arguments."""
-    kept = {name: getattr(tiles, name) for name in CHOICES}
+    kept = {name: getattr(tiles, name) for name in choices}
     for name, choose in kept.items():
         setattr(tiles, name, partial(instead, choose))
     try:
@@ -188,10 +208,10 @@ def timed(run: Callable[[], None], device: torch.device) -> float:
     return statistics.median(seconds)
 
 
-def try_tile(case: Case, tile: Tile | None, model: GptOss, device: torch.device, copy: float) -> str:
+def try_tile(case: Case, tile: Tile | None, parts: int, model: GptOss, device: torch.device, copy: float) -> str:
     """Check and time a product with a tile; one line of results. copy: the copy bandwidth, bytes per second."""
     blocks = model.blocks[:1] if case.whole else model.blocks
-    with with_tile(tile):
+    with with_tile(tile, parts):
         case.run(blocks[-1])
         got, wanted = case.result().float(), case.oracle(blocks[-1]).float()
         error = float((got - wanted).abs().max() / wanted.abs().max())
@@ -231,18 +251,20 @@ def tune(
         b.x.normal_()
         b.y.normal_()
         for case in (case for case in cases(model, b, cache, b.inputs.positions) if case.name in chosen):
-            for tile in [None, *candidates]:
+            whole = [(tile, 1) for tile in [None, *candidates]]
+            split = PARTS[: len(candidates)] if case.name == "out" and rows > 1 else []
+            split = [(tile, parts) for tile, parts in split if config.q_size % (parts * tile.SPLIT * tile.BK) == 0]
+            for tile, parts in [*whole, *split]:
                 if case.name == "router" and tile is not None:
                     continue  # the router has no tile
                 if case.name == "qkv" and tile is not None and tile.BN > HEAD:
                     continue  # a program of this kernel rotates pairs of one head
                 try:
-                    found = try_tile(case, tile, model, device, copy)
+                    found = try_tile(case, tile, parts, model, device, copy)
                 except (RuntimeError, ValueError, TritonError) as error:  # such as too much shared memory
                     found = f"cannot run: {str(error).splitlines()[0][:60]}"
-                print(
-                    f"{rows:3} rows {case.name:8} {'in use' if tile is None else vars(tile)!s:48} {found}", flush=True
-                )
+                name = "in use" if tile is None else str(vars(tile) | ({"parts": parts} if parts > 1 else {}))
+                print(f"{rows:3} rows {case.name:8} {name:48} {found}", flush=True)
         for context in contexts:
             time_step(model, rows, context, device)
 

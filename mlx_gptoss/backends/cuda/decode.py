@@ -21,7 +21,7 @@ from torch import Tensor
 from ..base import Row
 from .adapters import LowRank, Uses, expert_adapters
 from .cache import Cache, FullCache, LayerCache, RingCache
-from .kernels import attention, linear, moe, qkv, quantized_kv, routing, sample
+from .kernels import attention, linear, moe, norm, qkv, quantized_kv, routing, sample, tiles
 from .model import Block, GptOss, Norm
 
 IDLE = -1
@@ -111,6 +111,8 @@ class Buffers:
         self.inputs: Inputs = Inputs.empty(rows, device)
         self.x, self.normed = new(rows, D), new(rows, D)
         self.q, self.y = new(rows, c.num_attention_heads, c.head_dim), new(rows, c.q_size)
+        self.parts_of_out: list[int] = [_parts_of_out(model, block, rows) for block in model.blocks]
+        self.partial: Tensor = new(max(self.parts_of_out), rows, D, dtype=torch.float32)
         heads = c.num_attention_heads, c.num_key_value_heads
         if packed:  # a layer's new keys and values, as a ring of one entry for each row
             self.fresh = new(2, rows, c.num_key_value_heads, 1, c.head_dim)
@@ -218,21 +220,26 @@ class Decoder:
         model, i = self._model, b.inputs
         uses = [(index, i.adapters == index) for index in used]
         linear.embed(i.given, self._last, i.slots, i.positions, model.embed, b.x)
-        for block, layer in zip(model.blocks, self._cache.layers, strict=True):
+        for block, layer, parts in zip(model.blocks, self._cache.layers, b.parts_of_out, strict=True):
             at, window = block.attention, layer.window if isinstance(layer, RingCache) else None
             self._project(b, block, layer, uses)
             attention.decode_attention(
                 b.q, layer.keys, layer.values, i.slots, i.positions, at.sinks, at.scale, b.y, b.attention, window=window
             )
             delta = _delta(b.y, at.out_adapters, uses)
-            if model.ranks.alone:
+            partial = b.partial[:parts] if parts > 1 else None
+            if partial is not None:
+                linear.split_linear(b.y, at.out.matrices[0], partial)
+                if delta is not None:
+                    b.x += delta
+            elif model.ranks.alone:
                 linear.linear(b.y, at.out.matrices[0], b.x, bias=at.out.bias, residual=b.x)
                 if delta is not None:
                     b.x += delta
             else:
                 linear.linear(b.y, at.out.matrices[0], b.share, bias=at.out.bias, residual=delta)
                 b.x += model.ranks.sum(b.share)
-            self._mixture(b, block, uses)
+            self._mixture(b, block, uses, partial)
         x, gain, eps = self._normed(b, model.norm, ())
         own = b.logits if model.ranks.alone else b.own_logits
         linear.linear(x, model.lm_head.matrices[0], own, norm=gain, eps=eps)
@@ -256,7 +263,6 @@ class Decoder:
             b.q,
             keys,
             values,
-            ring=packed or isinstance(layer, RingCache),
             norm=gain,
             eps=eps,
             delta=_delta(x, at.qkv_adapters, uses),
@@ -264,9 +270,10 @@ class Decoder:
         if packed:
             quantized_kv.write_rows(b.fresh, layer.arrays, i.slots, i.positions)
 
-    def _mixture(self, b: Buffers, block: Block, uses: Uses) -> None:
+    def _mixture(self, b: Buffers, block: Block, uses: Uses, partial: Tensor | None) -> None:
+        """partial: parts of attention's output, which are still to be added to the residual stream, or None."""
         router, experts = block.mlp.router, block.mlp.experts
-        x, gain, eps = self._normed(b, block.mlp_norm, uses)
+        x, gain, eps = self._normed(b, block.mlp_norm, uses, partial, block.attention.out.bias)
         route = b.routes[router.matrices[0].shape[0]]
         routing.router(x, router.matrices[0], router.bias, route.scores, norm=gain, eps=eps)
         if (delta := _delta(x, block.mlp.router_adapters, uses)) is not None:
@@ -284,12 +291,15 @@ class Decoder:
                 moe.forward_grouped(None, x, groups, experts, b.hidden, b.parts, b.share, b.inputs.positions, adapters)
                 b.x += self._model.ranks.sum(b.share)
 
-    def _normed(self, b: Buffers, norm: Norm, uses: Uses) -> tuple[Tensor, Tensor | None, float]:
+    def _normed(
+        self, b: Buffers, weights: Norm, uses: Uses, partial: Tensor | None = None, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, float]:
         """The input of the next products, and the norm that they still have to apply. For one row the norm is folded
-        into them; for several rows, with several ranks and with adapters it is a separate kernel."""
+        into them; for several rows, with several ranks and with adapters it is a separate kernel, which first adds the
+        product that is in parts, and its bias."""
         if len(b.x) == 1 and self._model.ranks.alone and not uses:
-            return b.x, norm.weight, norm.eps
-        linear.rms_norm(b.x, norm.weight, norm.eps, b.normed)
+            return b.x, weights.weight, weights.eps
+        norm.rms_norm(b.x, weights.weight, weights.eps, b.normed, partial=partial, bias=bias)
         return b.normed, None, 0.0
 
 
@@ -297,6 +307,12 @@ def _delta(x: Tensor, adapters: Sequence[LowRank | None], uses: Uses) -> Tensor 
     """What the adapters add to a product with x [B, D], [B, N]; None if they add nothing."""
     found = [low_rank.delta(x, rows) for index, rows in uses if (low_rank := adapters[index]) is not None]
     return sum(found[1:], start=found[0]) if found else None
+
+
+def _parts_of_out(model: GptOss, block: Block, rows: int) -> int:
+    """In how many parts the product with attention's output is computed. With several ranks a sum follows, not a norm
+    that could add them up."""
+    return tiles.split_k(rows, block.attention.out.matrices[0], model.dtype)[1] if model.ranks.alone else 1
 
 
 def _bucket(rows: int) -> int:

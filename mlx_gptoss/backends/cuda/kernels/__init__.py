@@ -3,7 +3,8 @@
 | file            | kernels in it                                                           | launched by          |
 |-----------------|-------------------------------------------------------------------------|----------------------|
 | linear.py       | `_linear_kernel`: a product with a stored matrix                        | decode.py, fused.py  |
-|                 | `_rms_norm_kernel`, `_embed_kernel`                                     | decode.py            |
+|                 | `_embed_kernel`                                                         | decode.py            |
+| norm.py         | `_rms_norm_kernel`: RMSNorm, after adding up a product with split K     | decode.py            |
 | qkv.py          | `_qkv_kernel`: project, rotate and write q, keys and values             | decode.py            |
 |                 | `_rope_kernel`: rotate alone                                            | fused.py             |
 | attention.py    | `_decode_kernel`, `_merge_splits_kernel`: one new token a row           | decode.py, fused.py  |

@@ -1,10 +1,11 @@
-"""Products with stored matrices, the RMSNorm and the embedding.
+"""Products with stored matrices, and the embedding.
 
-A program of a product computes BN output rows for BT tokens over all of K. The weights are decoded in registers and are
-the left operand of the tensor cores; the tokens are the right one. With one token (BT = 1) this is a matrix-vector
-product, limited by memory: it reads each weight once, and tensor cores that would be idle do the arithmetic.
+A program of a product computes BN output rows for BT tokens over all of K, or over one of P parts of it (split K). The
+weights are decoded in registers and are the left operand of the tensor cores; the tokens are the right one. With one
+token (BT = 1) this is a matrix-vector product, limited by memory: it reads each weight once, and tensor cores that
+would be idle do the arithmetic.
 
-Legend: T tokens, N output rows, K columns, D hidden, B rows of a decoding step, S slots; BN, BK and BT as in tiles.py.
+Legend: T tokens, N output rows, K columns, B rows of a decoding step, S slots; BN, BK, BT and P as in tiles.py.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ def multiply(
     BK: tl.constexpr,
     BT: tl.constexpr,
     SPLIT: tl.constexpr,
+    first=0,
+    PARTS: tl.constexpr = 1,
 ):
     """float32 [BN, BT]: w[rows] @ RMSNorm(x[tokens])^T before `outer`, the product that every kernel is built on.
 
@@ -51,7 +54,9 @@ def multiply(
     norm: [K], the norm's weights, or None for no norm. Its factor 1 / rms(x) is computed on the way and applied to the
         sums.
     w, w_scale, w_bias, rows, row_mask: see `weight_tile`
+    first, PARTS: only K / PARTS columns from `first` on, whole steps, without a norm and with several tokens
     """
+    tl.static_assert(PARTS == 1 or (norm is None and BT > 1 and K % (PARTS * SPLIT * BK) == 0))
     if BT == 1:
         acc = multiply_one(
             x, norm, eps, w, w_scale, w_bias, rows, row_mask, K, ELEMENT, SCALE, GROUP, BN, BK, 1, SPLIT
@@ -59,7 +64,8 @@ def multiply(
     elif SPLIT == 1:
         acc = tl.zeros((BN, BT), tl.float32)
         squares = tl.zeros((BK, BT), tl.float32)
-        for k0 in range(0, K, BK):
+        for i in range(0, K // PARTS, BK):
+            k0 = first + i
             weights = weight_tile(
                 w, w_scale, w_bias, rows, row_mask, k0, K, ELEMENT, SCALE, GROUP, BN, BK, x.dtype.element_ty
             )
@@ -81,7 +87,8 @@ def multiply(
         tile_rows = _repeat(rows, BN, 1, SPLIT)
         tile_mask = row_mask if row_mask is None else _repeat(row_mask, BN, 1, SPLIT)
         sums = tl.zeros((SPLIT, BN, BT), tl.float32)
-        for k0 in range(0, K, SPLIT * BK):
+        for i in range(0, K // PARTS, SPLIT * BK):
+            k0 = first + i
             weights = weight_tile(
                 w,
                 w_scale,
@@ -193,11 +200,13 @@ def _linear_kernel(
     BK: tl.constexpr,
     BT: tl.constexpr,
     SPLIT: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """out = RMSNorm(x) @ w^T + bias + residual, one [BN, BT] tile of its transpose for each program.
 
     x: [T, K]. norm: [K], bias: [N], residual: as `out`; each may be None
-    out: [T, N], float32 or x's dtype, rows STRIDE apart
+    out: [T, N], float32 or x's dtype, rows STRIDE apart. With several PARTS, [PARTS, T, N]: out[p] is the product of
+        the p-th K / PARTS columns, which program_id(2) = p computes
     w, ..., OUTER: the matrix [N, K], see `weight_args`
     """
     wait_for_inputs()
@@ -205,6 +214,7 @@ def _linear_kernel(
     tokens = (tl.program_id(1) * BT + tl.arange(0, BT)).to(tl.int64)
     row_mask = rows < N
     token_mask = tokens < T
+    part = tl.program_id(2)
     acc = multiply(
         x,
         tokens,
@@ -224,11 +234,13 @@ def _linear_kernel(
         BK,
         BT,
         SPLIT,
+        part * (K // PARTS) if PARTS > 1 else 0,
+        PARTS,
     )
     acc *= outer_factor(w_outer, rows, row_mask, OUTER, BN)[:, None]
     if bias is not None:
         acc += load_rows(bias, rows, row_mask).to(tl.float32)[:, None]
-    offsets = tokens[None, :] * STRIDE + rows[:, None]
+    offsets = (tokens + part * T if PARTS > 1 else tokens)[None, :] * STRIDE + rows[:, None]
     mask = row_mask[:, None] & token_mask[None, :]
     if residual is not None:
         acc += tl.load(residual + offsets, mask=mask, other=0).to(tl.float32)
@@ -250,11 +262,32 @@ def linear(
     Norm, bias and residual are optional. `out` may be the residual, and may be columns of a wider tensor; a residual
     has the strides of `out`.
     """
+    _launch(x, matrix, out, tiles.linear_tile(len(x), matrix, x.dtype), 1, bias, residual, norm, eps)
+
+
+def split_linear(x: Tensor, matrix: Matrix, partial: Tensor) -> None:
+    """partial float32 [P, T, N], whose sum over P is x [T, K] @ matrix [N, K]^T. P as `tiles.split_k` says.
+    `norm.rms_norm` adds them up, always in the same order."""
+    tile, _ = tiles.split_k(len(x), matrix, x.dtype)
+    _launch(x, matrix, partial[0], tile, len(partial))
+
+
+def _launch(
+    x: Tensor,
+    matrix: Matrix,
+    out: Tensor,
+    tile: tiles.Tile,
+    parts: int,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
     T, (N, K) = x.shape[0], matrix.shape
-    tile, BT = tiles.linear_tile(T, matrix, x.dtype), tiles.token_block(T, matrix, x.dtype)
+    BT = tiles.token_block(T, matrix, x.dtype)
     launch(
         _linear_kernel,
-        (triton.cdiv(N, tile.BN), triton.cdiv(T, BT)),
+        (triton.cdiv(N, tile.BN), triton.cdiv(T, BT), parts),
         *(x, norm, residual, bias, out),
         T=T,
         eps=eps,
@@ -262,6 +295,7 @@ def linear(
         STRIDE=out.stride(0),
         K=K,
         BT=BT,
+        PARTS=parts,
         **tile.options(),
         **weight_args(matrix),
     )
@@ -276,24 +310,6 @@ def product(x: Tensor, matrix: Matrix, *, wide: bool = False) -> Tensor:
     out = x.new_empty((x.shape[0], matrix.shape[0]), dtype=dtype)
     linear(x, matrix, out)
     return out
-
-
-@triton.jit
-def _rms_norm_kernel(x, norm, out, eps, D: tl.constexpr, BLOCK: tl.constexpr):
-    """out [T, D] = RMSNorm(x [T, D]) with weights norm [D], one token for each program. out: of any float dtype."""
-    wait_for_inputs()
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK)
-    values = tl.load(x + row * D + k, mask=k < D, other=0).to(tl.float32)
-    gain = tl.load(norm + k, mask=k < D, other=0).to(tl.float32)
-    values *= tl.rsqrt(tl.sum(values * values, 0) / D + eps)
-    tl.store(out + row * D + k, (values * gain).to(out.dtype.element_ty), mask=k < D)
-
-
-def rms_norm(x: Tensor, norm: Tensor, eps: float, out: Tensor) -> None:
-    """out [T, D] = RMSNorm(x [T, D]) with weights norm [D], computed in float32."""
-    T, D = x.shape
-    launch(_rms_norm_kernel, (T,), x, norm, out, eps, D=D, BLOCK=triton.next_power_of_2(D), num_warps=4)
 
 
 @triton.jit

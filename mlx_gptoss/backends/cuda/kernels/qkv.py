@@ -17,7 +17,7 @@ from .launch import launch, wait_for_inputs
 from .linear import multiply
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "C"])
 def _qkv_kernel(
     x,
     norm,
@@ -37,10 +37,9 @@ def _qkv_kernel(
     T,
     eps,
     head0,
+    C,
     H: tl.constexpr,
     KV: tl.constexpr,
-    C: tl.constexpr,
-    RING: tl.constexpr,
     K: tl.constexpr,
     ELEMENT: tl.constexpr,
     SCALE: tl.constexpr,
@@ -55,7 +54,7 @@ def _qkv_kernel(
 
     x: [T, K]. norm: [K] or None. bias: [(H + 2 KV) * 64]. delta: [T, (H + 2 KV) * 64], added to the product, or None
     cos, sin: float32 [positions, 32]
-    slots, positions: int32 [T]. q: [T, H, 64]. keys, values: [S, KV, C, 64]; position p is entry p, or p % C with RING
+    slots, positions: int32 [T]. q: [T, H, 64]. keys, values: [S, KV, C, 64]; position p is entry p % C
     w, ..., OUTER: a matrix of whole heads [heads * 64, K], see `weight_args`; head0: its first head among all of them
 
     RoPE rotates dimension p of a head with p + 32, a pair. A program owns both, so its BN <= 64 rows are two runs of
@@ -102,7 +101,7 @@ def _qkv_kernel(
         _store_pairs(q + (tokens * H + head)[None, :] * 64 + pairs, a, b, busy)
     else:
         slot = tl.load(slots + t, mask=position >= 0, other=0).to(tl.int64)
-        entry = (slot * KV + (head - H) % KV) * C + (position % C if RING else position)
+        entry = (slot * KV + (head - H) % KV) * C + position % C
         offsets = entry[None, :] * 64 + pairs
         if head < H + KV:
             _store_pairs(keys + offsets, a, b, busy)
@@ -128,7 +127,6 @@ def project_qkv(
     keys: Tensor,
     values: Tensor,
     *,
-    ring: bool,
     norm: Tensor | None = None,
     eps: float = 0.0,
     delta: Tensor | None = None,
@@ -140,7 +138,7 @@ def project_qkv(
     bias: [(H + 2 KV) * 64]. table: cos and sin, float32 [positions, 32]
     slots, positions: int32 [B]; a row at position -1 is idle and writes nothing
     delta: [B, (H + 2 KV) * 64], added to the projection, or None
-    q: [B, H, 64], written. keys, values: [S, KV, C, 64]; with `ring`, position p is entry p % C
+    q: [B, H, 64], written. keys, values: [S, KV, C, 64]; position p is entry p % C
     """
     (B, H, _), (_, KV, C, _) = q.shape, keys.shape
     head0 = 0
@@ -157,7 +155,6 @@ def project_qkv(
             H=H,
             KV=KV,
             C=C,
-            RING=ring,
             K=K,
             BT=BT,
             **tile.options(),

@@ -8,7 +8,8 @@ How the sizes were chosen: by counting, for an H200 with 132 multiprocessors, on
 timed on a GPU yet. Four counts decide:
 
 - programs: enough for every multiprocessor. A small N takes narrow tiles, and then SPLIT gives each program work for
-  four warps. They are not too narrow either, because each program reads all of its tokens.
+  four warps. They are not too narrow either, because each program reads all of its tokens. Where neither is possible,
+  K is split among programs.
 - bytes in flight: BN * SPLIT * BK weights times `num_stages`, for all programs that run at once.
 - instructions per weight: up to 3.7 per 4-bit weight keep up with an H200's memory.
 - loads that wait: a step of scales is copied while earlier ones are computed only if it is whole words, so BK is at
@@ -17,7 +18,7 @@ timed on a GPU yet. Four counts decide:
 `python tests/kernels/report.py` compiles every kernel and prints its programs, registers and instructions;
 `python tests/kernels/tune.py` times other tiles on a GPU. To change a tile, edit the table and run both.
 
-Legend: T tokens, N output rows, K columns; H query heads, KV key heads.
+Legend: T tokens, N output rows, K columns, P parts of them; H query heads, KV key heads.
 """
 
 from __future__ import annotations
@@ -69,11 +70,32 @@ FLOAT32 = Tile(16, 128, 4, 2)  # float32 activations: no tensor cores
 COLUMNS = (1, 16, 32)  # the most tokens of the first three columns
 TILES = {
     #                     1 token                   2 to 16 tokens            17 to 32                  more
-    "quantized":         (Tile(16, 128, 4, 3, 4), Tile(16, 128, 4, 3, 4), Tile(16, 128, 4, 2, 4), Tile(64, 128, 4, 3)),
+    "quantized":         (Tile(16, 128, 4, 3, 4), Tile(16, 128, 4, 3, 4), Tile(32, 128, 4, 2, 2), Tile(64, 128, 4, 3)),
     "quantized and wide": (Tile(16, 128, 1, 3, 2), Tile(64, 128, 2, 3), Tile(64, 128, 4, 3), Tile(64, 128, 4, 3)),
-    "dense":             (Tile(16, 128, 4, 3, 4), Tile(16, 64, 4, 4, 4), Tile(16, 64, 4, 3, 4), Tile(32, 64, 4, 3, 2)),
+    "dense":             (Tile(16, 128, 4, 3, 4), Tile(16, 64, 4, 4, 4), Tile(32, 64, 4, 3, 2), Tile(32, 64, 4, 3, 2)),
     "dense and wide":    (Tile(16, 256, 1, 4), Tile(32, 128, 2, 4), Tile(64, 64, 4, 4), Tile(64, 64, 4, 4)),
 }  # fmt: skip
+# Attention's output, [2880, 4096] in gpt-oss, for more than SPLIT_FROM tokens: tile and P up to 16 tokens, and more.
+# Few programs leave multiprocessors idle, and narrow ones read all tokens too often. In parts of K neither happens, and
+# no kernel is added: the norm that follows adds the parts up. Estimated for an H200, in microseconds: reading from its
+# L2 cache at 5.5 TB/s, and issuing the instructions that report.py counts, with a lone warp in half of the cycles.
+#
+#     tokens          16 rows a program    64 rows a program    64 rows, K in parts, which are written and read
+#                     180 programs         45 programs          360 programs of 2 warps; 180 for more than 16 tokens
+#     4-bit, 16        5.5, 2.5             2.3, 11.5            2.8, 1.4
+#     4-bit, 32        9.8, 3.1             3.3, 11.5            3.9, 2.9
+#     4-bit, 64       18.4                  5.5, 12.8            6.6, 3.2
+#     bfloat16, 32    12.9                  6.4                  6.9
+#
+# With 8 tokens it is 3.3 against 2.0, but the norm has 8 programs then, which take as much longer to read the parts.
+# qkv has 80 programs for 64 tokens, which issue for 9.1 us. In parts it would read for 6.9, and for 1.4 the parts, with
+# one more kernel for its rotation and its cache. One token has programs enough for both. A program of the router starts
+# all its loads at once.
+SPLIT_FROM = 8
+SPLIT_K = {
+    "quantized": ((Tile(64, 128, 2, 3), 8), (Tile(64, 128, 4, 3), 4)),
+    "dense": ((Tile(64, 64, 4, 4), 4), (Tile(64, 64, 4, 4), 4)),
+}
 GATE_UP_ONE_TOKEN = {"quantized": Tile(16, 128, 1, 3, 2), "dense": Tile(16, 256, 1, 4)}
 DOWN_ONE_TOKEN = {"quantized": Tile(4, 128, 1, 3, 2), "dense": Tile(4, 128, 1, 4, 2)}  # BN rows of each of A experts
 GROUPED = {"quantized": Tile(64, 128, 2, 3), "dense": Tile(32, 128, 2, 4)}  # experts with few tokens each
@@ -89,6 +111,18 @@ def linear_tile(tokens: int, matrix: Matrix, dtype: torch.dtype) -> Tile:
         return _fitting(PREFILL[kind], matrix)
     row = TILES[kind if matrix.shape[-2] < WIDE else f"{kind} and wide"]
     return _fitting(row[sum(tokens > most for most in COLUMNS)], matrix)
+
+
+def split_k(tokens: int, matrix: Matrix, dtype: torch.dtype) -> tuple[Tile, int]:
+    """The tile of attention's output projection and P, the parts of its columns that are computed by programs of their
+    own and added by the norm after it; 1 if K is not split."""
+    if tokens <= SPLIT_FROM:
+        return linear_tile(tokens, matrix, dtype), 1
+    tile, parts = SPLIT_K[_kind(matrix)][tokens > 16]
+    tile = FLOAT32 if dtype == torch.float32 else _fitting(tile, matrix)
+    while matrix.shape[-1] % (parts * tile.SPLIT * tile.BK):  # not whole steps
+        parts //= 2
+    return (tile, parts) if parts > 1 else (linear_tile(tokens, matrix, dtype), 1)
 
 
 def token_block(tokens: int, matrix: Matrix, dtype: torch.dtype) -> int:
