@@ -53,7 +53,7 @@ AGAINST = ["mlx-lm", "transformers", "mlx", "cuda"]
 @click.option("--repeat", type=COUNT, default=3, show_default=True, metavar="R", help="Report the median of R runs.")
 @click.option("--against", type=click.Choice(AGAINST), help="Time this engine or our other backend as well, in turns.")
 @click.option("--against-dtype", metavar="NAME", help="Data type for --against. Default: its own.")
-@options(DEVICE_OPTIONS, declared(LoadOptions, "quantize", "kv_bits"), (ADAPTER_OPTION,))
+@options(DEVICE_OPTIONS, declared(LoadOptions, "quantize", "kv_bits", "speculate"), (ADAPTER_OPTION,))
 @click.option("--plot", type=Path, metavar="FILE.png", help="Plot speed by context and by batch.")
 @click.option(
     "--report",
@@ -81,7 +81,8 @@ def bench(
 
     --context and --batch are repeatable; every pair is timed. The bound of a decode step is the bytes it must read
     divided by the bandwidth of a copy on the same device, measured in the same run. A GPU's logits are checked before
-    it is timed.
+    it is timed. With --speculate the prompt repeats a passage, and how many drafts were right is reported: the gain
+    depends on the text.
     """
     if choices["quantize"] and choices["against"] in AGAINST[:2]:
         raise click.UsageError("--against loads the checkpoint as it is: convert it first and leave out --quantize")
@@ -89,6 +90,8 @@ def bench(
         raise click.UsageError("give one --adapter, and leave out --against")
     if choices["kv_bits"] and choices["against"] in AGAINST[:2]:
         raise click.UsageError("the other engine has no 8-bit K/V cache: leave out --kv-bits or --against")
+    if choices["speculate"] and choices["against"]:
+        raise click.UsageError("with drafts the speed depends on the text: leave out --speculate or --against")
     source = click.get_current_context().get_parameter_source("model")
     if choices["synthetic"] and source is not click.core.ParameterSource.COMMANDLINE:
         choices["model"] = None  # the default of the environment or of the config file
@@ -159,15 +162,16 @@ def _bench(cases: list[Case], repeat: int, log: Callable[[str], None], **choices
             backend=choices["backend"],
             quantize=quantize,
             kv_bits=choices["kv_bits"],
+            speculate=choices["speculate"],
             prefix_cache=0,
             adapters=choices["adapters"],
         )
-        cache = ", 8-bit K/V" if choices["kv_bits"] else ""
-        model = BenchModel(source, source.size_bytes, source.format + cache, request)
+        suffix = (", 8-bit K/V" if choices["kv_bits"] else "") + (", drafts" if choices["speculate"] else "")
+        model = BenchModel(source, source.size_bytes, source.format + suffix, request)
         if quantize:
             weights = Requantized(source, quantize)
             format_name = quantize if quantize in WRITERS else f"{source.format}, {quantize}"
-            model = BenchModel(weights, weights.size_bytes, format_name + cache, request)
+            model = BenchModel(weights, weights.size_bytes, format_name + suffix, request)
         context = max(case.length(repeat) for case in cases)
         single = None if launch is not None else model
         target = Target.find(choices["backend"], choices["device"], choices["dtype"], single, context)
@@ -228,7 +232,7 @@ def _progress_log() -> Iterator[Callable[[str], None]]:
 
 
 def _json(report: Report) -> dict[str, Any]:
-    optional = ("ratio", "adapter")
+    optional = ("ratio", "adapter", "drafts")
     results = [{k: v for k, v in asdict(result).items() if k not in optional or v} for result in report.results]
     found: dict[str, Any] = {"results": results, "agreement": [asdict(agreement) for agreement in report.agreements]}
     found |= {"launches_per_token": report.launches} if report.launches else {}
@@ -245,11 +249,14 @@ def _per_token(report: Report) -> list[str]:
     for r in ours:
         costs = [f"{r.bytes_per_token / 1e6:.1f} MB read" if r.bytes_per_token else ""]
         if r.host_ms_per_step is not None:
-            costs.append(f"{r.host_ms_per_step / r.batch:.2f} ms of host time")
+            host = r.host_ms_per_step if r.drafts else r.host_ms_per_step / r.batch
+            costs.append(f"{host:.2f} ms of host time{' a step' if r.drafts else ''}")
         if report.chip and r.published_bound_tok_s:
             speed = f"{r.decode_tok_s / r.published_bound_tok_s:.1%} of {r.published_bound_tok_s:.0f} tok/s"
             costs.append(f"{speed}, the bound of {report.chip.gb_s:g} GB/s")
         lines.append(f"A token, batch {r.batch}, context {r.context}: {', '.join(filter(None, costs))}")
+        if r.drafts:
+            lines.append(f"Drafts: {r.drafts.right} of {r.drafts.drafted} were right, in {r.drafts.steps} steps")
     if report.chip:
         lines.append(f"{report.chip.chip}: {report.chip.gb_s:g} GB/s ({report.chip.source})")
     if report.cpu:

@@ -49,7 +49,8 @@ MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it ma
     "tools": LEVEL_0 | {"chat", "harmony.messages", "model"},
     # 6, 7
     "__main__": set(),
-    "measure": LEVEL_0 | {"api", "calibration", "backends", "backends.base", "loading", "ranks", "weights"},
+    "measure": LEVEL_0
+    | {"api", "calibration", "backends", "backends.base", "engine.lookup", "loading", "ranks", "weights"},
     "server": LEVEL_0 | {"chat", "engine", "harmony", "model", "weights.params"},
     "server.models": LEVEL_0
     | {"api", "chat", "engine", "harmony.grammar", "loading", "model", "options", "weights.checkpoint"},

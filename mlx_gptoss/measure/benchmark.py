@@ -35,7 +35,7 @@ from .agreement import Agreement
 from .chips import ChipBandwidth, published_bandwidth
 from .costs import prefill_flops, step_bytes
 from .cpu import CpuLimits
-from .timing import Case, OurEngine, TimedEngine
+from .timing import Case, Drafts, OurEngine, TimedEngine
 
 Log = Callable[[str], None]  # receives a line for each thing that begins
 
@@ -52,6 +52,7 @@ class Measurement:
     load_s: seconds; for synthetic weights, generating them is included. ratio: our speeds divided by the other
         engine's. None means unknown or not requested. prefill_runs, decode_runs: the speed of each repetition.
     host_ms_per_step: what the host takes to build and submit a decode step, mostly while the device computes.
+    drafts: of all repetitions, if tokens were drafted. The bytes and the bound are those of decoding without.
     fraction_of_sgemm: on a CPU, the arithmetic of the prompts a second over numpy's (cpu.py).
     published_bound_tok_s: tokens per second by the bandwidth that Apple publishes for the chip.
     """
@@ -79,6 +80,7 @@ class Measurement:
     host_ms_per_step: float | None = None
     published_bound_tok_s: float | None = None
     fraction_of_sgemm: float | None = None
+    drafts: Drafts | None = None
 
 
 @dataclass(frozen=True)
@@ -150,8 +152,8 @@ def load(
     if launch is not None:
         return _load_split(model, replace(model.request, max_context=context, slots=_slots(cases)), launch, target, log)
     adapters = () if model.adapter is None else (model.adapter,)
-    kv_bits = model.request.kv_bits
-    limits = Limits(_slots(cases), context, module.prefill_chunk(target.device), kv_bits=kv_bits)
+    kv_bits, drafts = model.request.kv_bits, model.request.drafts
+    limits = Limits(_slots(cases), context, module.prefill_chunk(target.device), kv_bits=kv_bits, drafts=drafts)
     activation_bytes = ACTIVATION_BYTES[target.dtype]
     derived = upcastable = 0
     if not isinstance(model.weights, Requantized):
@@ -168,6 +170,7 @@ def load(
         slots=limits.slots,
         chunk=limits.chunk,
         kv_bits=kv_bits,
+        drafts=drafts,
         upcastable_bytes=upcastable,
         adapter_bytes=sum(adapter.nbytes(activation_bytes) for adapter in adapters),
     )
@@ -260,9 +263,11 @@ def bench(
         results: list[Measurement] = []
         for case in cases:
             mine, *theirs = _measure([ours, *others], case, repeat, log)
-            host = median(ours.host_seconds[-repeat:]) / case.generate * 1e3
+            drafts = sum(ours.drafts[-repeat:], Drafts()) if ours.drafts else None
+            steps = case.generate if drafts is None else drafts.steps / repeat
+            host = median(ours.host_seconds[-repeat:]) / steps * 1e3
             mine = _bounded(mine, counted, target.dtype, bandwidth, published, limits)
-            results += [replace(mine, host_ms_per_step=host), *theirs]
+            results += [replace(mine, host_ms_per_step=host, drafts=drafts), *theirs]
     finally:
         ours.close()
     ratios = [result.ratio for result in results if result.ratio]

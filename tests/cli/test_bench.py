@@ -64,6 +64,13 @@ def test_the_table_is_readable(run):
         assert words in out
 
 
+def test_drafts_are_counted(run):
+    words = [*TINY, "--layers", "2", "--repeat", "1", "--speculate"]
+    (result,) = json.loads(run(*words, "--json").stdout)["results"]
+    assert result["format"] == "mxfp4, drafts" and set(result["drafts"]) == {"steps", "drafted", "right"}
+    assert "were right, in" in run(*words).stdout
+
+
 @pytest.mark.parametrize(
     ("peer", "form"), [("mlx-lm", "mlx-4bit"), ("transformers", "mxfp4"), ("transformers", "bf16")]
 )
@@ -100,6 +107,7 @@ def test_wrong_uses_say_what_to_do(run, mini, tmp_path):
         ([*TINY, "--context", "8"], "shorter than the prompt"),
         ([*TINY, "--against", "mlx-lm", "--quantize", "mlx-4bit"], "convert"),
         ([*TINY, "--format", "mxfp5"], "choose one of"),
+        ([*TINY, "--speculate", "--against", "cuda"], "the speed depends on the text"),
         (["--model", str(mini / "mlx-4bit"), *TINY[2:], "--against", "transformers"], "transformers failed"),
     ]:
         done = run(*words)

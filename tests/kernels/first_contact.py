@@ -82,6 +82,7 @@ def stages(tiny: bool) -> list[Stage]:
         Stage("other tiles, experts", (*tune, "--case", "experts", *rows, "--context"), 300),
         Stage("other tiles, qkv and output", (*tune, "--case", "qkv", "out", *rows, "--context"), 300),
         Stage("8-bit K/V", (*bench, "--format", "mxfp4", "--kv-bits", "8", *prompts[1]), 150),
+        Stage("drafts", (*bench, "--format", "mxfp4", "--speculate", *speed[:4]), 120),
     ]
 
 
