@@ -14,7 +14,13 @@ from mlx_gptoss.backends.cuda.kernels import attention as kernels
 from mlx_gptoss.backends.cuda.quantized_kv import Packed, pack
 
 SCALE = 0.125
-TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+# A GPU's exp2 (ex2.approx) and division are off by up to 2 units of 2^-23. Weights, their sum, what joins the splits of
+# both and the quotient make 5 times that, 1.2e-6; its sums may be off by twice as much as numpy's, in another order.
+TOLERANCES = {
+    torch.float32: 2 * 2e-6 + 5 * 2 * 2**-23 if torch.cuda.is_available() else 2e-6,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.5e-2,
+}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
@@ -135,7 +141,7 @@ def test_a_sink_far_above_or_below_every_score(close, device):
     step = Step([200], H=4, K=2, C=256, dtype=torch.float32, device=device)
     out, wanted = step.run(window=None).view(4, 64), step.wanted().view(4, 64)
     assert (out[0] == 0).all()
-    close(out[1], wanted[1], 2e-6)
+    close(out[1], wanted[1], TOLERANCES[torch.float32])
 
 
 def test_too_little_scratch_is_refused(device):

@@ -37,12 +37,14 @@ def test_every_spec(stored, close, device, kind, tokens, dtype):
 
 @pytest.mark.parametrize("kind", ["mxfp4", "nvfp4", "mxfp8", "fp8", "bfloat16"])
 def test_bfloat16_weights_are_exact(stored, close, device, kind):
-    """Every weight of these formats is exact in bfloat16, so only the float32 sums are rounded."""
+    """Every weight of these formats is exact in bfloat16, so only the float32 sums are rounded. Tensor cores do not
+    round but cut off each of the 320 products where the largest of a sum has its last bit, 2^-23 of it (Fasi, Higham,
+    Mikaitis and Pranesh, Numerical behavior of NVIDIA tensor cores, 2021)."""
     weight = stored(kind, 40, 320)
     x = random(3, 320, dtype=torch.bfloat16, device=device)
     out = torch.empty((3, 40), device=device)
     kernels.linear(x, weight.matrix, out)
-    close(out, x.double().cpu() @ weight.values.T, 2e-6)
+    close(out, x.double().cpu() @ weight.values.T, 320 * 2**-23 if device.type == "cuda" else 2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -146,10 +146,19 @@ def test_activations_in_bfloat16_stay_close(mini, device):
     assert np.corrcoef(exact.ravel(), narrow.ravel())[0, 1] > 0.98
 
 
-def test_unsupported_models_are_refused(mini):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_experts_per_tok": 3}, "and 3; use --device cpu"),
+        ({"hidden_size": 200}, r"layers.0.attention.q.weight has rows of 200 columns, .* use --device cpu"),
+        ({"intermediate_size": 72}, r"layers.0.experts.down.weight has rows of 72 columns, .* use --device cpu"),
+    ],
+)
+def test_unsupported_models_are_refused(mini, change, said):
+    """Before a weight is read."""
     checkpoint = checkpoints.open(mini / "mxfp4")
-    checkpoint.config = replace(checkpoint.config, num_experts_per_tok=3)
-    with pytest.raises(CheckpointError, match="--device cpu"):
+    checkpoint.config = replace(checkpoint.config, **change)
+    with pytest.raises(CheckpointError, match=said):
         cuda.load(checkpoint, device="cpu", dtype=None, limits=Limits(1, 8, 8), kernels=True)
 
 

@@ -32,11 +32,12 @@ class Fused(TorchOperations):
     def check(config: ModelConfig) -> None:
         """Raise CheckpointError for a model that the kernels do not support. They support every gpt-oss."""
         A = config.num_experts_per_tok
-        if any(size % 32 for size in (config.hidden_size, config.intermediate_size)):
-            raise CheckpointError(
-                "the CUDA kernels need hidden and intermediate sizes that are multiples of 32, and this model has "
-                f"{config.hidden_size} and {config.intermediate_size}; use --device cpu"
-            )
+        for matrix, size in (("attention.q", config.hidden_size), ("experts.down", config.intermediate_size)):
+            if size % 32:
+                raise CheckpointError(
+                    f"layers.0.{matrix}.weight has rows of {size} columns, and the CUDA kernels read multiples of 32; "
+                    "use --device cpu"
+                )
         if config.head_dim != 64 or A & (A - 1) or config.num_attention_heads % config.num_key_value_heads:
             raise CheckpointError(
                 "the CUDA kernels need heads of 64 dimensions and a power of two of experts per token, and this model "
