@@ -1,5 +1,5 @@
-"""What this machine has and does: chip, cores, how fast it copies memory, open files, sockets, folders brought to the
-disk."""
+"""What this machine has and does: chip, cores, how fast it copies memory, open files, sockets, the cache's folder,
+folders brought to the disk."""
 
 from __future__ import annotations
 
@@ -123,6 +123,14 @@ def _cgroup_room(root: Path = Path("/sys/fs/cgroup")) -> int:
     used = int(current.read_text())
     stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
     return int(limit.read_text()) - used + int(stat.get("inactive_file", 0))
+
+
+def cache_folder() -> Path:
+    """Where the program keeps what it can find out again."""
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "mlx-gptoss"
+    configured = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(configured) if os.path.isabs(configured) else Path.home() / ".cache") / "mlx-gptoss"
 
 
 def listen(host: str, port: int, backlog: int) -> socket.socket:

@@ -3,7 +3,8 @@
 python examples/tools/write_gguf.py 20b 4 FILE.gguf
 python examples/tools/time_llama_cpp.py FILE.gguf 20b 4 [--format mlx-mxfp4-q8] [--busy 2]
 
-FILE.gguf has experts in MXFP4 and the rest in Q8_0. --busy N keeps N other programs running without a pause.
+FILE.gguf has experts in MXFP4 and the rest in Q8_0. --busy N keeps N other programs running without a pause. --only
+times one of the two, where memory does not hold both.
 """
 
 import argparse
@@ -13,12 +14,13 @@ import time
 from statistics import median
 
 import numpy as np
-from requires import llama_cpp as llama
 
 from mlx_gptoss.backends import find_backend
 from mlx_gptoss.backends.base import Limits
 from mlx_gptoss.machine import cores
 from mlx_gptoss.measure.timing import Case, OurEngine
+from mlx_gptoss.weights import checkpoint
+from mlx_gptoss.weights.checkpoint import CheckpointLike
 from mlx_gptoss.weights.synthetic import Synthetic, preset
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -26,6 +28,8 @@ parser.add_argument("file", metavar="FILE.gguf")
 parser.add_argument("preset", choices=["20b", "120b", "tiny"])
 parser.add_argument("layers", type=int)
 parser.add_argument("--format", default="mxfp4", help="of our weights")
+parser.add_argument("--weights", metavar="FOLDER", help="with our weights, instead of generating them")
+parser.add_argument("--only", choices=["ours", "llama.cpp"])
 parser.add_argument("--prompt", type=int, nargs="+", default=[16, 128, 512], metavar="N")
 parser.add_argument("--generate", type=int, default=16, metavar="N")
 parser.add_argument("--turns", type=int, default=3, metavar="N")
@@ -36,6 +40,9 @@ class LlamaCpp:
     """llama.cpp on all cores."""
 
     def __init__(self, path: str, tokens: int) -> None:
+        from requires import llama_cpp as llama
+
+        self.llama = llama
         llama.llama_backend_init()
         self.model = llama.llama_model_load_from_file(path.encode(), llama.llama_model_default_params())
         self.vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self.model))
@@ -52,14 +59,14 @@ class LlamaCpp:
         for i, token in enumerate(ids):
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, start + i, 1, i == len(ids) - 1
             batch.seq_id[i][0] = 0
-        assert llama.llama_decode(self.context, batch) == 0
+        assert self.llama.llama_decode(self.context, batch) == 0
         return int(
-            np.ctypeslib.as_array(llama.llama_get_logits_ith(self.context, len(ids) - 1), (self.vocab,)).argmax()
+            np.ctypeslib.as_array(self.llama.llama_get_logits_ith(self.context, len(ids) - 1), (self.vocab,)).argmax()
         )
 
     def run(self, prompt: int, generate: int, turn: int) -> tuple[float, float]:
         """Tokens per second of prefill and of decode."""
-        llama.llama_memory_clear(llama.llama_get_memory(self.context), True)
+        self.llama.llama_memory_clear(self.llama.llama_get_memory(self.context), True)
         ids = np.random.default_rng(turn).integers(0, self.vocab, prompt).tolist()
         began = time.perf_counter()
         token = self.feed(ids, 0)
@@ -72,7 +79,7 @@ class LlamaCpp:
 class Ours:
     """The mlx backend on all cores."""
 
-    def __init__(self, source: Synthetic, tokens: int) -> None:
+    def __init__(self, source: CheckpointLike, tokens: int) -> None:
         module, name = find_backend("mlx")
         limits = Limits(1, tokens, module.prefill_chunk("cpu"))
         runner = module.load(source, device="cpu", dtype=None, limits=limits)
@@ -88,21 +95,26 @@ class Ours:
 
 chosen = parser.parse_args()
 longest = max(chosen.prompt) + 2 * chosen.generate + 32
-theirs = LlamaCpp(chosen.file, longest)
-ours = Ours(Synthetic(preset(chosen.preset, chosen.layers), chosen.format), longest)
+engines: dict[str, Ours | LlamaCpp] = {}
+if chosen.only != "ours":
+    engines["llama.cpp"] = LlamaCpp(chosen.file, longest)
+if chosen.only != "llama.cpp":
+    generated = Synthetic(preset(chosen.preset, chosen.layers), chosen.format)
+    engines["ours"] = Ours(checkpoint.open(chosen.weights) if chosen.weights else generated, longest)
 busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(chosen.busy)]
 try:
     for prompt in chosen.prompt:
-        runs = [
-            (ours.run(prompt, chosen.generate, n), theirs.run(prompt, chosen.generate, n)) for n in range(chosen.turns)
+        turns = [
+            {name: engine.run(prompt, chosen.generate, n) for name, engine in engines.items()}
+            for n in range(chosen.turns)
         ]
-        for what, i in (("prefill", 0), ("decode", 1)):
-            mine, other = median(run[0][i] for run in runs), median(run[1][i] for run in runs)
-            print(
-                f"{prompt} tokens, {what}: ours {mine:.1f}, llama.cpp {other:.1f} tok/s, ratio {mine / other:.2f}",
-                flush=True,
-            )
+        for i, what in enumerate(("prefill", "decode")):
+            speed = {name: median(run[name][i] for run in turns) for name in engines}
+            shown = ", ".join(f"{name} {speed[name]:.1f}" for name in engines)
+            ratio = "" if chosen.only else f", ratio {speed['ours'] / speed['llama.cpp']:.2f}"
+            print(f"{prompt} tokens, {what}: {shown} tok/s{ratio}", flush=True)
 finally:
     for program in busy:
         program.kill()
-    ours.engine.close()
+    if isinstance(ours := engines.get("ours"), Ours):
+        ours.engine.close()

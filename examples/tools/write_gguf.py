@@ -28,15 +28,37 @@ file.add_rope_freq_base(c.yarn.theta)
 file.add_rope_scaling_factor(c.yarn.factor)
 file.add_rope_scaling_type(gguf.RopeScalingType.YARN)
 file.add_tokenizer_model("no_vocab")
+
+
+def kind_of(param):
+    """The type of a tensor in the file; None is float32."""
+    if not param.is_matrix or param.role == "router":
+        return None
+    return gguf.GGMLQuantizationType.MXFP4 if param.role == "experts" else gguf.GGMLQuantizationType.Q8_0
+
+
+def values_of(param):
+    """A tensor as it is in the file."""
+    weight, kind = source.read(param.name), kind_of(param)
+    if kind != gguf.GGMLQuantizationType.MXFP4:
+        values = codecs.dequantize(weight)
+        return values if kind is None else gguf.quants.quantize(values, kind)
+    codes = weight.codes.reshape(*weight.scale.shape, 2, 8)  # elements 2 j and 2 j + 1 become j and j + 16
+    low, high = codes[..., 0, :], codes[..., 1, :]
+    blocks = np.empty((*weight.scale.shape, 17), np.uint8)
+    blocks[..., 0] = weight.scale
+    blocks[..., 1::2], blocks[..., 2::2] = low & 15 | high << 4, low >> 4 | high & 240
+    return blocks.reshape(*param.shape[:2], -1)
+
+
 for param in source.params:
-    weight, values, kind = source.read(param.name), None, None
-    if param.is_matrix and param.role == "experts":
-        nibbles = codecs.unpack(weight.codes, 4).reshape(*weight.scale.shape, 2, 16)  # byte j: elements j and j + 16
-        blocks = [weight.scale[..., None], nibbles[..., 0, :] | nibbles[..., 1, :] << 4]
-        values, kind = np.concatenate(blocks, -1).reshape(*param.shape[:2], -1), gguf.GGMLQuantizationType.MXFP4
-    elif param.is_matrix and param.role != "router":
-        kind = gguf.GGMLQuantizationType.Q8_0
-        values = gguf.quants.quantize(codecs.dequantize(weight), kind)
-    file.add_tensor(tensor_name(param), codecs.dequantize(weight) if values is None else values, raw_dtype=kind)
-for write in (file.write_header_to_file, file.write_kv_data_to_file, file.write_tensors_to_file, file.close):
+    kind = kind_of(param)
+    block, size = (1, 4) if kind is None else gguf.GGML_QUANT_SIZES[kind]
+    shape = (*param.shape[:-1], param.shape[-1] // block * (1 if kind is None else size))
+    dtype = np.dtype(np.float32 if kind is None else np.uint8)
+    file.add_tensor_info(tensor_name(param), shape, dtype, int(np.prod(shape)) * dtype.itemsize, raw_dtype=kind)
+for write in (file.write_header_to_file, file.write_kv_data_to_file, file.write_ti_data_to_file):
     write()
+for param in source.params:  # one tensor in memory at a time
+    file.write_tensor_data(values_of(param))
+file.close()

@@ -105,6 +105,19 @@ def test_experts(products, monkeypatch):
     assert error(products.gather(Stored(bank), x, experts), wanted) < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["mxfp4", "4 bits", "bfloat16", "odd"])
+def test_experts_of_one_token(products, kind):
+    """In any order, again and again, each with the token or with a row of its own."""
+    bank = Dense(RNG.standard_normal((6, OUTPUTS, 100), np.float32)) if kind == "odd" else weight(kind, 6, OUTPUTS, 320)
+    matrix = Stored(bank)
+    for experts in ([4, 0, 5], [1, 3, 2], [2]):
+        chosen = decoded(bank)[experts]
+        for rows in {1, len(experts)}:
+            x = RNG.standard_normal((rows, bank.shape[-1]), np.float32)
+            found = products.gather_token(matrix, x, np.array(experts))
+            assert error(found, np.einsum("pnd,pd->pn", chosen, np.broadcast_to(x, (len(experts), x.shape[1])))) < 1e-6
+
+
 def test_what_no_kernel_reads():
     products = Products(compiled=True)
     odd = Stored(Dense(RNG.standard_normal((OUTPUTS, 100), np.float32)))

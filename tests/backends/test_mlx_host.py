@@ -147,6 +147,19 @@ def test_a_copy_is_upcast(products):
     assert found.values.dtype == np.float32
 
 
+def test_the_sampler_of_a_cpu_is_that_of_mlx():
+    """The same random numbers; rows of temperature 0, and tokens that a mask excludes, stay as they are."""
+    logits, temperature = normal(3, 500) * 4, mx.array([[0.0], [0.7], [1.5]])
+    logits[1, :400] = -mx.inf
+    keys = mx.array([[1, 2], [3, 4], [5, 6]], dtype=mx.uint32)
+    wanted = np.logaddexp.reduce(np.asarray(logits, np.float64), axis=-1)
+    assert error(host.ELEMENTWISE.logsumexp(logits), wanted) < 1e-6
+    found, plain = (np.asarray(e.add_gumbel_noise(logits, temperature, keys)) for e in (host.ELEMENTWISE, UNCOMPILED))
+    np.testing.assert_array_equal(np.isfinite(found), np.isfinite(plain))
+    np.testing.assert_allclose(found, plain, rtol=1e-5, atol=1e-5)
+    assert (found[0] == np.asarray(logits)[0]).all()
+
+
 def values(weight):
     return weight.values.astype(np.float32) if isinstance(weight, Dense) else codecs.dequantize(weight)
 

@@ -142,6 +142,7 @@ def test_compiled_chains_are_one_launch_and_the_same_numbers(name, dtype, compil
         "combine_chosen": (random(3, 1, 1, 8), random(3, 4, 1, 8), random(3, 4, 1, 8), random(3, 4), random(8)),
         "swiglu": (random(3, 4, 1, 8), random(3, 4, 1, 8), random(3, 4, 1, 8), random(3, 4, 1, 8), 7.0, 1.702),
         "combine": (random(3, 1, 1, 8), outputs[:4], outputs[4:], [random(3, 1, 1, 1) for _ in range(4)]),
+        "logsumexp": (random(3, 50),),
         "add_gumbel_noise": (
             mx.random.normal((2, 50)), mx.array([[0.0], [0.7]]), mx.array([[1, 2], [3, 4]], dtype=mx.uint32),
         ),

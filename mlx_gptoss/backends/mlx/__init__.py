@@ -57,7 +57,7 @@ def load(
             model = load_model(
                 checkpoint,
                 kind,
-                compiled() if gpu else UNCOMPILED,
+                compiled() if gpu else UNCOMPILED if products is None else host.ELEMENTWISE,
                 max_scores(gpu=gpu),
                 limits.resident_vocab,
                 upcast=limits.upcast,

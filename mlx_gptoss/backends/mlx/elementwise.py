@@ -93,6 +93,11 @@ def by_expert(*arrays: mx.array) -> list[list[mx.array]]:
     return [list(mx.split(array, array.shape[1], axis=1)) for array in arrays]
 
 
+def logsumexp(logits: mx.array) -> mx.array:
+    """The logarithm of the sum of all exponentials of each row of logits [B, V], [B]."""
+    return mx.logsumexp(logits, axis=-1)
+
+
 def add_gumbel_noise(logits: mx.array, temperature: mx.array, keys: mx.array) -> mx.array:
     """Logits [B, V] over temperature [B, 1], plus Gumbel noise of keys [B, 2]: their argmax is a draw from the
     softmax. Rows of temperature 0 are unchanged. Each row's noise depends only on its own key."""
@@ -120,6 +125,7 @@ class Elementwise:
     combine_chosen: Callable[..., tuple[mx.array, mx.array | None]] = combine_chosen
     weights: Callable[..., mx.array] = weights
     nucleus: Callable[..., mx.array] = nucleus
+    logsumexp: Callable[[mx.array], mx.array] = logsumexp
     add_gumbel_noise: Callable[..., mx.array] = add_gumbel_noise
 
 

@@ -11,7 +11,7 @@ Legend: P rows, N outputs, D inputs, E experts; in attention B slots, H heads, K
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -24,6 +24,7 @@ from ...weights import codecs
 from ...weights.tensor import Quantized
 from .cpu.pool import Pool
 from .cpu.products import Products, Stored
+from .elementwise import UNCOMPILED
 from .layers import Attend, DenseMatrix, ExpertLinear, Mask, QuantizedMatrix, fused
 
 Floats = NDArray[np.float32]
@@ -164,6 +165,27 @@ def attend_rows(
     np.exp(scores, out=scores)
     total = scores.sum(axis=-1, keepdims=True) + np.exp(sink - top)
     np.divide(scores @ values, total, out=out)
+
+
+def logsumexp(logits: mx.array) -> mx.array:
+    """As of Elementwise: over 201,088 tokens, numpy's exponentials take a twentieth of the time of MLX's on a CPU."""
+    values = to_numpy(logits)
+    top = values.max(axis=-1, keepdims=True)
+    return mx.array(np.log(np.exp(values - top).sum(axis=-1)) + top[:, 0])
+
+
+def add_gumbel_noise(logits: mx.array, temperature: mx.array, keys: mx.array) -> mx.array:
+    """As of Elementwise, with the same random numbers."""
+    values, degrees = to_numpy(logits), to_numpy(temperature)[:, 0]
+    drawn = values.copy()
+    for row in np.flatnonzero(degrees > 0):
+        uniform = to_numpy(mx.random.uniform(shape=logits.shape[-1:], key=keys[int(row)]))
+        with np.errstate(divide="ignore"):  # of 0 it is -inf: a token that is not drawn
+            drawn[row] = values[row] / degrees[row] - np.log(-np.log(uniform))
+    return mx.array(drawn)
+
+
+ELEMENTWISE = replace(UNCOMPILED, logsumexp=logsumexp, add_gumbel_noise=add_gumbel_noise)
 
 
 def as_weight(matrix: QuantizedMatrix) -> Quantized:

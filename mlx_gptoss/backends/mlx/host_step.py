@@ -77,19 +77,26 @@ class HostBlock(Block):
         tokens = _norm(residual, self._norms[1], self.config.rms_norm_eps)
         scores = self._linear(self.mlp.router, tokens)  # [B, E]
         chosen = np.argpartition(scores, -active, axis=-1)[:, -active:]
-        weights = np.take_along_axis(scores, chosen, axis=-1)
+        weights = scores[np.arange(len(scores))[:, None], chosen]
         weights = np.exp(weights - weights.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
-        order = np.argsort(chosen, axis=None, kind="stable")
-        experts = chosen.ravel()[order]
         bias, width = self._bias, self._bias.shape[1] - residual.shape[1]
-        hidden = self._swiglu(
-            self._gather(self.mlp.gate_up.matrices, tokens[order // active], experts), bias[experts, :width]
-        )
-        outputs = np.empty((len(order), residual.shape[1]), np.float32)
-        outputs[order] = self._gather(self.mlp.down.matrices, hidden, experts) + bias[experts, width:]
-        mixed = np.einsum("ba,bad->bd", weights, outputs.reshape(*chosen.shape, -1))
-        return mx.array((residual + mixed)[:, None]), None
+        if len(tokens) == 1:
+            (experts,) = chosen
+            gate_up = self._gather_token(self.mlp.gate_up.matrices, tokens, experts)
+            hidden = self._swiglu(gate_up, bias[experts, :width])
+            outputs = self._gather_token(self.mlp.down.matrices, hidden, experts)
+            outputs += bias[experts, width:]
+        else:
+            order = np.argsort(chosen, axis=None, kind="stable")
+            experts = chosen.ravel()[order]
+            gate_up = self._gather(self.mlp.gate_up.matrices, tokens[order // active], experts)
+            hidden = self._swiglu(gate_up, bias[experts, :width])
+            outputs = np.empty((len(order), residual.shape[1]), np.float32)
+            outputs[order] = self._gather(self.mlp.down.matrices, hidden, experts) + bias[experts, width:]
+        mixed = (weights[:, None] @ outputs.reshape(*chosen.shape, -1))[:, 0]
+        mixed += residual
+        return mx.array(mixed[:, None]), None
 
     def _write(self, qkv: Floats, cache: FullCache | RingCache, span: Span) -> Floats:
         """Rotate qkv [B, (H + 2 K) * 64], write keys and values into the cache, and return the queries [B, H, 64]."""
@@ -97,7 +104,9 @@ class HostBlock(Block):
         vectors = qkv.reshape(len(qkv), H + 2 * K, dim)
         cos, sin = self.rotations.of(span.starts)
         low, high = vectors[:, : H + K, : dim // 2], vectors[:, : H + K, dim // 2 :]
-        turned = np.concatenate([low * cos - high * sin, low * sin + high * cos], axis=-1)
+        turned = np.empty((len(qkv), H + K, dim), np.float32)
+        np.subtract(low * cos, high * sin, out=turned[..., : dim // 2])
+        np.add(low * sin, high * cos, out=turned[..., dim // 2 :])
         if isinstance(cache, FullCache):
             cache.reserve(span.end)
         kept = to_numpy(cache.arrays[0])  # of MLX, written in place: what has been computed is not computed again
@@ -137,14 +146,26 @@ class HostBlock(Block):
         """x [P, D] with experts in ascending order -> [P, N]"""
         return _joined([self.products.gather(m.stored, x, experts) for m in matrices if isinstance(m, HostMatrix)])
 
+    def _gather_token(self, matrices: Sequence[Matrix], x: Floats, experts: NDArray[Any]) -> Floats:
+        """x [P or 1, D] with experts of one token in any order -> [P, N]"""
+        products = self.products
+        return _joined([products.gather_token(m.stored, x, experts) for m in matrices if isinstance(m, HostMatrix)])
+
     def _swiglu(self, y: Floats, bias: Floats) -> Floats:
-        """gate_up [P, 2 I] without bias [P, 2 I] -> [P, I]"""
-        gate, up = np.split(y + bias, 2, axis=-1)
-        limit = self.config.swiglu_limit
-        gate = np.minimum(gate, limit)
+        """gate_up [P, 2 I] without bias [P, 2 I], changed in place -> [P, I]"""
+        y += bias
+        limit, width = self.config.swiglu_limit, y.shape[1] // 2
+        gate, up = y[:, :width], y[:, width:]
+        np.minimum(gate, limit, out=gate)
+        np.minimum(up, limit, out=up)
+        np.maximum(up, -limit, out=up)
+        up += 1
         with np.errstate(over="ignore"):  # the sigmoid of a large negative gate is 0
-            found: Floats = gate / (1 + np.exp(-self.config.swiglu_alpha * gate)) * (np.clip(up, -limit, limit) + 1)
-        return found
+            sigmoid: Floats = np.exp(gate * -self.config.swiglu_alpha)
+        sigmoid += 1
+        np.divide(gate, sigmoid, out=sigmoid)
+        sigmoid *= up
+        return sigmoid
 
     @cached_property
     def _norms(self) -> tuple[Floats, Floats]:
@@ -162,7 +183,9 @@ class HostBlock(Block):
 
 def _norm(x: Floats, weight: Floats, eps: float) -> Floats:
     """RMSNorm of x [B, D] by weight [D]"""
-    found: Floats = x * (1 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(eps))) * weight
+    squares = np.einsum("bd,bd->b", x, x)[:, None]
+    found: Floats = x * (1 / np.sqrt(squares / x.shape[1] + np.float32(eps)))
+    found *= weight
     return found
 
 

@@ -105,7 +105,7 @@ def sample_tokens(
     for row, state in enumerate(states):
         state.add(tokens[row])
     chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-    normalizers = mx.logsumexp(logits, axis=-1)
+    normalizers = elementwise.logsumexp(logits)
     top_n = max(s.logprobs for s in samplings)
     if not top_n:
         return SamplerOutput(tokens, chosen, normalizers, None, None)

@@ -244,19 +244,29 @@ class Function:
         return self.add(self.pick(a, range(0, count, 2), b), self.pick(a, range(1, count, 2), b))
 
 
-def compile_module(module: Any, target: Target) -> Any:
-    """The module as machine code of this process, whose functions' addresses `get_function_address` gives. Loops stay
-    as they are written."""
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    native = binding.Target.from_default_triple()
-    machine = native.create_target_machine(cpu=target.cpu, features=target.features, opt=3, jit=True)
+def compiled(module: Any, target: Target) -> bytes:
+    """The module's machine code, an object file. Loops stay as they are written."""
+    machine = _machine(target)
     parsed = binding.parse_assembly(str(module))
     parsed.verify()
     options = binding.create_pipeline_tuning_options(speed_level=2)
     options.loop_unrolling = options.loop_vectorization = options.slp_vectorization = False
     builder = binding.create_pass_builder(machine, options)
     builder.getModulePassManager().run(parsed, builder)
-    engine = binding.create_mcjit_compiler(parsed, machine)
+    code: bytes = machine.emit_object(parsed)
+    return code
+
+
+def linked(code: bytes, target: Target) -> Any:
+    """An object file as part of this process: `get_function_address` of the result gives its functions' addresses."""
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _machine(target))
+    engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
     return engine
+
+
+def _machine(target: Target) -> Any:
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    native = binding.Target.from_default_triple()
+    return native.create_target_machine(cpu=target.cpu, features=target.features, opt=3, jit=True)

@@ -9,16 +9,14 @@ Legend: N outputs, K inputs, M tokens.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 from llvmlite import ir
 
 from ....weights.codecs import E2M1, E8M0
-from .emit import F16, F32, I8, I16, I32, I64, Function, Target, Value, compile_module
+from .emit import F16, F32, I8, I16, I32, I64, Function, Target, Value
 
 # The table of a call: int64 each, then the fields of each job. Jobs are products with matrices of one shape and format,
 # such as those of several experts.
@@ -31,7 +29,7 @@ ROWS_AHEAD = 2  # of the row that is decoded, to be fetched
 UNIT = 32  # K is a multiple of it
 ScaleType = Literal["e8m0", "bfloat16", "float16", "float32", "none"]
 SIZES = {"e8m0": 1, "bfloat16": 2, "float16": 2, "float32": 4, "none": 0}
-Kernel = Callable[[int, int], None]
+NAME = "product"  # of a kernel's function
 
 
 @dataclass(frozen=True)
@@ -269,10 +267,11 @@ def _tile(module: ir.Module, target: Target, rows: int, tokens: int) -> ir.Funct
     return made
 
 
-def _kernel(module: ir.Module, target: Target, storage: Storage, name: str) -> None:
-    """name(table, scratch): all pieces that are left. scratch: SCRATCH_ROWS * BLOCK float32 of this thread."""
+def kernel_module(storage: Storage, target: Target) -> ir.Module:
+    """product(table, scratch): all pieces that are left. scratch: SCRATCH_ROWS * BLOCK float32 of this thread."""
+    module = ir.Module()
     tiles = {(r, m): _tile(module, target, r, m) for r in (1, target.rows) for m in range(1, target.tokens + 1)}
-    f = Function(module, name, ("table", "scratch"), target)
+    f = Function(module, NAME, ("table", "scratch"), target)
     b, reader = f.b, _Reader(f, storage)
     call = {field: f.load(f.sum(f.arguments["table"], 8 * i), I64) for i, field in enumerate(CALL)}
     pieces = f.times(call["jobs"], call["blocks"])
@@ -309,6 +308,7 @@ def _kernel(module: ir.Module, target: Target, storage: Storage, name: str) -> N
     b.branch(head)
     b.position_at_end(done)
     f.finish()
+    return module
 
 
 def _multiply_few(
@@ -364,22 +364,3 @@ def _multiply(
     for count in range(1, most):
         with b.if_then(b.icmp_signed("==", left, f.integer(count))):
             strip(whole, count)
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """The kernel of a storage. order: float32 in one vector, by which paired inputs are ordered."""
-
-    run: Kernel
-    lanes: int
-    engine: object  # which owns the machine code
-
-
-@lru_cache
-def kernel(storage: Storage, target: Target) -> Compiled:
-    """Compile a kernel, once in a process."""
-    module = ir.Module()
-    _kernel(module, target, storage, "product")
-    engine = compile_module(module, target)
-    run = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(engine.get_function_address("product"))
-    return Compiled(run, target.lanes, engine)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.util import find_spec
 from itertools import accumulate
@@ -25,13 +25,15 @@ from ....weights.tensor import MXFP4, Array, Dense, Quantized, Weight
 from .pool import Pool
 
 if TYPE_CHECKING:
-    from .kernels import Compiled, Storage
+    from .compiled import Compiled
+    from .kernels import Storage
 
 Floats = NDArray[np.float32]
 Integers = NDArray[Any]
 PIECE_ROWS, PIECE_ROWS_MANY = 64, 32  # rows of a piece, for one token and for several
 MIN_WORK_TO_SHARE = 1 << 18  # multiply-adds from which waking another thread is worth it
 COPY_BYTES = 1 << 20  # of a matrix that a thread copies at a time
+HEADER, FIELDS = 10, 7  # int64 in a kernel's table: of a call, and of each of its jobs
 MAX_DECODED = 1 << 20  # weights that numpy decodes at once, 4 MB
 SCALES = {np.dtype(np.float32): "float32", np.dtype(np.float16): "float16", codecs.BFLOAT16: "bfloat16"}
 
@@ -48,6 +50,7 @@ class Stored:
 
     weight: Weight
     kernel: Compiled | None = None
+    tables: dict[tuple[int, int], _Table] = field(default_factory=dict)
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
@@ -94,6 +97,45 @@ class Stored:
         return self.weight[number]
 
 
+class _Table:
+    """What a kernel reads of `jobs` products of one token, each with an expert or with the one matrix: made once, as
+    decoding a token is many short calls. x [rows, D]: one row for each job, or one for all; in the kernel's order.
+    sums: of x by group."""
+
+    def __init__(self, matrix: Stored, kernel: Compiled, jobs: int, rows: int) -> None:
+        assert matrix.storage is not None
+        N, D = matrix.shape[-2:]
+        self._storage, self._kernel = matrix.storage, kernel
+        self._x = np.empty((rows, D), np.float32)
+        self._sums = np.zeros((rows, D // (matrix.storage.group or D)), np.float32)
+        values = np.zeros(HEADER + jobs * FIELDS + 1, np.int64)
+        self.counter = values[-1:]
+        counter = _address(self.counter)
+        values[:HEADER] = (counter, jobs, -(-N // PIECE_ROWS), PIECE_ROWS, N, D, *matrix.strides, 4 * D, 4 * N)
+        self._jobs = values[HEADER:-1].reshape(jobs, FIELDS)
+        self._bases, self._steps = np.array(matrix.places, np.int64).T
+        self._jobs[:, :3] = self._bases
+        row = np.arange(jobs) if rows > 1 else np.zeros(jobs, np.int64)
+        self._jobs[:, 3] = _address(self._x) + row * self._x.strides[0]
+        self._jobs[:, 4] = _address(self._sums) + row * self._sums.strides[0]
+        self._jobs[:, 6] = 1
+        self._outputs = np.arange(jobs) * 4 * N
+        self.address, self.multiply_adds = _address(values), jobs * N * D
+
+    def fill(self, x: Floats, y: Floats, experts: Integers | None) -> None:
+        """x [rows, D], y [jobs, N], experts [jobs]"""
+        _order(x, self._x, self._storage, self._kernel)
+        if self._storage.element == "uint":
+            np.add.reduce(x.reshape(*self._sums.shape, -1), axis=-1, out=self._sums)
+        if experts is not None:
+            places = self._jobs[:, :3]
+            np.multiply(experts[:, None], self._steps, out=places)
+            places += self._bases
+        self._jobs[:, 5] = self._outputs
+        self._jobs[:, 5] += _address(y)
+        self.counter[0] = 0
+
+
 class Products:
     """Computes products on all cores. compiled: with kernels, which llvmlite compiles."""
 
@@ -124,7 +166,7 @@ class Products:
             self._kernel(matrix.storage)
 
     def _kernel(self, storage: Storage | None) -> Future[Compiled]:
-        from .kernels import kernel
+        from .compiled import kernel
 
         assert storage is not None
         if storage not in self._kernels:
@@ -168,6 +210,8 @@ class Products:
     def multiply(self, matrix: Stored, x: Floats) -> Floats:
         """x [P, D] times a matrix [N, D] -> [P, N]"""
         if self.reads(matrix):
+            if len(x) == 1:
+                return self._run_table(matrix, x, None)
             y = np.empty((len(x), matrix.shape[-2]), np.float32)
             self._run(matrix, x, y, [(0, 0, len(x))])
             return y
@@ -183,12 +227,30 @@ class Products:
             return y
         return self._multiply_decoded([(matrix.expert(e), i, j) for e, i, j in jobs], x, matrix.shape[-2])
 
+    def gather_token(self, matrix: Stored, x: Floats, experts: Integers) -> Floats:
+        """As gather, for the experts of one token in any order, each with its row of x [P, D], or all with one."""
+        if self.reads(matrix):
+            return self._run_table(matrix, x, experts)
+        order = np.argsort(experts)
+        y = np.empty((len(experts), matrix.shape[-2]), np.float32)
+        y[order] = self.gather(matrix, np.broadcast_to(x, (len(experts), x.shape[-1]))[order], experts[order])
+        return y
+
+    def _run_table(self, matrix: Stored, x: Floats, experts: Integers | None) -> Floats:
+        key = (1 if experts is None else len(experts), len(x))
+        kernel = self._kernel_of(matrix)
+        table = matrix.tables.get(key)
+        if table is None:
+            table = matrix.tables[key] = _Table(matrix, kernel, *key)
+        y = np.empty((key[0], matrix.shape[-2]), np.float32)
+        table.fill(x, y, experts)
+        self._share(kernel, table.address, table.multiply_adds)
+        return y
+
     def _run(self, matrix: Stored, x: Floats, y: Floats, jobs: list[tuple[int, int, int]]) -> None:
         """jobs: expert, and the first and the end of its rows of x and y."""
-        storage, kernel = matrix.storage, matrix.kernel
+        storage, kernel = matrix.storage, self._kernel_of(matrix)
         assert storage is not None
-        if kernel is None:
-            kernel = matrix.kernel = self._kernel(storage).result()
         N, D = matrix.shape[-2:]
         x = _ordered(x, storage, kernel)
         sums = x.reshape(len(x), -1, storage.group).sum(axis=-1) if storage.element == "uint" else None
@@ -202,15 +264,20 @@ class Products:
             table += (x_at + first * 4 * D, sums_at + first * sums_row, y_at + first * 4 * N, end - first)
         values = np.array(table, np.int64)
         self._counter[0] = 0
-        address, scratch, run = _address(values), self._scratch_addresses, kernel.run
+        self._share(kernel, _address(values), len(x) * N * D)
 
-        def work(thread: int) -> None:
-            run(address, scratch[thread])
+    def _kernel_of(self, matrix: Stored) -> Compiled:
+        if matrix.kernel is None:
+            matrix.kernel = self._kernel(matrix.storage).result()
+        return matrix.kernel
 
-        if len(x) * N * D < MIN_WORK_TO_SHARE:
-            work(0)
+    def _share(self, kernel: Compiled, table: int, multiply_adds: int) -> None:
+        """Run a kernel on all threads, or on one if there is little to do."""
+        scratch, run = self._scratch_addresses, kernel.run
+        if multiply_adds < MIN_WORK_TO_SHARE:
+            run(table, scratch[0])
         else:
-            self.pool.run(work)
+            self.pool.run(lambda thread: run(table, scratch[thread]))
 
     def _multiply_decoded(self, jobs: list[tuple[Weight, int, int]], x: Floats, outputs: int) -> Floats:
         """As gather, by numpy. jobs: each expert's matrix, and the first and the end of its rows of x."""
@@ -246,10 +313,18 @@ def _decoded(weight: Weight) -> Floats:
     return codecs.dequantize(weight)
 
 
-def _ordered(x: Floats, storage: Storage, compiled: Compiled) -> Floats:
-    """x [P, D] contiguous, in the order in which a kernel reads it: for codes of 4 bits, in each 2 * lanes inputs those
-    of the low halves of `lanes` bytes, then those of the high halves."""
+def _ordered(x: Floats, storage: Storage, kernel: Compiled) -> Floats:
+    """x [P, D], contiguous and in the order in which a kernel reads it."""
     if not storage.paired:
         return np.ascontiguousarray(x)
-    halves = x.reshape(len(x), -1, compiled.lanes, 2).swapaxes(-1, -2)
-    return np.ascontiguousarray(halves).reshape(x.shape)
+    found = np.empty(x.shape, np.float32)
+    _order(x, found, storage, kernel)
+    return found
+
+
+def _order(x: Floats, out: Floats, storage: Storage, kernel: Compiled) -> None:
+    """Write x [P, D] to `out` in a kernel's order: for codes of 4 bits, in each 2 * lanes inputs those of the low
+    halves of `lanes` bytes, then those of the high halves."""
+    if storage.paired:
+        x = x.reshape(len(x), -1, kernel.lanes, 2).swapaxes(-1, -2)
+    np.copyto(out.reshape(x.shape), x)

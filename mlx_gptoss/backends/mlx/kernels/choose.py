@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 import mlx.core as mx
 
 from ....config import ModelConfig
+from ....machine import cache_folder
 from ....weights.tensor import storage_name
 from .attention import Attend, can_attend
 from .check import LIMITS, Case, attention_cases, expert_cases, norm_cases, router_cases
 from .experts import ExpertLayer, Experts, can_mix
 from .norm import AddNorm
 from .router import Router, can_route, route
-from .verdicts import UNFINISHED, Verdicts, cache_folder, machine_key
+from .verdicts import UNFINISHED, Verdicts, machine_key
 
 Kernel = TypeVar("Kernel")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,14 +22,6 @@ MAX_BYTES, MAX_ITEMS, MAX_MACHINES = 1 << 20, 10_000, 8
 UNFINISHED = "its check did not end; `mlx-gptoss selftest` repeats it"
 
 Found = dict[str, str]
-
-
-def cache_folder() -> Path:
-    """Where the program keeps what it can find out again."""
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "mlx-gptoss"
-    configured = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(configured) if os.path.isabs(configured) else Path.home() / ".cache") / "mlx-gptoss"
 
 
 def machine_key(device: mx.Device) -> str:

@@ -1,0 +1,51 @@
+"""The kernels as functions of this process: compiled once on this machine, and from the disk after that."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+
+import llvmlite
+from llvmlite import binding
+
+from ....machine import cache_folder
+from ....weights.codecs import E2M1, E8M0
+from . import emit, kernels
+from .emit import Target, compiled, linked
+from .kernels import NAME, Storage, kernel_module
+from .objects import ObjectFiles
+
+Kernel = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The kernel of a storage. lanes: float32 in one vector, by which paired inputs are ordered."""
+
+    run: Kernel
+    lanes: int
+    engine: object  # which owns the machine code
+
+
+@lru_cache
+def kernel(storage: Storage, target: Target) -> Compiled:
+    """The kernel of a storage, once in a process."""
+    files, key = ObjectFiles(cache_folder() / "kernels"), _key(storage, target)
+    code = files.find(key)
+    if code is None:
+        code = compiled(kernel_module(storage, target), target)
+        files.put(key, code)
+    engine = linked(code, target)
+    run = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(engine.get_function_address(NAME))
+    return Compiled(run, target.lanes, engine)
+
+
+def _key(storage: Storage, target: Target) -> str:
+    """All that machine code depends on: compiler, processor, storage, tables, and the programs that write it."""
+    texts = b"".join(Path(str(module.__file__)).read_bytes() for module in (emit, kernels))
+    digest = sha256(texts + E2M1.tobytes() + E8M0.tobytes()).hexdigest()
+    return f"llvmlite {llvmlite.__version__}, LLVM {binding.llvm_version_info}, {target}, {storage}, {digest}"
