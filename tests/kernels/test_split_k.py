@@ -64,6 +64,13 @@ def test_parts_and_their_sum(stored, close, device, split_early, kind, tokens, d
     close(out, normed, tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("columns", "parts"), [(64, 1), (192, 1), (256, 2)])
+def test_few_columns_are_in_fewer_parts_or_whole(stored, columns, parts, dtype):
+    """One head has 64 columns, less than a step."""
+    assert tiles.split_k(9, stored("mxfp4", 40, columns).matrix, dtype)[1] == parts
+
+
 def test_a_step_matches_plain_torch(mini, device, split_early):
     """Two rows, in slots that other sequences have used."""
     results = []

@@ -120,7 +120,7 @@ def split_k(tokens: int, matrix: Matrix, dtype: torch.dtype) -> tuple[Tile, int]
         return linear_tile(tokens, matrix, dtype), 1
     tile, parts = SPLIT_K[_kind(matrix)][tokens > 16]
     tile = FLOAT32 if dtype == torch.float32 else _fitting(tile, matrix)
-    while matrix.shape[-1] % (parts * tile.SPLIT * tile.BK):  # not whole steps
+    while parts > 1 and matrix.shape[-1] % (parts * tile.SPLIT * tile.BK):  # not whole steps
         parts //= 2
     return (tile, parts) if parts > 1 else (linear_tile(tokens, matrix, dtype), 1)
 
