@@ -1,4 +1,4 @@
-"""Machine code of kernels on disk, so that one process in a hundred compiles them and not each.
+"""Machine code of kernels on disk, so that kernels are not compiled anew in every process.
 
 A file: MAGIC, the SHA-256 of its key and machine code, the machine code. Its name is the digest of the key, which is
 everything that the code depends on. A file that is damaged, or that another user could have written, is compiled anew.
