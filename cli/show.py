@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 PRODUCTS = {
     "compiled": "compiled for it by llvmlite, with weights as they are stored",
     "numpy": "by numpy and MLX; pip install 'mlx-gptoss[cpu]' compiles them, which is several times faster",
+    "reference": "by PyTorch, as the reference of the CUDA kernels; --backend mlx is the fast one here",
 }
 
 
@@ -80,7 +81,7 @@ def show(
         **given,
     )
     may_stay = mappable_by_format(checkpoint) if name == "mlx" else None
-    best = recommend(checkpoint, plan, api.sizes_in_other_formats(checkpoint), context, may_stay, name)
+    best = recommend(checkpoint, plan, api.sizes_in_other_formats(checkpoint), context, may_stay)
     summary = checkpoint.summary()
     wider = {storage_name(stored): storage_name(ran) for stored, ran in run_otherwise(checkpoint, name).items()}
     parts: list[LoadPlan] = []

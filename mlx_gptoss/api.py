@@ -212,7 +212,7 @@ def _require_fit(plan: LoadPlan) -> None:
         return
     sizes, context = sizes_in_other_formats(checkpoint), plan.request.max_context
     may_stay = mappable_by_format(checkpoint) if plan.backend == "mlx" else None
-    best = recommend(checkpoint, plan.memory, sizes, context, may_stay, plan.backend)
+    best = recommend(checkpoint, plan.memory, sizes, context, may_stay)
     require_fit(plan.memory, plan.request.name, {best.format: best.size_bytes} if best else sizes)
 
 

@@ -281,8 +281,8 @@ class Backend(Protocol):
         ...
 
     def cpu_products(self, device: str | None, dtype: str | None) -> str:
-        """How matrices are multiplied on a CPU: "compiled" for it by llvmlite, or "numpy". "" where the backend's
-        library does it."""
+        """How matrices are multiplied on a CPU: "compiled" for it by llvmlite, by "numpy", or as the "reference" of a
+        GPU's kernels, which is slow. "" where the backend's library does it."""
         ...
 
     def matmul(self, device: str | None) -> MatMul:

@@ -262,7 +262,7 @@ def memory_plan(
     name, compiled = backend.device_name(device), backend.cpu_products(device, dtype) == "compiled"
     may_upcast = as_stored and name == "cpu" and not compiled
     if weights_bytes is None:
-        weights_bytes = checkpoint.size_bytes + derived_bytes(checkpoint, backend.NAME)
+        weights_bytes = checkpoint.size_bytes + derived_bytes(checkpoint, backend.NAME, compiled=compiled)
         weights_bytes += padding_bytes(checkpoint, backend.NAME, name)
     return plan_memory(
         config,

@@ -61,20 +61,19 @@ def recommend(
     sizes: Mapping[str, int],
     context: int | None = None,
     mappable: Mapping[str, int] | None = None,
-    backend: str | None = None,
 ) -> Recommendation | None:
     """The format to run the checkpoint in, or None if none fits.
 
     plan: the memory plan of the checkpoint as it is. sizes: bytes in each format that it can be written in. context:
     tokens that must fit; None tries PREFERRED_CONTEXT, then MIN_CONTEXT. mappable: bytes that may stay in the file, by
-    format. backend: as of derived_bytes. Reads some rows of bfloat16 experts.
+    format. Reads some rows of bfloat16 experts.
     """
     mappable = mappable or {}
     longest = checkpoint.config.max_position_embeddings
     for wanted in [context] if context else [min(PREFERRED_CONTEXT, longest), min(MIN_CONTEXT, longest)]:
         for name, size in _candidates(checkpoint, sizes):
             as_is = size == checkpoint.size_bytes
-            in_memory = size + derived_bytes(checkpoint, backend) if as_is else size
+            in_memory = plan.weights_bytes if as_is else size
             if replace(plan, weights_bytes=in_memory, context=wanted, mapped_bytes=mappable.get(name, 0)).fits:
                 return Recommendation(name, size, wanted, as_is)
     return None
@@ -189,12 +188,13 @@ def padding_bytes(weights: CheckpointLike | Requantized, backend: str, device_na
     return found
 
 
-def derived_bytes(weights: CheckpointLike, backend: str | None = None) -> int:
+def derived_bytes(weights: CheckpointLike, backend: str | None = None, *, compiled: bool = False) -> int:
     """Bytes that loading adds to those stored: biases that int4-autoround and GGUF imply, values that GGUF's types are
     decoded to, and wider codes where the backend has no kernel for the stored ones (None: it has all). On mlx, which
-    multiplies by float16 scales only in float16, at most the bytes that they take more in float32."""
+    multiplies by float16 scales only in float16, at most the bytes that they take more in float32, unless `compiled`
+    products of a CPU (Backend.cpu_products) read them as they are."""
     extra = 0 if backend is None else _widening_bytes(weights, backend)
-    extra += _wider_scale_bytes(weights) if backend == "mlx" else 0
+    extra += _wider_scale_bytes(weights) if backend == "mlx" and not compiled else 0
     for role in MATRIX_ROLES:
         matrices = [param for param in weights.params if param.role == role and param.is_matrix]
         unpacked = sum(weights.unpacked_bytes(param.name) for param in matrices)

@@ -157,8 +157,8 @@ def load(
     activation_bytes = ACTIVATION_BYTES[target.dtype]
     derived = upcastable = 0
     if not isinstance(model.weights, Requantized):
-        derived = derived_bytes(model.weights, target.backend)
         compiled = module.cpu_products(target.device, target.dtype) == "compiled"
+        derived = derived_bytes(model.weights, target.backend, compiled=compiled)
         if target.backend == "mlx" and target.name == "cpu" and not compiled:
             upcastable = upcastable_bytes(model.weights, activation_bytes)
     plan = plan_memory(

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_gptoss.backends import mlx
 from mlx_gptoss.backends.base import Limits, Row
 from mlx_gptoss.backends.mlx import host
 from mlx_gptoss.backends.mlx.cpu import products as cpu_products
@@ -17,6 +18,7 @@ from mlx_gptoss.backends.mlx.layers import DenseMatrix, ExpertLinear
 from mlx_gptoss.backends.mlx.load import load_model
 from mlx_gptoss.backends.mlx.runner import MlxRunner
 from mlx_gptoss.config import PRESETS
+from mlx_gptoss.loading.plan import memory_plan
 from mlx_gptoss.sampling import Sampling
 from mlx_gptoss.weights import codecs
 from mlx_gptoss.weights.synthetic import Synthetic
@@ -158,6 +160,19 @@ def test_the_sampler_of_a_cpu_is_that_of_mlx():
     np.testing.assert_array_equal(np.isfinite(found), np.isfinite(plain))
     np.testing.assert_allclose(found, plain, rtol=1e-5, atol=1e-5)
     assert (found[0] == np.asarray(logits)[0]).all()
+
+
+def test_the_memory_plan_of_compiled_products(products):
+    """Scales in float16 are held, and planned, as they are stored."""
+    if not products.compiled:
+        pytest.skip("numpy's products have no float16 scales")
+    for name in ("int4-autoround", "mxfp4"):
+        source = Synthetic(PRESETS["tiny"], name)
+        planned = memory_plan(source, mlx, device="cpu", available_bytes=10**12).weights_bytes
+        before = products.held_bytes
+        load_model(source, mx.float32, UNCOMPILED, on_cpu=True, products=products)
+        vectors = sum(param.size for param in source.params if not param.is_matrix)
+        assert products.held_bytes - before == pytest.approx(planned - 2 * vectors, rel=1e-3)
 
 
 def values(weight):

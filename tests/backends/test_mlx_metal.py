@@ -89,7 +89,7 @@ def test_scales_in_float32_are_in_the_memory_plan(mini):
         checkpoints.open(mini / "int4-autoround"),
         checkpoints.open(mini / "gguf" / "model-q8_0.gguf"),
     ):
-        planned = memory_plan(source, backend, device="cpu", available_bytes=10**12).weights_bytes
+        planned = memory_plan(source, backend, device="cpu", dtype="bfloat16", available_bytes=10**12).weights_bytes
         assert planned > source.size_bytes + derived_bytes(source)
         assert 0.9 < nbytes(load_model(source, mx.bfloat16, UNCOMPILED)) / planned <= 1.001
 

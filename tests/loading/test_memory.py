@@ -169,7 +169,7 @@ def test_the_plan_counts_derived_biases(mini, name):
     """Biases that are not in the file but computed while loading, and what float32 takes more than float16 scales; the
     biases of such experts are float32 as well."""
     checkpoint = open_checkpoint(mini / name)
-    plan = memory_plan(checkpoint, find_backend("mlx")[0], device="cpu", max_context=64)
+    plan = memory_plan(checkpoint, find_backend("mlx")[0], device="cpu", dtype="bfloat16", max_context=64)
     weights = {param: checkpoint.read(param.name) for param in checkpoint.params}
     size = sum(weight.nbytes for weight in weights.values())
     scaled = {p: w for p, w in weights.items() if isinstance(w, Quantized) and w.spec.scale == "float"}

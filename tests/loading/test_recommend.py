@@ -22,7 +22,7 @@ PLENTY = 10**12
 
 def advice(folder, available: int = PLENTY, sizes=None, context=None):
     opened = checkpoint.open(folder)
-    plan = plan_memory(opened.config, opened.size_bytes, available, activation_bytes=2)
+    plan = plan_memory(opened.config, opened.size_bytes + derived_bytes(opened), available, activation_bytes=2)
     return recommend(opened, plan, sizes or api.sizes_in_other_formats(opened), context)
 
 

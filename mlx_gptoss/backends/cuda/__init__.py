@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
@@ -31,6 +32,8 @@ GPU_CHUNK, CPU_CHUNK = 4096, 1024
 LEAST_CAPABILITY = (8, 0)  # bfloat16 tensor cores
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_log = logging.getLogger(__name__)
+
 
 def load(
     checkpoint: Weights,
@@ -48,6 +51,10 @@ def load(
     or torch alone, their oracle."""
     where = pick_device(device)
     kernels = where.type == "cuda" if kernels is None else kernels
+    if not kernels and where.type == "cpu":
+        _log.info(
+            "PyTorch computes on this CPU as the reference of the CUDA kernels; --backend mlx is the fast one here"
+        )
     if where.type == "cuda":
         torch.cuda.set_device(where)  # of this thread, which is the runner's: Triton launches there
         torch.cuda.reset_peak_memory_stats(where)
@@ -116,8 +123,8 @@ def device_name(device: str | None) -> str:
 
 
 def cpu_products(device: str | None, dtype: str | None) -> str:
-    """As Backend: PyTorch multiplies."""
-    return ""
+    """As Backend: PyTorch multiplies decoded matrices, for comparison with the kernels."""
+    return "reference" if pick_device(device).type == "cpu" else ""
 
 
 def matmul(device: str | None) -> MatMul:

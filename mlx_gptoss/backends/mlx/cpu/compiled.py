@@ -9,9 +9,6 @@ from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 
-import llvmlite
-from llvmlite import binding
-
 from ....machine import cache_folder
 from ....weights.codecs import E2M1, E8M0
 from . import emit, kernels
@@ -48,4 +45,4 @@ def _key(storage: Storage, target: Target) -> str:
     """All that machine code depends on: compiler, processor, storage, tables, and the programs that write it."""
     texts = b"".join(Path(str(module.__file__)).read_bytes() for module in (emit, kernels))
     digest = sha256(texts + E2M1.tobytes() + E8M0.tobytes()).hexdigest()
-    return f"llvmlite {llvmlite.__version__}, LLVM {binding.llvm_version_info}, {target}, {storage}, {digest}"
+    return f"{emit.compiler()}, {target}, {storage}, {digest}"

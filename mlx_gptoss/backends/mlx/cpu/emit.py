@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import llvmlite
 from llvmlite import binding, ir
 
 I8, I16, I32, I64, F16, F32 = (*(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.HalfType(), ir.FloatType())
@@ -242,6 +243,11 @@ class Function:
         """The sums of neighbours, those of a and then those of b."""
         count = a.type.count * (1 if b is None else 2)
         return self.add(self.pick(a, range(0, count, 2), b), self.pick(a, range(1, count, 2), b))
+
+
+def compiler() -> str:
+    """The versions of what compiles."""
+    return f"llvmlite {llvmlite.__version__}, LLVM {binding.llvm_version_info}"
 
 
 def compiled(module: Any, target: Target) -> bytes:
