@@ -38,6 +38,19 @@ def test_the_bundled_model_says_the_same_on_both(torch_backend, backend_module):
     assert said[0] == said[1]
 
 
+def test_a_cpu_is_the_reference(torch_backend, mini, caplog):
+    """Who asks for PyTorch on a CPU learns that it is no fast path: from the log and from `show`."""
+    caplog.set_level("INFO", "mlx_gptoss")
+    mlx_gptoss.load(mini / "mxfp4", backend="cuda", device="cpu", max_context=64).close()
+    assert "--backend mlx is the fast one" in caplog.text
+    assert torch_backend.cpu_products("cpu", None) == "reference"
+    shown = python(
+        "import sys; from mlx_gptoss_cli.main import main; sys.argv[0] = 'mlx-gptoss'; main()",
+        *("show", str(mini / "mxfp4"), "--backend", "cuda", "--device", "cpu"),
+    )
+    assert "Products on this CPU: by PyTorch, as the reference of the CUDA kernels" in shown
+
+
 def test_seeds_and_memory_through_the_api(torch_backend, mini):
     with mlx_gptoss.load(mini / "mxfp4", backend="cuda", device="cpu", max_context=256, slots=2) as model:
         texts = [model.complete((1, 2, 3), max_tokens=20, sampling=Sampling(seed=5)).ids for _ in range(2)]
