@@ -113,14 +113,14 @@ def some_soak(**samples: list[int]) -> Soak:
 
 
 def test_growth_is_seen():
-    steady = some_soak(rss=[50, 90, 110, *[100, 104] * 4, 100], threads=[4, 9, *[12] * 10])
+    steady = some_soak(rss=[50, 90, 110, *[100, 104] * 4, 100], threads=[4, 9, *[12] * 4, *[30] * 6])  # its pool fills
     judge_growth(steady)
     assert not steady.failures
     for name, values in {
         "rss": [*range(100, 112)],
         "private": [*[100] * 11, 120],
         "descriptors": [*range(9, 21)],
-        "threads": [*[5] * 9, 8, 8, 8],
+        "threads": [*[50] * 9, 53, 53, 53],
     }.items():
         grown = some_soak(**{name: values})
         judge_growth(grown)
