@@ -25,7 +25,8 @@ def targets():
     features = dict(binding.get_host_cpu_features())
     found = {"here": Target.here()}
     if features.get("avx512vl"):
-        found["avx-512, 8 lanes"] = Target.of("icelake-server", features)
+        first = {name: on and name != "avx512vbmi" for name, on in features.items()}
+        found["avx-512, 8 lanes"] = Target.of("skylake-avx512", first)
     if features.get("avx2"):
         avx2 = {name: on and not name.startswith("avx512") for name, on in features.items()}
         found["avx2"] = Target.of("haswell", avx2)

@@ -34,12 +34,12 @@ class Target:
 
     @staticmethod
     def of(cpu: str, features: dict[str, bool]) -> Target:
-        """Of a processor by LLVM's name and features. Intel's with AVX-512 compute with half of a register, as LLVM
-        compiles for them by default."""
+        """Of a processor by LLVM's name and features. With AVX-512, LLVM compiles for half of a register on Intel's
+        processors unless told otherwise. That suits the first ones, whose clock the whole register slows down."""
         flat = ",".join(f"{'+' if on else '-'}{name}" for name, on in features.items())
         halves = bool(features.get("f16c") or features.get("neon"))
-        if features.get("avx512vl") and cpu.startswith("znver"):
-            return Target(16, 4, 6, 4, halves, cpu, flat)
+        if features.get("avx512vl") and features.get("avx512vbmi"):
+            return Target(16, 4, 6, 4, halves, cpu, f"{flat},-prefer-256-bit")
         if features.get("avx512vl"):
             return Target(8, 4, 6, 3, halves, cpu, flat)
         if features.get("avx2") and features.get("fma"):
@@ -103,6 +103,13 @@ class Function:
         return self.b.select(self.b.icmp_signed("<", a, self.integer(b)), a, self.integer(b))
 
     @contextmanager
+    def vectors(self, lanes: int) -> Iterator[None]:
+        """Vectors of fewer lanes than the processor's, for the inputs that are left over."""
+        before, self.lanes = self.lanes, lanes
+        yield
+        self.lanes = before
+
+    @contextmanager
     def loop(self, first: Value | int, end: Value | int, step: Value | int = 1) -> Iterator[Value]:
         """for i in range(first, end, step)"""
         b, place = self.b, self.variable(self.integer(first))
@@ -126,16 +133,6 @@ class Function:
         kind = I8.as_pointer()
         arguments = [self.b.inttoptr(address, kind), *(ir.Constant(I32, value) for value in (0, 2, 1))]
         self.intrinsic("llvm.prefetch.p0", ir.VoidType(), *arguments)
-
-    def table_entry(self, name: str, values: Sequence[float], index: Value) -> Value:
-        """float32 of a table in memory. index: I64."""
-        kind = ir.ArrayType(F32, len(values))
-        table = self.module.globals.get(name)
-        if table is None:
-            table = ir.GlobalVariable(self.module, kind, name)
-            table.initializer, table.global_constant = ir.Constant(kind, list(values)), True
-            table.linkage = "internal"
-        return self.b.load(self.b.gep(table, [self.integer(0), index], inbounds=True), align=4)
 
     def floats(self, address: Value) -> Value:
         """Lanes float32."""
@@ -175,6 +172,13 @@ class Function:
         vector = ir.Constant(ir.VectorType(scalar.type, self.lanes), ir.Undefined)
         return self.pick(self.b.insert_element(vector, scalar, ir.Constant(I32, 0)), [0] * self.lanes)
 
+    def narrowed(self, vector: Value) -> Value:
+        """A vector of `lanes` with the same sum."""
+        while (count := vector.type.count) > self.lanes:
+            halves = (self.pick(vector, range(i, i + count // 2)) for i in (0, count // 2))
+            vector = self.add(*halves)
+        return vector
+
     def multiply(self, a: Value, b: Value) -> Value:
         return self.b.fmul(a, b, flags=FAST)
 
@@ -199,14 +203,15 @@ class Function:
         or the whole is index + a constant, as it is for integers."""
         b = self.b
         half = ir.Constant(ir.VectorType(F32, 8), list(table[:8]))
-        if self.target.tables == 4:
+        if self.target.tables == 4 and self.lanes == 16:
             whole = ir.Constant(ir.VectorType(F32, 16), list(table))
             return self.intrinsic("llvm.x86.avx512.permvar.sf.512", whole.type, whole, index)
         if table[9] - table[8] == 1:
             low = b.sitofp(b.and_(index, self.constant(I32, 15)), self.constant(F32, 0).type)
             return self.add(low, self.constant(F32, table[0]))
-        if self.target.tables == 3:
-            value = self.intrinsic("llvm.x86.avx2.permps", half.type, half, index)
+        if self.target.tables:
+            wide = self.pick(index, [*range(self.lanes)] * (8 // self.lanes))
+            value = self.pick(self.intrinsic("llvm.x86.avx2.permps", half.type, half, wide), range(self.lanes))
         else:
             value = self._e2m1(b.and_(index, self.constant(I32, 7)))
         sign = b.shl(b.and_(index, self.constant(I32, 8)), self.constant(I32, 28))

@@ -9,13 +9,15 @@ Legend: N outputs, K inputs, M tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from llvmlite import ir
+from numpy.typing import NDArray
 
-from ....weights.codecs import E2M1, E8M0
+from ....weights.codecs import E2M1
 from .emit import F16, F32, I8, I16, I32, I64, Function, Target, Value
 
 # The table of a call: int64 each, then the fields of each job. Jobs are products with matrices of one shape and format,
@@ -27,6 +29,7 @@ SCRATCH_ROWS = 64  # maximum rows of a piece
 MAX_DIRECT = 4  # tokens that are multiplied row by row; with more, decoding a block first is faster
 ROWS_AHEAD = 2  # of the row that is decoded, to be fetched
 UNIT = 32  # K is a multiple of it
+Integers = NDArray[np.intp]
 ScaleType = Literal["e8m0", "bfloat16", "float16", "float32", "none"]
 SIZES = {"e8m0": 1, "bfloat16": 2, "float16": 2, "float32": 4, "none": 0}
 NAME = "product"  # of a kernel's function
@@ -43,9 +46,21 @@ class Storage:
     scale: ScaleType
 
     @property
-    def paired(self) -> bool:
-        """Whether inputs have to be in the order of `paired_order`."""
+    def by_words(self) -> bool:
+        """Whether codes are read as vectors of 32-bit words, and inputs in the order of `by_words`."""
         return self.element != "float" and self.bits == 4
+
+
+def by_words(inputs: int, lanes: int) -> Integers:
+    """The order of the inputs [K] for codes of 4 bits: the first of each of `lanes` words, then the second of each, to
+    the eighth. What is left over is read in vectors of half as many lanes, down to 4. Shifts by 4 and a look-up then
+    decode a vector of words, which no instruction has to widen."""
+    order, first = [], 0
+    while lanes >= UNIT // 8:
+        end = first + (inputs - first) // (8 * lanes) * 8 * lanes
+        order.append(np.arange(first, end).reshape(-1, lanes, 8).swapaxes(-1, -2).ravel())
+        first, lanes = end, lanes // 2
+    return np.concatenate(order)
 
 
 @dataclass(frozen=True)
@@ -65,28 +80,45 @@ class _Reader:
         self.f, self.storage = function, storage
         self.biased = storage.element == "uint"
 
-    def values(self, row: _Row, k: Value, count: int) -> list[Value]:
-        """`count` weights from input k on, in the order of the inputs, unscaled. Integers are centered, so that little
-        of a sum of products cancels against the bias."""
+    @property
+    def unit(self) -> int:
+        """Inputs that are decoded in one turn."""
+        return 8 * self.f.lanes if self.storage.by_words else self.storage.group or UNIT
+
+    def spans(self, first: Value, end: Value) -> Iterator[tuple[Value, Value]]:
+        """First and end of spans of whole units. If codes are read by words, the function has fewer lanes in the last
+        ones."""
+        f = self.f
+        widths = [lanes for lanes in (16, 8, 4) if lanes <= f.lanes] if self.storage.by_words else [f.lanes]
+        for lanes in widths:
+            with f.vectors(lanes):
+                whole = f.times(f.over(f.b.sub(end, first), self.unit), self.unit)
+                stop = f.sum(first, whole)
+                yield first, stop
+                first = stop
+
+    def values(self, row: _Row, k: Value) -> Iterator[Value]:
+        """The weights of a unit from input k on, in the order of the inputs, unscaled. Integers are centered, so that
+        little of a sum of products cancels against the bias."""
         f, s = self.f, self.storage
         lanes, b = f.lanes, f.b
-        if s.element == "float":
-            return [self._dense(f.sum(row.codes, f.times(f.sum(k, i), s.bits // 8))) for i in range(0, count, lanes)]
-        if s.bits == 4:
+        at = f.sum(row.codes, f.over(f.times(k, s.bits), 8))
+        if s.by_words:
             table = E2M1.tolist() if s.element == "e2m1" else [float(code - 8) for code in range(16)]
-            found = []
-            for i in range(0, count // 2, lanes):
-                bytes_ = f.load(f.sum(row.codes, f.over(k, 2), i), I8, lanes)
-                pairs = b.zext(bytes_, ir.VectorType(I32, lanes))
-                found += [f.look_up(table, pairs), f.look_up(table, b.lshr(pairs, f.constant(I32, 4)))]
-            return found
-        if s.bits == 8:
-            codes = [f.load(f.sum(row.codes, k, i), I8, lanes) for i in range(0, count, lanes)]
-            return [self._signed(b.xor(code, f.constant(I8, -128))) for code in codes]
-        words = [self._eight(f.sum(row.codes, f.times(f.over(f.sum(k, i), 8), s.bits))) for i in range(0, count, 8)]
-        if lanes == 16:
-            words = [f.pick(low, range(16), high) for low, high in zip(words[::2], words[1::2], strict=True)]
-        return [part for word in words for part in f.parts(word)]
+            words = f.load(at, I32, lanes)
+            for i in range(8):
+                yield f.look_up(table, b.lshr(words, f.constant(I32, 4 * i)))
+            return
+        whole_bytes = s.bits % 8 == 0
+        for i in range(0, self.unit, lanes if whole_bytes else max(8, lanes)):
+            part = f.sum(at, i * s.bits // 8)
+            if s.element == "float":
+                yield self._floats(part, lanes)
+            elif whole_bytes:
+                yield self._signed(b.xor(f.load(part, I8, lanes), f.constant(I8, -128)))
+            else:
+                eights = [self._eight(f.sum(part, j * s.bits)) for j in range(max(1, lanes // 8))]
+                yield from f.parts(f.pick(eights[0], range(16), eights[1]) if lanes == 16 else eights[0])
 
     def prefetch(self, row: _Row, k: Value, count: int) -> None:
         """Fetch the same inputs of a later row: processors follow one stream of memory by themselves, not several."""
@@ -95,62 +127,72 @@ class _Reader:
         for line in range(0, max(1, count * bits // 8), 64):
             f.prefetch(f.sum(at, line))
 
-    def scaled(self, row: _Row, k: Value, count: int) -> list[Value]:
-        """As values, with scale and bias. count: at most a group."""
-        self.prefetch(row, k, count)
-        f, values = self.f, self.values(row, k, count)
+    def scaled(self, row: _Row, k: Value) -> list[Value]:
+        """As values, with scale and bias."""
+        self.prefetch(row, k, self.unit)
+        f, values = self.f, [*self.values(row, k)]
         if not self.storage.group:
             return values
         scale = self.scale(row, k)
         if not self.biased:
             return [f.multiply(value, scale) for value in values]
-        bias = f.everywhere(self.bias(row, k))
+        bias = self.bias(row, k)
         return [f.multiply_add(value, scale, bias) for value in values]
 
     def scale(self, row: _Row, k: Value) -> Value:
-        """Of the group of input k, float32 in every lane."""
-        f, kind = self.f, self.storage.scale
-        at = f.sum(row.scales, f.times(f.over(k, self.storage.group), SIZES[kind]))
-        if kind != "bfloat16":
-            return f.everywhere(self._float(at))
+        """Of the unit from input k on, float32 in the lanes of its inputs."""
+        f = self.f
+        at = f.sum(row.scales, f.times(f.over(k, self.storage.group), SIZES[self.storage.scale]))
+        if self._groups > 1 or self.storage.scale != "bfloat16":
+            return self._spread(self._floats(at, self._groups))
         twice = f.pick(f.everywhere(f.load(at, I16)), [0] * 2 * f.lanes)  # one operation with the load
         wide = f.b.bitcast(twice, ir.VectorType(I32, f.lanes))
         return f.b.bitcast(f.b.shl(wide, f.constant(I32, 16)), ir.VectorType(F32, f.lanes))
 
     def bias(self, row: _Row, k: Value) -> Value:
-        """Of the group of input k, for centered integers, float32."""
-        f, kind = self.f, self.storage.scale
-        at = f.times(f.over(k, self.storage.group), SIZES[kind])
-        middle = ir.Constant(F32, float(1 << self.storage.bits - 1))
-        return f.multiply_add(self._float(f.sum(row.scales, at)), middle, self._float(f.sum(row.biases, at)))
+        """As scale, for centered integers."""
+        return self._spread(self.biases(row, self.f.over(k, self.storage.group), self._groups))
 
-    def biases(self, row: _Row, group: Value) -> Value:
-        """Of `lanes` groups, as bias."""
+    def biases(self, row: _Row, group: Value, count: int) -> Value:
+        """Of some groups, for centered integers."""
         f = self.f
         at = f.times(group, SIZES[self.storage.scale])
-        middle = f.constant(F32, float(1 << self.storage.bits - 1))
-        return f.multiply_add(self._dense(f.sum(row.scales, at)), middle, self._dense(f.sum(row.biases, at)))
+        scales, biases = (self._floats(f.sum(base, at), count) for base in (row.scales, row.biases))
+        middle = float(1 << self.storage.bits - 1)
+        return f.multiply_add(scales, ir.Constant(scales.type, middle if count == 1 else [middle] * count), biases)
 
-    def _float(self, at: Value) -> Value:
-        """A scale or a bias as float32."""
+    @property
+    def _groups(self) -> int:
+        """Of a unit."""
+        return max(1, self.unit // self.storage.group)
+
+    def _spread(self, values: Value) -> Value:
+        """The values of a unit's groups, in the lanes of their inputs."""
+        f, groups = self.f, self._groups
+        if groups == 1:
+            return f.everywhere(values)
+        return f.pick(values, [lane * groups // f.lanes for lane in range(f.lanes)])
+
+    def _floats(self, at: Value, count: int) -> Value:
+        """Scales, biases or dense weights as float32; a scalar for one."""
         f, kind, b = self.f, self.storage.scale, self.f.b
         if kind == "float32":
-            return f.load(at, F32)
+            return f.load(at, F32, count)
         if kind == "float16":
-            return f.from_half(f.load(at, F16))
-        if kind == "bfloat16":
-            return b.bitcast(b.shl(b.zext(f.load(at, I16), I32), ir.Constant(I32, 16)), F32)
-        return f.table_entry("e8m0", E8M0.tolist(), b.zext(f.load(at, I8), I64))
+            return f.from_half(f.load(at, F16, count))
+        narrow, integers, floats = (i if count == 1 else ir.VectorType(i, count) for i in (I8, I32, F32))
 
-    def _dense(self, at: Value) -> Value:
-        f, b = self.f, self.f.b
-        if self.storage.scale == "float32":
-            return f.floats(at)
-        floats = ir.VectorType(F32, f.lanes)
-        if self.storage.scale == "float16":
-            return f.from_half(f.load(at, F16, f.lanes))
-        wide = b.zext(f.load(at, I16, f.lanes), ir.VectorType(I32, f.lanes))
-        return b.bitcast(b.shl(wide, f.constant(I32, 16)), floats)
+        def same(number: int) -> Value:
+            return ir.Constant(integers, number if count == 1 else [number] * count)
+
+        if kind == "bfloat16":
+            return b.bitcast(b.shl(b.zext(f.load(at, I16, count), integers), same(16)), floats)
+        codes = f.load(at, I8, count)
+        shifted = b.shl(b.zext(codes, integers), same(23))
+        least = same(0x400000)  # 2^-127, which is subnormal
+        bits = b.select(b.icmp_unsigned(">", shifted, least), shifted, least)
+        last = ir.Constant(narrow, -1 if count == 1 else [-1] * count)
+        return b.bitcast(b.select(b.icmp_unsigned("==", codes, last), same(0x7FC00000), bits), floats)
 
     def _signed(self, codes: Value) -> Value:
         b, count = self.f.b, codes.type.count
@@ -167,61 +209,52 @@ class _Reader:
         return b.sitofp(b.sub(codes, f.constant(I32, 1 << bits - 1, 8)), ir.VectorType(F32, 8))
 
 
-def _dot(f: Function, reader: _Reader, row: _Row, inputs: Value, x: Value, sums: Value) -> Value:
-    """One row times one token, float32. sums: of the token's inputs by group."""
-    lanes, group = f.lanes, reader.storage.group
-    unit = group or UNIT
-    together = max(1, 64 // unit)  # units in one turn, each with its own sum, so that none waits for another
-    totals = [f.zeros() for _ in range(together * (1 if group else unit // lanes))]
+def _dots(
+    f: Function, reader: _Reader, rows: Sequence[_Row], inputs: Value, xs: Sequence[Value], sums: Sequence[Value]
+) -> list[list[Value]]:
+    """Each of a few rows times each of a few tokens, float32. sums: of each token's inputs by group."""
+    pairs = [(r, t) for r in range(len(rows)) for t in range(len(xs))]
+    group = reader.storage.group
+    places = 1 if group or len(pairs) > 1 else reader.unit // f.lanes  # of a pair: no sum waits for another
+    whole = {pair: f.constant(F32, 0.0) for pair in pairs}
+    for first, end in reader.spans(f.integer(0), inputs):
+        totals = {pair: [f.variable(f.narrowed(whole[pair])), *(f.zeros() for _ in range(1, places))] for pair in pairs}
+        with f.loop(first, end, reader.unit) as k:
+            parts: dict[tuple[int, int], Value] = {}
+            for row in rows:
+                reader.prefetch(row, k, reader.unit)
+            for i, values in enumerate(zip(*(reader.values(row, k) for row in rows), strict=True)):
+                tokens = [f.floats(f.sum(x, f.times(k, 4), 4 * f.lanes * i)) for x in xs]
+                for r, t in pairs:
+                    if not group:
+                        f.accumulate(values[r], tokens[t], totals[r, t][i % places])
+                    elif i:
+                        parts[r, t] = f.multiply_add(values[r], tokens[t], parts[r, t])
+                    else:
+                        parts[r, t] = f.multiply(values[r], tokens[t])
+            scales = [reader.scale(row, k) for row in rows] if group else []
+            for (r, t), part in parts.items():
+                f.accumulate(part, scales[r], totals[r, t][0])
+        whole = {pair: _whole(f, totals[pair]) for pair in pairs}
+    found = [[f.total(whole[r, t]) for t in range(len(xs))] for r in range(len(rows))]
+    if reader.biased:
+        for row, mine in zip(rows, found, strict=True):
+            added = _biases(f, reader, row, f.over(inputs, group), sums)
+            mine[:] = [f.add(*both) for both in zip(mine, added, strict=True)]
+    return found
 
-    def one(k: Value, n: int) -> None:
-        at = f.sum(x, f.times(k, 4))
-        pairs = [(value, f.floats(f.sum(at, 4 * lanes * i))) for i, value in enumerate(reader.values(row, k, unit))]
-        if not group:
-            for i, pair in enumerate(pairs):
-                f.accumulate(*pair, totals[n * len(pairs) + i])
-            return
-        part = f.multiply(*pairs[0])
-        for pair in pairs[1:]:
-            part = f.multiply_add(*pair, part)
-        f.accumulate(part, reader.scale(row, k), totals[n])
 
-    even = f.times(f.over(inputs, unit * together), unit * together)
-    with f.loop(0, even, unit * together) as k:
-        if group:
-            reader.prefetch(row, k, unit * together)
-        for n in range(together):
-            one(f.sum(k, n * unit), n)
-    with f.loop(even, inputs, unit) as k:
-        one(k, 0)
-    total = f.total(_whole(f, totals))
-    return f.add(total, _biases(f, reader, row, f.over(inputs, group), sums)) if reader.biased else total
-
-
-def _biases(f: Function, reader: _Reader, row: _Row, groups: Value, sums: Value) -> Value:
-    """What the biases of a row add to its product: the sum over groups of bias times the sum of the inputs."""
-    wide, rest = f.zeros(), f.variable(ir.Constant(F32, 0.0))
+def _biases(f: Function, reader: _Reader, row: _Row, groups: Value, sums: Sequence[Value]) -> list[Value]:
+    """What the biases of a row add to its product with each token: the sum over groups of bias times the sum of the
+    inputs."""
+    wide, rest = [f.zeros() for _ in sums], [f.variable(ir.Constant(F32, 0.0)) for _ in sums]
     even = f.times(f.over(groups, f.lanes), f.lanes)
-    with f.loop(0, even, f.lanes) as g:
-        f.accumulate(reader.biases(row, g), f.floats(f.sum(sums, f.times(g, 4))), wide)
-    with f.loop(even, groups) as g:
-        at = f.sum(sums, f.times(g, 4))
-        f.accumulate(reader.bias(row, f.times(g, reader.storage.group)), f.load(at, F32), rest)
-    return f.add(f.total(f.b.load(wide)), f.b.load(rest))
-
-
-def _dots(f: Function, reader: _Reader, rows: Sequence[_Row], inputs: Value, xs: Sequence[Value]) -> list[list[Value]]:
-    """Each of a few rows times each of a few tokens, float32."""
-    lanes, unit = f.lanes, reader.storage.group or UNIT
-    totals = [[f.zeros() for _ in xs] for _ in rows]
-    with f.loop(0, inputs, unit) as k:
-        decoded = [reader.scaled(row, k, unit) for row in rows]
-        for i in range(unit // lanes):
-            tokens = [f.floats(f.sum(x, f.times(k, 4), 4 * lanes * i)) for x in xs]
-            for values, mine in zip(decoded, totals, strict=True):
-                for token, place in zip(tokens, mine, strict=True):
-                    f.accumulate(values[i], token, place)
-    return [[f.total(f.b.load(place)) for place in mine] for mine in totals]
+    for first, end, count, places in ((f.integer(0), even, f.lanes, wide), (even, groups, 1, rest)):
+        with f.loop(first, end, count) as g:
+            biases = reader.biases(row, g, count)
+            for at, place in zip(sums, places, strict=True):
+                f.accumulate(biases, f.load(f.sum(at, f.times(g, 4)), F32, count), place)
+    return [f.add(f.total(f.b.load(w)), f.b.load(r)) for w, r in zip(wide, rest, strict=True)]
 
 
 def _whole(f: Function, places: Sequence[Value]) -> Value:
@@ -234,11 +267,11 @@ def _whole(f: Function, places: Sequence[Value]) -> Value:
 
 def _decode(f: Function, reader: _Reader, row: _Row, first: Value, end: Value, out: Value) -> None:
     """Inputs first to end of a row as float32 from the address `out` on."""
-    unit, lanes = reader.storage.group or UNIT, f.lanes
-    with f.loop(first, end, unit) as k:
-        at = f.sum(out, f.times(f.b.sub(k, first), 4))
-        for i, value in enumerate(reader.scaled(row, k, unit)):
-            f.store(value, f.sum(at, 4 * lanes * i))
+    for begin, stop in reader.spans(first, end):
+        with f.loop(begin, stop, reader.unit) as k:
+            at = f.sum(out, f.times(f.b.sub(k, first), 4))
+            for i, value in enumerate(reader.scaled(row, k)):
+                f.store(value, f.sum(at, 4 * f.lanes * i))
 
 
 def _tile(module: ir.Module, target: Target, rows: int, tokens: int) -> ir.Function:
@@ -293,9 +326,7 @@ def kernel_module(storage: Storage, target: Target) -> ir.Module:
         codes = f.sum(mine["codes"], f.times(r, call["code_stride"]))
         return _Row(codes, scales, biases, f.sum(codes, f.times(call["code_stride"], ROWS_AHEAD)))
 
-    with b.if_then(b.icmp_signed("==", mine["tokens"], f.integer(1))), f.loop(first, end) as r:
-        f.store(_dot(f, reader, row(r), call["k"], mine["x"], mine["sums"]), f.sum(mine["y"], f.times(r, 4)))
-    for count in range(2, MAX_DIRECT + 1):
+    for count in range(1, MAX_DIRECT + 1):
         with b.if_then(b.icmp_signed("==", mine["tokens"], f.integer(count))):
             _multiply_few(f, reader, row, call, mine, first, end, count)
     many = b.icmp_signed(">", mine["tokens"], f.integer(MAX_DIRECT))
@@ -321,13 +352,15 @@ def _multiply_few(
     end: Value,
     count: int,
 ) -> None:
-    """Rows first to end times `count` tokens, two rows at a time: the tokens are then read half as often."""
+    """Rows first to end times `count` tokens; several by two rows at a time, so that tokens are read half as often."""
     xs = [f.sum(job["x"], f.times(call["x_stride"], i)) for i in range(count)]
-    even = f.sum(first, f.times(f.over(f.b.sub(end, first), 2), 2))
-    for begin, limit, step in ((first, even, 2), (even, end, 1)):
+    sums_stride = f.over(call["x_stride"], reader.storage.group or 1)
+    sums = [f.sum(job["sums"], f.times(sums_stride, i)) for i in range(count)]
+    even = f.sum(first, f.times(f.over(f.b.sub(end, first), 2), 2)) if count > 1 else first
+    for begin, limit, step in ((first, even, 2), (even, end, 1))[count == 1 :]:
         with f.loop(begin, limit, step) as r:
             rows = [row(f.sum(r, i)) for i in range(step)]
-            for n, found in enumerate(_dots(f, reader, rows, call["k"], xs)):
+            for n, found in enumerate(_dots(f, reader, rows, call["k"], xs, sums)):
                 for i, value in enumerate(found):
                     at = f.sum(job["y"], f.times(call["y_stride"], i), f.times(f.sum(r, n), 4))
                     f.store(value, at)

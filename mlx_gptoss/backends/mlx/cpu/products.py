@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from importlib.util import find_spec
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -252,8 +252,8 @@ class Products:
         storage, kernel = matrix.storage, self._kernel_of(matrix)
         assert storage is not None
         N, D = matrix.shape[-2:]
-        x = _ordered(x, storage, kernel)
         sums = x.reshape(len(x), -1, storage.group).sum(axis=-1) if storage.element == "uint" else None
+        x = _ordered(x, storage, kernel)
         rows = PIECE_ROWS if len(x) == len(jobs) else PIECE_ROWS_MANY
         table = [self._counter_address, len(jobs), -(-N // rows), rows, N, D, *matrix.strides, 4 * D, 4 * N]
         x_at, y_at = _address(x), _address(y)
@@ -315,7 +315,7 @@ def _decoded(weight: Weight) -> Floats:
 
 def _ordered(x: Floats, storage: Storage, kernel: Compiled) -> Floats:
     """x [P, D], contiguous and in the order in which a kernel reads it."""
-    if not storage.paired:
+    if not storage.by_words:
         return np.ascontiguousarray(x)
     found = np.empty(x.shape, np.float32)
     _order(x, found, storage, kernel)
@@ -323,8 +323,15 @@ def _ordered(x: Floats, storage: Storage, kernel: Compiled) -> Floats:
 
 
 def _order(x: Floats, out: Floats, storage: Storage, kernel: Compiled) -> None:
-    """Write x [P, D] to `out` in a kernel's order: for codes of 4 bits, in each 2 * lanes inputs those of the low
-    halves of `lanes` bytes, then those of the high halves."""
-    if storage.paired:
-        x = x.reshape(len(x), -1, kernel.lanes, 2).swapaxes(-1, -2)
-    np.copyto(out.reshape(x.shape), x)
+    """Write x [P, D] to `out` in a kernel's order."""
+    if storage.by_words:
+        np.take(x, _by_words(x.shape[-1], kernel.lanes), axis=-1, out=out, mode="clip")
+    else:
+        np.copyto(out, x)
+
+
+@lru_cache
+def _by_words(inputs: int, lanes: int) -> Integers:
+    from .kernels import by_words
+
+    return by_words(inputs, lanes)
