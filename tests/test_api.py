@@ -182,7 +182,7 @@ def test_reprs_are_short(model):
 
 
 def test_total_tokens(model):
-    usage = model.generate("Hi", max_tokens=3).usage
+    usage = model.generate("Hi", temperature=0, max_tokens=3).usage
     assert usage.total_tokens == usage.prompt_tokens + 3
 
 
