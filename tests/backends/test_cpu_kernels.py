@@ -88,12 +88,22 @@ def test_tokens_and_inputs(products, kind):
 @pytest.mark.parametrize(
     ("kind", "group", "scale"), [("3 bits", 32, "float16"), ("4 bits", 128, "float32"), ("8 bits", 32, "float32")]
 )
-def test_groups_and_scales(kind, group, scale):
-    products = Products(compiled=True)
+def test_groups_and_scales(products, kind, group, scale):
     for tokens in (1, 3, 7):
         matrix, x = weight(kind, OUTPUTS, 384, group=group, scale=scale), RNG.standard_normal((tokens, 384), np.float32)
         assert error(products.multiply(Stored(matrix), x), x @ decoded(matrix).T) < 1e-6
-    products.close()
+
+
+def test_the_ends_of_e8m0(products):
+    """The least scale is 2^-127, a subnormal number; the last one is no number."""
+    matrix = weight("mxfp4", OUTPUTS, 320)
+    for tokens in (1, 3, 7):
+        x = RNG.standard_normal((tokens, 320), np.float32) * np.float32(2.0**100)
+        matrix.scale[:] = 0
+        assert error(products.multiply(Stored(matrix), x), x @ decoded(matrix).T) < 1e-6
+        matrix.scale[1, 3] = 255
+        found = np.isnan(products.multiply(Stored(matrix), x))
+        assert found[:, 1].all() and found.sum() == tokens
 
 
 def test_experts(products, monkeypatch):
