@@ -356,8 +356,8 @@ def _multiply_few(
     xs = [f.sum(job["x"], f.times(call["x_stride"], i)) for i in range(count)]
     sums_stride = f.over(call["x_stride"], reader.storage.group or 1)
     sums = [f.sum(job["sums"], f.times(sums_stride, i)) for i in range(count)]
-    even = f.sum(first, f.times(f.over(f.b.sub(end, first), 2), 2)) if count > 1 else first
-    for begin, limit, step in ((first, even, 2), (even, end, 1))[count == 1 :]:
+    even = f.sum(first, f.times(f.over(f.b.sub(end, first), 2), 2))
+    for begin, limit, step in ((first, even, 2), (even, end, 1)) if count > 1 else ((first, end, 1),):
         with f.loop(begin, limit, step) as r:
             rows = [row(f.sum(r, i)) for i in range(step)]
             for n, found in enumerate(_dots(f, reader, rows, call["k"], xs, sums)):
