@@ -196,7 +196,7 @@ class Run:
     def gradients(self, batch: Batch, targets: int) -> tuple[float, tuple[Tensor, ...]]:
         """What one batch adds to the loss of a step with `targets` target tokens, and its parameters' gradients."""
         where = batch.loss[:, :-1]
-        with torch.autocast("cpu", DTYPE, enabled=DTYPE != torch.float32):
+        with torch.autocast("cpu", DTYPE, enabled=DTYPE is torch.bfloat16):
             hidden, imbalance = self.model(batch.ids)
             logits = self.model.lm_head(hidden[:, :-1][where])
         loss = F.cross_entropy(logits.float(), batch.ids[:, 1:][where], reduction="sum") / targets

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 Scenario = Callable[["Soak", Connection, random.Random], Awaitable[str]]
 GENERATING = (CHAT, RESPONSES, MESSAGES, OLLAMA_CHAT, OLLAMA_GENERATE)
-GRAMMARS = 1000  # of small schemas; grammar.py keeps 64 MB, about 65 kB each
+GRAMMARS = 1000  # of small schemas, more than grammar.py keeps
+AT_ONCE = 8  # of them
 CITIES = ("Oslo", "Paris", "Cairo", "Lima", "Tokyo", "Rome")
 WEATHER = {
     "name": "get_weather",
@@ -263,9 +264,17 @@ SCENARIOS: tuple[tuple[Scenario, int], ...] = (  # with the times that each occu
 
 
 async def warm_up(soak: Soak, connection: Connection, seed: int) -> None:
-    """Everything once, since it needs most memory; then as many schemas as the first model keeps grammars of."""
+    """Everything once, since it needs most memory; then as many schemas as the first model keeps grammars of, each with
+    a whole reply, because a grammar grows while a text is matched."""
     r = random.Random(seed)
     for scenario, _ in SCENARIOS:
         await scenario(soak, connection, r)
-    for _ in range(GRAMMARS):
-        await soak.expect(connection, "POST", CHAT.path, under_schema(soak.models[0], new_word(r), 1))
+    words = iter([new_word(r) for _ in range(GRAMMARS)])
+
+    async def fill() -> None:
+        own = Connection(soak.port)
+        for word in words:
+            await soak.expect(own, "POST", CHAT.path, under_schema(soak.models[0], word, 120))
+        own.close()
+
+    await asyncio.gather(*(fill() for _ in range(AT_ONCE)))
