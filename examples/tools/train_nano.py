@@ -53,7 +53,7 @@ POOL = 1024
 PEAK_MUON, PEAK_ADAM = 0.01, 1e-3
 WARM_UP, IMBALANCE = 0.02, 0.01
 SAVE_EVERY, JUDGE_EVERY = 150.0, 0.1  # seconds; of a run's tokens
-# Without AVX-512, torch multiplies bfloat16 on an x86 fifty times as slowly as float32.
+# Without AVX-512, torch multiplies bfloat16 on an x86 fifty times as slowly as float32; other processors: not measured.
 DTYPE = torch.float32 if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2") else torch.bfloat16
 JUDGED = 2  # the seed of the judged questions; measure_nano.py asks those of seed 0, nano_eval_text.py of seed 1
 
