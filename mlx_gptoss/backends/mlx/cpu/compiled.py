@@ -11,10 +11,11 @@ from pathlib import Path
 
 from ....machine import cache_folder
 from ....weights.codecs import E2M1
-from . import emit, kernels
+from . import emit, kernels, storages
 from .emit import Target, compiled, linked
-from .kernels import NAME, Storage, kernel_module
+from .kernels import NAME, kernel_module
 from .objects import ObjectFiles
+from .storages import Storage
 
 Kernel = Callable[[int, int], None]
 
@@ -43,6 +44,6 @@ def kernel(storage: Storage, target: Target) -> Compiled:
 
 def _key(storage: Storage, target: Target) -> str:
     """All that machine code depends on: compiler, processor, storage, tables, and the programs that write it."""
-    texts = b"".join(Path(str(module.__file__)).read_bytes() for module in (emit, kernels))
+    texts = b"".join(Path(str(module.__file__)).read_bytes() for module in (emit, kernels, storages))
     digest = sha256(texts + E2M1.tobytes()).hexdigest()
     return f"{emit.compiler()}, {target}, {storage}, {digest}"

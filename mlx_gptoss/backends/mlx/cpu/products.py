@@ -23,10 +23,10 @@ from ....machine import cores
 from ....weights import codecs
 from ....weights.tensor import MXFP4, Array, Dense, Quantized, Weight
 from .pool import Pool
+from .storages import UNIT, Storage, by_words
 
 if TYPE_CHECKING:
     from .compiled import Compiled
-    from .kernels import Storage
 
 Floats = NDArray[np.float32]
 Integers = NDArray[Any]
@@ -59,8 +59,6 @@ class Stored:
     @cached_property
     def storage(self) -> Storage | None:
         """As the kernels name it; None if they do not read it."""
-        from .kernels import UNIT, Storage
-
         weight = self.weight
         if weight.shape[-1] % UNIT:
             return None
@@ -332,6 +330,4 @@ def _order(x: Floats, out: Floats, storage: Storage, kernel: Compiled) -> None:
 
 @lru_cache
 def _by_words(inputs: int, lanes: int) -> Integers:
-    from .kernels import by_words
-
     return by_words(inputs, lanes)
