@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from mlx_gptoss.backends.mlx.cpu import products as cpu_products
 from mlx_gptoss.backends.mlx.cpu.products import Products, Stored
 from mlx_gptoss.weights import codecs
-from mlx_gptoss.weights.tensor import AFFINE, AFFINE_BITS, MXFP4, Dense, Quantized
+from mlx_gptoss.weights.tensor import AFFINE, AFFINE_BITS, FP8_ROW, MXFP4, MXFP8, NVFP4, Dense, Quantized
 
 binding = pytest.importorskip("llvmlite.binding")
 
@@ -17,7 +19,8 @@ from mlx_gptoss.backends.mlx.cpu.emit import Target  # noqa: E402
 RNG = np.random.default_rng(0)
 OUTPUTS = 37
 TYPES = {"bfloat16": codecs.BFLOAT16, "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
-STORAGES = ["mxfp4", *TYPES, *(f"{bits} bits" for bits in AFFINE_BITS)]
+FP8 = {"nvfp4": NVFP4, "mxfp8": MXFP8, "fp8": FP8_ROW}
+STORAGES = ["mxfp4", *FP8, *TYPES, *(f"{bits} bits" for bits in AFFINE_BITS)]
 
 
 def targets():
@@ -57,11 +60,31 @@ def weight(kind, *shape, group=64, scale="bfloat16"):
         scales = RNG.integers(118, 125, (*lead, inputs // 32), np.uint8)
         scales[..., 0] = 0  # 2^-127
         return Quantized(MXFP4, codes, scales)
+    if kind in FP8:
+        return fp8(FP8[kind], *shape)
     bits = int(kind[0])
     codes = RNG.integers(0, 256, (*lead, inputs * bits // 8), np.uint8)
     scales = RNG.standard_normal((*lead, inputs // group), np.float32)
     biases = RNG.standard_normal(scales.shape, np.float32) - scales * 2 ** (bits - 1)
     return Quantized(AFFINE[bits, group], codes, scales.astype(TYPES[scale]), biases.astype(TYPES[scale]))
+
+
+def fp8(spec, *shape):
+    """A matrix with codes or scales in FP8, every number among them, and a factor for each row, or for each expert."""
+    *lead, inputs = shape
+    codes = numbers(*lead, inputs * spec.bits // 8) if spec.bits == 8 else RNG.integers(0, 256, (*lead, inputs // 2))
+    scale = {
+        "e4m3": lambda groups: numbers(*lead, groups),
+        "e8m0": lambda groups: RNG.integers(118, 125, (*lead, groups)).astype(np.uint8),
+        "none": lambda groups: None,
+    }[spec.scale](inputs // (spec.group or inputs))
+    outer = RNG.standard_normal((lead[0], 1, 1) if len(lead) > 1 else (*lead, 1), np.float32)
+    return Quantized(spec, codes.astype(np.uint8), scale, outer=outer)
+
+
+def numbers(*shape):
+    """Random codes of E4M3, but for those that are no numbers."""
+    return RNG.choice(np.flatnonzero(np.isfinite(codecs.E4M3)).astype(np.uint8), shape)
 
 
 def decoded(found):
@@ -106,17 +129,40 @@ def test_the_ends_of_e8m0(products):
         assert found[:, 1].all() and found.sum() == tokens
 
 
-def test_experts(products, monkeypatch):
+def test_every_code_of_fp8(products):
+    """As codes of a matrix, each by itself, and as scales; exact, and no number where it is none."""
+    codes = np.arange(256, dtype=np.uint8)[:, None].repeat(32, axis=1)
+    for tokens in (1, 37):
+        x = np.zeros((tokens, 32), np.float32)
+        x[:, 5] = 1
+        found = products.multiply(Stored(Quantized(FP8_ROW, codes)), x)
+        assert (found == codecs.E4M3).sum() == tokens * 254 and np.isnan(found[:, [127, 255]]).all()
+        one = np.full((256, 16), 0x22, np.uint8)  # 1.0
+        found = products.multiply(Stored(Quantized(NVFP4, one, codes[:, :2])), x)
+        assert (found == codecs.E4M3).sum() == tokens * 254 and np.isnan(found[:, [127, 255]]).all()
+
+
+@pytest.mark.parametrize("kind", FP8)
+def test_factors_of_rows_that_are_joined(products, kind):
+    parts = [weight(kind, n, 64) for n in (OUTPUTS, 3)]
+    parts += [replace(weight(kind, 2, 64), outer=outer) for outer in (np.float32(-2), None)]
+    x = RNG.standard_normal((5, 64), np.float32)
+    found = products.multiply(Stored(products.copied(parts)), x)
+    assert error(found, np.concatenate([x @ decoded(part).T for part in parts], axis=1)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", *FP8])
+def test_experts(products, monkeypatch, kind):
     """With no row, one and many, on several threads."""
     monkeypatch.setattr(cpu_products, "MIN_WORK_TO_SHARE", 1)
-    bank = weight("mxfp4", 6, OUTPUTS, 320)
+    bank = weight(kind, 6, OUTPUTS, 320)
     experts = np.repeat(np.arange(6), [1, 35, 0, 3, 13, 1])
     x = RNG.standard_normal((len(experts), 320), np.float32)
     wanted = np.einsum("pnd,pd->pn", decoded(bank)[experts], x)
     assert error(products.gather(Stored(bank), x, experts), wanted) < 1e-6
 
 
-@pytest.mark.parametrize("kind", ["mxfp4", "4 bits", "bfloat16", "odd"])
+@pytest.mark.parametrize("kind", ["mxfp4", *FP8, "4 bits", "bfloat16", "odd"])
 def test_experts_of_one_token(products, kind):
     """In any order, again and again, each with the token or with a row of its own."""
     bank = Dense(RNG.standard_normal((6, OUTPUTS, 100), np.float32)) if kind == "odd" else weight(kind, 6, OUTPUTS, 320)
@@ -132,8 +178,7 @@ def test_experts_of_one_token(products, kind):
 def test_what_no_kernel_reads():
     products = Products(compiled=True)
     odd = Stored(Dense(RNG.standard_normal((OUTPUTS, 100), np.float32)))
-    outer = Quantized(MXFP4, np.zeros((4, 16), np.uint8), np.zeros((4, 1), np.uint8), outer=np.float32(2))
-    assert not products.reads(odd) and not products.reads(Stored(outer))
+    assert not products.reads(odd)
     x = RNG.standard_normal((3, 100), np.float32)
     assert error(products.multiply(odd, x), x @ decoded(odd.weight).T) < 1e-6
     products.close()

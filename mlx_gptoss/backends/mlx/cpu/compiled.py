@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ....machine import cache_folder
 from ....weights.codecs import E2M1
-from . import emit, kernels, storages
+from . import emit, kernels, reader, storages
 from .emit import Target, compiled, linked
 from .kernels import NAME, kernel_module
 from .objects import ObjectFiles
@@ -44,6 +44,6 @@ def kernel(storage: Storage, target: Target) -> Compiled:
 
 def _key(storage: Storage, target: Target) -> str:
     """All that machine code depends on: compiler, processor, storage, tables, and the programs that write it."""
-    texts = b"".join(Path(str(module.__file__)).read_bytes() for module in (emit, kernels, storages))
+    texts = b"".join(Path(str(module.__file__)).read_bytes() for module in (emit, kernels, reader, storages))
     digest = sha256(texts + E2M1.tobytes()).hexdigest()
     return f"{emit.compiler()}, {target}, {storage}, {digest}"

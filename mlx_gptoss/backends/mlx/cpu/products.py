@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ....machine import cores
 from ....weights import codecs
-from ....weights.tensor import MXFP4, Array, Dense, Quantized, Weight
+from ....weights.tensor import Array, Dense, Quantized, Weight
 from .pool import Pool
 from .storages import UNIT, Storage, by_words
 
@@ -65,14 +65,13 @@ class Stored:
         if isinstance(weight, Dense):
             kind: Any = SCALES.get(weight.values.dtype)
             return None if kind is None else Storage("float", 8 * weight.values.itemsize, 0, kind)
-        if weight.outer is not None:
-            return None
-        if weight.spec == MXFP4:
-            return Storage("e2m1", 4, weight.spec.group, "e8m0")
-        if weight.spec.element != "uint" or weight.scale is None or weight.bias is None:
+        spec = weight.spec
+        if spec.scale != "float":
+            return Storage(spec.element, spec.bits, spec.group, spec.scale)
+        if spec.element != "uint" or weight.scale is None or weight.bias is None:
             return None
         kind = SCALES.get(weight.scale.dtype)
-        return None if kind is None else Storage("uint", weight.spec.bits, weight.spec.group, kind)
+        return None if kind is None else Storage(spec.element, spec.bits, spec.group, kind)
 
     @cached_property
     def codes(self) -> Integers:
@@ -90,6 +89,21 @@ class Stored:
         """Bytes from row to row, of codes and scales."""
         scale = None if isinstance(self.weight, Dense) else self.weight.scale
         return self.codes.strides[-2], 0 if scale is None else scale.strides[-2]
+
+    @cached_property
+    def factors(self) -> Floats | None:
+        """`outer` of a quantized matrix, [N or 1], or of all experts, [E, N or 1]; None is 1."""
+        if isinstance(self.weight, Dense) or self.weight.outer is None:
+            return None
+        outer = self.weight.outer.astype(np.float32)
+        rows = outer.shape[-2] if outer.ndim > 1 else 1
+        return np.broadcast_to(outer, (*self.shape[:-2], rows, 1))[..., 0]
+
+    def finish(self, y: Floats, experts: Integers | None) -> Floats:
+        """y [P, N] times the factors, in place. experts [P]: of each row."""
+        if self.factors is not None:
+            y *= self.factors if experts is None else self.factors[experts]
+        return y
 
     def expert(self, number: int) -> Weight:
         return self.weight[number]
@@ -180,11 +194,12 @@ class Products:
             return Dense(self._joined(dense, np.dtype(np.float32) if upcast else first.values.dtype))
         parts = [weight for weight in weights if isinstance(weight, Quantized)]
         codes = [part.codes for part in parts]
+        outer = _factors(parts)
         scales = [part.scale for part in parts if part.scale is not None]
         biases = [part.bias for part in parts if part.bias is not None]
         all_, scale, bias = (self._joined(a, a[0].dtype) if a else None for a in (codes, scales, biases))
         assert all_ is not None
-        return Quantized(first.spec, all_, scale, bias)
+        return Quantized(first.spec, all_, scale, bias, outer)
 
     def _joined(self, arrays: Sequence[Array], dtype: np.dtype[Any]) -> Array:
         """Matrices [..., N, D], concatenated along N."""
@@ -212,7 +227,7 @@ class Products:
                 return self._run_table(matrix, x, None)
             y = np.empty((len(x), matrix.shape[-2]), np.float32)
             self._run(matrix, x, y, [(0, 0, len(x))])
-            return y
+            return matrix.finish(y, None)
         return self._multiply_decoded([(matrix.weight, 0, len(x))], x, matrix.shape[-2])
 
     def gather(self, matrix: Stored, x: Floats, experts: Integers) -> Floats:
@@ -222,7 +237,7 @@ class Products:
         if self.reads(matrix):
             y = np.empty((len(x), matrix.shape[-2]), np.float32)
             self._run(matrix, x, y, jobs)
-            return y
+            return matrix.finish(y, experts)
         return self._multiply_decoded([(matrix.expert(e), i, j) for e, i, j in jobs], x, matrix.shape[-2])
 
     def gather_token(self, matrix: Stored, x: Floats, experts: Integers) -> Floats:
@@ -243,7 +258,7 @@ class Products:
         y = np.empty((key[0], matrix.shape[-2]), np.float32)
         table.fill(x, y, experts)
         self._share(kernel, table.address, table.multiply_adds)
-        return y
+        return matrix.finish(y, experts)
 
     def _run(self, matrix: Stored, x: Floats, y: Floats, jobs: list[tuple[int, int, int]]) -> None:
         """jobs: expert, and the first and the end of its rows of x and y."""
@@ -303,6 +318,15 @@ def _copy(source: Array, target: Array) -> None:
     if source.dtype == target.dtype:  # numpy copies bfloat16 value by value, integers in runs
         source, target = (array.view(f"u{array.itemsize}") for array in (source, target))
     np.copyto(target, source)
+
+
+def _factors(parts: Sequence[Quantized]) -> Array | None:
+    """`outer` of all rows of several matrices."""
+    if all(part.outer is None for part in parts):
+        return None
+    factors = [np.float32(1) if part.outer is None else part.outer.astype(np.float32) for part in parts]
+    rows = [np.broadcast_to(f, (*part.shape[:-1], 1)) for f, part in zip(factors, parts, strict=True)]
+    return factors[0] if len(parts) == 1 else np.concatenate(rows, axis=-2)
 
 
 def _decoded(weight: Weight) -> Floats:

@@ -13,16 +13,17 @@ from numpy.typing import NDArray
 
 UNIT = 32  # K is a multiple of it
 Integers = NDArray[np.intp]
-ScaleType = Literal["e8m0", "bfloat16", "float16", "float32", "none"]
-SIZES = {"e8m0": 1, "bfloat16": 2, "float16": 2, "float32": 4, "none": 0}
+ElementType = Literal["float", "e2m1", "e4m3", "uint"]
+ScaleType = Literal["e8m0", "e4m3", "bfloat16", "float16", "float32", "none"]
+SIZES = {"e8m0": 1, "e4m3": 1, "bfloat16": 2, "float16": 2, "float32": 4, "none": 0}
 
 
 @dataclass(frozen=True)
 class Storage:
-    """How a matrix is stored. element: "float" (dense: 16-bit bfloat16 and float16, or 32-bit float32), "e2m1" or
-    "uint". group: weights that share a scale; 0 is dense. scale: its type, and a dense matrix's own type."""
+    """How a matrix is stored. element: what a code means, or "float" (dense: 16-bit bfloat16 and float16, or 32-bit
+    float32). group: weights that share a scale; 0 if they have none. scale: its type, and a dense matrix's own type."""
 
-    element: Literal["float", "e2m1", "uint"]
+    element: ElementType
     bits: int
     group: int
     scale: ScaleType
