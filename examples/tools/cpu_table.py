@@ -14,7 +14,9 @@ from pathlib import Path
 from mlx_gptoss.weights.synthetic import Synthetic, preset
 
 TOOLS = Path(__file__).parent
-LAYERS, BENCH = "4", ["-m", "mlx_gptoss_cli", "bench", "--synthetic", "20b", "--layers", "4", "--backend", "mlx"]
+LAYERS, LAYERS_IN_FLOAT32 = "4", "2"  # transformers decodes experts to float32 when it loads
+BENCH = ["-m", "mlx_gptoss_cli", "bench", "--synthetic", "20b", "--backend", "mlx", "--layers"]
+BRIEFLY = ["--prompt", "16", "--generate", "4", "--repeat", "1", "--against"]
 
 
 def run(*words: str) -> None:
@@ -51,13 +53,17 @@ if find_spec("llama_cpp"):
         run(str(TOOLS / "write_gguf.py"), "20b", LAYERS, str(file))
     compare = (str(TOOLS / "time_llama_cpp.py"), str(file), "20b", LAYERS)
     run(*compare, "--prompt", "16", "128", "512", "2048")
+    run(*compare, "--prompt", "128", "--batch", "4", "8")
+    run(*compare, "--prompt", "4096", "--turns", "1")
     run(*compare, "--prompt", "128", "512", "--busy", "2")
     run(*compare, "--prompt", "128", "--format", "mlx-mxfp4-q8")
-run(*BENCH, "--prompt", "128", "--generate", "16", "--batch", "1", "--batch", "4", "--batch", "8", "--context", "128")
-run(*BENCH, "--prompt", "2048", "--generate", "16", "--context", "4096", "--repeat", "1")
+    for engine in ("ours", "llama.cpp"):
+        run(*compare, "--prompt", "128", "--turns", "1", "--weights", str(checkpoint), "--only", engine)
+run(*BENCH, LAYERS, "--prompt", "128", "--generate", "16", "--batch", "1", "--batch", "4", "--batch", "8")
+run(*BENCH, LAYERS, "--prompt", "2048", "--generate", "16", "--context", "4096", "--repeat", "1")
 if find_spec("mlx_lm"):
-    run(*BENCH, "--prompt", "16", "--generate", "4", "--repeat", "1", "--against", "mlx-lm")
+    run(*BENCH, LAYERS, *BRIEFLY, "mlx-lm", "--against-dtype", "float32")
 if find_spec("transformers"):
-    run(*BENCH, "--prompt", "16", "--generate", "4", "--repeat", "1", "--against", "transformers")
+    run(*BENCH, LAYERS_IN_FLOAT32, *BRIEFLY, "transformers")
 print("\nLoading 4.2 GB from the page cache:")
 load(checkpoint)

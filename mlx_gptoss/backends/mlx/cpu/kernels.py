@@ -40,8 +40,9 @@ class Direct:
 
     @staticmethod
     def of(storage: Storage, target: Target) -> Direct:
-        """The fastest, as measured with one thread of an AMD EPYC, for 16 lanes and, its AVX-512 left out, for 8. Three
-        tokens of 2880 inputs stay in the first cache next to rows, four do not; with 8 lanes that waits less."""
+        """The fastest on one core of an AMD EPYC with AVX-512, and with less of it for 8 lanes. Three tokens of 2880
+        inputs fit into the first cache next to the rows, four do not, which only 16 lanes are fast enough to notice.
+        Codes that cross bytes take too long to decode again. 4 lanes were not measured."""
         if target.lanes < 8 or storage.bits % 4:
             return Direct(4, 2, 4)
         if storage.element == "e4m3":
