@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import llvmlite
+import numpy as np
 from llvmlite import binding, ir
 
 I8, I16, I32, I64, F16, F32 = (*(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.HalfType(), ir.FloatType())
@@ -21,13 +22,13 @@ Value = Any  # of llvmlite
 @dataclass(frozen=True)
 class Target:
     """What vectors the processor has. lanes: float32 in a vector. rows, tokens: of the tile of sums that its registers
-    hold (kernels.py). tables: bits of the index of its look-up in a register, 4 or 3; 0 if it has none.
+    hold (kernels.py). tables: what it looks up in registers: "16" or "8" float32, "bytes" of 32, or "" nothing.
     halves: whether it converts float16."""
 
     lanes: int
     rows: int
     tokens: int
-    tables: int
+    tables: Literal["16", "8", "bytes", ""]
     halves: bool
     cpu: str
     features: str
@@ -39,12 +40,14 @@ class Target:
         flat = ",".join(f"{'+' if on else '-'}{name}" for name, on in features.items())
         halves = bool(features.get("f16c") or features.get("neon"))
         if features.get("avx512vl") and features.get("avx512vbmi"):
-            return Target(16, 4, 6, 4, halves, cpu, f"{flat},-prefer-256-bit")
+            return Target(16, 4, 6, "16", halves, cpu, f"{flat},-prefer-256-bit")
         if features.get("avx512vl"):
-            return Target(8, 4, 6, 3, halves, cpu, flat)
+            return Target(8, 4, 6, "8", halves, cpu, flat)
         if features.get("avx2") and features.get("fma"):
-            return Target(8, 2, 5, 3, halves, cpu, flat)
-        return Target(4, 4, 6, 0, halves, cpu, flat) if features.get("neon") else Target(4, 2, 5, 0, halves, cpu, flat)
+            return Target(8, 2, 5, "8", halves, cpu, flat)
+        if features.get("neon"):
+            return Target(4, 4, 6, "bytes", halves, cpu, flat)
+        return Target(4, 2, 5, "", halves, cpu, flat)
 
     @staticmethod
     def here() -> Target:
@@ -203,12 +206,14 @@ class Function:
         or the whole is index + a constant, as it is for integers."""
         b = self.b
         half = ir.Constant(ir.VectorType(F32, 8), list(table[:8]))
-        if self.target.tables == 4 and self.lanes == 16:
+        if self.target.tables == "16" and self.lanes == 16:
             whole = ir.Constant(ir.VectorType(F32, 16), list(table))
             return self.intrinsic("llvm.x86.avx512.permvar.sf.512", whole.type, whole, index)
         if table[9] - table[8] == 1:
             low = b.sitofp(b.and_(index, self.constant(I32, 15)), self.constant(F32, 0).type)
             return self.add(low, self.constant(F32, table[0]))
+        if self.target.tables == "bytes":
+            return self._upper_halves(table, b.and_(index, self.constant(I32, 15)))
         if self.target.tables:
             wide = self.pick(index, [*range(self.lanes)] * (8 // self.lanes))
             value = self.pick(self.intrinsic("llvm.x86.avx2.permps", half.type, half, wide), range(self.lanes))
@@ -216,6 +221,16 @@ class Function:
             value = self._e2m1(b.and_(index, self.constant(I32, 7)))
         sign = b.shl(b.and_(index, self.constant(I32, 8)), self.constant(I32, 28))
         return b.bitcast(b.or_(b.bitcast(value, sign.type), sign), value.type)
+
+    def _upper_halves(self, table: Sequence[float], code: Value) -> Value:
+        """float32 of a table of 16, of which the lower 16 bits are 0, by int32 of 0 to 15: NEON looks up each byte in
+        32, the highest ones and those below them, and finds 0 beyond."""
+        bits = np.asarray(table, np.float32).view(np.uint32)
+        byte = ir.VectorType(I8, 16)
+        highest, second = (ir.Constant(byte, [int(each >> shift) & 255 for each in bits]) for shift in (24, 16))
+        places = self.b.add(self.b.mul(code, self.constant(I32, 0x01010000)), self.constant(I32, 0x0010FFFF))
+        found = self.intrinsic("llvm.aarch64.neon.tbl2.v16i8", byte, highest, second, self.b.bitcast(places, byte))
+        return self.b.bitcast(found, ir.VectorType(F32, 4))
 
     def _e2m1(self, code: Value) -> Value:
         """0, 0.5, 1, 1.5, 2, 3, 4, 6 by int32 of 0 to 7: twice these are code, code beyond 4, and twice that beyond 6,
