@@ -43,7 +43,7 @@ import psutil
 from soak_client import Connection
 from soak_dialects import Dialect, Said, StreamError, ask, completions, is_beginning, spelled
 from soak_judges import PROBES, judge_gaps, judge_growth
-from soak_probes import descendants
+from soak_probes import anonymous_bytes, descendants
 from soak_scenarios import SCENARIOS, Scenario, warm_up
 
 from mlx_gptoss.api import NANO
@@ -201,15 +201,14 @@ class Soak:
         found: dict[str, dict[str, int]] = {}
         self.cpu_s = 0.0
         for pid in descendants(self.pid):
-            with suppress(psutil.Error):
+            with suppress(psutil.Error, OSError):
                 process = psutil.Process(pid)
                 times = process.cpu_times()
                 self.cpu_s += times.user + times.system + times.children_user + times.children_system
-                memory = process.memory_full_info()
                 name = "server" if pid == self.pid else names.get(pid, f"process {len(found)}")
                 found[name] = {
-                    "rss": memory.rss,
-                    "private": memory.uss,  # the shared part changes with the number of processes
+                    "rss": process.memory_info().rss,
+                    "anonymous": anonymous_bytes(pid),
                     "descriptors": process.num_fds(),
                     "threads": process.num_threads(),
                 }
@@ -367,7 +366,7 @@ async def report_progress(soak: Soak) -> None:
         await asyncio.sleep(10)
         done, load = sum(soak.ended.values()), os.getloadavg()[0]
         seconds = time.monotonic() - soak.started
-        memory = sum(one["private"] for one in soak.samples[-1].values()) / 1e6 if soak.samples else 0
+        memory = sum(one["anonymous"] for one in soak.samples[-1].values()) / 1e6 if soak.samples else 0
         print(
             f"{seconds:.0f} s: {done} requests, {max(0, soak.behind_s):.0f} s behind, {soak.checked} conversations "
             f"checked, {len(soak.suspects)} to ask again, {memory:.0f} MB, {len(soak.failures)} failures, "

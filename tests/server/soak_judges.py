@@ -54,7 +54,7 @@ def judge_growth(soak: Soak) -> dict[str, Any]:
     if len({len(sample) for sample in later}) > 1:
         soak.fail(f"the number of processes changes: {report['processes']}")
     for name in steady:
-        for what in ("rss", "private"):
+        for what in ("rss", "anonymous"):
             values = [sample[name][what] for sample in later]
             half, middle = len(values) // 2, statistics.median(values)
             by_slope = slope(values) * (len(values) - 1) / middle

@@ -38,6 +38,13 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def anonymous_bytes(pid: int) -> int:
+    """Memory of a process that no file backs. Pages of a file, such as a library's, would count as its own or not by
+    which other programs on the machine have mapped it. Raises OSError if the process has ended."""
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) * 1024
+
+
 class Waits:
     """How long threads of the server and of this process have waited for a CPU, from the kernel's accounts."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import mmap
+import os
 import random
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from soak import Soak
 from soak_client import Connection
 from soak_dialects import Said, StreamError, ask, completions, is_beginning, new_word, read_event, spelled
 from soak_judges import judge_gaps, judge_growth
+from soak_probes import anonymous_bytes
 from soak_scenarios import GENERATING, SCENARIOS
 
 SCRIPT = Path(__file__).with_name("soak.py")
@@ -107,7 +110,7 @@ def test_an_error_in_a_stream_is_seen():
 
 def some_soak(**samples: list[int]) -> Soak:
     soak = Soak(0, 0, ["a", "b"], completions(""), 1)
-    steady = {"rss": [100] * 12, "private": [100] * 12, "descriptors": [9] * 12, "threads": [5] * 12} | samples
+    steady = {"rss": [100] * 12, "anonymous": [100] * 12, "descriptors": [9] * 12, "threads": [5] * 12} | samples
     soak.samples = [{"server": {name: values[point] for name, values in steady.items()}} for point in range(12)]
     return soak
 
@@ -118,7 +121,7 @@ def test_growth_is_seen():
     assert not steady.failures
     for name, values in {
         "rss": [*range(100, 112)],
-        "private": [*[100] * 11, 120],
+        "anonymous": [*[100] * 11, 120],
         "descriptors": [*range(9, 21)],
         "threads": [*[50] * 9, 53, 53, 53],
     }.items():
@@ -129,6 +132,18 @@ def test_growth_is_seen():
     lost.samples[-1]["process 1"] = lost.samples[-1]["server"]
     judge_growth(lost)
     assert any("processes" in failure for failure in lost.failures)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the soak reads Linux's /proc")
+def test_memory_that_a_file_backs_is_not_anonymous(tmp_path):
+    """Whatever else has that file mapped."""
+    size, before = 64 << 20, anonymous_bytes(os.getpid())
+    (tmp_path / "library").write_bytes(bytes(size))
+    with (tmp_path / "library").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert not any(mapped[::4096])
+        assert anonymous_bytes(os.getpid()) - before < size // 2
+    held = bytes(range(256)) * (size // 256)
+    assert anonymous_bytes(os.getpid()) - before > len(held) // 2
 
 
 def test_a_stall_is_seen_and_a_busy_machine_is_none(tmp_path):
