@@ -325,8 +325,11 @@ def _factors(parts: Sequence[Quantized]) -> Array | None:
     if all(part.outer is None for part in parts):
         return None
     factors = [np.float32(1) if part.outer is None else part.outer.astype(np.float32) for part in parts]
-    rows = [np.broadcast_to(f, (*part.shape[:-1], 1)) for f, part in zip(factors, parts, strict=True)]
-    return factors[0] if len(parts) == 1 else np.concatenate(rows, axis=-2)
+    if len(parts) == 1:
+        return factors[0]
+    return np.concatenate(
+        [np.broadcast_to(f, (*part.shape[:-1], 1)) for f, part in zip(factors, parts, strict=True)], axis=-2
+    )
 
 
 def _decoded(weight: Weight) -> Floats:
