@@ -63,7 +63,11 @@ class Terminal:
         self.close()
 
     def close(self) -> None:
-        self.program.close(force=True)
+        try:
+            self.program.close(force=True)
+        except pexpect.ExceptionPexpect:  # it was killed, which takes longer than 0.1 s on a busy machine
+            self.program.wait()
+            self.program.close()
 
     @property
     def text(self) -> str:

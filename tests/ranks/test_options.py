@@ -71,9 +71,9 @@ def test_the_prompt_cache_survives_the_launch(ring, torchrun, tmp_path, backend)
 
 
 def assert_equal_runs(first, second):
-    """But for the rounding of chunks that begin elsewhere."""
+    """But for the rounding of chunks that begin elsewhere: how sums are ordered depends on the number of tokens."""
     assert first | {"logprobs": None} == second | {"logprobs": None}
-    assert first["logprobs"] == pytest.approx(second["logprobs"], rel=0, abs=1e-5)
+    assert first["logprobs"] == pytest.approx(second["logprobs"], rel=0, abs=1e-4)
 
 
 def shorten_last_part(parts):
