@@ -194,7 +194,10 @@ def test_what_exists_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("name", ["./models/x", "/models/x", "../x", "~/nowhere/x", "a/b/c", Path("org/name"), "a\\b"])
-def test_a_path_that_is_not_there_is_not_looked_up(name: str | Path) -> None:
+def test_a_path_that_is_not_there_is_not_looked_up(
+    name: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match=r"there is no folder or \.gguf file"):
         resolve(name)
 
