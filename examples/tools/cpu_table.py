@@ -1,6 +1,6 @@
 """Time four layers of gpt-oss-20b on this CPU in several engines, when it is idle and while two other programs run.
 
-python examples/tools/cpu_table.py FOLDER      keeps 8 GB of synthetic weights there; 12 minutes on two idle cores
+python examples/tools/cpu_table.py FOLDER      keeps 8 GB of synthetic weights there; 10 minutes on two idle cores
 
 Each command is printed before its output. llama.cpp, mlx-lm and transformers run in turns with ours, if installed.
 """
