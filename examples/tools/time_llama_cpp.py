@@ -62,13 +62,8 @@ class LlamaCpp:
         batch, n, ends = self.batch, 0, []
         for sequence, ids in rows.items():
             for i, token in enumerate(ids):
-                batch.token[n], batch.pos[n], batch.n_seq_id[n], batch.logits[n] = (
-                    token,
-                    start + i,
-                    1,
-                    i == len(ids) - 1,
-                )
-                batch.seq_id[n][0] = sequence
+                batch.token[n], batch.pos[n], batch.logits[n] = token, start + i, i == len(ids) - 1
+                batch.n_seq_id[n], batch.seq_id[n][0] = 1, sequence
                 n += 1
             ends.append(n - 1)
         batch.n_tokens = n
