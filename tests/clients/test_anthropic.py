@@ -6,7 +6,7 @@ import pytest
 from scripted import WEATHER, WEATHER_ANSWER, WEATHER_THOUGHT, check_weather, says, thinks
 
 anthropic = pytest.importorskip("anthropic", reason="anthropic is not installed")
-MODEL = "claude-sonnet-4-5"
+MODEL = "claude-haiku-4-5"
 TOOL = {
     "name": "get_weather",
     "description": "Get the current weather.",

@@ -15,7 +15,7 @@ PROVIDERS = {
     "hosted_vllm/gpt-oss-20b": "/v1",
     "lm_studio/gpt-oss-20b": "/v1",
     "ollama_chat/gpt-oss:20b": "",
-    "anthropic/claude-sonnet-4-5": "",
+    "anthropic/claude-haiku-4-5": "",
 }
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import mmap
-import os
 import random
 import subprocess
 import sys
@@ -20,6 +18,16 @@ from soak_probes import anonymous_bytes
 from soak_scenarios import GENERATING, SCENARIOS
 
 SCRIPT = Path(__file__).with_name("soak.py")
+MAPS_AND_ALLOCATES = """
+import mmap, sys
+print("started", flush=True), input()
+with open(sys.argv[1], "rb") as file:
+    file_pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+assert not any(file_pages[::4096])
+print("mapped", flush=True), input()
+held = b"x" * len(file_pages)
+print("allocated", flush=True), input()
+"""
 
 
 @pytest.mark.slow
@@ -136,14 +144,19 @@ def test_growth_is_seen():
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the soak reads memory from /proc")
 def test_memory_that_a_file_backs_is_not_anonymous(tmp_path):
-    """Whatever else has that file mapped."""
-    size, before = 64 << 20, anonymous_bytes(os.getpid())
-    (tmp_path / "library").write_bytes(bytes(size))
-    with (tmp_path / "library").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        assert not any(mapped[::4096])
-        assert anonymous_bytes(os.getpid()) - before < size // 2
-    held = bytes(range(256)) * (size // 256)
-    assert anonymous_bytes(os.getpid()) - before > len(held) // 2
+    """Whatever else has that file mapped. In a process of its own: this one's heap may have room for all of it."""
+    (tmp_path / "library").write_bytes(bytes(64 << 20))
+    words = [sys.executable, "-c", MAPS_AND_ALLOCATES, str(tmp_path / "library")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        found = []
+        for step in ("started", "mapped", "allocated"):
+            assert child.stdout.readline() == step + "\n"
+            found.append(anonymous_bytes(child.pid))
+            child.stdin.write("\n")
+            child.stdin.flush()
+    started, mapped, allocated = found
+    assert mapped - started < 8 << 20
+    assert 56 << 20 < allocated - mapped < 72 << 20
 
 
 def test_a_stall_is_seen_and_a_busy_machine_is_none(tmp_path):
