@@ -57,7 +57,7 @@ MAY_IMPORT = {  # module prefix -> the prefixes of mlx_gptoss modules that it ma
 }
 ONLY_IN = {  # outside packages -> the only modules that may import them
     "mlx": ("backends.mlx",),
-    "llvmlite": tuple(f"backends.mlx.cpu.{name}" for name in ("emit", "kernels", "reader")),
+    "llvmlite": tuple(f"backends.mlx.cpu.{name}" for name in ("attention_kernel", "emit", "kernels", "reader")),
     "threadpoolctl": ("backends.mlx.cpu.pool",),
     "torch": ("backends.cuda",),
     "triton": ("backends.cuda",),

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from ...weights import codecs
 from ...weights.tensor import Quantized
+from .cpu.attention import attend_rows
 from .cpu.pool import Pool
 from .cpu.products import Products, Stored
 from .elementwise import UNCOMPILED
@@ -31,7 +32,6 @@ Floats = NDArray[np.float32]
 MIN_FLOPS = 1 << 16  # multiply-adds from which a product is worth waiting for its input
 MIN_ROWS_PER_EXPERT = 10  # rows per expert from which decoding it once is faster; MLX's kernel decodes for every row
 MAX_SCORES = 1 << 18  # attention scores at once, 1 MB
-MIN_EXPONENT = -87.0  # below it exp() is no normal float32, and products with such numbers take up to 40 times as long
 
 
 def enabled(*, on_cpu: bool, dtype: mx.Dtype) -> bool:
@@ -149,22 +149,6 @@ def _attend(
     found = np.empty((each * rows, dim), np.float32)
     attend_rows(query.reshape(-1, dim), keys, values, sinks, visible, found)
     out[...] = found.reshape(query.shape)
-
-
-def attend_rows(
-    query: Floats, keys: Floats, values: Floats, sink: Floats, seen: NDArray[np.bool_] | None, out: Floats
-) -> None:
-    """Queries [..., R, D], scaled, over keys and values [..., S, D] -> out [..., R, D]. sink: [..., R, 1]. seen: bool
-    [R, S] or [S]; None for all."""
-    scores = query @ keys.swapaxes(-1, -2)
-    if seen is not None:
-        np.copyto(scores, -np.inf, where=~seen)
-    top = np.maximum(scores.max(axis=-1, keepdims=True), sink)
-    np.subtract(scores, top, out=scores)
-    np.copyto(scores, -np.inf, where=scores < MIN_EXPONENT)
-    np.exp(scores, out=scores)
-    total = scores.sum(axis=-1, keepdims=True) + np.exp(sink - top)
-    np.divide(scores @ values, total, out=out)
 
 
 def logsumexp(logits: mx.array) -> mx.array:

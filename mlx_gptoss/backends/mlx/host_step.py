@@ -1,30 +1,31 @@
 """A layer of a decoding step in numpy, for a CPU: one token of each of several sequences.
 
-Between products a step has some fifty small operations. MLX computes each graph on another thread, which has to be
-woken and, on a busy machine, waits for a core. Here the caller computes them itself. model.py has the same network.
+Between products and attention a step has some forty small operations. MLX computes each graph on another thread, which
+has to be woken and, on a busy machine, waits for a core. Here the caller computes them itself. model.py has the same
+network.
 
-Legend: B rows, D hidden, H query heads, K KV heads, S keys, E experts, A active per token, I intermediate, P = B * A.
+Legend: B rows, D hidden, E experts, A active per token, I intermediate, P = B * A.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from .cache import FullCache, LayerCache, RingCache, Span
+from .cache import FullCache, LayerCache, Span
+from .cpu.attention import TokenAttention
 from .cpu.products import Products
-from .host import HostMatrix, attend_rows, to_numpy
+from .host import HostMatrix, to_numpy
 from .layers import Linear, Matrix
 from .model import Block
 
 Floats = NDArray[np.float32]
-MIN_KEYS_TO_SHARE = 1024  # from which the heads of a row are divided among threads
 
 
 class Rotations:
@@ -61,10 +62,12 @@ class HostBlock(Block):
         """As Block."""
         if span.length > 1 or span.saves_inside or len(cache.arrays) > 1:
             return super().attend(x, base, cache, span, last)
-        tokens = to_numpy(x)[:, 0]
+        if isinstance(cache, FullCache):
+            cache.reserve(span.end)
+        kept = to_numpy(cache.arrays[0])  # of MLX, written in place: what has been computed is not computed again
+        tokens, window = to_numpy(x)[:, 0], getattr(cache, "window", None)
         qkv = self._linear(self.attention.qkv, _norm(tokens, self._norms[0], self.config.rms_norm_eps))
-        queries = self._write(qkv, cache, span)
-        heads = self._heads(queries, to_numpy(cache.arrays[0]), getattr(cache, "window", None), span)
+        heads = self._token_attention(qkv, self.rotations.of(span.starts), kept, window, span.slots, span.starts)
         return mx.array((tokens + self._linear(self.attention.out, heads))[:, None]), None
 
     def mix(
@@ -98,42 +101,10 @@ class HostBlock(Block):
         mixed += residual
         return mx.array(mixed[:, None]), None
 
-    def _write(self, qkv: Floats, cache: FullCache | RingCache, span: Span) -> Floats:
-        """Rotate qkv [B, (H + 2 K) * 64], write keys and values into the cache, and return the queries [B, H, 64]."""
-        H, K, dim = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
-        vectors = qkv.reshape(len(qkv), H + 2 * K, dim)
-        cos, sin = self.rotations.of(span.starts)
-        low, high = vectors[:, : H + K, : dim // 2], vectors[:, : H + K, dim // 2 :]
-        turned = np.empty((len(qkv), H + K, dim), np.float32)
-        np.subtract(low * cos, high * sin, out=turned[..., : dim // 2])
-        np.add(low * sin, high * cos, out=turned[..., dim // 2 :])
-        if isinstance(cache, FullCache):
-            cache.reserve(span.end)
-        kept = to_numpy(cache.arrays[0])  # of MLX, written in place: what has been computed is not computed again
-        for b, (slot, start) in enumerate(zip(span.slots, span.starts, strict=True)):
-            place = start % kept.shape[3]
-            kept[0, slot, :, place], kept[1, slot, :, place] = turned[b, H:], vectors[b, H + K :]
-        return turned[:, :H]
-
-    def _heads(self, queries: Floats, kept: Floats, window: int | None, span: Span) -> Floats:
-        """queries [B, H, 64] over a cache [2, S, K, C, 64] -> [B, H * 64]"""
-        K = self.config.num_key_value_heads
-        grouped = (queries * np.float32(self.attention.rotary.score_scale)).reshape(
-            len(queries), K, -1, queries.shape[-1]
-        )
-        out, ring = np.empty_like(grouped), kept.shape[3]
-        for b, (slot, start) in enumerate(zip(span.slots, span.starts, strict=True)):
-            end, seen = min(start + 1, ring), None
-            if window is not None and window < end:
-                seen = (start - np.arange(end)) % ring < window
-            keys, values = kept[0, slot, :, :end], kept[1, slot, :, :end]
-            if end < MIN_KEYS_TO_SHARE:
-                attend_rows(grouped[b], keys, values, self._sinks, seen, out[b])
-                continue
-            q, k, v, s = grouped[b], keys, values, self._sinks
-            self.products.pool.each([partial(attend_rows, q[h], k[h], v[h], s[h], seen, out[b, h]) for h in range(K)])
-        found: Floats = out.reshape(len(queries), -1)
-        return found
+    @cached_property
+    def _token_attention(self) -> TokenAttention:
+        sinks = to_numpy(self.attention.sinks).reshape(self.config.num_key_value_heads, -1, 1)
+        return TokenAttention(self.products, sinks, self.attention.rotary.score_scale, self.config.head_dim)
 
     def _linear(self, linear: Linear, x: Floats) -> Floats:
         """x [B, D] -> [B, N]"""
@@ -170,11 +141,6 @@ class HostBlock(Block):
     @cached_property
     def _norms(self) -> tuple[Floats, Floats]:
         return to_numpy(self.attention_norm), to_numpy(self.mlp_norm)
-
-    @cached_property
-    def _sinks(self) -> Floats:
-        """[K, H / K, 1]"""
-        return to_numpy(self.attention.sinks).reshape(self.config.num_key_value_heads, -1, 1)
 
     @cached_property
     def _bias(self) -> Floats:

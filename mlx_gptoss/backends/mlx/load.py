@@ -30,6 +30,7 @@ from ..rope import yarn_frequencies
 from . import host
 from .adapters import LowRank
 from .cpu.products import Products, Stored
+from .cpu.storages import Heads
 from .elementwise import Elementwise
 from .fuse import concatenate, fuse, split_rows, storage_groups
 from .host_step import HostBlock, Rotations, all_on_host
@@ -250,6 +251,8 @@ class _WeightLoader:
         linear = (attention.qkv, attention.out, mlp.router, mlp.gate_up, mlp.down)
         if self.adapted or not self.ranks.alone or not all_on_host(*(m for part in linear for m in part.matrices)):
             return block
+        config = block.config
+        products.prepare_attention(Heads(config.num_attention_heads // config.num_key_value_heads, config.head_dim))
         return HostBlock(**vars(block), products=products, rotations=rotations)
 
     def low_rank(self, names: Sequence[str]) -> tuple[LowRank | None, ...]:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from ....machine import cache_folder
 from ....weights.codecs import E2M1
-from . import emit, kernels, reader, storages
-from .emit import Target, compiled, linked
-from .kernels import NAME, kernel_module
+from . import attention_kernel, emit, kernels, reader, storages
+from .attention_kernel import attention_module
+from .emit import NAME, Target, compiled, linked
+from .kernels import kernel_module
 from .objects import ObjectFiles
-from .storages import Storage
+from .storages import Heads, Storage
 
 Kernel = Callable[[int, int], None]
 
@@ -30,20 +31,22 @@ class Compiled:
 
 
 @lru_cache
-def kernel(storage: Storage, target: Target) -> Compiled:
-    """The kernel of a storage, once in a process."""
-    files, key = ObjectFiles(cache_folder() / "kernels"), _key(storage, target)
+def kernel(kind: Storage | Heads, target: Target) -> Compiled:
+    """The kernel for a storage or for attention's heads, once in a process."""
+    files, key = ObjectFiles(cache_folder() / "kernels"), _key(kind, target)
     code = files.find(key)
     if code is None:
-        code = compiled(kernel_module(storage, target), target)
+        module = kernel_module(kind, target) if isinstance(kind, Storage) else attention_module(kind, target)
+        code = compiled(module, target)
         files.put(key, code)
     engine = linked(code, target)
     run = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(engine.get_function_address(NAME))
     return Compiled(run, target.lanes, engine)
 
 
-def _key(storage: Storage, target: Target) -> str:
-    """All that machine code depends on: compiler, processor, storage, tables, and the programs that write it."""
-    texts = b"".join(Path(str(module.__file__)).read_bytes() for module in (emit, kernels, reader, storages))
+def _key(kind: Storage | Heads, target: Target) -> str:
+    """All that machine code depends on: compiler, processor, what it is for, tables, and the programs that write it."""
+    modules = (attention_kernel, emit, kernels, reader, storages)
+    texts = b"".join(Path(str(module.__file__)).read_bytes() for module in modules)
     digest = sha256(texts + E2M1.tobytes()).hexdigest()
-    return f"{emit.compiler()}, {target}, {storage}, {digest}"
+    return f"{emit.compiler()}, {target}, {kind}, {digest}"

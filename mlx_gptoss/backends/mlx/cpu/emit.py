@@ -1,4 +1,4 @@
-"""Loops over vectors as LLVM's intermediate representation: what kernels.py is written with. It needs llvmlite.
+"""Loops over vectors as LLVM's intermediate representation: what the kernels are written with. It needs llvmlite.
 
 Addresses are 64-bit integers and strides are bytes, except where a name says elements.
 """
@@ -16,6 +16,7 @@ from llvmlite import binding, ir
 
 I8, I16, I32, I64, F16, F32 = (*(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.HalfType(), ir.FloatType())
 FAST = ("contract", "reassoc", "nsz")  # multiply-adds in one rounding, sums in any order
+NAME = "kernel"  # of the function of a module that Python calls
 Value = Any  # of llvmlite
 
 
@@ -127,8 +128,27 @@ class Function:
         b.branch(head)
         b.position_at_end(done)
 
-    def load(self, address: Value, kind: Any, lanes: int = 1) -> Value:
-        kind = kind if lanes == 1 else ir.VectorType(kind, lanes)
+    @contextmanager
+    def pieces(self, counter: Value, count: Value) -> Iterator[Value]:
+        """The numbers below `count` that no other thread has taken: each takes the next by adding to a counter."""
+        b = self.b
+        head, body, done = (b.append_basic_block() for _ in range(3))
+        b.branch(head)
+        b.position_at_end(head)
+        piece = b.atomic_rmw("add", b.inttoptr(counter, I64.as_pointer()), self.integer(1), "monotonic")
+        b.cbranch(b.icmp_signed("<", piece, count), body, done)
+        b.position_at_end(body)
+        yield piece
+        b.branch(head)
+        b.position_at_end(done)
+
+    def fields(self, address: Value, names: Sequence[str]) -> dict[str, Value]:
+        """int64 of a table by their names."""
+        return {name: self.load(self.sum(address, 8 * i), I64) for i, name in enumerate(names)}
+
+    def load(self, address: Value, kind: Any, lanes: int = 1, *, vector: bool = False) -> Value:
+        """vector: also if it has one lane."""
+        kind = kind if lanes == 1 and not vector else ir.VectorType(kind, lanes)
         return self.b.load(self.b.inttoptr(address, kind.as_pointer()), align=1)
 
     def prefetch(self, address: Value) -> None:
@@ -194,6 +214,34 @@ class Function:
     def accumulate(self, a: Value, b: Value, place: Value) -> None:
         """place += a * b"""
         self.b.store(self.multiply_add(a, b, self.b.load(place)), place)
+
+    def tree(self, values: Sequence[Value]) -> Value:
+        """The sum of vectors."""
+        middle = len(values) // 2
+        return values[0] if not middle else self.add(self.tree(values[:middle]), self.tree(values[middle:]))
+
+    def exponential(self, x: Value) -> Value:
+        """e to the power of a vector of float32 up to 88, to 2 units in the last place; 0 below -87, where it is no
+        normal number. x is n ln 2 + r; the polynomial of e to the power of r is that of Cephes' expf."""
+        b, count, exact = self.b, x.type.count, ("contract",)
+
+        def same(value: float) -> Value:
+            return self.constant(F32, value, count)
+
+        def fused(p: Value, q: Value, r: Value) -> Value:
+            return b.fadd(b.fmul(p, q, flags=exact), r, flags=exact)
+
+        shifted = b.fadd(b.fmul(x, same(1.44269504)), same(1.5 * 2**23))  # n in the low bits
+        n = b.fsub(shifted, same(1.5 * 2**23))
+        r = fused(n, same(2.12194440e-4), fused(n, same(-0.693359375), x))
+        p = same(1.9875691500e-4)
+        for term in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+            p = fused(p, r, same(term))
+        p = fused(b.fmul(r, r), p, b.fadd(r, same(1.0)))
+        integers = ir.VectorType(I32, count)
+        power = b.shl(b.bitcast(shifted, integers), self.constant(I32, 23, count))
+        found = b.bitcast(b.add(b.bitcast(p, integers), power), x.type)
+        return b.select(b.fcmp_ordered("<", x, same(-87.0)), same(0.0), found)
 
     def intrinsic(self, name: str, kind: Any, *values: Value) -> Value:
         found = self.module.globals.get(name)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from .emit import F32, I64, Function, Target, Value
+from .emit import F32, NAME, Function, Target, Value
 from .reader import Reader, Row
 from .storages import Storage
 
@@ -26,7 +26,6 @@ JOB = ("codes", "scales", "biases", "x", "sums", "y", "tokens")
 BLOCK = 768  # inputs that are decoded at once for several tokens: those of a tile stay in the first cache
 SCRATCH_ROWS = 64  # maximum rows of a piece
 ROWS_AHEAD = 2  # of the row that is decoded, to be fetched
-NAME = "product"  # of a kernel's function
 
 
 @dataclass(frozen=True)
@@ -144,47 +143,38 @@ def _tile(module: ir.Module, target: Target, rows: int, tokens: int) -> ir.Funct
 
 
 def kernel_module(storage: Storage, target: Target) -> ir.Module:
-    """product(table, scratch): all pieces that are left. scratch: SCRATCH_ROWS * BLOCK float32 of this thread."""
+    """NAME(table, scratch): all pieces that are left. scratch: SCRATCH_ROWS * BLOCK float32 of this thread."""
     module = ir.Module()
     tiles = {(r, m): _tile(module, target, r, m) for r in (1, target.rows) for m in range(1, target.tokens + 1)}
     f = Function(module, NAME, ("table", "scratch"), target)
     b, reader = f.b, Reader(f, storage)
-    call = {field: f.load(f.sum(f.arguments["table"], 8 * i), I64) for i, field in enumerate(CALL)}
-    pieces = f.times(call["jobs"], call["blocks"])
-    counter = b.inttoptr(call["counter"], I64.as_pointer())
-    head, body, done = (b.append_basic_block() for _ in range(3))
-    b.branch(head)
-    b.position_at_end(head)
-    piece = b.atomic_rmw("add", counter, f.integer(1), "monotonic")
-    b.cbranch(b.icmp_signed("<", piece, pieces), body, done)
-    b.position_at_end(body)
-    job, block = f.over(piece, call["blocks"]), b.urem(piece, call["blocks"])
-    fields = f.sum(f.arguments["table"], 8 * len(CALL), f.times(job, 8 * len(JOB)))
-    mine = {field: f.load(f.sum(fields, 8 * i), I64) for i, field in enumerate(JOB)}
-    first = f.times(block, call["rows"])
-    end = f.smaller(f.sum(first, call["rows"]), call["n"])
+    table = f.arguments["table"]
+    call = f.fields(table, CALL)
+    with f.pieces(call["counter"], f.times(call["jobs"], call["blocks"])) as piece:
+        job, block = f.over(piece, call["blocks"]), b.urem(piece, call["blocks"])
+        mine = f.fields(f.sum(table, 8 * len(CALL), f.times(job, 8 * len(JOB))), JOB)
+        first = f.times(block, call["rows"])
+        end = f.smaller(f.sum(first, call["rows"]), call["n"])
 
-    def row(r: Value) -> Row:
-        scales, biases = (f.sum(mine[kind], f.times(r, call["scale_stride"])) for kind in ("scales", "biases"))
-        codes = f.sum(mine["codes"], f.times(r, call["code_stride"]))
-        return Row(codes, scales, biases, f.sum(codes, f.times(call["code_stride"], ROWS_AHEAD)))
+        def row(r: Value) -> Row:
+            scales, biases = (f.sum(mine[kind], f.times(r, call["scale_stride"])) for kind in ("scales", "biases"))
+            codes = f.sum(mine["codes"], f.times(r, call["code_stride"]))
+            return Row(codes, scales, biases, f.sum(codes, f.times(call["code_stride"], ROWS_AHEAD)))
 
-    tokens, few = mine["tokens"], Direct.of(storage, target)
-    directly = b.icmp_signed("<=", tokens, f.integer(few.most))
-    strips = f.over(f.sum(tokens, few.tokens - 1), few.tokens)
-    with b.if_then(directly), f.loop(0, strips) as strip:
-        token, next_token = (f.over(f.times(tokens, f.sum(strip, i)), strips) for i in range(2))
-        for count in range(1, few.tokens + 1):
-            with b.if_then(b.icmp_signed("==", b.sub(next_token, token), f.integer(count))):
-                _multiply_few(f, reader, row, call, mine, first, end, token, count, few.rows)
-    with b.if_then(b.not_(directly)), f.loop(0, call["k"], BLOCK) as start:
-        stop = f.smaller(f.sum(start, BLOCK), call["k"])
-        with f.loop(first, end) as r:
-            out = f.sum(f.arguments["scratch"], f.times(b.sub(r, first), 4 * BLOCK))
-            _decode(f, reader, row(r), start, stop, out)
-        _multiply(f, tiles, call, mine, first, end, start, stop)
-    b.branch(head)
-    b.position_at_end(done)
+        tokens, few = mine["tokens"], Direct.of(storage, target)
+        directly = b.icmp_signed("<=", tokens, f.integer(few.most))
+        strips = f.over(f.sum(tokens, few.tokens - 1), few.tokens)
+        with b.if_then(directly), f.loop(0, strips) as strip:
+            token, next_token = (f.over(f.times(tokens, f.sum(strip, i)), strips) for i in range(2))
+            for count in range(1, few.tokens + 1):
+                with b.if_then(b.icmp_signed("==", b.sub(next_token, token), f.integer(count))):
+                    _multiply_few(f, reader, row, call, mine, first, end, token, count, few.rows)
+        with b.if_then(b.not_(directly)), f.loop(0, call["k"], BLOCK) as start:
+            stop = f.smaller(f.sum(start, BLOCK), call["k"])
+            with f.loop(first, end) as r:
+                out = f.sum(f.arguments["scratch"], f.times(b.sub(r, first), 4 * BLOCK))
+                _decode(f, reader, row(r), start, stop, out)
+            _multiply(f, tiles, call, mine, first, end, start, stop)
     f.finish()
     return module
 

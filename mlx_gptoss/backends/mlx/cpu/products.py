@@ -23,7 +23,7 @@ from ....machine import cores
 from ....weights import codecs
 from ....weights.tensor import Array, Dense, Quantized, Weight
 from .pool import Pool
-from .storages import UNIT, Storage, by_words
+from .storages import UNIT, Heads, Storage, by_words
 
 if TYPE_CHECKING:
     from .compiled import Compiled
@@ -82,7 +82,7 @@ class Stored:
         """Address and bytes to the next expert, of codes, scales and biases; 0 for what there is not."""
         weight = self.weight
         arrays = [weight.values, None, None] if isinstance(weight, Dense) else [weight.codes, weight.scale, weight.bias]
-        return [(0, 0) if a is None else (_address(a), a.strides[0] if a.ndim == 3 else 0) for a in arrays]
+        return [(0, 0) if a is None else (address(a), a.strides[0] if a.ndim == 3 else 0) for a in arrays]
 
     @cached_property
     def strides(self) -> tuple[int, int]:
@@ -122,17 +122,17 @@ class _Table:
         self._sums = np.zeros((rows, D // (matrix.storage.group or D)), np.float32)
         values = np.zeros(HEADER + jobs * FIELDS + 1, np.int64)
         self.counter = values[-1:]
-        counter = _address(self.counter)
+        counter = address(self.counter)
         values[:HEADER] = (counter, jobs, -(-N // PIECE_ROWS), PIECE_ROWS, N, D, *matrix.strides, 4 * D, 4 * N)
         self._jobs = values[HEADER:-1].reshape(jobs, FIELDS)
         self._bases, self._steps = np.array(matrix.places, np.int64).T
         self._jobs[:, :3] = self._bases
         row = np.arange(jobs) if rows > 1 else np.zeros(jobs, np.int64)
-        self._jobs[:, 3] = _address(self._x) + row * self._x.strides[0]
-        self._jobs[:, 4] = _address(self._sums) + row * self._sums.strides[0]
+        self._jobs[:, 3] = address(self._x) + row * self._x.strides[0]
+        self._jobs[:, 4] = address(self._sums) + row * self._sums.strides[0]
         self._jobs[:, 6] = 1
         self._outputs = np.arange(jobs) * 4 * N
-        self.address, self.multiply_adds = _address(values), jobs * N * D
+        self.address, self.multiply_adds = address(values), jobs * N * D
 
     def fill(self, x: Floats, y: Floats, experts: Integers | None) -> None:
         """x [rows, D], y [jobs, N], experts [jobs]"""
@@ -144,7 +144,7 @@ class _Table:
             np.multiply(experts[:, None], self._steps, out=places)
             places += self._bases
         self._jobs[:, 5] = self._outputs
-        self._jobs[:, 5] += _address(y)
+        self._jobs[:, 5] += address(y)
         self.counter[0] = 0
 
 
@@ -156,16 +156,16 @@ class Products:
         self.compiled = compiles() if compiled is None else compiled
         self.held_bytes = 0  # of the matrices that were copied
         self._counter = np.zeros(1, np.int64)
-        self._counter_address = _address(self._counter)
+        self._counter_address = address(self._counter)
         if self.compiled:
             from .emit import Target
             from .kernels import BLOCK, SCRATCH_ROWS
 
             self._target = Target.here()
             self._compiler = ThreadPoolExecutor(1, "mlx-gptoss-compiler")
-            self._kernels: dict[Storage, Future[Compiled]] = {}
+            self._kernels: dict[Storage | Heads, Future[Compiled]] = {}
             self._scratch = [np.empty(SCRATCH_ROWS * BLOCK, np.float32) for _ in range(self.pool.threads)]
-            self._scratch_addresses = [_address(array) for array in self._scratch]
+            self._scratch_addresses = [address(array) for array in self._scratch]
 
     def close(self) -> None:
         self.pool.close()
@@ -177,13 +177,26 @@ class Products:
         if self.reads(matrix):
             self._kernel(matrix.storage)
 
-    def _kernel(self, storage: Storage | None) -> Future[Compiled]:
+    def _kernel(self, kind: Storage | Heads | None) -> Future[Compiled]:
         from .compiled import kernel
 
-        assert storage is not None
-        if storage not in self._kernels:
-            self._kernels[storage] = self._compiler.submit(kernel, storage, self._target)
-        return self._kernels[storage]
+        assert kind is not None
+        if kind not in self._kernels:
+            self._kernels[kind] = self._compiler.submit(kernel, kind, self._target)
+        return self._kernels[kind]
+
+    def prepare_attention(self, heads: Heads) -> bool:
+        """As prepare, for `attend`. Whether there is a kernel for such heads."""
+        found = self.compiled and heads.compiles(self._target.lanes)
+        if found:
+            self._kernel(heads)
+        return found
+
+    def attend(self, heads: Heads, table: list[int], multiply_adds: int) -> None:
+        """Run attention_kernel.py. table: but for its first field, the counter."""
+        self._counter[0], table[0] = 0, self._counter_address
+        values = np.array(table, np.int64)
+        self._share(self._kernel(heads).result(), address(values), multiply_adds)
 
     def copied(self, weights: Sequence[Weight], *, upcast: bool = False) -> Weight:
         """One weight with the rows of all, which are stored alike, in memory of its own, copied by all threads. upcast:
@@ -269,15 +282,15 @@ class Products:
         x = _ordered(x, storage, kernel)
         rows = PIECE_ROWS if len(x) == len(jobs) else PIECE_ROWS_MANY
         table = [self._counter_address, len(jobs), -(-N // rows), rows, N, D, *matrix.strides, 4 * D, 4 * N]
-        x_at, y_at = _address(x), _address(y)
-        sums_at, sums_row = (0, 0) if sums is None else (_address(sums), sums.strides[0])
+        x_at, y_at = address(x), address(y)
+        sums_at, sums_row = (0, 0) if sums is None else (address(sums), sums.strides[0])
         for expert, first, end in jobs:
             for base, step in matrix.places:
                 table.append(base + expert * step)
             table += (x_at + first * 4 * D, sums_at + first * sums_row, y_at + first * 4 * N, end - first)
         values = np.array(table, np.int64)
         self._counter[0] = 0
-        self._share(kernel, _address(values), len(x) * N * D)
+        self._share(kernel, address(values), len(x) * N * D)
 
     def _kernel_of(self, matrix: Stored) -> Compiled:
         if matrix.kernel is None:
@@ -308,7 +321,7 @@ class Products:
         return y
 
 
-def _address(array: Array) -> int:
+def address(array: Array) -> int:
     address: int = array.__array_interface__["data"][0]  # a third of the time of array.ctypes
     return address
 

@@ -1,4 +1,5 @@
-"""How a matrix is stored, as the kernels name it, and the order in which they read its inputs.
+"""What kernels are made for: a matrix as it is stored, with the order in which its inputs are read, and attention's
+heads.
 
 Legend: K inputs.
 """
@@ -32,6 +33,18 @@ class Storage:
     def by_words(self) -> bool:
         """Whether codes are read as vectors of 32-bit words, and inputs in the order of `by_words`."""
         return self.element != "float" and self.bits == 4
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Of attention. group: query heads that share a KV head. dim: of a head."""
+
+    group: int
+    dim: int
+
+    def compiles(self, lanes: int) -> bool:
+        """Whether there is a kernel, with vectors of so many lanes: they divide a head's halves."""
+        return self.group in (1, 2, 4, 8, 16) and self.dim % (2 * lanes) == 0
 
 
 def by_words(inputs: int, lanes: int) -> Integers:
