@@ -147,19 +147,24 @@ def every(*faults):
     return breaks
 
 
-def copying_in_numpy(write):
+def copying_in_numpy(attend):
     """As copying, of a layer that decodes in numpy."""
     import mlx.core as mx
 
     held = []
 
-    def run(block, qkv, cache, span):
-        queries = write(block, qkv, cache, span)
+    def run(block, x, base, cache, *rest):
+        found = attend(block, x, base, cache, *rest)
         held[:] = [*held[-3:], cache.arrays[0] + 0]
         mx.eval(held)
-        return queries
+        return found
 
     return run
+
+
+def of_other_rows(attend):
+    """Queries, keys and values of a batch in the reverse order."""
+    return lambda self, qkv, *rest: attend(self, np.ascontiguousarray(qkv[::-1]), *rest)
 
 
 MLX_FAULTS = {
@@ -214,9 +219,9 @@ MLX_FAULTS = {
     ),
     "a grammar's mask ignored": ("sampler, likeliest token", replaced("sample", "_mask", lambda f: lambda x, masks: x)),
     "one noise for all rows": ("sampler, random draws", one_noise_for_all),
-    "a prefix restored into the wrong order": (
+    "a prefix restored without its beginning": (
         "prefix cache, save and restore",
-        replaced("cache.FullCache", "restore", lambda f: lambda self, slot, chain: f(self, slot, chain[::-1])),
+        replaced("cache.FullCache", "restore", lambda f: lambda self, slot, chain: f(self, slot, chain[1:])),
     ),
     "a batch that mixes its rows": (
         "sequences of a batch",
@@ -224,12 +229,12 @@ MLX_FAULTS = {
             replaced(
                 "cache", "_causal_mask", lambda f: lambda starts, end, heads: f([end for _ in starts], end, heads)
             ),
-            replaced("host_step.HostBlock", "_heads", lambda f: lambda self, q, kv, *rest: f(self, q[::-1], kv, *rest)),
+            replaced("host_step.TokenAttention", "__call__", of_other_rows),
         ),
     ),
     "a cache that is copied": (
         "K/V written in place",
-        every(replaced("cache", "_write", copying), replaced("host_step.HostBlock", "_write", copying_in_numpy)),
+        every(replaced("cache", "_write", copying), replaced("host_step.HostBlock", "attend", copying_in_numpy)),
     ),
 }
 CUDA_FAULTS = {
@@ -267,9 +272,9 @@ CUDA_FAULTS = {
         "sampler, random draws",
         replaced("sample", "noise_keys", lambda f: lambda seeds, positions: f([0] * len(seeds), [0] * len(seeds))),
     ),
-    "a prefix restored into the wrong order": (
+    "a prefix restored without its beginning": (
         "prefix cache, save and restore",
-        replaced("cache.FullCache", "restore", lambda f: lambda self, slot, chain: f(self, slot, chain[::-1])),
+        replaced("cache.FullCache", "restore", lambda f: lambda self, slot, chain: f(self, slot, chain[1:])),
     ),
 }
 FAULTS = {
