@@ -43,8 +43,9 @@ class Heads:
     dim: int
 
     def compiles(self, lanes: int) -> bool:
-        """Whether there is a kernel, with vectors of so many lanes: they divide a head's halves."""
-        return self.group in (1, 2, 4, 8, 16) and self.dim % (2 * lanes) == 0
+        """Whether there is a kernel, with vectors of so many lanes: they divide a head's halves. It is written out for
+        all dimensions, and a thread's scratch has room for these."""
+        return self.group in (1, 2, 4, 8, 16) and self.dim <= 256 and self.dim % (2 * lanes) == 0
 
 
 def by_words(inputs: int, lanes: int) -> Integers:
