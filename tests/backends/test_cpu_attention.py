@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlx_gptoss.backends.mlx.cpu import products as cpu_products
-from mlx_gptoss.backends.mlx.cpu.attention import TokenAttention
+from mlx_gptoss.backends.mlx.cpu.attention import TokenAttention, Tokens
 from mlx_gptoss.backends.mlx.cpu.products import Products
 from mlx_gptoss.backends.mlx.cpu.storages import Heads
 
@@ -52,7 +52,7 @@ class Token:
 
     def attend(self, products):
         attention = TokenAttention(products, self.sinks, SCALE, DIM)
-        return attention(self.qkv, self.turns, self.kept, self.window, self.slots, self.starts)
+        return attention(self.qkv, self.kept, self.window, Tokens(self.slots, self.starts, self.turns))
 
     def wanted(self):
         """The cache and the result, by definition, in float64."""
@@ -141,8 +141,7 @@ def test_neon_emulated(neon, heads, group):
     for case in CASES:
         token, products = Token(heads, group, case), Recorded(compiled=False)
         _, wanted = token.wanted()
-        attention = TokenAttention(products, token.sinks, SCALE, DIM)
-        out = attention(token.qkv, token.turns, token.kept, token.window, token.slots, token.starts)
+        out = token.attend(products)
         arrays = [token.sinks, token.qkv, token.turns, token.kept, out]
         table = [(np.zeros(1, np.int64), 0), *(placed(value, arrays) for value in products.table[1:])]
         assert error(neon.run(table, out), wanted) < 5e-6

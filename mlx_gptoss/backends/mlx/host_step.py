@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .cache import FullCache, LayerCache, Span
-from .cpu.attention import TokenAttention
+from .cpu.attention import TokenAttention, Tokens
 from .cpu.products import Products
 from .host import HostMatrix, to_numpy
 from .layers import Linear, Matrix
@@ -67,7 +67,8 @@ class HostBlock(Block):
         kept = to_numpy(cache.arrays[0])  # of MLX, written in place: what has been computed is not computed again
         tokens, window = to_numpy(x)[:, 0], getattr(cache, "window", None)
         qkv = self._linear(self.attention.qkv, _norm(tokens, self._norms[0], self.config.rms_norm_eps))
-        heads = self._token_attention(qkv, self.rotations.of(span.starts), kept, window, span.slots, span.starts)
+        rows = Tokens(span.slots, span.starts, self.rotations.of(span.starts))
+        heads = self._token_attention(qkv, kept, window, rows)
         return mx.array((tokens + self._linear(self.attention.out, heads))[:, None]), None
 
     def mix(

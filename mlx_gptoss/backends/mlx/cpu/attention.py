@@ -6,6 +6,7 @@ Legend: B rows, H query heads, K KV heads, G = H / K, D dimensions of a head, S 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -19,6 +20,15 @@ MIN_KEYS_TO_SHARE = 1024  # from which numpy divides the heads of a row among th
 MIN_EXPONENT = -87.0  # below it exp() is no normal float32, and products with such numbers take up to 40 times as long
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """One of each row: its slot and position, and the cosines and sines of that, turns [2, B, 1, D / 2]."""
+
+    slots: Sequence[int]
+    starts: Sequence[int]
+    turns: Floats
+
+
 class TokenAttention:
     """Attention of one token of each of several rows."""
 
@@ -29,43 +39,25 @@ class TokenAttention:
         self._compiles = products.prepare_attention(self._heads)
         self._constants = address(self._sinks), int(self._scale.view(np.int32))  # in the kernel's table
 
-    def __call__(
-        self,
-        qkv: Floats,
-        turns: Floats,
-        kept: Floats,
-        window: int | None,
-        slots: Sequence[int],
-        starts: Sequence[int],
-    ) -> Floats:
+    def __call__(self, qkv: Floats, kept: Floats, window: int | None, tokens: Tokens) -> Floats:
         """Rotate queries and keys, write keys and values into the cache and attend to what each row sees there.
 
-        qkv [B, (H + 2 K) * D] -> [B, H * D]. turns [2, B, 1, D / 2]: cosines and sines. kept [2, S, K, C, D]: keys and
-        values of all slots, those of position p at p % C. window: positions that a row sees; None for all. starts: the
-        positions of the tokens.
+        qkv [B, (H + 2 K) * D] -> [B, H * D]. kept [2, S, K, C, D]: keys and values of all slots, those of position p at
+        p % C. window: positions that a row sees; None for all.
         """
         if self._compiles:
-            return self._compiled(qkv, turns, kept, window, slots, starts)
-        queries = self._write(qkv, turns, kept, slots, starts)
-        return self._attend(queries, kept, window, slots, starts)
+            return self._compiled(qkv, kept, window, tokens)
+        return self._attend(self._write(qkv, kept, tokens), kept, window, tokens)
 
-    def _compiled(
-        self,
-        qkv: Floats,
-        turns: Floats,
-        kept: Floats,
-        window: int | None,
-        slots: Sequence[int],
-        starts: Sequence[int],
-    ) -> Floats:
+    def _compiled(self, qkv: Floats, kept: Floats, window: int | None, tokens: Tokens) -> Floats:
         (heads, group, _), places, size = self._sinks.shape, kept.shape[3], 4 * self._heads.dim
         assert kept.strides[3:] == (size, 4)
         out = np.empty((len(qkv), heads * group * self._heads.dim), np.float32)
         values = kept.strides[0]
-        qkv_at, cos, sin, cache, out_at = (address(a) for a in (qkv, turns[0], turns[1], kept, out))
+        qkv_at, cos, sin, cache, out_at = (address(a) for a in (qkv, *tokens.turns, kept, out))
         table = [0, len(qkv), heads, kept.strides[2], *self._constants]
         seen = 0
-        for b, (slot, start) in enumerate(zip(slots, starts, strict=True)):
+        for b, (slot, start) in enumerate(zip(tokens.slots, tokens.starts, strict=True)):
             visible = min(start + 1, places, places if window is None else window)
             first = (start + 1 - visible) % places
             count = min(visible, places - first)
@@ -76,29 +68,27 @@ class TokenAttention:
         self._products.attend(self._heads, table, 2 * seen * heads * group * self._heads.dim)
         return out
 
-    def _write(self, qkv: Floats, turns: Floats, kept: Floats, slots: Sequence[int], starts: Sequence[int]) -> Floats:
+    def _write(self, qkv: Floats, kept: Floats, tokens: Tokens) -> Floats:
         """The queries [B, H, D], rotated, by numpy."""
         (K, group, _), dim = self._sinks.shape, self._heads.dim
         H = K * group
         vectors = qkv.reshape(len(qkv), H + 2 * K, dim)
-        cos, sin = turns
+        cos, sin = tokens.turns
         low, high = vectors[:, : H + K, : dim // 2], vectors[:, : H + K, dim // 2 :]
         turned = np.empty((len(qkv), H + K, dim), np.float32)
         np.subtract(low * cos, high * sin, out=turned[..., : dim // 2])
         np.add(low * sin, high * cos, out=turned[..., dim // 2 :])
-        for b, (slot, start) in enumerate(zip(slots, starts, strict=True)):
+        for b, (slot, start) in enumerate(zip(tokens.slots, tokens.starts, strict=True)):
             place = start % kept.shape[3]
             kept[0, slot, :, place], kept[1, slot, :, place] = turned[b, H:], vectors[b, H + K :]
         return turned[:, :H]
 
-    def _attend(
-        self, queries: Floats, kept: Floats, window: int | None, slots: Sequence[int], starts: Sequence[int]
-    ) -> Floats:
+    def _attend(self, queries: Floats, kept: Floats, window: int | None, tokens: Tokens) -> Floats:
         """queries [B, H, D] over the cache -> [B, H * D], by numpy."""
         K = self._sinks.shape[0]
         grouped = (queries * self._scale).reshape(len(queries), K, -1, self._heads.dim)
         out, ring = np.empty_like(grouped), kept.shape[3]
-        for b, (slot, start) in enumerate(zip(slots, starts, strict=True)):
+        for b, (slot, start) in enumerate(zip(tokens.slots, tokens.starts, strict=True)):
             end, seen = min(start + 1, ring), None
             if window is not None and window < end:
                 seen = (start - np.arange(end)) % ring < window
